@@ -1,0 +1,67 @@
+//! The tree as a filesystem. In: a tree whose files are byte ranges of layers. Out: an image, block by block.
+//!
+//! Metadata blocks are computed when they are asked for and never all at once; data blocks are only pointed at. This room
+//! knows nothing of HTTP, caches or devices, and must stay a pure function: same tree and options, same bits.
+
+use std::fmt;
+use std::ops::ControlFlow;
+
+use crate::units::{LayerId, TarOffset, TarRange};
+
+/// Where a stretch of the image comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Computed: ask [`BlockImage::fill_metadata`].
+    Metadata,
+    /// Zeros: holes, padding behind a file's end, free space.
+    Zero,
+    /// Bytes of a layer, from this tar position on.
+    Layer(LayerId, TarOffset),
+}
+
+/// A stretch of the image with one origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Its length in bytes. Metadata pieces are whole blocks; the others are as long as they are.
+    pub len: u64,
+    /// Where its bytes come from.
+    pub origin: Origin,
+}
+
+/// A read-only filesystem image that exists only as arithmetic.
+pub trait BlockImage: Send + Sync + fmt::Debug {
+    /// The image's length in bytes, a multiple of the block size.
+    fn len(&self) -> u64;
+
+    /// Appends the pieces of `count` blocks from `block` on: in order, without gaps, `count` blocks long in all. Blocks past
+    /// the end are zero.
+    fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>);
+
+    /// Computes one block (`out` is exactly a block long) whose origin is [`Origin::Metadata`]. Anything else is zeros.
+    fn fill_metadata(&self, block: u64, out: &mut [u8]);
+}
+
+/// A file of the image, by its number in tar order; only regular files with stored bytes have one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId(pub u32);
+
+/// A file's stored bytes: from its first to its last byte in the tar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredFile {
+    /// Which file.
+    pub file: FileId,
+    /// The layer that holds it.
+    pub layer: LayerId,
+    /// Where in that layer.
+    pub range: TarRange,
+}
+
+/// What read-ahead may know of the files behind the blocks, without knowing what a filesystem is.
+pub trait FileMap: Send + Sync + fmt::Debug {
+    /// The file that holds the byte at `at`, if any does.
+    fn file_at(&self, layer: LayerId, at: TarOffset) -> Option<StoredFile>;
+
+    /// Visits the other files of `file`'s directory in tar order, starting behind `file` and wrapping round, until told to
+    /// stop.
+    fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>);
+}

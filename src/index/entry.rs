@@ -1,0 +1,93 @@
+//! One thing that a layer holds, as its headers describe it: the unit between parser, index file and tree.
+
+use crate::units::{TarOffset, TarRange};
+
+/// A point in time as tar and the filesystems hold it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timestamp {
+    /// Seconds since 1970-01-01 UTC, rounded towards the past.
+    pub secs: i64,
+    /// Nanoseconds on top of `secs`, 0..1_000_000_000, also for times before 1970.
+    pub nanos: u32,
+}
+
+/// What an entry makes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A regular file, sparse or not.
+    #[default]
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link; [`Entry::link`] is its text.
+    Symlink,
+    /// Another name for the file that [`Entry::link`] names.
+    Hardlink,
+    /// A character device; whiteouts of overlayfs are 0/0.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
+    /// A named pipe.
+    Fifo,
+}
+
+/// A piece of a file's content: where it lies in the file and where in the tar. Pieces of sparse files are packed back to
+/// back in the tar, so neither side is aligned to anything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Segment {
+    /// Where in the file, in bytes.
+    pub file_offset: u64,
+    /// Where in the tar.
+    pub tar_offset: TarOffset,
+    /// How many bytes; never zero.
+    pub len: u64,
+}
+
+/// An extended attribute, named as the kernel names it (`user.mime_type`, `security.capability`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Xattr {
+    /// Its full name, prefix included.
+    pub name: Vec<u8>,
+    /// Its value, any bytes.
+    pub value: Vec<u8>,
+}
+
+/// One entry of a layer. Buffers are reused from entry to entry by whoever produces them, which is why a sink gets `&Entry`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// The name exactly as recorded: leading `/` and `./`, `..` and doubled slashes are the tree's business.
+    pub path: Vec<u8>,
+    /// What it makes.
+    pub kind: Kind,
+    /// Permission bits with set-id and sticky: the low twelve.
+    pub mode: u16,
+    /// Owner. Tar can hold more than a filesystem can: the image refuses what it cannot store.
+    pub uid: u64,
+    /// Group, like `uid`.
+    pub gid: u64,
+    /// When its content last changed.
+    pub mtime: Timestamp,
+    /// The file's length in bytes as a reader sees it, holes included. Zero for everything but files.
+    pub size: u64,
+    /// A symlink's text or a hard link's target, as recorded.
+    pub link: Vec<u8>,
+    /// Major number of a device.
+    pub device_major: u32,
+    /// Minor number of a device.
+    pub device_minor: u32,
+    /// Extended attributes, sorted by name, one per name.
+    pub xattrs: Vec<Xattr>,
+    /// Where a file's bytes lie: ascending in the file, not overlapping, inside `size`. What no segment covers is zero.
+    pub segments: Vec<Segment>,
+    /// Its header blocks, extension headers included, payload not.
+    pub headers: TarRange,
+}
+
+/// Takes the entries of a layer one after the other, in the tar's order.
+pub trait EntrySink {
+    /// Takes one entry. An error stops the walk and is handed to its caller.
+    ///
+    /// # Errors
+    /// Whatever the sink cannot take.
+    fn entry(&mut self, entry: &Entry) -> Result<(), crate::index::IndexError>;
+}

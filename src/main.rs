@@ -1,0 +1,3 @@
+//! The `tarblk` command.
+
+fn main() {}

@@ -1,0 +1,79 @@
+//! Positions and lengths, so that a place in the tar cannot be mistaken for a place in the image.
+//!
+//! Everything is bytes in `u64`. Two coordinate systems meet in this program: *tar space*, the uncompressed tar as its
+//! maker wrote it, and *image space*, the block device that the kernel sees. They never mix by accident.
+
+use std::fmt;
+
+/// The block size of every image and device, in bytes. Always 4096: 512-byte blocks do not mount on a device with
+/// 4 KiB sectors, and the kernel's page is the unit it asks in.
+pub const BLOCK_SIZE: u64 = 4096;
+
+/// A position in the uncompressed tar, in bytes from its first byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TarOffset(pub u64);
+
+impl TarOffset {
+    /// The position `bytes` further on, saturating at the end of the 64-bit space.
+    #[must_use]
+    pub const fn plus(self, bytes: u64) -> Self {
+        Self(self.0.saturating_add(bytes))
+    }
+
+    /// How many bytes lie between `earlier` and this position; zero when `earlier` is not earlier.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl fmt::Display for TarOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A run of bytes in tar space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TarRange {
+    /// The first byte.
+    pub start: TarOffset,
+    /// How many bytes; may be zero.
+    pub len: u64,
+}
+
+impl TarRange {
+    /// The `len` bytes from `start`.
+    #[must_use]
+    pub const fn new(start: TarOffset, len: u64) -> Self {
+        Self { start, len }
+    }
+
+    /// The position just past the last byte.
+    #[must_use]
+    pub const fn end(self) -> TarOffset {
+        self.start.plus(self.len)
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether `at` is one of its bytes.
+    #[must_use]
+    pub const fn contains(self, at: TarOffset) -> bool {
+        at.0 >= self.start.0 && at.0 - self.start.0 < self.len
+    }
+}
+
+impl fmt::Display for TarRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}+{}", self.start.0, self.len)
+    }
+}
+
+/// Which of an image's layers, counted from the lowest. A single-layer image has only layer 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LayerId(pub u32);
