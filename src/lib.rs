@@ -13,3 +13,5 @@ pub mod units;
 
 #[cfg(feature = "command")]
 pub mod fetch;
+#[cfg(feature = "command")]
+pub mod source;
