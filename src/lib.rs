@@ -12,4 +12,6 @@ pub mod index;
 pub mod units;
 
 #[cfg(feature = "command")]
+pub mod bench;
+#[cfg(feature = "command")]
 pub mod fetch;
