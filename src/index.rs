@@ -10,4 +10,8 @@ pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 /// Why a tar or an index cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum IndexError {}
+pub enum IndexError {
+    /// The sink of a walk did not take an entry; this is its own error.
+    #[error(transparent)]
+    Sink(Box<dyn std::error::Error + Send + Sync>),
+}
