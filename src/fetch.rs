@@ -18,6 +18,21 @@ pub struct Slice {
     len: usize,
 }
 
+impl Slice {
+    /// The part of it from `start` on, at most `len` bytes long.
+    #[must_use]
+    pub fn part(&self, start: usize, len: usize) -> Self {
+        let start = start.min(self.len);
+        Self { bytes: Arc::clone(&self.bytes), start: self.start + start, len: len.min(self.len - start) }
+    }
+}
+
+impl From<Vec<u8>> for Slice {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { start: 0, len: bytes.len(), bytes: bytes.into() }
+    }
+}
+
 impl std::ops::Deref for Slice {
     type Target = [u8];
     fn deref(&self) -> &[u8] {

@@ -12,4 +12,8 @@ pub mod index;
 pub mod units;
 
 #[cfg(feature = "command")]
+pub mod device;
+#[cfg(feature = "command")]
 pub mod fetch;
+#[cfg(feature = "command")]
+pub mod mount;
