@@ -15,4 +15,8 @@ pub mod units;
 #[cfg(feature = "command")]
 pub mod bench;
 #[cfg(feature = "command")]
+pub mod device;
+#[cfg(feature = "command")]
 pub mod fetch;
+#[cfg(feature = "command")]
+pub mod mount;
