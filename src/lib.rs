@@ -13,4 +13,16 @@ pub mod tree;
 pub mod units;
 
 #[cfg(feature = "command")]
+pub mod bench;
+#[cfg(feature = "command")]
+pub mod commands;
+#[cfg(feature = "command")]
+pub mod device;
+#[cfg(feature = "command")]
 pub mod fetch;
+#[cfg(feature = "command")]
+pub mod interrupt;
+#[cfg(feature = "command")]
+pub mod mount;
+#[cfg(feature = "command")]
+pub mod quantity;
