@@ -14,9 +14,13 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub mod daemon;
 pub mod fuse_loop;
+pub mod registry;
+pub mod state;
 pub mod stats;
 pub mod ublk;
+pub mod users;
 pub mod volume;
 
 use volume::Volume;

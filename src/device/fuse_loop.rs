@@ -127,8 +127,8 @@ impl FuseLoop {
     }
 }
 
-/// Whether loop device `number` is in use.
+/// Whether loop device `number` has a FUSE file of ours behind it.
 #[must_use]
-pub fn is_attached(number: u32) -> bool {
-    loop_device::is_attached(number)
+pub fn is_ours(number: u32) -> bool {
+    loop_device::backing_file(number).is_some_and(|file| file.trim_end_matches(" (deleted)") == format!("/{}", export::FILE_NAME))
 }

@@ -217,6 +217,18 @@ impl Volume {
         Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
     }
 
+    /// Counts a failed read, and logs it unless there were many: a reader that reads on regardless must not fill the disk.
+    pub fn failed(&self, lane: &Lane, offset: u64, len: usize, error: &ReadError) {
+        lane.error();
+        let errors = self.stats().errors;
+        if errors <= LOGGED_ERRORS {
+            log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
+        }
+        if errors == LOGGED_ERRORS {
+            log::error!("that was failure {errors}; from now on they are only counted");
+        }
+    }
+
     /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`.
     pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
         self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
@@ -293,6 +305,9 @@ pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
 }
 
 const BLOCK: usize = 4096;
+
+/// After this many failed reads of one device, failures are only counted.
+const LOGGED_ERRORS: u64 = 100;
 
 /// Lossless on every platform that Rust's `usize` has: there is none wider than 64 bits.
 pub(super) fn to_u64(n: usize) -> u64 {

@@ -147,7 +147,7 @@ impl Export {
                     return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
                 }
             }
-            Err(error) => fail(lane, offset, len, &error, reply),
+            Err(error) => fail(&self.volume, desk.lane, offset, len, &error, reply),
         }
         lane.took(began.elapsed(), 1);
     }
@@ -158,9 +158,8 @@ fn covers(gaps: &[Gap], len: usize) -> bool {
     gaps.iter().map(|gap| gap.len).sum::<usize>() == len
 }
 
-fn fail(lane: &Lane, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
-    lane.error();
-    log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
+fn fail(volume: &Volume, lane: usize, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
+    volume.failed(volume.lane(lane), offset, len, error);
     reply.error(Errno::EIO);
 }
 
@@ -195,7 +194,7 @@ impl Pending {
         let lane = self.volume.lane(self.lane);
         let slices = match outcome {
             Ok(slices) => slices,
-            Err(error) => return fail(lane, self.offset, self.buf.len(), &error.into(), reply),
+            Err(error) => return fail(&self.volume, self.lane, self.offset, self.buf.len(), &error.into(), reply),
         };
         if let ([gap], [slice]) = (&self.gaps[..], &slices[..])
             && gap.len == self.buf.len()
@@ -203,7 +202,7 @@ impl Pending {
         {
             reply.data(slice);
         } else if let Err(error) = fill_gaps(&self.gaps, &slices, &mut self.buf) {
-            return fail(lane, self.offset, self.buf.len(), &error, reply);
+            return fail(&self.volume, self.lane, self.offset, self.buf.len(), &error, reply);
         } else {
             reply.data(&self.buf);
         }
@@ -237,7 +236,7 @@ impl Drop for FuseWaiter {
         if let Some(mut pending) = self.pending.take()
             && let Some(reply) = pending.reply.take()
         {
-            fail(pending.volume.lane(pending.lane), pending.offset, pending.buf.len(), &ReadError::Stopped, reply);
+            fail(&pending.volume, pending.lane, pending.offset, pending.buf.len(), &ReadError::Stopped, reply);
         }
     }
 }
