@@ -13,7 +13,10 @@ fn main() {
     let (image, bytes) = support::patchwork(&path, false, Some(Duration::from_millis(1)));
     let volume = Arc::new(Volume::new(image, bytes, 3));
     let t = Instant::now();
-    let options = DeviceOptions { backend: backend.parse().unwrap(), ..Default::default() };
+    let options = DeviceOptions {
+        backend: backend.parse().unwrap(),
+        ..Default::default()
+    };
     let (device, why) = Device::start(&volume, &options).unwrap();
     println!("{} in {:?} {:?}", device.path().display(), t.elapsed(), why);
     let t = Instant::now();
