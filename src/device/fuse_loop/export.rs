@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
 use rustix::io::ReadWriteFlags;
 
@@ -110,12 +110,19 @@ impl Export {
     /// Serves `volume`, with a thread for long answers that ends with the filesystem.
     pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>) -> io::Result<Self> {
         let (long_answers, arrivals) = mpsc::channel::<Arrived>();
-        std::thread::Builder::new().name("fuse-answers".to_owned()).spawn(move || {
-            for arrived in arrivals {
-                arrived.pending.finish(arrived.outcome);
-            }
-        })?;
-        Ok(Self { volume, next_lane: AtomicUsize::new(0), waiting, long_answers })
+        std::thread::Builder::new()
+            .name("fuse-answers".to_owned())
+            .spawn(move || {
+                for arrived in arrivals {
+                    arrived.pending.finish(arrived.outcome);
+                }
+            })?;
+        Ok(Self {
+            volume,
+            next_lane: AtomicUsize::new(0),
+            waiting,
+            long_answers,
+        })
     }
 
     fn attributes(&self, ino: INodeNo) -> FileAttr {
@@ -177,7 +184,11 @@ impl Export {
                         reply,
                     };
                     let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
-                    let waiter = FuseWaiter { number: waiting.add(pending), waiting, long_answers };
+                    let waiter = FuseWaiter {
+                        number: waiting.add(pending),
+                        waiting,
+                        long_answers,
+                    };
                     return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
                 }
             }
@@ -261,7 +272,9 @@ struct FuseWaiter {
 
 impl Waiter for FuseWaiter {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(pending) = self.waiting.take(self.number) else { return };
+        let Some(pending) = self.waiting.take(self.number) else {
+            return;
+        };
         if pending.buf.len() > LONG_ANSWER {
             if let Err(mpsc::SendError(arrived)) = self.long_answers.send(Arrived { pending, outcome }) {
                 arrived.pending.finish(arrived.outcome);
@@ -284,7 +297,11 @@ impl Drop for FuseWaiter {
 impl Filesystem for Export {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Each of these makes reads faster where the kernel has it, and none is needed.
-        for capability in [InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_ASYNC_READ, InitFlags::FUSE_MAX_PAGES] {
+        for capability in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_MAX_PAGES,
+        ] {
             let _ = config.add_capabilities(capability);
         }
         let _ = config.set_max_background(MAX_BACKGROUND);
@@ -356,5 +373,9 @@ pub(super) fn mount_detached(channel: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     rustix::mount::fsconfig_create(context.as_fd())?;
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    Ok(rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+    Ok(rustix::mount::fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
 }
