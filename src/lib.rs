@@ -26,3 +26,5 @@ pub mod interrupt;
 pub mod mount;
 #[cfg(feature = "command")]
 pub mod quantity;
+#[cfg(feature = "command")]
+pub mod source;
