@@ -61,7 +61,11 @@ impl FuseLoop {
     pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<Self, DeviceError> {
         preflight()?;
         let failed = |what: &'static str| move |error: io::Error| DeviceError::Loop(format!("cannot {what}: {error}"));
-        let channel = OpenOptions::new().read(true).write(true).open("/dev/fuse").map_err(failed("open /dev/fuse"))?;
+        let channel = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .map_err(failed("open /dev/fuse"))?;
         let mount = export::mount_detached(channel.as_fd()).map_err(failed("mount the FUSE file"))?;
         let mut config = fuser::Config::default();
         config.n_threads = Some(usize::from(options.queues.max(1)));
@@ -109,12 +113,16 @@ impl FuseLoop {
     pub fn stop(self) -> Result<(), DeviceError> {
         let Self { device, mount, session } = self;
         let (number, path) = (device.number(), device.path().display().to_string());
-        device.detach().map_err(|error| DeviceError::Loop(format!("cannot detach {path}: {error}")))?;
+        device
+            .detach()
+            .map_err(|error| DeviceError::Loop(format!("cannot detach {path}: {error}")))?;
         drop(mount);
         let deadline = Instant::now() + RELEASE_LIMIT;
         while loop_device::is_attached(number) || !session.is_finished() {
             if Instant::now() > deadline {
-                return Err(DeviceError::Loop(format!("the kernel does not let go of {path}: somebody has it open")));
+                return Err(DeviceError::Loop(format!(
+                    "the kernel does not let go of {path}: somebody has it open"
+                )));
             }
             thread::sleep(Duration::from_millis(1));
         }
@@ -130,5 +138,6 @@ impl FuseLoop {
 /// Whether loop device `number` has a FUSE file of ours behind it.
 #[must_use]
 pub fn is_ours(number: u32) -> bool {
-    loop_device::backing_file(number).is_some_and(|file| file.trim_end_matches(" (deleted)") == format!("/{}", export::FILE_NAME))
+    loop_device::backing_file(number)
+        .is_some_and(|file| file.trim_end_matches(" (deleted)") == format!("/{}", export::FILE_NAME))
 }

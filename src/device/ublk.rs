@@ -108,9 +108,15 @@ impl UblkDevice {
                 Ok(Progress::Added(new)) => id = Some(new),
                 Ok(Progress::Failed(error)) => return Err(error),
                 Ok(Progress::Started) => break,
-                Err(RecvTimeoutError::Disconnected) => return Err(DeviceError::Ublk("its control thread died".to_owned())),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(DeviceError::Ublk("its control thread died".to_owned()));
+                }
                 Err(RecvTimeoutError::Timeout) => {
-                    let stage = if id.is_some() { "start the device" } else { "add a device" };
+                    let stage = if id.is_some() {
+                        "start the device"
+                    } else {
+                        "add a device"
+                    };
                     return Err(DeviceError::Ublk(format!(
                         "the driver did not {stage} within {} s; kernels 6.18.4, 6.18.5 and some 6.17 hang here and need \
                          an update, and until the next boot `--backend loop`",
@@ -120,11 +126,19 @@ impl UblkDevice {
             }
         }
         let id = id.ok_or_else(|| DeviceError::Ublk("the driver started a device without a number".to_owned()))?;
-        let device = Self { id, path: path_of(id), landings, control, ended };
+        let device = Self {
+            id,
+            path: path_of(id),
+            landings,
+            control,
+            ended,
+        };
         if !wait_until(Duration::from_secs(5), || is_block_device(&device.path)) {
             let path = device.path.display().to_string();
             let _ = device.stop();
-            return Err(DeviceError::Ublk(format!("{path} did not appear; is devtmpfs mounted on /dev?")));
+            return Err(DeviceError::Ublk(format!(
+                "{path} did not appear; is devtmpfs mounted on /dev?"
+            )));
         }
         super::queue_sysfs(&device.path, options);
         Ok(device)
@@ -165,7 +179,9 @@ impl UblkDevice {
             .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
         let deadline = Instant::now() + CREATION_LIMIT;
         let mut grace = Instant::now() + STOP_GRACE;
-        while let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(grace.saturating_duration_since(Instant::now())) {
+        while let Err(RecvTimeoutError::Timeout) =
+            self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
+        {
             for landings in &self.landings {
                 landings.give_up();
             }
@@ -178,7 +194,9 @@ impl UblkDevice {
         if wait_until(Duration::from_secs(5), || !exists(id)) {
             Ok(())
         } else {
-            Err(DeviceError::Ublk(format!("device {id} was stopped but is still listed")))
+            Err(DeviceError::Ublk(format!(
+                "device {id} was stopped but is still listed"
+            )))
         }
     }
 }
@@ -193,7 +211,10 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
     }
     let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
     if info.live && u32::try_from(info.server) != Ok(server) {
-        return Err(DeviceError::Ublk(format!("device {id} belongs to process {} now", info.server)));
+        return Err(DeviceError::Ublk(format!(
+            "device {id} belongs to process {} now",
+            info.server
+        )));
     }
     let (tell, told) = mpsc::channel();
     thread::Builder::new()
@@ -214,7 +235,8 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
 /// Whether the driver knows device `id`.
 #[must_use]
 pub fn exists(id: u32) -> bool {
-    Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists() || Path::new(&format!("/sys/block/ublkb{id}")).exists()
+    Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
+        || Path::new(&format!("/sys/block/ublkb{id}")).exists()
 }
 
 fn path_of(id: u32) -> PathBuf {
@@ -239,7 +261,8 @@ fn run(
         .map_err(|error| failure("add", &error))?;
     let _ = tell.send(Progress::Added(ctrl.dev_info().dev_id));
     let size = volume.len();
-    let dev = UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
+    let dev =
+        UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
     let dev = Arc::new(dev);
     let queues = start_queues(&ctrl, &dev, volume, landings)?;
     let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
@@ -283,7 +306,9 @@ fn start_queues(
     }
     drop(tell);
     for _ in 0..queues.len() {
-        let (id, tid, ready) = told.recv().map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
+        let (id, tid, ready) = told
+            .recv()
+            .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
         ready.map_err(|error| failure("set up a queue of", &error))?;
         ctrl.set_thread_affinity(id, tid);
     }
@@ -318,7 +343,10 @@ fn failure(what: &str, error: &UblkError) -> DeviceError {
         UblkError::IOError(error) => error.raw_os_error(),
         _ => None,
     };
-    let cause = code.map_or_else(|| error.to_string(), |code| std::io::Error::from_raw_os_error(code).to_string());
+    let cause = code.map_or_else(
+        || error.to_string(),
+        |code| std::io::Error::from_raw_os_error(code).to_string(),
+    );
     let advice = match code {
         Some(libc::EACCES) => {
             "; the driver's limit on devices may be reached: `modprobe -r ublk_drv; modprobe ublk_drv ublks_max=4096`"

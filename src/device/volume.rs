@@ -119,7 +119,12 @@ impl Volume {
     pub fn new(image: Arc<dyn BlockImage>, bytes: Arc<dyn LayerBytes>, threads: usize) -> Self {
         let len = image.len();
         let lanes = (0..threads.max(1)).map(|_| Lane::default()).collect();
-        Self { image, bytes, len, lanes }
+        Self {
+            image,
+            bytes,
+            len,
+            lanes,
+        }
     }
 
     /// The image's length in bytes, a multiple of the block size.
@@ -158,7 +163,8 @@ impl Volume {
         }
         scratch.pieces.clear();
         scratch.gaps.clear();
-        self.image.pieces(offset / BLOCK_SIZE, len / BLOCK_SIZE, &mut scratch.pieces);
+        self.image
+            .pieces(offset / BLOCK_SIZE, len / BLOCK_SIZE, &mut scratch.pieces);
         if let [only] = scratch.pieces[..] {
             match only.origin {
                 Origin::Zero => {
@@ -166,7 +172,10 @@ impl Volume {
                     return Ok(Found::Zero);
                 }
                 Origin::Layer(layer, start) => {
-                    let range = LayerRange { layer, range: TarRange::new(start, only.len) };
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, only.len),
+                    };
                     let located = self.bytes.locate(range);
                     if let Located::Memory(slices) = &located
                         && let [slice] = &slices[..]
@@ -176,7 +185,11 @@ impl Volume {
                         return Ok(Found::Memory(slice.clone()));
                     }
                     place_located(&located, 0, range, buf, &mut scratch.gaps, lane)?;
-                    return Ok(if scratch.gaps.is_empty() { Found::Filled } else { Found::Gaps });
+                    return Ok(if scratch.gaps.is_empty() {
+                        Found::Filled
+                    } else {
+                        Found::Gaps
+                    });
                 }
                 Origin::Metadata => {}
             }
@@ -205,14 +218,20 @@ impl Volume {
                     lane.bytes(Source::Metadata, piece.len);
                 }
                 Origin::Layer(layer, start) => {
-                    let range = LayerRange { layer, range: TarRange::new(start, to_u64(len)) };
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, to_u64(len)),
+                    };
                     place_located(&self.bytes.locate(range), at, range, buf, gaps, lane)?;
                 }
             }
             at += len;
         }
         if at != buf.len() {
-            return Err(ReadError::WrongLength { wanted: to_u64(buf.len()), got: to_u64(at) });
+            return Err(ReadError::WrongLength {
+                wanted: to_u64(buf.len()),
+                got: to_u64(at),
+            });
         }
         Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
     }
@@ -275,7 +294,10 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
     let wanted: usize = gaps.iter().map(|gap| gap.len).sum();
     let got: usize = slices.iter().map(|slice| slice.len()).sum();
     if wanted != got {
-        return Err(ReadError::WrongLength { wanted: to_u64(wanted), got: to_u64(got) });
+        return Err(ReadError::WrongLength {
+            wanted: to_u64(wanted),
+            got: to_u64(got),
+        });
     }
     let mut slices = slices.iter();
     let mut rest: &[u8] = &[];
@@ -299,7 +321,11 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
 /// Counts the bytes of gaps that have been closed by the fetch thread.
 pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
     for gap in gaps {
-        let source = if gap.file.is_some() { Source::Disk } else { Source::Fetched };
+        let source = if gap.file.is_some() {
+            Source::Disk
+        } else {
+            Source::Fetched
+        };
         lane.bytes(source, to_u64(gap.len));
     }
 }
@@ -327,7 +353,12 @@ fn place_located(
     let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
     let file = match *located {
         Located::Memory(ref slices) => {
-            let whole = Gap { at, len, range, file: None };
+            let whole = Gap {
+                at,
+                len,
+                range,
+                file: None,
+            };
             fill_gaps(&[whole], slices, buf)?;
             lane.bytes(Source::Memory, wanted);
             return Ok(());

@@ -11,8 +11,8 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
 };
 use rustix::io::ReadWriteFlags;
 
@@ -77,12 +77,18 @@ impl Export {
     /// Serves `volume`, with a thread for long answers that ends with the filesystem.
     pub(super) fn new(volume: Arc<Volume>) -> io::Result<Self> {
         let (long_answers, arrivals) = mpsc::channel::<Arrived>();
-        std::thread::Builder::new().name("fuse-answers".to_owned()).spawn(move || {
-            for arrived in arrivals {
-                arrived.pending.finish(arrived.outcome);
-            }
-        })?;
-        Ok(Self { volume, next_lane: AtomicUsize::new(0), long_answers })
+        std::thread::Builder::new()
+            .name("fuse-answers".to_owned())
+            .spawn(move || {
+                for arrived in arrivals {
+                    arrived.pending.finish(arrived.outcome);
+                }
+            })?;
+        Ok(Self {
+            volume,
+            next_lane: AtomicUsize::new(0),
+            long_answers,
+        })
     }
 
     fn attributes(&self, ino: INodeNo) -> FileAttr {
@@ -143,7 +149,10 @@ impl Export {
                         began,
                         reply: Some(reply),
                     };
-                    let waiter = FuseWaiter { pending: Some(pending), long_answers: self.long_answers.clone() };
+                    let waiter = FuseWaiter {
+                        pending: Some(pending),
+                        long_answers: self.long_answers.clone(),
+                    };
                     return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
                 }
             }
@@ -194,7 +203,16 @@ impl Pending {
         let lane = self.volume.lane(self.lane);
         let slices = match outcome {
             Ok(slices) => slices,
-            Err(error) => return fail(&self.volume, self.lane, self.offset, self.buf.len(), &error.into(), reply),
+            Err(error) => {
+                return fail(
+                    &self.volume,
+                    self.lane,
+                    self.offset,
+                    self.buf.len(),
+                    &error.into(),
+                    reply,
+                );
+            }
         };
         if let ([gap], [slice]) = (&self.gaps[..], &slices[..])
             && gap.len == self.buf.len()
@@ -236,7 +254,14 @@ impl Drop for FuseWaiter {
         if let Some(mut pending) = self.pending.take()
             && let Some(reply) = pending.reply.take()
         {
-            fail(&pending.volume, pending.lane, pending.offset, pending.buf.len(), &ReadError::Stopped, reply);
+            fail(
+                &pending.volume,
+                pending.lane,
+                pending.offset,
+                pending.buf.len(),
+                &ReadError::Stopped,
+                reply,
+            );
         }
     }
 }
@@ -244,7 +269,11 @@ impl Drop for FuseWaiter {
 impl Filesystem for Export {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // Each of these makes reads faster where the kernel has it, and none is needed.
-        for capability in [InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_ASYNC_READ, InitFlags::FUSE_MAX_PAGES] {
+        for capability in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_MAX_PAGES,
+        ] {
             let _ = config.add_capabilities(capability);
         }
         let _ = config.set_max_background(MAX_BACKGROUND);
@@ -316,5 +345,9 @@ pub(super) fn mount_detached(channel: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     rustix::mount::fsconfig_create(context.as_fd())?;
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    Ok(rustix::mount::fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+    Ok(rustix::mount::fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
 }
