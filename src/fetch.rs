@@ -3,33 +3,45 @@
 //!
 //! One fetch thread runs an io_uring runtime and does all that waits: local files, the cache file, the network. Threads
 //! that answer the kernel only look ([`Fetcher::locate`]) or leave a request ([`Fetcher::read`]); neither ever blocks. This
-//! room knows nothing of inodes: what it needs to know of files it asks a [`FileMap`](crate::image::FileMap).
+//! room knows nothing of inodes: what it needs to know of files it asks a [`FileMap`].
+//!
+//! Parts: `chunk` (the unit), `tier` (what is in memory), `engine` (the fetch thread: one flight a chunk), `http` (ranges
+//! over connections), `stats`.
 
-use std::os::fd::RawFd;
-use std::sync::Arc;
+mod chunk;
+mod engine;
+mod http;
+pub mod link;
+pub mod plan;
+mod stats;
+mod tier;
 
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use rustls::ClientConfig;
+use tokio::sync::mpsc::UnboundedSender;
+
+pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
+pub use http::answer::Validator;
+pub use stats::{BytesByOrigin, FetchStats, Percentiles};
+
+use crate::image::FileMap;
 use crate::units::{LayerId, TarRange};
-
-/// Bytes of a layer that are in memory, kept there as long as this lives.
-#[derive(Clone, Debug)]
-pub struct Slice {
-    bytes: Arc<[u8]>,
-    start: usize,
-    len: usize,
-}
-
-impl std::ops::Deref for Slice {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
-    }
-}
+use chunk::{FirstUse, pieces};
+use engine::Command;
+use stats::{Counters, add};
+use tier::Tier;
 
 /// Where a range of a layer is right now.
 #[derive(Clone, Debug)]
 pub enum Located {
     /// In memory: these slices in order, together as long as the range.
-    Memory(Vec<Slice>),
+    Memory(Slices),
     /// In a local file (the layer itself, or its cache file) from this offset on; a reader with a ring of its own may read
     /// it there. The descriptor stays open as long as the fetcher.
     File(RawFd, u64),
@@ -52,24 +64,378 @@ pub struct LayerRange {
     pub range: TarRange,
 }
 
+/// A layer whose bytes this room brings. The uncompressed tar lies there as it is: tar space is its byte space.
+#[derive(Debug)]
+pub enum LayerSource {
+    /// A local file.
+    File(FileLayer),
+    /// On a web server that answers Range requests.
+    Http(HttpLayer),
+}
+
+/// A layer in a local file.
+#[derive(Debug)]
+pub struct FileLayer {
+    /// For messages.
+    pub path: PathBuf,
+    /// Opened for reading.
+    pub file: OwnedFd,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// A layer on a web server.
+#[derive(Clone)]
+pub struct HttpLayer {
+    /// Where it is, `http` or `https`. Redirects are followed at every read.
+    pub url: String,
+    /// Its length in bytes; an answer that states another means that the layer has changed.
+    pub size: u64,
+    /// Tells whether it is still the same, when the server says.
+    pub validator: Option<Validator>,
+    /// Sent with every request; `Authorization` and `Cookie` to this URL's host only.
+    pub headers: Vec<(String, String)>,
+}
+
+impl fmt::Debug for HttpLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpLayer")
+            .field("url", &http::without_secrets(&self.url))
+            .field("size", &self.size)
+            .field("validator", &self.validator)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LayerSource {
+    /// Its length in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::File(layer) => layer.size,
+            Self::Http(layer) => layer.size,
+        }
+    }
+}
+
+/// How a fetcher behaves.
+#[derive(Clone)]
+pub struct FetchOptions {
+    /// The memory tier's bound in bytes. Chunks on loan come on top.
+    pub memory_bytes: u64,
+    /// Connections per host at most.
+    pub connections: usize,
+    /// For a name to resolve, and for each address to accept.
+    pub connect_deadline: Duration,
+    /// From a request to its response head.
+    pub head_deadline: Duration,
+    /// Between two pieces of a body.
+    pub stall_deadline: Duration,
+    /// A body slower than this many bytes a second is given up and asked for again on another connection.
+    pub slowest_body: u64,
+    /// After this a read fails. Until then everything is tried again.
+    pub deadline: Duration,
+    /// How https servers are believed; without it only http works. See [`default_tls`].
+    pub tls: Option<Arc<ClientConfig>>,
+}
+
+impl Default for FetchOptions {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 64 << 20,
+            connections: 16,
+            connect_deadline: Duration::from_secs(10),
+            head_deadline: Duration::from_secs(15),
+            stall_deadline: Duration::from_secs(10),
+            slowest_body: 4 << 10,
+            deadline: Duration::from_secs(300),
+            tls: None,
+        }
+    }
+}
+
+impl fmt::Debug for FetchOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FetchOptions")
+            .field("memory_bytes", &self.memory_bytes)
+            .field("connections", &self.connections)
+            .field("deadline", &self.deadline)
+            .field("tls", &self.tls.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A TLS configuration that believes what this machine believes.
+///
+/// # Errors
+/// When the machine has no certificates to believe in, or none of them can be read.
+pub fn default_tls() -> Result<Arc<ClientConfig>, StartError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = rustls::RootCertStore::empty();
+    let (believed, _unreadable) = roots.add_parsable_certificates(found.certs);
+    if believed == 0 {
+        let why = found
+            .errors
+            .first()
+            .map_or_else(|| "none installed".to_owned(), ToString::to_string);
+        return Err(StartError::Certificates { why });
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| StartError::Certificates { why: e.to_string() })?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(Arc::new(config))
+}
+
+/// Why a fetcher did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A layer's URL or headers cannot be used.
+    #[error("{url}: {why}")]
+    Url {
+        /// Without secrets.
+        url: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A layer is longer than chunks can be numbered (128 TiB).
+    #[error("layer {layer} is {size} bytes long; more than 128 TiB cannot be fetched")]
+    TooLong {
+        /// Which.
+        layer: usize,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// The machine's certificates cannot be used.
+    #[error("no certificate authority to check https servers with: {why}; install ca-certificates")]
+    Certificates {
+        /// The first thing that went wrong.
+        why: String,
+    },
+    /// The fetch thread or its ring could not be made.
+    #[error("cannot start the fetch thread: {0}; io_uring may be disabled here (sysctl kernel.io_uring_disabled)")]
+    Thread(#[from] io::Error),
+}
+
 /// Why a range could not be brought.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum FetchError {}
+pub enum FetchError {
+    /// The server has another layer now than the one that was attached.
+    #[error("{url}: the layer changed on the server: {how}; attach it again")]
+    Changed {
+        /// Without secrets.
+        url: String,
+        /// What differs.
+        how: String,
+    },
+    /// The server refused, again and again.
+    #[error("{url}: {why}; check the address and the credentials")]
+    Refused {
+        /// Without secrets.
+        url: String,
+        /// The last answer.
+        why: String,
+        /// The HTTP status.
+        status: u16,
+    },
+    /// The server's answers do not fit the questions.
+    #[error("{url}: bytes {range}: {why}")]
+    WrongAnswer {
+        /// Without secrets.
+        url: String,
+        /// What was asked for.
+        range: TarRange,
+        /// The last answer.
+        why: String,
+    },
+    /// The bytes did not come before the deadline.
+    #[error("{url}: bytes {range} did not come in {after:.0?}: {why}")]
+    Deadline {
+        /// Without secrets.
+        url: String,
+        /// What was asked for.
+        range: TarRange,
+        /// The deadline.
+        after: Duration,
+        /// The last thing that went wrong.
+        why: String,
+    },
+    /// A local file could not be read.
+    #[error("{path}: cannot read bytes {range}: {why}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What was asked for.
+        range: TarRange,
+        /// What the kernel said, or that the file is shorter than it was.
+        why: Arc<io::Error>,
+    },
+    /// No such layer, or not so long.
+    #[error("bytes {range} of layer {} do not exist", layer.0)]
+    OutOfRange {
+        /// Which layer was named.
+        layer: LayerId,
+        /// What was asked for.
+        range: TarRange,
+    },
+    /// The fetcher was shut down.
+    #[error("the fetcher was shut down")]
+    Stopped,
+}
+
+impl FetchError {
+    /// The error number that says it best to somebody who takes only numbers.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::Changed { .. } => libc::ESTALE,
+            Self::Refused { status: 404 | 410, .. } => libc::ENOENT,
+            Self::Refused { .. } => libc::EACCES,
+            Self::WrongAnswer { .. } => libc::EPROTO,
+            Self::Deadline { .. } => libc::ETIMEDOUT,
+            Self::File { why, .. } => why.raw_os_error().unwrap_or(libc::EIO),
+            Self::OutOfRange { .. } => libc::EINVAL,
+            Self::Stopped => libc::ESHUTDOWN,
+        }
+    }
+}
+
+/// What the threads that ask and the fetch thread both see of a layer.
+#[derive(Debug)]
+pub(crate) enum SharedLayer {
+    Local { path: PathBuf, file: OwnedFd, size: u64 },
+    Remote { size: u64 },
+}
+
+impl SharedLayer {
+    fn size(&self) -> u64 {
+        match self {
+            Self::Local { size, .. } | Self::Remote { size } => *size,
+        }
+    }
+}
+
+/// What all handles and the fetch thread share.
+pub(crate) struct Shared {
+    layers: Vec<SharedLayer>,
+    tier: Tier,
+    counters: Arc<Counters>,
+}
+
+impl Shared {
+    /// The layer, when `asked` lies inside it.
+    fn layer_of(&self, asked: LayerRange) -> Option<&SharedLayer> {
+        let layer = self.layers.get(usize::try_from(asked.layer.0).ok()?)?;
+        let end = asked.range.start.0.checked_add(asked.range.len)?;
+        (end <= layer.size()).then_some(layer)
+    }
+}
 
 /// A handle on the fetch thread. Cheap to clone; the thread ends when the last handle is gone.
-#[derive(Clone, Debug)]
-pub struct Fetcher {}
+#[derive(Clone)]
+pub struct Fetcher {
+    shared: Arc<Shared>,
+    /// The thread runs as long as one of these lives.
+    commands: UnboundedSender<Command>,
+}
+
+impl fmt::Debug for Fetcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fetcher")
+            .field("layers", &self.shared.layers)
+            .finish_non_exhaustive()
+    }
+}
 
 impl Fetcher {
+    /// Starts the fetch thread for `layers`, numbered in this order. `files` lets read-ahead know which files lie where;
+    /// without it only sequential reads are seen coming.
+    ///
+    /// # Errors
+    /// When a layer cannot be fetched by its description, or the thread cannot be made. Servers are not asked.
+    pub fn start(
+        layers: Vec<LayerSource>,
+        options: FetchOptions,
+        files: Option<Arc<dyn FileMap>>,
+    ) -> Result<Self, StartError> {
+        let (shared, commands) = engine::start(layers, options, files)?;
+        Ok(Self { shared, commands })
+    }
+
     /// Where `range` is now, without waiting, system calls or long locks. Counts as a use of what it finds.
     #[must_use]
-    pub fn locate(&self, _range: LayerRange) -> Located {
-        unimplemented!()
+    pub fn locate(&self, asked: LayerRange) -> Located {
+        let shared = &*self.shared;
+        let counters = &*shared.counters;
+        match shared.layer_of(asked) {
+            None => Located::Elsewhere,
+            Some(SharedLayer::Local { file, .. }) => {
+                add(&counters.reads, 1);
+                add(&counters.bytes_disk, asked.range.len);
+                Located::File(file.as_raw_fd(), asked.range.start.0)
+            }
+            Some(SharedLayer::Remote { .. }) => {
+                let mut slices = Slices::new();
+                for (key, from, len) in pieces(asked.layer, asked.range) {
+                    let Some(chunk) = shared.tier.get(key) else {
+                        return Located::Elsewhere;
+                    };
+                    if chunk.touch() != FirstUse::No {
+                        add(&counters.prefetched_used, chunk::to_u64(chunk.bytes().len()));
+                    }
+                    slices.push(Slice::new(chunk, from, len));
+                }
+                add(&counters.reads, 1);
+                add(&counters.bytes_memory, asked.range.len);
+                Located::Memory(slices)
+            }
+        }
     }
 
     /// Leaves a demand read of `ranges` with the fetch thread and returns at once.
-    pub fn read(&self, _ranges: Vec<LayerRange>, _waiter: Box<dyn Waiter>) {
-        unimplemented!()
+    pub fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+        let command = Command::Read {
+            ranges,
+            waiter: engine::Owed::new(waiter),
+            asked: Instant::now(),
+        };
+        // When the thread is gone the command comes back and is dropped, and dropping it tells the waiter.
+        let _gone = self.commands.send(command);
+    }
+
+    /// Reads `ranges` and waits for them. Not for the threads that answer the kernel.
+    ///
+    /// # Errors
+    /// As a [`Waiter`] is told.
+    pub fn read_blocking(&self, ranges: Vec<LayerRange>) -> Result<Vec<Slice>, FetchError> {
+        struct Channel(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
+        impl Waiter for Channel {
+            fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
+                // Nobody listening is nobody to tell.
+                let _nobody_listens = self.0.send(outcome);
+            }
+        }
+        let (give, take) = mpsc::channel();
+        self.read(ranges, Box::new(Channel(give)));
+        take.recv().unwrap_or(Err(FetchError::Stopped))
+    }
+
+    /// What it has done until now.
+    #[must_use]
+    pub fn stats(&self) -> FetchStats {
+        self.shared.counters.snapshot()
+    }
+
+    /// Ends the fetch thread and waits for it: reads in flight fail with [`FetchError::Stopped`]. Safe to call twice.
+    pub fn shutdown(&self) {
+        let (give, take) = mpsc::channel();
+        if self.commands.send(Command::Shutdown(give)).is_ok() {
+            // A thread that is gone already has nothing to say.
+            let _gone = take.recv();
+        }
     }
 }

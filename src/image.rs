@@ -8,6 +8,9 @@ use std::ops::ControlFlow;
 
 use crate::units::{LayerId, TarOffset, TarRange};
 
+pub mod export;
+pub mod ext4;
+
 /// Where a stretch of the image comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
@@ -64,4 +67,60 @@ pub trait FileMap: Send + Sync + fmt::Debug {
     /// Visits the other files of `file`'s directory in tar order, starting behind `file` and wrapping round, until told to
     /// stop.
     fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>);
+}
+
+/// What a tree holds and a filesystem image cannot.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// More blocks than the format counts.
+    #[error(
+        "the image would be over 16 TiB, the most that ext4 with 32-bit block numbers can hold: mount fewer layers"
+    )]
+    TooBig {
+        /// How many blocks it would have, as far as they were counted.
+        blocks: u64,
+    },
+    /// A file over the format's limit.
+    #[error("{path}: a file of {size} bytes; ext4 can hold 17592186040320")]
+    FileTooBig {
+        /// The file.
+        path: String,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A directory over the format's limit.
+    #[error("{path}: a directory of {names} names; ext4 can hold 2 GiB of them")]
+    DirectoryTooBig {
+        /// The directory.
+        path: String,
+        /// How many names it has.
+        names: usize,
+    },
+    /// A device number beyond Linux's 12 + 20 bits.
+    #[error("{path}: device {major}:{minor}; Linux allows up to 4095:1048575")]
+    Device {
+        /// The device.
+        path: String,
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
+    /// More extended attributes than fit one inode.
+    #[error("{path}: {count} extended attributes, more than the 4 KiB that ext4 has for their names")]
+    Xattrs {
+        /// What has them.
+        path: String,
+        /// How many it has.
+        count: usize,
+    },
+    /// An access control list that is none.
+    #[error("{path}: {name} is not a valid access control list")]
+    Acl {
+        /// What has it.
+        path: String,
+        /// The attribute.
+        name: String,
+    },
 }

@@ -1,13 +1,47 @@
 //! What a layer holds. In: the tar's bytes, or only its headers. Out: entries, and the index file that keeps them.
 //!
-//! The header parser is push-driven, so one parser serves a local file, a stream and a remote walk. This room never opens
-//! a file or a socket for the parser: walkers bring bytes and ask where the next ones are needed.
+//! The header parser ([`Parser`]) is push-driven, so one parser serves a local file, a stream and a remote walk: walkers
+//! bring bytes and ask where the next ones are needed. Entries go to an [`EntrySink`]: the tree that is being built, an
+//! [`IndexBuilder`], a listing, or several of them ([`Tee`]). An [`Index`] hands the same entries out again later.
+//!
+//! This room must never open a socket, never believe a length before it has checked it, and never panic or allocate
+//! without bound on what a tar or an index file says. What a header means is written at [`Parser`]; how the index file
+//! is laid out at [`format`] and in docs/index-format.md.
 
 pub mod entry;
+mod error;
+pub mod format;
+mod header;
+pub mod listing;
+mod number;
+mod parser;
+mod pax;
+mod reader;
+mod sink;
+mod sparse;
+mod summary;
+mod varint;
+pub mod walk;
+mod writer;
 
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
+pub use parser::{EndOfArchive, Parser};
+pub use reader::{Entries, Index, is_index};
+pub use sink::{Collector, Tee};
+pub use summary::Summary;
+pub use writer::IndexBuilder;
 
-/// Why a tar or an index cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum IndexError {}
+/// The size of tar's blocks: headers are made of them, payloads padded to them.
+pub const TAR_BLOCK: u64 = 512;
+
+/// A slice's length as the 64-bit number that positions are made of.
+fn len_u64(len: usize) -> u64 {
+    // On every platform that Linux runs on a usize fits; saturating keeps the function total.
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+/// `position` moved up to the next multiple of tar's block size, saturating below the end of the 64-bit space.
+const fn align_up(position: u64) -> u64 {
+    position.saturating_add(TAR_BLOCK - 1) & !(TAR_BLOCK - 1)
+}

@@ -5,11 +5,24 @@
 //! fetches ranges of the layer only when the kernel reads them.
 //!
 //! The rooms, in the order data walks through them (docs/ARCHITECTURE.md is the tour):
-//! `source` → [`index`] → `tree` → [`image`] → [`fetch`] → `device` → mount, bench and the command.
+//! `source` → [`index`] → [`tree`] → [`image`] → [`fetch`] → `device` → mount, bench and the command.
 
 pub mod image;
 pub mod index;
+pub mod tree;
 pub mod units;
 
 #[cfg(feature = "command")]
+pub mod bench;
+#[cfg(feature = "command")]
+pub mod commands;
+#[cfg(feature = "command")]
+pub mod device;
+#[cfg(feature = "command")]
 pub mod fetch;
+#[cfg(feature = "command")]
+pub mod interrupt;
+#[cfg(feature = "command")]
+pub mod mount;
+#[cfg(feature = "command")]
+pub mod quantity;

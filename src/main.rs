@@ -1,3 +1,7 @@
 //! The `tarblk` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tarblk::commands::main()
+}

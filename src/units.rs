@@ -77,3 +77,9 @@ impl fmt::Display for TarRange {
 /// Which of an image's layers, counted from the lowest. A single-layer image has only layer 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LayerId(pub u32);
+
+/// A 32-bit index as an index into memory. Arenas keep 32-bit indexes to stay small; Linux machines have at least 32 bits.
+#[inline]
+pub(crate) fn to_usize(index: u32) -> usize {
+    usize::try_from(index).expect("a usize has at least 32 bits")
+}

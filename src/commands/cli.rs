@@ -1,0 +1,390 @@
+//! What can be typed: every command, option and help text. Man pages and completions are made from these definitions.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+use crate::quantity::{parse_rate, parse_size, parse_time};
+
+/// A container layer as a block device, before it has been downloaded.
+///
+/// tarblk reads the headers of an uncompressed tar layer, computes a read-only ext4 filesystem from them, offers it to the
+/// kernel as a block device, and fetches the layer's bytes only when the kernel reads them. The layer may be a local file
+/// or lie on any web server or registry that answers HTTP range requests; it is never converted, copied or changed.
+///
+/// Exit status: 0 success, 1 failure, 2 wrong usage. `bench` checks the exit status of the command it runs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tarblk",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    after_long_help = "Examples:
+  tarblk mount https://example.org/layers/debian.tar /mnt
+  chroot /mnt python3 -c 'import numpy'
+  tarblk umount /mnt
+
+  tarblk index layer.tar -o layer.tarblk          made once, attached in one request ever after
+  tarblk mount https://example.org/layer.tar /mnt --index https://example.org/layer.tarblk
+
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'
+  tarblk demo"
+)]
+pub struct Cli {
+    /// What is wanted of all commands.
+    #[command(flatten)]
+    pub talk: TalkArgs,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How much is said.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct TalkArgs {
+    /// Say nothing but errors, and draw no progress.
+    #[arg(
+        short,
+        long,
+        global = true,
+        conflicts_with = "verbose",
+        help_heading = "Global options"
+    )]
+    pub quiet: bool,
+    /// Say more; twice, even more. `RUST_LOG` is heeded too.
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global options")]
+    pub verbose: u8,
+}
+
+/// One command each.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Read a layer's headers, write the header index, print a summary.
+    Index(IndexArgs),
+    /// List what a layer holds.
+    Ls(LsArgs),
+    /// Write a layer's whole filesystem image to a file.
+    Image(ImageArgs),
+    /// Offer a layer as a block device and print the device's path.
+    Attach(AttachArgs),
+    /// Attach a layer and mount it, read-only.
+    Mount(MountArgs),
+    /// Unmount a directory that `mount` mounted, and detach its device.
+    Umount(UmountArgs),
+    /// Show what is attached.
+    Ps(PsArgs),
+    /// Show the counters of an attached device.
+    Stats(StatsArgs),
+    /// Detach a device; refused while it is mounted.
+    Detach(DetachArgs),
+    /// Measure a cold start: a command in a layer that is not there yet, against the usual ways to get it there.
+    Bench(BenchArgs),
+    /// Show everything on a layer made from this machine's own files.
+    Demo(DemoArgs),
+    /// Write man pages or shell completions.
+    #[command(subcommand)]
+    Generate(Generate),
+}
+
+/// The layer, wherever it is.
+#[derive(Clone, Debug, Args)]
+pub struct SourceArgs {
+    /// An uncompressed tar: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
+}
+
+/// A layer whose headers may have been read before.
+#[derive(Clone, Debug, Args)]
+pub struct LayerArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// A header index made by `tarblk index`, as a path or a URL: saves reading the headers.
+    #[arg(long, value_name = "FILE|URL", value_hint = ValueHint::FilePath)]
+    pub index: Option<String>,
+    /// Where indexes and fetched bytes are kept [default: /var/cache/tarblk, or ~/.cache/tarblk for users].
+    #[arg(long, value_name = "DIR", env = "TARBLK_CACHE", value_hint = ValueHint::DirPath)]
+    pub cache: Option<PathBuf>,
+    /// Keep nothing on disk and use nothing kept.
+    #[arg(long, conflicts_with = "cache")]
+    pub no_cache: bool,
+}
+
+/// How a device fetches.
+#[derive(Clone, Debug, Args)]
+pub struct FetchArgs {
+    /// Memory for bytes that may be read again.
+    #[arg(long, help_heading = "Device options", value_name = "SIZE", value_parser = parse_size, default_value = "64MiB")]
+    pub memory: u64,
+    /// Fail a read with an I/O error when its bytes could not be brought for this long [default: wait forever].
+    #[arg(long, help_heading = "Device options", value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
+    /// Connections to the server at most.
+    #[arg(long, help_heading = "Device options", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), default_value = "16")]
+    pub connections: u16,
+}
+
+/// How a device is made.
+#[derive(Clone, Debug, Args)]
+pub struct DeviceArgs {
+    /// What makes the block device: ublk, or a FUSE file under a loop device where the kernel has no ublk.
+    #[arg(long, help_heading = "Device options", value_enum, default_value_t = BackendArg::Auto)]
+    pub backend: BackendArg,
+    /// Queues of a ublk device [default: one per CPU, up to 4].
+    #[arg(long, help_heading = "Device options", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub queues: Option<u16>,
+    /// How it fetches.
+    #[command(flatten)]
+    pub fetch: FetchArgs,
+}
+
+/// What makes the block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackendArg {
+    /// ublk where the kernel has it, else loop; says which.
+    #[default]
+    Auto,
+    /// The kernel's userspace block driver (Linux 6.0 and later with `ublk_drv`).
+    Ublk,
+    /// A FUSE file under a read-only loop device.
+    Loop,
+}
+
+/// Arguments of `tarblk index`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tarblk index layer.tar                     summary only
+  tarblk index layer.tar -o layer.tarblk
+  tarblk index https://example.org/layer.tar -o layer.tarblk --json")]
+pub struct IndexArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// Write the index to this file.
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+    /// The summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tarblk ls`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  tarblk ls layer.tar
+  tarblk ls layer.tarblk --json | jq -r 'select(.size > 1000000).path'
+  tarblk ls layer.tar --mtree > layer.mtree && bsdtar -xpf layer.tar -C root && mtree -f layer.mtree -p root")]
+pub struct LsArgs {
+    /// A layer (path or URL of a tar), or an index made from one.
+    #[arg(value_name = "SOURCE|INDEX", value_hint = ValueHint::FilePath)]
+    pub source: String,
+    /// One JSON object a line.
+    #[arg(long, conflicts_with = "mtree")]
+    pub json: bool,
+    /// BSD mtree form.
+    #[arg(long)]
+    pub mtree: bool,
+}
+
+/// Arguments of `tarblk image`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  tarblk image layer.tar -o layer.ext4 && mount -o ro,loop layer.ext4 /mnt")]
+pub struct ImageArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+    /// The file to write; replaced when the image is whole. Sparse where the image is zero.
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: PathBuf,
+}
+
+/// Arguments of `tarblk attach`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  device=$(tarblk attach https://example.org/layer.tar)
+  mount -o ro $device /mnt; …; umount /mnt
+  tarblk detach $device")]
+pub struct AttachArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+    /// The device.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Serve from this process, in the foreground, until SIGINT or SIGTERM.
+    #[arg(long)]
+    pub foreground: bool,
+    /// The device, its back end, process and log as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tarblk mount`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:
+  tarblk mount https://example.org/layer.tar /mnt
+  ls /mnt; …
+  tarblk umount /mnt")]
+pub struct MountArgs {
+    /// The layer.
+    #[command(flatten)]
+    pub layer: LayerArgs,
+    /// An empty directory to mount it on.
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
+    /// The device.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Stay in the foreground; SIGINT or SIGTERM unmounts and ends.
+    #[arg(long)]
+    pub foreground: bool,
+    /// What was mounted as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tarblk umount`.
+#[derive(Debug, Args)]
+pub struct UmountArgs {
+    /// Where it is mounted.
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
+}
+
+/// Arguments of `tarblk ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tarblk stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The device, as `attach` printed it.
+    #[arg(value_name = "DEVICE", value_hint = ValueHint::FilePath)]
+    pub device: PathBuf,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tarblk detach`.
+#[derive(Debug, Args)]
+pub struct DetachArgs {
+    /// The device, as `attach` printed it.
+    #[arg(value_name = "DEVICE", value_hint = ValueHint::FilePath)]
+    pub device: PathBuf,
+}
+
+/// A way to get from nothing to the command's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum)]
+pub enum RowArg {
+    /// tarblk with a ready index, nothing cached.
+    Empty,
+    /// tarblk without an index: the headers are read over the link first.
+    Walk,
+    /// tarblk with everything cached.
+    Full,
+    /// Download everything and untar.
+    Untar,
+    /// Download everything and loop-mount the whole image.
+    Loop,
+}
+
+/// Arguments of `tarblk bench`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'",
+    after_long_help = "Runs COMMAND with the layer as its root directory (chroot; /dev has null, zero, full, random, urandom and tty,
+/proc is mounted), each time from a cold cache: page cache dropped, a process of its own, nothing kept. A run's clock
+starts with nothing and stops when COMMAND has ended; COMMAND must exit with 0. The runs are interleaved.
+
+The floor is what no system of this kind can beat: the bytes COMMAND touched over the rate, two round trips, and the
+time COMMAND takes when everything is in memory.
+
+Example:
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'"
+)]
+pub struct BenchArgs {
+    /// The layer; served from an origin of its own over a simulated link if it is a file, used as it is if it is a URL.
+    #[command(flatten)]
+    pub source: SourceArgs,
+    /// The simulated link's round trip, for a local SOURCE.
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub rtt: Option<Duration>,
+    /// The simulated link's rate, for a local SOURCE, e.g. 200mbit [default: unlimited].
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub rate: Option<u64>,
+    /// How often each alternative runs.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), default_value = "3")]
+    pub runs: u32,
+    /// The index to use with a URL, as a path or a URL; made beforehand if not given.
+    #[arg(long, value_name = "FILE|URL", value_hint = ValueHint::FilePath)]
+    pub index: Option<String>,
+    /// Measure this too.
+    #[arg(long, value_name = "ROW", value_enum, value_delimiter = ',')]
+    pub with: Vec<RowArg>,
+    /// Leave this out.
+    #[arg(long, value_name = "ROW", value_enum, value_delimiter = ',')]
+    pub without: Vec<RowArg>,
+    /// The device of the tarblk runs.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// The results as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Write a report with charts: one HTML file.
+    #[arg(long, value_name = "FILE.html", value_hint = ValueHint::FilePath)]
+    pub report: Option<PathBuf>,
+    /// Where downloads, caches and extracted files of the runs are put; removed afterwards [default: $TMPDIR].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub scratch: Option<PathBuf>,
+    /// The command to run in the layer, with its arguments.
+    #[arg(last = true, required = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `tarblk demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Where the report goes [default: tarblk-demo.html in the current directory].
+    #[arg(long, value_name = "FILE.html", value_hint = ValueHint::FilePath)]
+    pub report: Option<PathBuf>,
+}
+
+/// What `tarblk generate` writes.
+#[derive(Debug, Subcommand)]
+pub enum Generate {
+    /// Write a man page for every command into DIR.
+    Man {
+        /// An existing directory.
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+    /// Print completions for a shell.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_definitions_hold_together() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,171 @@
+//! What goes to the terminal. In: lines, tables, progress. Out: standard output and standard error.
+//!
+//! Results go to standard output, everything else to standard error. A reader that has seen enough (`| head`) ends the
+//! command quietly. Progress is drawn only on a terminal that shows standard error, and never with `--quiet`.
+
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// The reader of standard output has gone: an end like any other.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("nobody reads the output any more")]
+pub struct ReaderGone;
+
+/// Writes to standard output.
+///
+/// # Errors
+/// [`ReaderGone`] when the other end of the pipe is closed; whatever else standard output says.
+pub fn print(text: impl fmt::Display) -> anyhow::Result<()> {
+    write_out(|out| write!(out, "{text}"))
+}
+
+/// Writes a line to standard output.
+///
+/// # Errors
+/// Those of [`print`].
+pub fn println(text: impl fmt::Display) -> anyhow::Result<()> {
+    write_out(|out| writeln!(out, "{text}"))
+}
+
+/// Lets `write` write to a buffered standard output and flushes it.
+///
+/// # Errors
+/// Those of [`print`].
+pub fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
+    let mut out = io::BufWriter::with_capacity(64 * 1024, io::stdout().lock());
+    let written = write(&mut out).and_then(|()| out.flush());
+    // What the buffer still holds must not be tried again when it is dropped.
+    let _ = out.into_parts();
+    written.map_err(|e| match e.kind() {
+        io::ErrorKind::BrokenPipe => ReaderGone.into(),
+        _ => anyhow::Error::new(e).context("cannot write to standard output"),
+    })
+}
+
+/// A table with aligned columns, numbers to the right.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    right: Vec<bool>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these headings; those that begin with `>` are right-aligned.
+    #[must_use]
+    pub fn new(headings: &[&str]) -> Self {
+        let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
+        let first = headings
+            .iter()
+            .map(|heading| heading.trim_start_matches('>').to_owned())
+            .collect();
+        Self {
+            right,
+            rows: vec![first],
+        }
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
+        self.rows.push(cells.into_iter().map(Into::into).collect());
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = |column: usize| {
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.chars().count())
+                .max()
+        };
+        let widths: Vec<usize> = (0..self.right.len()).map(|column| width(column).unwrap_or(0)).collect();
+        for row in &self.rows {
+            let mut line = String::new();
+            for ((cell, &width), &right) in row.iter().zip(&widths).zip(&self.right) {
+                if !line.is_empty() {
+                    line.push_str("  ");
+                }
+                let padding = " ".repeat(width.saturating_sub(cell.chars().count()));
+                if right {
+                    line.push_str(&padding);
+                    line.push_str(cell);
+                } else {
+                    line.push_str(cell);
+                    line.push_str(&padding);
+                }
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// How much is said besides the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Talk {
+    /// Nothing but errors.
+    pub quiet: bool,
+}
+
+impl Talk {
+    /// A line for the person, on standard error.
+    pub fn note(self, text: impl fmt::Display) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    /// A bar over `total` bytes, if there is somebody to see it.
+    #[must_use]
+    pub fn bar(self, what: &str, total: u64) -> ProgressBar {
+        let style =
+            "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {binary_bytes_per_sec:>12} {eta:>4}";
+        styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style)
+    }
+
+    /// A sign of life for work of unknown length.
+    #[must_use]
+    pub fn spinner(self, what: &str) -> ProgressBar {
+        let bar = styled(
+            ProgressBar::with_draw_target(None, target(self)),
+            what,
+            "{spinner} {msg} {elapsed}",
+        );
+        bar.enable_steady_tick(Duration::from_millis(120));
+        bar
+    }
+}
+
+fn styled(bar: ProgressBar, what: &str, style: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+    bar.with_style(style.progress_chars("━╸ "))
+        .with_message(what.to_owned())
+}
+
+fn target(talk: Talk) -> ProgressDrawTarget {
+    if talk.quiet || !io::stderr().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr_with_hz(10)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_align() {
+        let mut table = Table::new(&["NAME", ">SIZE", "WHERE"]);
+        table.row(["a", "1", "here"]);
+        table.row(["büro", "100 KiB", ""]);
+        assert_eq!(
+            table.to_string(),
+            "NAME     SIZE  WHERE\na           1  here\nbüro  100 KiB\n"
+        );
+    }
+}

@@ -1,0 +1,223 @@
+//! The image as a block device. In: an image and a fetcher. Out: `/dev/ublkbN` or `/dev/loopN`, the process that serves it,
+//! and what other commands may know of and ask that process.
+//!
+//! Knows nothing of tar. [`volume`] is what both back ends serve: [`ublk`] where the kernel has it, else [`fuse_loop`], a
+//! FUSE file under a loop device. Threads that answer the kernel never block and never compute anything bigger than a
+//! block. A back end that was not asked for is never taken silently.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub mod daemon;
+pub mod fuse_loop;
+pub mod registry;
+pub mod state;
+pub mod stats;
+pub mod ublk;
+pub mod users;
+pub mod volume;
+
+use volume::Volume;
+
+/// How long reads in flight may go on after a device was asked to stop, before they are answered with an error.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Which kernel interface carries a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// ublk: `/dev/ublkbN`.
+    Ublk,
+    /// A FUSE file under a loop device: `/dev/loopN`.
+    Loop,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ublk => "ublk",
+            Self::Loop => "loop",
+        })
+    }
+}
+
+/// Which back end a user asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// ublk, and loop where there is no ublk.
+    #[default]
+    Auto,
+    /// ublk or nothing.
+    Ublk,
+    /// loop or nothing.
+    Loop,
+}
+
+impl FromStr for BackendChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "ublk" => Ok(Self::Ublk),
+            "loop" => Ok(Self::Loop),
+            other => Err(format!("`{other}` is no back end; there are auto, ublk and loop")),
+        }
+    }
+}
+
+/// How a device is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeviceOptions {
+    /// Which back end.
+    pub backend: BackendChoice,
+    /// Hardware queues of a ublk device, session threads of a FUSE file.
+    pub queues: u16,
+    /// Requests in flight in each queue of a ublk device.
+    pub depth: u16,
+    /// The device's `read_ahead_kb`, in KiB; the kernel's default when not given.
+    pub read_ahead_kb: Option<u32>,
+    /// What the device holds, as lists of devices may show it.
+    pub label: String,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self {
+            backend: BackendChoice::Auto,
+            queues: 2,
+            depth: 128,
+            read_ahead_kb: None,
+            label: "tarblk".to_owned(),
+        }
+    }
+}
+
+/// What can go wrong with a device.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The kernel has no ublk driver, or it may not be used.
+    #[error("no ublk: {0}")]
+    NoUblk(String),
+    /// The ublk driver refused something.
+    #[error("ublk: {0}")]
+    Ublk(String),
+    /// The kernel has no FUSE or no loop devices, or they may not be used.
+    #[error("no FUSE under a loop device: {0}")]
+    NoLoop(String),
+    /// FUSE or the loop driver refused something.
+    #[error("loop: {0}")]
+    Loop(String),
+    /// Neither back end is to be had.
+    #[error(
+        "no way to make a block device: {ublk}; {fuse_loop}. Run as root on a kernel with ublk_drv, or fuse and loop"
+    )]
+    NoBackend {
+        /// Why there is no ublk.
+        ublk: Box<DeviceError>,
+        /// Why there is no loop device.
+        fuse_loop: Box<DeviceError>,
+    },
+}
+
+/// A device that this process serves.
+#[derive(Debug)]
+pub enum Device {
+    /// Through ublk.
+    Ublk(ublk::UblkDevice),
+    /// Through FUSE and loop.
+    Loop(fuse_loop::FuseLoop),
+}
+
+impl Device {
+    /// Serves `volume` by the back end that `options` ask for. The second value says why `auto` did not take ublk.
+    ///
+    /// # Errors
+    /// Why no device could be made.
+    pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<(Self, Option<String>), DeviceError> {
+        let by_loop = || fuse_loop::FuseLoop::start(volume, options).map(Self::Loop);
+        match options.backend {
+            BackendChoice::Ublk => Ok((Self::Ublk(ublk::UblkDevice::start(volume, options)?), None)),
+            BackendChoice::Loop => Ok((by_loop()?, None)),
+            BackendChoice::Auto => match ublk::UblkDevice::start(volume, options) {
+                Ok(device) => Ok((Self::Ublk(device), None)),
+                Err(ublk) => match by_loop() {
+                    Ok(device) => Ok((device, Some(ublk.to_string()))),
+                    Err(fuse_loop) => Err(DeviceError::NoBackend {
+                        ublk: Box::new(ublk),
+                        fuse_loop: Box::new(fuse_loop),
+                    }),
+                },
+            },
+        }
+    }
+
+    /// The back end that carries it.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        match self {
+            Self::Ublk(_) => Backend::Ublk,
+            Self::Loop(_) => Backend::Loop,
+        }
+    }
+
+    /// The block device.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Ublk(device) => device.path(),
+            Self::Loop(device) => device.path(),
+        }
+    }
+
+    /// Whether it is still served; somebody else may take a device down.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        match self {
+            Self::Ublk(device) => device.is_running(),
+            Self::Loop(device) => device.is_running(),
+        }
+    }
+
+    /// Takes it down. The caller has made sure that nobody has it mounted.
+    ///
+    /// # Errors
+    /// What kept the kernel from letting go.
+    pub fn stop(self) -> Result<(), DeviceError> {
+        match self {
+            Self::Ublk(device) => device.stop(),
+            Self::Loop(device) => device.stop(),
+        }
+    }
+}
+
+/// Tries to load a kernel module; whether that helped is for the caller to see.
+fn modprobe(module: &str) {
+    let quiet = Stdio::null;
+    let _ = Command::new("modprobe")
+        .arg(module)
+        .stdin(quiet())
+        .stdout(quiet())
+        .stderr(quiet())
+        .status();
+}
+
+/// Sets what can only be set on a running device. It works without, so failures are only logged.
+fn queue_sysfs(device: &Path, options: &DeviceOptions) {
+    let (Some(name), Some(kib)) = (device.file_name(), options.read_ahead_kb) else {
+        return;
+    };
+    let knob = Path::new("/sys/block").join(name).join("queue/read_ahead_kb");
+    if let Err(error) = fs::write(&knob, kib.to_string()) {
+        log::warn!("cannot set {} to {kib}: {error}", knob.display());
+    }
+}

@@ -1,0 +1,381 @@
+//! The image as the only file of a FUSE filesystem that is mounted nowhere.
+//!
+//! The session's threads never wait: what is in memory they answer at once, a local file they read only as far as the page
+//! cache has it, and everything else is answered by the fetch thread when the bytes are there.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant, SystemTime};
+
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+};
+use rustix::io::ReadWriteFlags;
+
+use crate::device::stats::{Lane, Source};
+use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
+use crate::fetch::{FetchError, Slice, Waiter};
+
+/// The file's name in the root directory.
+pub(super) const FILE_NAME: &str = "image";
+
+const FILE: INodeNo = INodeNo(2);
+
+/// Nothing about the file ever changes, so the kernel may keep what it knows for good.
+const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+
+/// Requests the kernel may have in flight before it holds more back; reads through a loop device count as background.
+const MAX_BACKGROUND: u16 = 512;
+
+/// Answers longer than this are copied to the kernel by a thread of their own instead of the fetch thread.
+const LONG_ANSWER: usize = 64 << 10;
+
+/// The filesystem.
+#[derive(Debug)]
+pub(super) struct Export {
+    volume: Arc<Volume>,
+    next_lane: AtomicUsize,
+    waiting: Arc<Waiting>,
+    long_answers: mpsc::Sender<Arrived>,
+}
+
+/// The reads whose bytes are on the way, by number.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    reads: Mutex<HashMap<u64, Pending>>,
+    next: AtomicU64,
+}
+
+impl Waiting {
+    fn reads(&self) -> MutexGuard<'_, HashMap<u64, Pending>> {
+        self.reads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, pending: Pending) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.reads().insert(number, pending);
+        number
+    }
+
+    fn take(&self, number: u64) -> Option<Pending> {
+        self.reads().remove(&number)
+    }
+
+    /// Answers every read that waits for the fetch thread with an error.
+    pub(super) fn give_up(&self) {
+        let reads = std::mem::take(&mut *self.reads());
+        for pending in reads.into_values() {
+            pending.give_up();
+        }
+    }
+}
+
+thread_local! {
+    /// What a session thread reuses from read to read: its lane's number, its lists, its buffer.
+    static DESK: std::cell::RefCell<Option<Desk>> = const { std::cell::RefCell::new(None) };
+}
+
+#[derive(Debug)]
+struct Desk {
+    lane: usize,
+    scratch: Scratch,
+    buf: Vec<u8>,
+}
+
+/// A read whose bytes are on the way.
+#[derive(Debug)]
+struct Pending {
+    volume: Arc<Volume>,
+    lane: usize,
+    offset: u64,
+    buf: Vec<u8>,
+    gaps: Vec<Gap>,
+    began: Instant,
+    reply: ReplyData,
+}
+
+/// A read whose bytes are here but not yet with the kernel.
+#[derive(Debug)]
+struct Arrived {
+    pending: Pending,
+    outcome: Result<Vec<Slice>, FetchError>,
+}
+
+impl Export {
+    /// Serves `volume`, with a thread for long answers that ends with the filesystem.
+    pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>) -> io::Result<Self> {
+        let (long_answers, arrivals) = mpsc::channel::<Arrived>();
+        std::thread::Builder::new()
+            .name("fuse-answers".to_owned())
+            .spawn(move || {
+                for arrived in arrivals {
+                    arrived.pending.finish(arrived.outcome);
+                }
+            })?;
+        Ok(Self {
+            volume,
+            next_lane: AtomicUsize::new(0),
+            waiting,
+            long_answers,
+        })
+    }
+
+    fn attributes(&self, ino: INodeNo) -> FileAttr {
+        let (kind, perm, size) = match ino {
+            FILE => (FileType::RegularFile, 0o400, self.volume.len()),
+            _ => (FileType::Directory, 0o500, 0),
+        };
+        let epoch = SystemTime::UNIX_EPOCH;
+        FileAttr {
+            ino,
+            size,
+            blocks: size.div_ceil(512),
+            atime: epoch,
+            mtime: epoch,
+            ctime: epoch,
+            crtime: epoch,
+            kind,
+            perm,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+
+    fn serve(&self, desk: &mut Desk, offset: u64, size: u32, reply: ReplyData) {
+        let began = Instant::now();
+        let lane = self.volume.lane(desk.lane);
+        lane.read();
+        let left = self.volume.len().saturating_sub(offset);
+        let len = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
+        if desk.buf.len() < len {
+            desk.buf.resize(len, 0);
+        }
+        let buf = &mut desk.buf[..len];
+        match self.volume.look(offset, buf, &mut desk.scratch, lane) {
+            Ok(Found::Zero) => {
+                buf.fill(0);
+                reply.data(buf);
+            }
+            Ok(Found::Memory(slice)) => reply.data(&slice),
+            Ok(Found::Filled) => reply.data(buf),
+            Ok(Found::Gaps) => {
+                read_cached(&mut desk.scratch.gaps, buf, lane);
+                if desk.scratch.gaps.is_empty() {
+                    reply.data(buf);
+                } else {
+                    let gaps = desk.scratch.gaps.clone();
+                    let pending = Pending {
+                        volume: Arc::clone(&self.volume),
+                        lane: desk.lane,
+                        offset,
+                        // Only what is here already has to be kept.
+                        buf: if covers(&gaps, len) { vec![0; len] } else { buf.to_vec() },
+                        gaps,
+                        began,
+                        reply,
+                    };
+                    let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
+                    let waiter = FuseWaiter {
+                        number: waiting.add(pending),
+                        waiting,
+                        long_answers,
+                    };
+                    return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
+                }
+            }
+            Err(error) => fail(&self.volume, desk.lane, offset, len, &error, reply),
+        }
+        lane.took(began.elapsed(), 1);
+    }
+}
+
+/// Whether the gaps are all there is of a read of `len` bytes.
+fn covers(gaps: &[Gap], len: usize) -> bool {
+    gaps.iter().map(|gap| gap.len).sum::<usize>() == len
+}
+
+fn fail(volume: &Volume, lane: usize, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
+    volume.failed(volume.lane(lane), offset, len, error);
+    reply.error(Errno::EIO);
+}
+
+/// Closes the gaps that lie in local files and whose bytes the page cache holds.
+fn read_cached(gaps: &mut Vec<Gap>, buf: &mut [u8], lane: &Lane) {
+    gaps.retain(|gap| {
+        let Some((fd, offset)) = gap.file else { return true };
+        let target = &mut buf[gap.at..gap.at + gap.len];
+        match read_if_cached(fd, target, offset) {
+            Ok(n) if n == gap.len => {
+                lane.bytes(Source::Disk, to_u64(gap.len));
+                false
+            }
+            // Not all of it without waiting: the fetch thread reads it, and finds out what is wrong if anything is.
+            _ => true,
+        }
+    });
+}
+
+fn read_if_cached(fd: RawFd, target: &mut [u8], offset: u64) -> io::Result<usize> {
+    // SAFETY: the fetcher promises that descriptors it names stay open as long as it lives, and the volume keeps it alive.
+    #[allow(unsafe_code)]
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let mut target = [io::IoSliceMut::new(target)];
+    Ok(rustix::io::preadv2(fd, &mut target, offset, ReadWriteFlags::NOWAIT)?)
+}
+
+impl Pending {
+    /// Answers the kernel.
+    fn finish(mut self, outcome: Result<Vec<Slice>, FetchError>) {
+        let slices = match outcome {
+            Ok(slices) => slices,
+            Err(error) => return self.fail(&error.into()),
+        };
+        if let ([gap], [slice]) = (&self.gaps[..], &slices[..])
+            && gap.len == self.buf.len()
+            && slice.len() == gap.len
+        {
+            self.reply.data(slice);
+        } else if let Err(error) = fill_gaps(&self.gaps, &slices, &mut self.buf) {
+            return self.fail(&error);
+        } else {
+            self.reply.data(&self.buf);
+        }
+        let lane = self.volume.lane(self.lane);
+        count_gaps(&self.gaps, lane);
+        lane.took(self.began.elapsed(), 1);
+    }
+
+    fn fail(self, error: &ReadError) {
+        fail(&self.volume, self.lane, self.offset, self.buf.len(), error, self.reply);
+    }
+
+    fn give_up(self) {
+        self.fail(&ReadError::Stopped);
+    }
+}
+
+/// Answers the kernel when the fetch thread has the bytes.
+struct FuseWaiter {
+    number: u64,
+    waiting: Arc<Waiting>,
+    long_answers: mpsc::Sender<Arrived>,
+}
+
+impl Waiter for FuseWaiter {
+    fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
+        let Some(pending) = self.waiting.take(self.number) else {
+            return;
+        };
+        if pending.buf.len() > LONG_ANSWER {
+            if let Err(mpsc::SendError(arrived)) = self.long_answers.send(Arrived { pending, outcome }) {
+                arrived.pending.finish(arrived.outcome);
+            }
+        } else {
+            pending.finish(outcome);
+        }
+    }
+}
+
+impl Drop for FuseWaiter {
+    /// A waiter that is dropped untold must not leave the kernel's request hanging.
+    fn drop(&mut self) {
+        if let Some(pending) = self.waiting.take(self.number) {
+            pending.give_up();
+        }
+    }
+}
+
+impl Filesystem for Export {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each of these makes reads faster where the kernel has it, and none is needed.
+        for capability in [
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_MAX_PAGES,
+        ] {
+            let _ = config.add_capabilities(capability);
+        }
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        // The length of a read is bounded by that of a write, which never happens.
+        let _ = config.set_max_write(1 << 20);
+        if let Err(most) = config.set_max_readahead(1 << 20) {
+            let _ = config.set_max_readahead(most);
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if parent == INodeNo::ROOT && name == FILE_NAME {
+            reply.entry(&FOR_EVER, &self.attributes(FILE), Generation(0));
+        } else {
+            reply.error(Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        if ino == INodeNo::ROOT || ino == FILE {
+            reply.attr(&FOR_EVER, &self.attributes(ino));
+        } else {
+            reply.error(Errno::ENOENT);
+        }
+    }
+
+    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if ino == FILE {
+            reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
+        } else {
+            reply.error(Errno::EISDIR);
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        DESK.with_borrow_mut(|desk| {
+            let desk = desk.get_or_insert_with(|| Desk {
+                lane: self.next_lane.fetch_add(1, Ordering::Relaxed),
+                scratch: Scratch::default(),
+                buf: Vec::new(),
+            });
+            self.serve(desk, offset, size, reply);
+        });
+    }
+}
+
+/// Mounts a FUSE filesystem that `channel` (an open `/dev/fuse`) serves, without attaching it anywhere: it has no path, and
+/// is gone with the last descriptor on it.
+pub(super) fn mount_detached(channel: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+    let context = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let set = |key: &str, value: &str| rustix::mount::fsconfig_set_string(context.as_fd(), key, value);
+    set("source", "tarblk")?;
+    set("fd", &std::os::fd::AsRawFd::as_raw_fd(&channel).to_string())?;
+    set("rootmode", "40000")?;
+    set("user_id", "0")?;
+    set("group_id", "0")?;
+    rustix::mount::fsconfig_create(context.as_fd())?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(rustix::mount::fsmount(
+        context.as_fd(),
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        attributes,
+    )?)
+}

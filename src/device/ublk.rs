@@ -1,0 +1,377 @@
+//! The image as a ublk block device. In: a volume. Out: `/dev/ublkbN`, served by threads of this process.
+//!
+//! libublk stays inside this module and its parts: its next version changes everything. `queue` answers the kernel,
+//! `landing` brings back what the fetch thread found, and here is what creates, starts, stops and deletes the device.
+//!
+//! The device is privileged (an unprivileged one has its server killed when a read takes 30 seconds, and reads over a
+//! network may), read-only, of 4096-byte blocks, and recoverable: when this process dies without notice, reads wait
+//! instead of failing. Control commands run on a thread of their own under a time limit, because some kernels (6.18.4,
+//! 6.18.5, some 6.17) never come back from `ADD_DEV`.
+
+mod control;
+mod landing;
+mod queue;
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
+use libublk::io::UblkDev;
+use libublk::{UblkError, UblkFlags, sys};
+
+use super::volume::Volume;
+use super::{DeviceError, DeviceOptions, STOP_GRACE};
+use crate::units::BLOCK_SIZE;
+use queue::Landings;
+
+const CONTROL: &str = "/dev/ublk-control";
+
+/// How long the kernel may take to add or start a device before we call it stuck.
+const CREATION_LIMIT: Duration = Duration::from_secs(30);
+
+/// The largest read the kernel may send in one request, in bytes.
+const MAX_IO_BYTES: u32 = 512 << 10;
+
+/// A running ublk device. Dropping it without [`UblkDevice::stop`] leaves its threads serving.
+#[derive(Debug)]
+pub struct UblkDevice {
+    id: u32,
+    path: PathBuf,
+    volume: Arc<Volume>,
+    landings: Vec<Arc<Landings>>,
+    control: JoinHandle<()>,
+    ended: mpsc::Receiver<()>,
+}
+
+/// What the control thread tells while it creates the device.
+enum Progress {
+    Added(u32),
+    Started,
+    Failed(DeviceError),
+}
+
+/// Makes sure that this kernel can do ublk, loading the driver if need be.
+///
+/// # Errors
+/// [`DeviceError::NoUblk`] with what is missing.
+pub fn preflight() -> Result<(), DeviceError> {
+    if !Path::new(CONTROL).exists() {
+        super::modprobe("ublk_drv");
+        wait_until(Duration::from_millis(500), || Path::new(CONTROL).exists());
+    }
+    if !Path::new(CONTROL).exists() {
+        let kernel = rustix::system::uname();
+        return Err(DeviceError::NoUblk(format!(
+            "{CONTROL} is missing and `modprobe ublk_drv` did not bring it (kernel {})",
+            kernel.release().to_string_lossy()
+        )));
+    }
+    match fs::OpenOptions::new().read(true).write(true).open(CONTROL) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(DeviceError::NoUblk(format!("cannot open {CONTROL}: {error}"))),
+    }
+}
+
+impl UblkDevice {
+    /// Adds a device that serves `volume` and starts it.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoUblk`] when there is no driver, [`DeviceError::Ublk`] when it refuses or does not come back.
+    pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<Self, DeviceError> {
+        preflight()?;
+        let landings: Vec<_> = (0..options.queues).map(|_| Landings::new(options.depth)).collect();
+        let (tell, told) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
+        let control = {
+            let (volume, options, landings) = (Arc::clone(volume), options.clone(), landings.clone());
+            thread::Builder::new()
+                .name("ublk-control".to_owned())
+                .spawn(move || {
+                    if let Err(error) = run(&volume, &options, &landings, &tell) {
+                        let _ = tell.send(Progress::Failed(error));
+                    }
+                    drop(end);
+                })
+                .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?
+        };
+        let mut id = None;
+        let deadline = Instant::now() + CREATION_LIMIT;
+        loop {
+            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Progress::Added(new)) => id = Some(new),
+                Ok(Progress::Failed(error)) => return Err(error),
+                Ok(Progress::Started) => break,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(DeviceError::Ublk("its control thread died".to_owned()));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let stage = if id.is_some() {
+                        "start the device"
+                    } else {
+                        "add a device"
+                    };
+                    return Err(DeviceError::Ublk(format!(
+                        "the driver did not {stage} within {} s; kernels 6.18.4, 6.18.5 and some 6.17 hang here and need \
+                         an update, and until the next boot `--backend loop`",
+                        CREATION_LIMIT.as_secs()
+                    )));
+                }
+            }
+        }
+        let id = id.ok_or_else(|| DeviceError::Ublk("the driver started a device without a number".to_owned()))?;
+        let device = Self {
+            id,
+            path: path_of(id),
+            volume: Arc::clone(volume),
+            landings,
+            control,
+            ended,
+        };
+        if !wait_until(Duration::from_secs(5), || is_block_device(&device.path)) {
+            let path = device.path.display().to_string();
+            let _ = device.stop();
+            return Err(DeviceError::Ublk(format!(
+                "{path} did not appear; is devtmpfs mounted on /dev?"
+            )));
+        }
+        super::queue_sysfs(&device.path, options);
+        Ok(device)
+    }
+
+    /// The block device.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The driver's number of the device.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Whether its threads still serve; they end when somebody else stops or deletes the device.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        !matches!(self.ended.try_recv(), Err(mpsc::TryRecvError::Disconnected))
+    }
+
+    /// Stops and deletes the device. Reads in flight get a moment to finish, then fail.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ublk`] when the driver does not let go in time.
+    pub fn stop(self) -> Result<(), DeviceError> {
+        let id = self.id;
+        // STOP_DEV returns once every request is answered, so it may not run on a thread that has to see to that.
+        thread::Builder::new()
+            .name("ublk-stop".to_owned())
+            .spawn(move || {
+                if let Err(error) = control::stop(id) {
+                    log::warn!("ublk device {id} does not stop: {error}");
+                }
+            })
+            .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
+        let deadline = Instant::now() + CREATION_LIMIT;
+        let mut grace = Instant::now() + STOP_GRACE;
+        while let Err(RecvTimeoutError::Timeout) =
+            self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
+        {
+            self.volume.close();
+            for landings in &self.landings {
+                landings.give_up();
+            }
+            grace = Instant::now() + Duration::from_millis(200);
+            if Instant::now() > deadline {
+                return Err(DeviceError::Ublk(format!("the driver does not let go of device {id}")));
+            }
+        }
+        let _ = self.control.join();
+        if wait_until(Duration::from_secs(5), || !exists(id)) {
+            Ok(())
+        } else {
+            Err(DeviceError::Ublk(format!(
+                "device {id} was stopped but is still listed"
+            )))
+        }
+    }
+}
+
+/// Deletes a device that its server, process `server`, left behind.
+///
+/// # Errors
+/// [`DeviceError::Ublk`] when another process serves a device of this number, or the driver refuses or does not come back.
+pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
+    if !exists(id) {
+        return Ok(());
+    }
+    let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
+    // The driver says -1 for a server that is gone.
+    if info.live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
+        return Err(DeviceError::Ublk(format!(
+            "device {id} belongs to process {} now",
+            info.server
+        )));
+    }
+    let (tell, told) = mpsc::channel();
+    thread::Builder::new()
+        .name("ublk-delete".to_owned())
+        .spawn(move || {
+            // A device that stopped halfway is deleted all the same.
+            let stopped = control::stop(id);
+            let _ = tell.send(control::delete(id).or(stopped));
+        })
+        .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
+    match told.recv_timeout(CREATION_LIMIT) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(DeviceError::Ublk(format!("cannot delete device {id}: {error}"))),
+        Err(_) => Err(DeviceError::Ublk(format!("the driver does not let go of device {id}"))),
+    }
+}
+
+/// Whether the driver knows device `id`.
+#[must_use]
+pub fn exists(id: u32) -> bool {
+    Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
+        || Path::new(&format!("/sys/block/ublkb{id}")).exists()
+}
+
+fn path_of(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// The control thread: creates the device, waits until its queues end, deletes it.
+fn run(
+    volume: &Arc<Volume>,
+    options: &DeviceOptions,
+    landings: &[Arc<Landings>],
+    tell: &mpsc::Sender<Progress>,
+) -> Result<(), DeviceError> {
+    let ctrl = UblkCtrlBuilder::default()
+        .name("tarblk")
+        .nr_queues(options.queues)
+        .depth(options.depth)
+        .io_buf_bytes(MAX_IO_BYTES)
+        .ctrl_flags(u64::from(sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE))
+        .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
+        .build()
+        .map_err(|error| failure("add", &error))?;
+    let _ = tell.send(Progress::Added(ctrl.dev_info().dev_id));
+    let size = volume.len();
+    let dev =
+        UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
+    let dev = Arc::new(dev);
+    let queues = start_queues(&ctrl, &dev, volume, landings)?;
+    let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
+    if started.is_ok() {
+        let _ = tell.send(Progress::Started);
+    } else {
+        // Ends the queues, which wait for requests that will never come.
+        let _ = ctrl.kill_dev();
+    }
+    for queue in queues {
+        if queue.join().is_err() {
+            log::error!("a ublk queue thread panicked");
+        }
+    }
+    // The driver deletes a device only after its last user is gone, and `dev` holds it open.
+    drop(dev);
+    drop(ctrl);
+    started.map(drop)
+}
+
+/// Starts the queue threads and waits until each has its first requests ready: only then may `START_DEV` be called,
+/// which waits for them without a limit.
+fn start_queues(
+    ctrl: &UblkCtrl,
+    dev: &Arc<UblkDev>,
+    volume: &Arc<Volume>,
+    landings: &[Arc<Landings>],
+) -> Result<Vec<JoinHandle<()>>, DeviceError> {
+    let (tell, told) = mpsc::channel();
+    let mut queues = Vec::new();
+    for (id, landings) in (0u16..).zip(landings).take(usize::from(dev.dev_info.nr_hw_queues)) {
+        let (dev, volume, landings, tell) = (Arc::clone(dev), Arc::clone(volume), Arc::clone(landings), tell.clone());
+        let thread = thread::Builder::new().name(format!("ublk-queue-{id}")).spawn(move || {
+            // Marks the thread as one that memory reclaim waits for, so that it never waits for reclaim itself.
+            let tid = UblkCtrl::init_queue_thread();
+            queue::serve(id, &dev, &volume, &landings, |ready| {
+                let _ = tell.send((id, tid, ready));
+            });
+        });
+        queues.push(thread.map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?);
+    }
+    drop(tell);
+    for _ in 0..queues.len() {
+        let (id, tid, ready) = told
+            .recv()
+            .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
+        ready.map_err(|error| failure("set up a queue of", &error))?;
+        ctrl.set_thread_affinity(id, tid);
+    }
+    Ok(queues)
+}
+
+/// The parameters of the device: read-only, blocks of 4096 bytes, and no volatile cache, because there is nothing to flush.
+fn describe(dev: &mut UblkDev, size: u64) -> Result<(), UblkError> {
+    let shift = u8::try_from(BLOCK_SIZE.ilog2()).map_err(|_| UblkError::InvalidVal)?;
+    dev.tgt.dev_size = size;
+    dev.tgt.params = sys::ublk_params {
+        types: sys::UBLK_PARAM_TYPE_BASIC,
+        basic: sys::ublk_param_basic {
+            attrs: sys::UBLK_ATTR_READ_ONLY,
+            logical_bs_shift: shift,
+            physical_bs_shift: shift,
+            io_opt_shift: shift,
+            io_min_shift: shift,
+            max_sectors: dev.dev_info.max_io_buf_bytes >> 9,
+            dev_sectors: size >> 9,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    Ok(())
+}
+
+/// libublk's errors carry numbers that its messages leave out.
+fn failure(what: &str, error: &UblkError) -> DeviceError {
+    let code = match error {
+        UblkError::OtherError(code) | UblkError::UringIOError(code) => Some(code.saturating_neg()),
+        UblkError::IOError(error) => error.raw_os_error(),
+        _ => None,
+    };
+    let cause = code.map_or_else(
+        || error.to_string(),
+        |code| std::io::Error::from_raw_os_error(code).to_string(),
+    );
+    let advice = match code {
+        Some(libc::EACCES) => {
+            "; the driver's limit on devices may be reached: `modprobe -r ublk_drv; modprobe ublk_drv ublks_max=4096`"
+        }
+        Some(libc::EPERM) => "; this needs CAP_SYS_ADMIN",
+        _ => "",
+    };
+    DeviceError::Ublk(format!("the driver did not {what} the device: {cause}{advice}"))
+}
+
+fn is_block_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device() && meta.rdev() != 0)
+}
+
+/// Looks again and again until `done` or `limit` has passed; returns whether it was done.
+fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,342 @@
+//! One hardware queue of a ublk device. In: the driver's requests. Out: their answers.
+//!
+//! A queue is one thread with one ring and one task for every tag. A task looks its request up in the volume; what is in
+//! memory it commits from where it lies, metadata it computes into the tag's buffer, local files it reads through the
+//! queue's own ring, and for everything else it leaves a request with the fetch thread and sleeps until the answer lands
+//! (see `landing`). Nothing in here may block but `io_uring_enter`.
+//!
+//! Rules that libublk 0.4 imposes: a future of an operation must be awaited to its end, never dropped (its slot would
+//! leak, and the kernel might still write to the buffer); and nothing may be committed once the queue is stopping (the
+//! command would never be submitted and its future never resolve).
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::RawFd;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use io_uring::{IoUring, opcode, squeue, types};
+use libublk::helpers::IoBuf;
+use libublk::io::{UblkDev, UblkQueue};
+use libublk::uring_async::{UblkUringOpFuture, ublk_reap_io_events_with_update_queue, ublk_wake_task};
+use libublk::{BufDesc, UblkError, UblkUringData, sys, ublk_init_task_ring, with_task_io_ring_mut};
+
+use super::landing::{Landing, RingWaiter};
+use crate::device::stats::Lane;
+use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
+use crate::fetch::Slice;
+
+/// One hit in this many has its time taken.
+const SAMPLE: u32 = 16;
+
+/// What a queue thread shares with the thread that stops the device.
+#[derive(Debug)]
+pub(super) struct Landings(Vec<Mutex<Option<Arc<Landing>>>>);
+
+impl Landings {
+    pub(super) fn new(depth: u16) -> Arc<Self> {
+        Arc::new(Self((0..depth).map(|_| Mutex::new(None)).collect()))
+    }
+
+    fn set(&self, tag: u16, landing: Option<Arc<Landing>>) {
+        if let Some(slot) = self.0.get(usize::from(tag)) {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = landing;
+        }
+    }
+
+    /// Answers every read that waits for the fetch thread with an error.
+    pub(super) fn give_up(&self) {
+        for slot in &self.0 {
+            let landing = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(landing) = landing {
+                landing.give_up();
+            }
+        }
+    }
+}
+
+/// Everything the tasks of one queue share.
+struct Desk<'a> {
+    queue: UblkQueue<'a>,
+    volume: &'a Volume,
+    lane: &'a Lane,
+    landings: &'a Landings,
+    zeros: Box<[u8]>,
+    scratch: RefCell<Vec<Scratch>>,
+    sampled: Cell<u32>,
+}
+
+/// How a request is answered: with which bytes, and how many of them or which error.
+enum Answer {
+    /// From the tag's buffer: a length, or a negative errno.
+    Buffer(i32),
+    /// Zeros.
+    Zeros(i32),
+    /// From memory of the fetch room, which this keeps alive until the kernel has copied it.
+    Memory(Slice, i32),
+}
+
+/// Serves queue `id` until the device is stopped. `ready` is called once, with the reason if the queue could not be set
+/// up, and before anything is served.
+pub(super) fn serve(
+    id: u16,
+    dev: &UblkDev,
+    volume: &Volume,
+    landings: &Landings,
+    ready: impl FnOnce(Result<(), UblkError>),
+) {
+    let depth = dev.dev_info.queue_depth;
+    let queue = match init_ring(depth).and_then(|()| UblkQueue::new(id, dev)) {
+        Ok(queue) => queue,
+        Err(error) => return ready(Err(error)),
+    };
+    let io_bytes = usize::try_from(dev.dev_info.max_io_buf_bytes).unwrap_or(1 << 19);
+    let desk = Desk {
+        queue,
+        volume,
+        lane: volume.lane(usize::from(id)),
+        landings,
+        zeros: vec![0; io_bytes].into_boxed_slice(),
+        scratch: RefCell::default(),
+        sampled: Cell::new(0),
+    };
+    let executor = smol::LocalExecutor::new();
+    let desk = Rc::new(desk);
+    let tasks: Vec<_> = desk
+        .queue
+        .tags()
+        .map(|tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, io_bytes)))
+        .collect();
+    // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for.
+    while executor.try_tick() {}
+    ready(Ok(()));
+    while !tasks.iter().all(smol::Task::is_finished) {
+        if let Err(error) = wait_for_events(&desk.queue) {
+            log::error!("ublk queue {id} ends: {error}");
+            // Operations may still be in flight and write to the tags' buffers: those must never be freed.
+            std::mem::forget((executor, tasks, desk));
+            return;
+        }
+        while executor.try_tick() {}
+    }
+}
+
+/// Makes this thread's ring. `DEFER_TASKRUN` (Linux 6.1) runs completions when this thread asks for them instead of by
+/// interrupting it; the completion queue is large because every tag may have reads and messages in flight.
+fn init_ring(depth: u16) -> Result<(), UblkError> {
+    ublk_init_task_ring(|cell| {
+        if cell.get().is_none() {
+            let entries = u32::from(depth).next_power_of_two();
+            let ring = IoUring::builder()
+                .setup_cqsize(entries * 8)
+                .setup_single_issuer()
+                .setup_defer_taskrun()
+                .build(entries)
+                .or_else(|_| {
+                    IoUring::builder()
+                        .setup_cqsize(entries * 8)
+                        .setup_coop_taskrun()
+                        .build(entries)
+                })?;
+            cell.set(RefCell::new(ring))
+                .map_err(|_| UblkError::OtherError(-libc::EEXIST))?;
+        }
+        Ok(())
+    })
+}
+
+/// Submits what the tasks have queued, sleeps until something completes, and wakes the tasks concerned.
+fn wait_for_events(queue: &UblkQueue<'_>) -> Result<(), UblkError> {
+    let entered = with_task_io_ring_mut(|ring: &mut IoUring<squeue::Entry>| ring.submit_and_wait(1));
+    match entered {
+        Ok(_) => {}
+        // Interrupted by a signal, or the completion queue has to be emptied first.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    ublk_reap_io_events_with_update_queue(queue, false, None, |cqe| ublk_wake_task(cqe.user_data(), cqe))?;
+    Ok(())
+}
+
+/// The life of one tag: fetch a request, answer it, fetch the next.
+async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, io_bytes: usize) {
+    let mut buf = IoBuf::<u8>::new(io_bytes);
+    let queue = &desk.queue;
+    let mut next = queue
+        .submit_io_prep_cmd(tag, BufDesc::Slice(buf.as_slice()), 0, Some(&buf))
+        .await;
+    loop {
+        match next {
+            Ok(sys_result) if sys_result == SERVE => {}
+            Ok(other) => {
+                log::error!("ublk tag {tag} is lost: the driver answered {other}");
+                return;
+            }
+            Err(_) => return,
+        }
+        let answer = answer(&desk, tag, &mut buf).await;
+        if queue.is_stopping() {
+            return;
+        }
+        let (bytes, result) = match &answer {
+            Answer::Buffer(result) => (buf.as_slice(), *result),
+            Answer::Zeros(result) => (&*desk.zeros, *result),
+            Answer::Memory(slice, result) => (&**slice, *result),
+        };
+        // `answer` lives until the commit's completion, which is the tag's next request: the driver has copied by then.
+        next = queue.submit_io_commit_cmd(tag, BufDesc::Slice(bytes), result).await;
+    }
+}
+
+/// The driver's "here is a request".
+#[allow(clippy::as_conversions, clippy::cast_possible_wrap)] // a small constant that bindgen gives as u32
+const SERVE: i32 = sys::UBLK_IO_RES_OK as i32;
+
+/// Answers the request that tag `tag` holds.
+async fn answer(desk: &Desk<'_>, tag: u16, buf: &mut IoBuf<u8>) -> Answer {
+    let request = desk.queue.get_iod(tag);
+    let (op, sectors, start) = (request.op_flags & 0xff, request.nr_sectors, request.start_sector);
+    match op {
+        sys::UBLK_IO_OP_READ => {}
+        sys::UBLK_IO_OP_FLUSH => return Answer::Buffer(0),
+        sys::UBLK_IO_OP_WRITE => {
+            desk.lane.refused();
+            return Answer::Buffer(-libc::EROFS);
+        }
+        _ => {
+            desk.lane.refused();
+            return Answer::Buffer(-libc::EOPNOTSUPP);
+        }
+    }
+    desk.lane.read();
+    let len = usize::try_from(sectors).unwrap_or(usize::MAX).saturating_mul(512);
+    let Ok(done) = i32::try_from(len) else {
+        return Answer::Buffer(-libc::EINVAL);
+    };
+    if len > buf.len() {
+        return Answer::Buffer(-libc::EINVAL);
+    }
+    let sampled = desk.sampled.get();
+    desk.sampled.set(sampled.wrapping_add(1));
+    let began = sampled.is_multiple_of(SAMPLE).then(Instant::now);
+    let offset = start.saturating_mul(512);
+    let mut scratch = desk.scratch.borrow_mut().pop().unwrap_or_default();
+    let found = desk
+        .volume
+        .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
+    let answer = match found {
+        Ok(Found::Zero) => Ok(Answer::Zeros(done)),
+        Ok(Found::Memory(slice)) => Ok(Answer::Memory(slice, done)),
+        Ok(Found::Filled) => Ok(Answer::Buffer(done)),
+        Ok(Found::Gaps) => {
+            let began = began.unwrap_or_else(Instant::now);
+            let closed = close_gaps(desk, tag, &scratch.gaps, buf, len).await;
+            desk.lane.took(began.elapsed(), 1);
+            closed.map(|memory| memory.map_or(Answer::Buffer(done), |slice| Answer::Memory(slice, done)))
+        }
+        Err(error) => Err(error),
+    };
+    if let Some(began) = began
+        && scratch.gaps.is_empty()
+    {
+        desk.lane.took(began.elapsed(), u64::from(SAMPLE));
+    }
+    desk.scratch.borrow_mut().push(scratch);
+    answer.unwrap_or_else(|error| {
+        desk.volume.failed(desk.lane, offset, len, &error);
+        Answer::Buffer(-libc::EIO)
+    })
+}
+
+/// Brings what is missing: local files through this queue's ring, everything else from the fetch thread, all at once.
+/// When one slice turns out to be the whole request it is handed back instead of copied.
+async fn close_gaps(
+    desk: &Desk<'_>,
+    tag: u16,
+    gaps: &[Gap],
+    buf: &mut IoBuf<u8>,
+    len: usize,
+) -> Result<Option<Slice>, ReadError> {
+    let remote: Vec<Gap> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
+    let fetched = if remote.is_empty() {
+        None
+    } else {
+        let arrival = UblkUringOpFuture::new(TARGET);
+        let landing = Landing::new(ring_fd(&desk.queue), arrival.user_data);
+        desk.landings.set(tag, Some(Arc::clone(&landing)));
+        desk.volume.fetch(&remote, Box::new(RingWaiter(Arc::clone(&landing))));
+        Some((arrival, landing))
+    };
+    let read = read_files(desk, gaps, buf).await;
+    let slices = if let Some((arrival, landing)) = fetched {
+        arrival.await;
+        desk.landings.set(tag, None);
+        landing.take()
+    } else {
+        Ok(Vec::new())
+    };
+    read?;
+    let slices = slices?;
+    count_gaps(gaps, desk.lane);
+    if let ([gap], [slice]) = (&remote[..], &slices[..])
+        && gap.len == len
+        && slice.len() == len
+    {
+        return Ok(Some(slice.clone()));
+    }
+    fill_gaps(&remote, &slices, buf.as_mut_slice())?;
+    Ok(None)
+}
+
+/// Marks a completion as ours, not the driver's.
+#[allow(clippy::as_conversions)] // an enum's discriminant
+const TARGET: u64 = UblkUringData::Target as u64;
+
+fn ring_fd(queue: &UblkQueue<'_>) -> RawFd {
+    std::os::fd::AsRawFd::as_raw_fd(queue)
+}
+
+/// Reads the gaps that lie in local files into `buf`, all in flight together.
+async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Result<(), ReadError> {
+    let base = buf.as_mut_ptr();
+    let mut outcome = Ok(());
+    let mut reads = Vec::new();
+    for gap in gaps {
+        if let Some((fd, offset)) = gap.file {
+            reads.push((gap, 0, submit_read(desk, base, gap, fd, offset, 0)));
+        }
+    }
+    while let Some((gap, done, read)) = reads.pop() {
+        let Some((fd, offset)) = gap.file else { continue };
+        let result = read.await;
+        let failed = |cause: String| {
+            Err(ReadError::File {
+                offset,
+                len: gap.len,
+                cause,
+            })
+        };
+        match usize::try_from(result) {
+            Ok(0) => outcome = failed("the file ends before".to_owned()),
+            Ok(n) if done + n >= gap.len => {}
+            Ok(n) => reads.push((gap, done + n, submit_read(desk, base, gap, fd, offset, done + n))),
+            Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => {
+                reads.push((gap, done, submit_read(desk, base, gap, fd, offset, done)));
+            }
+            Err(_) => outcome = failed(std::io::Error::from_raw_os_error(-result).to_string()),
+        }
+    }
+    outcome
+}
+
+/// Queues a read of what `gap` still lacks after its first `done` bytes.
+fn submit_read(desk: &Desk<'_>, base: *mut u8, gap: &Gap, fd: RawFd, offset: u64, done: usize) -> UblkUringOpFuture {
+    // `look` keeps gaps inside the buffer that it was given.
+    let target = base.wrapping_add(gap.at + done);
+    let len = u32::try_from(gap.len - done).unwrap_or(u32::MAX);
+    let entry = opcode::Read::new(types::Fd(fd), target, len)
+        .offset(offset + to_u64(done))
+        .build();
+    // The tag's buffer outlives the operation because the task awaits it and nobody drops the task before that.
+    desk.queue.ublk_submit_sqe(entry)
+}

@@ -1,0 +1,383 @@
+//! What a device serves. In: an image and the bytes of its layers. Out: block ranges, as far as they are here, and the
+//! exact list of what is not.
+//!
+//! Both back ends and `tarblk image` read through here, so that a block is the same block on every way out. Nothing here
+//! waits, except [`Volume::read_blocking`], which no thread that answers the kernel may call.
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+
+use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Slice, Waiter};
+use crate::image::{BlockImage, Origin, Piece};
+use crate::units::{BLOCK_SIZE, TarRange};
+
+use super::stats::{DeviceStats, Lane, Source, snapshot};
+
+/// Where layer bytes come from, as a device sees it: [`Fetcher`], or what stands for it in tests and benchmarks.
+pub trait LayerBytes: Send + Sync + std::fmt::Debug {
+    /// See [`Fetcher::locate`].
+    fn locate(&self, range: LayerRange) -> Located;
+
+    /// See [`Fetcher::read`].
+    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>);
+}
+
+impl LayerBytes for Fetcher {
+    fn locate(&self, range: LayerRange) -> Located {
+        Fetcher::locate(self, range)
+    }
+
+    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+        Fetcher::read(self, ranges, waiter);
+    }
+}
+
+/// Why a read failed. Every one is `EIO` to the kernel; the text is for the log.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The request does not lie on whole blocks.
+    #[error("a read of {len} bytes at {offset} is not made of whole blocks")]
+    Unaligned {
+        /// Where it began, in bytes.
+        offset: u64,
+        /// How long it was, in bytes.
+        len: usize,
+    },
+    /// The fetch thread could not bring the bytes.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// A local file could not be read.
+    #[error("read of {len} bytes at {offset} of a local file failed: {cause}")]
+    File {
+        /// Where in the file, in bytes.
+        offset: u64,
+        /// How many bytes were wanted.
+        len: usize,
+        /// What the kernel said, or that the file ended.
+        cause: String,
+    },
+    /// The fetch thread gave more or fewer bytes than it was asked for: serving them would be serving wrong ones.
+    #[error("asked for {wanted} bytes of the layer and got {got}")]
+    WrongLength {
+        /// Bytes asked for.
+        wanted: u64,
+        /// Bytes received.
+        got: u64,
+    },
+    /// The device is being taken down, or the fetch thread is gone.
+    #[error("the device is going away")]
+    Stopped,
+}
+
+/// A stretch of a read that is not in memory: where it goes in the reader's buffer, and where it can be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Where in the buffer, in bytes.
+    pub at: usize,
+    /// How many bytes.
+    pub len: usize,
+    /// The layer's bytes that belong there.
+    pub range: LayerRange,
+    /// The descriptor and offset of a local file that holds them, if one does.
+    pub file: Option<(RawFd, u64)>,
+}
+
+/// What [`Volume::look`] found.
+#[derive(Debug)]
+pub enum Found {
+    /// All of it is zero; the buffer was not touched.
+    Zero,
+    /// All of it lies in memory in one piece; the buffer was not touched.
+    Memory(Slice),
+    /// The buffer is filled.
+    Filled,
+    /// The buffer is filled but for the gaps listed in [`Scratch::gaps`].
+    Gaps,
+}
+
+/// Lists that are reused from read to read, so that a hit allocates nothing.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    pieces: Vec<Piece>,
+    /// After [`Found::Gaps`]: what is missing, in order.
+    pub gaps: Vec<Gap>,
+}
+
+/// An image, the bytes behind it, and the counters of the device that serves it.
+#[derive(Debug)]
+pub struct Volume {
+    image: Arc<dyn BlockImage>,
+    bytes: Arc<dyn LayerBytes>,
+    len: u64,
+    lanes: Box<[Lane]>,
+    closed: AtomicBool,
+}
+
+impl Volume {
+    /// A volume for `threads` answering threads, each with its own [`Lane`].
+    #[must_use]
+    pub fn new(image: Arc<dyn BlockImage>, bytes: Arc<dyn LayerBytes>, threads: usize) -> Self {
+        let len = image.len();
+        let lanes = (0..threads.max(1)).map(|_| Lane::default()).collect();
+        Self {
+            image,
+            bytes,
+            len,
+            lanes,
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// The image's length in bytes, a multiple of the block size.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is no block at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The counters of the answering thread `thread`; threads past the number given to [`Volume::new`] share.
+    #[must_use]
+    pub fn lane(&self, thread: usize) -> &Lane {
+        &self.lanes[thread % self.lanes.len()]
+    }
+
+    /// All counters added up.
+    #[must_use]
+    pub fn stats(&self) -> DeviceStats {
+        snapshot(self.lanes.iter())
+    }
+
+    /// Fills `buf` with the image from `offset` on as far as it is here, and says what is missing. Never blocks.
+    ///
+    /// # Errors
+    /// [`ReadError::Unaligned`] when the range is not made of whole blocks.
+    pub fn look(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
+        let unaligned = || ReadError::Unaligned { offset, len: buf.len() };
+        let len = u64::try_from(buf.len()).map_err(|_| unaligned())?;
+        if offset % BLOCK_SIZE != 0 || len % BLOCK_SIZE != 0 {
+            return Err(unaligned());
+        }
+        scratch.pieces.clear();
+        scratch.gaps.clear();
+        self.image
+            .pieces(offset / BLOCK_SIZE, len / BLOCK_SIZE, &mut scratch.pieces);
+        if let [only] = scratch.pieces[..] {
+            match only.origin {
+                Origin::Zero => {
+                    lane.bytes(Source::Zero, len);
+                    return Ok(Found::Zero);
+                }
+                Origin::Layer(layer, start) => {
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, only.len),
+                    };
+                    let located = self.bytes.locate(range);
+                    if let Located::Memory(slices) = &located
+                        && let [slice] = &slices[..]
+                        && slice.len() == buf.len()
+                    {
+                        lane.bytes(Source::Memory, len);
+                        return Ok(Found::Memory(slice.clone()));
+                    }
+                    place_located(&located, 0, range, buf, &mut scratch.gaps, lane)?;
+                    return Ok(if scratch.gaps.is_empty() {
+                        Found::Filled
+                    } else {
+                        Found::Gaps
+                    });
+                }
+                Origin::Metadata => {}
+            }
+        }
+        self.assemble(offset, buf, scratch, lane)
+    }
+
+    /// The general case of [`Volume::look`]: piece by piece.
+    fn assemble(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
+        let Scratch { pieces, gaps } = scratch;
+        let mut at = 0;
+        for piece in pieces.iter() {
+            // Pieces that do not add up to the request would be an image's mistake; they must not become a panic here.
+            let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buf.len() - at);
+            let target = &mut buf[at..at + len];
+            match piece.origin {
+                Origin::Zero => {
+                    target.fill(0);
+                    lane.bytes(Source::Zero, piece.len);
+                }
+                Origin::Metadata => {
+                    let first = (offset + to_u64(at)) / BLOCK_SIZE;
+                    for (block, out) in (first..).zip(target.chunks_exact_mut(BLOCK)) {
+                        self.image.fill_metadata(block, out);
+                    }
+                    lane.bytes(Source::Metadata, piece.len);
+                }
+                Origin::Layer(layer, start) => {
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, to_u64(len)),
+                    };
+                    place_located(&self.bytes.locate(range), at, range, buf, gaps, lane)?;
+                }
+            }
+            at += len;
+        }
+        if at != buf.len() {
+            return Err(ReadError::WrongLength {
+                wanted: to_u64(buf.len()),
+                got: to_u64(at),
+            });
+        }
+        Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
+    }
+
+    /// Counts a failed read, and logs it unless there were many: a reader that reads on regardless must not fill the disk.
+    pub fn failed(&self, lane: &Lane, offset: u64, len: usize, error: &ReadError) {
+        lane.error();
+        let errors = self.stats().errors;
+        if errors <= LOGGED_ERRORS {
+            log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
+        }
+        if errors == LOGGED_ERRORS {
+            log::error!("that was failure {errors}; from now on they are only counted");
+        }
+    }
+
+    /// From now on nothing is fetched any more: a read of what is not here fails at once. For a device that is being taken
+    /// down while somebody still reads it.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
+    /// dropped untold has to end its read itself.
+    pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
+        self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
+    }
+
+    /// Fills `buf` with the image from `offset` on, waiting for what is not here.
+    ///
+    /// # Errors
+    /// Whatever kept the bytes away.
+    pub fn read_blocking(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<(), ReadError> {
+        let lane = self.lane(0);
+        lane.read();
+        match self.look(offset, buf, scratch, lane)? {
+            Found::Zero => buf.fill(0),
+            Found::Memory(slice) => buf.copy_from_slice(&slice),
+            Found::Filled => {}
+            Found::Gaps => {
+                let (tell, told) = mpsc::sync_channel(1);
+                self.fetch(&scratch.gaps, Box::new(ChannelWaiter(tell)));
+                let slices = told.recv().map_err(|_| ReadError::Stopped)??;
+                fill_gaps(&scratch.gaps, &slices, buf)?;
+                count_gaps(&scratch.gaps, lane);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Wakes a thread that waits on a channel.
+struct ChannelWaiter(mpsc::SyncSender<Result<Vec<Slice>, FetchError>>);
+
+impl Waiter for ChannelWaiter {
+    fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
+        // The receiver may have gone; then nobody wants the bytes any more.
+        let _ = self.0.try_send(outcome);
+    }
+}
+
+/// Copies what fetching brought to where the gaps are.
+///
+/// # Errors
+/// [`ReadError::WrongLength`] when the slices are not exactly as long as the gaps.
+pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), ReadError> {
+    let wanted: usize = gaps.iter().map(|gap| gap.len).sum();
+    let got: usize = slices.iter().map(|slice| slice.len()).sum();
+    if wanted != got {
+        return Err(ReadError::WrongLength {
+            wanted: to_u64(wanted),
+            got: to_u64(got),
+        });
+    }
+    let mut slices = slices.iter();
+    let mut rest: &[u8] = &[];
+    for gap in gaps {
+        let mut target = &mut buf[gap.at..gap.at + gap.len];
+        while !target.is_empty() {
+            if rest.is_empty() {
+                let Some(slice) = slices.next() else { break };
+                rest = slice;
+            }
+            let n = rest.len().min(target.len());
+            let (now, later) = target.split_at_mut(n);
+            now.copy_from_slice(&rest[..n]);
+            rest = &rest[n..];
+            target = later;
+        }
+    }
+    Ok(())
+}
+
+/// Counts the bytes of gaps that have been closed by the fetch thread.
+pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
+    for gap in gaps {
+        let source = if gap.file.is_some() {
+            Source::Disk
+        } else {
+            Source::Fetched
+        };
+        lane.bytes(source, to_u64(gap.len));
+    }
+}
+
+const BLOCK: usize = 4096;
+
+/// After this many failed reads of one device, failures are only counted.
+const LOGGED_ERRORS: u64 = 100;
+
+/// Lossless on every platform that Rust's `usize` has: there is none wider than 64 bits.
+pub(super) fn to_u64(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+/// Copies `range`'s bytes to `buf[at..]` if they are in memory, or adds a gap.
+fn place_located(
+    located: &Located,
+    at: usize,
+    range: LayerRange,
+    buf: &mut [u8],
+    gaps: &mut Vec<Gap>,
+    lane: &Lane,
+) -> Result<(), ReadError> {
+    let wanted = range.range.len;
+    let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
+    let file = match *located {
+        Located::Memory(ref slices) => {
+            let whole = Gap {
+                at,
+                len,
+                range,
+                file: None,
+            };
+            fill_gaps(&[whole], slices, buf)?;
+            lane.bytes(Source::Memory, wanted);
+            return Ok(());
+        }
+        Located::File(fd, offset) => Some((fd, offset)),
+        Located::Elsewhere => None,
+    };
+    gaps.push(Gap { at, len, range, file });
+    Ok(())
+}

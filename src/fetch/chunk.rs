@@ -1,0 +1,253 @@
+//! Chunks: the unit in which layers are fetched, kept and counted. In: bytes as they arrive. Out: immutable pieces of tar
+//! space that many readers hold at once.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use smallvec::SmallVec;
+
+use crate::units::{LayerId, TarOffset, TarRange};
+
+/// The chunk, in bytes of tar space; the last one of a layer is shorter.
+///
+/// 32 KiB is what one round trip costs to carry on a slow link (20 ms at 13 Mbit/s), holds nine of ten files of a root
+/// filesystem whole, and keeps the map of a 100 GB layer at 400 KB. Smaller chunks multiply bookkeeping without saving
+/// bytes, since requests are merged anyway; bigger ones fetch neighbours that nobody asked for.
+pub const CHUNK_BYTES: u64 = 32 << 10;
+
+/// Which chunk of which layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChunkKey {
+    /// The layer.
+    pub layer: LayerId,
+    /// The chunk's number, counted from the layer's first byte.
+    pub index: u32,
+}
+
+impl ChunkKey {
+    /// The chunk that holds the byte at `at`. Layers are refused at the start when they have more chunks than fit a `u32`,
+    /// so positions inside a layer never saturate.
+    pub(crate) fn holding(layer: LayerId, at: TarOffset) -> Self {
+        Self {
+            layer,
+            index: u32::try_from(at.0 / CHUNK_BYTES).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Its first byte.
+    pub(crate) fn start(self) -> TarOffset {
+        TarOffset(u64::from(self.index) * CHUNK_BYTES)
+    }
+
+    /// The chunk `n` further on.
+    pub(crate) fn plus(self, n: u32) -> Self {
+        Self {
+            layer: self.layer,
+            index: self.index.saturating_add(n),
+        }
+    }
+}
+
+/// How many chunks a layer of `size` bytes has, when they can be numbered.
+pub(crate) fn chunk_count(size: u64) -> Option<u32> {
+    u32::try_from(size.div_ceil(CHUNK_BYTES)).ok()
+}
+
+/// How long chunk `index` of a layer of `size` bytes is.
+pub(crate) fn chunk_len(size: u64, index: u32) -> u64 {
+    size.saturating_sub(u64::from(index) * CHUNK_BYTES).min(CHUNK_BYTES)
+}
+
+/// `usize` from a length that is known to be at most a request's; saturates where it cannot happen.
+pub(crate) fn to_usize(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}
+
+/// `u64` from a length in memory.
+pub(crate) fn to_u64(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+/// Read since the memory tier's hand last passed.
+const RECENT: u8 = 1;
+/// Read at least once by somebody who needed it.
+const USED: u8 = 2;
+/// Fetched on suspicion.
+const PREFETCHED: u8 = 4;
+/// The planner wants to hear at once when this one is first read.
+const MARKER: u8 = 8;
+
+/// Immutable bytes in memory with the marks that the memory tier and the planner keep on them.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    bytes: Vec<u8>,
+    marks: AtomicU8,
+}
+
+/// What a first look at a chunk meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FirstUse {
+    /// It had been read before, or demanded from the start.
+    No,
+    /// It had been prefetched and now pays.
+    Prefetched,
+    /// The same, and the planner asked to be told at once.
+    Marker,
+}
+
+impl Chunk {
+    pub(crate) fn demanded(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes,
+            marks: AtomicU8::new(USED),
+        }
+    }
+
+    pub(crate) fn prefetched(bytes: Vec<u8>, marker: bool) -> Self {
+        Self {
+            bytes,
+            marks: AtomicU8::new(if marker { PREFETCHED | MARKER } else { PREFETCHED }),
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Notes a use.
+    pub(crate) fn touch(&self) -> FirstUse {
+        let before = self.marks.load(Ordering::Relaxed);
+        if before & (RECENT | USED) == RECENT | USED {
+            return FirstUse::No;
+        }
+        let before = self.marks.fetch_or(RECENT | USED, Ordering::Relaxed);
+        match (before & USED, before & MARKER) {
+            (0, 0) => FirstUse::Prefetched,
+            (0, _) => FirstUse::Marker,
+            _ => FirstUse::No,
+        }
+    }
+
+    /// Takes back the mark of recent use and says whether it was there.
+    pub(crate) fn cool(&self) -> bool {
+        self.marks.fetch_and(!RECENT, Ordering::Relaxed) & RECENT != 0
+    }
+
+    /// Whether it was fetched on suspicion and nobody read it.
+    pub(crate) fn wasted(&self) -> bool {
+        self.marks.load(Ordering::Relaxed) & (PREFETCHED | USED) == PREFETCHED
+    }
+}
+
+/// Bytes of a layer that are in memory, kept there as long as this lives.
+#[derive(Clone, Debug)]
+pub struct Slice {
+    chunk: Arc<Chunk>,
+    start: u32,
+    len: u32,
+}
+
+impl Slice {
+    /// The part of `chunk` from `start` on, at most `len` bytes long.
+    pub(crate) fn new(chunk: Arc<Chunk>, start: u64, len: u64) -> Self {
+        let held = to_u64(chunk.bytes.len());
+        let start = start.min(held);
+        let len = len.min(held - start);
+        Self {
+            chunk,
+            start: u32::try_from(start).unwrap_or(u32::MAX),
+            len: u32::try_from(len).unwrap_or(0),
+        }
+    }
+}
+
+impl Slice {
+    /// The part of it from `start` on, at most `len` bytes long.
+    #[must_use]
+    pub fn part(&self, start: usize, len: usize) -> Self {
+        Self::new(
+            Arc::clone(&self.chunk),
+            u64::from(self.start) + to_u64(start),
+            to_u64(len.min(self.len().saturating_sub(start))),
+        )
+    }
+}
+
+impl From<Vec<u8>> for Slice {
+    /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
+    fn from(bytes: Vec<u8>) -> Self {
+        let len = to_u64(bytes.len());
+        Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
+    }
+}
+
+impl Deref for Slice {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        let start = to_usize(self.start.into());
+        &self.chunk.bytes[start..start + to_usize(self.len.into())]
+    }
+}
+
+/// A few slices: a read of up to 32 KiB needs no more than two, and then no memory is allocated for the list.
+pub type Slices = SmallVec<[Slice; 2]>;
+
+/// The pieces of `range` chunk by chunk: which chunk, from where in it, how many bytes.
+pub(crate) fn pieces(layer: LayerId, range: TarRange) -> impl Iterator<Item = (ChunkKey, u64, u64)> {
+    let mut at = range.start;
+    let end = range.end();
+    std::iter::from_fn(move || {
+        if at >= end {
+            return None;
+        }
+        let key = ChunkKey::holding(layer, at);
+        let inside = at.since(key.start());
+        let len = (CHUNK_BYTES - inside).min(end.since(at));
+        at = at.plus(len);
+        Some((key, inside, len))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_tile_the_range() {
+        let range = TarRange::new(TarOffset(CHUNK_BYTES - 512), CHUNK_BYTES + 1024);
+        let all: Vec<_> = pieces(LayerId(0), range)
+            .map(|(key, from, len)| (key.index, from, len))
+            .collect();
+        assert_eq!(all, [(0, CHUNK_BYTES - 512, 512), (1, 0, CHUNK_BYTES), (2, 0, 512)]);
+        assert_eq!(pieces(LayerId(0), TarRange::new(TarOffset(7), 0)).count(), 0);
+    }
+
+    #[test]
+    fn the_last_chunk_is_short() {
+        assert_eq!(chunk_count(0), Some(0));
+        assert_eq!(chunk_count(CHUNK_BYTES + 1), Some(2));
+        assert_eq!(chunk_count(u64::MAX), None);
+        assert_eq!(chunk_len(CHUNK_BYTES + 1, 0), CHUNK_BYTES);
+        assert_eq!(chunk_len(CHUNK_BYTES + 1, 1), 1);
+    }
+
+    #[test]
+    fn a_first_use_is_told_once() {
+        let chunk = Chunk::prefetched(vec![0; 8], true);
+        assert!(chunk.wasted());
+        assert_eq!(chunk.touch(), FirstUse::Marker);
+        assert_eq!(chunk.touch(), FirstUse::No);
+        assert!(!chunk.wasted());
+        assert!(chunk.cool());
+        assert!(!chunk.cool());
+        assert_eq!(chunk.touch(), FirstUse::No);
+    }
+
+    #[test]
+    fn a_slice_never_leaves_its_chunk() {
+        let chunk = Arc::new(Chunk::demanded(vec![1, 2, 3]));
+        assert_eq!(&*Slice::new(chunk.clone(), 1, 100), [2, 3]);
+        assert!(Slice::new(chunk, 9, 1).is_empty());
+    }
+}

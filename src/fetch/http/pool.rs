@@ -1,0 +1,301 @@
+//! The connections to one host. In: somebody who wants to send a request. Out: a connection that nobody else uses.
+//!
+//! HTTP/1.1 carries one answer at a time, so parallel requests need parallel connections; they are kept alive, and when
+//! the last idle one is taken the next is opened in the background, so that a miss seldom waits for a handshake.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::Empty;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::stream::UringStream;
+use crate::fetch::stats::{Counters, add};
+
+/// How long a host's addresses are believed. Short enough for a moved service, long enough to be off the hot path.
+const ADDRESSES_KEPT: Duration = Duration::from_secs(60);
+/// How long a connection may take to be ready again after the last byte of an answer was read.
+const SETTLES: Duration = Duration::from_millis(100);
+/// The largest response head we read. Some registries redirect to URLs of several KiB.
+const LARGEST_HEAD: usize = 64 << 10;
+
+/// Where to connect and how.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct HostKey {
+    pub(crate) tls: bool,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+/// One host's pool. Lives on the fetch thread.
+pub(crate) struct Host {
+    key: HostKey,
+    tls: Option<Arc<ClientConfig>>,
+    most: usize,
+    connect_deadline: Duration,
+    counters: Arc<Counters>,
+    idle: RefCell<Vec<SendRequest<Empty<Bytes>>>>,
+    /// Connections idle, lent or being opened.
+    count: Cell<usize>,
+    opening: Cell<usize>,
+    waiting_demand: RefCell<VecDeque<Waiting>>,
+    waiting_prefetch: RefCell<VecDeque<Waiting>>,
+    addresses: RefCell<Option<(Instant, Vec<SocketAddr>)>>,
+}
+
+type Waiting = oneshot::Sender<Result<SendRequest<Empty<Bytes>>, Arc<io::Error>>>;
+
+/// A connection on loan. Unless it is given back it is closed.
+pub(crate) struct Lease {
+    sender: Option<SendRequest<Empty<Bytes>>>,
+    host: Rc<Host>,
+    /// Whether it carried a request before: then it may have died unseen, and a failure says nothing about the server.
+    pub(crate) reused: bool,
+}
+
+impl Lease {
+    pub(crate) fn sender(&mut self) -> Option<&mut SendRequest<Empty<Bytes>>> {
+        self.sender.as_mut()
+    }
+
+    /// Puts the connection back for the next request. Only after the whole answer was read.
+    pub(crate) fn give_back(mut self) {
+        if let Some(sender) = self.sender.take() {
+            if sender.is_closed() {
+                self.host.count.set(self.host.count.get().saturating_sub(1));
+            } else {
+                self.host.offer(sender);
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.sender.take().is_some() {
+            self.host.count.set(self.host.count.get().saturating_sub(1));
+            self.host.open_for_waiters();
+        }
+    }
+}
+
+/// A place in the queue. Left early, it passes on what came for it.
+struct Ticket<'a> {
+    take: oneshot::Receiver<Result<SendRequest<Empty<Bytes>>, Arc<io::Error>>>,
+    host: &'a Host,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.take.close();
+        if let Ok(Ok(sender)) = self.take.try_recv() {
+            self.host.offer(sender);
+        }
+    }
+}
+
+impl Host {
+    pub(crate) fn new(
+        key: HostKey,
+        tls: Option<Arc<ClientConfig>>,
+        most: usize,
+        connect_deadline: Duration,
+        counters: Arc<Counters>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            key,
+            tls,
+            most: most.max(1),
+            connect_deadline,
+            counters,
+            idle: RefCell::default(),
+            count: Cell::new(0),
+            opening: Cell::new(0),
+            waiting_demand: RefCell::default(),
+            waiting_prefetch: RefCell::default(),
+            addresses: RefCell::default(),
+        })
+    }
+
+    /// Opens connections in the background until `count` exist.
+    pub(crate) fn warm(self: &Rc<Self>, count: usize) {
+        while self.count.get() < count.min(self.most) {
+            self.open();
+        }
+    }
+
+    /// Waits for a connection. Demand goes before prefetch.
+    pub(crate) async fn take(self: &Rc<Self>, demand: bool) -> Result<Lease, Arc<io::Error>> {
+        while let Some(mut sender) = self.pop_idle() {
+            // One that has just been given back needs a turn of its task to see its answer's end.
+            if sender.is_ready() || matches!(timeout(SETTLES, sender.ready()).await, Ok(Ok(()))) {
+                if self.idle.borrow().is_empty() && self.opening.get() == 0 && self.count.get() < self.most {
+                    self.open();
+                }
+                return Ok(Lease {
+                    sender: Some(sender),
+                    host: self.clone(),
+                    reused: true,
+                });
+            }
+            self.count.set(self.count.get().saturating_sub(1));
+        }
+        let (give, take) = oneshot::channel();
+        if demand {
+            self.waiting_demand.borrow_mut().push_back(give);
+        } else {
+            self.waiting_prefetch.borrow_mut().push_back(give);
+        }
+        self.open_for_waiters();
+        let mut ticket = Ticket { take, host: self };
+        match (&mut ticket.take).await {
+            Ok(Ok(sender)) => Ok(Lease {
+                sender: Some(sender),
+                host: self.clone(),
+                reused: false,
+            }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(Arc::new(io::Error::other("the connection pool is gone"))),
+        }
+    }
+
+    fn pop_idle(&self) -> Option<SendRequest<Empty<Bytes>>> {
+        self.idle.borrow_mut().pop()
+    }
+
+    fn next_waiter(&self) -> Option<Waiting> {
+        loop {
+            let next = self
+                .waiting_demand
+                .borrow_mut()
+                .pop_front()
+                .or_else(|| self.waiting_prefetch.borrow_mut().pop_front())?;
+            if !next.is_closed() {
+                return Some(next);
+            }
+        }
+    }
+
+    /// Hands a free connection to whoever waits longest, or keeps it.
+    fn offer(&self, mut sender: SendRequest<Empty<Bytes>>) {
+        while let Some(waiter) = self.next_waiter() {
+            match waiter.send(Ok(sender)) {
+                Ok(()) => return,
+                Err(Ok(back)) => sender = back,
+                Err(Err(_)) => return,
+            }
+        }
+        self.idle.borrow_mut().push(sender);
+    }
+
+    fn open_for_waiters(self: &Rc<Self>) {
+        let waiting = self.waiting_demand.borrow().len() + self.waiting_prefetch.borrow().len();
+        while self.opening.get() < waiting && self.count.get() < self.most {
+            self.open();
+        }
+    }
+
+    fn open(self: &Rc<Self>) {
+        self.count.set(self.count.get() + 1);
+        self.opening.set(self.opening.get() + 1);
+        let host = self.clone();
+        tokio_uring::spawn(async move {
+            let opened = host.connect().await;
+            host.opening.set(host.opening.get() - 1);
+            match opened {
+                Ok(sender) => {
+                    add(&host.counters.connections, 1);
+                    host.offer(sender);
+                }
+                Err(error) => {
+                    host.count.set(host.count.get().saturating_sub(1));
+                    let error = Arc::new(error);
+                    // One failure is one waiter's: the others have their own attempts under way, or get them now.
+                    if let Some(waiter) = host.next_waiter() {
+                        let _nobody_waits = waiter.send(Err(error));
+                    }
+                    host.open_for_waiters();
+                }
+            }
+        });
+    }
+
+    async fn connect(&self) -> io::Result<SendRequest<Empty<Bytes>>> {
+        let addresses = self.resolve().await?;
+        let mut last = io::Error::other("the name has no address");
+        for address in &addresses {
+            match timeout(self.connect_deadline, self.connect_to(*address)).await {
+                Ok(Ok(sender)) => return Ok(sender),
+                Ok(Err(error)) => last = io::Error::new(error.kind(), format!("{address}: {error}")),
+                Err(_) => last = io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no connection in time")),
+            }
+        }
+        // What did not work is not believed any longer.
+        self.addresses.borrow_mut().take();
+        Err(last)
+    }
+
+    async fn connect_to(&self, address: SocketAddr) -> io::Result<SendRequest<Empty<Bytes>>> {
+        let stream = UringStream::connect(address).await?;
+        let Some(config) = &self.tls else {
+            return Self::handshake(stream).await;
+        };
+        let name = ServerName::try_from(self.key.host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
+        let stream = tokio_rustls::TlsConnector::from(config.clone())
+            .connect(name, stream)
+            .await?;
+        Self::handshake(stream).await
+    }
+
+    async fn handshake<S>(stream: S) -> io::Result<SendRequest<Empty<Bytes>>>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,
+    {
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(512 << 10)
+            .max_header_size(LARGEST_HEAD)
+            .handshake(TokioIo::new(stream))
+            .await
+            .map_err(io::Error::other)?;
+        tokio_uring::spawn(async move {
+            // Whoever waits for an answer on it hears of the failure; an idle one just goes.
+            if let Err(error) = connection.await {
+                log::debug!("connection ended: {error}");
+            }
+        });
+        Ok(sender)
+    }
+
+    async fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+        if let Some((when, addresses)) = &*self.addresses.borrow()
+            && when.elapsed() < ADDRESSES_KEPT
+        {
+            return Ok(addresses.clone());
+        }
+        let (host, port) = (self.key.host.trim_matches(['[', ']']).to_owned(), self.key.port);
+        let looking = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
+        let addresses = match timeout(self.connect_deadline, looking).await {
+            Ok(Ok(found)) => found?,
+            Ok(Err(error)) => return Err(io::Error::other(error)),
+            Err(_) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the name was not resolved in time",
+                ));
+            }
+        };
+        *self.addresses.borrow_mut() = Some((Instant::now(), addresses.clone()));
+        Ok(addresses)
+    }
+}

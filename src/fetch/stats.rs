@@ -1,0 +1,214 @@
+//! What the fetcher counts. In: events from any thread. Out: a snapshot that serialises.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::chunk::to_u64;
+
+/// Each power of two of microseconds is cut in this many buckets: percentiles are right to an eighth.
+const STEPS: u64 = 8;
+/// 2^40 µs is twelve days; nothing waits longer.
+const BUCKETS: usize = 40 * 8;
+
+/// Latencies by bucket.
+#[derive(Debug)]
+pub(crate) struct Histogram {
+    buckets: Box<[AtomicU64]>,
+    longest_us: AtomicU64,
+}
+
+fn bucket(us: u64) -> usize {
+    let us = us.max(STEPS);
+    let power = u64::from(us.ilog2());
+    let step = (us >> (power - 3)) - STEPS;
+    usize::try_from((power - 3) * STEPS + step)
+        .unwrap_or(usize::MAX)
+        .min(BUCKETS - 1)
+}
+
+/// The largest latency that falls into `bucket`.
+fn upper_bound_us(bucket: usize) -> u64 {
+    let (power, step) = (to_u64(bucket) / STEPS, to_u64(bucket) % STEPS);
+    ((STEPS + step + 1) << power) - 1
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self {
+            buckets: std::iter::repeat_with(|| AtomicU64::new(0)).take(BUCKETS).collect(),
+            longest_us: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Histogram {
+    pub(crate) fn record(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.buckets[bucket(us)].fetch_add(1, Ordering::Relaxed);
+        self.longest_us.fetch_max(us, Ordering::Relaxed);
+    }
+
+    pub(crate) fn percentiles(&self) -> Percentiles {
+        let counts: Vec<u64> = self.buckets.iter().map(|n| n.load(Ordering::Relaxed)).collect();
+        let total: u64 = counts.iter().sum();
+        let max_us = self.longest_us.load(Ordering::Relaxed);
+        let at = |permille: u64| {
+            let wanted = (total * permille).div_ceil(1000);
+            let mut seen = 0;
+            for (bucket, count) in counts.iter().enumerate() {
+                seen += count;
+                if seen >= wanted && seen > 0 {
+                    return upper_bound_us(bucket).min(max_us);
+                }
+            }
+            0
+        };
+        Percentiles {
+            count: total,
+            p50_us: at(500),
+            p90_us: at(900),
+            p99_us: at(990),
+            p999_us: at(999),
+            max_us,
+        }
+    }
+}
+
+/// How long things took, in microseconds; right to an eighth, the maximum exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Percentiles {
+    /// How many were measured.
+    pub count: u64,
+    /// Half took no longer.
+    pub p50_us: u64,
+    /// Nine of ten took no longer.
+    pub p90_us: u64,
+    /// All but one in a hundred took no longer.
+    pub p99_us: u64,
+    /// All but one in a thousand took no longer.
+    pub p999_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+/// Bytes handed out, by where they were when they were asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BytesByOrigin {
+    /// In the memory tier.
+    pub memory: u64,
+    /// In a local layer or in the cache file.
+    pub disk: u64,
+    /// Not here: somebody waited for the network.
+    pub network: u64,
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Counters that any thread adds to.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters {
+            $(pub(crate) $name: AtomicU64,)*
+            pub(crate) bytes_memory: AtomicU64,
+            pub(crate) bytes_disk: AtomicU64,
+            pub(crate) bytes_network: AtomicU64,
+            pub(crate) latency: Histogram,
+        }
+
+        /// What a fetcher has done since it started.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+        pub struct FetchStats {
+            $($(#[$doc])* pub $name: u64,)*
+            /// Bytes handed out, by where they were.
+            pub bytes: BytesByOrigin,
+            /// From asking to answer, for reads that were left with the fetch thread.
+            pub latency: Percentiles,
+        }
+
+        impl Counters {
+            pub(crate) fn snapshot(&self) -> FetchStats {
+                FetchStats {
+                    $($name: self.$name.load(Ordering::Relaxed),)*
+                    bytes: BytesByOrigin {
+                        memory: self.bytes_memory.load(Ordering::Relaxed),
+                        disk: self.bytes_disk.load(Ordering::Relaxed),
+                        network: self.bytes_network.load(Ordering::Relaxed),
+                    },
+                    latency: self.latency.percentiles(),
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Times somebody asked for a range: looks that found it and reads that were left.
+    reads,
+    /// Reads that ended in an error.
+    read_errors,
+    /// Reads waiting for an answer now.
+    in_flight,
+    /// Requests sent to servers, retries and followed redirects included.
+    requests,
+    /// Requests that had to be sent again.
+    retries,
+    /// Answers that were wrong or missing: refused, cut short, another range, another length, timed out.
+    errors,
+    /// Connections opened.
+    connections,
+    /// Body bytes that came over the network.
+    bytes_fetched,
+    /// Body bytes that were fetched on suspicion.
+    bytes_prefetched,
+    /// Of those, the bytes of chunks that somebody read later.
+    prefetched_used,
+    /// Of those, the bytes of chunks that left memory unread.
+    prefetched_unused,
+    /// Bytes written to the store.
+    bytes_stored,
+}
+
+/// Adds without ordering: counters only.
+pub(crate) fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+/// Takes away without ordering, for gauges.
+pub(crate) fn take(counter: &AtomicU64, n: u64) {
+    counter.fetch_sub(n, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_contiguous_and_close() {
+        let mut last = 0;
+        for us in 1..100_000u64 {
+            let here = bucket(us);
+            assert!(
+                here == last || here == last + 1,
+                "{us} jumps from bucket {last} to {here}"
+            );
+            assert!(upper_bound_us(here) >= us);
+            assert!(upper_bound_us(here) <= us.max(STEPS) + us / STEPS + 1);
+            last = here;
+        }
+        assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn percentiles_of_a_known_set() {
+        let histogram = Histogram::default();
+        assert_eq!(histogram.percentiles(), Percentiles::default());
+        for ms in 1..=100 {
+            histogram.record(Duration::from_millis(ms));
+        }
+        let found = histogram.percentiles();
+        assert_eq!((found.count, found.max_us), (100, 100_000));
+        assert!((50_000..57_000).contains(&found.p50_us), "{found:?}");
+        assert!((99_000..=100_000).contains(&found.p99_us), "{found:?}");
+    }
+}

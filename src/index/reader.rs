@@ -1,0 +1,510 @@
+//! Reading an index file. In: its bytes, from anybody. Out: the summary and the entries, streamed from the compressed section
+//! batch by batch, or a fault. What is wrong with a file is found before a length in it is believed.
+
+use std::io::Read;
+
+use sha2::{Digest, Sha256};
+
+use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+use super::error::{IndexError, IndexFault};
+use super::format::{self, Columns, Fields, SectionRecord};
+use super::parser::EndOfArchive;
+use super::summary::Summary;
+use super::varint::Cursor;
+use super::writer::{Owner, State};
+use super::{TAR_BLOCK, align_up, len_u64};
+use crate::units::{TarOffset, TarRange};
+
+/// An index file in memory, its structure and checksums already verified.
+#[derive(Clone, Debug)]
+pub struct Index<B> {
+    bytes: B,
+    summary: Summary,
+    digest: [u8; 32],
+    entries: SectionRecord,
+}
+
+impl<B: AsRef<[u8]>> Index<B> {
+    /// Opens an index file: checks magic, version, section table and every section's checksum. The entries themselves are
+    /// checked when they are read.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] with what is wrong.
+    pub fn open(bytes: B) -> Result<Self, IndexError> {
+        let file = bytes.as_ref();
+        let (mut summary, mut entries) = (None, None);
+        for record in section_table(file)? {
+            let body = section(file, &record)?;
+            let name = match record.kind {
+                format::SUMMARY => "summary",
+                format::ENTRIES => "entry table",
+                _ => "section",
+            };
+            if crc32c::crc32c(body) != record.crc {
+                return Err(IndexFault::Checksum(name).into());
+            }
+            match record.kind {
+                format::SUMMARY if record.encoding == format::RAW => summary = Some(format::decode_summary(body)?),
+                format::ENTRIES if record.encoding == format::ZSTD => entries = Some(record),
+                _ if record.flags & format::REQUIRED != 0 => return Err(IndexFault::UnknownSection(record.kind).into()),
+                _ => {}
+            }
+        }
+        let (summary, digest) = summary.ok_or(IndexFault::Malformed("section table (no summary)"))?;
+        let entries = entries.ok_or(IndexFault::Malformed("section table (no entries)"))?;
+        Ok(Self {
+            bytes,
+            summary,
+            digest,
+            entries,
+        })
+    }
+
+    /// What the layer holds, as counted when the index was made.
+    #[must_use]
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// The tar's length in bytes.
+    #[must_use]
+    pub fn tar_len(&self) -> u64 {
+        self.summary.tar_bytes
+    }
+
+    /// Whether the tar's end was marked.
+    #[must_use]
+    pub fn end(&self) -> EndOfArchive {
+        if self.summary.end_marked {
+            EndOfArchive::Marked
+        } else {
+            EndOfArchive::Missing
+        }
+    }
+
+    /// SHA-256 of the decoded entry table: equal for equal layers, whichever version of zstd compressed the table. The
+    /// checksums were verified, this digest only by [`verify`](Self::verify).
+    #[must_use]
+    pub fn content_digest(&self) -> &[u8; 32] {
+        &self.digest
+    }
+
+    /// The file's bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+
+    /// Reads the entries from the first on.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] when the entry table cannot even be begun.
+    pub fn entries(&self) -> Result<Entries<'_>, IndexError> {
+        let body = section(self.bytes.as_ref(), &self.entries)?;
+        Entries::new(body, self.entries.decoded, self.summary)
+    }
+
+    /// Hands every entry to `sink`, as a walk over the tar would.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] for a table that makes no sense; what the sink returns.
+    pub fn replay(&self, sink: &mut (impl EntrySink + ?Sized)) -> Result<(), IndexError> {
+        let mut entries = self.entries()?;
+        while let Some(entry) = entries.next_entry()? {
+            sink.entry(entry)?;
+        }
+        Ok(())
+    }
+
+    /// Reads everything and compares the digest.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] when the table makes no sense or has another digest.
+    pub fn verify(&self) -> Result<(), IndexError> {
+        let mut entries = self.entries()?;
+        entries.stream.digest = Some(Sha256::new());
+        while entries.next_entry()?.is_some() {}
+        let digest: Option<[u8; 32]> = entries.stream.digest.map(|digest| digest.finalize().into());
+        if digest != Some(self.digest) {
+            return Err(IndexFault::Checksum("entry table").into());
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file that begins with these bytes is an index (eight of them are enough).
+#[must_use]
+pub fn is_index(start: &[u8]) -> bool {
+    start.starts_with(&format::MAGIC)
+}
+
+/// The section table, checked: known version, right checksum, sections one behind the other up to the file's end.
+fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
+    if !is_index(file) {
+        return Err(IndexFault::Magic);
+    }
+    let mut fields = Fields(&file[format::MAGIC.len()..]);
+    let version = fields.u16()?;
+    if version != format::VERSION {
+        return Err(IndexFault::Version {
+            found: version,
+            known: format::VERSION,
+        });
+    }
+    let count = usize::from(fields.u16()?);
+    let crc = fields.u32()?;
+    if count > format::MAX_SECTIONS {
+        return Err(IndexFault::TooLarge("section table"));
+    }
+    let table_end = format::PROLOGUE + count * format::RECORD;
+    let table = file.get(format::PROLOGUE..table_end).ok_or(IndexFault::Truncated)?;
+    if crc32c::crc32c_append(crc32c::crc32c(&file[..format::PROLOGUE - 4]), table) != crc {
+        return Err(IndexFault::Checksum("section table"));
+    }
+    let records: Vec<_> = table
+        .chunks_exact(format::RECORD)
+        .map(SectionRecord::decode)
+        .collect::<Result<_, _>>()?;
+    let mut end = len_u64(table_end);
+    for record in &records {
+        if record.offset != end {
+            return Err(IndexFault::Malformed("section table"));
+        }
+        end = end
+            .checked_add(record.stored)
+            .ok_or(IndexFault::Malformed("section table"))?;
+    }
+    match end.cmp(&len_u64(file.len())) {
+        std::cmp::Ordering::Equal => Ok(records),
+        std::cmp::Ordering::Greater => Err(IndexFault::Truncated),
+        std::cmp::Ordering::Less => Err(IndexFault::Malformed("end (something follows it)")),
+    }
+}
+
+fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {
+    let start = usize::try_from(record.offset).map_err(|_| IndexFault::Truncated)?;
+    let len = usize::try_from(record.stored).map_err(|_| IndexFault::Truncated)?;
+    file.get(start..)
+        .and_then(|rest| rest.get(..len))
+        .ok_or(IndexFault::Truncated)
+}
+
+/// The entry table while it is decoded: a bounded reader that may digest what passes.
+struct Stream<'a> {
+    decoder: zstd::stream::read::Decoder<'static, &'a [u8]>,
+    left: u64,
+    digest: Option<Sha256>,
+}
+
+impl Stream<'_> {
+    /// Appends exactly `len` bytes. Grows as bytes really come, not by what was announced.
+    fn read(&mut self, len: u64, out: &mut Vec<u8>) -> Result<(), IndexFault> {
+        self.left = self
+            .left
+            .checked_sub(len)
+            .ok_or(IndexFault::Malformed("entry table (its length)"))?;
+        let before = out.len();
+        let got = (&mut self.decoder).take(len).read_to_end(out);
+        if got.ok().map(len_u64) != Some(len) {
+            return Err(IndexFault::Malformed("entry table (compression)"));
+        }
+        if let Some(digest) = &mut self.digest {
+            digest.update(&out[before..]);
+        }
+        Ok(())
+    }
+
+    fn number(&mut self) -> Result<u64, IndexFault> {
+        let mut bytes = Vec::with_capacity(10);
+        loop {
+            self.read(1, &mut bytes)?;
+            if bytes.last().is_none_or(|last| last & 0x80 == 0) || bytes.len() == 10 {
+                return Cursor::new(&bytes).number();
+            }
+        }
+    }
+}
+
+/// The entries of an index, lent one at a time.
+pub struct Entries<'a> {
+    stream: Stream<'a>,
+    summary: Summary,
+    batch: Vec<u8>,
+    /// Where each column continues in `batch`, and where it ends.
+    columns: Columns<(usize, usize)>,
+    in_batch: u64,
+    done: u64,
+    ended: bool,
+    state: State,
+    owners: Vec<Owner>,
+    xattr_sets: XattrSets,
+    entry: Entry,
+}
+
+impl std::fmt::Debug for Entries<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Entries")
+            .field("done", &self.done)
+            .field("of", &self.summary.entries)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Entries<'a> {
+    fn new(body: &'a [u8], decoded: u64, summary: Summary) -> Result<Self, IndexError> {
+        let unusable = |_| IndexFault::Malformed("entry table (compression)");
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(body)
+            .map_err(unusable)?
+            .single_frame();
+        decoder.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
+        Ok(Self {
+            stream: Stream {
+                decoder,
+                left: decoded,
+                digest: None,
+            },
+            summary,
+            batch: Vec::new(),
+            columns: Columns::default(),
+            in_batch: 0,
+            done: 0,
+            ended: false,
+            state: State::default(),
+            owners: Vec::new(),
+            xattr_sets: XattrSets::default(),
+            entry: Entry::default(),
+        })
+    }
+
+    /// The next entry, valid until the one after it is asked for; `None` behind the last.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] when the table makes no sense. Nothing is to be had from it after that.
+    pub fn next_entry(&mut self) -> Result<Option<&Entry>, IndexError> {
+        if self.in_batch == 0 && !self.ended {
+            self.open_batch()?;
+        }
+        if self.ended {
+            return Ok(None);
+        }
+        self.decode()?;
+        self.in_batch -= 1;
+        self.done += 1;
+        if self.in_batch == 0 && self.columns.each_mut().iter().any(|(at, end)| at != end) {
+            return Err(IndexFault::Malformed("entry table (a column is too long)").into());
+        }
+        Ok(Some(&self.entry))
+    }
+
+    fn open_batch(&mut self) -> Result<(), IndexFault> {
+        self.in_batch = self.stream.number()?;
+        if self.in_batch == 0 {
+            self.ended = true;
+            if self.done != self.summary.entries || self.stream.left != 0 {
+                return Err(IndexFault::Malformed("entry table (not as many entries as announced)"));
+            }
+            return Ok(());
+        }
+        if self.in_batch > len_u64(format::BATCH_ENTRIES) || self.in_batch > self.summary.entries - self.done {
+            return Err(IndexFault::Malformed("entry table (more entries than announced)"));
+        }
+        let mut end = 0_u64;
+        for place in self.columns.each_mut() {
+            let start = end;
+            end = end.saturating_add(self.stream.number()?);
+            if end > format::MAX_BATCH {
+                return Err(IndexFault::TooLarge("entry table"));
+            }
+            let position = |at| usize::try_from(at).map_err(|_| IndexFault::TooLarge("entry table"));
+            *place = (position(start)?, position(end)?);
+        }
+        self.batch.clear();
+        self.stream.read(end, &mut self.batch)
+    }
+
+    fn decode(&mut self) -> Result<(), IndexFault> {
+        let mut columns = Columns::<Cursor<'_>>::default();
+        for (cursor, (at, end)) in columns.each_mut().into_iter().zip(self.columns.each_mut()) {
+            *cursor = Cursor::new(&self.batch[*at..*end]);
+        }
+        let tag = columns.tags.byte()?;
+        if tag & format::TAG_UNUSED != 0 {
+            return Err(IndexFault::Malformed("entry table (a tag)"));
+        }
+        let kind = format::KINDS.get(usize::from(tag & format::TAG_KIND));
+        let entry = &mut self.entry;
+        entry.clear();
+        entry.kind = *kind.ok_or(IndexFault::Malformed("entry table (a kind)"))?;
+
+        let owner = read_owner(&mut columns, &mut self.owners)?;
+        (entry.mode, entry.uid, entry.gid) = (owner.mode, owner.uid, owner.gid);
+        entry.mtime = read_time(&mut columns, &mut self.state)?;
+
+        let (shared, fresh) = (columns.shared.number()?, columns.fresh.number()?);
+        front_decode(&mut self.state.path, shared, columns.names.bytes(fresh)?)?;
+        entry.path.extend_from_slice(&self.state.path);
+        if entry.kind == Kind::File {
+            entry.size = columns.sizes.number()?;
+            if entry.size > i64::MAX.unsigned_abs() {
+                return Err(IndexFault::Malformed("entry table (a size)"));
+            }
+        }
+        if matches!(entry.kind, Kind::Symlink | Kind::Hardlink) {
+            let (shared, fresh) = (columns.links.number()?, columns.links.number()?);
+            front_decode(&mut self.state.link, shared, columns.links.bytes(fresh)?)?;
+            entry.link.extend_from_slice(&self.state.link);
+        }
+        let rare = &mut columns.rare;
+        entry.headers = self.state.usual_headers();
+        if tag & format::TAG_PLACED != 0 {
+            entry.headers = read_place(rare, self.state.next)?;
+        }
+        if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
+            let mut number =
+                || u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"));
+            (entry.device_major, entry.device_minor) = (number()?, number()?);
+        }
+        if tag & format::TAG_XATTRS != 0 {
+            read_xattrs(rare, &mut self.xattr_sets, &mut entry.xattrs)?;
+        }
+        if tag & format::TAG_SPARSE != 0 {
+            read_segments(rare, entry)?;
+        } else if entry.size > 0 {
+            entry.segments.push(Segment {
+                file_offset: 0,
+                tar_offset: entry.headers.end(),
+                len: entry.size,
+            });
+        }
+        let end = entry.payload().end();
+        if end.0 > self.summary.tar_bytes {
+            return Err(IndexFault::Malformed("entry table (content beyond the tar's end)"));
+        }
+        self.state.next = TarOffset(align_up(end.0));
+
+        let consumed = columns.each_mut().map(|cursor| cursor.remaining());
+        for ((at, end), rest) in self.columns.each_mut().into_iter().zip(consumed) {
+            *at = *end - rest;
+        }
+        Ok(())
+    }
+}
+
+/// The sets of attributes that have numbers.
+#[derive(Debug, Default)]
+struct XattrSets {
+    known: Vec<Vec<Xattr>>,
+    weight: usize,
+}
+
+fn read_owner(columns: &mut Columns<Cursor<'_>>, known: &mut Vec<Owner>) -> Result<Owner, IndexFault> {
+    let number = columns.owners.number()?;
+    if let Some(owner) = usize::try_from(number).ok().and_then(|number| known.get(number)) {
+        return Ok(*owner);
+    }
+    let fields = &mut columns.new_owners;
+    let mode = u16::try_from(fields.number()?).ok().filter(|mode| *mode <= 0o7777);
+    let mode = mode.ok_or(IndexFault::Malformed("entry table (a mode)"))?;
+    let owner = Owner {
+        mode,
+        uid: fields.number()?,
+        gid: fields.number()?,
+    };
+    if number != len_u64(known.len()) {
+        return Err(IndexFault::Malformed("entry table (an owner's number)"));
+    }
+    if known.len() < format::MAX_OWNERS {
+        known.push(owner);
+    }
+    Ok(owner)
+}
+
+fn read_time(columns: &mut Columns<Cursor<'_>>, state: &mut State) -> Result<Timestamp, IndexFault> {
+    let fault = IndexFault::Malformed("entry table (a time)");
+    let place = usize::try_from(columns.times.number()?).map_err(|_| fault)?;
+    if let Some(time) = state.times.recall(place) {
+        return Ok(time);
+    }
+    if place != format::RECENT_TIMES {
+        return Err(fault);
+    }
+    let secs = state.times.newest.wrapping_add(columns.new_times.signed()?);
+    let nanos = u32::try_from(columns.new_times.number()?)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000)
+        .ok_or(fault)?;
+    let time = Timestamp { secs, nanos };
+    state.times.remember(time);
+    Ok(time)
+}
+
+/// Keeps the first `shared` bytes and appends the fresh ones.
+fn front_decode(text: &mut Vec<u8>, shared: u64, fresh: &[u8]) -> Result<(), IndexFault> {
+    let shared = usize::try_from(shared).ok().filter(|shared| *shared <= text.len());
+    text.truncate(shared.ok_or(IndexFault::Malformed("entry table (a name)"))?);
+    text.extend_from_slice(fresh);
+    Ok(())
+}
+
+fn read_place(rare: &mut Cursor<'_>, next: TarOffset) -> Result<TarRange, IndexFault> {
+    let mut blocks = || {
+        let bytes = rare
+            .number()?
+            .checked_mul(TAR_BLOCK)
+            .filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
+        bytes.ok_or(IndexFault::Malformed("entry table (a place)"))
+    };
+    Ok(TarRange::new(next.plus(blocks()?), blocks()?))
+}
+
+fn read_xattrs(rare: &mut Cursor<'_>, sets: &mut XattrSets, out: &mut Vec<Xattr>) -> Result<(), IndexFault> {
+    let fault = IndexFault::Malformed("entry table (attributes)");
+    let number = rare.number()?;
+    if let Some(set) = usize::try_from(number).ok().and_then(|number| sets.known.get(number)) {
+        out.extend_from_slice(set);
+        return Ok(());
+    }
+    if number != len_u64(sets.known.len()) {
+        return Err(fault);
+    }
+    for _ in 0..rare.number()? {
+        let len = rare.number()?;
+        let name = rare.bytes(len)?.to_vec();
+        let len = rare.number()?;
+        let value = rare.bytes(len)?.to_vec();
+        out.push(Xattr { name, value });
+    }
+    if out.is_empty() || !out.is_sorted_by(|a, b| a.name < b.name) {
+        return Err(fault);
+    }
+    let weight = sets.weight + format::xattr_weight(out);
+    if sets.known.len() < format::MAX_XATTR_SETS && weight <= format::MAX_XATTR_WEIGHT {
+        sets.weight = weight;
+        sets.known.push(out.clone());
+    }
+    Ok(())
+}
+
+fn read_segments(rare: &mut Cursor<'_>, entry: &mut Entry) -> Result<(), IndexFault> {
+    let fault = IndexFault::Malformed("entry table (segments)");
+    let mut end = 0_u64;
+    let mut tar_offset = entry.headers.end();
+    for _ in 0..rare.number()? {
+        let file_offset = end.checked_add(rare.number()?).ok_or(fault)?;
+        let len = rare.number()?;
+        end = file_offset
+            .checked_add(len)
+            .filter(|end| *end <= entry.size)
+            .ok_or(fault)?;
+        if len == 0 {
+            return Err(fault);
+        }
+        entry.segments.push(Segment {
+            file_offset,
+            tar_offset,
+            len,
+        });
+        tar_offset = tar_offset.plus(len);
+    }
+    Ok(())
+}

@@ -1,0 +1,401 @@
+//! Making an index file. In: entries, one after the other. Out: the file's bytes, compressed while entries come in, so that a
+//! million of them never lie here uncompressed.
+
+use std::collections::HashMap;
+use std::io::Write;
+
+use sha2::{Digest, Sha256};
+
+use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+use super::error::IndexError;
+use super::format::{self, Columns, SectionRecord};
+use super::parser::EndOfArchive;
+use super::summary::Summary;
+use super::{TAR_BLOCK, align_up, len_u64, varint};
+use crate::units::{TarOffset, TarRange};
+
+/// How hard zstd tries. Higher levels save a tenth of the bytes and cost more time than everything else together.
+const LEVEL: i32 = 1;
+
+/// Collects a layer's entries into an index file.
+pub struct IndexBuilder {
+    output: zstd::stream::write::Encoder<'static, Vec<u8>>,
+    digest: Sha256,
+    /// Bytes of the entries section before compression, so far.
+    decoded: u64,
+    columns: Columns<Vec<u8>>,
+    in_batch: usize,
+    summary: Summary,
+    state: State,
+    xattr_sets: HashMap<Vec<Xattr>, u64>,
+    xattr_weight: usize,
+    owners: HashMap<Owner, u64>,
+}
+
+impl std::fmt::Debug for IndexBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IndexBuilder")
+            .field("summary", &self.summary)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What repeats together from entry to entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct Owner {
+    pub(super) mode: u16,
+    pub(super) uid: u64,
+    pub(super) gid: u64,
+}
+
+/// What coding an entry takes from the ones before; the same on both sides.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) path: Vec<u8>,
+    pub(super) link: Vec<u8>,
+    /// Where the next headers begin if nothing unusual lies between.
+    pub(super) next: TarOffset,
+    pub(super) times: RecentTimes,
+}
+
+impl State {
+    /// Where an entry's headers lie when it is like most.
+    pub(super) fn usual_headers(&self) -> TarRange {
+        TarRange::new(self.next, TAR_BLOCK)
+    }
+}
+
+/// The last different times, the last used first.
+#[derive(Debug)]
+pub(super) struct RecentTimes {
+    times: [Timestamp; format::RECENT_TIMES],
+    /// The time that the next new one is told from.
+    pub(super) newest: i64,
+}
+
+impl Default for RecentTimes {
+    fn default() -> Self {
+        Self {
+            times: [Timestamp::default(); format::RECENT_TIMES],
+            newest: 0,
+        }
+    }
+}
+
+impl RecentTimes {
+    fn find(&self, time: Timestamp) -> Option<usize> {
+        self.times.iter().position(|known| *known == time)
+    }
+
+    /// The time at `place`, which becomes the last used.
+    pub(super) fn recall(&mut self, place: usize) -> Option<Timestamp> {
+        let time = *self.times.get(place)?;
+        self.times[..=place].rotate_right(1);
+        Some(time)
+    }
+
+    /// Puts a new time in front, for the one that was not used the longest.
+    pub(super) fn remember(&mut self, time: Timestamp) {
+        self.times.rotate_right(1);
+        self.times[0] = time;
+        self.newest = time.secs;
+    }
+}
+
+impl IndexBuilder {
+    /// An empty index.
+    ///
+    /// # Panics
+    /// When zstd cannot allocate its context.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut output = zstd::stream::write::Encoder::new(Vec::new(), LEVEL).expect("memory for a zstd context");
+        output.window_log(format::WINDOW_LOG).expect("a legal window size");
+        Self {
+            output,
+            digest: Sha256::new(),
+            decoded: 0,
+            columns: Columns::default(),
+            in_batch: 0,
+            summary: Summary::default(),
+            state: State::default(),
+            xattr_sets: HashMap::new(),
+            xattr_weight: 0,
+            owners: HashMap::new(),
+        }
+    }
+
+    /// What came in so far.
+    #[must_use]
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// The finished index file of a tar of `tar_len` bytes.
+    ///
+    /// # Panics
+    /// When there is no memory for it.
+    #[must_use]
+    pub fn finish(mut self, tar_len: u64, end: EndOfArchive) -> Vec<u8> {
+        self.close_batch();
+        self.put_batch_head(&[0]);
+        let entries = self.output.finish().expect("writing to memory");
+        self.summary.tar_bytes = tar_len;
+        self.summary.end_marked = end == EndOfArchive::Marked;
+        let digest: [u8; 32] = self.digest.finalize().into();
+        let summary = format::encode_summary(&self.summary, &digest);
+        let required = |kind, encoding, decoded| SectionRecord {
+            kind,
+            flags: format::REQUIRED,
+            encoding,
+            decoded,
+            ..SectionRecord::default()
+        };
+        assemble(&mut [
+            (required(format::SUMMARY, format::RAW, len_u64(summary.len())), summary),
+            (required(format::ENTRIES, format::ZSTD, self.decoded), entries),
+        ])
+    }
+
+    fn put_batch_head(&mut self, bytes: &[u8]) {
+        self.digest.update(bytes);
+        self.decoded += len_u64(bytes.len());
+        self.output.write_all(bytes).expect("writing to memory");
+    }
+
+    fn close_batch(&mut self) {
+        if self.in_batch == 0 {
+            return;
+        }
+        let mut head = Vec::with_capacity(64);
+        varint::put(&mut head, len_u64(self.in_batch));
+        for column in self.columns.each_mut() {
+            varint::put(&mut head, len_u64(column.len()));
+        }
+        self.put_batch_head(&head);
+        for column in self.columns.each_mut() {
+            self.digest.update(&column);
+            self.decoded += len_u64(column.len());
+            self.output.write_all(column).expect("writing to memory");
+            column.clear();
+        }
+        self.in_batch = 0;
+    }
+
+    fn put_owner(&mut self, owner: Owner) {
+        if let Some(number) = self.owners.get(&owner) {
+            varint::put(&mut self.columns.owners, *number);
+            return;
+        }
+        let number = len_u64(self.owners.len());
+        varint::put(&mut self.columns.owners, number);
+        varint::put(&mut self.columns.new_owners, u64::from(owner.mode));
+        varint::put(&mut self.columns.new_owners, owner.uid);
+        varint::put(&mut self.columns.new_owners, owner.gid);
+        if self.owners.len() < format::MAX_OWNERS {
+            self.owners.insert(owner, number);
+        }
+    }
+
+    fn put_time(&mut self, time: Timestamp) {
+        let times = &mut self.state.times;
+        if let Some(place) = times.find(time) {
+            varint::put(&mut self.columns.times, len_u64(place));
+            times.recall(place);
+            return;
+        }
+        varint::put(&mut self.columns.times, len_u64(format::RECENT_TIMES));
+        // Wrapping is undone by the reader, so no pair of times is too far apart.
+        varint::put_signed(&mut self.columns.new_times, time.secs.wrapping_sub(times.newest));
+        varint::put(&mut self.columns.new_times, u64::from(time.nanos));
+        times.remember(time);
+    }
+
+    fn put_xattrs(&mut self, xattrs: &[Xattr]) {
+        let rare = &mut self.columns.rare;
+        if let Some(number) = self.xattr_sets.get(xattrs) {
+            varint::put(rare, *number);
+            return;
+        }
+        let number = len_u64(self.xattr_sets.len());
+        varint::put(rare, number);
+        varint::put(rare, len_u64(xattrs.len()));
+        for xattr in xattrs {
+            for bytes in [&xattr.name, &xattr.value] {
+                varint::put(rare, len_u64(bytes.len()));
+                rare.extend_from_slice(bytes);
+            }
+        }
+        let weight = self.xattr_weight + format::xattr_weight(xattrs);
+        if self.xattr_sets.len() < format::MAX_XATTR_SETS && weight <= format::MAX_XATTR_WEIGHT {
+            self.xattr_weight = weight;
+            self.xattr_sets.insert(xattrs.to_vec(), number);
+        }
+    }
+
+    fn put_segments(&mut self, segments: &[Segment]) {
+        let rare = &mut self.columns.rare;
+        varint::put(rare, len_u64(segments.len()));
+        let mut end = 0;
+        for segment in segments {
+            varint::put(rare, segment.file_offset - end);
+            varint::put(rare, segment.len);
+            end = segment.file_offset + segment.len;
+        }
+    }
+}
+
+impl Default for IndexBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl EntrySink for IndexBuilder {
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+        check(entry, self.state.next).map_err(|why| IndexError::Unencodable {
+            path: entry.path.clone(),
+            why,
+        })?;
+        let sparse = is_sparse(entry);
+        let placed = entry.headers != self.state.usual_headers();
+        let mut tag = format::kind_number(entry.kind);
+        for (mark, set) in [
+            (format::TAG_PLACED, placed),
+            (format::TAG_SPARSE, sparse),
+            (format::TAG_XATTRS, !entry.xattrs.is_empty()),
+        ] {
+            tag |= if set { mark } else { 0 };
+        }
+        self.columns.tags.push(tag);
+        self.put_owner(Owner {
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+        });
+        self.put_time(entry.mtime);
+
+        let columns = &mut self.columns;
+        let shared = common_prefix(&self.state.path, &entry.path);
+        varint::put(&mut columns.shared, len_u64(shared));
+        varint::put(&mut columns.fresh, len_u64(entry.path.len() - shared));
+        columns.names.extend_from_slice(&entry.path[shared..]);
+        if entry.kind == Kind::File {
+            varint::put(&mut columns.sizes, entry.size);
+        }
+        if matches!(entry.kind, Kind::Symlink | Kind::Hardlink) {
+            let shared = common_prefix(&self.state.link, &entry.link);
+            varint::put(&mut columns.links, len_u64(shared));
+            varint::put(&mut columns.links, len_u64(entry.link.len() - shared));
+            columns.links.extend_from_slice(&entry.link[shared..]);
+            self.state.link.clone_from(&entry.link);
+        }
+        if placed {
+            varint::put(
+                &mut columns.rare,
+                entry.headers.start.since(self.state.next) / TAR_BLOCK,
+            );
+            varint::put(&mut columns.rare, entry.headers.len / TAR_BLOCK);
+        }
+        if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
+            varint::put(&mut columns.rare, u64::from(entry.device_major));
+            varint::put(&mut columns.rare, u64::from(entry.device_minor));
+        }
+        if !entry.xattrs.is_empty() {
+            self.put_xattrs(&entry.xattrs);
+        }
+        if sparse {
+            self.put_segments(&entry.segments);
+        }
+
+        self.state.path.clone_from(&entry.path);
+        self.state.next = TarOffset(align_up(entry.payload().end().0));
+        self.summary.count(entry);
+        self.in_batch += 1;
+        let filled: usize = self.columns.each_mut().iter().map(|column| column.len()).sum();
+        if self.in_batch == format::BATCH_ENTRIES || filled >= format::BATCH_BYTES {
+            self.close_batch();
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file needs a map: any but the one run that every other file has.
+fn is_sparse(entry: &Entry) -> bool {
+    if entry.kind != Kind::File {
+        return false;
+    }
+    match entry.segments.as_slice() {
+        [] => entry.size != 0,
+        [only] => only.file_offset != 0 || only.len != entry.size,
+        _ => true,
+    }
+}
+
+/// Whether an entry obeys what its type's documentation says and the format relies on.
+fn check(entry: &Entry, next: TarOffset) -> Result<(), &'static str> {
+    let block = |position: u64| position.is_multiple_of(TAR_BLOCK);
+    if entry.headers.start < next || !block(entry.headers.start.0) || !block(entry.headers.len) {
+        return Err("its headers are not blocks behind the entry before");
+    }
+    if entry.mtime.nanos >= 1_000_000_000 {
+        return Err("its time has too many nanoseconds");
+    }
+    if entry.mode > 0o7777 {
+        return Err("its mode has more than twelve bits");
+    }
+    if entry.kind != Kind::File && (entry.size != 0 || !entry.segments.is_empty()) {
+        return Err("it has content and is no file");
+    }
+    if !matches!(entry.kind, Kind::Symlink | Kind::Hardlink) && !entry.link.is_empty() {
+        return Err("it has a link text and is no link");
+    }
+    if !matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) && (entry.device_major, entry.device_minor) != (0, 0)
+    {
+        return Err("it has device numbers and is no device");
+    }
+    if !entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
+        return Err("its attributes are not in order");
+    }
+    let (mut file, mut tar) = (0, entry.headers.end());
+    for segment in &entry.segments {
+        if segment.len == 0 || segment.file_offset < file || segment.tar_offset != tar {
+            return Err("its segments are not in order, packed behind its headers");
+        }
+        file = segment.file_offset.saturating_add(segment.len);
+        tar = tar.plus(segment.len);
+    }
+    if file > entry.size || entry.size > i64::MAX.unsigned_abs() || tar.0 > i64::MAX.unsigned_abs() {
+        return Err("its segments reach too far");
+    }
+    Ok(())
+}
+
+fn common_prefix(a: &[u8], b: &[u8]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Puts a file together from its sections, working out places and checksums.
+fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
+    let table_end = format::PROLOGUE + sections.len() * format::RECORD;
+    let mut offset = len_u64(table_end);
+    let mut table = Vec::new();
+    for (record, bytes) in sections.iter_mut() {
+        record.offset = offset;
+        record.stored = len_u64(bytes.len());
+        record.crc = crc32c::crc32c(bytes);
+        record.encode(&mut table);
+        offset += record.stored;
+    }
+    let mut file = Vec::with_capacity(usize::try_from(offset).unwrap_or(0));
+    file.extend_from_slice(&format::MAGIC);
+    file.extend_from_slice(&format::VERSION.to_le_bytes());
+    file.extend_from_slice(&u16::try_from(sections.len()).unwrap_or(u16::MAX).to_le_bytes());
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &table);
+    file.extend_from_slice(&crc.to_le_bytes());
+    file.extend_from_slice(&table);
+    for (_, bytes) in sections {
+        file.append(bytes);
+    }
+    file
+}

@@ -1,0 +1,681 @@
+//! From entries to a tree, by containerd's rules (`pkg/archive/tar.go`, its `applyNaive` and `createTarFile`):
+//!
+//! - Paths are cleaned, and no `..` leads above the root. Links on the way to an entry's directory are followed, inside the
+//!   root only, at most 255 of them. Their own texts are cleaned before they are followed, as `fs.RootPath` does.
+//! - A directory over a directory brings its attributes and leaves the content. Anything else over anything is an unlink
+//!   and a new node: a hard link made before keeps the old one, a directory goes with all it holds.
+//! - A hard link names what its target is at that moment. Attributes in the link's own entry are not applied (GNU tar's
+//!   rule; containerd chowns the shared inode again, to what is in practice the same owner).
+//! - Missing directories are made: 0755, root's, with the time of the entry that needed them (containerd and GNU tar: now,
+//!   which no image that is to be the same everywhere can use).
+//! - Whiteouts are plain entries here; what they do to lower layers is not this builder's business.
+//!
+//! One rule is not containerd's: it ignores the root's own entry, here (as in GNU tar) its attributes are the root's.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::Range;
+
+use hashbrown::HashTable;
+
+use super::error::show;
+use super::names::{self, Dirent};
+use super::path;
+use super::xattrs::{XattrSetId, XattrTable};
+use super::{LINK_TEXT_MAX, NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
+use crate::index::{Entry, EntrySink, IndexError, Kind, Segment, Timestamp, Xattr};
+use crate::units::{LayerId, to_usize};
+
+/// No node, no name.
+const NONE: u32 = u32::MAX;
+/// Links that may be followed on the way to one entry: containerd's number.
+const LINKS_MAX: u32 = 255;
+/// Parts of link texts that may be walked on the way to one entry. Ordinary ones have a handful; without a bound, 255 links
+/// of 4095 bytes would cost half a million steps, entry after entry.
+const LINK_PARTS_MAX: usize = 8192;
+/// The longest value of an extended attribute, in bytes: the kernel's `XATTR_SIZE_MAX`.
+const XATTR_VALUE_MAX: usize = 65_536;
+
+/// A name while building. Names stay when what they name is gone (their `node` is then [`NONE`]): whatever replaces it will
+/// need the name again.
+#[derive(Clone, Copy)]
+struct Name {
+    parent: u32,
+    text: u32,
+    node: u32,
+    /// The next name of the same directory.
+    next: u32,
+}
+
+/// Takes entries in the tar's order and makes them a [`Tree`].
+pub struct TreeBuilder {
+    layer: u16,
+    nodes: Vec<Node>,
+    names: Vec<Name>,
+    /// Indexes into `names`, by parent and name.
+    by_name: HashTable<u32>,
+    hasher: RandomState,
+    text: Vec<u8>,
+    segments: Vec<Segment>,
+    xattrs: XattrTable,
+    /// The directory part of the last entry's path, as recorded, and what it led to: most entries have the same. Emptied
+    /// whenever a name changes its meaning.
+    last_directory: Vec<u8>,
+    last_directory_node: u32,
+    parts: Vec<Range<usize>>,
+    pending: Vec<Part>,
+    /// Whether the root's time is still that of no entry at all.
+    root_is_untouched: bool,
+}
+
+/// A part of a path still to be walked: of the entry's own path, or of a link's text in the arena.
+#[derive(Clone)]
+enum Part {
+    Own(Range<usize>),
+    Link(Range<usize>),
+}
+
+/// Where a walk ended.
+enum Walk {
+    Directory(u32),
+    /// A part is not there. Only without `make`.
+    Missing,
+}
+
+impl Default for TreeBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for TreeBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TreeBuilder")
+            .field("nodes", &self.nodes.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl EntrySink for TreeBuilder {
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+        self.push(entry).map_err(|error| IndexError::Sink(error.into()))
+    }
+}
+
+impl TreeBuilder {
+    /// A tree with nothing but its root: 0755, root's, of 1970 until the first entry comes.
+    #[must_use]
+    pub fn new() -> Self {
+        let root = Node {
+            mtime_secs: 0,
+            detail: pair(NONE, 0),
+            place: 0,
+            uid: 0,
+            gid: 0,
+            mtime_nanos: 0,
+            xattrs: XattrSetId::EMPTY,
+            parent: 0,
+            links: 0,
+            mode: type_bits::DIRECTORY | 0o755,
+            layer: 0,
+            scattered: false,
+        };
+        Self {
+            layer: 0,
+            nodes: vec![root],
+            names: Vec::new(),
+            by_name: HashTable::new(),
+            hasher: RandomState::new(),
+            text: Vec::new(),
+            segments: Vec::new(),
+            xattrs: XattrTable::new(),
+            last_directory: Vec::new(),
+            last_directory_node: NONE,
+            parts: Vec::new(),
+            pending: Vec::new(),
+            root_is_untouched: true,
+        }
+    }
+
+    /// Makes room for about `entries` more entries, so that growing does not copy. A guess from outside should be bounded
+    /// by whoever makes it.
+    pub fn reserve(&mut self, entries: usize) {
+        self.nodes.reserve(entries);
+        self.names.reserve(entries);
+        let Self {
+            by_name,
+            hasher,
+            names,
+            text,
+            ..
+        } = self;
+        by_name.reserve(entries, |&at| hash(hasher, text, names[to_usize(at)]));
+    }
+
+    /// The layer that the coming entries' content is in; layer 0 until this is called.
+    ///
+    /// # Errors
+    /// [`TreeError::TooMuch`] past 65,536 layers.
+    pub fn layer(&mut self, layer: LayerId) -> Result<(), TreeError> {
+        self.layer = u16::try_from(layer.0).map_err(|_| TreeError::TooMuch {
+            path: format!("layer {}", layer.0),
+        })?;
+        Ok(())
+    }
+
+    /// Takes the next entry.
+    ///
+    /// # Errors
+    /// What the tree cannot hold, or what containerd would not unpack either. The builder is then of no more use.
+    pub fn push(&mut self, entry: &Entry) -> Result<(), TreeError> {
+        check(entry)?;
+        if self.root_is_untouched {
+            self.root_is_untouched = false;
+            self.nodes[0].mtime_secs = entry.mtime.secs;
+            self.nodes[0].mtime_nanos = entry.mtime.nanos;
+        }
+        let Some((parent, name)) = self.place(entry)? else {
+            if entry.kind == Kind::Directory {
+                self.merge_directory(0, entry)?;
+            }
+            return Ok(());
+        };
+        if name.len() > NAME_MAX {
+            return Err(TreeError::NameTooLong {
+                path: show(&entry.path),
+                len: name.len(),
+            });
+        }
+        let known = self.find(parent, name);
+        if let Some(at) = known {
+            let old = self.names[to_usize(at)].node;
+            if old != NONE {
+                if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
+                    return self.merge_directory(old, entry);
+                }
+                self.names[to_usize(at)].node = NONE;
+                self.forget_last_directory();
+            }
+        }
+        let node = match entry.kind {
+            Kind::Hardlink => self.hardlink_target(entry, parent, name)?,
+            _ => self.make_node(entry, parent)?,
+        };
+        match known {
+            Some(at) => self.names[to_usize(at)].node = node,
+            None => self.add_name(parent, name, node).ok_or_else(|| too_much(entry))?,
+        }
+        Ok(())
+    }
+
+    /// Ends the build. What the tar itself replaced stays in the arena without links and without a name.
+    #[must_use]
+    pub fn finish(mut self) -> Tree {
+        self.by_name = HashTable::new();
+        self.xattrs.finish();
+        let mut dirents: Vec<Dirent> = Vec::with_capacity(self.names.len());
+        let mut keyed = Vec::new();
+        self.nodes[0].links = 2;
+        self.lay_out(0, &mut dirents, &mut keyed);
+        // The array is its own queue: directories are laid out in the order in which their names stand in it.
+        let mut at = 0;
+        while let Some(&Dirent { node, .. }) = dirents.get(at) {
+            if self.nodes[to_usize(node)].is_directory() {
+                self.lay_out(node, &mut dirents, &mut keyed);
+            }
+            at += 1;
+        }
+        self.nodes.shrink_to_fit();
+        self.text.shrink_to_fit();
+        self.segments.shrink_to_fit();
+        dirents.shrink_to_fit();
+        Tree {
+            nodes: self.nodes,
+            dirents,
+            text: self.text,
+            segments: self.segments,
+            xattrs: self.xattrs,
+        }
+    }
+
+    /// Appends a directory's living names, sorted, and counts links.
+    fn lay_out(&mut self, directory: u32, dirents: &mut Vec<Dirent>, keyed: &mut Vec<(u64, Dirent)>) {
+        let start = dirents.len();
+        let mut at = unpair(self.nodes[to_usize(directory)].detail).0;
+        while at != NONE {
+            let Name { text, node, next, .. } = self.names[to_usize(at)];
+            if node != NONE {
+                dirents.push(Dirent { text, node });
+            }
+            at = next;
+        }
+        names::sort(&mut dirents[start..], &self.text, keyed);
+        let mut subdirectories = 0;
+        for dirent in &dirents[start..] {
+            let child = &mut self.nodes[to_usize(dirent.node)];
+            if child.is_directory() {
+                subdirectories += 1;
+                child.links = 2;
+                child.parent = directory;
+            } else {
+                if child.links == 0 {
+                    child.parent = directory;
+                }
+                child.links += 1;
+            }
+        }
+        let node = &mut self.nodes[to_usize(directory)];
+        node.links += subdirectories;
+        let count = u32::try_from(dirents.len() - start).expect("names are counted in 32 bits");
+        node.detail = pair(u32::try_from(start).expect("names are counted in 32 bits"), count);
+    }
+
+    /// The directory that the entry goes into and its name there; `None` for the root itself.
+    fn place<'e>(&mut self, entry: &'e Entry) -> Result<Option<(u32, &'e [u8])>, TreeError> {
+        if let Some((directory, name)) = path::split_plain(&entry.path) {
+            if self.last_directory_node != NONE && directory == self.last_directory {
+                return Ok(Some((self.last_directory_node, name)));
+            }
+            if let Walk::Directory(node) = self.walk(&entry.path, directory.len(), entry, true)? {
+                self.last_directory.clear();
+                self.last_directory.extend_from_slice(directory);
+                self.last_directory_node = node;
+                return Ok(Some((node, name)));
+            }
+        }
+        self.parts.clear();
+        path::clean(&entry.path, false, &mut self.parts);
+        let Some(last) = self.parts.pop() else { return Ok(None) };
+        self.pending.clear();
+        self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
+        match self.walk_pending(&entry.path, entry, true)? {
+            Walk::Directory(node) => Ok(Some((node, &entry.path[last]))),
+            Walk::Missing => Ok(None),
+        }
+    }
+
+    /// Walks the first `len` bytes of `path` from the root.
+    fn walk(&mut self, path: &[u8], len: usize, entry: &Entry, make: bool) -> Result<Walk, TreeError> {
+        self.parts.clear();
+        path::clean(&path[..len], false, &mut self.parts);
+        self.pending.clear();
+        self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
+        self.walk_pending(path, entry, make)
+    }
+
+    /// Walks `self.pending` (last part first) from the root, following links; `make`s directories that are missing.
+    fn walk_pending(&mut self, path: &[u8], entry: &Entry, make: bool) -> Result<Walk, TreeError> {
+        let mut directory = 0;
+        let mut links = 0;
+        let mut link_parts = 0;
+        while let Some(part) = self.pending.pop() {
+            let name = match &part {
+                Part::Own(range) => &path[range.clone()],
+                Part::Link(range) => &self.text[range.clone()],
+            };
+            if name == b".." {
+                directory = self.nodes[to_usize(directory)].parent;
+                continue;
+            }
+            let found = self.find(directory, name);
+            let node = found.map_or(NONE, |at| self.names[to_usize(at)].node);
+            if node == NONE {
+                if !make {
+                    return Ok(Walk::Missing);
+                }
+                directory = self.make_missing(directory, found, &part, path, entry)?;
+                continue;
+            }
+            match self.nodes[to_usize(node)].kind() {
+                NodeKind::Directory => directory = node,
+                NodeKind::Symlink => {
+                    links += 1;
+                    let (start, len) = unpair(self.nodes[to_usize(node)].detail);
+                    let (start, len) = (to_usize(start), to_usize(len));
+                    let text = &self.text[start..start + len];
+                    let absolute = text.starts_with(b"/");
+                    self.parts.clear();
+                    path::clean(text, !absolute, &mut self.parts);
+                    link_parts += self.parts.len();
+                    if links > LINKS_MAX || link_parts > LINK_PARTS_MAX {
+                        return Err(TreeError::TooManyLinks {
+                            path: show(&entry.path),
+                        });
+                    }
+                    if absolute {
+                        directory = 0;
+                    }
+                    let moved = |part: Range<usize>| Part::Link(part.start + start..part.end + start);
+                    self.pending.extend(self.parts.drain(..).rev().map(moved));
+                }
+                _ => {
+                    return Err(TreeError::NotADirectory {
+                        path: show(&entry.path),
+                        obstacle: show(name),
+                    });
+                }
+            }
+        }
+        Ok(Walk::Directory(directory))
+    }
+
+    /// Makes a directory that no entry made: its name is `part`, already in the table at `found` or not at all.
+    fn make_missing(
+        &mut self,
+        parent: u32,
+        found: Option<u32>,
+        part: &Part,
+        path: &[u8],
+        entry: &Entry,
+    ) -> Result<u32, TreeError> {
+        let implicit = Entry {
+            kind: Kind::Directory,
+            mode: 0o755,
+            mtime: entry.mtime,
+            ..Entry::default()
+        };
+        let node = self.make_node(&implicit, parent).map_err(|_| too_much(entry))?;
+        if let Some(at) = found {
+            self.names[to_usize(at)].node = node;
+            return Ok(node);
+        }
+        let mut copy = [0; NAME_MAX];
+        let name = match part {
+            Part::Own(range) => &path[range.clone()],
+            Part::Link(range) => &self.text[range.clone()],
+        };
+        let Some(copy) = copy.get_mut(..name.len()) else {
+            return Err(TreeError::NameTooLong {
+                path: show(&entry.path),
+                len: name.len(),
+            });
+        };
+        copy.copy_from_slice(name);
+        self.add_name(parent, copy, node).ok_or_else(|| too_much(entry))?;
+        Ok(node)
+    }
+
+    /// What a hard link names: looked up after the link's own name was cleared, as when unpacking.
+    fn hardlink_target(&mut self, entry: &Entry, parent: u32, name: &[u8]) -> Result<u32, TreeError> {
+        let missing = || TreeError::HardlinkMissing {
+            path: show(&entry.path),
+            target: show(&entry.link),
+        };
+        let to_directory = || TreeError::HardlinkToDirectory {
+            path: show(&entry.path),
+            target: show(&entry.link),
+        };
+        self.parts.clear();
+        path::clean(&entry.link, false, &mut self.parts);
+        let Some(last) = self.parts.pop() else {
+            return Err(to_directory());
+        };
+        self.pending.clear();
+        self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
+        let Walk::Directory(directory) = self.walk_pending(&entry.link, entry, false)? else {
+            return Err(missing());
+        };
+        let target_name = &entry.link[last];
+        if directory == parent && target_name == name {
+            return Err(TreeError::HardlinkToItself {
+                path: show(&entry.path),
+            });
+        }
+        let node = self
+            .find(directory, target_name)
+            .map_or(NONE, |at| self.names[to_usize(at)].node);
+        if node == NONE {
+            return Err(missing());
+        }
+        if self.nodes[to_usize(node)].is_directory() {
+            return Err(to_directory());
+        }
+        Ok(node)
+    }
+
+    /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those it has.
+    fn merge_directory(&mut self, node: u32, entry: &Entry) -> Result<(), TreeError> {
+        let old = self.nodes[to_usize(node)].xattrs;
+        let xattrs = if old == XattrSetId::EMPTY || entry.xattrs.is_empty() {
+            if entry.xattrs.is_empty() {
+                old
+            } else {
+                self.intern(entry)?
+            }
+        } else {
+            let mut merged: Vec<Xattr> = self
+                .xattrs
+                .get(old)
+                .filter(|(name, _)| entry.xattrs.iter().all(|new| new.name != *name))
+                .map(|(name, value)| Xattr {
+                    name: name.to_vec(),
+                    value: value.to_vec(),
+                })
+                .collect();
+            merged.extend_from_slice(&entry.xattrs);
+            merged.sort();
+            self.xattrs.intern(&merged).ok_or_else(|| too_much(entry))?
+        };
+        let (uid, gid) = owner(entry)?;
+        let layer = self.layer;
+        let node = &mut self.nodes[to_usize(node)];
+        node.mode = type_bits::DIRECTORY | (entry.mode & 0o7777);
+        node.uid = uid;
+        node.gid = gid;
+        node.mtime_secs = entry.mtime.secs;
+        node.mtime_nanos = nanos(entry.mtime);
+        node.xattrs = xattrs;
+        node.layer = layer;
+        Ok(())
+    }
+
+    fn intern(&mut self, entry: &Entry) -> Result<XattrSetId, TreeError> {
+        if entry.xattrs.is_empty() {
+            return Ok(XattrSetId::EMPTY);
+        }
+        let set = if entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
+            self.xattrs.intern(&entry.xattrs)
+        } else {
+            let mut sorted = entry.xattrs.clone();
+            sorted.reverse();
+            sorted.sort_by(|a, b| a.name.cmp(&b.name));
+            sorted.dedup_by(|a, b| a.name == b.name);
+            self.xattrs.intern(&sorted)
+        };
+        set.ok_or_else(|| too_much(entry))
+    }
+
+    fn make_node(&mut self, entry: &Entry, parent: u32) -> Result<u32, TreeError> {
+        let number = u32::try_from(self.nodes.len()).ok().filter(|&number| number < NONE);
+        let number = number.ok_or_else(|| too_much(entry))?;
+        let (uid, gid) = owner(entry)?;
+        let xattrs = self.intern(entry)?;
+        let mut detail = 0;
+        let mut place = 0;
+        let mut scattered = false;
+        let type_bits = match entry.kind {
+            Kind::File | Kind::Hardlink => {
+                detail = entry.size;
+                match entry.segments[..] {
+                    [
+                        Segment {
+                            file_offset: 0,
+                            tar_offset,
+                            len,
+                        },
+                    ] if len == entry.size => place = tar_offset.0,
+                    _ => {
+                        scattered = true;
+                        let start = u32::try_from(self.segments.len()).map_err(|_| too_much(entry))?;
+                        self.segments.extend_from_slice(&entry.segments);
+                        u32::try_from(self.segments.len()).map_err(|_| too_much(entry))?;
+                        place = pair(start, u32::try_from(entry.segments.len()).map_err(|_| too_much(entry))?);
+                    }
+                }
+                type_bits::FILE
+            }
+            Kind::Directory => {
+                detail = pair(NONE, 0);
+                type_bits::DIRECTORY
+            }
+            Kind::Symlink => {
+                let (start, len) = self.add_text(&entry.link).ok_or_else(|| too_much(entry))?;
+                detail = pair(start, len);
+                type_bits::SYMLINK
+            }
+            Kind::CharDevice => {
+                detail = pair(entry.device_major, entry.device_minor);
+                type_bits::CHAR
+            }
+            Kind::BlockDevice => {
+                detail = pair(entry.device_major, entry.device_minor);
+                type_bits::BLOCK
+            }
+            Kind::Fifo => type_bits::FIFO,
+        };
+        self.nodes.push(Node {
+            mtime_secs: entry.mtime.secs,
+            detail,
+            place,
+            uid,
+            gid,
+            mtime_nanos: nanos(entry.mtime),
+            xattrs,
+            parent,
+            links: 0,
+            mode: type_bits
+                | (if entry.kind == Kind::Symlink {
+                    0o777
+                } else {
+                    entry.mode & 0o7777
+                }),
+            layer: self.layer,
+            scattered,
+        });
+        Ok(number)
+    }
+
+    /// Appends to the text arena: start and length.
+    fn add_text(&mut self, bytes: &[u8]) -> Option<(u32, u32)> {
+        let start = u32::try_from(self.text.len()).ok()?;
+        let len = u32::try_from(bytes.len()).ok()?;
+        start.checked_add(len)?;
+        self.text.extend_from_slice(bytes);
+        Some((start, len))
+    }
+
+    fn add_name(&mut self, parent: u32, name: &[u8], node: u32) -> Option<()> {
+        let at = u32::try_from(self.names.len()).ok().filter(|&at| at != NONE)?;
+        let text = u32::try_from(self.text.len()).ok()?;
+        self.text.push(u8::try_from(name.len()).ok()?);
+        self.add_text(name)?;
+        let directory = &mut self.nodes[to_usize(parent)];
+        let next = unpair(directory.detail).0;
+        directory.detail = pair(at, 0);
+        self.names.push(Name {
+            parent,
+            text,
+            node,
+            next,
+        });
+        let Self {
+            by_name,
+            hasher,
+            names,
+            text,
+            ..
+        } = self;
+        by_name.insert_unique(hash_of(hasher, parent, name), at, |&at| {
+            hash(hasher, text, names[to_usize(at)])
+        });
+        Some(())
+    }
+
+    fn find(&self, parent: u32, name: &[u8]) -> Option<u32> {
+        let found = self.by_name.find(hash_of(&self.hasher, parent, name), |&at| {
+            let known = self.names[to_usize(at)];
+            known.parent == parent && names::name(&self.text, known.text) == name
+        });
+        found.copied()
+    }
+
+    fn forget_last_directory(&mut self) {
+        self.last_directory_node = NONE;
+    }
+}
+
+/// Keyed at random: a layer cannot be made to fill one bucket.
+fn hash_of(hasher: &RandomState, parent: u32, name: &[u8]) -> u64 {
+    hasher.hash_one((parent, name))
+}
+
+fn hash(hasher: &RandomState, text: &[u8], known: Name) -> u64 {
+    hash_of(hasher, known.parent, names::name(text, known.text))
+}
+
+fn too_much(entry: &Entry) -> TreeError {
+    TreeError::TooMuch {
+        path: show(&entry.path),
+    }
+}
+
+/// Owner and group as Linux has them: -1 is not an owner, it is what `chown` leaves alone.
+fn owner(entry: &Entry) -> Result<(u32, u32), TreeError> {
+    let id = |id: u64| u32::try_from(id).ok().filter(|&id| id != u32::MAX);
+    id(entry.uid).zip(id(entry.gid)).ok_or_else(|| TreeError::Owner {
+        path: show(&entry.path),
+        uid: entry.uid,
+        gid: entry.gid,
+    })
+}
+
+fn nanos(time: Timestamp) -> u32 {
+    time.nanos.min(999_999_999)
+}
+
+/// What can be said of an entry without knowing the tree.
+fn check(entry: &Entry) -> Result<(), TreeError> {
+    let path = || show(&entry.path);
+    if entry.path.contains(&0) {
+        return Err(TreeError::Nul { path: path() });
+    }
+    match entry.kind {
+        Kind::Symlink | Kind::Hardlink if entry.link.contains(&0) => return Err(TreeError::Nul { path: path() }),
+        Kind::Symlink if entry.link.is_empty() || entry.link.len() > LINK_TEXT_MAX => {
+            return Err(TreeError::LinkText {
+                path: path(),
+                len: entry.link.len(),
+            });
+        }
+        Kind::File => {
+            let mut end = 0;
+            for segment in &entry.segments {
+                let fits = segment.len > 0
+                    && segment.file_offset >= end
+                    && segment.tar_offset.0.checked_add(segment.len).is_some()
+                    && segment
+                        .file_offset
+                        .checked_add(segment.len)
+                        .is_some_and(|end| end <= entry.size);
+                if !fits {
+                    return Err(TreeError::Segments {
+                        path: path(),
+                        size: entry.size,
+                    });
+                }
+                end = segment.file_offset + segment.len;
+            }
+        }
+        _ => {}
+    }
+    for xattr in &entry.xattrs {
+        let name_fits = (1..=255).contains(&xattr.name.len()) && !xattr.name.contains(&0);
+        if !name_fits || xattr.value.len() > XATTR_VALUE_MAX {
+            return Err(TreeError::Xattr {
+                path: path(),
+                name: show(&xattr.name),
+                len: xattr.value.len(),
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! What no tree can hold.
+
+use std::fmt::Write as _;
+
+/// Why a layer's entries do not make a tree. Every message names the entry; the way out is always the same: such a layer
+/// cannot be unpacked by a container runtime either, so it has to be made anew.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TreeError {
+    /// A name longer than [`NAME_MAX`](super::NAME_MAX).
+    #[error("{path}: a name of {len} bytes; Linux allows 255: rename it and make the layer again")]
+    NameTooLong {
+        /// The entry, shortened.
+        path: String,
+        /// The name's length in bytes.
+        len: usize,
+    },
+    /// A NUL byte in a name or a link.
+    #[error("{path}: a NUL byte in a name or link: the layer is damaged or not made by a sane program")]
+    Nul {
+        /// The entry.
+        path: String,
+    },
+    /// A file (or device, …) stands where the path needs a directory.
+    #[error("{path}: {obstacle} is in the way: it is not a directory; the layer contradicts itself")]
+    NotADirectory {
+        /// The entry.
+        path: String,
+        /// The name on the way that is no directory.
+        obstacle: String,
+    },
+    /// Symbolic links that lead round and round, or too far.
+    #[error("{path}: more than 255 symbolic links to follow: a loop of links?")]
+    TooManyLinks {
+        /// The entry.
+        path: String,
+    },
+    /// A hard link whose target the layer does not have (any more).
+    #[error("{path}: hard link to {target}, which this layer does not have before it")]
+    HardlinkMissing {
+        /// The entry.
+        path: String,
+        /// The target as recorded.
+        target: String,
+    },
+    /// A hard link to its own path.
+    #[error("{path}: hard link to itself")]
+    HardlinkToItself {
+        /// The entry.
+        path: String,
+    },
+    /// A hard link to a directory.
+    #[error("{path}: hard link to {target}, which is a directory")]
+    HardlinkToDirectory {
+        /// The entry.
+        path: String,
+        /// The target as recorded.
+        target: String,
+    },
+    /// A symbolic link with no text, or more than [`LINK_TEXT_MAX`](super::LINK_TEXT_MAX).
+    #[error("{path}: symbolic link with a text of {len} bytes; Linux allows 1 to 4095")]
+    LinkText {
+        /// The entry.
+        path: String,
+        /// The text's length in bytes.
+        len: usize,
+    },
+    /// An owner or group beyond 32 bits.
+    #[error("{path}: owner {uid}:{gid}; Linux allows ids up to 4294967294: make the layer again with other owners")]
+    Owner {
+        /// The entry.
+        path: String,
+        /// The user.
+        uid: u64,
+        /// The group.
+        gid: u64,
+    },
+    /// Segments that are not what [`Entry::segments`](crate::index::Entry::segments) promises.
+    #[error(
+        "{path}: its map of stored pieces is not in order or leaves its {size} bytes: the layer or index is damaged"
+    )]
+    Segments {
+        /// The entry.
+        path: String,
+        /// The file's size in bytes.
+        size: u64,
+    },
+    /// An extended attribute that Linux cannot hold.
+    #[error(
+        "{path}: extended attribute {name} of {len} bytes; Linux allows names of 1 to 255 and values up to 65536 bytes"
+    )]
+    Xattr {
+        /// The entry.
+        path: String,
+        /// The attribute.
+        name: String,
+        /// The value's length in bytes.
+        len: usize,
+    },
+    /// More than the arena's 32-bit indexes can count.
+    #[error("{path}: the layer has more than 4 GiB of names, or 4 billion of something: too much for one tree")]
+    TooMuch {
+        /// The entry that was one too many.
+        path: String,
+    },
+}
+
+/// Bytes of a layer as part of a one-line message: unprintable characters escaped, the middle of long ones left out.
+pub(crate) fn show(bytes: &[u8]) -> String {
+    const HALF: usize = 100;
+    let mut shown = String::new();
+    let mut add = |bytes: &[u8]| {
+        for character in String::from_utf8_lossy(bytes).chars() {
+            if character.is_control() {
+                write!(shown, "{}", character.escape_default()).expect("a string takes all");
+            } else {
+                shown.push(character);
+            }
+        }
+    };
+    if bytes.is_empty() {
+        add(b"/");
+    } else if bytes.len() <= 2 * HALF {
+        add(bytes);
+    } else {
+        add(&bytes[..HALF]);
+        add("…".as_bytes());
+        add(&bytes[bytes.len() - HALF..]);
+    }
+    shown
+}

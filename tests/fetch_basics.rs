@@ -1,0 +1,163 @@
+//! The fetcher on a quiet day: a local file and an honest server.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located, Slice};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(len)
+    .collect()
+}
+
+fn range(start: usize, len: usize) -> LayerRange {
+    let range = TarRange::new(TarOffset(u64::try_from(start).unwrap()), u64::try_from(len).unwrap());
+    LayerRange {
+        layer: LayerId(0),
+        range,
+    }
+}
+
+fn joined(slices: &[Slice]) -> Vec<u8> {
+    slices.iter().flat_map(|slice| slice.to_vec()).collect()
+}
+
+fn answer(mut stream: TcpStream, data: &[u8]) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    loop {
+        let mut asked = None;
+        let mut line = String::new();
+        loop {
+            line.clear();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            if line == "\r\n" {
+                break;
+            }
+            if let Some(spec) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
+                let (first, last) = spec.trim().split_once('-').unwrap();
+                asked = Some((first.parse::<usize>().unwrap(), last.parse::<usize>().unwrap()));
+            }
+        }
+        let (first, last) = asked.expect("a request without a range");
+        write!(
+            stream,
+            "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {first}-{last}/{}\r\n\r\n",
+            last - first + 1,
+            data.len()
+        )?;
+        stream.write_all(&data[first..=last])?;
+    }
+}
+
+fn serve(data: Arc<Vec<u8>>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/layer.tar", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let data = data.clone();
+            std::thread::spawn(move || answer(stream, &data));
+        }
+    });
+    url
+}
+
+fn over_http(url: String, size: usize) -> LayerSource {
+    LayerSource::Http(HttpLayer {
+        url,
+        size: u64::try_from(size).unwrap(),
+        validator: None,
+        headers: Vec::new(),
+    })
+}
+
+#[test]
+fn a_local_file_is_located_and_read() {
+    let data = noise(3_000_001);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&data).unwrap();
+    let layer = FileLayer {
+        path: "layer.tar".into(),
+        file: file.into(),
+        size: u64::try_from(data.len()).unwrap(),
+    };
+    let fetcher = Fetcher::start(vec![LayerSource::File(layer)], FetchOptions::default(), None).unwrap();
+    assert!(matches!(fetcher.locate(range(4096, 10)), Located::File(_, 4096)));
+    let slices = fetcher
+        .read_blocking(vec![range(512, 2_500_000), range(0, 3), range(3_000_000, 1)])
+        .unwrap();
+    let expected = [&data[512..2_500_512], &data[..3], &data[3_000_000..]].concat();
+    assert!(joined(&slices) == expected);
+    assert!(matches!(
+        fetcher.read_blocking(vec![range(3_000_000, 2)]),
+        Err(FetchError::OutOfRange { .. })
+    ));
+    fetcher.shutdown();
+    assert!(matches!(
+        fetcher.read_blocking(vec![range(0, 1)]),
+        Err(FetchError::Stopped)
+    ));
+}
+
+#[test]
+fn a_file_that_shrank_is_an_error() {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[1; 100]).unwrap();
+    let layer = FileLayer {
+        path: "layer.tar".into(),
+        file: file.into(),
+        size: 200,
+    };
+    let fetcher = Fetcher::start(vec![LayerSource::File(layer)], FetchOptions::default(), None).unwrap();
+    assert!(matches!(
+        fetcher.read_blocking(vec![range(50, 100)]),
+        Err(FetchError::File { .. })
+    ));
+}
+
+#[test]
+fn ranges_come_over_http_and_stay_in_memory() {
+    let data = Arc::new(noise(5_000_001));
+    let url = serve(data.clone());
+    let fetcher = Fetcher::start(vec![over_http(url, data.len())], FetchOptions::default(), None).unwrap();
+    assert!(matches!(fetcher.locate(range(4096, 4096)), Located::Elsewhere));
+    let slices = fetcher
+        .read_blocking(vec![range(100, 4_000_000), range(5_000_000, 1)])
+        .unwrap();
+    assert!(joined(&slices) == [&data[100..4_000_100], &data[5_000_000..]].concat());
+    let Located::Memory(slices) = fetcher.locate(range(32_000, 4096)) else {
+        panic!("not in memory")
+    };
+    assert!(joined(&slices) == data[32_000..36_096]);
+    let stats = fetcher.stats();
+    assert_eq!(
+        (stats.errors, stats.retries, stats.read_errors, stats.in_flight),
+        (0, 0, 0, 0),
+        "{stats:?}"
+    );
+    assert!(stats.bytes_fetched <= 5_100_000, "{stats:?}");
+}
+
+#[test]
+fn nobody_there_is_an_error_after_the_deadline() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let options = FetchOptions {
+        deadline: std::time::Duration::from_millis(300),
+        ..FetchOptions::default()
+    };
+    let source = over_http(format!("http://{free}/layer.tar"), 1 << 20);
+    let fetcher = Fetcher::start(vec![source], options, None).unwrap();
+    let error = fetcher.read_blocking(vec![range(0, 4096)]).unwrap_err();
+    assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
+    assert_eq!(error.errno(), libc::ETIMEDOUT);
+}
