@@ -25,4 +25,6 @@ pub mod interrupt;
 #[cfg(feature = "command")]
 pub mod mount;
 #[cfg(feature = "command")]
+pub mod open;
+#[cfg(feature = "command")]
 pub mod quantity;
