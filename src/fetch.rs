@@ -11,6 +11,8 @@
 mod chunk;
 mod engine;
 mod http;
+pub mod link;
+pub mod plan;
 mod stats;
 mod tier;
 
@@ -24,7 +26,7 @@ use std::time::{Duration, Instant};
 use rustls::ClientConfig;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use chunk::{CHUNK_BYTES, Slice, Slices};
+pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
