@@ -28,3 +28,5 @@ pub mod mount;
 pub mod open;
 #[cfg(feature = "command")]
 pub mod quantity;
+#[cfg(feature = "command")]
+pub mod source;
