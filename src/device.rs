@@ -11,15 +11,23 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub mod daemon;
 pub mod fuse_loop;
+pub mod registry;
+pub mod state;
 pub mod stats;
 pub mod ublk;
+pub mod users;
 pub mod volume;
 
 use volume::Volume;
+
+/// How long reads in flight may go on after a device was asked to stop, before they are answered with an error.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// Which kernel interface carries a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

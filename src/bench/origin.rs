@@ -31,6 +31,7 @@ pub use fault::{Fault, FaultScript, at_random};
 pub use link::Link;
 
 use link::Clock;
+pub(super) use link::time_for;
 
 /// The longest request head that is read, in bytes.
 const MAX_HEAD: u64 = 32 * 1024;
@@ -106,6 +107,8 @@ pub struct Counters {
 /// The log of an origin.
 #[derive(Clone, Debug, Default)]
 pub struct Log {
+    /// How many requests have arrived, those included that are not answered yet.
+    pub arrived: u64,
     /// The requests in the order in which their answers ended.
     pub events: Vec<Event>,
     /// Body bytes sent in all by the given time since the log began; ascending.
@@ -238,7 +241,14 @@ impl Origin {
     /// # Errors
     /// When the file cannot be opened.
     pub fn serve_file(&self, path: &str, file: &Path) -> io::Result<()> {
-        let file = File::open(file)?;
+        self.serve_open_file(path, File::open(file)?)
+    }
+
+    /// Serves an open file under `path`, as long as it is now; its position does not matter.
+    ///
+    /// # Errors
+    /// When it is not a regular file.
+    pub fn serve_open_file(&self, path: &str, file: File) -> io::Result<()> {
         let meta = file.metadata()?;
         if !meta.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
@@ -322,7 +332,7 @@ impl Origin {
         }
     }
 
-    /// What it has done since it started.
+    /// What it has done since it started; see [`Origin::settle`].
     #[must_use]
     pub fn counters(&self) -> Counters {
         Counters {
@@ -332,16 +342,27 @@ impl Origin {
         }
     }
 
-    /// Takes the log, and begins a new one at this moment. Answers that are just ending are waited for (50 ms at most), so
-    /// that what a client has read to its end is in the log.
+    /// The log as it is now, answers under way not included.
     #[must_use]
-    pub fn take_log(&self) -> Log {
+    pub fn log(&self) -> Log {
+        lock(&self.shared.log).log.clone()
+    }
+
+    /// Waits until no answer is under way, 50 ms at most: a client may have read an answer to its end a moment before it is
+    /// counted and logged.
+    pub fn settle(&self) {
         for _ in 0..50 {
             if self.shared.answering.load(Ordering::SeqCst) == 0 {
                 break;
             }
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Takes the log, settled, and begins a new one at this moment.
+    #[must_use]
+    pub fn take_log(&self) -> Log {
+        self.settle();
         let mut log = lock(&self.shared.log);
         log.began = Instant::now();
         log.bytes = 0;
@@ -416,6 +437,7 @@ fn converse(stream: &TcpStream, connection: u64, usable: Instant, shared: &Share
         let arrived = Instant::now();
         request.connection = connection;
         request.number = shared.requests.fetch_add(1, Ordering::Relaxed);
+        lock(&shared.log).log.arrived += 1;
         let begin = arrived.max(usable) + shared.clock.link().rtt;
         shared.answering.fetch_add(1, Ordering::SeqCst);
         let after = respond::respond(stream, &request, arrived, begin, shared);

@@ -8,6 +8,7 @@
 //! instead of failing. Control commands run on a thread of their own under a time limit, because some kernels (6.18.4,
 //! 6.18.5, some 6.17) never come back from `ADD_DEV`.
 
+mod control;
 mod landing;
 mod queue;
 
@@ -24,7 +25,7 @@ use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions};
+use super::{DeviceError, DeviceOptions, STOP_GRACE};
 use crate::units::BLOCK_SIZE;
 use queue::Landings;
 
@@ -32,9 +33,6 @@ const CONTROL: &str = "/dev/ublk-control";
 
 /// How long the kernel may take to add or start a device before we call it stuck.
 const CREATION_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long reads in flight may go on after a stop was asked for, before they are answered with an error.
-const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// The largest read the kernel may send in one request, in bytes.
 const MAX_IO_BYTES: u32 = 512 << 10;
@@ -44,6 +42,7 @@ const MAX_IO_BYTES: u32 = 512 << 10;
 pub struct UblkDevice {
     id: u32,
     path: PathBuf,
+    volume: Arc<Volume>,
     landings: Vec<Arc<Landings>>,
     control: JoinHandle<()>,
     ended: mpsc::Receiver<()>,
@@ -128,6 +127,7 @@ impl UblkDevice {
         let device = Self {
             id,
             path: path_of(id),
+            volume: Arc::clone(volume),
             landings,
             control,
             ended,
@@ -171,10 +171,8 @@ impl UblkDevice {
         thread::Builder::new()
             .name("ublk-stop".to_owned())
             .spawn(move || {
-                if let Err(error) =
-                    handle(id).and_then(|ctrl| ctrl.kill_dev().map(drop).map_err(|e| failure("stop", &e)))
-                {
-                    log::warn!("ublk device {id}: {error}");
+                if let Err(error) = control::stop(id) {
+                    log::warn!("ublk device {id} does not stop: {error}");
                 }
             })
             .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
@@ -183,6 +181,7 @@ impl UblkDevice {
         while let Err(RecvTimeoutError::Timeout) =
             self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
         {
+            self.volume.close();
             for landings in &self.landings {
                 landings.give_up();
             }
@@ -202,28 +201,34 @@ impl UblkDevice {
     }
 }
 
-/// Deletes a device that no process serves any more.
+/// Deletes a device that its server, process `server`, left behind.
 ///
 /// # Errors
-/// [`DeviceError::Ublk`] when the driver refuses or does not come back.
-pub fn delete_dead(id: u32) -> Result<(), DeviceError> {
+/// [`DeviceError::Ublk`] when another process serves a device of this number, or the driver refuses or does not come back.
+pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
     if !exists(id) {
         return Ok(());
+    }
+    let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
+    // The driver says -1 for a server that is gone.
+    if info.live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
+        return Err(DeviceError::Ublk(format!(
+            "device {id} belongs to process {} now",
+            info.server
+        )));
     }
     let (tell, told) = mpsc::channel();
     thread::Builder::new()
         .name("ublk-delete".to_owned())
         .spawn(move || {
-            let deleted = handle(id).and_then(|ctrl| {
-                ctrl.kill_dev().map_err(|error| failure("stop", &error))?;
-                ctrl.del_dev().map_err(|error| failure("delete", &error))?;
-                Ok(())
-            });
-            let _ = tell.send(deleted);
+            // A device that stopped halfway is deleted all the same.
+            let stopped = control::stop(id);
+            let _ = tell.send(control::delete(id).or(stopped));
         })
         .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
     match told.recv_timeout(CREATION_LIMIT) {
-        Ok(result) => result,
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(DeviceError::Ublk(format!("cannot delete device {id}: {error}"))),
         Err(_) => Err(DeviceError::Ublk(format!("the driver does not let go of device {id}"))),
     }
 }
@@ -233,12 +238,6 @@ pub fn delete_dead(id: u32) -> Result<(), DeviceError> {
 pub fn exists(id: u32) -> bool {
     Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
         || Path::new(&format!("/sys/block/ublkb{id}")).exists()
-}
-
-/// A second handle on device `id`: the first is locked while it starts the device.
-fn handle(id: u32) -> Result<UblkCtrl, DeviceError> {
-    let id = i32::try_from(id).map_err(|_| DeviceError::Ublk(format!("{id} is no device number")))?;
-    UblkCtrl::new_simple(id).map_err(|error| failure("open", &error))
 }
 
 fn path_of(id: u32) -> PathBuf {

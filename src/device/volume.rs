@@ -5,8 +5,8 @@
 //! waits, except [`Volume::read_blocking`], which no thread that answers the kernel may call.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Slice, Waiter};
 use crate::image::{BlockImage, Origin, Piece};
@@ -111,6 +111,7 @@ pub struct Volume {
     bytes: Arc<dyn LayerBytes>,
     len: u64,
     lanes: Box<[Lane]>,
+    closed: AtomicBool,
 }
 
 impl Volume {
@@ -124,6 +125,7 @@ impl Volume {
             bytes,
             len,
             lanes,
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -236,8 +238,30 @@ impl Volume {
         Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
     }
 
-    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`.
+    /// Counts a failed read, and logs it unless there were many: a reader that reads on regardless must not fill the disk.
+    pub fn failed(&self, lane: &Lane, offset: u64, len: usize, error: &ReadError) {
+        lane.error();
+        let errors = self.stats().errors;
+        if errors <= LOGGED_ERRORS {
+            log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
+        }
+        if errors == LOGGED_ERRORS {
+            log::error!("that was failure {errors}; from now on they are only counted");
+        }
+    }
+
+    /// From now on nothing is fetched any more: a read of what is not here fails at once. For a device that is being taken
+    /// down while somebody still reads it.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
+    /// dropped untold has to end its read itself.
     pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
         self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
     }
 
@@ -319,6 +343,9 @@ pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
 }
 
 const BLOCK: usize = 4096;
+
+/// After this many failed reads of one device, failures are only counted.
+const LOGGED_ERRORS: u64 = 100;
 
 /// Lossless on every platform that Rust's `usize` has: there is none wider than 64 bits.
 pub(super) fn to_u64(n: usize) -> u64 {

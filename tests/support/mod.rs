@@ -3,14 +3,18 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub(crate) mod device_cases;
+pub(crate) mod harness;
+
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tarblk::device::DeviceError;
 use tarblk::device::volume::LayerBytes;
 use tarblk::fetch::{LayerRange, Located, Slice, Waiter};
 use tarblk::image::{BlockImage, Origin, Piece};
@@ -25,7 +29,7 @@ const FAR_AWAY: LayerId = LayerId(2);
 
 /// An image with the content of a plain file: its blocks are metadata, zeros, memory, a local file or far away, by turns.
 #[derive(Debug)]
-pub struct Patchwork {
+pub(crate) struct Patchwork {
     content: Arc<Vec<u8>>,
     /// Every block in memory, for measuring.
     all_in_memory: bool,
@@ -109,7 +113,7 @@ fn continues(last: Piece, origin: Origin) -> bool {
 
 /// The layers behind a [`Patchwork`].
 #[derive(Debug)]
-pub struct PatchworkBytes {
+pub(crate) struct PatchworkBytes {
     chunks: Vec<Slice>,
     file: File,
     far_away: tokio::sync::mpsc::UnboundedSender<FarRead>,
@@ -177,7 +181,7 @@ impl LayerBytes for PatchworkBytes {
 }
 
 /// The image and the bytes for the plain file at `path`.
-pub fn patchwork(
+pub(crate) fn patchwork(
     path: &Path,
     all_in_memory: bool,
     delay: Option<Duration>,
@@ -197,7 +201,7 @@ pub fn patchwork(
 }
 
 /// An ext4 filesystem of `mib` MiB with a few files, made by `mke2fs`, in a plain file.
-pub fn make_ext4(path: &Path, mib: u64) {
+pub(crate) fn make_ext4(path: &Path, mib: u64) {
     let tree = tempfile::tempdir().unwrap();
     let mut state = 1u64;
     for (name, len) in [("small", 700), ("block", 4096), ("odd", 123_457), ("big", 3_000_001)] {
@@ -214,22 +218,28 @@ pub fn make_ext4(path: &Path, mib: u64) {
     std::fs::create_dir(tree.path().join("directory")).unwrap();
     std::os::unix::fs::symlink("small", tree.path().join("directory/link")).unwrap();
     let made = Command::new("mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-d"])
+        .args(["-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0", "-t", "ext4", "-d"])
         .args([tree.path(), path])
         .arg(format!("{mib}M"))
-        .status()
+        .output()
         .expect("mke2fs (e2fsprogs) is needed");
-    assert!(made.success());
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
 }
 
-/// Reads a whole device or file around the page cache is not needed: every test makes a new device.
-pub fn read_all(path: &Path) -> Vec<u8> {
+/// A whole file or device.
+pub(crate) fn read_all(path: &Path) -> Vec<u8> {
     let mut bytes = Vec::new();
     File::open(path).unwrap().read_to_end(&mut bytes).unwrap();
     bytes
 }
 
-/// A descriptor's number, for messages.
-pub fn fd_of(file: &File) -> RawFd {
-    file.as_raw_fd()
+/// Why device tests cannot run here, if they cannot.
+pub(crate) fn missing(backend: Option<DeviceError>) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    if Command::new("mke2fs").arg("-V").output().is_err() {
+        return Some("needs mke2fs (e2fsprogs)".to_owned());
+    }
+    backend.map(|error| error.to_string())
 }

@@ -90,7 +90,7 @@ fn bytes_in(time: Duration, rate: u64) -> u64 {
 }
 
 /// How long `bytes` take at `rate` bytes per second.
-pub(super) fn time_for(bytes: u64, rate: u64) -> Duration {
+pub(in crate::bench) fn time_for(bytes: u64, rate: u64) -> Duration {
     let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }

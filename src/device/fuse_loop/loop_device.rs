@@ -123,7 +123,13 @@ fn configure(device: &File, file: &impl AsFd, label: &str) -> io::Result<()> {
     unsafe { ioctl(device, Setter::<LOOP_CONFIGURE, loop_config>::new(config)) }.map_err(io::Error::from)
 }
 
-/// Whether loop device `number` has a backing file.
+/// Whether loop device `number` has a file behind it.
 pub(super) fn is_attached(number: u32) -> bool {
-    Path::new(&format!("/sys/block/loop{number}/loop/backing_file")).exists()
+    backing_file(number).is_some()
+}
+
+/// The file behind loop device `number`, as the kernel names it.
+pub(super) fn backing_file(number: u32) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/sys/block/loop{number}/loop/backing_file")).ok()?;
+    Some(text.trim_end().to_owned())
 }

@@ -29,9 +29,6 @@ use crate::fetch::Slice;
 /// One hit in this many has its time taken.
 const SAMPLE: u32 = 16;
 
-/// Reads of the image that fail are logged, but a client that reads on regardless must not fill the disk with it.
-const LOGGED_ERRORS: u64 = 100;
-
 /// What a queue thread shares with the thread that stops the device.
 #[derive(Debug)]
 pub(super) struct Landings(Vec<Mutex<Option<Arc<Landing>>>>);
@@ -246,10 +243,7 @@ async fn answer(desk: &Desk<'_>, tag: u16, buf: &mut IoBuf<u8>) -> Answer {
     }
     desk.scratch.borrow_mut().push(scratch);
     answer.unwrap_or_else(|error| {
-        desk.lane.error();
-        if desk.volume.stats().errors <= LOGGED_ERRORS {
-            log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
-        }
+        desk.volume.failed(desk.lane, offset, len, &error);
         Answer::Buffer(-libc::EIO)
     })
 }

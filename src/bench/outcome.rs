@@ -1,0 +1,412 @@
+//! What came out: the runs, their medians, the floor; as a table for a person and as a value that serialises.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use super::BenchSource;
+use super::rows::{Row, Traffic};
+use super::stage::Stage;
+use crate::quantity::{show_count, show_rate, show_size, show_time};
+
+/// A part of a run's time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// tarblk: until the block device is there.
+    Attach,
+    /// Until the filesystem is mounted.
+    Mount,
+    /// Until the last byte has come.
+    Download,
+    /// Until tar has written the last file, after the last byte had come.
+    Unpack,
+    /// The command itself.
+    Run,
+}
+
+impl Phase {
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Attach => "attach",
+            Self::Mount => "mount",
+            Self::Download => "download",
+            Self::Unpack => "unpack",
+            Self::Run => "run",
+        }
+    }
+}
+
+/// One run of one alternative.
+#[derive(Clone, Debug, Serialize)]
+pub struct Run {
+    /// From nothing to the command's end.
+    #[serde(rename = "seconds", serialize_with = "seconds")]
+    pub total: Duration,
+    /// Its parts, in order.
+    #[serde(serialize_with = "phases")]
+    pub phases: Vec<(Phase, Duration)>,
+    /// Body bytes that the link carried until the command's end.
+    pub fetched_bytes: u64,
+    /// Requests made until then.
+    pub requests: u64,
+    /// Seconds since the clock started, and bytes by then; empty where the origin is somebody else's.
+    #[serde(skip)]
+    pub timeline: Vec<(f64, u64)>,
+}
+
+impl Run {
+    /// A run from the times at which its phases ended; the last one's end is the run's.
+    pub(super) fn new(ends: &[(Phase, Duration)], traffic: Traffic) -> Self {
+        let mut total = Duration::ZERO;
+        let mut phases = Vec::with_capacity(ends.len());
+        for &(phase, end) in ends {
+            phases.push((phase, end.saturating_sub(total)));
+            total = total.max(end);
+        }
+        Self {
+            total,
+            phases,
+            fetched_bytes: traffic.bytes,
+            requests: traffic.requests,
+            timeline: traffic.timeline,
+        }
+    }
+}
+
+fn seconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
+}
+
+fn phases<S: Serializer>(phases: &[(Phase, Duration)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(phases.iter().map(|(phase, time)| (phase.name(), time.as_secs_f64())))
+}
+
+/// All runs of one alternative; at least one.
+#[derive(Clone, Debug, Serialize)]
+pub struct RowOutcome {
+    /// Which.
+    pub row: Row,
+    /// In the order they ran.
+    pub runs: Vec<Run>,
+}
+
+impl RowOutcome {
+    /// The run whose time is the median; of an even number the slower one of the middle two.
+    ///
+    /// # Panics
+    /// When there are no runs, which no benchmark makes.
+    #[must_use]
+    pub fn median(&self) -> &Run {
+        let mut sorted: Vec<&Run> = self.runs.iter().collect();
+        sorted.sort_by_key(|run| run.total);
+        sorted[sorted.len() / 2]
+    }
+
+    /// The fastest and the slowest run's time.
+    #[must_use]
+    pub fn spread(&self) -> (Duration, Duration) {
+        let times = || self.runs.iter().map(|run| run.total);
+        (times().min().unwrap_or_default(), times().max().unwrap_or_default())
+    }
+}
+
+/// What the command reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Touched {
+    /// Different bytes of the layer, in whole pages, that the kernel read from the device without reading ahead.
+    pub bytes: u64,
+    /// In how many reads.
+    pub reads: u64,
+}
+
+/// Where it was measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// The kernel's release.
+    pub kernel: String,
+    /// How many CPUs this process may use.
+    pub cpus: usize,
+    /// What carried tarblk's devices: `ublk` or `loop`.
+    pub backend: String,
+    /// This program's version.
+    pub version: &'static str,
+}
+
+/// All results.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// The layer, as it was named.
+    pub source: String,
+    /// Its length in bytes; 0 where it was not asked.
+    pub layer_bytes: u64,
+    /// The command, joined for reading.
+    pub command: String,
+    /// The simulated link's round trip; none with a URL.
+    pub rtt_seconds: Option<f64>,
+    /// The simulated link's rate in bytes per second; none when unlimited or with a URL.
+    pub rate_bytes_per_second: Option<u64>,
+    /// The alternatives.
+    pub rows: Vec<RowOutcome>,
+    /// What the command touches.
+    pub touched: Touched,
+    /// The median time of the command with everything in memory, in seconds.
+    pub local_run_seconds: f64,
+    /// What no system can beat: touched bytes over the rate, two round trips, the local run. None with a URL, whose link
+    /// is unknown.
+    pub floor_seconds: Option<f64>,
+    /// Where it was measured.
+    pub machine: Machine,
+}
+
+impl Outcome {
+    pub(super) fn new(stage: &Stage<'_>, rows: Vec<RowOutcome>, touched: Touched, mut local: Vec<Duration>) -> Self {
+        let (source, link) = match &stage.options.source {
+            BenchSource::Local { path, link } => (path.display().to_string(), Some(*link)),
+            BenchSource::Url { url, .. } => (url.clone(), None),
+        };
+        local.sort();
+        let local = local.get(local.len() / 2).copied().unwrap_or_default();
+        let floor = link.map(|link| {
+            let carried = link
+                .rate
+                .map_or(Duration::ZERO, |rate| super::origin::time_for(touched.bytes, rate));
+            carried + link.rtt * 2 + local
+        });
+        let words: Vec<_> = stage
+            .options
+            .command
+            .iter()
+            .map(|word| quoted(&word.to_string_lossy()))
+            .collect();
+        Self {
+            source,
+            layer_bytes: stage.layer_bytes,
+            command: words.join(" "),
+            rtt_seconds: link.map(|link| link.rtt.as_secs_f64()),
+            rate_bytes_per_second: link.and_then(|link| link.rate),
+            rows,
+            touched,
+            local_run_seconds: local.as_secs_f64(),
+            floor_seconds: floor.map(|floor| floor.as_secs_f64()),
+            machine: Machine {
+                kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+                cpus: std::thread::available_parallelism().map_or(1, usize::from),
+                backend: stage.backend.clone(),
+                version: env!("CARGO_PKG_VERSION"),
+            },
+        }
+    }
+
+    /// The link in words.
+    #[must_use]
+    pub fn link(&self) -> String {
+        let rate = self.rate_bytes_per_second.map(show_rate);
+        match (self.rtt_seconds, rate) {
+            (None, _) => "the link as it is".into(),
+            (Some(rtt), Some(rate)) => format!("{}, {rate}", show_seconds(rtt)),
+            (Some(rtt), None) => format!("{}, unlimited rate", show_seconds(rtt)),
+        }
+    }
+}
+
+/// A word as a shell would take it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+/// Seconds in words.
+pub(super) fn show_seconds(seconds: f64) -> String {
+    show_time(Duration::try_from_secs_f64(seconds).unwrap_or_default())
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.rows.first().map_or(0, |row| row.runs.len());
+        writeln!(
+            f,
+            "{} in {} ({})",
+            self.command,
+            self.source,
+            show_size(self.layer_bytes)
+        )?;
+        writeln!(
+            f,
+            "link: {}; {runs} runs each, cold; tarblk on {}",
+            self.link(),
+            self.machine.backend
+        )?;
+        writeln!(f)?;
+        let heading = ["", "median", "min .. max", "fetched", "requests", "of which"];
+        let mut lines = vec![heading.map(str::to_owned)];
+        for row in &self.rows {
+            let (median, (min, max)) = (row.median(), row.spread());
+            let phases: Vec<_> = median
+                .phases
+                .iter()
+                .map(|(phase, time)| format!("{} {}", phase.name(), show_time(*time)))
+                .collect();
+            lines.push([
+                row.row.title().into(),
+                show_time(median.total),
+                format!("{} .. {}", show_time(min), show_time(max)),
+                show_size(median.fetched_bytes),
+                show_count(median.requests),
+                phases.join(", "),
+            ]);
+        }
+        if let Some(floor) = self.floor_seconds {
+            let touched = show_size(self.touched.bytes);
+            lines.push([
+                "floor".into(),
+                show_seconds(floor),
+                String::new(),
+                touched,
+                String::new(),
+                String::new(),
+            ]);
+        }
+        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+        let widths: [usize; 6] = std::array::from_fn(width);
+        for line in &lines {
+            let mut text = format!("{:<w$}", line[0], w = widths[0]);
+            for column in 1..5 {
+                write!(text, "  {:>w$}", line[column], w = widths[column])?;
+            }
+            writeln!(f, "{}", format!("{text}  {}", line[5]).trim_end())?;
+        }
+        writeln!(f)?;
+        writeln!(
+            f,
+            "The command touches {} of the layer, in {} reads with the kernel's read-ahead off; with everything in memory it",
+            show_size(self.touched.bytes),
+            show_count(self.touched.reads),
+        )?;
+        writeln!(
+            f,
+            "takes {}. The floor is the touched bytes over the link's rate, two round trips, and that.",
+            show_seconds(self.local_run_seconds)
+        )
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A result to draw and print.
+    pub(in crate::bench) fn example() -> Outcome {
+        let run = |row: Row, millis: u64, bytes: u64, requests: u64| {
+            let total = Duration::from_millis(millis);
+            let phases = if row.is_tarblk() {
+                vec![
+                    (Phase::Attach, total / 10),
+                    (Phase::Mount, total / 50),
+                    (Phase::Run, total * 44 / 50),
+                ]
+            } else {
+                vec![
+                    (Phase::Download, total * 9 / 10),
+                    (Phase::Unpack, total / 50),
+                    (Phase::Run, total * 4 / 50),
+                ]
+            };
+            let steps = 40_u32;
+            let timeline = (0..=steps).map(|i| {
+                (
+                    total.as_secs_f64() * f64::from(i) / f64::from(steps),
+                    bytes * u64::from(i) / u64::from(steps),
+                )
+            });
+            Run {
+                total,
+                phases,
+                fetched_bytes: bytes,
+                requests,
+                timeline: timeline.collect(),
+            }
+        };
+        let row = |row: Row, millis: u64, bytes: u64, requests: u64| RowOutcome {
+            row,
+            runs: [96, 100, 107]
+                .iter()
+                .map(|percent| run(row, millis * percent / 100, bytes, requests))
+                .collect(),
+        };
+        Outcome {
+            source: "debian.tar".into(),
+            layer_bytes: 286_543_360,
+            command: "python3 -c 'import numpy'".into(),
+            rtt_seconds: Some(0.02),
+            rate_bytes_per_second: Some(25_000_000),
+            rows: vec![
+                row(Row::Empty, 2_310, 31_000_000, 190),
+                row(Row::Full, 640, 0, 1),
+                row(Row::Untar, 11_900, 286_543_360, 1),
+                row(Row::Loop, 12_100, 288_000_000, 1),
+            ],
+            touched: Touched {
+                bytes: 17_700_000,
+                reads: 551,
+            },
+            local_run_seconds: 0.09,
+            floor_seconds: Some(0.838),
+            machine: Machine {
+                kernel: "6.12.1".into(),
+                cpus: 2,
+                backend: "ublk".into(),
+                version: "0.1.0",
+            },
+        }
+    }
+
+    #[test]
+    fn the_table_reads_well() {
+        let text = example().to_string();
+        assert_eq!(
+            text,
+            "\
+python3 -c 'import numpy' in debian.tar (273 MiB)
+link: 20.0 ms, 200 Mbit/s; 3 runs each, cold; tarblk on ublk
+
+                               median        min .. max   fetched  requests  of which
+tarblk, nothing cached         2.31 s  2.21 s .. 2.47 s  29.5 MiB       190  attach 231 ms, mount 46.2 ms, run 2.03 s
+tarblk, all cached             640 ms  614 ms .. 684 ms       0 B         1  attach 64.0 ms, mount 12.8 ms, run 563 ms
+download and untar             11.9 s  11.4 s .. 12.7 s   273 MiB         1  download 10.7 s, unpack 238 ms, run 952 ms
+download image and loop-mount  12.1 s  11.6 s .. 12.9 s   274 MiB         1  download 10.8 s, unpack 242 ms, run 968 ms
+floor                          838 ms                    16.8 MiB
+
+The command touches 16.8 MiB of the layer, in 551 reads with the kernel's read-ahead off; with everything in memory it
+takes 90.0 ms. The floor is the touched bytes over the link's rate, two round trips, and that.
+"
+        );
+    }
+
+    #[test]
+    fn medians_and_json() {
+        let outcome = example();
+        assert_eq!(outcome.rows[0].median().total, Duration::from_millis(2_310));
+        let json = serde_json::to_value(&outcome).expect("serialises");
+        assert_eq!(json["rows"][1]["row"], "full");
+        assert_eq!(json["rows"][0]["runs"][1]["seconds"], 2.31);
+        assert_eq!(json["rows"][0]["runs"][1]["phases"]["attach"], 0.231);
+        assert_eq!(json["rows"][0]["runs"][1]["requests"], 190);
+        assert_eq!(json["machine"]["backend"], "ublk");
+    }
+
+    #[test]
+    fn words_are_quoted_as_a_shell_takes_them() {
+        assert_eq!(quoted("a-b_c/d.e"), "a-b_c/d.e");
+        assert_eq!(quoted("import numpy"), "'import numpy'");
+        assert_eq!(quoted("it's"), "'it'\\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+}

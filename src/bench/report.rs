@@ -1,0 +1,233 @@
+//! The results as one HTML file. In: an [`Outcome`]. Out: text that needs nothing from outside: no script, no font, no image.
+//!
+//! Follows the reader's light or dark setting; prints well; every number of the charts is in a table below them as well.
+
+mod chart;
+
+use std::fmt::Write as _;
+
+use super::outcome::{Outcome, show_seconds};
+use super::rows::Row;
+use crate::quantity::{show_count, show_size, show_time};
+
+/// The style sheet: colours by role, so that light and dark differ in one place.
+const STYLE: &str = "
+:root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1d2228; --soft: #5c6670; --line: #dfe3e7;
+  --empty: #2563c9; --walk: #0f8a9d; --full: #2f8f4e; --untar: #c8741a; --loop: #a04a86; --floor: #1d2228; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaed; --soft: #9aa4ae;
+  --line: #333a41; --empty: #6fa3f7; --walk: #4cc3d4; --full: #68c587; --untar: #efa254; --loop: #d98fc2; --floor: #e8eaed; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; font-weight: 650; }
+h2 { font-size: 1.05rem; margin: 2.4rem 0 .3rem; font-weight: 650; }
+p { margin: .3rem 0; } .soft { color: var(--soft); } code { font: .92em ui-monospace, monospace; }
+.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0 0; }
+.tile { flex: 1 1 11rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
+.tile b { display: block; font-size: 1.7rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .88rem; }
+figure { margin: .6rem 0 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 36rem; height: auto; font: 13px system-ui, sans-serif; }
+svg text { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
+svg .whisker { stroke: var(--ink); stroke-width: 1.5; } svg .floor { stroke: var(--floor); stroke-dasharray: 4 4; }
+svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; } svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
+@media print { body { background: none; } }
+";
+
+/// The whole report.
+#[must_use]
+pub fn html(outcome: &Outcome) -> String {
+    let mut out = String::with_capacity(64 * 1024);
+    let command = escape(&outcome.command);
+    let _ = write!(
+        out,
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>Cold start: {command}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n\
+         <h1>Cold start of <code>{command}</code></h1>\n<p class=\"soft\">{}</p>\n",
+        setting(outcome),
+    );
+    tiles(&mut out, outcome);
+    let _ = write!(
+        out,
+        "<h2>From nothing to the command’s end</h2>\n<p class=\"soft\">Median run, split into its phases; the whisker spans \
+         the fastest and the slowest run.</p>\n<figure>{}</figure>\n",
+        chart::bars(outcome),
+    );
+    if outcome.rows.iter().any(|row| !row.median().timeline.is_empty()) {
+        let _ = write!(
+            out,
+            "<h2>Bytes over the link</h2>\n<p class=\"soft\">Each line is the median run of one alternative and ends with \
+             its command.</p>\n<figure>{}</figure>\n",
+            chart::lines(outcome),
+        );
+    }
+    table(&mut out, outcome);
+    notes(&mut out, outcome);
+    out.push_str("</main>\n</body>\n</html>\n");
+    out
+}
+
+/// Layer, link, machine.
+fn setting(outcome: &Outcome) -> String {
+    let machine = &outcome.machine;
+    let size = if outcome.layer_bytes > 0 {
+        format!(" ({})", show_size(outcome.layer_bytes))
+    } else {
+        String::new()
+    };
+    format!(
+        "Layer <code>{}</code>{size} · link {} · tarblk {} on {} · Linux {}, {} CPUs",
+        escape(&outcome.source),
+        escape(&outcome.link()),
+        machine.version,
+        escape(&machine.backend),
+        escape(&machine.kernel),
+        machine.cpus,
+    )
+}
+
+/// The figures that matter most.
+fn tiles(out: &mut String, outcome: &Outcome) {
+    let median = |wanted: Row| {
+        outcome
+            .rows
+            .iter()
+            .find(|row| row.row == wanted)
+            .map(|row| row.median().total)
+    };
+    let mut tiles = Vec::new();
+    if let Some(ours) = median(Row::Empty) {
+        let versus = median(Row::Untar).map_or_else(String::new, |untar| {
+            let ratio = untar.as_secs_f64() / ours.as_secs_f64().max(1e-9);
+            format!(", {ratio:.1} times as fast as download and untar")
+        });
+        tiles.push((show_time(ours), format!("tarblk with nothing cached{versus}")));
+    }
+    if let Some(theirs) = [Row::Untar, Row::Loop].into_iter().find(|row| median(*row).is_some()) {
+        tiles.push((
+            median(theirs).map_or_else(String::new, show_time),
+            theirs.title().into(),
+        ));
+    }
+    if let Some(floor) = outcome.floor_seconds {
+        tiles.push((show_seconds(floor), "the floor: what no system can beat".into()));
+    }
+    tiles.push((
+        show_size(outcome.touched.bytes),
+        "of the layer is what the command touches".into(),
+    ));
+    out.push_str("<div class=\"tiles\">\n");
+    for (figure, meaning) in tiles {
+        let _ = writeln!(out, "<div class=\"tile\"><b>{figure}</b><span>{meaning}</span></div>");
+    }
+    out.push_str("</div>\n");
+}
+
+/// Every run.
+fn table(out: &mut String, outcome: &Outcome) {
+    out.push_str(
+        "<h2>Every run</h2>\n<div class=\"scroll\"><table>\n<tr><th>Alternative</th><th>Median</th><th>Fastest</th><th>Slowest</th>\
+         <th>Fetched</th><th>Requests</th><th>Phases of the median run</th><th>All runs</th></tr>\n",
+    );
+    for row in &outcome.rows {
+        let (median, (min, max)) = (row.median(), row.spread());
+        let phases: Vec<_> = median
+            .phases
+            .iter()
+            .map(|(phase, time)| format!("{} {}", phase.name(), show_time(*time)))
+            .collect();
+        let all: Vec<_> = row.runs.iter().map(|run| show_time(run.total)).collect();
+        let _ = writeln!(
+            out,
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            row.row.title(),
+            show_time(median.total),
+            show_time(min),
+            show_time(max),
+            show_size(median.fetched_bytes),
+            show_count(median.requests),
+            phases.join(", "),
+            all.join(", "),
+        );
+    }
+    if let Some(floor) = outcome.floor_seconds {
+        let _ = writeln!(
+            out,
+            "<tr><td>floor</td><td>{}</td><td></td><td></td><td>{}</td><td></td><td></td><td></td></tr>",
+            show_seconds(floor),
+            show_size(outcome.touched.bytes),
+        );
+    }
+    out.push_str("</table></div>\n");
+}
+
+/// How it was measured.
+fn notes(out: &mut String, outcome: &Outcome) {
+    let _ = write!(
+        out,
+        "<h2>How it was measured</h2>\n<p>Each run starts with nothing: page caches dropped, no process, no mount. The clock \
+         stops when the command, run with the layer as its root directory, has ended successfully. The alternatives take \
+         turns. tarblk’s index comes over the same link, inside the clock; “all cached” means on disk, not in memory. The \
+         image that is downloaded for loop-mounting was made beforehand, outside the clock.</p>\n\
+         <p>Touched ({} in {} reads) is what the kernel reads from the device with its read-ahead switched off and an empty \
+         page cache. With everything in memory the command takes {}. The floor is touched bytes over the link’s rate, two \
+         round trips, and that.</p>\n",
+        show_size(outcome.touched.bytes),
+        show_count(outcome.touched.reads),
+        show_seconds(outcome.local_run_seconds),
+    );
+    if outcome.rtt_seconds.is_some() {
+        out.push_str(
+            "<p>The link is simulated on loopback: a connection costs a round trip, each request another; all answers share \
+             the rate first-in first-out. Slow start, packet headers and loss are not simulated.</p>\n",
+        );
+    }
+}
+
+/// Text as HTML.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_file_with_nothing_from_outside() {
+        let mut outcome = super::super::outcome::tests::example();
+        outcome.command = "sh -c '<script>&'".into();
+        let page = html(&outcome);
+        assert!(page.contains("sh -c '&lt;script&gt;&amp;'") && !page.contains("<script"));
+        assert!(!page.contains("http:") && !page.contains("https:"), "nothing is loaded");
+        assert_eq!(page.matches("<svg").count(), 2);
+        for word in ["11.9 s", "2.31 s", "download and untar", "5.2 times as fast", "838 ms"] {
+            assert!(page.contains(word), "{word}");
+        }
+        let balance =
+            |tag: &str| page.matches(&format!("<{tag}")).count() == page.matches(&format!("</{tag}>")).count();
+        for tag in ["svg", "text", "g>", "figure", "table", "tr", "div", "p>", "main"] {
+            let tag = tag.trim_end_matches('>');
+            assert!(tag.len() == 1 || balance(tag), "{tag}");
+        }
+    }
+
+    #[test]
+    fn a_report_of_somebody_elses_server_has_no_lines() {
+        let mut outcome = super::super::outcome::tests::example();
+        for run in outcome.rows.iter_mut().flat_map(|row| &mut row.runs) {
+            run.timeline.clear();
+        }
+        outcome.rtt_seconds = None;
+        outcome.floor_seconds = None;
+        assert_eq!(html(&outcome).matches("<svg").count(), 1);
+    }
+}

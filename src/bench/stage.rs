@@ -1,0 +1,341 @@
+//! What a benchmark needs around it: an origin, an index, an image, a filled cache, a scratch directory, cold caches.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use super::child;
+use super::origin::{Link, Origin};
+use super::outcome::Touched;
+use super::root::Dressed;
+use super::rows::{Row, TarblkMount, Traffic};
+use super::{BenchError, BenchOptions, BenchSource, Watch};
+use crate::interrupt::Interrupt;
+
+/// A served file is kept in memory if it takes at most one in this many bytes of what is available.
+const MEMORY_SHARE: u64 = 4;
+
+/// Everything that is set up before the first clock starts, and taken down after the last run.
+pub(super) struct Stage<'a> {
+    pub(super) options: &'a BenchOptions,
+    pub(super) interrupt: &'a Interrupt,
+    /// The layer, as tarblk and the downloads are given it.
+    pub(super) url: String,
+    /// Its index, as tarblk is given it: over the same link if there is one.
+    pub(super) index: OsString,
+    /// The whole image, where the origin is our own.
+    pub(super) image_url: Option<String>,
+    /// A cache directory with the whole layer in it, if a row needs one.
+    pub(super) full_cache: PathBuf,
+    /// The layer's length in bytes.
+    pub(super) layer_bytes: u64,
+    pub(super) client: reqwest::blocking::Client,
+    /// Which back end tarblk took.
+    pub(super) backend: String,
+    origin: Option<Origin>,
+    /// Served from disk because they are big: read before each run, so that the origin's disk is not measured.
+    warm: Vec<PathBuf>,
+    scratch: tempfile::TempDir,
+}
+
+impl fmt::Debug for Stage<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stage")
+            .field("url", &self.url)
+            .field("scratch", &self.scratch)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Stage<'a> {
+    /// Sets everything up.
+    pub(super) fn set(
+        options: &'a BenchOptions,
+        interrupt: &'a Interrupt,
+        watch: &mut dyn Watch,
+    ) -> Result<Self, BenchError> {
+        let scratch = tempfile::Builder::new()
+            .prefix("tarblk-bench-")
+            .tempdir_in(&options.scratch)
+            .map_err(BenchError::step(format!(
+                "{}: cannot make a directory in it",
+                options.scratch.display()
+            )))?;
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let client = reqwest::blocking::Client::builder()
+            .timeout(None)
+            .no_proxy()
+            .build()
+            .map_err(|e| BenchError::Download {
+                url: "anything".into(),
+                cause: e.to_string(),
+            })?;
+        let full_cache = scratch.path().join("full");
+        let mut stage = Self {
+            options,
+            interrupt,
+            url: String::new(),
+            index: OsString::new(),
+            image_url: None,
+            full_cache,
+            layer_bytes: 0,
+            client,
+            backend: String::new(),
+            origin: None,
+            warm: Vec::new(),
+            scratch,
+        };
+        match &options.source {
+            BenchSource::Local { path, link } => stage.set_origin(path, *link, watch)?,
+            BenchSource::Url { url, index } => stage.use_url(url, index.as_deref(), watch)?,
+        }
+        watch.step("filling a cache", 0, 0);
+        stage.fill_cache()?;
+        Ok(stage)
+    }
+
+    /// Serves a local layer, its index and its image.
+    fn set_origin(&mut self, layer: &Path, link: Link, watch: &mut dyn Watch) -> Result<(), BenchError> {
+        let origin = Origin::start().map_err(BenchError::step("cannot start an HTTP origin on loopback"))?;
+        let index = self.scratch().join("layer.tarblk");
+        watch.step("reading the headers", 0, 0);
+        child::run(
+            self.tarblk()
+                .arg("index")
+                .arg(layer)
+                .arg("-o")
+                .arg(&index)
+                .arg("--quiet"),
+            self.scratch(),
+            self.interrupt,
+        )?;
+        let mut served = vec![("/layer.tar", layer.to_owned()), ("/layer.tar.tarblk", index)];
+        if self.options.rows.contains(&Row::Loop) {
+            watch.step("writing the whole image", 0, 0);
+            let image = self.scratch().join("layer.ext4");
+            let mut make = self.tarblk();
+            make.arg("image")
+                .arg(layer)
+                .arg("-o")
+                .arg(&image)
+                .args(["--no-cache", "--quiet"]);
+            child::run(&mut make, self.scratch(), self.interrupt)?;
+            served.push(("/layer.ext4", image));
+            self.image_url = Some(origin.url("/layer.ext4"));
+        }
+        watch.step("loading the origin", 0, 0);
+        for (path, file) in served {
+            let failed = || BenchError::step(format!("{}: cannot serve it", file.display()));
+            if let Some(copy) = in_memory(&file).map_err(failed())? {
+                origin.serve_open_file(path, copy).map_err(failed())?;
+            } else {
+                origin.serve_file(path, &file).map_err(failed())?;
+                self.warm.push(file.clone());
+            }
+        }
+        self.layer_bytes = fs::metadata(layer)
+            .map_err(BenchError::step(format!("{}: cannot read it", layer.display())))?
+            .len();
+        self.url = origin.url("/layer.tar");
+        self.index = origin.url("/layer.tar.tarblk").into();
+        origin.set_link(link);
+        self.origin = Some(origin);
+        Ok(())
+    }
+
+    /// Takes a layer from somebody's server.
+    fn use_url(&mut self, url: &str, index: Option<&str>, watch: &mut dyn Watch) -> Result<(), BenchError> {
+        self.url = url.into();
+        self.index = if let Some(index) = index {
+            index.into()
+        } else {
+            watch.step("reading the headers", 0, 0);
+            let index = self.scratch().join("layer.tarblk");
+            child::run(
+                self.tarblk().arg("index").arg(url).arg("-o").arg(&index).arg("--quiet"),
+                self.scratch(),
+                self.interrupt,
+            )?;
+            index.into()
+        };
+        Ok(())
+    }
+
+    /// Reads the whole device once with a cache directory that stays, over an unlimited link.
+    fn fill_cache(&mut self) -> Result<(), BenchError> {
+        let link = match &self.options.source {
+            BenchSource::Local { link, .. } => *link,
+            BenchSource::Url { .. } => Link::default(),
+        };
+        self.set_link(Link::default());
+        let mounted = TarblkMount::new(self, None, &self.full_cache)?;
+        let device = mounted.said.device.clone();
+        let mut file =
+            File::open(&device).map_err(BenchError::step(format!("{}: cannot open it", device.display())))?;
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            self.interrupt.check()?;
+            if file
+                .read(&mut buffer)
+                .map_err(BenchError::step(format!("{}: cannot read it", device.display())))?
+                == 0
+            {
+                break;
+            }
+        }
+        drop(file);
+        let backend = mounted.said.backend.clone();
+        mounted.unmount()?;
+        self.backend = backend;
+        self.set_link(link);
+        Ok(())
+    }
+
+    fn set_link(&self, link: Link) {
+        if let Some(origin) = &self.origin {
+            origin.set_link(link);
+        }
+    }
+
+    /// The tarblk to measure, with nothing of this process's own settings.
+    pub(super) fn tarblk(&self) -> Command {
+        let mut command = Command::new(&self.options.program);
+        command.env_remove("TARBLK_CACHE");
+        command
+    }
+
+    pub(super) fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// A fresh directory that is removed when it is dropped.
+    pub(super) fn directory(&self, name: &str) -> Result<tempfile::TempDir, BenchError> {
+        tempfile::Builder::new()
+            .prefix(name)
+            .tempdir_in(self.scratch())
+            .map_err(BenchError::step(format!(
+                "{}: cannot make a directory in it",
+                self.scratch().display()
+            )))
+    }
+
+    /// The empty directory that layers are mounted on.
+    pub(super) fn mount_point(&self) -> Result<PathBuf, BenchError> {
+        let dir = self.scratch().join("mnt");
+        fs::create_dir_all(&dir).map_err(BenchError::step(format!("{}: cannot make it", dir.display())))?;
+        Ok(dir)
+    }
+
+    /// Makes the machine cold: nothing dirty, nothing cached, except what the origin serves and the programs the usual ways
+    /// need (a machine that starts containers has tar at hand).
+    pub(super) fn chill(&self) -> Result<(), BenchError> {
+        self.interrupt.check()?;
+        rustix::fs::sync();
+        fs::write("/proc/sys/vm/drop_caches", "3").map_err(BenchError::step("cannot drop page caches"))?;
+        for file in &self.warm {
+            let mut file = File::open(file).map_err(BenchError::step(format!("{}: cannot read it", file.display())))?;
+            io::copy(&mut file, &mut io::sink()).map_err(BenchError::step("cannot read what the origin serves"))?;
+        }
+        for program in ["tar", "chroot", "mount"] {
+            // A missing one is told when it is needed.
+            let _ = Command::new(program)
+                .arg("--version")
+                .stdout(std::process::Stdio::null())
+                .status();
+        }
+        let _ = self
+            .tarblk()
+            .arg("--version")
+            .stdout(std::process::Stdio::null())
+            .status();
+        Ok(())
+    }
+
+    /// Starts the clock of a run, and the origin's log with it.
+    pub(super) fn clock(&self) -> Instant {
+        if let Some(origin) = &self.origin {
+            let _ = origin.take_log();
+        }
+        Instant::now()
+    }
+
+    /// What the origin has sent in the `total` since the clock started; None where the origin is somebody else's.
+    pub(super) fn traffic(&self, total: Duration) -> Option<Traffic> {
+        let log = self.origin.as_ref()?.log();
+        let timeline: Vec<_> = log
+            .timeline
+            .iter()
+            .filter(|(at, _)| *at <= total)
+            .map(|(at, bytes)| (at.as_secs_f64(), *bytes))
+            .collect();
+        let bytes = timeline.last().map_or(0, |point| point.1);
+        Some(Traffic {
+            bytes,
+            requests: log.arrived,
+            timeline,
+        })
+    }
+
+    /// What the command touches, and how long it takes with everything in memory.
+    ///
+    /// Touched are the layer's bytes that the kernel reads from the device when it starts with an empty page cache and reads
+    /// nothing ahead; a page that it has once it does not read again.
+    pub(super) fn touched(&self) -> Result<(Touched, Vec<Duration>), BenchError> {
+        self.set_link(Link::default());
+        self.chill()?;
+        let mounted = TarblkMount::new(self, None, &self.full_cache)?;
+        no_read_ahead(&mounted.said.device)?;
+        let dressed = Dressed::new(mounted.dir())?;
+        let before = mounted.stats()?;
+        self.run_command("the counting run", mounted.dir())?;
+        let after = mounted.stats()?;
+        let bytes = after.device.bytes.of_layer() - before.device.bytes.of_layer();
+        let reads = after.device.reads - before.device.reads;
+        let mut local = Vec::new();
+        for _ in 0..self.options.runs.max(3) {
+            local.push(self.run_command("the warm run", mounted.dir())?);
+        }
+        drop(dressed);
+        mounted.unmount()?;
+        Ok((Touched { bytes, reads }, local))
+    }
+}
+
+/// A copy of a file in memory that dropping page caches does not touch; None if it is too big for that.
+fn in_memory(path: &Path) -> io::Result<Option<File>> {
+    let mut file = File::open(path)?;
+    let len = file.metadata()?.len();
+    let available = fs::read_to_string("/proc/meminfo")?
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .trim()
+                .strip_suffix("kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
+        .unwrap_or(0);
+    if len > available.saturating_mul(1024) / MEMORY_SHARE {
+        return Ok(None);
+    }
+    let mut copy = File::from(memfd_create("tarblk-origin", MemfdFlags::CLOEXEC)?);
+    io::copy(&mut file, &mut copy)?;
+    Ok(Some(copy))
+}
+
+/// Switches a block device's read-ahead off, for files opened from now on.
+fn no_read_ahead(device: &Path) -> Result<(), BenchError> {
+    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let path = PathBuf::from(format!("/sys/block/{name}/queue/read_ahead_kb"));
+    fs::write(&path, "0").map_err(BenchError::step(format!(
+        "{}: cannot switch read-ahead off",
+        path.display()
+    )))
+}

@@ -1,0 +1,278 @@
+//! The process that serves one device. In: a [`Spec`], as JSON on its stdin. Out: a line on its stdout that says that the
+//! device is ready or why it is not; then a state file, a control socket and a log, for as long as it lives.
+//!
+//! [`launch`] starts one: this program again, under a hidden subcommand, so that it has no threads, locks or buffers of its
+//! parent's. The subcommand calls [`main`], which detaches from the terminal and serves; [`serve`] does the same in the
+//! foreground. What a spec's payload means only the caller knows: it hands over a builder that makes an image and a
+//! fetcher of it. The parts: `control` (the socket's language and the client's side of it), `serve` (the daemon's life).
+
+mod control;
+mod serve;
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::{fmt, thread};
+
+use serde::{Deserialize, Serialize};
+
+use super::state::{State, StateDir, StateError};
+use super::volume::LayerBytes;
+use super::{DeviceError, DeviceOptions};
+use crate::image::BlockImage;
+pub(crate) use control::bury;
+pub use control::{ControlError, DaemonStats, detach, stats};
+pub use serve::{main, serve};
+
+/// No spec is longer: what is big in it (an index) is passed by the path of a file.
+const MAX_SPEC_BYTES: u64 = 16 << 20;
+
+/// No report is longer.
+const MAX_REPORT_BYTES: u64 = 64 << 10;
+
+/// What a daemon is to serve.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// How the device is made.
+    pub options: DeviceOptions,
+    /// The layer as a person named it, without secrets: shown by lists of devices and kept in the state.
+    pub source: String,
+    /// Where state, socket and log are kept.
+    pub states: PathBuf,
+    /// What the caller's builder makes image and fetcher of. Only ever passed through a pipe, so secrets may be in it.
+    pub payload: serde_json::Value,
+}
+
+/// What a builder makes.
+pub struct Served {
+    /// The image.
+    pub image: Arc<dyn BlockImage>,
+    /// The bytes of its layers.
+    pub bytes: Arc<dyn LayerBytes>,
+    /// What the fetcher has counted, in its own words.
+    pub fetch_stats: Box<dyn Fn() -> serde_json::Value>,
+    /// Called when the device is gone: ends the fetcher in good order.
+    pub finish: Box<dyn FnOnce()>,
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Served")
+            .field("image", &self.image)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whatever kept a builder from building.
+pub type BuildError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A device that is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// What is known of it.
+    #[serde(flatten)]
+    pub state: State,
+    /// Why `auto` did not take ublk.
+    pub why_not_ublk: Option<String>,
+}
+
+/// Why there is no daemon.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// Only root can make block devices.
+    #[error("this makes a block device, which needs root (CAP_SYS_ADMIN): try sudo")]
+    NotRoot,
+    /// A directory or file of states cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The device could not be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The image or the fetcher could not be built.
+    #[error("{0}")]
+    Build(BuildError),
+    /// The daemon said why it failed.
+    #[error("{0}")]
+    Reported(String),
+    /// The daemon ended without a word.
+    #[error("the daemon ended before the device was ready ({status}){last_words}")]
+    Died {
+        /// How it ended.
+        status: String,
+        /// The last line of its log, if it wrote any.
+        last_words: String,
+    },
+    /// Something around the process failed.
+    #[error("cannot {what}: {cause}")]
+    Io {
+        /// What was to be done.
+        what: &'static str,
+        /// What the kernel said.
+        cause: io::Error,
+    },
+}
+
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
+    move |cause| DaemonError::Io { what, cause }
+}
+
+/// What a daemon says on its stdout, once.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Report {
+    Ready(Box<Attached>),
+    Failed(String),
+}
+
+/// How to start a daemon: the program and arguments that end in [`main`].
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+}
+
+impl Launcher {
+    /// This program under `subcommand`.
+    ///
+    /// # Errors
+    /// When the program's own path cannot be found out.
+    pub fn this_program(subcommand: &str) -> Result<Self, DaemonError> {
+        // The link stays right when the file has been replaced by a newer version since.
+        let program = PathBuf::from("/proc/self/exe");
+        fs::metadata(&program).map_err(failed("find this program"))?;
+        Ok(Self {
+            program,
+            arguments: vec![subcommand.into()],
+        })
+    }
+}
+
+/// Starts a daemon and waits until its device is ready.
+///
+/// # Errors
+/// Why there is no device; then nothing is left of the daemon either.
+pub fn launch(launcher: &Launcher, spec: &Spec) -> Result<Attached, DaemonError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(DaemonError::NotRoot);
+    }
+    let states = StateDir::new(&spec.states);
+    states.create()?;
+    let log =
+        states.log(&format!("starting-{}-{:?}", std::process::id(), thread::current().id()).replace(['(', ')'], ""));
+    let launched = launch_logging_to(launcher, spec, &log);
+    // A daemon that is ready has given its log the device's name.
+    let _ = fs::remove_file(&log);
+    launched
+}
+
+fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Attached, DaemonError> {
+    let log_file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(log)
+        .map_err(failed("write a log"))?;
+    let mut child = Command::new(&launcher.program)
+        .args(&launcher.arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log_file)
+        .spawn()
+        .map_err(failed("start the daemon"))?;
+    let told = tell_and_listen(&mut child, spec, log);
+    match told {
+        Ok(Some(Report::Ready(attached))) => {
+            // Whoever launches without ending soon after would otherwise keep the dead daemon's entry in the process table.
+            thread::spawn(move || child.wait());
+            Ok(*attached)
+        }
+        Ok(Some(Report::Failed(message))) => {
+            let _ = child.wait();
+            Err(DaemonError::Reported(message))
+        }
+        Ok(None) => {
+            let status = child.wait().map_or_else(|error| error.to_string(), describe);
+            Err(DaemonError::Died {
+                status,
+                last_words: last_words(log),
+            })
+        }
+        Err(error) => {
+            // It takes its device down on this signal.
+            if let Some(pid) = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            }
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+/// Hands the spec over and waits for the report; none means that the daemon ended without one.
+fn tell_and_listen(child: &mut Child, spec: &Spec, log: &Path) -> Result<Option<Report>, DaemonError> {
+    let order = Order {
+        spec: spec.clone(),
+        log: Some(log.to_owned()),
+    };
+    let text = serde_json::to_vec(&order).map_err(|error| failed("write the daemon's order")(error.into()))?;
+    if let Some(mut stdin) = child.stdin.take()
+        && let Err(error) = stdin.write_all(&text)
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        return Err(failed("talk to the daemon")(error));
+    }
+    let Some(stdout) = child.stdout.take() else {
+        return Ok(None);
+    };
+    for line in BufReader::new(stdout.take(MAX_REPORT_BYTES)).lines() {
+        // Anything else on stdout is not for us.
+        if let Some(report) = line.map_err(failed("listen to the daemon"))?.strip_prefix(REPORT_MARK) {
+            let report = serde_json::from_str(report).map_err(|error| failed("understand the daemon")(error.into()))?;
+            return Ok(Some(report));
+        }
+    }
+    Ok(None)
+}
+
+/// Begins the line of the report.
+const REPORT_MARK: &str = "tarblk-report ";
+
+/// What goes through the daemon's stdin.
+#[derive(Serialize, Deserialize)]
+struct Order {
+    spec: Spec,
+    log: Option<PathBuf>,
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (_, Some(signal)) => format!("signal {signal}"),
+        _ => status.to_string(),
+    }
+}
+
+/// The end of a log, for a message of one line.
+fn last_words(log: &Path) -> String {
+    const MOST: usize = 500;
+    let mut text = String::new();
+    let read = fs::File::open(log).and_then(|file| file.take(1 << 20).read_to_string(&mut text));
+    match text.lines().rfind(|line| !line.trim().is_empty()) {
+        Some(line) if read.is_ok() => format!(
+            "; its last words: {}",
+            line.trim().chars().take(MOST).collect::<String>()
+        ),
+        _ => String::new(),
+    }
+}

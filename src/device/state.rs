@@ -1,0 +1,462 @@
+//! What commands know of the devices that daemons serve. In and out: one small file for every device under `/run/tarblk`.
+//!
+//! A file is written once, whole, when its device is ready, and removed when the device is gone. It says which process serves
+//! the device (by number *and* time of birth, because numbers are used again), and holds no secrets. Whoever reads it checks
+//! it: version, checksum, and that every field is what it should be.
+
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Backend, fuse_loop, ublk};
+
+/// Where states are kept when nobody says otherwise.
+pub const DEFAULT_DIR: &str = "/run/tarblk";
+
+const VERSION: u32 = 1;
+
+/// No state file is longer; a longer one is not ours.
+const MAX_STATE_BYTES: u64 = 64 << 10;
+
+/// What can be wrong with the directory or a file in it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// The directory cannot be used.
+    #[error("cannot use {path}: {cause}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        cause: String,
+    },
+    /// A file cannot be read or written.
+    #[error("{path}: {cause}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// A file is not a state, or a damaged one.
+    #[error("{path} is damaged ({cause}); remove it if no tarblk daemon runs")]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// How.
+        cause: String,
+    },
+    /// A file was written by another version of tarblk.
+    #[error("{path} is of version {version}, which this tarblk does not know")]
+    Version {
+        /// Which.
+        path: PathBuf,
+        /// The version it has.
+        version: u32,
+    },
+}
+
+/// What serves one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// The device's name, `ublkb0` or `loop3`; the file is called after it.
+    pub name: String,
+    /// The block device.
+    pub device: PathBuf,
+    /// What carries it.
+    pub backend: Backend,
+    /// The number in its name.
+    pub number: u32,
+    /// Its length in bytes.
+    pub len: u64,
+    /// The layer it holds, as a person named it, without secrets.
+    pub source: String,
+    /// The process that serves it.
+    pub process: Process,
+    /// When it was ready, in seconds since 1970 UTC.
+    pub since: u64,
+    /// What the daemon has to say; none when it runs in the foreground.
+    pub log: Option<PathBuf>,
+}
+
+/// A process, told apart from a later one with the same number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// When it began, in clock ticks since boot.
+    pub born: u64,
+    /// The boot that the ticks count from.
+    pub boot: String,
+}
+
+impl Process {
+    /// This process.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn current() -> io::Result<Self> {
+        let pid = std::process::id();
+        let (_, born) = stat(pid)?;
+        Ok(Self {
+            pid,
+            born,
+            boot: boot_id()?,
+        })
+    }
+
+    /// Whether it still runs. One that has ended but whose parent has not noticed does not.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        boot_id().is_ok_and(|boot| boot == self.boot)
+            && stat(self.pid).is_ok_and(|(status, born)| born == self.born && !matches!(status, b'Z' | b'X'))
+    }
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// A process's status letter and time of birth, from `/proc/PID/stat`.
+fn stat(pid: u32) -> io::Result<(u8, u64)> {
+    let text = fs::read(format!("/proc/{pid}/stat"))?;
+    // The second field is the program's name in parentheses, which may hold anything.
+    let parse = || {
+        let rest = &text[text.iter().rposition(|&byte| byte == b')')? + 1..];
+        let mut fields = std::str::from_utf8(rest).ok()?.split_ascii_whitespace();
+        let status = *fields.next()?.as_bytes().first()?;
+        // Field 22 of the whole line; the status is field 3.
+        Some((status, fields.nth(18)?.parse().ok()?))
+    };
+    parse().ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat is not understood")))
+}
+
+/// The file's form: the state as text inside, so that its checksum is of exact bytes.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    version: u32,
+    crc32c: u32,
+    state: String,
+}
+
+/// The directory of states.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateDir(PathBuf);
+
+impl Default for StateDir {
+    fn default() -> Self {
+        Self(PathBuf::from(DEFAULT_DIR))
+    }
+}
+
+impl StateDir {
+    /// States in `path` instead of [`DEFAULT_DIR`].
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes the directory, for the owner's eyes only, or checks that the one that is there is safe.
+    ///
+    /// # Errors
+    /// [`StateError::Directory`] when it cannot be made, or others can write to it.
+    pub fn create(&self) -> Result<(), StateError> {
+        let refused = |cause: String| StateError::Directory {
+            path: self.0.clone(),
+            cause,
+        };
+        match DirBuilder::new().mode(0o700).create(&self.0) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(refused(error.to_string())),
+        }
+        let meta = fs::symlink_metadata(&self.0).map_err(|error| refused(error.to_string()))?;
+        if !meta.is_dir() {
+            return Err(refused("it is not a directory".to_owned()));
+        }
+        if meta.uid() != rustix::process::geteuid().as_raw() || meta.mode() & 0o022 != 0 {
+            return Err(refused("others can write to it; remove it".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// The control socket of device `name`.
+    #[must_use]
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.sock"))
+    }
+
+    /// The log of device `name`.
+    #[must_use]
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.log"))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.json"))
+    }
+
+    /// Writes a state, whole or not at all.
+    ///
+    /// # Errors
+    /// [`StateError::File`] when it cannot be written.
+    pub fn write(&self, state: &State) -> Result<(), StateError> {
+        let path = self.file(&state.name);
+        let part = self.0.join(format!(".{}.{}.part", state.name, std::process::id()));
+        let write = || {
+            let text = serde_json::to_string(state)?;
+            let envelope = Envelope {
+                version: VERSION,
+                crc32c: crc32c::crc32c(text.as_bytes()),
+                state: text,
+            };
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&part)?;
+            file.write_all(&serde_json::to_vec(&envelope)?)?;
+            fs::rename(&part, &path)
+        };
+        write().map_err(|cause: io::Error| {
+            let _ = fs::remove_file(&part);
+            StateError::File {
+                path: path.clone(),
+                cause,
+            }
+        })
+    }
+
+    /// Removes the files of device `name`: state, socket and log.
+    pub fn remove(&self, name: &str) {
+        for path in [self.file(name), self.socket(name), self.log(name)] {
+            if let Err(error) = fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                log::warn!("cannot remove {}: {error}", path.display());
+            }
+        }
+    }
+
+    /// Reads the state of device `name`.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn read(&self, name: &str) -> Result<State, StateError> {
+        let path = self.file(name);
+        let mut text = Vec::new();
+        let read = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .and_then(|file| file.take(MAX_STATE_BYTES + 1).read_to_end(&mut text));
+        read.map_err(|cause| StateError::File {
+            path: path.clone(),
+            cause,
+        })?;
+        parse(&text, name, &path)
+    }
+
+    /// All states, in the order of their names, and what is wrong with files that are none.
+    ///
+    /// # Errors
+    /// [`StateError::Directory`] when there is a directory that cannot be read.
+    pub fn list(&self) -> Result<(Vec<State>, Vec<StateError>), StateError> {
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
+            Err(error) => {
+                return Err(StateError::Directory {
+                    path: self.0.clone(),
+                    cause: error.to_string(),
+                });
+            }
+        };
+        let (mut states, mut wrong) = (Vec::new(), Vec::new());
+        for entry in entries.flatten() {
+            let file = entry.file_name();
+            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".json")) else {
+                continue;
+            };
+            match self.read(name) {
+                Ok(state) => states.push(state),
+                // Removed since the directory was read.
+                Err(StateError::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => wrong.push(error),
+            }
+        }
+        states.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
+        Ok((states, wrong))
+    }
+}
+
+fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
+    let damaged = |cause: String| StateError::Damaged {
+        path: path.to_owned(),
+        cause,
+    };
+    if text.len() > usize::try_from(MAX_STATE_BYTES).unwrap_or(usize::MAX) {
+        return Err(damaged("it is too long".to_owned()));
+    }
+    #[derive(Deserialize)]
+    struct AnyVersion {
+        version: u32,
+    }
+    let AnyVersion { version } = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+    if version != VERSION {
+        return Err(StateError::Version {
+            path: path.to_owned(),
+            version,
+        });
+    }
+    let envelope: Envelope = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+    if crc32c::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
+        return Err(damaged("its checksum is wrong".to_owned()));
+    }
+    let state: State = serde_json::from_str(&envelope.state).map_err(|error| damaged(error.to_string()))?;
+    let kind = match state.backend {
+        Backend::Ublk => "ublkb",
+        Backend::Loop => "loop",
+    };
+    let named = format!("{kind}{}", state.number);
+    if state.name != name
+        || state.name != named
+        || state.device != Path::new("/dev").join(&named)
+        || state.process.pid == 0
+    {
+        return Err(damaged("it contradicts itself".to_owned()));
+    }
+    Ok(state)
+}
+
+impl State {
+    /// Whether its daemon still runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.process.is_alive()
+    }
+
+    /// Whether the kernel still has the device.
+    #[must_use]
+    pub fn device_exists(&self) -> bool {
+        match self.backend {
+            Backend::Ublk => ublk::exists(self.number),
+            Backend::Loop => fuse_loop::is_ours(self.number),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> State {
+        State {
+            name: "loop7".to_owned(),
+            device: PathBuf::from("/dev/loop7"),
+            backend: Backend::Loop,
+            number: 7,
+            len: 1 << 20,
+            source: "http://example.com/layer.tar".to_owned(),
+            process: Process::current().unwrap(),
+            since: 1_700_000_000,
+            log: Some(PathBuf::from("/run/tarblk/loop7.log")),
+        }
+    }
+
+    fn dir() -> (tempfile::TempDir, StateDir) {
+        let temp = tempfile::tempdir().unwrap();
+        let states = StateDir::new(temp.path().join("states"));
+        states.create().unwrap();
+        (temp, states)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let (_temp, states) = dir();
+        states.write(&example()).unwrap();
+        assert_eq!(states.read("loop7").unwrap(), example());
+        let (list, wrong) = states.list().unwrap();
+        assert_eq!(list, [example()]);
+        assert!(wrong.is_empty());
+        states.remove("loop7");
+        assert!(states.list().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_noticed() {
+        let (_temp, states) = dir();
+        states.write(&example()).unwrap();
+        let path = states.file("loop7");
+        let good = fs::read(&path).unwrap();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&path, &bad).unwrap();
+            let read = states.read("loop7");
+            assert!(
+                read.is_err(),
+                "flipped bit {bit} was not noticed: {}",
+                String::from_utf8_lossy(&bad)
+            );
+        }
+        fs::write(&path, &good[..good.len() / 2]).unwrap();
+        assert!(matches!(states.read("loop7"), Err(StateError::Damaged { .. })));
+    }
+
+    #[test]
+    fn another_name_or_version_is_refused() {
+        let (_temp, states) = dir();
+        states.write(&example()).unwrap();
+        fs::rename(states.file("loop7"), states.file("loop8")).unwrap();
+        assert!(matches!(states.read("loop8"), Err(StateError::Damaged { .. })));
+        fs::write(states.file("loop8"), "{\"version\":2,\"new\":true}").unwrap();
+        assert!(matches!(
+            states.read("loop8"),
+            Err(StateError::Version { version: 2, .. })
+        ));
+        assert_eq!(states.list().unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_temp, states) = dir();
+        assert_eq!(fs::metadata(states.path()).unwrap().mode() & 0o777, 0o700);
+        fs::set_permissions(states.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(states.create(), Err(StateError::Directory { .. })));
+    }
+
+    #[test]
+    fn processes_are_told_apart_by_birth() {
+        let me = Process::current().unwrap();
+        assert!(me.is_alive());
+        assert!(
+            !Process {
+                born: me.born + 1,
+                ..me.clone()
+            }
+            .is_alive()
+        );
+        assert!(
+            !Process {
+                boot: "another".to_owned(),
+                ..me
+            }
+            .is_alive()
+        );
+    }
+}

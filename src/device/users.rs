@@ -1,0 +1,246 @@
+//! Who uses a block device. In: a device. Out: the mounts and devices on top of it, as a person would look for them.
+//!
+//! Whether a device is in use at all the kernel knows best: mounts, swap and device-mapper claim it exclusively, in whatever
+//! namespace they are, and a claim of our own then fails. Where it is in use has to be looked for, in `/proc`.
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// One use of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// Mounted here.
+    Mount(PathBuf),
+    /// Mounted in another mount namespace: where, and a process that sees it there.
+    ForeignMount(PathBuf, u32),
+    /// Another block device is built on it.
+    Holder(String),
+    /// The kernel says it is in use, and nothing shows by whom.
+    Unknown,
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mount(at) => write!(f, "mounted on {}", at.display()),
+            Self::ForeignMount(at, pid) => {
+                write!(f, "mounted on {} in the mount namespace of process {pid}", at.display())
+            }
+            Self::Holder(name) => write!(f, "used by /dev/{name}"),
+            Self::Unknown => f.write_str("in use by the kernel (swap, or a mount that no process sees)"),
+        }
+    }
+}
+
+/// A line of `mountinfo`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountLine {
+    /// The filesystem's device number, as `major:minor`.
+    pub device: String,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// What is mounted there, as mount(8) was told.
+    pub source: PathBuf,
+}
+
+/// The mounts that this process sees, in the order they were made.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn mounts() -> io::Result<Vec<MountLine>> {
+    Ok(parse_mountinfo(&fs::read("/proc/self/mountinfo")?))
+}
+
+fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
+    let parse = |line: &[u8]| {
+        let mut fields = line.split(|&byte| byte == b' ');
+        let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
+        let point = unescape(fields.nth(1)?);
+        // Options, then optional fields up to a single dash, then the type and the source.
+        fields.find(|field| *field == b"-")?;
+        let source = unescape(fields.nth(1)?);
+        Some(MountLine { device, point, source })
+    };
+    text.split(|&byte| byte == b'\n').filter_map(parse).collect()
+}
+
+/// `mountinfo` writes blanks and backslashes as three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, after @ ..] = rest {
+        if let (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..]) = (*first, after) {
+            bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+            rest = after;
+        } else {
+            bytes.push(*first);
+            rest = after;
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+/// A block device's number as `mountinfo` writes it.
+///
+/// # Errors
+/// When there is no such device.
+pub fn device_number(device: &Path) -> io::Result<String> {
+    let number = fs::metadata(device)?.rdev();
+    Ok(format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number)))
+}
+
+/// Where `device` is mounted as far as this process sees.
+#[must_use]
+pub fn mount_points(device: &Path) -> Vec<PathBuf> {
+    let Ok(number) = device_number(device) else {
+        return Vec::new();
+    };
+    let lines = mounts().unwrap_or_default();
+    lines
+        .into_iter()
+        .filter(|line| line.device == number)
+        .map(|line| line.point)
+        .collect()
+}
+
+/// Whether something has claimed `device` for itself: a mount in any namespace, swap, another device.
+///
+/// # Errors
+/// When the device cannot be opened for another reason.
+pub fn is_claimed(device: &Path) -> io::Result<bool> {
+    match OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(device)
+    {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+/// Everything that uses `device`; empty when nothing does.
+#[must_use]
+pub fn of(device: &Path) -> Vec<User> {
+    if !is_claimed(device).unwrap_or(false) {
+        return Vec::new();
+    }
+    let mut users: Vec<User> = mount_points(device).into_iter().map(User::Mount).collect();
+    if let Some(name) = device.file_name() {
+        let holders = fs::read_dir(Path::new("/sys/block").join(name).join("holders"));
+        users.extend(
+            holders
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| User::Holder(entry.file_name().to_string_lossy().into_owned())),
+        );
+    }
+    if users.is_empty() {
+        users = foreign_mounts(device);
+    }
+    if users.is_empty() {
+        users.push(User::Unknown);
+    }
+    users
+}
+
+/// Looks through the mount namespaces of all processes, each once.
+fn foreign_mounts(device: &Path) -> Vec<User> {
+    let Ok(number) = device_number(device) else {
+        return Vec::new();
+    };
+    let mut seen: HashSet<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
+    let mut users = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(namespace) = fs::read_link(entry.path().join("ns/mnt")) else {
+            continue;
+        };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let lines = parse_mountinfo(&fs::read(entry.path().join("mountinfo")).unwrap_or_default());
+        let here = lines.into_iter().filter(|line| line.device == number);
+        users.extend(here.map(|line| User::ForeignMount(line.point, pid)));
+    }
+    users
+}
+
+/// Some of the processes that keep `mount_point` busy: number and name. Goes by the names of what they have open, because
+/// looking at a file itself could wait for a device that does not answer.
+#[must_use]
+pub fn processes_below(mount_point: &Path) -> Vec<(u32, String)> {
+    const ENOUGH: usize = 3;
+    let on_it = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(mount_point));
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let process = entry.path();
+        let mut links = vec![process.join("cwd"), process.join("root"), process.join("exe")];
+        links.extend(
+            fs::read_dir(process.join("fd"))
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|fd| fd.path()),
+        );
+        if links.iter().any(|link| on_it(link)) {
+            let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+            found.push((pid, name.trim().to_owned()));
+            if found.len() == ENOUGH {
+                break;
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_with_blanks_and_optional_fields() {
+        let text = b"36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw\n\
+            37 35 7:3 / /a\\040b\\134c ro - ext4 /dev/loop3 ro\nnonsense\n\n38 35 7:4 / /x ro";
+        let lines = parse_mountinfo(text);
+        assert_eq!(lines.len(), 2);
+        assert_eq!(
+            (lines[0].device.as_str(), lines[0].point.to_str()),
+            ("98:0", Some("/mnt2"))
+        );
+        assert_eq!(
+            (lines[1].device.as_str(), lines[1].point.to_str()),
+            ("7:3", Some("/a b\\c"))
+        );
+        assert_eq!(lines[1].source, Path::new("/dev/loop3"));
+    }
+
+    #[test]
+    fn the_root_is_mounted_and_busy() {
+        assert!(mounts().unwrap().iter().any(|line| line.point == Path::new("/")));
+    }
+
+    #[test]
+    fn a_process_that_has_a_file_open_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(processes_below(dir.path()).is_empty());
+        let _open = fs::File::create(dir.path().join("file")).unwrap();
+        assert!(
+            processes_below(dir.path())
+                .iter()
+                .any(|(pid, _)| *pid == std::process::id())
+        );
+    }
+}

@@ -1,0 +1,559 @@
+//! The cases that a device has to pass on every back end: daemons that serve an image cut from a plain ext4 file.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tarblk::device::daemon::{self, Attached, Launcher, Served, Spec};
+use tarblk::device::registry::{self, Status};
+use tarblk::device::state::StateDir;
+use tarblk::device::{Backend, BackendChoice, DeviceOptions, users};
+use tarblk::mount;
+
+use super::harness::{Case, DAEMON};
+use super::{make_ext4, patchwork, read_all};
+
+/// The back end under test.
+static BACKEND: OnceLock<BackendChoice> = OnceLock::new();
+
+pub(crate) fn choose(backend: BackendChoice) {
+    BACKEND.set(backend).unwrap();
+}
+
+pub(crate) const CASES: &[Case] = &[
+    ("serves_every_block", serves_every_block),
+    ("serves_many_readers_at_once", serves_many_readers_at_once),
+    ("refuses_writes", refuses_writes),
+    ("mounts_and_unmounts", mounts_and_unmounts),
+    ("refuses_to_detach_while_mounted", refuses_to_detach_while_mounted),
+    ("refuses_to_unmount_while_in_use", refuses_to_unmount_while_in_use),
+    ("sigterm_detaches", sigterm_detaches),
+    ("sigterm_waits_for_the_unmount", sigterm_waits_for_the_unmount),
+    ("a_killed_daemon_is_cleaned_up", a_killed_daemon_is_cleaned_up),
+    (
+        "a_killed_daemon_of_a_mounted_device_is_cleaned_up",
+        a_killed_daemon_of_a_mounted_device_is_cleaned_up,
+    ),
+    (
+        "reads_that_never_end_do_not_keep_the_device",
+        reads_that_never_end_do_not_keep_the_device,
+    ),
+    (
+        "a_builder_that_fails_leaves_nothing",
+        a_builder_that_fails_leaves_nothing,
+    ),
+    (
+        "a_daemon_that_dies_young_leaves_nothing",
+        a_daemon_that_dies_young_leaves_nothing,
+    ),
+    (
+        "a_broken_image_does_not_mount_and_leaves_nothing",
+        a_broken_image_does_not_mount_and_leaves_nothing,
+    ),
+    ("bad_directories_are_refused", bad_directories_are_refused),
+    ("counts_what_it_serves", counts_what_it_serves),
+    ("two_devices_do_not_hold_each_other", two_devices_do_not_hold_each_other),
+];
+
+/// What the payload of a spec means to these tests' builder.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Payload {
+    file: PathBuf,
+    /// How long far-away bytes take, in milliseconds; for ever, when not given.
+    delay_ms: Option<u64>,
+    trouble: Option<String>,
+}
+
+/// The program as a daemon.
+pub(crate) fn daemon_main() -> ExitCode {
+    env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
+    daemon::main(|payload| {
+        let payload: Payload = serde_json::from_value(payload)?;
+        match payload.trouble.as_deref() {
+            Some("fail") => return Err("the index is of another age".into()),
+            Some("abort") => std::process::abort(),
+            _ => {}
+        }
+        let (image, bytes) = patchwork(&payload.file, false, payload.delay_ms.map(Duration::from_millis));
+        Ok(Served {
+            image,
+            bytes,
+            fetch_stats: Box::new(|| serde_json::json!({"requests": 7})),
+            finish: Box::new(|| log::info!("finished")),
+        })
+    })
+}
+
+/// A place for one test: an ext4 file, a directory of states, a directory to mount on; and the promise that nothing is left.
+struct Lab {
+    dir: tempfile::TempDir,
+    before: Traces,
+}
+
+/// What a device may leave behind.
+#[derive(Debug, PartialEq, Eq)]
+struct Traces {
+    devices: BTreeSet<String>,
+    mounts: Vec<PathBuf>,
+    processes: BTreeSet<u32>,
+}
+
+impl Traces {
+    fn now() -> Self {
+        let devices = fs::read_dir("/sys/block")
+            .unwrap()
+            .flatten()
+            .map(|entry| entry.file_name().into_string().unwrap());
+        let in_use = |name: &String| {
+            name.starts_with("ublkb") || Path::new(&format!("/sys/block/{name}/loop/backing_file")).exists()
+        };
+        let chars = fs::read_dir("/sys/class/ublk-char").into_iter().flatten().flatten();
+        let chars = chars.map(|entry| entry.file_name().into_string().unwrap());
+        Self {
+            devices: devices.filter(in_use).chain(chars).collect(),
+            mounts: users::mounts().unwrap().into_iter().map(|line| line.point).collect(),
+            processes: daemons(),
+        }
+    }
+}
+
+/// The daemons that this test program has running.
+fn daemons() -> BTreeSet<u32> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let ours = command
+            .split(|&byte| byte == 0)
+            .any(|argument| argument == DAEMON.as_bytes());
+        let state = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        if ours && !state.contains(") Z ") {
+            found.insert(pid);
+        }
+    }
+    found
+}
+
+impl Lab {
+    fn new() -> Self {
+        let before = Traces::now();
+        let dir = tempfile::tempdir().unwrap();
+        make_ext4(&dir.path().join("image"), 16);
+        fs::create_dir(dir.path().join("mnt")).unwrap();
+        Self { dir, before }
+    }
+
+    fn image(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    fn mnt(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    fn states(&self) -> StateDir {
+        StateDir::new(self.dir.path().join("states"))
+    }
+
+    fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> Spec {
+        let payload = Payload {
+            file: self.image(),
+            delay_ms,
+            trouble: trouble.map(str::to_owned),
+        };
+        Spec {
+            options: DeviceOptions {
+                backend: *BACKEND.get().unwrap(),
+                ..DeviceOptions::default()
+            },
+            source: "a test".to_owned(),
+            states: self.states().path().to_owned(),
+            payload: serde_json::to_value(payload).unwrap(),
+        }
+    }
+
+    fn attach(&self) -> Attached {
+        daemon::launch(&launcher(), &self.spec(Some(1), None)).unwrap()
+    }
+
+    fn mount(&self) -> Attached {
+        mount::mount(&launcher(), &self.spec(Some(1), None), &self.mnt()).unwrap()
+    }
+
+    /// No process, device, mount or file is left.
+    fn assert_clean(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Traces::now() != self.before && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(Traces::now(), self.before, "something is left");
+        let files: Vec<_> = fs::read_dir(self.states().path())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .collect();
+        assert!(files.is_empty(), "files are left: {files:?}");
+    }
+}
+
+impl Drop for Lab {
+    /// A test that failed must not spoil the ones after it.
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH);
+        for pid in daemons().difference(&self.before.processes) {
+            kill(*pid, rustix::process::Signal::KILL);
+        }
+        for _ in 0..50 {
+            if registry::sweep(&self.states()).is_ok() && Traces::now() == self.before {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn launcher() -> Launcher {
+    Launcher::this_program(DAEMON).unwrap()
+}
+
+fn kill(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    let _ = rustix::process::kill_process(pid, signal);
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn serves_every_block() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let expected = match BACKEND.get().unwrap() {
+        BackendChoice::Loop => Backend::Loop,
+        _ => Backend::Ublk,
+    };
+    assert_eq!(attached.state.backend, expected);
+    assert_eq!(attached.why_not_ublk, None);
+    assert!(
+        read_all(&attached.state.device) == read_all(&lab.image()),
+        "the device differs from the image"
+    );
+    let (listed, wrong) = registry::list(&lab.states()).unwrap();
+    assert!(wrong.is_empty());
+    assert_eq!(listed.len(), 1);
+    assert_eq!((&listed[0].state, listed[0].status), (&attached.state, Status::Serving));
+    let log = fs::read_to_string(attached.state.log.as_ref().unwrap()).unwrap();
+    assert!(log.contains("serving a test as /dev/"), "log: {log}");
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn serves_many_readers_at_once() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let content = read_all(&lab.image());
+    std::thread::scope(|scope| {
+        for reader in 0..8u64 {
+            let (content, device) = (&content, &attached.state.device);
+            scope.spawn(move || {
+                let file = File::options().read(true).open(device).unwrap();
+                let mut random = reader + 1;
+                for _ in 0..200 {
+                    random = random
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    let at = usize::try_from(random >> 20).unwrap() % content.len();
+                    let len = (usize::try_from(random >> 8 & 0xfff).unwrap() * 100).min(content.len() - at);
+                    let mut got = vec![0; len];
+                    if random & 1 == 0 {
+                        // Makes the kernel ask again.
+                        let start = u64::try_from(at).unwrap();
+                        let advice = rustix::fs::Advice::DontNeed;
+                        rustix::fs::fadvise(&file, start, std::num::NonZeroU64::new(len as u64), advice).unwrap();
+                    }
+                    file.read_exact_at(&mut got, u64::try_from(at).unwrap()).unwrap();
+                    assert!(got == content[at..at + len], "{len} bytes at {at} differ");
+                }
+            });
+        }
+    });
+    registry::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
+    lab.assert_clean();
+}
+
+fn refuses_writes() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let refused = File::options().write(true).open(&attached.state.device);
+    let written = refused.and_then(|file| {
+        file.write_all_at(&[1; 4096], 0)?;
+        file.sync_all()
+    });
+    assert!(written.is_err(), "a write to a read-only device went through");
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn mounts_and_unmounts() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    let (listed, _) = registry::list(&lab.states()).unwrap();
+    assert_eq!(listed[0].mounts, [fs::canonicalize(lab.mnt()).unwrap()]);
+    compare_with_plain_mount(&lab);
+    assert_eq!(registry::find(&lab.states(), &lab.mnt()).unwrap(), attached.state);
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+    assert!(matches!(
+        mount::unmount(&lab.states(), &lab.mnt()),
+        Err(mount::MountError::NotOurs(_))
+    ));
+}
+
+/// What the mounted device holds is what debugfs finds in the plain file.
+fn compare_with_plain_mount(lab: &Lab) {
+    for name in ["small", "block", "odd", "big"] {
+        let copy = lab.dir.path().join(name);
+        let dump = format!("dump /{name} {}", copy.display());
+        let dumped = Command::new("debugfs")
+            .args(["-R", &dump])
+            .arg(lab.image())
+            .output()
+            .unwrap();
+        assert!(dumped.status.success());
+        assert!(read_all(&copy) == read_all(&lab.mnt().join(name)), "{name} differs");
+    }
+    assert_eq!(
+        fs::read_link(lab.mnt().join("directory/link")).unwrap(),
+        Path::new("small")
+    );
+}
+
+fn refuses_to_detach_while_mounted() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    let error = registry::detach(&lab.states(), &attached.state.device)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains(&*lab.mnt().to_string_lossy()),
+        "the message does not say where: {error}"
+    );
+    assert_eq!(error.lines().count(), 1);
+    assert!(fs::read(lab.mnt().join("small")).is_ok(), "refusing broke the mount");
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+}
+
+fn refuses_to_unmount_while_in_use() {
+    let lab = Lab::new();
+    lab.mount();
+    let mut open = File::open(lab.mnt().join("odd")).unwrap();
+    let error = mount::unmount(&lab.states(), &lab.mnt()).unwrap_err().to_string();
+    assert!(
+        error.contains(&std::process::id().to_string()),
+        "the message does not say by whom: {error}"
+    );
+    let mut text = Vec::new();
+    open.seek(SeekFrom::Start(100_000)).unwrap();
+    open.read_to_end(&mut text).unwrap();
+    assert_eq!(text.len(), 23_457);
+    drop(open);
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+}
+
+fn sigterm_detaches() {
+    let lab = Lab::new();
+    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {
+        let attached = lab.attach();
+        kill(attached.state.process.pid, signal);
+        wait_until("the end of the daemon", || !attached.state.is_alive());
+        lab.assert_clean();
+    }
+}
+
+fn sigterm_waits_for_the_unmount() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    kill(attached.state.process.pid, rustix::process::Signal::TERM);
+    wait_until("a word in the log", || {
+        fs::read_to_string(attached.state.log.as_ref().unwrap())
+            .unwrap()
+            .contains("staying until then")
+    });
+    compare_with_plain_mount(&lab);
+    rustix::mount::unmount(lab.mnt(), rustix::mount::UnmountFlags::empty()).unwrap();
+    wait_until("the end of the daemon", || !attached.state.is_alive());
+    lab.assert_clean();
+}
+
+fn a_killed_daemon_is_cleaned_up() {
+    let lab = Lab::new();
+    for by_name in [true, false] {
+        let attached = lab.attach();
+        kill(attached.state.process.pid, rustix::process::Signal::KILL);
+        wait_until("the daemon's death", || !attached.state.is_alive());
+        let (listed, _) = registry::list(&lab.states()).unwrap();
+        assert_eq!((listed.len(), listed[0].status), (1, Status::Dead));
+        let error = registry::stats(&lab.states(), &attached.state.device)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("dead"), "{error}");
+        if by_name {
+            registry::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
+        } else {
+            assert!(registry::sweep(&lab.states()).unwrap().is_empty());
+        }
+        lab.assert_clean();
+    }
+}
+
+fn a_killed_daemon_of_a_mounted_device_is_cleaned_up() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    kill(attached.state.process.pid, rustix::process::Signal::KILL);
+    wait_until("the daemon's death", || !attached.state.is_alive());
+    let staying = registry::sweep(&lab.states()).unwrap();
+    assert_eq!(staying.len(), 1, "a mounted device was swept away");
+    let error = registry::detach(&lab.states(), &attached.state.device)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains(&*lab.mnt().to_string_lossy()),
+        "the message does not say where: {error}"
+    );
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+}
+
+fn reads_that_never_end_do_not_keep_the_device() {
+    let lab = Lab::new();
+    let attached = daemon::launch(&launcher(), &lab.spec(None, None)).unwrap();
+    let device = attached.state.device.clone();
+    let reader = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        File::open(device).and_then(|mut file| file.read_to_end(&mut all))
+    });
+    wait_until("a read", || {
+        registry::stats(&lab.states(), &attached.state.device)
+            .unwrap()
+            .1
+            .device
+            .reads
+            > 2
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    // A device that goes away under a reader is an error or the device's end to it.
+    let read = reader.join().unwrap();
+    assert!(
+        read.is_err() || read.is_ok_and(|len| len < 16 << 20),
+        "bytes that never came were read"
+    );
+    lab.assert_clean();
+}
+
+fn a_builder_that_fails_leaves_nothing() {
+    let lab = Lab::new();
+    let error = daemon::launch(&launcher(), &lab.spec(Some(1), Some("fail")))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(error, "the index is of another age");
+    lab.assert_clean();
+}
+
+fn a_daemon_that_dies_young_leaves_nothing() {
+    let lab = Lab::new();
+    let error = daemon::launch(&launcher(), &lab.spec(Some(1), Some("abort")))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("signal 6"), "{error}");
+    assert_eq!(error.lines().count(), 1);
+    lab.assert_clean();
+}
+
+fn a_broken_image_does_not_mount_and_leaves_nothing() {
+    let lab = Lab::new();
+    fs::write(lab.image(), vec![7u8; 1 << 20]).unwrap();
+    let error = mount::mount(&launcher(), &lab.spec(Some(1), None), &lab.mnt())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("cannot mount /dev/"), "{error}");
+    lab.assert_clean();
+}
+
+fn bad_directories_are_refused() {
+    let lab = Lab::new();
+    let full = lab.dir.path().join("full");
+    fs::create_dir_all(full.join("something")).unwrap();
+    let cases = [
+        (lab.dir.path().join("missing"), "does not exist"),
+        (lab.image(), "is not a directory"),
+        (lab.image().join("below"), "is not a directory"),
+        (full, "is not empty"),
+    ];
+    for (dir, expected) in cases {
+        let error = mount::mount(&launcher(), &lab.spec(Some(1), None), &dir)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(expected) && error.contains(&*dir.to_string_lossy()),
+            "{error}"
+        );
+    }
+    lab.assert_clean();
+}
+
+fn counts_what_it_serves() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let all = read_all(&attached.state.device);
+    let (_, stats) = registry::stats(&lab.states(), &attached.state.device).unwrap();
+    let bytes = &stats.device.bytes;
+    let total = bytes.metadata + bytes.zero + bytes.memory + bytes.disk + bytes.fetched;
+    // The kernel may have read some blocks twice: looking for partitions, and for us.
+    assert!(total >= u64::try_from(all.len()).unwrap(), "{stats:?}");
+    assert!(total < u64::try_from(all.len() * 2).unwrap(), "{stats:?}");
+    for (name, count) in [
+        ("metadata", bytes.metadata),
+        ("memory", bytes.memory),
+        ("disk", bytes.disk),
+        ("fetched", bytes.fetched),
+    ] {
+        assert!(count > 100_000, "{name}: {stats:?}");
+    }
+    assert!(stats.device.latency.max_ns > 1_000_000, "{stats:?}");
+    assert_eq!(
+        (stats.device.errors, &stats.fetch["requests"]),
+        (0, &serde_json::json!(7))
+    );
+    assert!(stats.resident_bytes > 1 << 20);
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn two_devices_do_not_hold_each_other() {
+    let lab = Lab::new();
+    let first = lab.mount();
+    // Starts while the first is mounted, and must not keep that mount alive in its own namespace.
+    let second = lab.attach();
+    assert_ne!(first.state.device, second.state.device);
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    assert!(
+        !first.state.device_exists(),
+        "the second daemon keeps the first one's device"
+    );
+    registry::detach(&lab.states(), &second.state.device).unwrap();
+    lab.assert_clean();
+}
