@@ -362,7 +362,7 @@ impl Ext4Read for Reader {
         let len = u64::try_from(out.len())?;
         let first = start / 4096;
         let count = (start + len).div_ceil(4096) - first;
-        let bytes = assemble(&*self.image, &self.tar, first, count);
+        let bytes = assemble(&self.image, &self.tar, first, count);
         let skip = usize::try_from(start - first * 4096)?;
         out.copy_from_slice(&bytes[skip..skip + out.len()]);
         Ok(())
@@ -604,11 +604,13 @@ proptest! {
         for (op, entry) in ops.iter().zip(entries) {
             let mut next = model.clone();
             if next.apply(op).is_ok() {
-                (model, good) = (next, [&good[..], &[op.clone()]].concat());
+                (model, good) = (next, [&good[..], std::slice::from_ref(op)].concat());
                 good_entries.push(entry);
             } else {
                 let mut builder = TreeBuilder::new();
-                good_entries.iter().for_each(|entry| builder.push(entry).unwrap());
+                for entry in &good_entries {
+                    builder.push(entry).unwrap();
+                }
                 prop_assert!(builder.push(&entry).is_err(), "{:?} was taken", op);
             }
         }
