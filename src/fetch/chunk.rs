@@ -18,11 +18,11 @@ pub const CHUNK_BYTES: u64 = 32 << 10;
 
 /// Which chunk of which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ChunkKey {
+pub struct ChunkKey {
     /// The layer.
-    pub(crate) layer: LayerId,
+    pub layer: LayerId,
     /// The chunk's number, counted from the layer's first byte.
-    pub(crate) index: u32,
+    pub index: u32,
 }
 
 impl ChunkKey {
@@ -159,26 +159,6 @@ impl Slice {
             start: u32::try_from(start).unwrap_or(u32::MAX),
             len: u32::try_from(len).unwrap_or(0),
         }
-    }
-}
-
-impl Slice {
-    /// The part of it from `start` on, at most `len` bytes long.
-    #[must_use]
-    pub fn part(&self, start: usize, len: usize) -> Self {
-        Self::new(
-            Arc::clone(&self.chunk),
-            u64::from(self.start) + to_u64(start),
-            to_u64(len.min(self.len().saturating_sub(start))),
-        )
-    }
-}
-
-impl From<Vec<u8>> for Slice {
-    /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
-    fn from(bytes: Vec<u8>) -> Self {
-        let len = to_u64(bytes.len());
-        Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
     }
 }
 

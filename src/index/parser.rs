@@ -122,9 +122,16 @@ impl Parser {
     /// A parser at the beginning of a tar.
     #[must_use]
     pub fn new() -> Self {
+        Self::starting_at(TarOffset(0))
+    }
+
+    /// A parser in the middle of a tar, at what looks like a header ([`looks_like_header`]) of an entry. What it finds is a
+    /// guess: the bytes may be those of a tar inside the tar, and global headers before them are not known.
+    #[must_use]
+    pub fn starting_at(at: TarOffset) -> Self {
         Self {
             state: State::Header,
-            unit_at: 0,
+            unit_at: at.0,
             unit_len: BLOCK,
             unit: Vec::new(),
             before: Before::default(),
@@ -147,6 +154,12 @@ impl Parser {
     #[must_use]
     pub fn wants_len(&self) -> usize {
         if self.state == State::Ended { 0 } else { self.unit_len - self.unit.len() }
+    }
+
+    /// Whether the next byte needed is the first of an entry (or of its extension headers, or of the end mark).
+    #[must_use]
+    pub fn between_entries(&self) -> bool {
+        self.state == State::Header && self.unit.is_empty() && self.before.start.is_none()
     }
 
     /// Takes the tar's bytes from `at` on and hands the entries that they complete to `sink`. Bytes before the wanted
@@ -573,6 +586,14 @@ fn payload_size(size: Option<i64>) -> Result<u64, HeaderFault> {
 
 fn header_error(at: u64, path: Option<Vec<u8>>, fault: HeaderFault) -> IndexError {
     IndexError::Header { at: TarOffset(at), path, fault }
+}
+
+/// Whether a block could be a header of this century: the checksum matches and the magic is that of ustar, PAX or GNU.
+#[must_use]
+pub fn looks_like_header(block: &[u8]) -> bool {
+    // The magic is asked first: it rules out nearly all payload at the cost of one comparison.
+    let block = block.first_chunk::<BLOCK>().filter(|block| block[257..262] == *b"ustar");
+    block.is_some_and(|block| Header::new(block).is_some())
 }
 
 /// What the first block is, if it is no tar header.
