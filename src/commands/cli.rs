@@ -84,6 +84,9 @@ pub enum Command {
     Bench(BenchArgs),
     /// Show everything on a layer made from this machine's own files.
     Demo(DemoArgs),
+    /// What a daemon runs: serves the device that its standard input describes.
+    #[command(hide = true)]
+    ServeDevice,
     /// Write man pages or shell completions.
     #[command(subcommand)]
     Generate(Generate),
