@@ -75,6 +75,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Stats(args) => ps::stats(args, session),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
+        Command::Demo(_) => anyhow::bail!("not wired yet"),
         Command::ServeDevice => Ok(()),
     }
 }
