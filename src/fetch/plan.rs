@@ -37,6 +37,16 @@ pub struct Stretch {
     pub end: u32,
 }
 
+impl From<ChunkKey> for Stretch {
+    fn from(key: ChunkKey) -> Self {
+        Self {
+            layer: key.layer,
+            first: key.index,
+            end: key.index.saturating_add(1),
+        }
+    }
+}
+
 impl Stretch {
     /// The chunks that hold `range`; none when it is empty.
     #[must_use]
@@ -242,6 +252,11 @@ impl Planner {
     /// Of those, so many paid.
     pub fn paid(&mut self, bytes: u64) {
         self.read += bytes;
+        self.unread = self.unread.saturating_sub(bytes);
+    }
+
+    /// Of those, so many never came.
+    pub fn lost(&mut self, bytes: u64) {
         self.unread = self.unread.saturating_sub(bytes);
     }
 
