@@ -166,7 +166,7 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
             };
             Ok((export(&image, out, &mut read)?, image.len()))
         }
-        Place::Http(_) => image_from_server(prepared, out, &bar),
+        Place::Http(_) => image_from_server(prepared, args.layer.cache_size, out, &bar),
     });
     bar.finish_and_clear();
     let (written, len) = written?;
@@ -176,8 +176,14 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
 }
 
 /// The image of a layer on a server.
-fn image_from_server(prepared: Prepared, out: &File, bar: &ProgressBar) -> io::Result<(u64, u64)> {
-    let fetching = Fetching { memory_bytes: 256 << 20, connections: 4, deadline: Some(Duration::from_secs(300)) };
+fn image_from_server(
+    prepared: Prepared,
+    store_bytes: u64,
+    out: &File,
+    bar: &ProgressBar,
+) -> io::Result<(u64, u64)> {
+    let deadline = Some(Duration::from_secs(300));
+    let fetching = Fetching { memory_bytes: 256 << 20, connections: 4, deadline, store_bytes };
     let opened = open::serve_here(prepared, &fetching).map_err(io::Error::other)?;
     let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
         let range = TarRange::new(at, u64::try_from(buffer.len()).map_err(io::Error::other)?);
