@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,9 @@ pub mod users;
 pub mod volume;
 
 use volume::Volume;
+
+/// How long reads in flight may go on after a device was asked to stop, before they are answered with an error.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// Which kernel interface carries a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,7 +91,13 @@ pub struct DeviceOptions {
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { backend: BackendChoice::Auto, queues: 2, depth: 128, read_ahead_kb: None, label: "tarblk".to_owned() }
+        Self {
+            backend: BackendChoice::Auto,
+            queues: 2,
+            depth: 128,
+            read_ahead_kb: None,
+            label: "tarblk".to_owned(),
+        }
     }
 }
 
@@ -108,7 +118,9 @@ pub enum DeviceError {
     #[error("loop: {0}")]
     Loop(String),
     /// Neither back end is to be had.
-    #[error("no way to make a block device: {ublk}; {fuse_loop}. Run as root on a kernel with ublk_drv, or fuse and loop")]
+    #[error(
+        "no way to make a block device: {ublk}; {fuse_loop}. Run as root on a kernel with ublk_drv, or fuse and loop"
+    )]
     NoBackend {
         /// Why there is no ublk.
         ublk: Box<DeviceError>,
@@ -140,9 +152,10 @@ impl Device {
                 Ok(device) => Ok((Self::Ublk(device), None)),
                 Err(ublk) => match by_loop() {
                     Ok(device) => Ok((device, Some(ublk.to_string()))),
-                    Err(fuse_loop) => {
-                        Err(DeviceError::NoBackend { ublk: Box::new(ublk), fuse_loop: Box::new(fuse_loop) })
-                    }
+                    Err(fuse_loop) => Err(DeviceError::NoBackend {
+                        ublk: Box::new(ublk),
+                        fuse_loop: Box::new(fuse_loop),
+                    }),
                 },
             },
         }
@@ -190,12 +203,19 @@ impl Device {
 /// Tries to load a kernel module; whether that helped is for the caller to see.
 fn modprobe(module: &str) {
     let quiet = Stdio::null;
-    let _ = Command::new("modprobe").arg(module).stdin(quiet()).stdout(quiet()).stderr(quiet()).status();
+    let _ = Command::new("modprobe")
+        .arg(module)
+        .stdin(quiet())
+        .stdout(quiet())
+        .stderr(quiet())
+        .status();
 }
 
 /// Sets what can only be set on a running device. It works without, so failures are only logged.
 fn queue_sysfs(device: &Path, options: &DeviceOptions) {
-    let (Some(name), Some(kib)) = (device.file_name(), options.read_ahead_kb) else { return };
+    let (Some(name), Some(kib)) = (device.file_name(), options.read_ahead_kb) else {
+        return;
+    };
     let knob = Path::new("/sys/block").join(name).join("queue/read_ahead_kb");
     if let Err(error) = fs::write(&knob, kib.to_string()) {
         log::warn!("cannot set {} to {kib}: {error}", knob.display());

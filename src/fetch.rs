@@ -11,20 +11,25 @@
 mod chunk;
 mod engine;
 mod http;
+pub mod link;
+pub mod plan;
+mod ring;
 mod stats;
+pub mod store;
 mod tier;
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use chunk::{CHUNK_BYTES, Slice, Slices};
+pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
@@ -32,7 +37,9 @@ use crate::image::FileMap;
 use crate::units::{LayerId, TarRange};
 use chunk::{FirstUse, pieces};
 use engine::Command;
+use plan::Stretch;
 use stats::{Counters, add};
+use store::{LayerCache, Store};
 use tier::Tier;
 
 /// Where a range of a layer is right now.
@@ -133,6 +140,10 @@ pub struct FetchOptions {
     pub slowest_body: u64,
     /// After this a read fails. Until then everything is tried again.
     pub deadline: Duration,
+    /// Whether anything is fetched before it is asked for.
+    pub prefetch: bool,
+    /// Where chunks stay when the process goes; none keeps them in memory only.
+    pub store: Option<Arc<Store>>,
     /// How https servers are believed; without it only http works. See [`default_tls`].
     pub tls: Option<Arc<ClientConfig>>,
 }
@@ -147,6 +158,8 @@ impl Default for FetchOptions {
             stall_deadline: Duration::from_secs(10),
             slowest_body: 4 << 10,
             deadline: Duration::from_secs(300),
+            prefetch: true,
+            store: None,
             tls: None,
         }
     }
@@ -305,14 +318,22 @@ impl FetchError {
 /// What the threads that ask and the fetch thread both see of a layer.
 #[derive(Debug)]
 pub(crate) enum SharedLayer {
-    Local { path: PathBuf, file: OwnedFd, size: u64 },
-    Remote { size: u64 },
+    Local {
+        path: PathBuf,
+        file: OwnedFd,
+        size: u64,
+    },
+    Remote {
+        size: u64,
+        /// Set at the start, or once a layer has to be streamed.
+        cache: OnceLock<Arc<LayerCache>>,
+    },
 }
 
 impl SharedLayer {
     fn size(&self) -> u64 {
         match self {
-            Self::Local { size, .. } | Self::Remote { size } => *size,
+            Self::Local { size, .. } | Self::Remote { size, .. } => *size,
         }
     }
 }
@@ -322,9 +343,47 @@ pub(crate) struct Shared {
     layers: Vec<SharedLayer>,
     tier: Tier,
     counters: Arc<Counters>,
+    /// First uses of what was fetched on suspicion, for the planner to hear.
+    touches: Mutex<Vec<Touch>>,
+    /// Wakes the fetch thread for them.
+    nudge: Notify,
+}
+
+/// A range was found in memory, and `paid` bytes of it had been fetched on suspicion and not been read before.
+pub(crate) struct Touch {
+    asked: LayerRange,
+    paid: u64,
 }
 
 impl Shared {
+    fn new(layers: Vec<SharedLayer>, tier: Tier) -> Self {
+        Self {
+            layers,
+            tier,
+            counters: Arc::default(),
+            touches: Mutex::default(),
+            nudge: Notify::new(),
+        }
+    }
+
+    /// Leaves word of a first use. Nobody waits for the planner: when it does not keep up, it misses some.
+    fn note_touch(&self, touch: Touch, wake: bool) {
+        const MOST: usize = 4096;
+        {
+            let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
+            if touches.len() < MOST {
+                touches.push(touch);
+            }
+        }
+        if wake {
+            self.nudge.notify_one();
+        }
+    }
+
+    fn take_touches(&self) -> Vec<Touch> {
+        std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The layer, when `asked` lies inside it.
     fn layer_of(&self, asked: LayerRange) -> Option<&SharedLayer> {
         let layer = self.layers.get(usize::try_from(asked.layer.0).ok()?)?;
@@ -376,22 +435,51 @@ impl Fetcher {
                 add(&counters.bytes_disk, asked.range.len);
                 Located::File(file.as_raw_fd(), asked.range.start.0)
             }
-            Some(SharedLayer::Remote { .. }) => {
-                let mut slices = Slices::new();
-                for (key, from, len) in pieces(asked.layer, asked.range) {
-                    let Some(chunk) = shared.tier.get(key) else {
-                        return Located::Elsewhere;
-                    };
-                    if chunk.touch() != FirstUse::No {
-                        add(&counters.prefetched_used, chunk::to_u64(chunk.bytes().len()));
-                    }
-                    slices.push(Slice::new(chunk, from, len));
+            Some(SharedLayer::Remote { cache, .. }) => {
+                if let Some(slices) = self.locate_in_memory(asked) {
+                    return Located::Memory(slices);
                 }
-                add(&counters.reads, 1);
-                add(&counters.bytes_memory, asked.range.len);
-                Located::Memory(slices)
+                let stretch = Stretch::of(asked.layer, asked.range);
+                match cache.get().and_then(|cache| cache.find(stretch.first, stretch.end)) {
+                    Some(file) => {
+                        add(&counters.reads, 1);
+                        add(&counters.bytes_disk, asked.range.len);
+                        Located::File(file, asked.range.start.0)
+                    }
+                    None => Located::Elsewhere,
+                }
             }
         }
+    }
+
+    fn locate_in_memory(&self, asked: LayerRange) -> Option<Slices> {
+        let shared = &*self.shared;
+        let mut slices = Slices::new();
+        let (mut paid, mut wake) = (0, false);
+        for (key, from, len) in pieces(asked.layer, asked.range) {
+            let Some(chunk) = shared.tier.get(key) else {
+                slices.clear();
+                break;
+            };
+            match chunk.touch() {
+                FirstUse::No => {}
+                first => {
+                    paid += chunk::to_u64(chunk.bytes().len());
+                    wake |= first == FirstUse::Marker;
+                }
+            }
+            slices.push(Slice::new(chunk, from, len));
+        }
+        if paid > 0 {
+            add(&shared.counters.prefetched_used, paid);
+            shared.note_touch(Touch { asked, paid }, wake);
+        }
+        if slices.is_empty() && !asked.range.is_empty() {
+            return None;
+        }
+        add(&shared.counters.reads, 1);
+        add(&shared.counters.bytes_memory, asked.range.len);
+        Some(slices)
     }
 
     /// Leaves a demand read of `ranges` with the fetch thread and returns at once.

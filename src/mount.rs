@@ -89,7 +89,10 @@ pub fn check_directory(dir: &Path) -> Result<PathBuf, MountError> {
     let unusable = |cause: io::Error| match cause.kind() {
         io::ErrorKind::NotFound => MountError::Missing(dir.to_owned()),
         io::ErrorKind::NotADirectory => MountError::NotDirectory(dir.to_owned()),
-        _ => MountError::Unusable { path: dir.to_owned(), cause },
+        _ => MountError::Unusable {
+            path: dir.to_owned(),
+            cause,
+        },
     };
     let full = fs::canonicalize(dir).map_err(unusable)?;
     if !fs::metadata(&full).map_err(unusable)?.is_dir() {
@@ -143,20 +146,42 @@ pub fn mount_device(device: &Path, dir: &Path) -> Result<(), MountError> {
 pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
     let full = fs::canonicalize(dir).map_err(|cause| match cause.kind() {
         io::ErrorKind::NotFound => MountError::Missing(dir.to_owned()),
-        _ => MountError::Unusable { path: dir.to_owned(), cause },
+        _ => MountError::Unusable {
+            path: dir.to_owned(),
+            cause,
+        },
     })?;
     let state = mounted_on(states, &full)?.ok_or_else(|| MountError::NotOurs(dir.to_owned()))?;
     match rustix::mount::unmount(&full, UnmountFlags::empty()) {
         Ok(()) => {}
         Err(rustix::io::Errno::BUSY) => {
             let processes = users::processes_below(&full);
-            let by = processes.iter().map(|(pid, name)| format!("{name} ({pid})")).collect::<Vec<_>>().join(", ");
-            let by = if by.is_empty() { String::new() } else { format!(" by {by}") };
-            return Err(MountError::Busy { path: dir.to_owned(), by });
+            let by = processes
+                .iter()
+                .map(|(pid, name)| format!("{name} ({pid})"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            let by = if by.is_empty() {
+                String::new()
+            } else {
+                format!(" by {by}")
+            };
+            return Err(MountError::Busy {
+                path: dir.to_owned(),
+                by,
+            });
         }
-        Err(error) => return Err(MountError::Unmount { path: dir.to_owned(), cause: error.into() }),
+        Err(error) => {
+            return Err(MountError::Unmount {
+                path: dir.to_owned(),
+                cause: error.into(),
+            });
+        }
     }
-    daemon::detach(states, &state).map_err(|cause| MountError::Detach { path: dir.to_owned(), cause })?;
+    daemon::detach(states, &state).map_err(|cause| MountError::Detach {
+        path: dir.to_owned(),
+        cause,
+    })?;
     Ok(state)
 }
 
@@ -165,8 +190,15 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
 /// # Errors
 /// When states or mounts cannot be read.
 pub fn mounted_on(states: &StateDir, dir: &Path) -> Result<Option<State>, MountError> {
-    let mounts = users::mounts().map_err(|cause| MountError::Unusable { path: dir.to_owned(), cause })?;
-    let Some(top) = mounts.into_iter().rfind(|line| line.point == dir) else { return Ok(None) };
+    let mounts = users::mounts().map_err(|cause| MountError::Unusable {
+        path: dir.to_owned(),
+        cause,
+    })?;
+    let Some(top) = mounts.into_iter().rfind(|line| line.point == dir) else {
+        return Ok(None);
+    };
     let (all, _) = states.list()?;
-    Ok(all.into_iter().find(|state| users::device_number(&state.device).is_ok_and(|number| number == top.device)))
+    Ok(all
+        .into_iter()
+        .find(|state| users::device_number(&state.device).is_ok_and(|number| number == top.device)))
 }

@@ -63,7 +63,10 @@ pub struct Served {
 
 impl fmt::Debug for Served {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Served").field("image", &self.image).field("bytes", &self.bytes).finish_non_exhaustive()
+        f.debug_struct("Served")
+            .field("image", &self.image)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
     }
 }
 
@@ -147,7 +150,10 @@ impl Launcher {
         // The link stays right when the file has been replaced by a newer version since.
         let program = PathBuf::from("/proc/self/exe");
         fs::metadata(&program).map_err(failed("find this program"))?;
-        Ok(Self { program, arguments: vec![subcommand.into()] })
+        Ok(Self {
+            program,
+            arguments: vec![subcommand.into()],
+        })
     }
 }
 
@@ -161,11 +167,12 @@ pub fn launch(launcher: &Launcher, spec: &Spec) -> Result<Attached, DaemonError>
     }
     let states = StateDir::new(&spec.states);
     states.create()?;
-    let log = states.log(&format!("starting-{}-{:?}", std::process::id(), thread::current().id()).replace(['(', ')'], ""));
-    let launched = launch_logging_to(launcher, spec, &log);
+    let log =
+        states.log(&format!("starting-{}-{:?}", std::process::id(), thread::current().id()).replace(['(', ')'], ""));
+    let attached = launch_logging_to(launcher, spec, &log);
     // A daemon that is ready has given its log the device's name.
     let _ = fs::remove_file(&log);
-    launched
+    attached
 }
 
 fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Attached, DaemonError> {
@@ -196,7 +203,10 @@ fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Att
         }
         Ok(None) => {
             let status = child.wait().map_or_else(|error| error.to_string(), describe);
-            Err(DaemonError::Died { status, last_words: last_words(log) })
+            Err(DaemonError::Died {
+                status,
+                last_words: last_words(log),
+            })
         }
         Err(error) => {
             // It takes its device down on this signal.
@@ -211,7 +221,10 @@ fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Att
 
 /// Hands the spec over and waits for the report; none means that the daemon ended without one.
 fn tell_and_listen(child: &mut Child, spec: &Spec, log: &Path) -> Result<Option<Report>, DaemonError> {
-    let order = Order { spec: spec.clone(), log: Some(log.to_owned()) };
+    let order = Order {
+        spec: spec.clone(),
+        log: Some(log.to_owned()),
+    };
     let text = serde_json::to_vec(&order).map_err(|error| failed("write the daemon's order")(error.into()))?;
     if let Some(mut stdin) = child.stdin.take()
         && let Err(error) = stdin.write_all(&text)
@@ -219,7 +232,9 @@ fn tell_and_listen(child: &mut Child, spec: &Spec, log: &Path) -> Result<Option<
     {
         return Err(failed("talk to the daemon")(error));
     }
-    let Some(stdout) = child.stdout.take() else { return Ok(None) };
+    let Some(stdout) = child.stdout.take() else {
+        return Ok(None);
+    };
     for line in BufReader::new(stdout.take(MAX_REPORT_BYTES)).lines() {
         // Anything else on stdout is not for us.
         if let Some(report) = line.map_err(failed("listen to the daemon"))?.strip_prefix(REPORT_MARK) {
@@ -254,7 +269,10 @@ fn last_words(log: &Path) -> String {
     let mut text = String::new();
     let read = fs::File::open(log).and_then(|file| file.take(1 << 20).read_to_string(&mut text));
     match text.lines().rfind(|line| !line.trim().is_empty()) {
-        Some(line) if read.is_ok() => format!("; its last words: {}", line.trim().chars().take(MOST).collect::<String>()),
+        Some(line) if read.is_ok() => format!(
+            "; its last words: {}",
+            line.trim().chars().take(MOST).collect::<String>()
+        ),
         _ => String::new(),
     }
 }

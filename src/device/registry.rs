@@ -38,7 +38,11 @@ pub enum Status {
 pub fn list(states: &StateDir) -> Result<(Vec<Listed>, Vec<StateError>), StateError> {
     let (all, wrong) = states.list()?;
     let listed = all.into_iter().map(|state| Listed {
-        status: if state.is_alive() { Status::Serving } else { Status::Dead },
+        status: if state.is_alive() {
+            Status::Serving
+        } else {
+            Status::Dead
+        },
         mounts: users::mount_points(&state.device),
         state,
     });
@@ -58,7 +62,10 @@ pub fn find(states: &StateDir, name: &Path) -> Result<State, ControlError> {
     match all.into_iter().find(is_meant) {
         Some(state) => Ok(state),
         // A damaged file may be the reason why it is not found.
-        None => Err(wrong.into_iter().next().map_or_else(|| ControlError::Unknown(name.display().to_string()), Into::into)),
+        None => Err(wrong
+            .into_iter()
+            .next()
+            .map_or_else(|| ControlError::Unknown(name.display().to_string()), Into::into)),
     }
 }
 
@@ -68,8 +75,8 @@ pub fn find(states: &StateDir, name: &Path) -> Result<State, ControlError> {
 /// When there is no such device, or its daemon does not answer.
 pub fn stats(states: &StateDir, name: &Path) -> Result<(State, DaemonStats), ControlError> {
     let state = find(states, name)?;
-    let stats = daemon::stats(states, &state)?;
-    Ok((state, stats))
+    let counted = daemon::stats(states, &state)?;
+    Ok((state, counted))
 }
 
 /// Takes down the device that `name` means; see [`daemon::detach`].
@@ -95,7 +102,11 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
     let mut staying = Vec::new();
     for state in all.into_iter().filter(|state| !state.is_alive()) {
         match daemon::bury(states, &state) {
-            Ok(()) => log::info!("cleaned up after the dead daemon {} of {}", state.process.pid, state.name),
+            Ok(()) => log::info!(
+                "cleaned up after the dead daemon {} of {}",
+                state.process.pid,
+                state.name
+            ),
             Err(ControlError::InUse { .. }) => {
                 let users = users::of(&state.device);
                 staying.push((state, users));

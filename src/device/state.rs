@@ -103,7 +103,11 @@ impl Process {
     pub fn current() -> io::Result<Self> {
         let pid = std::process::id();
         let (_, born) = stat(pid)?;
-        Ok(Self { pid, born, boot: boot_id()? })
+        Ok(Self {
+            pid,
+            born,
+            boot: boot_id()?,
+        })
     }
 
     /// Whether it still runs. One that has ended but whose parent has not noticed does not.
@@ -169,7 +173,10 @@ impl StateDir {
     /// # Errors
     /// [`StateError::Directory`] when it cannot be made, or others can write to it.
     pub fn create(&self) -> Result<(), StateError> {
-        let refused = |cause: String| StateError::Directory { path: self.0.clone(), cause };
+        let refused = |cause: String| StateError::Directory {
+            path: self.0.clone(),
+            cause,
+        };
         match DirBuilder::new().mode(0o700).create(&self.0) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -210,14 +217,26 @@ impl StateDir {
         let part = self.0.join(format!(".{}.{}.part", state.name, std::process::id()));
         let write = || {
             let text = serde_json::to_string(state)?;
-            let envelope = Envelope { version: VERSION, crc32c: crc32c::crc32c(text.as_bytes()), state: text };
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
+            let envelope = Envelope {
+                version: VERSION,
+                crc32c: crc32c::crc32c(text.as_bytes()),
+                state: text,
+            };
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&part)?;
             file.write_all(&serde_json::to_vec(&envelope)?)?;
             fs::rename(&part, &path)
         };
         write().map_err(|cause: io::Error| {
             let _ = fs::remove_file(&part);
-            StateError::File { path: path.clone(), cause }
+            StateError::File {
+                path: path.clone(),
+                cause,
+            }
         })
     }
 
@@ -244,7 +263,10 @@ impl StateDir {
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .and_then(|file| file.take(MAX_STATE_BYTES + 1).read_to_end(&mut text));
-        read.map_err(|cause| StateError::File { path: path.clone(), cause })?;
+        read.map_err(|cause| StateError::File {
+            path: path.clone(),
+            cause,
+        })?;
         parse(&text, name, &path)
     }
 
@@ -256,12 +278,19 @@ impl StateDir {
         let entries = match fs::read_dir(&self.0) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
-            Err(error) => return Err(StateError::Directory { path: self.0.clone(), cause: error.to_string() }),
+            Err(error) => {
+                return Err(StateError::Directory {
+                    path: self.0.clone(),
+                    cause: error.to_string(),
+                });
+            }
         };
         let (mut states, mut wrong) = (Vec::new(), Vec::new());
         for entry in entries.flatten() {
             let file = entry.file_name();
-            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".json")) else { continue };
+            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".json")) else {
+                continue;
+            };
             match self.read(name) {
                 Ok(state) => states.push(state),
                 // Removed since the directory was read.
@@ -275,7 +304,10 @@ impl StateDir {
 }
 
 fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
-    let damaged = |cause: String| StateError::Damaged { path: path.to_owned(), cause };
+    let damaged = |cause: String| StateError::Damaged {
+        path: path.to_owned(),
+        cause,
+    };
     if text.len() > usize::try_from(MAX_STATE_BYTES).unwrap_or(usize::MAX) {
         return Err(damaged("it is too long".to_owned()));
     }
@@ -285,7 +317,10 @@ fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
     }
     let AnyVersion { version } = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
     if version != VERSION {
-        return Err(StateError::Version { path: path.to_owned(), version });
+        return Err(StateError::Version {
+            path: path.to_owned(),
+            version,
+        });
     }
     let envelope: Envelope = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
     if crc32c::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
@@ -297,7 +332,11 @@ fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
         Backend::Loop => "loop",
     };
     let named = format!("{kind}{}", state.number);
-    if state.name != name || state.name != named || state.device != Path::new("/dev").join(&named) || state.process.pid == 0 {
+    if state.name != name
+        || state.name != named
+        || state.device != Path::new("/dev").join(&named)
+        || state.process.pid == 0
+    {
         return Err(damaged("it contradicts itself".to_owned()));
     }
     Ok(state)
@@ -368,7 +407,11 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             fs::write(&path, &bad).unwrap();
             let read = states.read("loop7");
-            assert!(read.is_err(), "flipped bit {bit} was not noticed: {}", String::from_utf8_lossy(&bad));
+            assert!(
+                read.is_err(),
+                "flipped bit {bit} was not noticed: {}",
+                String::from_utf8_lossy(&bad)
+            );
         }
         fs::write(&path, &good[..good.len() / 2]).unwrap();
         assert!(matches!(states.read("loop7"), Err(StateError::Damaged { .. })));
@@ -381,7 +424,10 @@ mod tests {
         fs::rename(states.file("loop7"), states.file("loop8")).unwrap();
         assert!(matches!(states.read("loop8"), Err(StateError::Damaged { .. })));
         fs::write(states.file("loop8"), "{\"version\":2,\"new\":true}").unwrap();
-        assert!(matches!(states.read("loop8"), Err(StateError::Version { version: 2, .. })));
+        assert!(matches!(
+            states.read("loop8"),
+            Err(StateError::Version { version: 2, .. })
+        ));
         assert_eq!(states.list().unwrap().1.len(), 1);
     }
 
@@ -398,7 +444,19 @@ mod tests {
     fn processes_are_told_apart_by_birth() {
         let me = Process::current().unwrap();
         assert!(me.is_alive());
-        assert!(!Process { born: me.born + 1, ..me.clone() }.is_alive());
-        assert!(!Process { boot: "another".to_owned(), ..me }.is_alive());
+        assert!(
+            !Process {
+                born: me.born + 1,
+                ..me.clone()
+            }
+            .is_alive()
+        );
+        assert!(
+            !Process {
+                boot: "another".to_owned(),
+                ..me
+            }
+            .is_alive()
+        );
     }
 }

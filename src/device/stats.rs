@@ -171,7 +171,9 @@ struct Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: [const { AtomicU64::new(0) }; BUCKETS] }
+        Self {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+        }
     }
 }
 
@@ -211,7 +213,13 @@ fn summarise(buckets: &[u64; BUCKETS]) -> Latency {
         }
         0
     };
-    Latency { count, p50_ns: at(500), p90_ns: at(900), p99_ns: at(990), max_ns: at(1000) }
+    Latency {
+        count,
+        p50_ns: at(500),
+        p90_ns: at(900),
+        p99_ns: at(990),
+        max_ns: at(1000),
+    }
 }
 
 #[cfg(test)]
@@ -227,7 +235,10 @@ mod tests {
             let bucket = bucket_of(value);
             assert!(top_of(bucket) >= value, "{value} is above the top of its bucket");
             assert!(bucket == 0 || top_of(bucket - 1) < value, "{value} belongs lower");
-            assert!(u128::from(top_of(bucket)) <= u128::from(value.max(6)) * 5 / 4 + 1, "{value} is far below");
+            assert!(
+                u128::from(top_of(bucket)) <= u128::from(value.max(6)) * 5 / 4 + 1,
+                "{value} is far below"
+            );
         }
     }
 

@@ -25,7 +25,7 @@ use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions};
+use super::{DeviceError, DeviceOptions, STOP_GRACE};
 use crate::units::BLOCK_SIZE;
 use queue::Landings;
 
@@ -33,9 +33,6 @@ const CONTROL: &str = "/dev/ublk-control";
 
 /// How long the kernel may take to add or start a device before we call it stuck.
 const CREATION_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long reads in flight may go on after a stop was asked for, before they are answered with an error.
-const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// The largest read the kernel may send in one request, in bytes.
 const MAX_IO_BYTES: u32 = 512 << 10;
@@ -45,6 +42,7 @@ const MAX_IO_BYTES: u32 = 512 << 10;
 pub struct UblkDevice {
     id: u32,
     path: PathBuf,
+    volume: Arc<Volume>,
     landings: Vec<Arc<Landings>>,
     control: JoinHandle<()>,
     ended: mpsc::Receiver<()>,
@@ -108,9 +106,15 @@ impl UblkDevice {
                 Ok(Progress::Added(new)) => id = Some(new),
                 Ok(Progress::Failed(error)) => return Err(error),
                 Ok(Progress::Started) => break,
-                Err(RecvTimeoutError::Disconnected) => return Err(DeviceError::Ublk("its control thread died".to_owned())),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(DeviceError::Ublk("its control thread died".to_owned()));
+                }
                 Err(RecvTimeoutError::Timeout) => {
-                    let stage = if id.is_some() { "start the device" } else { "add a device" };
+                    let stage = if id.is_some() {
+                        "start the device"
+                    } else {
+                        "add a device"
+                    };
                     return Err(DeviceError::Ublk(format!(
                         "the driver did not {stage} within {} s; kernels 6.18.4, 6.18.5 and some 6.17 hang here and need \
                          an update, and until the next boot `--backend loop`",
@@ -120,11 +124,20 @@ impl UblkDevice {
             }
         }
         let id = id.ok_or_else(|| DeviceError::Ublk("the driver started a device without a number".to_owned()))?;
-        let device = Self { id, path: path_of(id), landings, control, ended };
+        let device = Self {
+            id,
+            path: path_of(id),
+            volume: Arc::clone(volume),
+            landings,
+            control,
+            ended,
+        };
         if !wait_until(Duration::from_secs(5), || is_block_device(&device.path)) {
             let path = device.path.display().to_string();
             let _ = device.stop();
-            return Err(DeviceError::Ublk(format!("{path} did not appear; is devtmpfs mounted on /dev?")));
+            return Err(DeviceError::Ublk(format!(
+                "{path} did not appear; is devtmpfs mounted on /dev?"
+            )));
         }
         super::queue_sysfs(&device.path, options);
         Ok(device)
@@ -165,7 +178,10 @@ impl UblkDevice {
             .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
         let deadline = Instant::now() + CREATION_LIMIT;
         let mut grace = Instant::now() + STOP_GRACE;
-        while let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(grace.saturating_duration_since(Instant::now())) {
+        while let Err(RecvTimeoutError::Timeout) =
+            self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
+        {
+            self.volume.close();
             for landings in &self.landings {
                 landings.give_up();
             }
@@ -178,7 +194,9 @@ impl UblkDevice {
         if wait_until(Duration::from_secs(5), || !exists(id)) {
             Ok(())
         } else {
-            Err(DeviceError::Ublk(format!("device {id} was stopped but is still listed")))
+            Err(DeviceError::Ublk(format!(
+                "device {id} was stopped but is still listed"
+            )))
         }
     }
 }
@@ -192,8 +210,12 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
         return Ok(());
     }
     let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
-    if info.live && u32::try_from(info.server) != Ok(server) {
-        return Err(DeviceError::Ublk(format!("device {id} belongs to process {} now", info.server)));
+    // The driver says -1 for a server that is gone.
+    if info.live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
+        return Err(DeviceError::Ublk(format!(
+            "device {id} belongs to process {} now",
+            info.server
+        )));
     }
     let (tell, told) = mpsc::channel();
     thread::Builder::new()
@@ -214,7 +236,8 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
 /// Whether the driver knows device `id`.
 #[must_use]
 pub fn exists(id: u32) -> bool {
-    Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists() || Path::new(&format!("/sys/block/ublkb{id}")).exists()
+    Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
+        || Path::new(&format!("/sys/block/ublkb{id}")).exists()
 }
 
 fn path_of(id: u32) -> PathBuf {
@@ -239,7 +262,8 @@ fn run(
         .map_err(|error| failure("add", &error))?;
     let _ = tell.send(Progress::Added(ctrl.dev_info().dev_id));
     let size = volume.len();
-    let dev = UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
+    let dev =
+        UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
     let dev = Arc::new(dev);
     let queues = start_queues(&ctrl, &dev, volume, landings)?;
     let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
@@ -283,7 +307,9 @@ fn start_queues(
     }
     drop(tell);
     for _ in 0..queues.len() {
-        let (id, tid, ready) = told.recv().map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
+        let (id, tid, ready) = told
+            .recv()
+            .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
         ready.map_err(|error| failure("set up a queue of", &error))?;
         ctrl.set_thread_affinity(id, tid);
     }
@@ -318,7 +344,10 @@ fn failure(what: &str, error: &UblkError) -> DeviceError {
         UblkError::IOError(error) => error.raw_os_error(),
         _ => None,
     };
-    let cause = code.map_or_else(|| error.to_string(), |code| std::io::Error::from_raw_os_error(code).to_string());
+    let cause = code.map_or_else(
+        || error.to_string(),
+        |code| std::io::Error::from_raw_os_error(code).to_string(),
+    );
     let advice = match code {
         Some(libc::EACCES) => {
             "; the driver's limit on devices may be reached: `modprobe -r ublk_drv; modprobe ublk_drv ublks_max=4096`"

@@ -98,9 +98,15 @@ pub fn device_number(device: &Path) -> io::Result<String> {
 /// Where `device` is mounted as far as this process sees.
 #[must_use]
 pub fn mount_points(device: &Path) -> Vec<PathBuf> {
-    let Ok(number) = device_number(device) else { return Vec::new() };
+    let Ok(number) = device_number(device) else {
+        return Vec::new();
+    };
     let lines = mounts().unwrap_or_default();
-    lines.into_iter().filter(|line| line.device == number).map(|line| line.point).collect()
+    lines
+        .into_iter()
+        .filter(|line| line.device == number)
+        .map(|line| line.point)
+        .collect()
 }
 
 /// Whether something has claimed `device` for itself: a mount in any namespace, swap, another device.
@@ -108,7 +114,11 @@ pub fn mount_points(device: &Path) -> Vec<PathBuf> {
 /// # Errors
 /// When the device cannot be opened for another reason.
 pub fn is_claimed(device: &Path) -> io::Result<bool> {
-    match OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC).open(device) {
+    match OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
+        .open(device)
+    {
         Ok(_) => Ok(false),
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
         Err(error) => Err(error),
@@ -124,9 +134,13 @@ pub fn of(device: &Path) -> Vec<User> {
     let mut users: Vec<User> = mount_points(device).into_iter().map(User::Mount).collect();
     if let Some(name) = device.file_name() {
         let holders = fs::read_dir(Path::new("/sys/block").join(name).join("holders"));
-        users.extend(holders.into_iter().flatten().flatten().map(|entry| {
-            User::Holder(entry.file_name().to_string_lossy().into_owned())
-        }));
+        users.extend(
+            holders
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| User::Holder(entry.file_name().to_string_lossy().into_owned())),
+        );
     }
     if users.is_empty() {
         users = foreign_mounts(device);
@@ -139,12 +153,18 @@ pub fn of(device: &Path) -> Vec<User> {
 
 /// Looks through the mount namespaces of all processes, each once.
 fn foreign_mounts(device: &Path) -> Vec<User> {
-    let Ok(number) = device_number(device) else { return Vec::new() };
+    let Ok(number) = device_number(device) else {
+        return Vec::new();
+    };
     let mut seen: HashSet<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
     let mut users = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(namespace) = fs::read_link(entry.path().join("ns/mnt")) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(namespace) = fs::read_link(entry.path().join("ns/mnt")) else {
+            continue;
+        };
         if !seen.insert(namespace) {
             continue;
         }
@@ -163,10 +183,18 @@ pub fn processes_below(mount_point: &Path) -> Vec<(u32, String)> {
     let on_it = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(mount_point));
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let process = entry.path();
         let mut links = vec![process.join("cwd"), process.join("root"), process.join("exe")];
-        links.extend(fs::read_dir(process.join("fd")).into_iter().flatten().flatten().map(|fd| fd.path()));
+        links.extend(
+            fs::read_dir(process.join("fd"))
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|fd| fd.path()),
+        );
         if links.iter().any(|link| on_it(link)) {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             found.push((pid, name.trim().to_owned()));
@@ -188,8 +216,14 @@ mod tests {
             37 35 7:3 / /a\\040b\\134c ro - ext4 /dev/loop3 ro\nnonsense\n\n38 35 7:4 / /x ro";
         let lines = parse_mountinfo(text);
         assert_eq!(lines.len(), 2);
-        assert_eq!((lines[0].device.as_str(), lines[0].point.to_str()), ("98:0", Some("/mnt2")));
-        assert_eq!((lines[1].device.as_str(), lines[1].point.to_str()), ("7:3", Some("/a b\\c")));
+        assert_eq!(
+            (lines[0].device.as_str(), lines[0].point.to_str()),
+            ("98:0", Some("/mnt2"))
+        );
+        assert_eq!(
+            (lines[1].device.as_str(), lines[1].point.to_str()),
+            ("7:3", Some("/a b\\c"))
+        );
         assert_eq!(lines[1].source, Path::new("/dev/loop3"));
     }
 
@@ -203,6 +237,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(processes_below(dir.path()).is_empty());
         let _open = fs::File::create(dir.path().join("file")).unwrap();
-        assert!(processes_below(dir.path()).iter().any(|(pid, _)| *pid == std::process::id()));
+        assert!(
+            processes_below(dir.path())
+                .iter()
+                .any(|(pid, _)| *pid == std::process::id())
+        );
     }
 }

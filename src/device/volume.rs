@@ -5,8 +5,8 @@
 //! waits, except [`Volume::read_blocking`], which no thread that answers the kernel may call.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Slice, Waiter};
 use crate::image::{BlockImage, Origin, Piece};
@@ -111,6 +111,7 @@ pub struct Volume {
     bytes: Arc<dyn LayerBytes>,
     len: u64,
     lanes: Box<[Lane]>,
+    closed: AtomicBool,
 }
 
 impl Volume {
@@ -119,7 +120,13 @@ impl Volume {
     pub fn new(image: Arc<dyn BlockImage>, bytes: Arc<dyn LayerBytes>, threads: usize) -> Self {
         let len = image.len();
         let lanes = (0..threads.max(1)).map(|_| Lane::default()).collect();
-        Self { image, bytes, len, lanes }
+        Self {
+            image,
+            bytes,
+            len,
+            lanes,
+            closed: AtomicBool::new(false),
+        }
     }
 
     /// The image's length in bytes, a multiple of the block size.
@@ -158,7 +165,8 @@ impl Volume {
         }
         scratch.pieces.clear();
         scratch.gaps.clear();
-        self.image.pieces(offset / BLOCK_SIZE, len / BLOCK_SIZE, &mut scratch.pieces);
+        self.image
+            .pieces(offset / BLOCK_SIZE, len / BLOCK_SIZE, &mut scratch.pieces);
         if let [only] = scratch.pieces[..] {
             match only.origin {
                 Origin::Zero => {
@@ -166,7 +174,10 @@ impl Volume {
                     return Ok(Found::Zero);
                 }
                 Origin::Layer(layer, start) => {
-                    let range = LayerRange { layer, range: TarRange::new(start, only.len) };
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, only.len),
+                    };
                     let located = self.bytes.locate(range);
                     if let Located::Memory(slices) = &located
                         && let [slice] = &slices[..]
@@ -176,7 +187,11 @@ impl Volume {
                         return Ok(Found::Memory(slice.clone()));
                     }
                     place_located(&located, 0, range, buf, &mut scratch.gaps, lane)?;
-                    return Ok(if scratch.gaps.is_empty() { Found::Filled } else { Found::Gaps });
+                    return Ok(if scratch.gaps.is_empty() {
+                        Found::Filled
+                    } else {
+                        Found::Gaps
+                    });
                 }
                 Origin::Metadata => {}
             }
@@ -205,14 +220,20 @@ impl Volume {
                     lane.bytes(Source::Metadata, piece.len);
                 }
                 Origin::Layer(layer, start) => {
-                    let range = LayerRange { layer, range: TarRange::new(start, to_u64(len)) };
+                    let range = LayerRange {
+                        layer,
+                        range: TarRange::new(start, to_u64(len)),
+                    };
                     place_located(&self.bytes.locate(range), at, range, buf, gaps, lane)?;
                 }
             }
             at += len;
         }
         if at != buf.len() {
-            return Err(ReadError::WrongLength { wanted: to_u64(buf.len()), got: to_u64(at) });
+            return Err(ReadError::WrongLength {
+                wanted: to_u64(buf.len()),
+                got: to_u64(at),
+            });
         }
         Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
     }
@@ -229,8 +250,18 @@ impl Volume {
         }
     }
 
-    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`.
+    /// From now on nothing is fetched any more: a read of what is not here fails at once. For a device that is being taken
+    /// down while somebody still reads it.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
+    /// dropped untold has to end its read itself.
     pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
         self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
     }
 
@@ -275,7 +306,10 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
     let wanted: usize = gaps.iter().map(|gap| gap.len).sum();
     let got: usize = slices.iter().map(|slice| slice.len()).sum();
     if wanted != got {
-        return Err(ReadError::WrongLength { wanted: to_u64(wanted), got: to_u64(got) });
+        return Err(ReadError::WrongLength {
+            wanted: to_u64(wanted),
+            got: to_u64(got),
+        });
     }
     let mut slices = slices.iter();
     let mut rest: &[u8] = &[];
@@ -299,7 +333,11 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
 /// Counts the bytes of gaps that have been closed by the fetch thread.
 pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
     for gap in gaps {
-        let source = if gap.file.is_some() { Source::Disk } else { Source::Fetched };
+        let source = if gap.file.is_some() {
+            Source::Disk
+        } else {
+            Source::Fetched
+        };
         lane.bytes(source, to_u64(gap.len));
     }
 }
@@ -327,7 +365,12 @@ fn place_located(
     let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
     let file = match *located {
         Located::Memory(ref slices) => {
-            let whole = Gap { at, len, range, file: None };
+            let whole = Gap {
+                at,
+                len,
+                range,
+                file: None,
+            };
             fill_gaps(&[whole], slices, buf)?;
             lane.bytes(Source::Memory, wanted);
             return Ok(());

@@ -18,11 +18,11 @@ pub const CHUNK_BYTES: u64 = 32 << 10;
 
 /// Which chunk of which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ChunkKey {
+pub struct ChunkKey {
     /// The layer.
-    pub(crate) layer: LayerId,
+    pub layer: LayerId,
     /// The chunk's number, counted from the layer's first byte.
-    pub(crate) index: u32,
+    pub index: u32,
 }
 
 impl ChunkKey {

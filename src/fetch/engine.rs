@@ -1,39 +1,45 @@
 //! The fetch thread. In: reads, left by any thread. Out: each waiter told once.
 //!
-//! A read is cut into chunks. A chunk that is neither in memory nor on its way gets a flight; whoever asks for it while it
-//! flies waits for the same flight. Waiters are told as chunks land, not when a flight ends. Everything here runs on one
-//! thread and never blocks it: files and sockets go through its ring.
+//! A read is cut into chunks. A chunk that is neither here nor on its way gets a flight; whoever asks for it while it flies
+//! waits for the same flight. Waiters are told as chunks land, not when a flight ends. Demand always flies at once; behind
+//! it, as far as the link has room, flies what the planner thinks is next. Everything here runs on one thread and never
+//! blocks it: files and sockets go through its ring.
+
+mod disk;
+mod flight;
+mod request;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::sleep;
 
-use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, chunk_count, chunk_len, pieces, to_u64, to_usize};
-use super::http::{Client, Failure, RemoteLayer};
-use super::stats::{Counters, add, take};
+use self::disk::{LARGEST_BACKLOG, Writer};
+pub(crate) use self::request::Owed;
+use self::request::{Pending, Request, Waiting};
+use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, chunk_count, pieces, to_u64};
+use super::http::{Client, RemoteLayer};
+use super::link::Link;
+use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use super::stats::add;
 use super::tier::Tier;
-use super::{FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError, Waiter};
+use super::{FetchError, FetchOptions, HttpLayer, LayerRange, LayerSource, Shared, SharedLayer, StartError};
 use crate::image::FileMap;
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::units::LayerId;
 
-/// Chunks that are wanted this close together are asked for in one request: at 200 Mbit/s the gap costs less than an
-/// eighth of a 20 ms round trip.
-const GAP_CHUNKS: u32 = 2;
 /// A flight is at most this long; longer stretches fly side by side.
 const LONGEST_FLIGHT: u32 = 128;
-/// Wrong answers and refusals in a row before a read fails.
-const PATIENCE_WITH_WRONG: u32 = 4;
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
-/// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
-const LONGEST_LOCAL_READ: u64 = 1 << 20;
+/// In a flight on suspicion every so many chunks one tells at once when it is read, so that the planner keeps ahead of
+/// readers that find everything in memory.
+const MARKER_DISTANCE: u32 = 8;
+/// Connections opened when the fetcher starts.
+const WARM_CONNECTIONS: usize = 4;
 
 pub(crate) enum Command {
     Read {
@@ -44,105 +50,52 @@ pub(crate) enum Command {
     Shutdown(mpsc::Sender<()>),
 }
 
-/// A waiter that is owed an answer: dropped without one it is told that the fetcher has stopped.
-pub(crate) struct Owed(Option<Box<dyn Waiter>>);
-
-impl Owed {
-    pub(crate) fn new(waiter: Box<dyn Waiter>) -> Self {
-        Self(Some(waiter))
-    }
-
-    fn pay(mut self, outcome: Result<Vec<Slice>, FetchError>) {
-        if let Some(waiter) = self.0.take() {
-            waiter.complete(outcome);
-        }
-    }
-}
-
-impl Drop for Owed {
-    fn drop(&mut self) {
-        if let Some(waiter) = self.0.take() {
-            waiter.complete(Err(FetchError::Stopped));
-        }
-    }
-}
-
-/// A read that waits for chunks.
-struct Request {
-    /// In the order asked; filled as chunks land.
-    slots: RefCell<Vec<Option<Slice>>>,
-    missing: Cell<usize>,
-    waiter: RefCell<Option<Owed>>,
-    asked: Instant,
-    counters: Arc<Counters>,
-}
-
-impl Request {
-    fn fill(&self, slot: usize, slice: Slice) {
-        if let Some(place) = self.slots.borrow_mut().get_mut(slot)
-            && place.is_none()
-        {
-            *place = Some(slice);
-            self.missing.set(self.missing.get().saturating_sub(1));
-        }
-        self.answer_if_whole();
-    }
-
-    fn answer_if_whole(&self) {
-        if self.missing.get() == 0 {
-            let slices = self.slots.take().into_iter().flatten().collect();
-            self.end(Ok(slices));
-        }
-    }
-
-    fn end(&self, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(waiter) = self.waiter.take() else { return };
-        take(&self.counters.in_flight, 1);
-        self.counters.latency.record(self.asked.elapsed());
-        if let Err(error) = &outcome {
-            add(&self.counters.read_errors, 1);
-            log::error!("read failed: {error}");
-        }
-        waiter.pay(outcome);
-    }
-}
-
-/// Whom a chunk on its way is for.
-#[derive(Default)]
-struct Pending {
-    waiters: SmallVec<[Waiting; 1]>,
-}
-
-struct Waiting {
-    request: Rc<Request>,
-    slot: usize,
-    from: u64,
-    len: u64,
-}
-
-/// A stretch of chunks fetched by one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Flight {
-    first: ChunkKey,
-    count: u32,
-    demand: bool,
+/// A layer on a server, as the fetch thread sees it.
+struct Remote {
+    layer: RemoteLayer,
+    writer: Writer,
+    /// Whether the layer is being read from end to end because its server knows no ranges.
+    streaming: Cell<bool>,
+    stream_ended: Notify,
+    warned: Cell<bool>,
 }
 
 struct Engine {
     shared: Arc<Shared>,
     options: FetchOptions,
     client: Client,
-    remotes: Vec<Option<RemoteLayer>>,
+    remotes: Vec<Option<Rc<Remote>>>,
     pending: RefCell<HashMap<ChunkKey, Pending>>,
-    _files: Option<Arc<dyn FileMap>>,
+    planner: RefCell<Planner>,
+    link: RefCell<Link>,
+    gap: u32,
+    /// Bytes asked for and not here yet.
+    outstanding: Cell<u64>,
+    /// Flights on suspicion under way.
+    prefetching: Cell<usize>,
+    /// Bytes that wait to be written to caches.
+    backlog: Cell<u64>,
+    stopping: Cell<bool>,
+}
+
+/// What the thread is made of before it runs.
+struct Parts {
+    shared: Arc<Shared>,
+    options: FetchOptions,
+    remotes: Vec<Option<HttpLayer>>,
+    files: Option<Arc<dyn FileMap>>,
 }
 
 /// Starts the thread.
 pub(crate) fn start(
     layers: Vec<LayerSource>,
-    options: FetchOptions,
+    mut options: FetchOptions,
     files: Option<Arc<dyn FileMap>>,
 ) -> Result<(Arc<Shared>, UnboundedSender<Command>), StartError> {
+    // No single wait may outlast the whole.
+    options.connect_deadline = options.connect_deadline.min(options.deadline);
+    options.head_deadline = options.head_deadline.min(options.deadline);
+    options.stall_deadline = options.stall_deadline.min(options.deadline);
     let mut shared_layers = Vec::new();
     let mut remotes = Vec::new();
     for (layer, source) in layers.into_iter().enumerate() {
@@ -162,18 +115,27 @@ pub(crate) fn start(
             LayerSource::Http(remote) => {
                 // Checked here, made again on the thread: what lives there cannot move between threads.
                 RemoteLayer::new(&remote)?;
-                shared_layers.push(SharedLayer::Remote { size });
+                let cache = OnceLock::new();
+                if let Some(store) = &options.store {
+                    match store.layer(&remote) {
+                        // It was empty: nobody else has it yet.
+                        Ok(found) => drop(cache.set(found)),
+                        Err(error) => log::warn!("{error}; going on without a cache"),
+                    }
+                }
+                shared_layers.push(SharedLayer::Remote { size, cache });
                 remotes.push(Some(remote));
             }
         }
     }
     let (commands, inbox) = unbounded_channel();
-    let shared = Arc::new(Shared {
-        layers: shared_layers,
-        tier: Tier::new(options.memory_bytes),
-        counters: Arc::default(),
-    });
-    let theirs = shared.clone();
+    let shared = Arc::new(Shared::new(shared_layers, Tier::new(options.memory_bytes)));
+    let parts = Parts {
+        shared: shared.clone(),
+        options,
+        remotes,
+        files,
+    };
     let (ready, started) = mpsc::channel();
     std::thread::Builder::new()
         .name("tarblk-fetch".to_owned())
@@ -187,18 +149,7 @@ pub(crate) fn start(
             };
             let _starter_is_gone = ready.send(Ok(()));
             drop(ready);
-            let engine = Rc::new(Engine {
-                client: Client::new(&options, theirs.counters.clone()),
-                remotes: remotes
-                    .iter()
-                    .map(|r| r.as_ref().and_then(|r| RemoteLayer::new(r).ok()))
-                    .collect(),
-                shared: theirs,
-                options,
-                pending: RefCell::default(),
-                _files: files,
-            });
-            runtime.block_on(engine.run(inbox));
+            runtime.block_on(async move { Engine::new(parts).run(inbox).await });
         })?;
     match started.recv() {
         Ok(Ok(())) => Ok((shared, commands)),
@@ -208,27 +159,82 @@ pub(crate) fn start(
 }
 
 impl Engine {
+    fn new(parts: Parts) -> Rc<Self> {
+        let Parts {
+            shared,
+            options,
+            remotes,
+            files,
+        } = parts;
+        let remote = |layer: &HttpLayer| {
+            Some(Rc::new(Remote {
+                layer: RemoteLayer::new(layer).ok()?,
+                writer: Writer::default(),
+                streaming: Cell::new(false),
+                stream_ended: Notify::new(),
+                warned: Cell::new(false),
+            }))
+        };
+        // More ahead of a reader than this would push out of memory what it has not read yet.
+        let largest_window = (options.memory_bytes / 4).max(CHUNK_BYTES);
+        let defaults = PlanOptions::default();
+        let plan = PlanOptions {
+            largest_window: defaults.largest_window.min(largest_window),
+            ..defaults
+        };
+        let sizes = shared.layers.iter().map(SharedLayer::size).collect();
+        Rc::new(Self {
+            client: Client::new(&options, shared.counters.clone()),
+            remotes: remotes.iter().map(|layer| layer.as_ref().and_then(remote)).collect(),
+            pending: RefCell::default(),
+            gap: plan.gap,
+            planner: RefCell::new(Planner::new(files, sizes, plan)),
+            link: RefCell::default(),
+            outstanding: Cell::new(0),
+            prefetching: Cell::new(0),
+            backlog: Cell::new(0),
+            stopping: Cell::new(false),
+            shared,
+            options,
+        })
+    }
+
     async fn run(self: Rc<Self>, mut inbox: UnboundedReceiver<Command>) {
         const AT_ONCE: usize = 64;
         for remote in self.remotes.iter().flatten() {
-            self.client.warm(remote, self.options.connections.min(4));
+            self.client.warm(&remote.layer, WARM_CONNECTIONS);
         }
         let mut batch = Vec::with_capacity(AT_ONCE);
         let mut told = None;
-        while told.is_none() && inbox.recv_many(&mut batch, AT_ONCE).await > 0 {
-            let mut wanted = Vec::new();
+        while told.is_none() {
+            tokio::select! {
+                biased;
+                count = inbox.recv_many(&mut batch, AT_ONCE) => {
+                    if count == 0 {
+                        break;
+                    }
+                }
+                () = self.shared.nudge.notified() => {}
+            }
+            let (mut now, mut cached) = (Vec::new(), Vec::new());
             for command in batch.drain(..) {
                 match command {
-                    Command::Read { ranges, waiter, asked } => self.admit(&ranges, waiter, asked, &mut wanted),
+                    Command::Read { ranges, waiter, asked } => {
+                        self.admit(&ranges, waiter, asked, &mut now, &mut cached);
+                    }
                     Command::Shutdown(tell) => told = Some(tell),
                 }
             }
-            self.launch(wanted);
+            self.read_cached(cached);
+            self.launch(&now);
+            self.hear_touches();
+            self.pump();
         }
         self.stop();
         inbox.close();
         // What is still in the inbox tells its waiters as it is dropped: here, inside the runtime.
         while inbox.try_recv().is_ok() {}
+        self.settle().await;
         if let Some(tell) = told {
             let _nobody_waits = tell.send(());
         }
@@ -236,30 +242,45 @@ impl Engine {
 
     /// Fails what still waits.
     fn stop(&self) {
+        self.stopping.set(true);
         let pending = self.pending.take();
         for waiting in pending.into_values().flat_map(|pending| pending.waiters) {
             waiting.request.end(Err(FetchError::Stopped));
         }
     }
 
-    fn remote(&self, layer: LayerId) -> Option<&RemoteLayer> {
+    fn remote(&self, layer: LayerId) -> Option<&Rc<Remote>> {
         self.remotes.get(usize::try_from(layer.0).ok()?)?.as_ref()
     }
 
-    /// Takes a read in: fills what is in memory, joins what is on its way, and adds to `wanted` what has to be fetched.
-    fn admit(self: &Rc<Self>, ranges: &[LayerRange], waiter: Owed, asked: Instant, wanted: &mut Vec<ChunkKey>) {
-        let counters = &self.shared.counters;
-        add(&counters.reads, 1);
-        add(&counters.in_flight, 1);
-        let request = Rc::new(Request {
-            slots: RefCell::default(),
-            missing: Cell::new(0),
-            waiter: RefCell::new(Some(waiter)),
-            asked,
-            counters: counters.clone(),
-        });
-        // While slots are still being added the request must not look whole.
-        request.missing.set(1);
+    /// Where a chunk is.
+    fn look(&self, key: ChunkKey) -> Presence {
+        if let Some(pending) = self.pending.borrow().get(&key) {
+            return if pending.coming {
+                Presence::Coming
+            } else {
+                Presence::Absent
+            };
+        }
+        let cached = || self.cache(key.layer).is_some_and(|cache| cache.has(key.index));
+        if self.remote(key.layer).is_none() || self.shared.tier.holds(key) || cached() {
+            Presence::Here
+        } else {
+            Presence::Absent
+        }
+    }
+
+    /// Takes a read in: fills what is in memory, joins what is on its way, adds to `cached` what has to come from disk and
+    /// to `now` what has to be fetched.
+    fn admit(
+        self: &Rc<Self>,
+        ranges: &[LayerRange],
+        waiter: Owed,
+        asked: Instant,
+        now: &mut Vec<Stretch>,
+        cached: &mut Vec<ChunkKey>,
+    ) {
+        let request = Request::new(waiter, asked, self.shared.counters.clone());
         for asked in ranges {
             match self.shared.layer_of(*asked) {
                 None => {
@@ -270,227 +291,123 @@ impl Engine {
                     return;
                 }
                 Some(SharedLayer::Local { .. }) => self.read_local(&request, *asked),
-                Some(SharedLayer::Remote { .. }) => self.join(&request, *asked, wanted),
+                Some(SharedLayer::Remote { .. }) => self.join(&request, *asked, now, cached),
             }
         }
-        request.missing.set(request.missing.get() - 1);
-        request.answer_if_whole();
+        request.ready();
     }
 
     /// Adds the slots of a remote range to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, wanted: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
-        let mut pending = self.pending.borrow_mut();
+        let (mut waits, mut paid) = (false, 0);
         for (key, from, len) in pieces(asked.layer, asked.range) {
-            let mut slots = request.slots.borrow_mut();
             if let Some(chunk) = self.shared.tier.get(key) {
-                chunk.touch();
+                if chunk.touch() != FirstUse::No {
+                    paid += to_u64(chunk.bytes().len());
+                }
                 add(&counters.bytes_memory, len);
-                slots.push(Some(Slice::new(chunk, from, len)));
+                request.push(Slice::new(chunk, from, len));
                 continue;
             }
-            add(&counters.bytes_network, len);
-            let slot = slots.len();
-            slots.push(None);
-            request.missing.set(request.missing.get() + 1);
-            let entry = pending.entry(key).or_insert_with(|| {
-                wanted.push(key);
-                Pending::default()
-            });
-            entry.waiters.push(Waiting {
+            let slot = request.expect();
+            let mut all = self.pending.borrow_mut();
+            let known = all.contains_key(&key);
+            let pending = all.entry(key).or_default();
+            pending.waiters.push(Waiting {
                 request: request.clone(),
                 slot,
                 from,
                 len,
             });
-        }
-    }
-
-    /// Adds the slots of a local range to `request` and starts reading them.
-    fn read_local(self: &Rc<Self>, request: &Rc<Request>, asked: LayerRange) {
-        add(&self.shared.counters.bytes_disk, asked.range.len);
-        let mut at = asked.range.start;
-        while at < asked.range.end() {
-            let len = asked.range.end().since(at).min(LONGEST_LOCAL_READ);
-            let range = TarRange::new(at, len);
-            let slot = request.slots.borrow().len();
-            request.slots.borrow_mut().push(None);
-            request.missing.set(request.missing.get() + 1);
-            let (engine, request) = (self.clone(), request.clone());
-            tokio_uring::spawn(async move {
-                match engine
-                    .read_file(LayerRange {
-                        layer: asked.layer,
-                        range,
-                    })
-                    .await
-                {
-                    Ok(bytes) => request.fill(slot, Slice::new(Arc::new(Chunk::demanded(bytes)), 0, len)),
-                    Err(error) => request.end(Err(error)),
-                }
-            });
-            at = at.plus(len);
-        }
-    }
-
-    async fn read_file(&self, asked: LayerRange) -> Result<Vec<u8>, FetchError> {
-        let Some(SharedLayer::Local { path, file, .. }) = self.shared.layer_of(asked) else {
-            return Err(FetchError::OutOfRange {
-                layer: asked.layer,
-                range: asked.range,
-            });
-        };
-        let fail = |why| FetchError::File {
-            path: path.clone(),
-            range: asked.range,
-            why: Arc::new(why),
-        };
-        // The ring's file type closes its descriptor, so it gets one of its own.
-        let own = file.try_clone().map_err(fail)?;
-        let ring_file = tokio_uring::fs::File::from_std(std::fs::File::from(own));
-        let buffer = Vec::with_capacity(to_usize(asked.range.len));
-        let (result, buffer) = ring_file.read_exact_at(buffer, asked.range.start.0).await;
-        result.map_err(fail)?;
-        Ok(buffer)
-    }
-
-    /// Sends flights for `wanted`.
-    fn launch(self: &Rc<Self>, mut wanted: Vec<ChunkKey>) {
-        wanted.sort_unstable();
-        let mut at = 0;
-        while at < wanted.len() {
-            let first = wanted[at];
-            let mut end = at + 1;
-            while let Some(next) = wanted.get(end)
-                && next.layer == first.layer
-                && next.index - wanted[end - 1].index <= 1 + GAP_CHUNKS
-                && next.index - first.index < LONGEST_FLIGHT
-            {
-                end += 1;
+            if !known && self.cache(key.layer).is_some_and(|cache| cache.has(key.index)) {
+                pending.coming = true;
+                add(&counters.bytes_disk, len);
+                cached.push(key);
+                continue;
             }
-            let count = wanted[end - 1].index - first.index + 1;
-            at = end;
-            // The chunks in the gaps come along, so nobody else needs to fetch them meanwhile.
-            let mut pending = self.pending.borrow_mut();
-            for n in 0..count {
-                pending.entry(first.plus(n)).or_default();
+            if std::mem::take(&mut pending.suspected) {
+                paid += CHUNK_BYTES;
             }
-            drop(pending);
-            tokio_uring::spawn(self.clone().fly(Flight {
-                first,
-                count,
-                demand: true,
-            }));
+            add(&counters.bytes_network, len);
+            waits = true;
+        }
+        add(&counters.prefetched_used, paid);
+        let mut planner = self.planner.borrow_mut();
+        planner.paid(paid);
+        if waits {
+            planner.miss(asked.layer, asked.range, &|key| self.look(key), now);
+        } else if paid > 0 {
+            planner.hit(asked.layer, asked.range, &|key| self.look(key));
         }
     }
 
-    /// Fetches a stretch, whatever it takes, until the deadline.
-    async fn fly(self: Rc<Self>, flight: Flight) {
-        let Some(remote) = self.remote(flight.first.layer) else {
+    /// Tells the planner what readers found in memory for the first time.
+    fn hear_touches(&self) {
+        let touches = self.shared.take_touches();
+        let mut planner = self.planner.borrow_mut();
+        for touch in touches {
+            planner.paid(touch.paid);
+            planner.hit(touch.asked.layer, touch.asked.range, &|key| self.look(key));
+        }
+    }
+
+    /// Sends demand flights for what is absent of `stretches`.
+    fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
+        if stretches.is_empty() {
             return;
-        };
-        let counters = &self.shared.counters;
-        let began = Instant::now();
-        let mut next = flight.first.index;
-        let end = flight.first.plus(flight.count).index;
-        let mut backoff = FIRST_BACKOFF;
-        let mut wrong = 0;
+        }
+        for flight in merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)) {
+            self.send(flight, true);
+        }
+    }
+
+    /// Sends what is likely next, as far as the link has room behind what was asked for.
+    fn pump(self: &Rc<Self>) {
         loop {
-            let before = next;
-            let Err(failure) = self.attempt(remote, flight, &mut next).await else {
+            let window = self.link.borrow().window();
+            let room = window.saturating_sub(self.outstanding.get());
+            let no_room = room < window / 2
+                || self.backlog.get() > LARGEST_BACKLOG / 2
+                || self.prefetching.get() >= (self.options.connections / 2).max(1)
+                || self.stopping.get()
+                || !self.options.prefetch
+                || self.remotes.iter().flatten().any(|remote| remote.streaming.get());
+            if no_room {
                 return;
-            };
-            add(&counters.errors, 1);
-            if next > before {
-                (backoff, wrong) = (FIRST_BACKOFF, 0);
             }
-            let range = TarRange::new(
-                TarOffset(u64::from(next) * CHUNK_BYTES),
-                u64::from(end - next) * CHUNK_BYTES,
-            );
-            let url = remote.name();
-            let pause = match failure {
-                Failure::Changed(how) => {
-                    return self.fail(flight, next, &FetchError::Changed { url, how });
-                }
-                Failure::Suspect { why, status } => {
-                    wrong += 1;
-                    if wrong >= PATIENCE_WITH_WRONG {
-                        let error = match status {
-                            Some(status) => FetchError::Refused {
-                                url,
-                                why,
-                                status: status.as_u16(),
-                            },
-                            None => FetchError::WrongAnswer { url, range, why },
-                        };
-                        return self.fail(flight, next, &error);
-                    }
-                    log::warn!("{url}: bytes {range}: {why}; asking again");
-                    jittered(backoff)
-                }
-                Failure::Away { stale: true, .. } => Duration::ZERO,
-                Failure::Away { why, after, .. } => {
-                    let pause = after.unwrap_or_else(|| jittered(backoff));
-                    if began.elapsed() + pause > self.options.deadline {
-                        let after = self.options.deadline;
-                        return self.fail(flight, next, &FetchError::Deadline { url, range, after, why });
-                    }
-                    log::warn!("{url}: bytes {range}: {why}; asking again in {pause:.1?}");
-                    pause
-                }
-            };
-            if !pause.is_zero() {
-                sleep(pause).await;
-                backoff = (backoff * 2).min(LONGEST_BACKOFF);
-            }
-            add(&counters.retries, 1);
+            let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
+            let next = self.planner.borrow_mut().next(most, &|key| self.look(key));
+            let Some(flight) = next else { return };
+            self.prefetching.set(self.prefetching.get() + 1);
+            self.send(flight, false);
         }
     }
 
-    /// One request for what is left of a flight. `next` advances over every chunk that landed.
-    async fn attempt(&self, remote: &RemoteLayer, flight: Flight, next: &mut u32) -> Result<(), Failure> {
-        let end = flight.first.plus(flight.count).index;
-        let start = u64::from(*next) * CHUNK_BYTES;
-        let stop = (u64::from(end) * CHUNK_BYTES).min(remote.size);
-        let mut reply = self
-            .client
-            .get(remote, start, stop.saturating_sub(start), flight.demand)
-            .await?;
-        if reply.whole {
-            return Err(Failure::Suspect {
-                why: "the server answers 200 to a Range".to_owned(),
-                status: None,
-            });
-        }
-        let mut chunk = Vec::new();
-        while let Some(mut data) = reply.next().await? {
-            add(&self.shared.counters.bytes_fetched, to_u64(data.len()));
-            while !data.is_empty() {
-                let key = ChunkKey {
-                    layer: flight.first.layer,
-                    index: *next,
-                };
-                let whole = to_usize(chunk_len(remote.size, *next));
-                if chunk.capacity() == 0 {
-                    chunk.reserve_exact(whole);
-                }
-                let part = data.split_to(data.len().min(whole - chunk.len()));
-                chunk.extend_from_slice(&part);
-                if chunk.len() == whole {
-                    self.landed(key, std::mem::take(&mut chunk));
-                    *next += 1;
-                }
+    fn send(self: &Rc<Self>, flight: Stretch, demand: bool) {
+        let mut planner = self.planner.borrow_mut();
+        let mut all = self.pending.borrow_mut();
+        for key in flight.keys() {
+            let pending = all.entry(key).or_default();
+            pending.coming = true;
+            pending.marker = (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
+            if pending.waiters.is_empty() {
+                pending.suspected = true;
+                planner.suspected(CHUNK_BYTES);
+                add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
+            } else {
+                planner.demanded(CHUNK_BYTES);
             }
         }
-        Ok(())
+        self.outstanding.set(self.outstanding.get() + flight.bytes());
+        tokio_uring::spawn(self.clone().fly(flight, demand));
     }
 
-    /// A chunk has come: it goes to memory and to everybody who waits for it.
-    fn landed(&self, key: ChunkKey, bytes: Vec<u8>) {
+    /// A chunk has come, by a flight or from the cache: it goes to memory, to everybody who waits for it, and to the cache.
+    fn bring(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>, keep: bool) {
         let pending = self.pending.borrow_mut().remove(&key).unwrap_or_default();
-        let chunk = Arc::new(if pending.waiters.is_empty() {
-            Chunk::prefetched(bytes, false)
+        let chunk = Arc::new(if pending.suspected {
+            Chunk::prefetched(bytes, pending.marker)
         } else {
             Chunk::demanded(bytes)
         });
@@ -504,25 +421,62 @@ impl Engine {
                 .request
                 .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
         }
+        if keep {
+            self.keep(key, chunk, false);
+        }
     }
 
-    /// What is left of a flight will not come.
-    fn fail(&self, flight: Flight, next: u32, error: &FetchError) {
-        for index in next..flight.first.plus(flight.count).index {
-            let gone = self.pending.borrow_mut().remove(&ChunkKey {
-                layer: flight.first.layer,
-                index,
-            });
-            for waiting in gone.into_iter().flat_map(|pending| pending.waiters) {
+    /// A chunk has come by, whether somebody wants it or not: to memory only if somebody does, and to the cache.
+    fn bring_from_stream(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
+        let pending = self.pending.borrow_mut().remove(&key);
+        let chunk = Arc::new(Chunk::demanded(bytes));
+        if let Some(pending) = pending {
+            drop(self.shared.tier.insert(key, chunk.clone()));
+            for waiting in pending.waiters {
+                waiting
+                    .request
+                    .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
+            }
+        }
+        self.keep(key, chunk, true);
+    }
+
+    /// Chunks that will not come: whoever waits for one is told.
+    fn give_up(&self, stretch: Stretch, error: &FetchError) {
+        for key in stretch.keys() {
+            let Some(pending) = self.pending.borrow_mut().remove(&key) else {
+                continue;
+            };
+            if pending.suspected {
+                self.planner.borrow_mut().lost(CHUNK_BYTES);
+            }
+            for waiting in pending.waiters {
                 waiting.request.end(Err(error.clone()));
             }
         }
     }
-}
 
-/// Between half and all of `pause`, so that many clients do not come back in step.
-fn jittered(pause: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let random = u32::try_from(RandomState::new().hash_one(0) & 0xFFFF).unwrap_or(0);
-    pause / 2 + pause / 2 * random / 0xFFFF
+    /// Fails the reads that would have waited past the deadline after another `pause`.
+    fn expire(&self, stretch: Stretch, pause: Duration, error: &FetchError) {
+        let mut late = Vec::new();
+        for key in stretch.keys() {
+            if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
+                let (stay, go): (SmallVec<_>, SmallVec<_>) = std::mem::take(&mut pending.waiters)
+                    .into_iter()
+                    .partition(|waiting| waiting.request.asked.elapsed() + pause <= self.options.deadline);
+                pending.waiters = stay;
+                late.extend(go);
+            }
+        }
+        for waiting in late {
+            waiting.request.end(Err(error.clone()));
+        }
+    }
+
+    fn anybody_waits(&self, stretch: Stretch) -> bool {
+        let all = self.pending.borrow();
+        stretch
+            .keys()
+            .any(|key| all.get(&key).is_some_and(|pending| !pending.waiters.is_empty()))
+    }
 }

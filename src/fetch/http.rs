@@ -149,6 +149,11 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
+/// What of a URL stays the same when passwords and signatures change: the store's name for it.
+pub(crate) fn stable_name(url: &str) -> String {
+    without_secrets(url).trim_end_matches("?…").to_owned()
+}
+
 impl HostKey {
     fn of(url: &Url) -> Option<Self> {
         let tls = match url.scheme() {

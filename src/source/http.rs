@@ -315,6 +315,47 @@ pub fn probe(url: &Url, patience: &Patience) -> Result<HttpBlob, SourceError> {
     })
 }
 
+/// Brings a small file, whole, in one request.
+///
+/// # Errors
+/// [`SourceError`]; also when it is longer than `most` bytes.
+pub fn get_whole(url: &Url, most: u64, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+    let requests = Requests::new(url, *patience)?;
+    super::remote::runtime()?.block_on(async {
+        let mut tries = Tries::default();
+        loop {
+            match get_whole_once(&requests, url, most).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(failure) => tries.failed(failure, patience).await?,
+            }
+        }
+    })
+}
+
+async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<Vec<u8>, Failure> {
+    let (url, authorization) = split_credentials(named);
+    let response = requests.get(&url, authorization.as_ref(), "bytes=0-").await?;
+    let end = match response.status() {
+        StatusCode::OK => response.content_length(),
+        StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
+            Some((Some((0, end)), len)) if end == len => Some(len),
+            _ => return Err(Failure::wrong(&url, "a part of the file, which was asked for whole")),
+        },
+        _ => return Err(refused(&url, &response)),
+    };
+    let end = end.ok_or_else(|| Failure::wrong(&url, "a file without saying how long it is"))?;
+    if end > most {
+        let why = format!("the file is {end} bytes long, and no more than {most} can be used");
+        return Err(Failure::lasting(SourceError::Unusable { source_name: shown_url(&url), why }));
+    }
+    let mut body = Body { response, at: 0, end, stall: requests.patience.stall };
+    let mut whole = Vec::new();
+    while let Some((_, bytes)) = body.next().await? {
+        whole.extend_from_slice(&bytes);
+    }
+    Ok(whole)
+}
+
 async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failure> {
     let (url, authorization) = split_credentials(named);
     let response = requests.get(&url, authorization.as_ref(), "bytes=0-0").await?;

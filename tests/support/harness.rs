@@ -19,7 +19,10 @@ pub(crate) fn run(cases: &[Case], skip: Option<String>) -> ExitCode {
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
     let exact = arguments.iter().any(|argument| argument == "--exact");
     let wanted = |name: &str| {
-        filters.is_empty() || filters.iter().any(|filter| if exact { *filter == name } else { name.contains(*filter) })
+        filters.is_empty()
+            || filters
+                .iter()
+                .any(|filter| if exact { *filter == name } else { name.contains(*filter) })
     };
     let cases: Vec<&Case> = cases.iter().filter(|(name, _)| wanted(name)).collect();
     if arguments.iter().any(|argument| argument == "--list") {
@@ -32,7 +35,10 @@ pub(crate) fn run(cases: &[Case], skip: Option<String>) -> ExitCode {
         for (name, _) in &cases {
             eprintln!("SKIP: {name}: {why}");
         }
-        println!("\ntest result: ok. 0 passed; 0 failed; {} ignored ({why})\n", cases.len());
+        println!(
+            "\ntest result: ok. 0 passed; 0 failed; {} ignored ({why})\n",
+            cases.len()
+        );
         return ExitCode::SUCCESS;
     }
     println!("\nrunning {} tests", cases.len());
@@ -46,6 +52,14 @@ pub(crate) fn run(cases: &[Case], skip: Option<String>) -> ExitCode {
             failed.push(*name);
         }
     }
-    println!("\ntest result: {} passed; {} failed {failed:?}\n", cases.len() - failed.len(), failed.len());
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    println!(
+        "\ntest result: {} passed; {} failed {failed:?}\n",
+        cases.len() - failed.len(),
+        failed.len()
+    );
+    if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

@@ -31,17 +31,30 @@ const FAR_AWAY: LayerId = LayerId(2);
 #[derive(Debug)]
 pub(crate) struct Patchwork {
     content: Arc<Vec<u8>>,
-    /// Every block in memory, for measuring.
-    all_in_memory: bool,
+    /// Every block from the same place, for measuring.
+    uniform: Option<Everything>,
+}
+
+/// Where every block comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Everything {
+    /// Layer bytes in memory.
+    Memory,
+    /// Computed metadata; here it is copied.
+    Metadata,
 }
 
 impl Patchwork {
     fn origin(&self, block: u64) -> Origin {
         let start = usize::try_from(block * BLOCK_SIZE).unwrap();
-        let Some(bytes) = self.content.get(start..start + BLOCK) else { return Origin::Zero };
+        let Some(bytes) = self.content.get(start..start + BLOCK) else {
+            return Origin::Zero;
+        };
         let at = TarOffset(block * BLOCK_SIZE);
-        if self.all_in_memory {
-            return Origin::Layer(IN_MEMORY, at);
+        match self.uniform {
+            Some(Everything::Memory) => return Origin::Layer(IN_MEMORY, at),
+            Some(Everything::Metadata) => return Origin::Metadata,
+            None => {}
         }
         if bytes.iter().all(|&byte| byte == 0) {
             return Origin::Zero;
@@ -59,7 +72,10 @@ impl Patchwork {
     fn filled(&self, block: u64) -> u64 {
         let start = usize::try_from(block * BLOCK_SIZE).unwrap();
         let bytes = &self.content[start..start + BLOCK];
-        bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| u64::try_from(last + 1).unwrap())
+        bytes
+            .iter()
+            .rposition(|&byte| byte != 0)
+            .map_or(0, |last| u64::try_from(last + 1).unwrap())
     }
 }
 
@@ -71,17 +87,23 @@ impl BlockImage for Patchwork {
     fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>) {
         for block in block..block + count {
             let origin = self.origin(block);
-            if let (Origin::Layer(..), false) = (origin, self.all_in_memory) {
+            if let (Origin::Layer(..), None) = (origin, self.uniform) {
                 let filled = self.filled(block);
                 out.push(Piece { len: filled, origin });
                 if filled < BLOCK_SIZE {
-                    out.push(Piece { len: BLOCK_SIZE - filled, origin: Origin::Zero });
+                    out.push(Piece {
+                        len: BLOCK_SIZE - filled,
+                        origin: Origin::Zero,
+                    });
                 }
                 continue;
             }
             match out.last_mut() {
                 Some(last) if continues(*last, origin) => last.len += BLOCK_SIZE,
-                _ => out.push(Piece { len: BLOCK_SIZE, origin }),
+                _ => out.push(Piece {
+                    len: BLOCK_SIZE,
+                    origin,
+                }),
             }
         }
     }
@@ -170,13 +192,26 @@ impl LayerBytes for PatchworkBytes {
 }
 
 /// The image and the bytes for the plain file at `path`.
-pub(crate) fn patchwork(path: &Path, all_in_memory: bool, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+    make(path, None, delay)
+}
+
+/// The same with every block from one place.
+pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+    make(path, Some(everything), None)
+}
+
+fn make(
+    path: &Path,
+    uniform: Option<Everything>,
+    delay: Option<Duration>,
+) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
     let mut content = Vec::new();
     let mut file = File::open(path).unwrap();
     file.read_to_end(&mut content).unwrap();
     assert_eq!(content.len() % BLOCK, 0);
     let bytes = PatchworkBytes::new(&content, file, delay);
-    (Arc::new(Patchwork { content: Arc::new(content), all_in_memory }), Arc::new(bytes))
+    (Arc::new(Patchwork { content: Arc::new(content), uniform }), Arc::new(bytes))
 }
 
 /// An ext4 filesystem of `mib` MiB with a few files, made by `mke2fs`, in a plain file.
@@ -185,7 +220,9 @@ pub(crate) fn make_ext4(path: &Path, mib: u64) {
     let mut state = 1u64;
     for (name, len) in [("small", 700), ("block", 4096), ("odd", 123_457), ("big", 3_000_001)] {
         let bytes: Vec<u8> = std::iter::repeat_with(|| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             state.to_le_bytes()[7]
         })
         .take(len)

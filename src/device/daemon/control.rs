@@ -114,7 +114,7 @@ pub enum ControlError {
 /// When it is dead or does not answer.
 pub fn stats(states: &StateDir, state: &State) -> Result<DaemonStats, ControlError> {
     match ask(states, state, Request::Stats)? {
-        Answer::Stats(stats) => Ok(*stats),
+        Answer::Stats(counted) => Ok(*counted),
         Answer::Refused(why) => Err(ControlError::Refused(why)),
         Answer::Detached => Err(silent(state, "it answered something else")),
     }
@@ -164,16 +164,26 @@ pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
         return Ok(());
     }
     let users = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    Err(ControlError::InUse { device: state.device.clone(), users })
+    Err(ControlError::InUse {
+        device: state.device.clone(),
+        users,
+    })
 }
 
 fn silent(state: &State, cause: &str) -> ControlError {
-    ControlError::Silent { name: state.name.clone(), pid: state.process.pid, cause: cause.to_owned() }
+    ControlError::Silent {
+        name: state.name.clone(),
+        pid: state.process.pid,
+        cause: cause.to_owned(),
+    }
 }
 
 fn ask(states: &StateDir, state: &State, request: Request) -> Result<Answer, ControlError> {
     if !state.is_alive() {
-        return Err(ControlError::Dead { name: state.name.clone(), pid: state.process.pid });
+        return Err(ControlError::Dead {
+            name: state.name.clone(),
+            pid: state.process.pid,
+        });
     }
     let ask = || -> io::Result<Answer> {
         let mut stream = UnixStream::connect(states.socket(&state.name))?;
@@ -196,13 +206,17 @@ fn ask(states: &StateDir, state: &State, request: Request) -> Result<Answer, Con
 fn wait_for_end(process: &Process) -> bool {
     let deadline = Instant::now() + EXIT_LIMIT;
     let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-    let Some(fd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else { return !process.is_alive() };
+    let Some(fd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+        return !process.is_alive();
+    };
     while process.is_alive() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return false;
         }
-        let Ok(timeout) = Timespec::try_from(left) else { return false };
+        let Ok(timeout) = Timespec::try_from(left) else {
+            return false;
+        };
         let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout));
     }
     true

@@ -52,7 +52,11 @@ pub fn main(build: impl FnOnce(serde_json::Value) -> Result<Served, BuildError>)
 
 fn read_order() -> Result<Order, DaemonError> {
     let mut text = Vec::new();
-    io::stdin().lock().take(MAX_SPEC_BYTES).read_to_end(&mut text).map_err(failed("read the daemon's order"))?;
+    io::stdin()
+        .lock()
+        .take(MAX_SPEC_BYTES)
+        .read_to_end(&mut text)
+        .map_err(failed("read the daemon's order"))?;
     serde_json::from_slice(&text).map_err(|error| failed("read the daemon's order")(error.into()))
 }
 
@@ -81,7 +85,12 @@ pub fn serve(
     let states = StateDir::new(&spec.states);
     states.create()?;
     leave_mount_namespace(&states);
-    let Served { image, bytes, fetch_stats, finish } = build(spec.payload.clone()).map_err(DaemonError::Build)?;
+    let Served {
+        image,
+        bytes,
+        fetch_stats,
+        finish,
+    } = build(spec.payload.clone()).map_err(DaemonError::Build)?;
     let threads = usize::from(spec.options.queues).max(1) + 1;
     let volume = Arc::new(Volume::new(image, bytes, threads));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -94,7 +103,12 @@ pub fn serve(
         let (device, why_not_ublk) = Device::start(&volume, &spec.options)?;
         let state = describe(&device, &volume, spec, log.is_some(), &states);
         let socket = states.socket(&state.name);
-        let office = Office { states: &states, volume: &volume, fetch_stats, began: Instant::now() };
+        let office = Office {
+            states: &states,
+            volume: &volume,
+            fetch_stats,
+            began: Instant::now(),
+        };
         let opened = open_office(&states, &state, log, &socket);
         let listener = match opened {
             Ok(listener) => listener,
@@ -104,11 +118,19 @@ pub fn serve(
                 return Err(error);
             }
         };
-        log::info!("serving {} as {} ({})", spec.source, state.device.display(), state.backend);
+        log::info!(
+            "serving {} as {} ({})",
+            spec.source,
+            state.device.display(),
+            state.backend
+        );
         if let Some(why) = &why_not_ublk {
             log::info!("not by ublk: {why}");
         }
-        let attached = Attached { state: state.clone(), why_not_ublk };
+        let attached = Attached {
+            state: state.clone(),
+            why_not_ublk,
+        };
         if let Err(error) = announce(&attached) {
             log::warn!("whoever wanted {} is gone: {error}", state.device.display());
             let _ = office.close(device, &state);
@@ -158,7 +180,11 @@ fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &
     };
     let process = Process::current().unwrap_or_else(|error| {
         log::warn!("cannot tell when this process began: {error}");
-        Process { pid: std::process::id(), born: 0, boot: String::new() }
+        Process {
+            pid: std::process::id(),
+            born: 0,
+            boot: String::new(),
+        }
     });
     State {
         device: device.path().to_owned(),
@@ -167,7 +193,9 @@ fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &
         len: volume.len(),
         source: spec.source.clone(),
         process,
-        since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        since: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
         log: logs.then(|| states.log(&name)),
         name,
     }
@@ -186,7 +214,8 @@ fn open_office(
     // A dead daemon's: the number is ours now, so its device is gone.
     let _ = fs::remove_file(socket);
     let listener = UnixListener::bind(socket).map_err(failed("open the control socket"))?;
-    fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(failed("close the control socket to others"))?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))
+        .map_err(failed("close the control socket to others"))?;
     states.write(state)?;
     Ok(listener)
 }
@@ -302,19 +331,28 @@ impl Office<'_> {
 }
 
 fn resident_bytes() -> Option<u64> {
-    let pages: u64 = fs::read_to_string("/proc/self/statm").ok()?.split(' ').nth(1)?.parse().ok()?;
+    let pages: u64 = fs::read_to_string("/proc/self/statm")
+        .ok()?
+        .split(' ')
+        .nth(1)?
+        .parse()
+        .ok()?;
     Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
 }
 
 async fn hear(stream: &mut UnixStream) -> io::Result<Request> {
     let mut line = Vec::new();
-    BufReader::new(stream.take(MAX_REQUEST_BYTES)).read_until(b'\n', &mut line).await?;
+    BufReader::new(stream.take(MAX_REQUEST_BYTES))
+        .read_until(b'\n', &mut line)
+        .await?;
     Ok(serde_json::from_slice(&line)?)
 }
 
 /// Answers; a client that does not listen is its own problem.
 async fn say(stream: &mut UnixStream, answer: &Answer) {
-    let Ok(mut line) = serde_json::to_vec(answer) else { return };
+    let Ok(mut line) = serde_json::to_vec(answer) else {
+        return;
+    };
     line.push(b'\n');
     let _ = tokio::time::timeout(REQUEST_LIMIT, stream.write_all(&line)).await;
 }

@@ -25,8 +25,16 @@ pub(super) struct DeviceInfo {
 pub(super) fn info(id: u32) -> io::Result<DeviceInfo> {
     let mut info = Box::new(sys::ublksrv_ctrl_dev_info::default());
     let address = std::ptr::from_mut(&mut *info).expose_provenance();
-    send(sys::UBLK_U_CMD_GET_DEV_INFO, id, address, size_of::<sys::ublksrv_ctrl_dev_info>())?;
-    Ok(DeviceInfo { server: info.ublksrv_pid, live: u32::from(info.state) == sys::UBLK_S_DEV_LIVE })
+    send(
+        sys::UBLK_U_CMD_GET_DEV_INFO,
+        id,
+        address,
+        size_of::<sys::ublksrv_ctrl_dev_info>(),
+    )?;
+    Ok(DeviceInfo {
+        server: info.ublksrv_pid,
+        live: u32::from(info.state) == sys::UBLK_S_DEV_LIVE,
+    })
 }
 
 /// Takes the block device down. Returns when no request is in flight any more.
@@ -59,7 +67,9 @@ fn send_encoded(control: &File, command: u32, id: u32, address: usize, len: usiz
     body[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
     body[6..8].copy_from_slice(&u16::try_from(len).map_err(io::Error::other)?.to_ne_bytes());
     body[8..16].copy_from_slice(&u64::try_from(address).map_err(io::Error::other)?.to_ne_bytes());
-    let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), command).cmd(body).build();
+    let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), command)
+        .cmd(body)
+        .build();
     // SAFETY: the buffer at `address` is the caller's and outlives the command, because this waits for its end.
     #[allow(unsafe_code)]
     let pushed = unsafe { ring.submission().push(&entry) };

@@ -35,7 +35,12 @@ pub(super) struct Landing {
 impl Landing {
     /// A landing whose arrival completes the future `user_data` on the ring `ring`.
     pub(super) fn new(ring: RawFd, user_data: u64) -> Arc<Self> {
-        Arc::new(Self { outcome: Mutex::new(None), settled: AtomicBool::new(false), ring, user_data })
+        Arc::new(Self {
+            outcome: Mutex::new(None),
+            settled: AtomicBool::new(false),
+            ring,
+            user_data,
+        })
     }
 
     /// Takes what has arrived; [`ReadError::Stopped`] when nothing has.

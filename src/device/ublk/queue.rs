@@ -78,7 +78,13 @@ enum Answer {
 
 /// Serves queue `id` until the device is stopped. `ready` is called once, with the reason if the queue could not be set
 /// up, and before anything is served.
-pub(super) fn serve(id: u16, dev: &UblkDev, volume: &Volume, landings: &Landings, ready: impl FnOnce(Result<(), UblkError>)) {
+pub(super) fn serve(
+    id: u16,
+    dev: &UblkDev,
+    volume: &Volume,
+    landings: &Landings,
+    ready: impl FnOnce(Result<(), UblkError>),
+) {
     let depth = dev.dev_info.queue_depth;
     let queue = match init_ring(depth).and_then(|()| UblkQueue::new(id, dev)) {
         Ok(queue) => queue,
@@ -96,8 +102,11 @@ pub(super) fn serve(id: u16, dev: &UblkDev, volume: &Volume, landings: &Landings
     };
     let executor = smol::LocalExecutor::new();
     let desk = Rc::new(desk);
-    let tasks: Vec<_> =
-        desk.queue.tags().map(|tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, io_bytes))).collect();
+    let tasks: Vec<_> = desk
+        .queue
+        .tags()
+        .map(|tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, io_bytes)))
+        .collect();
     // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for.
     while executor.try_tick() {}
     ready(Ok(()));
@@ -123,8 +132,14 @@ fn init_ring(depth: u16) -> Result<(), UblkError> {
                 .setup_single_issuer()
                 .setup_defer_taskrun()
                 .build(entries)
-                .or_else(|_| IoUring::builder().setup_cqsize(entries * 8).setup_coop_taskrun().build(entries))?;
-            cell.set(RefCell::new(ring)).map_err(|_| UblkError::OtherError(-libc::EEXIST))?;
+                .or_else(|_| {
+                    IoUring::builder()
+                        .setup_cqsize(entries * 8)
+                        .setup_coop_taskrun()
+                        .build(entries)
+                })?;
+            cell.set(RefCell::new(ring))
+                .map_err(|_| UblkError::OtherError(-libc::EEXIST))?;
         }
         Ok(())
     })
@@ -147,7 +162,9 @@ fn wait_for_events(queue: &UblkQueue<'_>) -> Result<(), UblkError> {
 async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, io_bytes: usize) {
     let mut buf = IoBuf::<u8>::new(io_bytes);
     let queue = &desk.queue;
-    let mut next = queue.submit_io_prep_cmd(tag, BufDesc::Slice(buf.as_slice()), 0, Some(&buf)).await;
+    let mut next = queue
+        .submit_io_prep_cmd(tag, BufDesc::Slice(buf.as_slice()), 0, Some(&buf))
+        .await;
     loop {
         match next {
             Ok(sys_result) if sys_result == SERVE => {}
@@ -193,7 +210,9 @@ async fn answer(desk: &Desk<'_>, tag: u16, buf: &mut IoBuf<u8>) -> Answer {
     }
     desk.lane.read();
     let len = usize::try_from(sectors).unwrap_or(usize::MAX).saturating_mul(512);
-    let Ok(done) = i32::try_from(len) else { return Answer::Buffer(-libc::EINVAL) };
+    let Ok(done) = i32::try_from(len) else {
+        return Answer::Buffer(-libc::EINVAL);
+    };
     if len > buf.len() {
         return Answer::Buffer(-libc::EINVAL);
     }
@@ -202,7 +221,9 @@ async fn answer(desk: &Desk<'_>, tag: u16, buf: &mut IoBuf<u8>) -> Answer {
     let began = sampled.is_multiple_of(SAMPLE).then(Instant::now);
     let offset = start.saturating_mul(512);
     let mut scratch = desk.scratch.borrow_mut().pop().unwrap_or_default();
-    let found = desk.volume.look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
+    let found = desk
+        .volume
+        .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
     let answer = match found {
         Ok(Found::Zero) => Ok(Answer::Zeros(done)),
         Ok(Found::Memory(slice)) => Ok(Answer::Memory(slice, done)),
@@ -288,7 +309,13 @@ async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Resul
     while let Some((gap, done, read)) = reads.pop() {
         let Some((fd, offset)) = gap.file else { continue };
         let result = read.await;
-        let failed = |cause: String| Err(ReadError::File { offset, len: gap.len, cause });
+        let failed = |cause: String| {
+            Err(ReadError::File {
+                offset,
+                len: gap.len,
+                cause,
+            })
+        };
         match usize::try_from(result) {
             Ok(0) => outcome = failed("the file ends before".to_owned()),
             Ok(n) if done + n >= gap.len => {}
@@ -303,18 +330,13 @@ async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Resul
 }
 
 /// Queues a read of what `gap` still lacks after its first `done` bytes.
-fn submit_read(
-    desk: &Desk<'_>,
-    base: *mut u8,
-    gap: &Gap,
-    fd: RawFd,
-    offset: u64,
-    done: usize,
-) -> UblkUringOpFuture {
+fn submit_read(desk: &Desk<'_>, base: *mut u8, gap: &Gap, fd: RawFd, offset: u64, done: usize) -> UblkUringOpFuture {
     // `look` keeps gaps inside the buffer that it was given.
     let target = base.wrapping_add(gap.at + done);
     let len = u32::try_from(gap.len - done).unwrap_or(u32::MAX);
-    let entry = opcode::Read::new(types::Fd(fd), target, len).offset(offset + to_u64(done)).build();
+    let entry = opcode::Read::new(types::Fd(fd), target, len)
+        .offset(offset + to_u64(done))
+        .build();
     // The tag's buffer outlives the operation because the task awaits it and nobody drops the task before that.
     desk.queue.ublk_submit_sqe(entry)
 }

@@ -1,0 +1,272 @@
+//! What the fetch thread does with files: reads of local layers, reads of cached chunks, and writing chunks behind.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use super::request::Request;
+use super::{Engine, Remote};
+use crate::fetch::chunk::{Chunk, ChunkKey, Slice, chunk_len, to_u64, to_usize};
+use crate::fetch::ring::ChunkBuffer;
+use crate::fetch::stats::add;
+use crate::fetch::store::LayerCache;
+use crate::fetch::{FetchError, LayerRange, SharedLayer};
+use crate::units::TarRange;
+
+/// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
+const LONGEST_LOCAL_READ: u64 = 1 << 20;
+/// Chunks written by one operation: 2 MiB.
+const LONGEST_WRITE: usize = 64;
+/// Chunks that wait to be written are memory. Above half of this nothing more is prefetched, above all of it chunks are
+/// not cached at all.
+pub(super) const LARGEST_BACKLOG: u64 = 64 << 20;
+/// The map is written when so much is not in it yet...
+const COMMIT_BYTES: u64 = 128 << 20;
+/// ...or so long after the first chunk that is not.
+const COMMIT_DELAY: Duration = Duration::from_secs(2);
+
+/// The chunks of one layer that wait to be written.
+#[derive(Default)]
+pub(super) struct Writer {
+    queue: RefCell<VecDeque<(u32, Arc<Chunk>)>>,
+    running: Cell<bool>,
+    commit_due: Cell<bool>,
+    drained: Notify,
+}
+
+impl Writer {
+    pub(super) fn is_idle(&self) -> bool {
+        !self.running.get()
+    }
+
+    /// Resolves after the next batch was written.
+    pub(super) async fn progress(&self) {
+        self.drained.notified().await;
+    }
+}
+
+impl Engine {
+    /// Adds the slots of a local range to `request` and starts reading them.
+    pub(super) fn read_local(self: &Rc<Self>, request: &Rc<Request>, asked: LayerRange) {
+        add(&self.shared.counters.bytes_disk, asked.range.len);
+        let mut at = asked.range.start;
+        while at < asked.range.end() {
+            let len = asked.range.end().since(at).min(LONGEST_LOCAL_READ);
+            let range = TarRange::new(at, len);
+            let slot = request.expect();
+            let (engine, request) = (self.clone(), request.clone());
+            tokio_uring::spawn(async move {
+                match engine
+                    .read_file(LayerRange {
+                        layer: asked.layer,
+                        range,
+                    })
+                    .await
+                {
+                    Ok(bytes) => request.fill(slot, Slice::new(Arc::new(Chunk::demanded(bytes)), 0, len)),
+                    Err(error) => request.end(Err(error)),
+                }
+            });
+            at = at.plus(len);
+        }
+    }
+
+    async fn read_file(&self, asked: LayerRange) -> Result<Vec<u8>, FetchError> {
+        let Some(SharedLayer::Local { path, file, .. }) = self.shared.layer_of(asked) else {
+            return Err(FetchError::OutOfRange {
+                layer: asked.layer,
+                range: asked.range,
+            });
+        };
+        let fail = |why| FetchError::File {
+            path: path.clone(),
+            range: asked.range,
+            why: Arc::new(why),
+        };
+        let own = file.try_clone().map_err(fail)?;
+        read_exactly(own.into(), asked.range.start.0, to_usize(asked.range.len))
+            .await
+            .map_err(fail)
+    }
+
+    /// Brings cached chunks to memory. What cannot be read back is fetched again.
+    pub(super) fn read_cached(self: &Rc<Self>, keys: Vec<ChunkKey>) {
+        for key in keys {
+            let engine = self.clone();
+            tokio_uring::spawn(async move {
+                let Some((remote, cache)) = engine
+                    .remote(key.layer)
+                    .and_then(|r| Some((r, engine.cache(key.layer)?)))
+                else {
+                    return;
+                };
+                let len = to_usize(chunk_len(remote.layer.size, key.index));
+                let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
+                match read.await {
+                    Ok(bytes) => engine.bring(key, bytes, false),
+                    Err(error) => {
+                        log::warn!(
+                            "cache of {}: chunk {}: {error}; fetching it again",
+                            remote.layer.name(),
+                            key.index
+                        );
+                        cache.lost(key.index);
+                        if let Some(pending) = engine.pending.borrow_mut().get_mut(&key) {
+                            pending.coming = false;
+                        }
+                        engine.launch(&[key.into()]);
+                    }
+                }
+            });
+        }
+    }
+
+    pub(super) fn cache(&self, layer: crate::units::LayerId) -> Option<&Arc<LayerCache>> {
+        match self.shared.layers.get(usize::try_from(layer.0).ok()?)? {
+            SharedLayer::Remote { cache, .. } => cache.get(),
+            SharedLayer::Local { .. } => None,
+        }
+    }
+
+    /// Leaves a chunk to be written to the cache, if there is one that takes it.
+    pub(super) fn keep(self: &Rc<Self>, key: ChunkKey, chunk: Arc<Chunk>, even_if_behind: bool) {
+        let Some(remote) = self.remote(key.layer) else { return };
+        let Some(cache) = self.cache(key.layer) else { return };
+        let behind = self.backlog.get() > LARGEST_BACKLOG && !even_if_behind;
+        if behind || !cache.takes_more() || cache.has(key.index) {
+            return;
+        }
+        self.backlog.set(self.backlog.get() + to_u64(chunk.bytes().len()));
+        remote.writer.queue.borrow_mut().push_back((key.index, chunk));
+        if !remote.writer.running.replace(true) {
+            tokio_uring::spawn(self.clone().write_behind(key));
+        }
+    }
+
+    /// Writes what is queued for the layer of `key` until nothing is.
+    async fn write_behind(self: Rc<Self>, key: ChunkKey) {
+        let (Some(remote), Some(cache)) = (self.remote(key.layer), self.cache(key.layer)) else {
+            return;
+        };
+        let file = cache.writer().map(tokio_uring::fs::File::from_std);
+        loop {
+            let batch = next_batch(&mut remote.writer.queue.borrow_mut());
+            let Some((first, _)) = batch.first() else { break };
+            let first = *first;
+            let bytes = batch.iter().map(|(_, chunk)| to_u64(chunk.bytes().len())).sum::<u64>();
+            let indexes = first..first.saturating_add(u32::try_from(batch.len()).unwrap_or(0));
+            let start = ChunkKey {
+                layer: key.layer,
+                index: first,
+            }
+            .start()
+            .0;
+            let written = match &file {
+                Ok(file) if cache.takes_more() => {
+                    let buffers: Vec<ChunkBuffer> = batch.into_iter().map(|(_, chunk)| ChunkBuffer(chunk)).collect();
+                    file.writev_at_all(buffers, Some(start)).await.0.and_then(|wrote| {
+                        if to_u64(wrote) == bytes {
+                            Ok(())
+                        } else {
+                            Err(io::ErrorKind::WriteZero.into())
+                        }
+                    })
+                }
+                Ok(_) => Err(io::ErrorKind::StorageFull.into()),
+                Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+            };
+            self.backlog.set(self.backlog.get().saturating_sub(bytes));
+            match written {
+                Ok(()) => {
+                    indexes.for_each(|index| cache.wrote(index));
+                    add(&self.shared.counters.bytes_stored, bytes);
+                    self.commit_later(remote, cache);
+                }
+                Err(error) => cache.stop_writing(&error),
+            }
+            remote.writer.drained.notify_waiters();
+        }
+        remote.writer.running.set(false);
+        remote.writer.drained.notify_waiters();
+        self.pump();
+    }
+
+    fn commit_later(&self, remote: &Rc<Remote>, cache: &Arc<LayerCache>) {
+        let delay = if cache.dirty_bytes() >= COMMIT_BYTES {
+            Duration::ZERO
+        } else {
+            COMMIT_DELAY
+        };
+        if !remote.writer.commit_due.replace(true) {
+            let (remote, cache) = (remote.clone(), cache.clone());
+            tokio_uring::spawn(async move {
+                sleep(delay).await;
+                remote.writer.commit_due.set(false);
+                commit(cache).await;
+            });
+        }
+    }
+
+    /// Waits for what is queued and puts it in the maps; gives up on disks that take too long.
+    pub(super) async fn settle(&self) {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        for remote in self.remotes.iter().flatten() {
+            let written = async {
+                while !remote.writer.is_idle() {
+                    remote.writer.progress().await;
+                }
+            };
+            if tokio::time::timeout(PATIENCE, written).await.is_err() {
+                log::warn!("the cache's disk does not keep up; what it has not taken is forgotten");
+            }
+        }
+        for layer in &self.shared.layers {
+            if let SharedLayer::Remote { cache, .. } = layer
+                && let Some(cache) = cache.get()
+            {
+                commit(cache.clone()).await;
+            }
+        }
+    }
+}
+
+/// Commits on a thread that may block.
+async fn commit(cache: Arc<LayerCache>) {
+    match tokio::task::spawn_blocking(move || cache.commit()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => log::warn!("{error}"),
+        Err(error) => log::warn!("the cache was not committed: {error}"),
+    }
+}
+
+/// The longest run of neighbours at the front of `queue`.
+fn next_batch(queue: &mut VecDeque<(u32, Arc<Chunk>)>) -> Vec<(u32, Arc<Chunk>)> {
+    let mut batch: Vec<(u32, Arc<Chunk>)> = Vec::new();
+    while batch.len() < LONGEST_WRITE
+        && let Some((index, _)) = queue.front()
+        && batch.last().is_none_or(|(last, _)| last.checked_add(1) == Some(*index))
+        && let Some(next) = queue.pop_front()
+    {
+        batch.push(next);
+    }
+    batch
+}
+
+/// Reads `len` bytes; a file that ends before is an error. The ring's file type closes its descriptor, so `file` is one
+/// that nobody else uses.
+async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let file = tokio_uring::fs::File::from_std(file);
+    let (result, buffer) = file.read_exact_at(Vec::with_capacity(len), at).await;
+    result?;
+    if buffer.len() == len {
+        Ok(buffer)
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+}

@@ -1,0 +1,130 @@
+//! Reads that wait, and the chunks they wait for.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use smallvec::SmallVec;
+
+use crate::fetch::chunk::Slice;
+use crate::fetch::stats::{Counters, add, take};
+use crate::fetch::{FetchError, Waiter};
+
+/// A waiter that is owed an answer: dropped without one it is told that the fetcher has stopped.
+pub(crate) struct Owed(Option<Box<dyn Waiter>>);
+
+impl Owed {
+    pub(crate) fn new(waiter: Box<dyn Waiter>) -> Self {
+        Self(Some(waiter))
+    }
+
+    fn pay(mut self, outcome: Result<Vec<Slice>, FetchError>) {
+        if let Some(waiter) = self.0.take() {
+            waiter.complete(outcome);
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if let Some(waiter) = self.0.take() {
+            waiter.complete(Err(FetchError::Stopped));
+        }
+    }
+}
+
+/// A read that waits for chunks.
+pub(super) struct Request {
+    /// In the order asked; filled as chunks land.
+    slots: RefCell<Vec<Option<Slice>>>,
+    missing: Cell<usize>,
+    waiter: RefCell<Option<Owed>>,
+    pub(super) asked: Instant,
+    counters: Arc<Counters>,
+}
+
+impl Request {
+    /// A read whose slots are still being added: it does not look whole until [`Request::ready`].
+    pub(super) fn new(waiter: Owed, asked: Instant, counters: Arc<Counters>) -> Rc<Self> {
+        add(&counters.reads, 1);
+        add(&counters.in_flight, 1);
+        Rc::new(Self {
+            slots: RefCell::default(),
+            missing: Cell::new(1),
+            waiter: RefCell::new(Some(waiter)),
+            asked,
+            counters,
+        })
+    }
+
+    /// Adds a slot that is filled already.
+    pub(super) fn push(&self, slice: Slice) {
+        self.slots.borrow_mut().push(Some(slice));
+    }
+
+    /// Adds a slot to be filled later and says which it is.
+    pub(super) fn expect(&self) -> usize {
+        let mut slots = self.slots.borrow_mut();
+        slots.push(None);
+        self.missing.set(self.missing.get() + 1);
+        slots.len() - 1
+    }
+
+    /// All slots are there.
+    pub(super) fn ready(&self) {
+        self.one_less();
+    }
+
+    pub(super) fn fill(&self, slot: usize, slice: Slice) {
+        if let Some(place) = self.slots.borrow_mut().get_mut(slot)
+            && place.is_none()
+        {
+            *place = Some(slice);
+        } else {
+            return;
+        }
+        self.one_less();
+    }
+
+    fn one_less(&self) {
+        self.missing.set(self.missing.get().saturating_sub(1));
+        if self.missing.get() == 0 {
+            let slices = self.slots.take().into_iter().flatten().collect();
+            self.end(Ok(slices));
+        }
+    }
+
+    /// Tells the waiter; only the first time.
+    pub(super) fn end(&self, outcome: Result<Vec<Slice>, FetchError>) {
+        let Some(waiter) = self.waiter.take() else { return };
+        take(&self.counters.in_flight, 1);
+        self.counters.latency.record(self.asked.elapsed());
+        if let Err(error) = &outcome {
+            add(&self.counters.read_errors, 1);
+            log::error!("read failed: {error}");
+        }
+        waiter.pay(outcome);
+    }
+}
+
+/// A place in a request that a chunk fills.
+pub(super) struct Waiting {
+    pub(super) request: Rc<Request>,
+    pub(super) slot: usize,
+    /// The part of the chunk.
+    pub(super) from: u64,
+    pub(super) len: u64,
+}
+
+/// A chunk that is not here, and whom it is for.
+#[derive(Default)]
+pub(super) struct Pending {
+    pub(super) waiters: SmallVec<[Waiting; 1]>,
+    /// Whether a flight or a disk read brings it.
+    pub(super) coming: bool,
+    /// Whether it was asked for on suspicion and nobody has wanted it yet.
+    pub(super) suspected: bool,
+    /// Whether its first reader should wake the planner.
+    pub(super) marker: bool,
+}

@@ -1,0 +1,181 @@
+//! What the network can carry. In: when heads and bodies came. Out: how many bytes may be under way before more would only
+//! queue.
+//!
+//! Pure arithmetic on the times it is told.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Until something is known: what a 20 ms, 100 Mbit/s link holds.
+const FIRST_WINDOW: u64 = 256 << 10;
+/// Below this requests cost more than they carry.
+const SMALLEST_WINDOW: u64 = 64 << 10;
+/// Above this memory fills faster than readers empty it.
+const LARGEST_WINDOW: u64 = 16 << 20;
+/// Round trips are taken to be at least this long: on a local link the bytes of 4 ms delay nobody, and keep requests big.
+const SHORTEST_TRIP: Duration = Duration::from_millis(4);
+/// A rate is measured over at least this long and this many bytes of uninterrupted arrival.
+const SAMPLE_TIME: Duration = Duration::from_millis(5);
+const SAMPLE_BYTES: u64 = 64 << 10;
+/// Samples are believed this long: a link that became slower is noticed within seconds.
+const MEMORY: Duration = Duration::from_secs(4);
+const MOST_SAMPLES: usize = 256;
+
+/// The estimate for one origin.
+#[derive(Debug)]
+pub struct Link {
+    trips: VecDeque<(Instant, Duration)>,
+    /// Bytes a second.
+    rates: VecDeque<(Instant, u64)>,
+    /// When the running sample began, its bytes, and the last arrival.
+    sample: Option<(Instant, u64, Instant)>,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Link {
+    /// Knows nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            trips: VecDeque::new(),
+            rates: VecDeque::new(),
+            sample: None,
+        }
+    }
+
+    /// A request was answered after `took`.
+    pub fn head(&mut self, now: Instant, took: Duration) {
+        // Only what may still become the minimum is kept.
+        while self.trips.back().is_some_and(|(_, longer)| *longer >= took) {
+            self.trips.pop_back();
+        }
+        self.trips.push_back((now, took));
+        forget(&mut self.trips, now);
+    }
+
+    /// `bytes` of a body came.
+    pub fn arrived(&mut self, now: Instant, bytes: u64) {
+        let pause = self.trip() / 2;
+        match &mut self.sample {
+            // The bytes that end a silence came over a time we do not know.
+            None => self.sample = Some((now, 0, now)),
+            Some((_, _, last)) if now.saturating_duration_since(*last) > pause => self.sample = Some((now, 0, now)),
+            Some((began, sum, last)) => {
+                *sum += bytes;
+                *last = now;
+                let took = now.saturating_duration_since(*began);
+                if took >= SAMPLE_TIME && *sum >= SAMPLE_BYTES {
+                    let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+                    let rate = sum.saturating_mul(1_000_000) / micros;
+                    self.sample = Some((now, 0, now));
+                    while self.rates.back().is_some_and(|(_, slower)| *slower <= rate) {
+                        self.rates.pop_back();
+                    }
+                    self.rates.push_back((now, rate));
+                    forget(&mut self.rates, now);
+                }
+            }
+        }
+    }
+
+    /// The shortest recent round trip, or a guess.
+    #[must_use]
+    pub fn trip(&self) -> Duration {
+        self.trips
+            .front()
+            .map_or(Duration::from_millis(20), |(_, trip)| *trip)
+            .max(SHORTEST_TRIP)
+    }
+
+    /// The highest recent rate in bytes a second, once one was measured.
+    #[must_use]
+    pub fn rate(&self) -> Option<u64> {
+        self.rates.front().map(|(_, rate)| *rate)
+    }
+
+    /// How many bytes may be asked for and not yet here: half more than the link holds, so that it never runs dry and a
+    /// faster link shows itself.
+    #[must_use]
+    pub fn window(&self) -> u64 {
+        let Some(rate) = self.rate() else { return FIRST_WINDOW };
+        let trip = u64::try_from(self.trip().as_micros()).unwrap_or(u64::MAX);
+        let held = rate.saturating_mul(trip) / 1_000_000;
+        (held + held / 2).clamp(SMALLEST_WINDOW, LARGEST_WINDOW)
+    }
+}
+
+/// Drops what is too old to be believed, but never the last.
+fn forget<T>(samples: &mut VecDeque<(Instant, T)>, now: Instant) {
+    while samples.len() > MOST_SAMPLES
+        || samples.len() > 1
+            && samples
+                .front()
+                .is_some_and(|(when, _)| now.saturating_duration_since(*when) > MEMORY)
+    {
+        samples.pop_front();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lets `total` bytes arrive at `rate` bytes a second in pieces of 16 KiB.
+    fn stream(link: &mut Link, mut now: Instant, rate: u64, total: u64) -> Instant {
+        for _ in 0..total / (16 << 10) {
+            now += Duration::from_micros((16 << 10) * 1_000_000 / rate);
+            link.arrived(now, 16 << 10);
+        }
+        now
+    }
+
+    #[test]
+    fn finds_the_bandwidth_delay_product() {
+        let mut link = Link::new();
+        assert_eq!(link.window(), FIRST_WINDOW);
+        let now = Instant::now();
+        link.head(now, Duration::from_millis(20));
+        stream(&mut link, now, 25_000_000, 2_000_000);
+        let rate = link.rate().unwrap();
+        assert!((24_000_000..26_000_000).contains(&rate), "{rate}");
+        assert!((700_000..800_000).contains(&link.window()), "{}", link.window());
+    }
+
+    #[test]
+    fn silence_is_not_slowness() {
+        let mut link = Link::new();
+        let mut now = Instant::now();
+        link.head(now, Duration::from_millis(20));
+        for _ in 0..10 {
+            now = stream(&mut link, now + Duration::from_millis(300), 25_000_000, 400_000);
+        }
+        assert!(link.rate().unwrap() > 24_000_000);
+    }
+
+    #[test]
+    fn a_slower_link_is_noticed() {
+        let mut link = Link::new();
+        let now = Instant::now();
+        link.head(now, Duration::from_millis(20));
+        let now = stream(&mut link, now, 25_000_000, 2_000_000);
+        stream(&mut link, now, 2_000_000, 16_000_000);
+        assert!(link.rate().unwrap() < 2_200_000);
+        assert_eq!(link.window(), SMALLEST_WINDOW.max(60_000));
+    }
+
+    #[test]
+    fn a_longer_trip_replaces_a_short_one_when_that_is_old() {
+        let mut link = Link::new();
+        let now = Instant::now();
+        link.head(now, Duration::from_millis(10));
+        link.head(now + Duration::from_secs(1), Duration::from_millis(50));
+        assert_eq!(link.trip(), Duration::from_millis(10));
+        link.head(now + Duration::from_secs(9), Duration::from_millis(50));
+        assert_eq!(link.trip(), Duration::from_millis(50));
+    }
+}

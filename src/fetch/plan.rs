@@ -1,0 +1,495 @@
+//! What to fetch, and what is likely next. In: what readers touch. Out: stretches of chunks: some now, with the demand;
+//! the rest in the order of their likelihood, for when the link has room.
+//!
+//! Pure: no clock, no I/O, no chunk data. It knows the files through a [`FileMap`] and what is here through a question it
+//! asks. It must never promise a chunk: what it queues may be dropped at any time.
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use super::chunk::{CHUNK_BYTES, ChunkKey};
+use crate::image::{FileId, FileMap, StoredFile};
+use crate::units::{LayerId, TarOffset, TarRange};
+
+/// Where a chunk is, as far as planning goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// In memory or in the store.
+    Here,
+    /// In a flight under way.
+    Coming,
+    /// It would have to be fetched.
+    Absent,
+}
+
+/// Says where a chunk is.
+pub type Look<'a> = &'a dyn Fn(ChunkKey) -> Presence;
+
+/// Chunks of one layer, side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stretch {
+    /// The layer.
+    pub layer: LayerId,
+    /// The first chunk's number.
+    pub first: u32,
+    /// One past the last.
+    pub end: u32,
+}
+
+impl From<ChunkKey> for Stretch {
+    fn from(key: ChunkKey) -> Self {
+        Self {
+            layer: key.layer,
+            first: key.index,
+            end: key.index.saturating_add(1),
+        }
+    }
+}
+
+impl Stretch {
+    /// The chunks that hold `range`; none when it is empty.
+    #[must_use]
+    pub fn of(layer: LayerId, range: TarRange) -> Self {
+        let first = ChunkKey::holding(layer, range.start).index;
+        if range.is_empty() {
+            return Self {
+                layer,
+                first,
+                end: first,
+            };
+        }
+        let last = ChunkKey::holding(layer, TarOffset(range.end().0 - 1)).index;
+        Self {
+            layer,
+            first,
+            end: last + 1,
+        }
+    }
+
+    /// Its chunks in order.
+    pub fn keys(self) -> impl Iterator<Item = ChunkKey> {
+        (self.first..self.end).map(move |index| ChunkKey {
+            layer: self.layer,
+            index,
+        })
+    }
+
+    /// Its length in bytes, as if no chunk were short.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        u64::from(self.count()) * CHUNK_BYTES
+    }
+
+    /// How many chunks it has.
+    #[must_use]
+    pub fn count(self) -> u32 {
+        self.end.saturating_sub(self.first)
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(self) -> bool {
+        self.end <= self.first
+    }
+}
+
+/// The planner's numbers. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
+#[derive(Clone, Debug)]
+pub struct PlanOptions {
+    /// Files up to this size are fetched whole at their first touch.
+    pub small_file: u64,
+    /// Of a small file that does not fit this, only so much goes with the demand; the rest follows behind it.
+    pub with_demand: u64,
+    /// At the first miss in a bigger file so much around it is wanted; at each further one twice as much...
+    pub first_touch: u64,
+    /// ...up to this.
+    pub widest_touch: u64,
+    /// At each first touch of a file so many bytes of its directory are queued.
+    pub neighbours: u64,
+    /// A reader that has read so much in one go is sequential; its window is as long as that.
+    pub first_window: u64,
+    /// Its largest.
+    pub largest_window: u64,
+    /// Neighbours are fetched while the bytes fetched on suspicion and unread are at most this...
+    pub credit: u64,
+    /// ...plus this percentage of the bytes that were read.
+    pub credit_percent: u64,
+    /// The rest of files and windows, whose readers are known, waits likewise at this percentage.
+    pub urgent_percent: u64,
+    /// Wants this close are one request, in chunks between them.
+    pub gap: u32,
+}
+
+impl Default for PlanOptions {
+    fn default() -> Self {
+        Self {
+            small_file: 512 << 10,
+            with_demand: 512 << 10,
+            first_touch: 128 << 10,
+            widest_touch: 2 << 20,
+            neighbours: 1 << 20,
+            first_window: 128 << 10,
+            largest_window: 16 << 20,
+            credit: 2 << 20,
+            credit_percent: 50,
+            urgent_percent: 1000,
+            gap: 2,
+        }
+    }
+}
+
+/// How many sequential readers are followed at once.
+const MOST_STREAMS: usize = 32;
+/// How many directories' wants are remembered.
+const MOST_BATCHES: usize = 64;
+/// How many neighbours are looked at for one touch; most of a huge directory is never looked at.
+const MOST_VISITS: usize = 512;
+/// A reader that jumps no further than this is still sequential: the kernel's requests overtake each other.
+const SLACK: u64 = 128 << 10;
+
+/// Somebody who reads on and on.
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    layer: LayerId,
+    /// Where the next read is expected.
+    at: TarOffset,
+    /// Up to where chunks are queued.
+    queued: TarOffset,
+    /// Where the file, or what is known of the reader's way, ends.
+    limit: TarOffset,
+    /// How many bytes it has read in one go.
+    run: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Planner {
+    files: Option<Arc<dyn FileMap>>,
+    sizes: Vec<u64>,
+    options: PlanOptions,
+    streams: VecDeque<Stream>,
+    /// The rest of files and windows whose readers are known.
+    urgent: VecDeque<Stretch>,
+    /// Directory neighbours, the latest touch's first.
+    batches: VecDeque<VecDeque<Stretch>>,
+    last_file: Option<FileId>,
+    /// How wide the last touch of a big file reached, the latest first.
+    touched: VecDeque<(FileId, u64)>,
+    /// Bytes that readers got, and bytes fetched on suspicion that nobody read yet.
+    read: u64,
+    unread: u64,
+}
+
+impl Planner {
+    /// A planner for layers of `sizes` bytes.
+    #[must_use]
+    pub fn new(files: Option<Arc<dyn FileMap>>, sizes: Vec<u64>, options: PlanOptions) -> Self {
+        Self {
+            files,
+            sizes,
+            options,
+            streams: VecDeque::new(),
+            urgent: VecDeque::new(),
+            batches: VecDeque::new(),
+            last_file: None,
+            touched: VecDeque::new(),
+            read: 0,
+            unread: 0,
+        }
+    }
+
+    fn size(&self, layer: LayerId) -> u64 {
+        usize::try_from(layer.0)
+            .ok()
+            .and_then(|at| self.sizes.get(at))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// A reader waits for `range`. Appends to `now` what should be fetched at once: the range's chunks that are absent, and
+    /// what belongs with them.
+    pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Stretch>) {
+        let wanted = Stretch::of(layer, range);
+        let with = self.belonging(layer, range);
+        now.push(wanted);
+        if with.bytes() <= self.options.with_demand.max(wanted.bytes()) {
+            now.push(with);
+        } else {
+            // What lies behind the demanded chunks goes with them as far as it may; the rest follows.
+            let room = self.options.with_demand.saturating_sub(wanted.bytes()) / CHUNK_BYTES;
+            let end = wanted
+                .end
+                .saturating_add(u32::try_from(room).unwrap_or(u32::MAX))
+                .min(with.end);
+            now.push(Stretch { end, ..wanted });
+            self.want_soon(Stretch { first: end, ..with });
+            self.want_soon(Stretch {
+                end: wanted.first.min(with.end),
+                ..with
+            });
+        }
+        self.follow(layer, range);
+        self.look_around(layer, range, look);
+    }
+
+    /// A reader found `range` here, and some of it for the first time.
+    pub fn hit(&mut self, layer: LayerId, range: TarRange, look: Look<'_>) {
+        self.follow(layer, range);
+        self.look_around(layer, range, look);
+    }
+
+    /// So many bytes were fetched because a reader waited for them.
+    pub fn demanded(&mut self, bytes: u64) {
+        self.read += bytes;
+    }
+
+    /// So many bytes were asked for on suspicion.
+    pub fn suspected(&mut self, bytes: u64) {
+        self.unread += bytes;
+    }
+
+    /// Of those, so many paid.
+    pub fn paid(&mut self, bytes: u64) {
+        self.read += bytes;
+        self.unread = self.unread.saturating_sub(bytes);
+    }
+
+    /// Of those, so many never came.
+    pub fn lost(&mut self, bytes: u64) {
+        self.unread = self.unread.saturating_sub(bytes);
+    }
+
+    /// The most likely absent stretch, at most `room` bytes, for a link that would otherwise be idle.
+    pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Stretch> {
+        let most = u32::try_from((room / CHUNK_BYTES).max(1)).unwrap_or(u32::MAX);
+        if !self.may_suspect(self.options.urgent_percent) {
+            return None;
+        }
+        if let Some(found) = take_from(&mut self.urgent, most, self.options.gap, look) {
+            return Some(found);
+        }
+        if !self.may_suspect(self.options.credit_percent) {
+            return None;
+        }
+        while let Some(batch) = self.batches.front_mut() {
+            if let Some(found) = take_from(batch, most, self.options.gap, look) {
+                return Some(found);
+            }
+            self.batches.pop_front();
+        }
+        None
+    }
+
+    /// Whether what lies here unread is little enough, measured by what was read.
+    fn may_suspect(&self, percent: u64) -> bool {
+        self.unread <= self.options.credit + self.read / 100 * percent
+    }
+
+    /// What belongs with `range`: a small file whole; of a big one the surroundings, wider with every touch.
+    fn belonging(&mut self, layer: LayerId, range: TarRange) -> Stretch {
+        let mut all = Stretch::of(layer, range);
+        let file_at = |at| self.files.as_ref().and_then(|files| files.file_at(layer, at));
+        let ends = [range.start, TarOffset(range.end().0.saturating_sub(1))];
+        for file in ends.map(file_at).into_iter().flatten() {
+            let part = if file.range.len <= self.options.small_file {
+                file.range
+            } else {
+                let widest = self.widen(file.file);
+                let offset = range.start.since(file.range.start) / widest * widest;
+                let start = file.range.start.plus(offset);
+                TarRange::new(start, widest.min(file.range.end().since(start)))
+            };
+            let part = Stretch::of(layer, part);
+            all = Stretch {
+                layer,
+                first: all.first.min(part.first),
+                end: all.end.max(part.end),
+            };
+        }
+        all
+    }
+
+    /// How wide the surroundings of the next touch of a big file are.
+    fn widen(&mut self, file: FileId) -> u64 {
+        let place = self.touched.iter().position(|(touched, _)| *touched == file);
+        let width = match place.and_then(|place| self.touched.remove(place)) {
+            Some((_, width)) => (width * 2).min(self.options.widest_touch),
+            None => self.options.first_touch,
+        };
+        self.touched.push_front((file, width));
+        self.touched.truncate(MOST_STREAMS);
+        width
+    }
+
+    fn want_soon(&mut self, stretch: Stretch) {
+        if !stretch.is_empty() {
+            self.urgent.push_front(stretch);
+        }
+    }
+
+    /// Follows sequential readers: ahead of each a window as long as what it has read in one go.
+    fn follow(&mut self, layer: LayerId, range: TarRange) {
+        let file = self.files.as_ref().and_then(|files| files.file_at(layer, range.start));
+        let end = TarOffset(self.size(layer));
+        let near = |stream: &Stream| {
+            stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
+        };
+        let mut stream = match self
+            .streams
+            .iter()
+            .position(near)
+            .and_then(|place| self.streams.remove(place))
+        {
+            Some(stream) => stream,
+            None => {
+                let limit = file.map_or(end, |file| file.range.end());
+                Stream {
+                    layer,
+                    at: range.start,
+                    queued: range.end(),
+                    limit,
+                    run: 0,
+                }
+            }
+        };
+        stream.run += range.end().since(stream.at).min(range.len);
+        stream.at = stream.at.max(range.end());
+        if range.start >= stream.limit {
+            // It went on behind the end of a file: it follows the layer.
+            stream.limit = end;
+        }
+        let ahead = stream.queued.since(stream.at);
+        let window = stream.run.min(self.options.largest_window);
+        if window >= self.options.first_window && ahead <= window / 2 {
+            let from = stream.queued.max(stream.at);
+            let until = stream.at.plus(window).min(stream.limit);
+            if until > from {
+                self.urgent
+                    .push_back(Stretch::of(layer, TarRange::new(from, until.since(from))));
+                stream.queued = until;
+            }
+        }
+        self.streams.push_front(stream);
+        self.streams.truncate(MOST_STREAMS);
+    }
+
+    /// Queues the neighbours of a file that is touched for the first time.
+    fn look_around(&mut self, layer: LayerId, range: TarRange, look: Look<'_>) {
+        let Some(files) = self.files.clone() else { return };
+        let Some(file) = files.file_at(layer, range.start) else {
+            return;
+        };
+        if self.last_file == Some(file.file) {
+            return;
+        }
+        self.last_file = Some(file.file);
+        let mut batch: VecDeque<Stretch> = VecDeque::new();
+        let (mut bytes, mut visits) = (0, 0);
+        files.neighbours(file.file, &mut |next: StoredFile| {
+            visits += 1;
+            if next.range.len <= self.options.small_file && !next.range.is_empty() {
+                let stretch = Stretch::of(next.layer, next.range);
+                let missing = stretch.keys().filter(|key| look(*key) == Presence::Absent).count();
+                if missing > 0 {
+                    bytes += next.range.len;
+                    match batch.back_mut() {
+                        Some(last)
+                            if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) =>
+                        {
+                            last.end = last.end.max(stretch.end);
+                        }
+                        _ => batch.push_back(stretch),
+                    }
+                }
+            }
+            if bytes >= self.options.neighbours || visits >= MOST_VISITS {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        if !batch.is_empty() {
+            self.batches.push_front(batch);
+            self.batches.truncate(MOST_BATCHES);
+        }
+    }
+}
+
+/// Whether the chunks from `from` to `to` may be fetched along: not when one of them is on its way already.
+fn may_bridge(layer: LayerId, from: u32, to: u32, look: Look<'_>) -> bool {
+    (from..to).all(|index| look(ChunkKey { layer, index }) != Presence::Coming)
+}
+
+/// Cuts the next absent stretch of at most `most` chunks from the front of `queue`, merged with what follows closely.
+fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>) -> Option<Stretch> {
+    let mut found: Option<Stretch> = None;
+    while let Some(front) = queue.front_mut() {
+        while front.first < front.end {
+            let key = ChunkKey {
+                layer: front.layer,
+                index: front.first,
+            };
+            if look(key) == Presence::Absent {
+                match &mut found {
+                    None => {
+                        found = Some(Stretch {
+                            layer: key.layer,
+                            first: key.index,
+                            end: key.index + 1,
+                        })
+                    }
+                    Some(so_far) => {
+                        let close = so_far.layer == key.layer
+                            && key.index >= so_far.end
+                            && key.index - so_far.end <= gap
+                            && key.index - so_far.first < most
+                            && may_bridge(key.layer, so_far.end, key.index, look);
+                        if !close {
+                            return found;
+                        }
+                        so_far.end = key.index + 1;
+                    }
+                }
+                if found.is_some_and(|so_far| so_far.count() >= most) {
+                    front.first += 1;
+                    return found;
+                }
+            }
+            front.first += 1;
+        }
+        queue.pop_front();
+    }
+    found
+}
+
+/// Puts the absent chunks of `wanted` together to flights: neighbours over gaps of up to `gap` chunks, none longer than
+/// `longest`.
+pub fn merge(wanted: &[Stretch], gap: u32, longest: u32, look: Look<'_>) -> Vec<Stretch> {
+    let mut keys: Vec<ChunkKey> = wanted
+        .iter()
+        .flat_map(|stretch| stretch.keys())
+        .filter(|key| look(*key) == Presence::Absent)
+        .collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let mut flights: Vec<Stretch> = Vec::new();
+    for key in keys {
+        match flights.last_mut() {
+            Some(last)
+                if last.layer == key.layer
+                    && key.index - last.end <= gap
+                    && key.index - last.first < longest
+                    && may_bridge(key.layer, last.end, key.index, look) =>
+            {
+                last.end = key.index + 1;
+            }
+            _ => flights.push(Stretch {
+                layer: key.layer,
+                first: key.index,
+                end: key.index + 1,
+            }),
+        }
+    }
+    flights
+}

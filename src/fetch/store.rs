@@ -1,0 +1,472 @@
+//! The store: chunks that stay when the process goes. In: chunks, as they arrive. Out: after a restart, the same chunks.
+//!
+//! One directory for the machine; per layer a sparse data file in tar space and a map of the chunks it holds. Only the map
+//! is believed, and a chunk enters it only after its data is durable, so a crash at any moment loses at most the latest
+//! chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
+//! process reads what the map said when it came, and keeps its own chunks in a file without a name.
+
+mod map;
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest, Sha256};
+
+use self::map::{Bits, Identity};
+use super::HttpLayer;
+use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
+use crate::units::TarOffset;
+
+/// Behind the layer's bytes the data file has a block of its own that ties it to its map.
+const TRAILER_BYTES: u64 = 4096;
+const TRAILER_MAGIC: &[u8; 8] = b"TARBLKDT";
+
+/// Why a store cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: cannot {doing}: {source}; the cache can be put elsewhere, or deleted at any time")]
+pub struct StoreError {
+    /// Which file or directory.
+    pub path: PathBuf,
+    /// What was tried.
+    pub doing: &'static str,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+impl StoreError {
+    fn new(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self { path, doing, source }
+    }
+}
+
+/// A directory of layer caches.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    /// Those open in this process: a lock is a process's own business only as long as it opens each file once.
+    open: Mutex<HashMap<[u8; 32], Weak<LayerCache>>>,
+}
+
+/// The chunks of one layer that are on disk.
+#[derive(Debug)]
+pub struct LayerCache {
+    identity: Identity,
+    count: u32,
+    data: File,
+    written: Bits,
+    /// Where the map goes; none when the data file has no name.
+    map_path: Option<PathBuf>,
+    /// What another process's map said when this one came.
+    others: Option<(File, Bits)>,
+    /// Bytes written since the map was.
+    dirty: AtomicU64,
+    full: AtomicBool,
+    committing: Mutex<()>,
+}
+
+/// What names a layer in the store: where it is, without passwords or signatures, and which state of it.
+fn key_of(layer: &HttpLayer) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(b"tarblk layer 1\0");
+    hash.update(super::http::stable_name(&layer.url).as_bytes());
+    hash.update([0]);
+    hash.update(layer.size.to_le_bytes());
+    if let Some(validator) = &layer.validator {
+        hash.update(validator.value().as_bytes());
+    }
+    hash.finalize().into()
+}
+
+fn hex(key: &[u8; 32]) -> String {
+    use std::fmt::Write;
+    key.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _infallible = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn nonce() -> [u8; 16] {
+    use std::hash::{BuildHasher, RandomState};
+    let (a, b) = (
+        RandomState::new().hash_one(std::process::id()),
+        RandomState::new().hash_one(1),
+    );
+    let mut nonce = [0; 16];
+    nonce[..8].copy_from_slice(&a.to_le_bytes());
+    nonce[8..].copy_from_slice(&b.to_le_bytes());
+    nonce
+}
+
+impl Store {
+    /// Opens the store in `dir`, which is made when it is missing.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Arc<Self>, StoreError> {
+        let dir = dir.into();
+        fs::create_dir_all(&dir).map_err(StoreError::new(&dir, "make the cache directory"))?;
+        Ok(Arc::new(Self {
+            dir,
+            open: Mutex::default(),
+        }))
+    }
+
+    /// The cache of `layer`; the same one as long as somebody in this process holds it.
+    ///
+    /// # Errors
+    /// When its files can neither be opened nor made.
+    pub fn layer(&self, layer: &HttpLayer) -> Result<Arc<LayerCache>, StoreError> {
+        let key = key_of(layer);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cache) = open.get(&key).and_then(Weak::upgrade) {
+            return Ok(cache);
+        }
+        open.retain(|_, cache| cache.strong_count() > 0);
+        let cache = Arc::new(LayerCache::open(&self.dir, key, layer.size)?);
+        open.insert(key, Arc::downgrade(&cache));
+        Ok(cache)
+    }
+
+    /// Deletes the caches that were unused longest until no more than `limit` bytes of disk are taken. Those that a process
+    /// has open stay. Returns how many bytes were freed.
+    ///
+    /// # Errors
+    /// When the directory cannot be listed.
+    pub fn trim(&self, limit: u64) -> Result<u64, StoreError> {
+        let listing = fs::read_dir(&self.dir).map_err(StoreError::new(&self.dir, "list the cache directory"))?;
+        let mut caches = Vec::new();
+        for entry in listing.flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|kind| kind == "data")
+                && let Ok(meta) = entry.metadata()
+            {
+                // The map's time is when the cache was last opened or added to.
+                let used = fs::metadata(path.with_extension("map")).and_then(|map| map.modified());
+                caches.push((used.unwrap_or(std::time::UNIX_EPOCH), meta.blocks() * 512, path));
+            }
+        }
+        caches.sort_unstable();
+        let mut total: u64 = caches.iter().map(|cache| cache.1).sum();
+        let mut freed = 0;
+        for (_, bytes, path) in caches {
+            if total <= limit {
+                break;
+            }
+            let unused =
+                File::open(&path).is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok());
+            if unused && fs::remove_file(&path).is_ok() {
+                // A map without its data is believed by nobody.
+                let _harmless = fs::remove_file(path.with_extension("map"));
+                total = total.saturating_sub(bytes);
+                freed += bytes;
+            }
+        }
+        Ok(freed)
+    }
+}
+
+impl LayerCache {
+    fn open(dir: &Path, key: [u8; 32], size: u64) -> Result<Self, StoreError> {
+        const ATTEMPTS: u32 = 16;
+        let path = dir.join(format!("{}.data", hex(&key)));
+        let map_path = path.with_extension("map");
+        let count = chunk_count(size).unwrap_or(u32::MAX);
+        for _ in 0..ATTEMPTS {
+            let data = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(StoreError::new(&path, "open"))?;
+            if flock(&data, FlockOperation::NonBlockingLockExclusive).is_err() {
+                let others = Self::believed(&data, &map_path, key, size, count).map(|(_, bits)| (data, bits));
+                return Self::nameless(dir, key, size, others);
+            }
+            // Somebody may have deleted it between our opening and our locking: then the lock is on a file without a name.
+            let ours = data.metadata().map_err(StoreError::new(&path, "look at"))?;
+            if fs::metadata(&path).map_or(true, |named| (named.dev(), named.ino()) != (ours.dev(), ours.ino())) {
+                continue;
+            }
+            if let Some((identity, written)) = Self::believed(&data, &map_path, key, size, count) {
+                let cache = Self::assemble(identity, count, data, written, Some(map_path), None);
+                cache.mark_used();
+                return Ok(cache);
+            }
+            // Nothing to believe: begin anew. The map goes first, so that it never speaks of the new data.
+            match fs::remove_file(&map_path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StoreError::new(&map_path, "remove a map that does not fit its data")(
+                        error,
+                    ));
+                }
+                _ => {}
+            }
+            let identity = Identity {
+                size,
+                key,
+                nonce: nonce(),
+            };
+            Self::begin(&data, &identity).map_err(StoreError::new(&path, "set the length of"))?;
+            return Ok(Self::assemble(
+                identity,
+                count,
+                data,
+                Bits::new(count),
+                Some(map_path),
+                None,
+            ));
+        }
+        Err(StoreError::new(&path, "lock")(io::Error::other(
+            "it is deleted again and again",
+        )))
+    }
+
+    /// A cache that goes with the process.
+    fn nameless(dir: &Path, key: [u8; 32], size: u64, others: Option<(File, Bits)>) -> Result<Self, StoreError> {
+        let data = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_TMPFILE)
+            .open(dir)
+            .map_err(StoreError::new(dir, "make a temporary file in"))?;
+        let identity = Identity {
+            size,
+            key,
+            nonce: nonce(),
+        };
+        Self::begin(&data, &identity).map_err(StoreError::new(dir, "set the length of a temporary file in"))?;
+        let count = chunk_count(size).unwrap_or(u32::MAX);
+        Ok(Self::assemble(identity, count, data, Bits::new(count), None, others))
+    }
+
+    /// A cache in `dir` that has no name and goes with the process, for when there is no store.
+    ///
+    /// # Errors
+    /// When no file can be made there.
+    pub(crate) fn temporary(dir: &Path, layer_size: u64) -> Result<Self, StoreError> {
+        Self::nameless(dir, [0; 32], layer_size, None)
+    }
+
+    fn assemble(
+        identity: Identity,
+        count: u32,
+        data: File,
+        written: Bits,
+        map_path: Option<PathBuf>,
+        others: Option<(File, Bits)>,
+    ) -> Self {
+        Self {
+            identity,
+            count,
+            data,
+            written,
+            map_path,
+            others,
+            dirty: AtomicU64::new(0),
+            full: AtomicBool::new(false),
+            committing: Mutex::default(),
+        }
+    }
+
+    /// What map and data say together, when they fit.
+    fn believed(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, Bits)> {
+        let at = size.next_multiple_of(TRAILER_BYTES);
+        if data.metadata().ok()?.len() != at + TRAILER_BYTES {
+            return None;
+        }
+        let mut trailer = [0; 24];
+        data.read_exact_at(&mut trailer, at).ok()?;
+        let (magic, nonce) = trailer.split_at(TRAILER_MAGIC.len());
+        if magic != TRAILER_MAGIC {
+            return None;
+        }
+        let identity = Identity {
+            size,
+            key,
+            nonce: nonce.try_into().ok()?,
+        };
+        // A map is as long as the layer makes it; whatever else is there is not read.
+        let longest = u64::from(count).div_ceil(8) + 4096;
+        let mut bytes = Vec::new();
+        File::open(map).ok()?.take(longest).read_to_end(&mut bytes).ok()?;
+        Some((identity, map::decode(&bytes, &identity, count)?))
+    }
+
+    fn begin(data: &File, identity: &Identity) -> io::Result<()> {
+        let at = identity.size.next_multiple_of(TRAILER_BYTES);
+        data.set_len(0)?;
+        data.set_len(at + TRAILER_BYTES)?;
+        let mut trailer = TRAILER_MAGIC.to_vec();
+        trailer.extend_from_slice(&identity.nonce);
+        data.write_all_at(&trailer, at)
+    }
+
+    /// Where all chunks from `first` up to `end` are together in one file.
+    pub(crate) fn find(&self, first: u32, end: u32) -> Option<RawFd> {
+        if self.written.has_all(first, end) {
+            return Some(self.data.as_raw_fd());
+        }
+        let (file, bits) = self.others.as_ref()?;
+        bits.has_all(first, end).then(|| file.as_raw_fd())
+    }
+
+    /// Whether chunk `index` is here.
+    pub(crate) fn has(&self, index: u32) -> bool {
+        self.find(index, index.saturating_add(1)).is_some()
+    }
+
+    /// A descriptor of its own for the file that holds chunk `index`.
+    pub(crate) fn file_of(&self, index: u32) -> io::Result<File> {
+        match &self.others {
+            Some((file, bits)) if !self.written.has(index) && bits.has(index) => file.try_clone(),
+            _ => self.data.try_clone(),
+        }
+    }
+
+    /// A descriptor of its own for writing chunks; tell [`LayerCache::wrote`] after each.
+    pub(crate) fn writer(&self) -> io::Result<File> {
+        self.data.try_clone()
+    }
+
+    /// Chunk `index` is in the file now.
+    pub(crate) fn wrote(&self, index: u32) {
+        self.written.set(index);
+        self.dirty
+            .fetch_add(chunk_len(self.identity.size, index), Ordering::Relaxed);
+    }
+
+    /// Chunk `index` could not be read back.
+    pub(crate) fn lost(&self, index: u32) {
+        self.written.clear(index);
+        if let Some((_, bits)) = &self.others {
+            bits.clear(index);
+        }
+    }
+
+    /// Whether writing still makes sense.
+    pub(crate) fn takes_more(&self) -> bool {
+        !self.full.load(Ordering::Relaxed)
+    }
+
+    /// Writing failed with `why`; nothing more is written.
+    pub(crate) fn stop_writing(&self, why: &io::Error) {
+        if !self.full.swap(true, Ordering::Relaxed) {
+            log::warn!("the cache takes no more: {why}; reads go on without it");
+        }
+    }
+
+    /// Bytes written that the map does not know of yet.
+    pub(crate) fn dirty_bytes(&self) -> u64 {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the layer that are here.
+    #[must_use]
+    pub fn bytes_held(&self) -> u64 {
+        let full = self.written.count_set() * CHUNK_BYTES;
+        match self.count.checked_sub(1) {
+            Some(last) if self.written.has(last) => full - CHUNK_BYTES + chunk_len(self.identity.size, last),
+            _ => full,
+        }
+    }
+
+    /// Keeps those chunks that lie whole inside `bytes`, which are the layer's from `at` on. For somebody who has them
+    /// anyway; waits for the disk.
+    ///
+    /// # Errors
+    /// When they cannot be written; then nothing more is.
+    pub fn put(&self, at: TarOffset, bytes: &[u8]) -> Result<(), StoreError> {
+        let size = self.identity.size;
+        let mut index = u32::try_from(at.0.div_ceil(CHUNK_BYTES)).unwrap_or(u32::MAX);
+        while index < self.count && self.takes_more() {
+            let from = to_usize((u64::from(index) * CHUNK_BYTES).saturating_sub(at.0));
+            let len = to_usize(chunk_len(size, index));
+            let Some(chunk) = bytes.get(from..).and_then(|rest| rest.get(..len)) else {
+                break;
+            };
+            if !self.has(index) {
+                if let Err(error) = self.data.write_all_at(chunk, u64::from(index) * CHUNK_BYTES) {
+                    self.stop_writing(&error);
+                    return Err(StoreError::new(
+                        self.map_path.as_deref().unwrap_or(Path::new("cache")),
+                        "write",
+                    )(error));
+                }
+                self.wrote(index);
+            }
+            index += 1;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable and puts it in the map. Waits for the disk.
+    ///
+    /// # Errors
+    /// When the disk does not take it; the old map stays.
+    pub fn commit(&self) -> Result<(), StoreError> {
+        let Some(path) = &self.map_path else { return Ok(()) };
+        let _one_at_a_time = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
+        let dirty = self.dirty.swap(0, Ordering::Relaxed);
+        if dirty == 0 {
+            return Ok(());
+        }
+        self.commit_to(path).inspect_err(|_| {
+            self.dirty.fetch_add(dirty, Ordering::Relaxed);
+        })
+    }
+
+    fn commit_to(&self, path: &Path) -> Result<(), StoreError> {
+        // The bits are taken before the data is made durable: those set meanwhile wait for the next time.
+        let bytes = map::encode(&self.identity, &self.written);
+        self.data
+            .sync_data()
+            .map_err(StoreError::new(path, "sync the data of"))?;
+        let temporary = path.with_extension(format!("map.{}", std::process::id()));
+        let write = || {
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(&bytes)?;
+            file.sync_data()?;
+            fs::rename(&temporary, path)
+        };
+        write().map_err(|error| {
+            // It may not have been made at all.
+            let _harmless = fs::remove_file(&temporary);
+            StoreError::new(path, "write")(error)
+        })
+    }
+
+    /// Sets the map's time, by which [`Store::trim`] finds what is cold.
+    fn mark_used(&self) {
+        if let Some(path) = &self.map_path
+            && let Ok(map) = File::open(path)
+        {
+            // Only trimming suffers when the time cannot be set.
+            let _untrimmed = map.set_modified(std::time::SystemTime::now());
+        }
+    }
+}
+
+impl Drop for LayerCache {
+    fn drop(&mut self) {
+        if let Err(error) = self.commit() {
+            log::warn!("{error}");
+        }
+    }
+}
