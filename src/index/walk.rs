@@ -33,6 +33,9 @@ pub type Progress<'a> = &'a mut dyn FnMut(TarOffset, u64);
 const NARROW: usize = 2 << 10;
 const WIDE: usize = 128 << 10;
 
+/// A payload that reaches no further than this behind a window is no jump.
+const NEAR: u64 = 1 << 10;
+
 /// How often progress is told, in windows.
 const PROGRESS_EVERY: u64 = 256;
 
@@ -60,12 +63,9 @@ pub fn local(
         if at.0 >= len {
             break;
         }
-        // Reading on where the last window ended means that headers lie close together; a jump means they do not.
-        window = if at.0 == window_end {
-            (window * 2).min(WIDE)
-        } else {
-            (window / 2).max(NARROW)
-        };
+        // Reading on near the end of the last window means that headers lie close together; a jump means they do not.
+        let near = at.0 - window_end <= NEAR;
+        window = if near { (window * 2).min(WIDE) } else { (window / 2).max(NARROW) };
         let room = usize::try_from(len - at.0).unwrap_or(usize::MAX);
         let want = window.max(parser.wants_len()).min(room).min(WIDE);
         let got = loop {
