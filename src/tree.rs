@@ -105,6 +105,8 @@ pub struct Node {
     scattered: bool,
 }
 
+const _: () = assert!(size_of::<Node>() == 56);
+
 /// Two `u32` as one `u64`, the first in the high half.
 fn pair(high: u32, low: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)

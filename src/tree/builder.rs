@@ -435,25 +435,16 @@ impl TreeBuilder {
     /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those it has.
     fn merge_directory(&mut self, node: u32, entry: &Entry) -> Result<(), TreeError> {
         let old = self.nodes[to_usize(node)].xattrs;
-        let xattrs = if old == XattrSetId::EMPTY || entry.xattrs.is_empty() {
-            if entry.xattrs.is_empty() {
-                old
-            } else {
-                self.intern(entry)?
-            }
+        let xattrs = if entry.xattrs.is_empty() {
+            old
         } else {
-            let mut merged: Vec<Xattr> = self
-                .xattrs
-                .get(old)
-                .filter(|(name, _)| entry.xattrs.iter().all(|new| new.name != *name))
-                .map(|(name, value)| Xattr {
-                    name: name.to_vec(),
-                    value: value.to_vec(),
-                })
-                .collect();
-            merged.extend_from_slice(&entry.xattrs);
-            merged.sort();
-            self.xattrs.intern(&merged).ok_or_else(|| too_much(entry))?
+            let mut all = Vec::new();
+            all.extend(self.xattrs.get(old).map(|(name, value)| Xattr {
+                name: name.to_vec(),
+                value: value.to_vec(),
+            }));
+            all.extend_from_slice(&entry.xattrs);
+            self.xattrs.intern(&last_of_each(all)).ok_or_else(|| too_much(entry))?
         };
         let (uid, gid) = owner(entry)?;
         let layer = self.layer;
@@ -475,11 +466,7 @@ impl TreeBuilder {
         let set = if entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
             self.xattrs.intern(&entry.xattrs)
         } else {
-            let mut sorted = entry.xattrs.clone();
-            sorted.reverse();
-            sorted.sort_by(|a, b| a.name.cmp(&b.name));
-            sorted.dedup_by(|a, b| a.name == b.name);
-            self.xattrs.intern(&sorted)
+            self.xattrs.intern(&last_of_each(entry.xattrs.clone()))
         };
         set.ok_or_else(|| too_much(entry))
     }
@@ -626,6 +613,14 @@ fn owner(entry: &Entry) -> Result<(u32, u32), TreeError> {
         uid: entry.uid,
         gid: entry.gid,
     })
+}
+
+/// The attributes by name; where several have one name, the last of them.
+fn last_of_each(mut xattrs: Vec<Xattr>) -> Vec<Xattr> {
+    xattrs.reverse();
+    xattrs.sort_by(|a, b| a.name.cmp(&b.name));
+    xattrs.dedup_by(|a, b| a.name == b.name);
+    xattrs
 }
 
 fn nanos(time: Timestamp) -> u32 {
