@@ -7,6 +7,7 @@
 mod attach;
 mod bench;
 mod cli;
+mod demo;
 mod generate;
 mod layer;
 pub mod output;
@@ -75,6 +76,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Stats(args) => ps::stats(args, session),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
+        Command::Demo(args) => demo::run(args, session),
         Command::ServeDevice => Ok(()),
     }
 }

@@ -8,6 +8,7 @@
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
 //! mark is never found there again.
 
+mod gather;
 mod kept;
 
 use std::fs::{self, File};
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fetch::store::{Store, StoreError};
 use crate::fetch::{self, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource};
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::image::{FileMap, ImageError};
@@ -25,6 +27,7 @@ use crate::index::{Index, IndexBuilder, IndexError, is_index};
 use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError};
 use crate::tree::TreeBuilder;
 use crate::units::TarOffset;
+use gather::Gather;
 
 pub use kept::{Cache, default_cache_dir};
 
@@ -88,6 +91,9 @@ pub enum OpenError {
     /// The fetcher could not start.
     #[error(transparent)]
     Fetch(#[from] fetch::StartError),
+    /// The store of fetched bytes cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// Something cannot be kept or read in the cache directory.
     #[error("cache {path}: {cause}; name another one with --cache, or use --no-cache")]
     Cache {
@@ -176,7 +182,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the headers again", path.display()),
         }
     }
-    let (bytes, origin) = read_headers(&blob, &options.patience, watch)?;
+    let (bytes, origin) = read_headers(&blob, options, watch)?;
     let kept = match (&options.cache, &identity) {
         (Some(cache), Some(identity)) => Some(cache.keep_index(identity, &bytes)?),
         _ => None,
@@ -205,15 +211,22 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
     Ok(Prepared { blob, index, origin: IndexOrigin::Given, cache: options.cache.clone(), kept: None })
 }
 
-/// Reads a layer's headers into an index file.
+/// Reads a layer's headers into an index file. Payload of a remote layer that comes with them is put into the store.
 fn read_headers(
     blob: &LayerBlob,
-    patience: &Patience,
+    options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
     let mut builder = IndexBuilder::new();
     let mut progress = |at: TarOffset, len: u64| watch.headers(at.0, len);
-    let walked = source::walk(blob, &mut builder, None, patience, &mut progress)?;
+    let mut gather = match (&blob.place, &options.cache) {
+        (Place::Http(http), Some(cache)) => Some(Gather::new(Store::open(cache.layers())?.layer(&http_layer(http))?)),
+        _ => None,
+    };
+    let tap = gather.as_mut().map(|gather| gather as &mut dyn source::Tap);
+    let walked = source::walk(blob, &mut builder, tap, &options.patience, &mut progress)?;
+    // The store lets go of the layer here, and the daemon can take it.
+    drop(gather);
     let bytes = builder.finish(walked.tar_len, walked.end);
     Ok((bytes, IndexOrigin::Read { reads: walked.reads, bytes: walked.bytes_read }))
 }
@@ -290,22 +303,17 @@ impl Prepared {
                 let path = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
                 Layer::File { path, mark: self.blob.fingerprint().unwrap_or_default() }
             }
-            Place::Http(http) => Layer::Http {
-                url: http.url.to_string(),
-                len: http.len,
-                validator: http.validator.as_ref().map(Into::into),
-                headers: http
-                    .authorization
-                    .iter()
-                    .filter_map(|value| Some(("Authorization".to_owned(), value.to_str().ok()?.to_owned())))
-                    .collect(),
-            },
+            Place::Http(http) => {
+                let HttpLayer { url, size, headers, .. } = http_layer(http);
+                Layer::Http { url, len: size, validator: http.validator.as_ref().map(Into::into), headers }
+            }
         };
         let (index, borrowed) = match &self.kept {
             Some(path) => (path.clone(), false),
             None => (lend(lending, self.index.as_bytes())?, true),
         };
-        Ok(Recipe { name: self.blob.source.to_string(), layer, index, borrowed, fetching })
+        let store = self.cache.as_ref().map(Cache::layers);
+        Ok(Recipe { name: self.blob.source.to_string(), layer, index, borrowed, store, fetching })
     }
 }
 
@@ -335,6 +343,8 @@ pub struct Fetching {
     pub connections: u16,
     /// After this a read fails; never if none.
     pub deadline: Option<Duration>,
+    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
+    pub store_bytes: u64,
 }
 
 /// Everything that a process must know to serve a layer. May hold secrets: it goes through pipes, never into files.
@@ -348,6 +358,8 @@ pub struct Recipe {
     index: PathBuf,
     /// Whether the index file is to be removed once it was read.
     borrowed: bool,
+    /// Where fetched bytes are kept.
+    store: Option<PathBuf>,
     fetching: Fetching,
 }
 
@@ -421,7 +433,7 @@ impl Recipe {
         let index = open_index(read.map_err(failed)?, &self.index.display().to_string())?;
         let layer = self.layer.clone().open()?;
         let image = Arc::new(image_of(&index, &self.name)?);
-        start(image, layer, &self.fetching)
+        start(image, layer, self.store.as_deref(), &self.fetching)
     }
 }
 
@@ -448,25 +460,42 @@ fn layer_source(blob: LayerBlob) -> LayerSource {
             let path = PathBuf::from(blob.source.to_string());
             LayerSource::File(FileLayer { path, file: file.into(), size: blob.len })
         }
-        Place::Http(http) => LayerSource::Http(HttpLayer {
-            url: http.url.to_string(),
-            size: http.len,
-            validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
-            headers: http
-                .authorization
-                .iter()
-                .filter_map(|value| Some(("Authorization".to_owned(), value.to_str().ok()?.to_owned())))
-                .collect(),
-        }),
+        Place::Http(http) => LayerSource::Http(http_layer(&http)),
     }
 }
 
-fn start(image: Arc<Ext4Image>, layer: LayerSource, fetching: &Fetching) -> Result<Opened, OpenError> {
+/// A found layer as the fetcher is told of it.
+fn http_layer(http: &source::HttpBlob) -> HttpLayer {
+    let authorization = http.authorization.as_ref().and_then(|value| value.to_str().ok());
+    HttpLayer {
+        url: http.url.to_string(),
+        size: http.len,
+        validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
+        headers: authorization.map(|value| ("Authorization".to_owned(), value.to_owned())).into_iter().collect(),
+    }
+}
+
+fn start(
+    image: Arc<Ext4Image>,
+    layer: LayerSource,
+    store: Option<&Path>,
+    fetching: &Fetching,
+) -> Result<Opened, OpenError> {
+    let store = match (&layer, store) {
+        (LayerSource::Http(_), Some(dir)) => Some(Store::open(dir)?),
+        _ => None,
+    };
+    if let Some(store) = &store
+        && let Err(error) = store.trim(fetching.store_bytes)
+    {
+        log::warn!("{error}");
+    }
     let secure = matches!(&layer, LayerSource::Http(http) if http.url.starts_with("https:"));
     let options = FetchOptions {
         memory_bytes: fetching.memory_bytes,
         connections: usize::from(fetching.connections),
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
+        store,
         tls: if secure { Some(fetch::default_tls()?) } else { None },
         ..FetchOptions::default()
     };
@@ -481,5 +510,6 @@ fn start(image: Arc<Ext4Image>, layer: LayerSource, fetching: &Fetching) -> Resu
 /// [`OpenError`].
 pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, OpenError> {
     let image = Arc::new(prepared.image()?);
-    start(image, layer_source(prepared.blob), fetching)
+    let store = prepared.cache.as_ref().map(Cache::layers);
+    start(image, layer_source(prepared.blob), store.as_deref(), fetching)
 }

@@ -167,6 +167,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
         memory_bytes: device.fetch.memory,
         connections: device.fetch.connections,
         deadline: device.fetch.deadline,
+        store_bytes: layer.cache_size,
     };
     let recipe = prepared.recipe(states.path(), fetching)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);

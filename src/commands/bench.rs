@@ -59,7 +59,7 @@ impl Watch for Steps {
 }
 
 /// What the arguments mean together.
-fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
+pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
     let source = match Source::parse(&args.source.source)? {
         Source::Path(path) => {
             if args.index.is_some() {

@@ -49,6 +49,12 @@ impl Cache {
         &self.dir
     }
 
+    /// Where layers' bytes are kept.
+    #[must_use]
+    pub fn layers(&self) -> PathBuf {
+        self.dir.join("layers")
+    }
+
     fn indexes(&self) -> PathBuf {
         self.dir.join("index")
     }
