@@ -5,7 +5,7 @@
 //! deep) and never follows a path above the root.
 //!
 //! Memory is what this room is about: a million entries are ordinary. A node takes 56 bytes, a name 8 and its own bytes
-//! (16 more and about 6 of hash table while building); equal sets of extended attributes are kept once.
+//! (20 more and about 10 of hash table while building); equal sets of extended attributes are kept once.
 
 use std::fmt;
 

@@ -44,6 +44,8 @@ struct Name {
     node: u32,
     /// The next name of the same directory.
     next: u32,
+    /// Its [`hash`], so that the table grows without reading a million texts again.
+    hash: u32,
 }
 
 /// Takes entries in the tar's order and makes them a [`Tree`].
@@ -51,7 +53,7 @@ pub struct TreeBuilder {
     layer: u16,
     nodes: Vec<Node>,
     names: Vec<Name>,
-    /// Indexes into `names`, by parent and name.
+    /// Indexes into `names`, by parent and name: by their `spread` hash.
     by_name: HashTable<u32>,
     hasher: RandomState,
     text: Vec<u8>,
@@ -141,14 +143,8 @@ impl TreeBuilder {
     pub fn reserve(&mut self, entries: usize) {
         self.nodes.reserve(entries);
         self.names.reserve(entries);
-        let Self {
-            by_name,
-            hasher,
-            names,
-            text,
-            ..
-        } = self;
-        by_name.reserve(entries, |&at| hash(hasher, text, names[to_usize(at)]));
+        let Self { by_name, names, .. } = self;
+        by_name.reserve(entries, |&at| spread(names[to_usize(at)].hash));
     }
 
     /// The layer that the coming entries' content is in; layer 0 until this is called.
@@ -558,29 +554,24 @@ impl TreeBuilder {
         let directory = &mut self.nodes[to_usize(parent)];
         let next = unpair(directory.detail).0;
         directory.detail = pair(at, 0);
+        let hash = hash(&self.hasher, parent, name);
         self.names.push(Name {
             parent,
             text,
             node,
             next,
+            hash,
         });
-        let Self {
-            by_name,
-            hasher,
-            names,
-            text,
-            ..
-        } = self;
-        by_name.insert_unique(hash_of(hasher, parent, name), at, |&at| {
-            hash(hasher, text, names[to_usize(at)])
-        });
+        let Self { by_name, names, .. } = self;
+        by_name.insert_unique(spread(hash), at, |&at| spread(names[to_usize(at)].hash));
         Some(())
     }
 
     fn find(&self, parent: u32, name: &[u8]) -> Option<u32> {
-        let found = self.by_name.find(hash_of(&self.hasher, parent, name), |&at| {
+        let hash = hash(&self.hasher, parent, name);
+        let found = self.by_name.find(spread(hash), |&at| {
             let known = self.names[to_usize(at)];
-            known.parent == parent && names::name(&self.text, known.text) == name
+            known.hash == hash && known.parent == parent && names::name(&self.text, known.text) == name
         });
         found.copied()
     }
@@ -591,12 +582,13 @@ impl TreeBuilder {
 }
 
 /// Keyed at random: a layer cannot be made to fill one bucket.
-fn hash_of(hasher: &RandomState, parent: u32, name: &[u8]) -> u64 {
-    hasher.hash_one((parent, name))
+fn hash(hasher: &RandomState, parent: u32, name: &[u8]) -> u32 {
+    u32::try_from(hasher.hash_one((parent, name)) >> 32).expect("32 bits are left")
 }
 
-fn hash(hasher: &RandomState, text: &[u8], known: Name) -> u64 {
-    hash_of(hasher, known.parent, names::name(text, known.text))
+/// A hash as the table wants it: in all 64 bits.
+fn spread(hash: u32) -> u64 {
+    u64::from(hash).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 fn too_much(entry: &Entry) -> TreeError {
