@@ -16,6 +16,7 @@ mod builder;
 mod error;
 mod names;
 mod path;
+mod table;
 mod xattrs;
 
 pub use builder::TreeBuilder;
