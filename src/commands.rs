@@ -4,21 +4,28 @@
 //! Every command is a module with one function that takes its arguments and a [`Session`]. This room composes the others
 //! and decides nothing about bytes.
 
+mod attach;
+mod bench;
 mod cli;
+mod demo;
 mod generate;
+mod layer;
 pub mod output;
+mod ps;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::interrupt::Interrupted;
 pub use cli::Cli;
 use cli::{Command, TalkArgs};
 use output::{ReaderGone, Talk};
 
 /// It did not work.
 const FAILED: u8 = 1;
+
+/// It was not asked for in a way that makes sense.
+const USAGE: u8 = 2;
 
 /// What every command is told besides its arguments.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,6 +34,11 @@ pub struct Session {
     pub talk: Talk,
 }
 
+/// Arguments that do not fit each other; the sentence says which.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; see --help")]
+struct UsageError(String);
+
 /// Runs the command line of this process and returns its exit code: 0, 1 (failed) or 2 (usage).
 #[must_use]
 pub fn main() -> ExitCode {
@@ -34,25 +46,38 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => e.exit(),
     };
+    if matches!(cli.command, Command::ServeDevice) {
+        start_daemon_log();
+        return attach::serve();
+    }
     start_log(cli.talk);
-    let session = Session {
-        talk: Talk { quiet: cli.talk.quiet },
-    };
-    match run(cli.command, session) {
+    let session = Session { talk: Talk { quiet: cli.talk.quiet } };
+    match run(&cli.command, session) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(e) => {
             report(&e);
-            ExitCode::from(FAILED)
+            ExitCode::from(if e.is::<UsageError>() { USAGE } else { FAILED })
         }
     }
 }
 
 /// Runs one command.
-fn run(command: Command, session: Session) -> anyhow::Result<()> {
+fn run(command: &Command, session: Session) -> anyhow::Result<()> {
     match command {
-        Command::Generate(what) => generate::run(&what),
-        _ => anyhow::bail!("not wired"),
+        Command::Index(args) => layer::index(args, session),
+        Command::Ls(args) => layer::ls(args, session),
+        Command::Image(args) => layer::image(args, session),
+        Command::Attach(args) => attach::attach(args, session),
+        Command::Mount(args) => attach::mount(args, session),
+        Command::Umount(args) => attach::umount(args, session),
+        Command::Detach(args) => attach::detach(args, session),
+        Command::Ps(args) => ps::ps(args, session),
+        Command::Stats(args) => ps::stats(args, session),
+        Command::Bench(args) => bench::run(args, session),
+        Command::Generate(what) => generate::run(what),
+        Command::Demo(args) => demo::run(args, session),
+        Command::ServeDevice => Ok(()),
     }
 }
 
@@ -98,9 +123,11 @@ fn start_log(talk: TalkArgs) {
     let _ = builder.try_init();
 }
 
-/// Whether the person ended it.
-fn _is_interrupt(error: &anyhow::Error) -> bool {
-    error.is::<Interrupted>()
+/// A daemon's log, on its standard error: with times, because nobody watches it.
+fn start_daemon_log() {
+    let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("tarblk=info,warn"));
+    builder.format_timestamp_millis().format_target(false);
+    let _ = builder.try_init();
 }
 
 #[cfg(test)]

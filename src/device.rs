@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,9 @@ pub mod users;
 pub mod volume;
 
 use volume::Volume;
+
+/// How long reads in flight may go on after a device was asked to stop, before they are answered with an error.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// Which kernel interface carries a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

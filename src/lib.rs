@@ -25,4 +25,8 @@ pub mod interrupt;
 #[cfg(feature = "command")]
 pub mod mount;
 #[cfg(feature = "command")]
+pub mod open;
+#[cfg(feature = "command")]
 pub mod quantity;
+#[cfg(feature = "command")]
+pub mod source;

@@ -62,6 +62,11 @@ pub(super) struct Mounted {
 
 /// What `tarblk stats --json` says, as far as it matters here.
 #[derive(Clone, Debug, Deserialize)]
+struct Counted {
+    counters: Stats,
+}
+
+#[derive(Clone, Debug, Deserialize)]
 pub(super) struct Stats {
     pub(super) device: DevicePart,
     pub(super) fetch: FetchPart,
@@ -90,7 +95,7 @@ impl BytesPart {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct FetchPart {
     pub(super) requests: u64,
-    pub(super) received: u64,
+    pub(super) bytes_fetched: u64,
 }
 
 /// A layer mounted by `tarblk mount`; unmounted when dropped.
@@ -149,7 +154,8 @@ impl<'a> TarblkMount<'a> {
         command.arg("stats").arg(&self.said.device).arg("--json");
         let mut ended = child::run(&mut command, self.stage.scratch(), self.stage.interrupt)?;
         let output = ended.output();
-        serde_json::from_str(&output).map_err(|e| BenchError::Output {
+        let counted: Result<Counted, _> = serde_json::from_str(&output);
+        counted.map(|counted| counted.counters).map_err(|e| BenchError::Output {
             program: ended.line,
             cause: format!("{e} in {output:?}"),
         })
@@ -224,7 +230,7 @@ impl Stage<'_> {
         } else {
             let fetch = mounted.stats()?.fetch;
             Traffic {
-                bytes: fetch.received,
+                bytes: fetch.bytes_fetched,
                 requests: fetch.requests,
                 timeline: Vec::new(),
             }

@@ -84,6 +84,9 @@ pub enum Command {
     Bench(BenchArgs),
     /// Show everything on a layer made from this machine's own files.
     Demo(DemoArgs),
+    /// What a daemon runs: serves the device that its standard input describes.
+    #[command(hide = true)]
+    ServeDevice,
     /// Write man pages or shell completions.
     #[command(subcommand)]
     Generate(Generate),
@@ -110,8 +113,11 @@ pub struct LayerArgs {
     #[arg(long, value_name = "DIR", env = "TARBLK_CACHE", value_hint = ValueHint::DirPath)]
     pub cache: Option<PathBuf>,
     /// Keep nothing on disk and use nothing kept.
-    #[arg(long, conflicts_with = "cache")]
+    #[arg(long)]
     pub no_cache: bool,
+    /// Disk space for fetched bytes; layers unused longest go first.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16GiB")]
+    pub cache_size: u64,
 }
 
 /// How a device fetches.

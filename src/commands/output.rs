@@ -67,6 +67,12 @@ impl Table {
         }
     }
 
+    /// Two columns without headings: names and what they are.
+    #[must_use]
+    pub fn plain() -> Self {
+        Self { right: vec![false, false], rows: Vec::new() }
+    }
+
     /// Adds a row.
     pub fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         self.rows.push(cells.into_iter().map(Into::into).collect());

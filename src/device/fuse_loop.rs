@@ -20,17 +20,19 @@ use fuser::{Session, SessionACL};
 use rustix::fs::{Mode, OFlags};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions};
-use export::Export;
+use super::{DeviceError, DeviceOptions, STOP_GRACE};
+use export::{Export, Waiting};
 use loop_device::LoopDevice;
 
 /// How long the kernel may take to let go of a device that nobody has open.
-const RELEASE_LIMIT: Duration = Duration::from_secs(10);
+const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A running loop device over a FUSE file. When it is dropped without [`FuseLoop::stop`], both end with the process.
 #[derive(Debug)]
 pub struct FuseLoop {
     device: LoopDevice,
+    volume: Arc<Volume>,
+    waiting: Arc<Waiting>,
     mount: OwnedFd,
     session: JoinHandle<io::Result<()>>,
 }
@@ -70,7 +72,8 @@ impl FuseLoop {
         let mut config = fuser::Config::default();
         config.n_threads = Some(usize::from(options.queues.max(1)));
         config.clone_fd = true;
-        let export = Export::new(Arc::clone(volume)).map_err(failed("start a thread"))?;
+        let waiting = Arc::new(Waiting::default());
+        let export = Export::new(Arc::clone(volume), Arc::clone(&waiting)).map_err(failed("start a thread"))?;
         let session = Session::from_fd(export, channel.into(), SessionACL::Owner, config)
             .map_err(failed("speak FUSE with the kernel"))?;
         let session = thread::Builder::new()
@@ -85,7 +88,13 @@ impl FuseLoop {
         // From here on the loop device alone holds the file open.
         drop(file);
         super::queue_sysfs(device.path(), options);
-        Ok(Self { device, mount, session })
+        Ok(Self {
+            device,
+            volume: Arc::clone(volume),
+            waiting,
+            mount,
+            session,
+        })
     }
 
     /// The block device.
@@ -106,23 +115,33 @@ impl FuseLoop {
         loop_device::is_attached(self.device.number())
     }
 
-    /// Takes the loop device and the FUSE file down.
+    /// Takes the loop device and the FUSE file down. Reads in flight get a moment to finish, then fail. Where somebody has the
+    /// device open without a claim on it, the kernel takes it down at their close.
     ///
     /// # Errors
-    /// [`DeviceError::Loop`] when the kernel does not let go in time: somebody has the device open.
+    /// [`DeviceError::Loop`] when the kernel refuses.
     pub fn stop(self) -> Result<(), DeviceError> {
-        let Self { device, mount, session } = self;
+        let Self {
+            device,
+            volume,
+            waiting,
+            mount,
+            session,
+        } = self;
         let (number, path) = (device.number(), device.path().display().to_string());
         device
             .detach()
             .map_err(|error| DeviceError::Loop(format!("cannot detach {path}: {error}")))?;
         drop(mount);
-        let deadline = Instant::now() + RELEASE_LIMIT;
+        let began = Instant::now();
         while loop_device::is_attached(number) || !session.is_finished() {
-            if Instant::now() > deadline {
-                return Err(DeviceError::Loop(format!(
-                    "the kernel does not let go of {path}: somebody has it open"
-                )));
+            if began.elapsed() > STOP_GRACE {
+                volume.close();
+                waiting.give_up();
+            }
+            if began.elapsed() > RELEASE_LIMIT {
+                log::warn!("somebody has {path} open; the kernel removes it when they close it");
+                return Ok(());
             }
             thread::sleep(Duration::from_millis(1));
         }

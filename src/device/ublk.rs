@@ -25,7 +25,7 @@ use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions};
+use super::{DeviceError, DeviceOptions, STOP_GRACE};
 use crate::units::BLOCK_SIZE;
 use queue::Landings;
 
@@ -33,9 +33,6 @@ const CONTROL: &str = "/dev/ublk-control";
 
 /// How long the kernel may take to add or start a device before we call it stuck.
 const CREATION_LIMIT: Duration = Duration::from_secs(30);
-
-/// How long reads in flight may go on after a stop was asked for, before they are answered with an error.
-const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// The largest read the kernel may send in one request, in bytes.
 const MAX_IO_BYTES: u32 = 512 << 10;
@@ -45,6 +42,7 @@ const MAX_IO_BYTES: u32 = 512 << 10;
 pub struct UblkDevice {
     id: u32,
     path: PathBuf,
+    volume: Arc<Volume>,
     landings: Vec<Arc<Landings>>,
     control: JoinHandle<()>,
     ended: mpsc::Receiver<()>,
@@ -129,6 +127,7 @@ impl UblkDevice {
         let device = Self {
             id,
             path: path_of(id),
+            volume: Arc::clone(volume),
             landings,
             control,
             ended,
@@ -182,6 +181,7 @@ impl UblkDevice {
         while let Err(RecvTimeoutError::Timeout) =
             self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
         {
+            self.volume.close();
             for landings in &self.landings {
                 landings.give_up();
             }
@@ -210,7 +210,8 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
         return Ok(());
     }
     let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
-    if info.live && u32::try_from(info.server) != Ok(server) {
+    // The driver says -1 for a server that is gone.
+    if info.live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
         return Err(DeviceError::Ublk(format!(
             "device {id} belongs to process {} now",
             info.server

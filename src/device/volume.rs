@@ -5,8 +5,8 @@
 //! waits, except [`Volume::read_blocking`], which no thread that answers the kernel may call.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 
 use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Slice, Waiter};
 use crate::image::{BlockImage, Origin, Piece};
@@ -111,6 +111,7 @@ pub struct Volume {
     bytes: Arc<dyn LayerBytes>,
     len: u64,
     lanes: Box<[Lane]>,
+    closed: AtomicBool,
 }
 
 impl Volume {
@@ -124,6 +125,7 @@ impl Volume {
             bytes,
             len,
             lanes,
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -248,8 +250,18 @@ impl Volume {
         }
     }
 
-    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`.
+    /// From now on nothing is fetched any more: a read of what is not here fails at once. For a device that is being taken
+    /// down while somebody still reads it.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
+    /// dropped untold has to end its read itself.
     pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
+        if self.closed.load(Ordering::Acquire) {
+            return;
+        }
         self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
     }
 

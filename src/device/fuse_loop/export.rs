@@ -3,11 +3,12 @@
 //! The session's threads never wait: what is in memory they answer at once, a local file they read only as far as the page
 //! cache has it, and everything else is answered by the fetch thread when the bytes are there.
 
+use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
@@ -39,7 +40,39 @@ const LONG_ANSWER: usize = 64 << 10;
 pub(super) struct Export {
     volume: Arc<Volume>,
     next_lane: AtomicUsize,
+    waiting: Arc<Waiting>,
     long_answers: mpsc::Sender<Arrived>,
+}
+
+/// The reads whose bytes are on the way, by number.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    reads: Mutex<HashMap<u64, Pending>>,
+    next: AtomicU64,
+}
+
+impl Waiting {
+    fn reads(&self) -> MutexGuard<'_, HashMap<u64, Pending>> {
+        self.reads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, pending: Pending) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.reads().insert(number, pending);
+        number
+    }
+
+    fn take(&self, number: u64) -> Option<Pending> {
+        self.reads().remove(&number)
+    }
+
+    /// Answers every read that waits for the fetch thread with an error.
+    pub(super) fn give_up(&self) {
+        let reads = std::mem::take(&mut *self.reads());
+        for pending in reads.into_values() {
+            pending.give_up();
+        }
+    }
 }
 
 thread_local! {
@@ -63,7 +96,7 @@ struct Pending {
     buf: Vec<u8>,
     gaps: Vec<Gap>,
     began: Instant,
-    reply: Option<ReplyData>,
+    reply: ReplyData,
 }
 
 /// A read whose bytes are here but not yet with the kernel.
@@ -75,7 +108,7 @@ struct Arrived {
 
 impl Export {
     /// Serves `volume`, with a thread for long answers that ends with the filesystem.
-    pub(super) fn new(volume: Arc<Volume>) -> io::Result<Self> {
+    pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>) -> io::Result<Self> {
         let (long_answers, arrivals) = mpsc::channel::<Arrived>();
         std::thread::Builder::new()
             .name("fuse-answers".to_owned())
@@ -87,6 +120,7 @@ impl Export {
         Ok(Self {
             volume,
             next_lane: AtomicUsize::new(0),
+            waiting,
             long_answers,
         })
     }
@@ -147,11 +181,13 @@ impl Export {
                         buf: if covers(&gaps, len) { vec![0; len] } else { buf.to_vec() },
                         gaps,
                         began,
-                        reply: Some(reply),
+                        reply,
                     };
+                    let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
                     let waiter = FuseWaiter {
-                        pending: Some(pending),
-                        long_answers: self.long_answers.clone(),
+                        number: waiting.add(pending),
+                        waiting,
+                        long_answers,
                     };
                     return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
                 }
@@ -199,45 +235,46 @@ fn read_if_cached(fd: RawFd, target: &mut [u8], offset: u64) -> io::Result<usize
 impl Pending {
     /// Answers the kernel.
     fn finish(mut self, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(reply) = self.reply.take() else { return };
-        let lane = self.volume.lane(self.lane);
         let slices = match outcome {
             Ok(slices) => slices,
-            Err(error) => {
-                return fail(
-                    &self.volume,
-                    self.lane,
-                    self.offset,
-                    self.buf.len(),
-                    &error.into(),
-                    reply,
-                );
-            }
+            Err(error) => return self.fail(&error.into()),
         };
         if let ([gap], [slice]) = (&self.gaps[..], &slices[..])
             && gap.len == self.buf.len()
             && slice.len() == gap.len
         {
-            reply.data(slice);
+            self.reply.data(slice);
         } else if let Err(error) = fill_gaps(&self.gaps, &slices, &mut self.buf) {
-            return fail(&self.volume, self.lane, self.offset, self.buf.len(), &error, reply);
+            return self.fail(&error);
         } else {
-            reply.data(&self.buf);
+            self.reply.data(&self.buf);
         }
+        let lane = self.volume.lane(self.lane);
         count_gaps(&self.gaps, lane);
         lane.took(self.began.elapsed(), 1);
+    }
+
+    fn fail(self, error: &ReadError) {
+        fail(&self.volume, self.lane, self.offset, self.buf.len(), error, self.reply);
+    }
+
+    fn give_up(self) {
+        self.fail(&ReadError::Stopped);
     }
 }
 
 /// Answers the kernel when the fetch thread has the bytes.
 struct FuseWaiter {
-    pending: Option<Pending>,
+    number: u64,
+    waiting: Arc<Waiting>,
     long_answers: mpsc::Sender<Arrived>,
 }
 
 impl Waiter for FuseWaiter {
-    fn complete(mut self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(pending) = self.pending.take() else { return };
+    fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
+        let Some(pending) = self.waiting.take(self.number) else {
+            return;
+        };
         if pending.buf.len() > LONG_ANSWER {
             if let Err(mpsc::SendError(arrived)) = self.long_answers.send(Arrived { pending, outcome }) {
                 arrived.pending.finish(arrived.outcome);
@@ -251,17 +288,8 @@ impl Waiter for FuseWaiter {
 impl Drop for FuseWaiter {
     /// A waiter that is dropped untold must not leave the kernel's request hanging.
     fn drop(&mut self) {
-        if let Some(mut pending) = self.pending.take()
-            && let Some(reply) = pending.reply.take()
-        {
-            fail(
-                &pending.volume,
-                pending.lane,
-                pending.offset,
-                pending.buf.len(),
-                &ReadError::Stopped,
-                reply,
-            );
+        if let Some(pending) = self.waiting.take(self.number) {
+            pending.give_up();
         }
     }
 }

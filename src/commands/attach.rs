@@ -1,0 +1,202 @@
+//! `tarblk attach`, `mount`, `umount`, `detach`, and the hidden command that a daemon runs.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
+use super::output::println;
+use super::{Session, layer};
+use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Served, Spec};
+use crate::device::registry;
+use crate::device::state::StateDir;
+use crate::device::{BackendChoice, DeviceOptions};
+use crate::interrupt::Interrupt;
+use crate::mount::{self, MountError};
+use crate::open::{Fetching, Recipe};
+
+/// The hidden command that a daemon runs.
+pub(super) const SERVE: &str = "serve-device";
+
+/// Queues of a device when nobody says otherwise: more only cost memory.
+const MOST_QUEUES: usize = 4;
+
+/// How long `mount --foreground` waits between tries to unmount what is in use.
+const BUSY_PAUSE: Duration = Duration::from_millis(500);
+
+/// What `mount --json` says.
+#[derive(Debug, Serialize)]
+struct Mounted<'a> {
+    #[serde(flatten)]
+    attached: &'a Attached,
+    mounted_on: &'a Path,
+    /// Until the device was there: finding the layer, its index, the daemon.
+    attach_seconds: f64,
+    /// Mounting it.
+    mount_seconds: f64,
+}
+
+/// `tarblk attach`.
+pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> {
+    let spec = specify(&args.layer, &args.device, session)?;
+    let tell = |attached: &Attached| -> anyhow::Result<()> {
+        say_which(attached, session);
+        if args.json { println(serde_json::to_string_pretty(attached)?) } else { println(attached.state.device.display()) }
+    };
+    if args.foreground {
+        let announce = |attached: &Attached| tell(attached).map_err(std::io::Error::other);
+        return Ok(daemon::serve(&spec.spec, None, build, announce)?);
+    }
+    tell(&spec.launch()?)
+}
+
+/// `tarblk mount`.
+pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
+    // What is wrong with the directory is told before the network is asked anything.
+    let dir = mount::check_directory(&args.dir)?;
+    let interrupt = if args.foreground { Some(Interrupt::catch().context("cannot catch signals")?) } else { None };
+    let began = Instant::now();
+    let spec = specify(&args.layer, &args.device, session)?;
+    let attached = spec.launch()?;
+    let attach_seconds = began.elapsed().as_secs_f64();
+    say_which(&attached, session);
+    let mounted = mount::mount_device(&attached.state.device, &dir).map_err(anyhow::Error::from).and_then(|()| {
+        let mount_seconds = began.elapsed().as_secs_f64() - attach_seconds;
+        let mounted = Mounted { attached: &attached, mounted_on: &dir, attach_seconds, mount_seconds };
+        if args.json { println(serde_json::to_string_pretty(&mounted)?) } else { Ok(()) }
+    });
+    if let Err(error) = mounted {
+        let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty());
+        if let Err(left) = daemon::detach(&states(), &attached.state) {
+            log::warn!("{left}");
+        }
+        return Err(error);
+    }
+    match interrupt {
+        Some(interrupt) => stay(&dir, &interrupt, session),
+        None => Ok(()),
+    }
+}
+
+/// Waits for a signal, then unmounts as soon as nobody uses the directory.
+fn stay(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
+    session.talk.note(format_args!("mounted on {}; Ctrl-C unmounts it", dir.display()));
+    interrupt.wait();
+    let mut told = false;
+    loop {
+        match mount::unmount(&states(), dir) {
+            Err(busy @ MountError::Busy { .. }) => {
+                if !told {
+                    session.talk.note(format_args!("{busy}; waiting for it (Ctrl-C again leaves it mounted)"));
+                }
+                told = true;
+                std::thread::sleep(BUSY_PAUSE);
+            }
+            other => return Ok(other.map(drop)?),
+        }
+    }
+}
+
+/// `tarblk umount`.
+pub(super) fn umount(args: &UmountArgs, _: Session) -> anyhow::Result<()> {
+    mount::unmount(&states(), &args.dir)?;
+    Ok(())
+}
+
+/// `tarblk detach`.
+pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
+    registry::detach(&states(), &args.device)?;
+    Ok(())
+}
+
+/// The hidden command: a daemon's life.
+pub(super) fn serve() -> ExitCode {
+    daemon::main(build)
+}
+
+/// Where states are kept: `TARBLK_STATE_DIR`, for those who test or must not write to /run.
+pub(super) fn states() -> StateDir {
+    std::env::var_os("TARBLK_STATE_DIR").map_or_else(StateDir::default, |dir| StateDir::new(PathBuf::from(dir)))
+}
+
+/// Which back end carries the device, if it is not the one that `auto` prefers.
+fn say_which(attached: &Attached, session: Session) {
+    log::info!("{} is carried by {}", attached.state.device.display(), attached.state.backend);
+    if let Some(why) = &attached.why_not_ublk {
+        session.talk.note(format_args!("tarblk: {why}; using FUSE under a loop device instead"));
+    }
+}
+
+/// A spec, and the index that was lent to the daemon.
+struct Order {
+    spec: Spec,
+    /// Removed when the daemon had its chance to read it.
+    lent: Option<PathBuf>,
+}
+
+impl Order {
+    fn launch(&self) -> anyhow::Result<Attached> {
+        Ok(daemon::launch(&Launcher::this_program(SERVE)?, &self.spec)?)
+    }
+}
+
+impl Drop for Order {
+    fn drop(&mut self) {
+        if let Some(path) = &self.lent {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Finds the layer and its index, and writes down what the daemon must know.
+fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::Result<Order> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(DaemonError::NotRoot.into());
+    }
+    let states = states();
+    states.create()?;
+    if let Err(error) = registry::sweep(&states) {
+        log::warn!("{error}");
+    }
+    let prepared = layer::prepare(layer, session)?;
+    let fetching = Fetching {
+        memory_bytes: device.fetch.memory,
+        connections: device.fetch.connections,
+        deadline: device.fetch.deadline,
+        store_bytes: layer.cache_size,
+    };
+    let recipe = prepared.recipe(states.path(), fetching)?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let queues = device.queues.unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
+    let source = prepared.blob.source.to_string();
+    let options = DeviceOptions {
+        backend: match device.backend {
+            BackendArg::Auto => BackendChoice::Auto,
+            BackendArg::Ublk => BackendChoice::Ublk,
+            BackendArg::Loop => BackendChoice::Loop,
+        },
+        queues,
+        label: source.clone(),
+        ..DeviceOptions::default()
+    };
+    let lent = recipe.lent().map(Path::to_owned);
+    let payload = serde_json::to_value(recipe)?;
+    Ok(Order { spec: Spec { options, source, states: states.path().to_owned(), payload }, lent })
+}
+
+/// Makes image and fetcher of a recipe, in the daemon.
+fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
+    let recipe: Recipe = serde_json::from_value(payload)?;
+    let opened = recipe.serve()?;
+    let (bytes, counted, ended) = (opened.fetcher.clone(), opened.fetcher.clone(), opened.fetcher);
+    Ok(Served {
+        image: opened.image,
+        bytes: Arc::new(bytes),
+        fetch_stats: Box::new(move || serde_json::to_value(counted.stats()).unwrap_or_default()),
+        finish: Box::new(move || ended.shutdown()),
+    })
+}

@@ -1,0 +1,245 @@
+//! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`. Out: a [`LayerBlob`]: how long the layer is, how
+//! to tell that it is still the same, how to read ranges of it; and a walk over its headers that suits the place ([`walk`]).
+//!
+//! This room must never keep a secret in anything that is printed: passwords and query strings (signatures live there) are
+//! left out of every message and every `Debug`. It waits for nothing without a deadline, and it never gives the header
+//! parser a byte from another place than it says.
+
+mod error;
+pub mod http;
+mod remote;
+pub mod tls;
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use url::Url;
+
+pub use error::SourceError;
+pub use http::{HttpBlob, Patience, Validator};
+pub use remote::Tap;
+
+use crate::index::walk::{Progress, Walked};
+use crate::index::{EntrySink, walk as index_walk};
+
+/// What a person named as a layer.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file on this machine.
+    Path(PathBuf),
+    /// A file on a web server, `http` or `https`.
+    Url(Url),
+}
+
+impl Source {
+    /// Understands what a person typed: a URL where there is `scheme://` in front, else a path.
+    ///
+    /// # Errors
+    /// [`SourceError::Unusable`] for other schemes and URLs that are none.
+    pub fn parse(text: &str) -> Result<Self, SourceError> {
+        let unusable = |why: String| SourceError::Unusable { source_name: without_secrets(text), why };
+        let Some((scheme, _)) = text.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
+            return match text.split_once(':') {
+                _ if text.is_empty() => Err(unusable("the name is empty".to_owned())),
+                Some(("oci" | "docker-archive" | "oci-archive", _)) if !Path::new(text).exists() => {
+                    Err(unusable("images cannot be read yet; name one layer: a path or an http(s) URL of a tar".to_owned()))
+                }
+                _ => Ok(Self::Path(PathBuf::from(text))),
+            };
+        };
+        match scheme.to_ascii_lowercase().as_str() {
+            "http" | "https" => {
+                let mut url = Url::parse(text).map_err(|error| unusable(format!("not a URL: {error}")))?;
+                url.set_fragment(None);
+                Ok(Self::Url(url))
+            }
+            "file" => {
+                let url = Url::parse(text).map_err(|error| unusable(format!("not a URL: {error}")))?;
+                let path = url.to_file_path().map_err(|()| unusable("it names no file on this machine".to_owned()))?;
+                Ok(Self::Path(path))
+            }
+            other => Err(unusable(format!("{other}:// is not supported; use a path, file://, http:// or https://"))),
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    /// For messages: without user, password and query.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Url(url) => f.write_str(&shown_url(url)),
+        }
+    }
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Source({self})")
+    }
+}
+
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
+}
+
+/// A URL as it may be printed: no user, no password, no query, no fragment.
+#[must_use]
+pub fn shown_url(url: &Url) -> String {
+    let mut shown = url.clone();
+    let has_query = shown.query().is_some();
+    shown.set_query(None);
+    shown.set_fragment(None);
+    // These two only fail for URLs that cannot have a user, which then have none to hide.
+    let _ = shown.set_username("");
+    let _ = shown.set_password(None);
+    if has_query { format!("{shown}?…") } else { shown.into() }
+}
+
+/// The same for text that may or may not be a URL.
+#[must_use]
+pub fn without_secrets(text: &str) -> String {
+    match Url::parse(text) {
+        Ok(url) if url.has_host() => shown_url(&url),
+        _ if text.contains("://") => {
+            // Not parsable, but it may still hold a password: keep what lies between `@` and `?`.
+            let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+            let rest = rest.split(['?', '#']).next().unwrap_or_default();
+            let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+            format!("{scheme}://{rest}")
+        }
+        _ => text.to_owned(),
+    }
+}
+
+/// A layer that was found.
+#[derive(Debug)]
+pub struct LayerBlob {
+    /// What was named.
+    pub source: Source,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Where its bytes are.
+    pub place: Place,
+}
+
+/// Where a layer's bytes are.
+#[derive(Debug)]
+pub enum Place {
+    /// In a local file, open for reading.
+    File(File),
+    /// On a web server.
+    Http(HttpBlob),
+}
+
+impl LayerBlob {
+    /// Tells one state of the layer from another: a server's validator, or for a file its inode, length and time of change.
+    #[must_use]
+    pub fn fingerprint(&self) -> Option<String> {
+        match &self.place {
+            Place::File(file) => {
+                let meta = file.metadata().ok()?;
+                Some(format!(
+                    "file:{}:{}:{}:{}.{:09}",
+                    meta.dev(),
+                    meta.ino(),
+                    meta.len(),
+                    meta.mtime(),
+                    meta.mtime_nsec()
+                ))
+            }
+            Place::Http(blob) => blob.validator.as_ref().map(ToString::to_string),
+        }
+    }
+}
+
+/// Finds the layer: opens the file, or asks the server how long it is and whether it answers ranges.
+///
+/// # Errors
+/// [`SourceError`], each naming the source without secrets, the cause and what to do.
+pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceError> {
+    match source {
+        Source::Path(path) => open_file(source, path),
+        Source::Url(url) => {
+            let blob = http::probe(url, patience)?;
+            Ok(LayerBlob { source: source.clone(), len: blob.len, place: Place::Http(blob) })
+        }
+    }
+}
+
+fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
+    let failed = |error| SourceError::File { path: path.to_owned(), source: error };
+    // Asked before opening: a fifo would block, and not every special file is harmless to open.
+    let meta = std::fs::metadata(path).map_err(failed)?;
+    if !meta.is_file() {
+        let why = if meta.is_dir() { "it is a directory; name a tar file" } else { "it is not a regular file" };
+        return Err(SourceError::Unusable { source_name: path.display().to_string(), why: why.to_owned() });
+    }
+    let file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    Ok(LayerBlob { source: source.clone(), len, place: Place::File(file) })
+}
+
+/// Walks the layer's headers, wherever it is, and hands its entries to `sink`. Payload that passes anyway goes to `tap`, which
+/// local files do not need. Must not be called from within an asynchronous runtime.
+///
+/// # Errors
+/// [`SourceError`]: what is wrong with the tar, the server or the sink.
+pub fn walk<'a>(
+    blob: &'a LayerBlob,
+    sink: &'a mut dyn EntrySink,
+    tap: Option<&'a mut (dyn Tap + 'a)>,
+    patience: &Patience,
+    progress: Progress<'a>,
+) -> Result<Walked, SourceError> {
+    let bad_tar = |error| SourceError::Tar { source_name: blob.source.to_string(), source: error };
+    match &blob.place {
+        Place::File(file) => index_walk::local(file, blob.len, sink, progress).map_err(bad_tar),
+        Place::Http(http) => remote::walk(http, sink, tap, patience, progress),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(text: &str) -> String {
+        Source::parse(text).unwrap().to_string()
+    }
+
+    #[test]
+    fn sources_are_understood() {
+        assert_eq!(Source::parse("/a/b.tar").unwrap(), Source::Path("/a/b.tar".into()));
+        assert_eq!(Source::parse("b c:d.tar").unwrap(), Source::Path("b c:d.tar".into()));
+        assert_eq!(Source::parse("file:///a/b%20c.tar").unwrap(), Source::Path("/a/b c.tar".into()));
+        assert!(matches!(Source::parse("HTTP://host/x").unwrap(), Source::Url(_)));
+        for bad in ["", "ftp://host/x", "docker://alpine", "oci:dir", "http://", "file://host/x"] {
+            assert!(matches!(Source::parse(bad), Err(SourceError::Unusable { .. })), "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        assert_eq!(shown("https://me:secret@host:8443/a.tar?sig=secret#secret"), "https://host:8443/a.tar?…");
+        assert_eq!(shown("http://host/a.tar"), "http://host/a.tar");
+        for text in ["ftp://me:secret@host/x?sig=secret", "http://me:secret@:80:x/?secret", "http://a:secret@h:99999/"] {
+            let error = Source::parse(text).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("secret"), "{error}");
+        }
+        assert!(!format!("{:?}", Source::parse("http://me:secret@host/").unwrap()).contains("secret"));
+    }
+
+    #[test]
+    fn odd_files_are_refused_in_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |path: &Path| open(&Source::Path(path.to_owned()), &Patience::default());
+        let message = open(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("is a directory"), "{message}");
+        let message = open(&dir.path().join("absent")).unwrap_err().to_string();
+        assert!(message.contains("absent") && message.contains("No such file"), "{message}");
+        assert!(open(Path::new("/dev/zero")).unwrap_err().to_string().contains("not a regular file"));
+    }
+}

@@ -1,0 +1,574 @@
+//! A layer on a web server: what is there, and ranges of it, checked.
+//!
+//! In: a URL, ranges. Out: exactly the bytes that were asked for, piece by piece, or an error that says whether trying again
+//! makes sense. A response is compared with the request before a byte of it is believed (RFC 9110, sections 14 and 15.3.7).
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::header::{
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue,
+    LAST_MODIFIED, RANGE, RETRY_AFTER,
+};
+use reqwest::{Client, Response, StatusCode};
+use url::Url;
+
+use super::{SourceError, shown_url, tls};
+
+/// How long to wait, and how often to try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For a connection, TLS included.
+    pub connect: Duration,
+    /// For an answer to begin, and between two pieces of one.
+    pub stall: Duration,
+    /// How often the same position is tried before giving up.
+    pub tries: u32,
+    /// The first pause between tries; doubles each time.
+    pub backoff: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            stall: Duration::from_secs(20),
+            tries: 6,
+            backoff: Duration::from_millis(100),
+        }
+    }
+}
+
+/// The longest pause between tries, also when a server asks for more (`Retry-After`).
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+impl Patience {
+    /// The pause before try number `tries` (the first retry is 1): doubling, or what the server wishes.
+    pub(super) fn pause(&self, tries: u32, wished: Option<Duration>) -> Duration {
+        let doubled = self.backoff.saturating_mul(1 << tries.saturating_sub(1).min(10));
+        doubled.max(wished.unwrap_or_default()).min(LONGEST_PAUSE)
+    }
+}
+
+/// Tells one state of a layer on a server from another.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Validator {
+    /// The `ETag` header's value, quotes and `W/` included.
+    ETag(String),
+    /// The `Last-Modified` header's value.
+    LastModified(String),
+}
+
+impl Validator {
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        text(ETAG).map(Self::ETag).or_else(|| text(LAST_MODIFIED).map(Self::LastModified))
+    }
+
+    /// Whether `other`, from a later answer, shows that the layer changed. Different kinds cannot be compared: some servers
+    /// leave a header out of partial answers.
+    fn contradicts(&self, other: Option<&Self>) -> bool {
+        match (self, other) {
+            (Self::ETag(a), Some(Self::ETag(b))) => a.trim_start_matches("W/") != b.trim_start_matches("W/"),
+            (Self::LastModified(a), Some(Self::LastModified(b))) => a != b,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Validator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ETag(tag) => write!(f, "etag:{tag}"),
+            Self::LastModified(date) => write!(f, "last-modified:{date}"),
+        }
+    }
+}
+
+/// A layer on a web server that was found there.
+#[derive(Clone)]
+pub struct HttpBlob {
+    /// The URL that was named, without user and password.
+    pub url: Url,
+    /// Where redirects led in the end; may expire, which [`url`](Self::url) does not.
+    pub resolved: Url,
+    /// `Authorization`, made from the URL's user and password, for the host of [`url`](Self::url) and no other.
+    pub authorization: Option<HeaderValue>,
+    /// The layer's length in bytes.
+    pub len: u64,
+    /// Whether the server answers ranges. If not, the layer can only be streamed from its beginning.
+    pub ranges: bool,
+    /// Tells whether it is still the same, where the server says.
+    pub validator: Option<Validator>,
+}
+
+impl fmt::Debug for HttpBlob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpBlob")
+            .field("url", &self.name())
+            .field("len", &self.len)
+            .field("ranges", &self.ranges)
+            .field("validator", &self.validator)
+            .finish_non_exhaustive()
+    }
+}
+
+impl HttpBlob {
+    /// The URL for messages.
+    #[must_use]
+    pub fn name(&self) -> String {
+        shown_url(&self.url)
+    }
+}
+
+/// A failed request.
+#[derive(Debug)]
+pub(super) struct Failure {
+    /// What to tell the person if it ends here.
+    pub(super) error: SourceError,
+    /// Whether another try may succeed.
+    pub(super) passing: bool,
+    /// How long the server wishes to be left alone.
+    wait: Option<Duration>,
+}
+
+impl Failure {
+    fn passing(url: &Url, why: impl Into<String>) -> Self {
+        let error = SourceError::Unreachable { url: shown_url(url), why: why.into(), tries: 1 };
+        Self { error, passing: true, wait: None }
+    }
+
+    fn lasting(error: SourceError) -> Self {
+        Self { error, passing: false, wait: None }
+    }
+
+    /// An answer that contradicts the question. One bad machine behind a balancer can send it, so it is tried again.
+    fn wrong(url: &Url, why: impl Into<String>) -> Self {
+        let error = SourceError::WrongAnswer { url: shown_url(url), why: why.into() };
+        Self { error, passing: true, wait: None }
+    }
+}
+
+/// Counts failures since the last success, and pauses between tries.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tries(u32);
+
+impl Tries {
+    /// Waits before the next try, or gives up.
+    pub(super) async fn failed(&mut self, failure: Failure, patience: &Patience) -> Result<(), SourceError> {
+        self.0 += 1;
+        if !failure.passing || self.0 >= patience.tries {
+            return Err(match failure.error {
+                SourceError::Unreachable { url, why, .. } => SourceError::Unreachable { url, why, tries: self.0 },
+                other => other,
+            });
+        }
+        let pause = patience.pause(self.0, failure.wait);
+        log::debug!("try {} in {pause:?}: {}", self.0 + 1, failure.error);
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+
+    pub(super) fn succeeded(&mut self) {
+        self.0 = 0;
+    }
+}
+
+/// Requests to one server, with its deadlines.
+#[derive(Clone, Debug)]
+pub(super) struct Requests {
+    client: Client,
+    pub(super) patience: Patience,
+}
+
+impl Requests {
+    pub(super) fn new(url: &Url, patience: Patience) -> Result<Self, SourceError> {
+        let config = match tls::client_config() {
+            Ok(config) => Arc::unwrap_or_clone(config),
+            Err(error) if url.scheme() == "https" => return Err(error),
+            Err(_) => tls::trusting_nobody()?,
+        };
+        let client = Client::builder()
+            .tls_backend_preconfigured(config)
+            .http1_only()
+            .tcp_nodelay(true)
+            .connect_timeout(patience.connect)
+            .user_agent(concat!("tarblk/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|error| SourceError::Setup { what: "the HTTP client", why: cause(&error) })?;
+        Ok(Self { client, patience })
+    }
+
+    async fn get(&self, url: &Url, authorization: Option<&HeaderValue>, range: &str) -> Result<Response, Failure> {
+        let mut request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity").header(RANGE, range);
+        if let Some(value) = authorization {
+            request = request.header(AUTHORIZATION, value);
+        }
+        let answer = tokio::time::timeout(self.patience.connect + self.patience.stall, request.send()).await;
+        match answer {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(classify(url, &error)),
+            Err(_) => Err(Failure::passing(url, "the server does not answer")),
+        }
+    }
+
+    /// Asks for `len` bytes from `start` on. The answer is checked; its body is not longer than what it announces.
+    pub(super) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, Failure> {
+        let end = start.saturating_add(len).min(blob.len);
+        let range = format!("bytes={start}-{}", end.saturating_sub(1));
+        let authorization = blob.authorization.as_ref().filter(|_| blob.resolved.origin() == blob.url.origin());
+        let mut response = self.get(&blob.resolved, authorization, &range).await?;
+        let expired = matches!(
+            response.status(),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
+        );
+        if expired && blob.resolved != blob.url {
+            // Signed URLs expire; the one that was named leads to a new one.
+            response = self.get(&blob.url, blob.authorization.as_ref(), &range).await?;
+        }
+        let status = response.status();
+        if status == StatusCode::OK && start == 0 && end == blob.len {
+            // Everything was asked for and everything comes.
+        } else if status == StatusCode::PARTIAL_CONTENT {
+            check_range(blob, response.headers(), start, end)?;
+        } else if status == StatusCode::OK {
+            return Err(Failure::wrong(&blob.url, "the whole layer instead of a range, which it answered before"));
+        } else {
+            return Err(refused(&blob.url, &response));
+        }
+        check_same(blob, response.headers())?;
+        Ok(Body { response, at: start, end, stall: self.patience.stall })
+    }
+
+    /// Asks for the whole layer as one stream, of a server that answers no ranges.
+    pub(super) async fn whole(&self, blob: &HttpBlob) -> Result<Body, Failure> {
+        let response = self.get(&blob.url, blob.authorization.as_ref(), "bytes=0-").await?;
+        match response.status() {
+            StatusCode::OK => check_length(blob, response.headers(), blob.len)?,
+            StatusCode::PARTIAL_CONTENT => check_range(blob, response.headers(), 0, blob.len)?,
+            _ => return Err(refused(&blob.url, &response)),
+        }
+        check_same(blob, response.headers())?;
+        Ok(Body { response, at: 0, end: blob.len, stall: self.patience.stall })
+    }
+}
+
+/// A checked answer, whose bytes come piece by piece.
+#[derive(Debug)]
+pub(super) struct Body {
+    response: Response,
+    /// Where the next piece lies.
+    pub(super) at: u64,
+    /// Where the answer ends.
+    pub(super) end: u64,
+    stall: Duration,
+}
+
+impl Body {
+    /// The next piece and where it lies; `None` behind the last.
+    pub(super) async fn next(&mut self) -> Result<Option<(u64, bytes::Bytes)>, Failure> {
+        let piece = tokio::time::timeout(self.stall, self.response.chunk()).await;
+        let passing = |why: &str| Failure::passing(self.response.url(), why);
+        let piece = piece.map_err(|_| passing("the server stopped sending"))?;
+        match piece.map_err(|error| passing(&cause(&error)))? {
+            Some(bytes) => {
+                let at = self.at;
+                self.at = self.at.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+                if self.at > self.end {
+                    return Err(Failure::wrong(self.response.url(), "more bytes than it announced"));
+                }
+                Ok(Some((at, bytes)))
+            }
+            None if self.at < self.end => Err(passing("the answer ended too early")),
+            None => Ok(None),
+        }
+    }
+}
+
+fn classify(url: &Url, error: &reqwest::Error) -> Failure {
+    let why = cause(error);
+    if error.is_redirect() || error.is_builder() {
+        return Failure::lasting(SourceError::WrongAnswer { url: shown_url(url), why });
+    }
+    let why = if error.is_connect() { format!("cannot connect: {why}") } else { why };
+    let mut failure = Failure::passing(url, why.as_str());
+    // What certificates say does not change by trying again.
+    failure.passing = !why.contains("certificate");
+    failure
+}
+
+/// Asks what is at `url`: its length, whether ranges are answered, how to recognise it again.
+///
+/// # Errors
+/// [`SourceError`]: unreachable, refused, or an answer that makes no sense.
+pub fn probe(url: &Url, patience: &Patience) -> Result<HttpBlob, SourceError> {
+    let requests = Requests::new(url, *patience)?;
+    super::remote::runtime()?.block_on(async {
+        let mut tries = Tries::default();
+        loop {
+            match probe_once(&requests, url).await {
+                Ok(blob) => return Ok(blob),
+                Err(failure) => tries.failed(failure, patience).await?,
+            }
+        }
+    })
+}
+
+/// Brings a small file, whole, in one request.
+///
+/// # Errors
+/// [`SourceError`]; also when it is longer than `most` bytes.
+pub fn get_whole(url: &Url, most: u64, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+    let requests = Requests::new(url, *patience)?;
+    super::remote::runtime()?.block_on(async {
+        let mut tries = Tries::default();
+        loop {
+            match get_whole_once(&requests, url, most).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(failure) => tries.failed(failure, patience).await?,
+            }
+        }
+    })
+}
+
+async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<Vec<u8>, Failure> {
+    let (url, authorization) = split_credentials(named);
+    let response = requests.get(&url, authorization.as_ref(), "bytes=0-").await?;
+    let end = match response.status() {
+        StatusCode::OK => response.content_length(),
+        StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
+            Some((Some((0, end)), len)) if end == len => Some(len),
+            _ => return Err(Failure::wrong(&url, "a part of the file, which was asked for whole")),
+        },
+        _ => return Err(refused(&url, &response)),
+    };
+    let end = end.ok_or_else(|| Failure::wrong(&url, "a file without saying how long it is"))?;
+    if end > most {
+        let why = format!("the file is {end} bytes long, and no more than {most} can be used");
+        return Err(Failure::lasting(SourceError::Unusable { source_name: shown_url(&url), why }));
+    }
+    let mut body = Body { response, at: 0, end, stall: requests.patience.stall };
+    let mut whole = Vec::new();
+    while let Some((_, bytes)) = body.next().await? {
+        whole.extend_from_slice(&bytes);
+    }
+    Ok(whole)
+}
+
+async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failure> {
+    let (url, authorization) = split_credentials(named);
+    let response = requests.get(&url, authorization.as_ref(), "bytes=0-0").await?;
+    let headers = response.headers();
+    let wrong = |why| Failure::wrong(&url, why);
+    let (len, ranges) = match response.status() {
+        StatusCode::PARTIAL_CONTENT => match content_range(headers) {
+            Some((Some((0, 1)), len)) if len > 0 => (len, true),
+            _ => return Err(wrong("a range that was not asked for")),
+        },
+        // An empty layer has no first byte.
+        StatusCode::RANGE_NOT_SATISFIABLE => match content_range(headers) {
+            Some((None, 0)) => (0, true),
+            _ => return Err(wrong("it has no first byte, but an unknown length")),
+        },
+        StatusCode::OK => match content_length(headers) {
+            Some(len) => (len, false),
+            None => return Err(wrong("it answers no ranges and tells no length; download the layer first")),
+        },
+        _ => return Err(refused(&url, &response)),
+    };
+    if headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        return Err(wrong("a compressed transfer, whose ranges are not those of the layer"));
+    }
+    Ok(HttpBlob {
+        resolved: response.url().clone(),
+        validator: Validator::of(headers),
+        url,
+        authorization,
+        len,
+        ranges,
+    })
+}
+
+/// The URL without its user and password, and these as a header.
+fn split_credentials(named: &Url) -> (Url, Option<HeaderValue>) {
+    let mut url = named.clone();
+    if named.username().is_empty() && named.password().is_none() {
+        return (url, None);
+    }
+    // These only fail for URLs that cannot have a user.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    let decode = |text: &str| percent_decoded(text.as_bytes());
+    let mut pair = decode(named.username());
+    pair.push(b':');
+    pair.extend(decode(named.password().unwrap_or_default()));
+    let mut value = HeaderValue::from_str(&format!("Basic {}", base64(&pair))).ok();
+    if let Some(value) = &mut value {
+        value.set_sensitive(true);
+    }
+    (url, value)
+}
+
+fn percent_decoded(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        let pair = tail.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
+        match pair.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) if *first == b'%' => {
+                out.push(byte);
+                rest = &tail[2..];
+            }
+            _ => {
+                out.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    out
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let mut bits = 0_u32;
+        for place in 0..3 {
+            bits = bits << 8 | u32::from(group.get(place).copied().unwrap_or(0));
+        }
+        for place in 0..4 {
+            let letter = ALPHABET[usize::try_from(bits >> (18 - 6 * place) & 63).unwrap_or(0)];
+            out.push(if place <= group.len() { char::from(letter) } else { '=' });
+        }
+    }
+    out
+}
+
+/// A `Content-Range`: the range as start and end (behind the last byte), if there is one, and the whole length.
+type ContentRange = (Option<(u64, u64)>, u64);
+
+fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
+    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    let (range, len) = text.strip_prefix("bytes")?.trim_start().split_once('/')?;
+    let len = len.trim().parse().ok()?;
+    if range.trim() == "*" {
+        return Some((None, len));
+    }
+    let (start, last) = range.split_once('-')?;
+    let last: u64 = last.trim().parse().ok()?;
+    Some((Some((start.trim().parse().ok()?, last.checked_add(1)?)), len))
+}
+
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+}
+
+fn check_range(blob: &HttpBlob, headers: &HeaderMap, start: u64, end: u64) -> Result<(), Failure> {
+    match content_range(headers) {
+        Some((_, other)) if other != blob.len => Err(changed(blob)),
+        Some((Some(range), _)) if range == (start, end) => check_length(blob, headers, end - start),
+        _ => {
+            let got = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or("no range at all");
+            let why = format!("{got} instead of bytes {start}-{}/{}", end.saturating_sub(1), blob.len);
+            Err(Failure::wrong(&blob.url, why))
+        }
+    }
+}
+
+fn check_length(blob: &HttpBlob, headers: &HeaderMap, expected: u64) -> Result<(), Failure> {
+    match content_length(headers) {
+        Some(len) if len != expected => Err(Failure::wrong(&blob.url, format!("{len} bytes instead of {expected}"))),
+        _ => Ok(()),
+    }
+}
+
+fn check_same(blob: &HttpBlob, headers: &HeaderMap) -> Result<(), Failure> {
+    let now = Validator::of(headers);
+    match &blob.validator {
+        Some(before) if before.contradicts(now.as_ref()) => Err(changed(blob)),
+        _ => Ok(()),
+    }
+}
+
+fn changed(blob: &HttpBlob) -> Failure {
+    Failure::lasting(SourceError::Changed { url: blob.name() })
+}
+
+/// What an answer means that brings no bytes.
+fn refused(url: &Url, response: &Response) -> Failure {
+    let status = response.status();
+    let passing = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
+        || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY);
+    if passing {
+        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let wait = seconds.map(Duration::from_secs);
+        return Failure { wait, ..Failure::passing(url, format!("the server says {status}")) };
+    }
+    let advice = match status {
+        StatusCode::NOT_FOUND | StatusCode::GONE => "; check the address",
+        StatusCode::UNAUTHORIZED => "; put user:password@ in front of the host name if you have them",
+        StatusCode::FORBIDDEN => "; you may not read it, or the signature in the address has expired",
+        StatusCode::RANGE_NOT_SATISFIABLE => "; the layer is shorter than it was: try again",
+        _ => "",
+    };
+    Failure::lasting(SourceError::Status { url: shown_url(url), status: status.to_string(), advice })
+}
+
+/// The innermost cause of an error, which says most. reqwest's own message is left out: it holds the URL with its secrets.
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
+    let mut last = None;
+    while let Some(error) = cause {
+        last = Some(error.to_string());
+        cause = error.source();
+    }
+    match last {
+        Some(text) => text,
+        None if error.is_timeout() => "timed out".to_owned(),
+        None if error.is_redirect() => "too many redirects".to_owned(),
+        None => "the request failed".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_leave_the_url() {
+        let (url, value) = split_credentials(&Url::parse("https://us%40er:p%3Aw@host/x?q=1").unwrap());
+        assert_eq!(url.as_str(), "https://host/x?q=1");
+        let value = value.unwrap();
+        assert_eq!(value.to_str().unwrap(), "Basic dXNAZXI6cDp3");
+        assert!(value.is_sensitive());
+        assert_eq!(base64(b""), "");
+        assert_eq!(base64(b"a"), "YQ==");
+        assert_eq!(base64(b"ab"), "YWI=");
+        assert_eq!(base64(b"abc"), "YWJj");
+    }
+
+    #[test]
+    fn content_ranges_are_understood() {
+        let range = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_RANGE, HeaderValue::from_str(text).unwrap());
+            content_range(&headers)
+        };
+        assert_eq!(range("bytes 0-0/10"), Some((Some((0, 1)), 10)));
+        assert_eq!(range("bytes */0"), Some((None, 0)));
+        for bad in ["bytes 0-0/*", "items 0-0/10", "bytes 0/10", "bytes a-b/10", "bytes 0-18446744073709551615/1"] {
+            assert_eq!(range(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn pauses_double_and_end() {
+        let patience = Patience::default();
+        assert_eq!(patience.pause(1, None), Duration::from_millis(100));
+        assert_eq!(patience.pause(3, None), Duration::from_millis(400));
+        assert_eq!(patience.pause(99, None), LONGEST_PAUSE);
+        assert_eq!(patience.pause(1, Some(Duration::from_secs(3))), Duration::from_secs(3));
+        assert_eq!(patience.pause(1, Some(Duration::from_secs(3600))), LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,600 @@
+//! Walking a tar that lies on a web server, in the time of few bytes and few waits.
+//!
+//! A tar is a chain: only a header tells where the next one is. Followed link by link it costs a round trip an entry; streamed
+//! it costs all of its bytes. So it is cut into segments and the chain is followed in many of them at once. In each, an
+//! explorer looks for something that looks like a header, follows the chain from there to the segment's end, and keeps the
+//! header blocks it meets; within a segment it reads on through small payloads and asks anew behind big ones, whichever takes
+//! less time at the round trip and rate measured so far.
+//!
+//! What explorers find are guesses: a tar may lie inside the tar. There is one true parser; it starts at byte 0, is fed the
+//! blocks that explorers brought wherever it wants exactly those, and fetches for itself whatever is missing. A wrong guess
+//! costs bytes, never truth.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::future::{Either, join_all, select};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use super::SourceError;
+use super::http::{Body, Failure, HttpBlob, Patience, Requests, Tries};
+use crate::index::walk::{Progress, Walked};
+use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
+use crate::units::TarOffset;
+
+/// Takes bytes of the layer that a walk has received anyway, in no particular order, some of them twice.
+pub trait Tap {
+    /// Takes the bytes from `at` on.
+    fn bytes(&mut self, at: TarOffset, bytes: &[u8]);
+}
+
+/// At most this many connections, and one for each so many bytes: parallel chains are only worth it on a long way.
+const MAX_EXPLORERS: u64 = 32;
+const BYTES_PER_EXPLORER: u64 = 4 << 20;
+/// A segment is not longer than this, so that what explorers keep until its turn comes stays small.
+const MAX_SEGMENT: u64 = 32 << 20;
+/// How many header bytes an explorer may have waiting to be taken.
+const WAITING: usize = 1 << 20;
+/// How far an explorer looks for a header before it gives up, at most and as a part of its segment.
+const MAX_SCAN: u64 = 4 << 20;
+const SCAN_PART: u64 = 4;
+
+/// The shortest and the longest range asked for at once, and the first.
+const SHORTEST: u64 = 4 << 10;
+const LONGEST: u64 = 8 << 20;
+const FIRST: u64 = 64 << 10;
+/// What dropping an answer costs, in round trips: a new connection, TLS, and finding its speed again.
+const RECONNECT: f64 = 4.0;
+
+/// A runtime for one piece of waiting.
+pub(super) fn runtime() -> Result<tokio::runtime::Runtime, SourceError> {
+    let built = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    built.map_err(|error| SourceError::Setup { what: "the network runtime", why: error.to_string() })
+}
+
+/// Walks a layer on a web server.
+pub(super) fn walk<'a>(
+    blob: &'a HttpBlob,
+    sink: &'a mut dyn EntrySink,
+    tap: Option<&'a mut (dyn Tap + 'a)>,
+    patience: &Patience,
+    progress: Progress<'a>,
+) -> Result<Walked, SourceError> {
+    let requests = Requests::new(&blob.url, *patience)?;
+    let keep_all = tap.is_some();
+    let wire = Wire { blob, requests, tap: RefCell::new(tap), asked: Cell::new(0), got: Cell::new(0), link: Link::default() };
+    let mut truth = Truth { parser: Parser::new(), sink, progress, blob };
+    let end = runtime()?.block_on(async {
+        if blob.len == 0 {
+            truth.finish()
+        } else if blob.ranges {
+            walk_ranges(&wire, &mut truth).await
+        } else {
+            log::warn!("{}: the server does not answer ranges; reading the whole layer once", blob.name());
+            walk_stream(&wire, &mut truth, keep_all).await
+        }
+    })?;
+    Ok(Walked { tar_len: blob.len, end, reads: wire.asked.get(), bytes_read: wire.got.get() })
+}
+
+/// The one parser that counts, and where its entries go.
+struct Truth<'a> {
+    parser: Parser,
+    sink: &'a mut dyn EntrySink,
+    progress: Progress<'a>,
+    blob: &'a HttpBlob,
+}
+
+impl Truth<'_> {
+    /// Where it needs a byte next; `None` when it needs no more.
+    fn wants(&self) -> Option<u64> {
+        self.parser.wants().map(|at| at.0).filter(|at| *at < self.blob.len)
+    }
+
+    fn feed(&mut self, at: u64, bytes: &[u8]) -> Result<(), SourceError> {
+        let outcome = self.parser.feed(TarOffset(at), bytes, self.sink);
+        (self.progress)(self.parser.wants().unwrap_or(TarOffset(self.blob.len)), self.blob.len);
+        outcome.map_err(|error| self.bad_tar(error))
+    }
+
+    fn finish(&mut self) -> Result<EndOfArchive, SourceError> {
+        let end = self.parser.finish(TarOffset(self.blob.len)).map_err(|error| self.bad_tar(error))?;
+        (self.progress)(TarOffset(self.blob.len), self.blob.len);
+        Ok(end)
+    }
+
+    fn bad_tar(&self, error: IndexError) -> SourceError {
+        SourceError::Tar { source_name: self.blob.name(), source: error }
+    }
+}
+
+/// Reads the layer from beginning to end, of a server that can do nothing else.
+async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> Result<EndOfArchive, SourceError> {
+    let mut reached = 0;
+    let mut tries = Tries::default();
+    loop {
+        let failure = match wire.whole().await {
+            Err(failure) => failure,
+            Ok(mut body) => loop {
+                match wire.piece(&mut body).await {
+                    Ok(None) => return truth.finish(),
+                    Ok(Some((at, bytes))) => {
+                        truth.feed(at, &bytes)?;
+                        if body.at > reached {
+                            reached = body.at;
+                            tries.succeeded();
+                        }
+                        if truth.wants().is_none() && !keep_all {
+                            return truth.finish();
+                        }
+                    }
+                    Err(failure) => break failure,
+                }
+            },
+        };
+        tries.failed(failure, &wire.requests.patience).await?;
+    }
+}
+
+/// Follows the chain in all segments at once.
+async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArchive, SourceError> {
+    let (segments, mut finds): (Vec<_>, Vec<_>) = segments(wire.blob.len).into_iter().unzip();
+    let segments = RefCell::new(segments.into_iter());
+    let ground = Ground::default();
+    let exploring = join_all((0..explorers(wire.blob.len)).map(|_| async {
+        loop {
+            // Bound to a name, so that the borrow ends before the exploring begins.
+            let segment = segments.borrow_mut().next();
+            let Some(segment) = segment else { return };
+            segment.explore(wire, &ground).await;
+        }
+    }));
+    let verifying = verify(wire, truth, &mut finds);
+    match select(pin!(verifying), pin!(exploring)).await {
+        Either::Left((outcome, _)) => outcome,
+        Either::Right((_, verifying)) => verifying.await,
+    }
+}
+
+/// Feeds the parser what explorers found, segment by segment, and fetches what they did not find.
+async fn verify(wire: &Wire<'_>, truth: &mut Truth<'_>, finds: &mut [Finds]) -> Result<EndOfArchive, SourceError> {
+    let mut reader = Reader::new(wire);
+    for find in finds {
+        while truth.wants().is_some_and(|wanted| wanted < find.end) {
+            let Some(piece) = find.pieces.recv().await else { break };
+            bridge(&mut reader, truth, piece.at).await?;
+            if truth.wants() == Some(piece.at) {
+                truth.feed(piece.at, &piece.bytes)?;
+            }
+        }
+        // Its explorer stops when nobody listens.
+        find.pieces.close();
+        bridge(&mut reader, truth, find.end).await?;
+    }
+    truth.finish()
+}
+
+/// Follows the chain up to `until` with requests of its own.
+async fn bridge(reader: &mut Reader<'_, '_>, truth: &mut Truth<'_>, until: u64) -> Result<(), SourceError> {
+    while let Some(wanted) = truth.wants().filter(|wanted| *wanted < until) {
+        let bytes = reader.read(wanted).await?;
+        truth.feed(wanted, &bytes)?;
+    }
+    Ok(())
+}
+
+fn explorers(len: u64) -> u64 {
+    (len / BYTES_PER_EXPLORER).clamp(1, MAX_EXPLORERS)
+}
+
+/// A stretch of the layer and where to send the header blocks found in it.
+struct Segment {
+    start: u64,
+    end: u64,
+    finds: mpsc::UnboundedSender<Piece>,
+    room: Arc<Semaphore>,
+}
+
+/// The other end: what an explorer found in the segment that ends at `end`.
+struct Finds {
+    end: u64,
+    pieces: mpsc::UnboundedReceiver<Piece>,
+}
+
+/// Header blocks that lie together.
+struct Piece {
+    at: u64,
+    bytes: Vec<u8>,
+    _room: OwnedSemaphorePermit,
+}
+
+fn segments(len: u64) -> Vec<(Segment, Finds)> {
+    let size = len.div_ceil(explorers(len)).next_multiple_of(TAR_BLOCK).min(MAX_SEGMENT);
+    let mut start = 0;
+    let mut segments = Vec::new();
+    while start < len {
+        let end = (start + size).min(len);
+        let (sender, pieces) = mpsc::unbounded_channel();
+        let room = Arc::new(Semaphore::new(WAITING));
+        segments.push((Segment { start, end, finds: sender, room }, Finds { end, pieces }));
+        start = end;
+    }
+    segments
+}
+
+/// What explorers know together: big payloads, in which no explorer needs to look for a header.
+#[derive(Default)]
+struct Ground {
+    /// From start to end.
+    payloads: RefCell<BTreeMap<u64, u64>>,
+}
+
+impl Ground {
+    fn payload(&self, start: u64, end: u64) {
+        if end - start >= FIRST {
+            self.payloads.borrow_mut().insert(start, end);
+        }
+    }
+
+    /// Where the payload ends that `at` lies in, or `at` itself.
+    fn past_payload(&self, at: u64) -> u64 {
+        match self.payloads.borrow().range(..=at).next_back() {
+            Some((_, end)) if *end > at => *end,
+            _ => at,
+        }
+    }
+}
+
+impl Segment {
+    /// Finds the chain in this segment and follows it to the end, again and again if it breaks off. Errors end it quietly:
+    /// if the bytes matter, the one who verifies meets the same error.
+    async fn explore(&self, wire: &Wire<'_>, ground: &Ground) {
+        let mut reader = Reader::new(wire);
+        let mut scan_left = ((self.end - self.start) / SCAN_PART).min(MAX_SCAN);
+        let mut at = self.start;
+        while at < self.end && !self.abandoned() {
+            if at != 0 {
+                let found = self.scan(&mut reader, ground, at, &mut scan_left).await;
+                match found {
+                    Ok(Some(header)) => at = header,
+                    _ => return,
+                }
+            }
+            match self.follow(&mut reader, ground, at).await {
+                Ok(reached) => at = reached,
+                Err(error) => return log::debug!("explorer at byte {at}: {error}"),
+            }
+        }
+    }
+
+    fn abandoned(&self) -> bool {
+        self.finds.is_closed()
+    }
+
+    /// The first block from `at` on that looks like a header.
+    async fn scan(
+        &self,
+        reader: &mut Reader<'_, '_>,
+        ground: &Ground,
+        mut at: u64,
+        left: &mut u64,
+    ) -> Result<Option<u64>, SourceError> {
+        while at < self.end && !self.abandoned() {
+            let past = ground.past_payload(at).next_multiple_of(TAR_BLOCK);
+            if past > at {
+                at = past;
+                continue;
+            }
+            let bytes = reader.read_block(at).await?;
+            *left = left.saturating_sub(len_u64(&bytes));
+            let blocks = bytes.chunks_exact(BLOCK);
+            match blocks.clone().position(looks_like_header) {
+                Some(number) => return Ok(Some(at + TAR_BLOCK * u64::try_from(number).unwrap_or(0))),
+                None => at += TAR_BLOCK * u64::try_from(blocks.len()).unwrap_or(0),
+            }
+            if *left == 0 || len_u64(&bytes) < TAR_BLOCK {
+                return Ok(None);
+            }
+        }
+        Ok(None)
+    }
+
+    /// Follows the chain from the header at `at`; returns where it leads when the segment is left or it breaks off.
+    async fn follow(&self, reader: &mut Reader<'_, '_>, ground: &Ground, at: u64) -> Result<u64, SourceError> {
+        let mut parser = Parser::starting_at(TarOffset(at));
+        let mut found = Found { segment: self, at, bytes: Vec::new() };
+        let mut payload_from = at;
+        while let Some(TarOffset(wanted)) = parser.wants() {
+            if wanted > payload_from {
+                ground.payload(payload_from, wanted);
+            }
+            if wanted >= reader.wire.blob.len || self.abandoned() {
+                break;
+            }
+            if wanted >= self.end && parser.between_entries() {
+                found.send().await;
+                return Ok(wanted);
+            }
+            if !reader.has(wanted) {
+                found.send().await;
+            }
+            let bytes = reader.read(wanted).await?;
+            let unit = &bytes[..bytes.len().min(parser.wants_len())];
+            found.add(wanted, unit).await;
+            payload_from = wanted + len_u64(unit);
+            if parser.feed(TarOffset(wanted), unit, &mut Nothing).is_err() {
+                break;
+            }
+        }
+        found.send().await;
+        Ok(payload_from)
+    }
+}
+
+const BLOCK: usize = 512;
+
+fn len_u64(bytes: &[u8]) -> u64 {
+    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
+}
+
+/// Header blocks on their way to the parser.
+struct Found<'a> {
+    segment: &'a Segment,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Found<'_> {
+    /// So many bytes are sent together.
+    const TOGETHER: usize = 32 << 10;
+    /// What a piece weighs at least.
+    const LEAST: usize = 1 << 10;
+
+    async fn add(&mut self, at: u64, mut unit: &[u8]) {
+        if at != self.at + len_u64(&self.bytes) {
+            self.send().await;
+            self.at = at;
+        }
+        while !unit.is_empty() {
+            let (now, later) = unit.split_at(unit.len().min(Self::TOGETHER));
+            self.bytes.extend_from_slice(now);
+            unit = later;
+            if self.bytes.len() >= Self::TOGETHER {
+                self.send().await;
+            }
+        }
+    }
+
+    /// Sends what is there, as soon as there is room for it.
+    async fn send(&mut self) {
+        if self.bytes.is_empty() {
+            return;
+        }
+        let bytes = std::mem::take(&mut self.bytes);
+        let at = self.at;
+        self.at += len_u64(&bytes);
+        let weight = u32::try_from(bytes.len().max(Self::LEAST)).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.segment.room).acquire_many_owned(weight).await;
+        if let Ok(room) = room {
+            // Nobody listening means that nobody needs it.
+            let _ = self.segment.finds.send(Piece { at, bytes, _room: room });
+        }
+    }
+}
+
+/// Explorers only want to know where the next header is.
+struct Nothing;
+
+impl EntrySink for Nothing {
+    fn entry(&mut self, _: &Entry) -> Result<(), IndexError> {
+        Ok(())
+    }
+}
+
+/// The connection to the server as all readers share it.
+struct Wire<'a> {
+    blob: &'a HttpBlob,
+    requests: Requests,
+    tap: RefCell<Option<&'a mut (dyn Tap + 'a)>>,
+    asked: Cell<u64>,
+    got: Cell<u64>,
+    link: Link,
+}
+
+impl Wire<'_> {
+    async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
+        self.counted(self.requests.range(self.blob, at, len)).await
+    }
+
+    async fn whole(&self) -> Result<Body, Failure> {
+        self.counted(self.requests.whole(self.blob)).await
+    }
+
+    async fn counted(&self, request: impl Future<Output = Result<Body, Failure>>) -> Result<Body, Failure> {
+        self.asked.set(self.asked.get() + 1);
+        let asked = Instant::now();
+        let body = request.await?;
+        self.link.answered(asked.elapsed());
+        Ok(body)
+    }
+
+    /// The next piece of an answer, counted and shown to the tap.
+    async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, Failure> {
+        let piece = body.next().await?;
+        if let Some((at, bytes)) = &piece {
+            self.got.set(self.got.get() + len_u64(bytes));
+            if let Some(tap) = self.tap.borrow_mut().as_mut() {
+                tap.bytes(TarOffset(*at), bytes);
+            }
+        }
+        Ok(piece)
+    }
+}
+
+/// The link as measured: how long an answer takes to begin, how fast one connection's bytes come after that. With other
+/// connections busy this is this connection's share, which is what matters to decide for it.
+struct Link {
+    round_trip: Cell<f64>,
+    rate: Cell<f64>,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        // Guesses for the first requests: 20 ms, 8 MB/s.
+        Self { round_trip: Cell::new(0.02), rate: Cell::new(8e6) }
+    }
+}
+
+impl Link {
+    /// Answers shorter than this tell nothing of the rate.
+    const TELLING: u64 = 48 << 10;
+    /// The weight of a new measurement.
+    const NEW: f64 = 0.2;
+
+    fn answered(&self, after: Duration) {
+        Self::blend(&self.round_trip, after.as_secs_f64());
+    }
+
+    fn delivered(&self, bytes: u64, took: Duration) {
+        if bytes >= Self::TELLING {
+            let bytes = u32::try_from(bytes).map_or(f64::from(u32::MAX), f64::from);
+            Self::blend(&self.rate, bytes / took.as_secs_f64().max(1e-5));
+        }
+    }
+
+    fn blend(known: &Cell<f64>, measured: f64) {
+        known.set(known.get() * (1.0 - Self::NEW) + measured * Self::NEW);
+    }
+
+    /// The bytes that come in the time of so many round trips.
+    fn bytes_in(&self, round_trips: f64) -> u64 {
+        let bytes = self.rate.get() * self.round_trip.get() * round_trips;
+        // Bounded on both sides, so the conversion is exact enough and never out of range.
+        let bounded = bytes.clamp(0.0, f64::from(1_u32 << 30));
+        Duration::from_secs_f64(bounded / 1e9).as_nanos().try_into().unwrap_or(u64::MAX)
+    }
+}
+
+/// Reads the layer at positions that only go forward, deciding what to ask for.
+struct Reader<'w, 'a> {
+    wire: &'w Wire<'a>,
+    body: Option<(Body, Instant)>,
+    /// Where the open answer began.
+    body_start: u64,
+    /// Bytes that came and were not taken yet, and where they lie.
+    held: (u64, Bytes),
+    window: u64,
+    /// What was read since the last jump: where it led to, and the last block since.
+    run_start: u64,
+    run_end: u64,
+    mean_run: u64,
+}
+
+impl<'w, 'a> Reader<'w, 'a> {
+    fn new(wire: &'w Wire<'a>) -> Self {
+        let held = (0, Bytes::new());
+        Self { wire, body: None, body_start: 0, held, window: FIRST, run_start: 0, run_end: 0, mean_run: FIRST }
+    }
+
+    /// The end of the bytes that are here.
+    fn held_end(&self) -> u64 {
+        self.held.0 + len_u64(&self.held.1)
+    }
+
+    /// Whether bytes at `at` are here without waiting.
+    fn has(&self, at: u64) -> bool {
+        at >= self.held.0 && at < self.held_end()
+    }
+
+    /// Bytes from exactly `at` on: at least one, as many as came together.
+    async fn read(&mut self, at: u64) -> Result<Bytes, SourceError> {
+        let mut tries = Tries::default();
+        loop {
+            if self.has(at) {
+                let skip = usize::try_from(at - self.held.0).unwrap_or(usize::MAX);
+                self.run_end = at + TAR_BLOCK;
+                return Ok(self.held.1.slice(skip..));
+            }
+            let failure = match self.advance(at).await {
+                Ok(()) => {
+                    tries.succeeded();
+                    continue;
+                }
+                Err(failure) => failure,
+            };
+            self.body = None;
+            tries.failed(failure, &self.wire.requests.patience).await?;
+        }
+    }
+
+    /// Like [`read`](Self::read), but a whole block at least, unless the layer ends before.
+    async fn read_block(&mut self, at: u64) -> Result<Bytes, SourceError> {
+        let mut bytes = self.read(at).await?;
+        while bytes.len() < BLOCK && at + len_u64(&bytes) < self.wire.blob.len {
+            let mut joined = bytes.to_vec();
+            joined.extend_from_slice(&self.read(at + len_u64(&bytes)).await?);
+            self.held = (at, joined.into());
+            bytes = self.held.1.clone();
+        }
+        Ok(bytes)
+    }
+
+    /// One step towards `at`: the next piece of the open answer, or a new answer.
+    async fn advance(&mut self, at: u64) -> Result<(), Failure> {
+        let reconnect = self.wire.link.bytes_in(RECONNECT);
+        let useful = self.body.as_ref().is_some_and(|(body, _)| {
+            // What has to be passed over before the answer is of use, or is at its end and its connection free again.
+            let useless = body.end.min(at).saturating_sub(body.at);
+            body.at <= at && body.at < body.end && useless <= reconnect
+        });
+        if useful {
+            if let Some((body, _)) = &mut self.body {
+                if let Some(piece) = self.wire.piece(body).await? {
+                    self.held = piece;
+                }
+            }
+            self.close_finished().await?;
+            return Ok(());
+        }
+        self.body = None;
+        self.choose_window(at);
+        let body = self.wire.range(at, self.window).await?;
+        self.body_start = body.at;
+        self.body = Some((body, Instant::now()));
+        Ok(())
+    }
+
+    /// Reads the end of a finished answer, which frees its connection, and learns from how long it took.
+    async fn close_finished(&mut self) -> Result<(), Failure> {
+        match &mut self.body {
+            Some((body, since)) if body.at == body.end => {
+                self.wire.link.delivered(body.end - self.body_start, since.elapsed());
+                self.wire.piece(body).await?;
+                self.body = None;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How much to ask for at `at`: twice as much as before while reading on, after a jump as much as was read between jumps
+    /// before; never more than a few round trips' worth, because the rest may have to be thrown away.
+    fn choose_window(&mut self, at: u64) {
+        let longest = self.wire.link.bytes_in(RECONNECT).clamp(FIRST, LONGEST);
+        if self.run_end == 0 {
+            self.run_start = at;
+            self.window = FIRST;
+        } else if at.saturating_sub(self.run_end) <= self.wire.link.bytes_in(1.0) {
+            self.window = self.window.saturating_mul(2).min(longest);
+        } else {
+            self.mean_run = (self.mean_run * 3 + self.run_end.saturating_sub(self.run_start)) / 4;
+            self.run_start = at;
+            self.window = self.mean_run.clamp(SHORTEST, longest);
+        }
+    }
+}
