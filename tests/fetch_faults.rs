@@ -1,13 +1,13 @@
 //! The fetcher against servers that fail: right bytes or an error, never wrong ones, and every failure counted.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tarblk::bench::origin::{Fault, Origin, at_random};
 use tarblk::fetch::store::Store;
-use tarblk::fetch::{
-    FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Validator,
-};
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Validator};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 const SIZE: usize = 3_000_321;
@@ -29,7 +29,10 @@ fn noise(len: usize) -> Vec<u8> {
 }
 
 fn range(start: usize, len: usize) -> LayerRange {
-    LayerRange { layer: LayerId(0), range: TarRange::new(TarOffset(u(start)), u(len)) }
+    LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(u(start)), u(len)),
+    }
 }
 
 fn joined(slices: &[Slice]) -> Vec<u8> {
@@ -50,7 +53,12 @@ fn quick() -> FetchOptions {
 }
 
 fn layer(origin: &Origin, path: &str) -> HttpLayer {
-    HttpLayer { url: origin.url(path), size: u(SIZE), validator: None, headers: Vec::new() }
+    HttpLayer {
+        url: origin.url(path),
+        size: u(SIZE),
+        validator: None,
+        headers: Vec::new(),
+    }
 }
 
 fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
@@ -64,6 +72,28 @@ fn served() -> (Origin, Arc<Vec<u8>>) {
     (origin, data)
 }
 
+/// The entity tag that the origin gives the layer.
+fn tag_of(origin: &Origin) -> Validator {
+    let address = origin
+        .url("")
+        .trim_start_matches("http://")
+        .trim_end_matches('/')
+        .to_owned();
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(
+        stream,
+        "HEAD /layer.tar HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut head = String::new();
+    stream.read_to_string(&mut head).unwrap();
+    let line = head
+        .lines()
+        .find(|line| line.to_ascii_lowercase().starts_with("etag:"))
+        .unwrap();
+    Validator::ETag(line[5..].trim().to_owned())
+}
+
 /// Four readers at random places, looking first as the device does.
 fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
     let readers: Vec<_> = (0..4u64)
@@ -72,7 +102,9 @@ fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
             std::thread::spawn(move || {
                 let mut state = seed * 77 + 1;
                 let mut random = |below: usize| {
-                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
                     usize::try_from(state >> 33).unwrap() % below
                 };
                 for _ in 0..reads {
@@ -105,12 +137,20 @@ fn survives(menu: Vec<Fault>) {
 
 #[test]
 fn resets_and_cut_bodies() {
-    survives(vec![Fault::ResetBefore, Fault::ResetWithin(10_000), Fault::ShortBody(5000)]);
+    survives(vec![
+        Fault::ResetBefore,
+        Fault::ResetWithin(10_000),
+        Fault::ShortBody(5000),
+    ]);
 }
 
 #[test]
 fn errors_of_the_server() {
-    survives(vec![Fault::Status(500, None), Fault::Status(503, Some(0)), Fault::Status(429, Some(0))]);
+    survives(vec![
+        Fault::Status(500, None),
+        Fault::Status(503, Some(0)),
+        Fault::Status(429, Some(0)),
+    ]);
 }
 
 #[test]
@@ -120,7 +160,11 @@ fn wrong_ranges() {
 
 #[test]
 fn silence_delays_and_crawling_bodies() {
-    survives(vec![Fault::Silence, Fault::Delay(Duration::from_millis(50)), Fault::SlowBody(2000)]);
+    survives(vec![
+        Fault::Silence,
+        Fault::Delay(Duration::from_millis(50)),
+        Fault::SlowBody(2000),
+    ]);
 }
 
 #[test]
@@ -169,10 +213,16 @@ fn a_single_whole_body_is_used_as_well() {
 fn a_changed_layer_is_an_error_and_no_bytes() {
     let (origin, _) = served();
     let first = layer(&origin, "/layer.tar");
-    let stale = HttpLayer { validator: Some(Validator::ETag("\"not-this\"".to_owned())), ..first.clone() };
+    let stale = HttpLayer {
+        validator: Some(Validator::ETag("\"not-this\"".to_owned())),
+        ..first.clone()
+    };
     let error = start(stale, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Changed { .. }), "{error}");
-    let longer = HttpLayer { size: u(SIZE) + 512, ..first };
+    let longer = HttpLayer {
+        size: u(SIZE) + 512,
+        ..first
+    };
     let error = start(longer, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Changed { .. }), "{error}");
     assert_eq!(error.errno(), libc::ESTALE);
@@ -181,7 +231,9 @@ fn a_changed_layer_is_an_error_and_no_bytes() {
 #[test]
 fn what_is_not_there_is_refused() {
     let (origin, _) = served();
-    let error = start(layer(&origin, "/nothing.tar"), quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    let error = start(layer(&origin, "/nothing.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
     assert!(matches!(error, FetchError::Refused { status: 404, .. }), "{error}");
     assert_eq!(error.errno(), libc::ENOENT);
 }
@@ -190,16 +242,26 @@ fn what_is_not_there_is_refused() {
 fn wrong_answers_for_ever_are_an_error() {
     let (origin, _) = served();
     origin.set_faults(|_: &_| vec![Fault::WrongRange(512)]);
-    let error = start(layer(&origin, "/layer.tar"), quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
-    assert!(matches!(error, FetchError::WrongAnswer { .. } | FetchError::Changed { .. }), "{error}");
+    let error = start(layer(&origin, "/layer.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    assert!(
+        matches!(error, FetchError::WrongAnswer { .. } | FetchError::Changed { .. }),
+        "{error}"
+    );
 }
 
 #[test]
 fn the_deadline_ends_patience() {
     let (origin, _) = served();
     origin.set_faults(|_: &_| vec![Fault::Silence]);
-    let options = FetchOptions { deadline: Duration::from_millis(400), ..quick() };
-    let error = start(layer(&origin, "/layer.tar"), options).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    let options = FetchOptions {
+        deadline: Duration::from_millis(400),
+        ..quick()
+    };
+    let error = start(layer(&origin, "/layer.tar"), options)
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
     assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
 }
 
@@ -223,7 +285,9 @@ fn redirects_are_followed_and_asked_for_again_when_they_expire() {
 fn a_redirect_loop_ends() {
     let (origin, _) = served();
     origin.set_faults(|_: &_| vec![Fault::Redirect("/layer.tar".to_owned())]);
-    let error = start(layer(&origin, "/layer.tar"), quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    let error = start(layer(&origin, "/layer.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
     assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
 }
 
@@ -231,18 +295,33 @@ fn a_redirect_loop_ends() {
 fn a_restart_finds_what_was_kept() {
     let (origin, data) = served();
     let dir = tempfile::tempdir().unwrap();
-    let options = || FetchOptions { store: Some(Store::open(dir.path()).unwrap()), prefetch: false, ..quick() };
-    let layer =
-        HttpLayer { validator: Some(Validator::LastModified("never sent".to_owned())), ..layer(&origin, "/layer.tar") };
+    let options = || FetchOptions {
+        store: Some(Store::open(dir.path()).unwrap()),
+        prefetch: false,
+        ..quick()
+    };
+    let layer = HttpLayer {
+        validator: Some(tag_of(&origin)),
+        ..layer(&origin, "/layer.tar")
+    };
     let fetcher = start(layer.clone(), options());
     fetcher.read_blocking(vec![range(0, 2_000_000)]).unwrap();
     fetcher.shutdown();
     drop(fetcher);
     drop(origin);
-    let fetcher = start(layer, FetchOptions { deadline: Duration::from_millis(300), ..options() });
+    let fetcher = start(
+        layer,
+        FetchOptions {
+            deadline: Duration::from_millis(300),
+            ..options()
+        },
+    );
     let slices = fetcher.read_blocking(vec![range(1000, 1_900_000)]).unwrap();
     assert!(joined(&slices) == data[1000..1_901_000]);
-    assert!(matches!(fetcher.locate(range(65_536, 4096)), Located::File(..) | Located::Memory(_)));
+    assert!(matches!(
+        fetcher.locate(range(65_536, 4096)),
+        Located::File(..) | Located::Memory(_)
+    ));
     let error = fetcher.read_blocking(vec![range(2_500_000, 10)]).unwrap_err();
     assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
 }
