@@ -97,7 +97,7 @@ fn once(form: &str, path: &str) -> Outcome<()> {
     println!(
         "{} {} {} {metadata} {} {rss}",
         tree_time.as_nanos(),
-        (plan_time - tree_time).as_nanos(),
+        plan_time.saturating_sub(tree_time).as_nanos(),
         fill.as_nanos(),
         image.len()
     );

@@ -36,6 +36,11 @@ pub trait BlockImage: Send + Sync + fmt::Debug {
     /// The image's length in bytes, a multiple of the block size.
     fn len(&self) -> u64;
 
+    /// Whether there is nothing in it; filesystems never are.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Appends the pieces of `count` blocks from `block` on: in order, without gaps, `count` blocks long in all. Blocks past
     /// the end are zero.
     fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>);

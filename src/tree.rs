@@ -112,8 +112,8 @@ fn pair(high: u32, low: u32) -> u64 {
 
 /// The two halves of a [`pair`].
 fn unpair(pair: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = pair.to_be_bytes();
-    (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
+    let half = |value: u64| u32::try_from(value & 0xffff_ffff).expect("masked to 32 bits");
+    (half(pair >> 32), half(pair))
 }
 
 impl Node {
@@ -285,6 +285,7 @@ impl Tree {
     }
 
     /// A directory's names, sorted.
+    #[must_use]
     pub fn children(&self, directory: NodeId) -> impl ExactSizeIterator<Item = Child<'_>> {
         let positions = self.child_positions(directory);
         self.dirents[to_usize(positions.start)..to_usize(positions.end)]

@@ -173,7 +173,7 @@ fn times_beyond_the_format_become_the_nearest() {
         ..file("late", 512, 1)
     };
     let image = image_of_entries(&[root(), early, late]);
-    let directory = tempfile::tempdir().unwrap();
+    let directory = oracle::scratch();
     let path = directory.path().join("image");
     write_image(&image, Payload::Dense, &path);
     oracle::assert_clean(&path);
@@ -340,7 +340,7 @@ fn extended_attributes_that_linux_would_not_set_are_left_out() {
         ),
     ];
     let image = image_of_entries(&entries);
-    let directory = tempfile::tempdir().unwrap();
+    let directory = oracle::scratch();
     let path = directory.path().join("image");
     write_image(&image, Payload::Dense, &path);
     oracle::assert_clean(&path);
@@ -574,7 +574,7 @@ fn more_names_than_links_can_count() {
     let mut entries = vec![root(), file("00000", 777, 5000)];
     entries.extend((1..70_000).map(|number| link(format!("{number:05}"), Kind::Hardlink, "00000")));
     let image = image_of_entries(&entries);
-    let directory = tempfile::tempdir().unwrap();
+    let directory = oracle::scratch();
     let path = directory.path().join("image");
     write_image(&image, Payload::Dense, &path);
     oracle::assert_clean(&path);
@@ -601,7 +601,7 @@ fn deeper_than_any_path() {
         file(format!("{}/f", "e/".repeat(100)), 512, 10),
     ];
     let image = image_of_entries(&entries);
-    let directory = tempfile::tempdir().unwrap();
+    let directory = oracle::scratch();
     let path = directory.path().join("image");
     write_image(&image, Payload::Dense, &path);
     oracle::assert_clean(&path);

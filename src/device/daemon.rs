@@ -169,10 +169,10 @@ pub fn launch(launcher: &Launcher, spec: &Spec) -> Result<Attached, DaemonError>
     states.create()?;
     let log =
         states.log(&format!("starting-{}-{:?}", std::process::id(), thread::current().id()).replace(['(', ')'], ""));
-    let launched = launch_logging_to(launcher, spec, &log);
+    let attached = launch_logging_to(launcher, spec, &log);
     // A daemon that is ready has given its log the device's name.
     let _ = fs::remove_file(&log);
-    launched
+    attached
 }
 
 fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Attached, DaemonError> {

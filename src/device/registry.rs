@@ -75,8 +75,8 @@ pub fn find(states: &StateDir, name: &Path) -> Result<State, ControlError> {
 /// When there is no such device, or its daemon does not answer.
 pub fn stats(states: &StateDir, name: &Path) -> Result<(State, DaemonStats), ControlError> {
     let state = find(states, name)?;
-    let stats = daemon::stats(states, &state)?;
-    Ok((state, stats))
+    let counted = daemon::stats(states, &state)?;
+    Ok((state, counted))
 }
 
 /// Takes down the device that `name` means; see [`daemon::detach`].

@@ -7,68 +7,75 @@ use std::os::unix::fs::FileExt as _;
 use super::{BlockImage, Origin};
 use crate::units::{BLOCK_SIZE, LayerId, TarOffset};
 
-/// How many blocks are looked up and written at a time.
-const BATCH_BLOCKS: u64 = 1024;
+const BLOCK: usize = 4096;
+/// How many blocks are assembled and written at a time.
+const BATCH_BLOCKS: usize = 1024;
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
-/// Writes the image into `file`, which should be empty: where the image is zero nothing is written. `read` fills its
-/// buffer with a layer's bytes from an offset on. Returns how many bytes were written.
+/// Fills its buffer with a layer's bytes from an offset on.
+pub type ReadLayer<'a> = &'a mut dyn FnMut(LayerId, TarOffset, &mut [u8]) -> io::Result<()>;
+
+/// Writes the image into `file`, which should be empty: where the image is zero nothing is written. Returns how many
+/// bytes were written.
 ///
 /// # Errors
 /// What writing the file or `read` reports.
-pub fn export(
-    image: &dyn BlockImage,
-    file: &File,
-    read: &mut dyn FnMut(LayerId, TarOffset, &mut [u8]) -> io::Result<()>,
-) -> io::Result<u64> {
+pub fn export(image: &dyn BlockImage, file: &File, read: ReadLayer<'_>) -> io::Result<u64> {
     file.set_len(image.len())?;
-    let block_len = usize::try_from(BLOCK_SIZE).expect("a block fits memory");
     let mut pieces = Vec::new();
-    let mut batch = Vec::new();
+    let mut batch = vec![0; BATCH_BLOCKS * BLOCK];
     let mut written = 0;
     let blocks = image.len() / BLOCK_SIZE;
-    for first in (0..blocks).step_by(usize::try_from(BATCH_BLOCKS).expect("a thousand")) {
+    for first in (0..blocks).step_by(BATCH_BLOCKS) {
+        let count = (blocks - first).min(len_u64(BATCH_BLOCKS));
         pieces.clear();
-        image.pieces(first, BATCH_BLOCKS.min(blocks - first), &mut pieces);
-        let mut at = first * BLOCK_SIZE;
+        image.pieces(first, count, &mut pieces);
+        if pieces.iter().all(|piece| piece.origin == Origin::Zero) {
+            continue;
+        }
+        let mut at = 0;
         for piece in &pieces {
             let len = usize::try_from(piece.len).map_err(io::Error::other)?;
-            if piece.origin != Origin::Zero {
-                batch.clear();
-                batch.resize(len, 0);
-                match piece.origin {
-                    Origin::Layer(layer, offset) => read(layer, offset, &mut batch)?,
-                    _ => {
-                        for (block, out) in (at / BLOCK_SIZE..).zip(batch.chunks_exact_mut(block_len)) {
-                            image.fill_metadata(block, out);
-                        }
+            let out = &mut batch[at..at + len];
+            match piece.origin {
+                Origin::Zero => out.fill(0),
+                Origin::Layer(layer, offset) => read(layer, offset, out)?,
+                Origin::Metadata => {
+                    for (block, out) in (first + len_u64(at / BLOCK)..).zip(out.chunks_exact_mut(BLOCK)) {
+                        image.fill_metadata(block, out);
                     }
                 }
-                written += write_sparse(file, at, &batch, block_len)?;
             }
-            at += piece.len;
+            at += len;
         }
+        written += write_sparse(file, first * BLOCK_SIZE, &batch[..at])?;
     }
     Ok(written)
 }
 
 /// Writes the runs of blocks that are not all zero.
-fn write_sparse(file: &File, at: u64, bytes: &[u8], block_len: usize) -> io::Result<u64> {
+fn write_sparse(file: &File, at: u64, bytes: &[u8]) -> io::Result<u64> {
     let mut written = 0;
-    let mut start = 0;
-    let is_zero = |block: &[u8]| block.iter().all(|&byte| byte == 0);
-    while start < bytes.len() {
-        let block_end = |at: usize| (at + block_len).min(bytes.len());
-        let mut end = start;
-        while end < bytes.len() && !is_zero(&bytes[end..block_end(end)]) {
-            end = block_end(end);
+    let mut blocks = bytes
+        .chunks(BLOCK)
+        .map(|block| *block == ZEROS[..block.len()])
+        .enumerate()
+        .peekable();
+    while let Some((start, is_zero)) = blocks.next() {
+        if is_zero {
+            continue;
         }
-        let position = |offset: usize| at + u64::try_from(offset).expect("a batch is small");
-        file.write_all_at(&bytes[start..end], position(start))?;
-        written += position(end) - position(start);
-        start = end;
-        while start < bytes.len() && is_zero(&bytes[start..block_end(start)]) {
-            start = block_end(start);
+        let mut end = start + 1;
+        while blocks.next_if(|(_, is_zero)| !is_zero).is_some() {
+            end += 1;
         }
+        let run = &bytes[start * BLOCK..bytes.len().min(end * BLOCK)];
+        file.write_all_at(run, at + len_u64(start * BLOCK))?;
+        written += len_u64(run.len());
     }
     Ok(written)
+}
+
+fn len_u64(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
 }

@@ -213,6 +213,11 @@ pub fn image_of_entries<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Ext
     Ext4Image::plan(builder.finish(), &Ext4Options::default()).unwrap()
 }
 
+/// A directory for images: in memory where there is some, because writing out and unmounting take disks a while.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+}
+
 /// Whether a program is there; says so when it is not.
 pub fn have(program: &str) -> bool {
     let found = Command::new("sh")
@@ -308,6 +313,7 @@ pub fn extracted(tar: &Path, to: &Path) -> Snapshot {
             "--xattrs-include=*",
             "--numeric-owner",
             "--same-owner",
+            "--delay-directory-restore",
             "-pxf",
         ])
         .arg(tar)
@@ -475,7 +481,7 @@ pub fn expected(entries: &[Entry], payload: Payload) -> Snapshot {
 #[track_caller]
 pub fn check_entries(entries: &[Entry], payload: Payload) -> (Checked, Ext4Image) {
     let image = image_of_entries(entries);
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("image");
     write_image(&image, payload, &path);
     assert_clean(&path);

@@ -79,7 +79,7 @@ pub(crate) fn daemon_main() -> ExitCode {
             Some("abort") => std::process::abort(),
             _ => {}
         }
-        let (image, bytes) = patchwork(&payload.file, false, payload.delay_ms.map(Duration::from_millis));
+        let (image, bytes) = patchwork(&payload.file, payload.delay_ms.map(Duration::from_millis));
         Ok(Served {
             image,
             bytes,

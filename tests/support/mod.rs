@@ -31,8 +31,17 @@ const FAR_AWAY: LayerId = LayerId(2);
 #[derive(Debug)]
 pub(crate) struct Patchwork {
     content: Arc<Vec<u8>>,
-    /// Every block in memory, for measuring.
-    all_in_memory: bool,
+    /// Every block from the same place, for measuring.
+    uniform: Option<Everything>,
+}
+
+/// Where every block comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Everything {
+    /// Layer bytes in memory.
+    Memory,
+    /// Computed metadata; here it is copied.
+    Metadata,
 }
 
 impl Patchwork {
@@ -42,8 +51,10 @@ impl Patchwork {
             return Origin::Zero;
         };
         let at = TarOffset(block * BLOCK_SIZE);
-        if self.all_in_memory {
-            return Origin::Layer(IN_MEMORY, at);
+        match self.uniform {
+            Some(Everything::Memory) => return Origin::Layer(IN_MEMORY, at),
+            Some(Everything::Metadata) => return Origin::Metadata,
+            None => {}
         }
         if bytes.iter().all(|&byte| byte == 0) {
             return Origin::Zero;
@@ -76,7 +87,7 @@ impl BlockImage for Patchwork {
     fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>) {
         for block in block..block + count {
             let origin = self.origin(block);
-            if let (Origin::Layer(..), false) = (origin, self.all_in_memory) {
+            if let (Origin::Layer(..), None) = (origin, self.uniform) {
                 let filled = self.filled(block);
                 out.push(Piece { len: filled, origin });
                 if filled < BLOCK_SIZE {
@@ -181,9 +192,18 @@ impl LayerBytes for PatchworkBytes {
 }
 
 /// The image and the bytes for the plain file at `path`.
-pub(crate) fn patchwork(
+pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+    make(path, None, delay)
+}
+
+/// The same with every block from one place.
+pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+    make(path, Some(everything), None)
+}
+
+fn make(
     path: &Path,
-    all_in_memory: bool,
+    uniform: Option<Everything>,
     delay: Option<Duration>,
 ) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
     let mut content = Vec::new();
@@ -191,13 +211,7 @@ pub(crate) fn patchwork(
     file.read_to_end(&mut content).unwrap();
     assert_eq!(content.len() % BLOCK, 0);
     let bytes = PatchworkBytes::new(&content, file, delay);
-    (
-        Arc::new(Patchwork {
-            content: Arc::new(content),
-            all_in_memory,
-        }),
-        Arc::new(bytes),
-    )
+    (Arc::new(Patchwork { content: Arc::new(content), uniform }), Arc::new(bytes))
 }
 
 /// An ext4 filesystem of `mib` MiB with a few files, made by `mke2fs`, in a plain file.

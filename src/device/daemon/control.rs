@@ -114,7 +114,7 @@ pub enum ControlError {
 /// When it is dead or does not answer.
 pub fn stats(states: &StateDir, state: &State) -> Result<DaemonStats, ControlError> {
     match ask(states, state, Request::Stats)? {
-        Answer::Stats(stats) => Ok(*stats),
+        Answer::Stats(counted) => Ok(*counted),
         Answer::Refused(why) => Err(ControlError::Refused(why)),
         Answer::Detached => Err(silent(state, "it answered something else")),
     }

@@ -18,8 +18,8 @@ pub(super) fn halves(value: u32) -> (u16, u16) {
 
 /// The low 32 bits and the 32 above them.
 pub(super) fn words(value: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
+    let word = |value: u64| u32::try_from(value & 0xffff_ffff).expect("masked to 32 bits");
+    (word(value), word(value >> 32))
 }
 
 /// `len` rounded up to ext4's four-byte grain.
