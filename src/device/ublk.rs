@@ -25,7 +25,7 @@ use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions, STOP_GRACE};
+use super::{DeviceError, DeviceOptions, STOP_GRACE, wait_until};
 use crate::units::BLOCK_SIZE;
 use queue::Landings;
 
@@ -60,11 +60,7 @@ enum Progress {
 /// # Errors
 /// [`DeviceError::NoUblk`] with what is missing.
 pub fn preflight() -> Result<(), DeviceError> {
-    if !Path::new(CONTROL).exists() {
-        super::modprobe("ublk_drv");
-        wait_until(Duration::from_millis(500), || Path::new(CONTROL).exists());
-    }
-    if !Path::new(CONTROL).exists() {
+    if !Path::new(CONTROL).exists() && !super::load_module("ublk_drv", CONTROL) {
         let kernel = rustix::system::uname();
         return Err(DeviceError::NoUblk(format!(
             "{CONTROL} is missing and `modprobe ublk_drv` did not bring it (kernel {})",
@@ -360,18 +356,4 @@ fn failure(what: &str, error: &UblkError) -> DeviceError {
 
 fn is_block_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device() && meta.rdev() != 0)
-}
-
-/// Looks again and again until `done` or `limit` has passed; returns whether it was done.
-fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + limit;
-    loop {
-        if done() {
-            return true;
-        }
-        if Instant::now() > deadline {
-            return false;
-        }
-        thread::sleep(Duration::from_millis(2));
-    }
 }

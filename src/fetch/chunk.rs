@@ -170,6 +170,26 @@ impl Slice {
     }
 }
 
+impl Slice {
+    /// The part of it from `start` on, at most `len` bytes long.
+    #[must_use]
+    pub fn part(&self, start: usize, len: usize) -> Self {
+        Self::new(
+            Arc::clone(&self.chunk),
+            u64::from(self.start) + to_u64(start),
+            to_u64(len.min(self.len().saturating_sub(start))),
+        )
+    }
+}
+
+impl From<Vec<u8>> for Slice {
+    /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
+    fn from(bytes: Vec<u8>) -> Self {
+        let len = to_u64(bytes.len());
+        Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
+    }
+}
+
 impl Deref for Slice {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
