@@ -87,9 +87,7 @@ impl Entry {
     /// How many of its bytes the tar holds: less than `size` for a sparse file, zero for what is no file.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.segments
-            .iter()
-            .fold(0, |sum, segment| sum.saturating_add(segment.len))
+        self.segments.iter().fold(0, |sum, segment| sum.saturating_add(segment.len))
     }
 
     /// Where its stored bytes lie in the tar: in one piece, right behind its headers, even when it is sparse.
@@ -100,20 +98,8 @@ impl Entry {
 
     /// Makes it an empty file without a name again, keeping its buffers.
     pub fn clear(&mut self) {
-        let Self {
-            path,
-            link,
-            xattrs,
-            segments,
-            ..
-        } = std::mem::take(self);
-        *self = Self {
-            path,
-            link,
-            xattrs,
-            segments,
-            ..Self::default()
-        };
+        let Self { path, link, xattrs, segments, .. } = std::mem::take(self);
+        *self = Self { path, link, xattrs, segments, ..Self::default() };
         self.path.clear();
         self.link.clear();
         self.xattrs.clear();

@@ -52,12 +52,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
         let (summary, digest) = summary.ok_or(IndexFault::Malformed("section table (no summary)"))?;
         let entries = entries.ok_or(IndexFault::Malformed("section table (no entries)"))?;
-        Ok(Self {
-            bytes,
-            summary,
-            digest,
-            entries,
-        })
+        Ok(Self { bytes, summary, digest, entries })
     }
 
     /// What the layer holds, as counted when the index was made.
@@ -75,11 +70,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// Whether the tar's end was marked.
     #[must_use]
     pub fn end(&self) -> EndOfArchive {
-        if self.summary.end_marked {
-            EndOfArchive::Marked
-        } else {
-            EndOfArchive::Missing
-        }
+        if self.summary.end_marked { EndOfArchive::Marked } else { EndOfArchive::Missing }
     }
 
     /// SHA-256 of the decoded entry table: equal for equal layers, whichever version of zstd compressed the table. The
@@ -146,10 +137,7 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
     let mut fields = Fields(&file[format::MAGIC.len()..]);
     let version = fields.u16()?;
     if version != format::VERSION {
-        return Err(IndexFault::Version {
-            found: version,
-            known: format::VERSION,
-        });
+        return Err(IndexFault::Version { found: version, known: format::VERSION });
     }
     let count = usize::from(fields.u16()?);
     let crc = fields.u32()?;
@@ -161,18 +149,13 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
     if crc32c::crc32c_append(crc32c::crc32c(&file[..format::PROLOGUE - 4]), table) != crc {
         return Err(IndexFault::Checksum("section table"));
     }
-    let records: Vec<_> = table
-        .chunks_exact(format::RECORD)
-        .map(SectionRecord::decode)
-        .collect::<Result<_, _>>()?;
+    let records: Vec<_> = table.chunks_exact(format::RECORD).map(SectionRecord::decode).collect::<Result<_, _>>()?;
     let mut end = len_u64(table_end);
     for record in &records {
         if record.offset != end {
             return Err(IndexFault::Malformed("section table"));
         }
-        end = end
-            .checked_add(record.stored)
-            .ok_or(IndexFault::Malformed("section table"))?;
+        end = end.checked_add(record.stored).ok_or(IndexFault::Malformed("section table"))?;
     }
     match end.cmp(&len_u64(file.len())) {
         std::cmp::Ordering::Equal => Ok(records),
@@ -184,9 +167,7 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
 fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {
     let start = usize::try_from(record.offset).map_err(|_| IndexFault::Truncated)?;
     let len = usize::try_from(record.stored).map_err(|_| IndexFault::Truncated)?;
-    file.get(start..)
-        .and_then(|rest| rest.get(..len))
-        .ok_or(IndexFault::Truncated)
+    file.get(start..).and_then(|rest| rest.get(..len)).ok_or(IndexFault::Truncated)
 }
 
 /// The entry table while it is decoded: a bounded reader that may digest what passes.
@@ -199,10 +180,7 @@ struct Stream<'a> {
 impl Stream<'_> {
     /// Appends exactly `len` bytes. Grows as bytes really come, not by what was announced.
     fn read(&mut self, len: u64, out: &mut Vec<u8>) -> Result<(), IndexFault> {
-        self.left = self
-            .left
-            .checked_sub(len)
-            .ok_or(IndexFault::Malformed("entry table (its length)"))?;
+        self.left = self.left.checked_sub(len).ok_or(IndexFault::Malformed("entry table (its length)"))?;
         let before = out.len();
         let got = (&mut self.decoder).take(len).read_to_end(out);
         if got.ok().map(len_u64) != Some(len) {
@@ -243,26 +221,17 @@ pub struct Entries<'a> {
 
 impl std::fmt::Debug for Entries<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entries")
-            .field("done", &self.done)
-            .field("of", &self.summary.entries)
-            .finish_non_exhaustive()
+        f.debug_struct("Entries").field("done", &self.done).field("of", &self.summary.entries).finish_non_exhaustive()
     }
 }
 
 impl<'a> Entries<'a> {
     fn new(body: &'a [u8], decoded: u64, summary: Summary) -> Result<Self, IndexError> {
         let unusable = |_| IndexFault::Malformed("entry table (compression)");
-        let mut decoder = zstd::stream::read::Decoder::with_buffer(body)
-            .map_err(unusable)?
-            .single_frame();
+        let mut decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(unusable)?.single_frame();
         decoder.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
         Ok(Self {
-            stream: Stream {
-                decoder,
-                left: decoded,
-                digest: None,
-            },
+            stream: Stream { decoder, left: decoded, digest: None },
             summary,
             batch: Vec::new(),
             columns: Columns::default(),
@@ -360,8 +329,9 @@ impl<'a> Entries<'a> {
             entry.headers = read_place(rare, self.state.next)?;
         }
         if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
-            let mut number =
-                || u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"));
+            let mut number = || {
+                u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"))
+            };
             (entry.device_major, entry.device_minor) = (number()?, number()?);
         }
         if tag & format::TAG_XATTRS != 0 {
@@ -370,11 +340,7 @@ impl<'a> Entries<'a> {
         if tag & format::TAG_SPARSE != 0 {
             read_segments(rare, entry)?;
         } else if entry.size > 0 {
-            entry.segments.push(Segment {
-                file_offset: 0,
-                tar_offset: entry.headers.end(),
-                len: entry.size,
-            });
+            entry.segments.push(Segment { file_offset: 0, tar_offset: entry.headers.end(), len: entry.size });
         }
         let end = entry.payload().end();
         if end.0 > self.summary.tar_bytes {
@@ -405,11 +371,7 @@ fn read_owner(columns: &mut Columns<Cursor<'_>>, known: &mut Vec<Owner>) -> Resu
     let fields = &mut columns.new_owners;
     let mode = u16::try_from(fields.number()?).ok().filter(|mode| *mode <= 0o7777);
     let mode = mode.ok_or(IndexFault::Malformed("entry table (a mode)"))?;
-    let owner = Owner {
-        mode,
-        uid: fields.number()?,
-        gid: fields.number()?,
-    };
+    let owner = Owner { mode, uid: fields.number()?, gid: fields.number()? };
     if number != len_u64(known.len()) {
         return Err(IndexFault::Malformed("entry table (an owner's number)"));
     }
@@ -429,10 +391,7 @@ fn read_time(columns: &mut Columns<Cursor<'_>>, state: &mut State) -> Result<Tim
         return Err(fault);
     }
     let secs = state.times.newest.wrapping_add(columns.new_times.signed()?);
-    let nanos = u32::try_from(columns.new_times.number()?)
-        .ok()
-        .filter(|nanos| *nanos < 1_000_000_000)
-        .ok_or(fault)?;
+    let nanos = u32::try_from(columns.new_times.number()?).ok().filter(|nanos| *nanos < 1_000_000_000).ok_or(fault)?;
     let time = Timestamp { secs, nanos };
     state.times.remember(time);
     Ok(time)
@@ -448,10 +407,7 @@ fn front_decode(text: &mut Vec<u8>, shared: u64, fresh: &[u8]) -> Result<(), Ind
 
 fn read_place(rare: &mut Cursor<'_>, next: TarOffset) -> Result<TarRange, IndexFault> {
     let mut blocks = || {
-        let bytes = rare
-            .number()?
-            .checked_mul(TAR_BLOCK)
-            .filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
+        let bytes = rare.number()?.checked_mul(TAR_BLOCK).filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
         bytes.ok_or(IndexFault::Malformed("entry table (a place)"))
     };
     Ok(TarRange::new(next.plus(blocks()?), blocks()?))
@@ -492,18 +448,11 @@ fn read_segments(rare: &mut Cursor<'_>, entry: &mut Entry) -> Result<(), IndexFa
     for _ in 0..rare.number()? {
         let file_offset = end.checked_add(rare.number()?).ok_or(fault)?;
         let len = rare.number()?;
-        end = file_offset
-            .checked_add(len)
-            .filter(|end| *end <= entry.size)
-            .ok_or(fault)?;
+        end = file_offset.checked_add(len).filter(|end| *end <= entry.size).ok_or(fault)?;
         if len == 0 {
             return Err(fault);
         }
-        entry.segments.push(Segment {
-            file_offset,
-            tar_offset,
-            len,
-        });
+        entry.segments.push(Segment { file_offset, tar_offset, len });
         tar_offset = tar_offset.plus(len);
     }
     Ok(())

@@ -40,11 +40,7 @@ pub(super) struct Gather {
 
 impl Gather {
     pub(super) const fn new(cache: Arc<LayerCache>) -> Self {
-        Self {
-            cache,
-            runs: Vec::new(),
-            broken: false,
-        }
+        Self { cache, runs: Vec::new(), broken: false }
     }
 
     /// Puts a run's whole chunks into the store and keeps the rest.
@@ -67,10 +63,7 @@ impl Tap for Gather {
         }
         let mut run = match self.runs.iter().position(|run| run.end() == at.0) {
             Some(place) => self.runs.remove(place),
-            None => Run {
-                start: at.0,
-                bytes: Vec::new(),
-            },
+            None => Run { start: at.0, bytes: Vec::new() },
         };
         run.bytes.extend_from_slice(bytes);
         if run.bytes.len() >= PUT_BYTES {

@@ -27,9 +27,7 @@ impl RawHeader {
         for (at, value) in [(100, 0o644), (108, 1000), (116, 100)] {
             block = block.field(at, format!("{value:07o}\0").as_bytes());
         }
-        block
-            .field(124, format!("{size:011o}\0").as_bytes())
-            .field(136, b"00000000012\0")
+        block.field(124, format!("{size:011o}\0").as_bytes()).field(136, b"00000000012\0")
     }
 
     /// Puts bytes at a position.
@@ -69,10 +67,7 @@ pub(in crate::index) fn padded(payload: &[u8]) -> Vec<u8> {
 
 /// A PAX header with these records.
 pub(in crate::index) fn pax(type_flag: u8, records: &[(&str, &[u8])]) -> Vec<u8> {
-    let body: Vec<u8> = records
-        .iter()
-        .flat_map(|(key, value)| pax_record(key.as_bytes(), value))
-        .collect();
+    let body: Vec<u8> = records.iter().flat_map(|(key, value)| pax_record(key.as_bytes(), value)).collect();
     let size = u64::try_from(body.len()).unwrap();
     [RawHeader::new(type_flag, b"PaxHeaders/x", size).sealed(), padded(&body)].concat()
 }
