@@ -209,12 +209,11 @@ fn read_through(fetcher: &Fetcher, size: u64, depth: usize) {
     };
     for at in (0..size).step_by(128 << 10) {
         let asked = range(at, (128 << 10).min(size - at));
-        match fetcher.locate(asked) {
-            Located::Memory(slices) => consume(&slices),
-            _ => {
-                fetcher.read(vec![asked], Box::new(Done(give.clone())));
-                waiting += 1;
-            }
+        if let Located::Memory(slices) = fetcher.locate(asked) {
+            consume(&slices);
+        } else {
+            fetcher.read(vec![asked], Box::new(Done(give.clone())));
+            waiting += 1;
         }
         while waiting >= depth {
             consume(&take.recv().expect("the fetcher answers").expect("the origin is honest"));
@@ -288,7 +287,8 @@ fn main() {
         .skip(1)
         .filter(|argument| !argument.starts_with("--"))
         .collect();
-    for (name, part) in [("locate", locate as fn()), ("cold", cold), ("sequential", sequential)] {
+    let parts: [(&str, fn()); 3] = [("locate", locate), ("cold", cold), ("sequential", sequential)];
+    for (name, part) in parts {
         if wanted.is_empty() || wanted.iter().any(|asked| asked == name) {
             part();
         }

@@ -1,6 +1,6 @@
 //! Ranges of a layer over HTTP/1.1. In: a range. Out: its bytes as they arrive, or what went wrong and whether to try again.
 //!
-//! hyper speaks the protocol, over io_uring sockets. Every wait has a deadline. A byte leaves this module only after the
+//! hyper speaks the protocol, over `io_uring` sockets. Every wait has a deadline. A byte leaves this module only after the
 //! response head was checked against the range asked for ([`answer`]), and never more bytes than that.
 
 pub(crate) mod answer;
@@ -287,28 +287,8 @@ impl Client {
                 .await
                 .map_err(|e| Failure::away(e.to_string()))?;
             let request = Self::request(layer, &url, asked)?;
-            add(&self.counters.requests, 1);
             let sent = Instant::now();
-            let stale = lease.reused;
-            let response = match lease.sender() {
-                Some(sender) => timeout(self.options.head_deadline, sender.send_request(request)).await,
-                None => return Err(Failure::away("the connection is gone")),
-            };
-            let response = match response {
-                Ok(Ok(response)) => response,
-                Ok(Err(error)) => {
-                    return Err(Failure::Away {
-                        why: explain(&error),
-                        after: None,
-                        stale,
-                    });
-                }
-                Err(_) => {
-                    // A redirect's target that no longer answers is not asked again.
-                    layer.forget_target();
-                    return Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline)));
-                }
-            };
+            let response = self.send(layer, &mut lease, request).await?;
             let (head, body) = response.into_parts();
             match judge(&head, asked) {
                 verdict @ (Verdict::Partial | Verdict::Whole) => {
@@ -373,6 +353,33 @@ impl Client {
         }
         layer.forget_target();
         Err(Failure::suspect(format!("more than {MOST_REDIRECTS} redirects")))
+    }
+
+    /// Sends `request` and waits for the head of its answer.
+    async fn send(
+        &self,
+        layer: &RemoteLayer,
+        lease: &mut Lease,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<hyper::Response<Incoming>, Failure> {
+        add(&self.counters.requests, 1);
+        let stale = lease.reused;
+        let Some(sender) = lease.sender() else {
+            return Err(Failure::away("the connection is gone"));
+        };
+        match timeout(self.options.head_deadline, sender.send_request(request)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(Failure::Away {
+                why: explain(&error),
+                after: None,
+                stale,
+            }),
+            Err(_) => {
+                // A redirect's target that no longer answers is not asked again.
+                layer.forget_target();
+                Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline)))
+            }
+        }
     }
 
     fn request(layer: &RemoteLayer, url: &Url, asked: Asked<'_>) -> Result<Request<Empty<Bytes>>, Failure> {

@@ -336,24 +336,14 @@ impl Planner {
         let near = |stream: &Stream| {
             stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
         };
-        let mut stream = match self
-            .streams
-            .iter()
-            .position(near)
-            .and_then(|place| self.streams.remove(place))
-        {
-            Some(stream) => stream,
-            None => {
-                let limit = file.map_or(end, |file| file.range.end());
-                Stream {
-                    layer,
-                    at: range.start,
-                    queued: range.end(),
-                    limit,
-                    run: 0,
-                }
-            }
-        };
+        let known = self.streams.iter().position(near);
+        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(Stream {
+            layer,
+            at: range.start,
+            queued: range.end(),
+            limit: file.map_or(end, |file| file.range.end()),
+            run: 0,
+        });
         stream.run += range.end().since(stream.at).min(range.len);
         stream.at = stream.at.max(range.end());
         if range.start >= stream.limit {
@@ -438,7 +428,7 @@ fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>)
                             layer: key.layer,
                             first: key.index,
                             end: key.index + 1,
-                        })
+                        });
                     }
                     Some(so_far) => {
                         let close = so_far.layer == key.layer

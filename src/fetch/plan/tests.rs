@@ -188,7 +188,7 @@ fn it_works_without_knowing_files() {
 
 #[test]
 fn what_nobody_reads_ends_the_guessing() {
-    let row = Row::of(&[2 * CHUNK; 5000]);
+    let row = Row::of(&vec![2 * CHUNK; 5000]);
     let mut world = World::new(&row);
     let mut guessed = 0;
     for n in 0..100u64 {

@@ -149,7 +149,7 @@ fn files_that_do_not_belong_together_are_discarded() {
                 .open(the_file(dir, "data"))
                 .unwrap()
                 .set_len(5 * CHUNK_BYTES)
-                .unwrap()
+                .unwrap();
         },
         |dir| {
             let map = the_file(dir, "map");
