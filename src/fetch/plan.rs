@@ -290,8 +290,9 @@ impl Planner {
     fn belonging(&mut self, layer: LayerId, range: TarRange) -> Stretch {
         let mut all = Stretch::of(layer, range);
         let file_at = |at| self.files.as_ref().and_then(|files| files.file_at(layer, at));
-        let ends = [range.start, TarOffset(range.end().0.saturating_sub(1))];
-        for file in ends.map(file_at).into_iter().flatten() {
+        let begins_in = file_at(range.start);
+        let ends_in = file_at(TarOffset(range.end().0.saturating_sub(1))).filter(|last| begins_in != Some(*last));
+        for file in begins_in.into_iter().chain(ends_in) {
             let part = if file.range.len <= self.options.small_file {
                 file.range
             } else {
@@ -493,3 +494,6 @@ pub fn merge(wanted: &[Stretch], gap: u32, longest: u32, look: Look<'_>) -> Vec<
     }
     flights
 }
+
+#[cfg(test)]
+mod tests;

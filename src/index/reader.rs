@@ -457,3 +457,92 @@ fn read_segments(rare: &mut Cursor<'_>, entry: &mut Entry) -> Result<(), IndexFa
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::Collector;
+    use crate::index::fuzzing::index_around;
+
+    /// Reads a table of `entries` entries of a tar of 4 GiB: the fault, if there is one.
+    fn read(entries: u8, table: &[u8]) -> Result<Vec<Entry>, IndexFault> {
+        let data = [&[entries, 0, 0, 0, 0, 0xff][..], table].concat();
+        let mut all = Collector::default();
+        let index = Index::open(index_around(&data)).unwrap();
+        match index.replay(&mut all) {
+            Ok(()) => Ok(all.0),
+            Err(IndexError::Index(fault)) => Err(fault),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    /// A batch of one entry: a directory `d` of root's, mode 0, at second 0, with these changes to its columns.
+    fn batch(change: impl Fn(&mut Columns<Vec<u8>>)) -> Vec<u8> {
+        let mut columns = Columns {
+            tags: vec![1],
+            owners: vec![0],
+            new_owners: vec![0, 0, 0],
+            shared: vec![0],
+            fresh: vec![1],
+            names: b"d".to_vec(),
+            times: vec![0],
+            ..Columns::default()
+        };
+        change(&mut columns);
+        let mut table = vec![1];
+        for column in columns.each_mut() {
+            table.push(u8::try_from(column.len()).unwrap());
+        }
+        for column in columns.each_mut() {
+            table.append(column);
+        }
+        table.push(0);
+        table
+    }
+
+    #[test]
+    fn a_table_made_by_hand_is_read() {
+        let entries = read(1, &batch(|_| {})).unwrap();
+        assert_eq!((entries[0].kind, &entries[0].path[..]), (Kind::Directory, &b"d"[..]));
+        let file = read(1, &batch(|c| (c.tags, c.sizes) = (vec![0], vec![5]))).unwrap();
+        assert_eq!(file[0].segments, [Segment { file_offset: 0, tar_offset: TarOffset(512), len: 5 }]);
+    }
+
+    #[test]
+    fn tables_that_make_no_sense_are_faults() {
+        type Change = fn(&mut Columns<Vec<u8>>);
+        let changes: [(&str, Change); 19] = [
+            ("no kind", |c| c.tags = vec![7]),
+            ("unused tag bits", |c| c.tags = vec![0x81]),
+            ("a column too long", |c| c.names.push(b'x')),
+            ("a column too short", |c| c.fresh = vec![2]),
+            ("more shared than there is", |c| c.shared = vec![1]),
+            ("an owner out of turn", |c| c.owners = vec![5]),
+            ("a mode of thirteen bits", |c| c.new_owners = vec![0x80, 0x40, 0, 0]),
+            ("a time that is not there", |c| c.times = vec![33]),
+            ("too many nanoseconds", |c| (c.times, c.new_times) = (vec![32], vec![0, 0x80, 0x94, 0xeb, 0xdc, 0x03])),
+            ("attributes out of turn", |c| (c.tags, c.rare) = (vec![0x21], vec![3])),
+            ("a set of no attributes", |c| (c.tags, c.rare) = (vec![0x21], vec![0, 0])),
+            ("the same attribute twice", |c| (c.tags, c.rare) = (vec![0x21], vec![0, 2, 1, b'a', 0, 1, b'a', 0])),
+            ("an endless attribute", |c| (c.tags, c.rare) = (vec![0x21], vec![0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f])),
+            ("a segment beyond the size", |c| (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 2, 4])),
+            ("a segment of no bytes", |c| (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 0, 0])),
+            ("a wide device number", |c| (c.tags, c.rare) = (vec![4], vec![0xff, 0xff, 0xff, 0xff, 0x10, 0])),
+            ("content beyond the tar", |c| (c.tags, c.sizes) = (vec![0], vec![0x80, 0x80, 0x80, 0x80, 0x20])),
+            ("a huge size", |c| (c.tags, c.sizes) = (vec![0], vec![0xff; 9].into_iter().chain([1]).collect())),
+            ("a place beyond the tar", |c| (c.tags, c.rare) = (vec![0x09], vec![0xff, 0xff, 0xff, 0xff, 0x0f, 1])),
+        ];
+        for (what, change) in changes {
+            let fault = read(1, &batch(change));
+            assert!(matches!(fault, Err(IndexFault::Malformed(_))), "{what}: {fault:?}");
+        }
+        let one = batch(|_| {});
+        assert!(read(2, &one).is_err(), "fewer entries than announced");
+        assert!(read(0, &one).is_err(), "more entries than announced");
+        assert!(read(1, &one[..one.len() - 1]).is_err(), "no end");
+        assert!(read(1, &[&one[..], &[0]].concat()).is_err(), "something behind the end");
+        assert!(read(1, &[]).is_err());
+        let huge = [&[1, 0xff, 0xff, 0xff, 0xff, 0x0f][..], &[0; 10]].concat();
+        assert_eq!(read(1, &huge), Err(IndexFault::TooLarge("entry table")));
+    }
+}

@@ -360,7 +360,7 @@ fn common_prefix(a: &[u8], b: &[u8]) -> usize {
 }
 
 /// Puts a file together from its sections, working out places and checksums.
-fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
+pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
     let table_end = format::PROLOGUE + sections.len() * format::RECORD;
     let mut offset = len_u64(table_end);
     let mut table = Vec::new();
