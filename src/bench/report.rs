@@ -34,7 +34,7 @@ svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; } svg .halo 
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide { white-space: normal; min-width: 12rem; } th { color: var(--soft); font-weight: 500; }
 @media print { body { background: none; } }
 ";
 
@@ -144,7 +144,7 @@ fn table(out: &mut String, outcome: &Outcome) {
         let all: Vec<_> = row.runs.iter().map(|run| show_time(run.total)).collect();
         let _ = writeln!(
             out,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"wide\">{}</td><td class=\"wide\">{}</td></tr>",
             row.row.title(),
             show_time(median.total),
             show_time(min),

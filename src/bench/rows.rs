@@ -359,7 +359,8 @@ impl Stage<'_> {
         Ok(ended.at - began)
     }
 
-    /// Streams `url` into `to`; returns its length.
+    /// Streams `url` into `to`; returns how many bytes came. A pipe whose reader has seen enough ends it well: tar stops
+    /// reading behind the marked end, and how tar ended says whether it was content.
     fn download(&self, url: &str, to: &mut dyn Write) -> Result<u64, BenchError> {
         let failed = |cause: String| BenchError::Download { url: url.into(), cause };
         let answer = self

@@ -192,11 +192,13 @@ impl Stage {
         println(format_args!("{INDENT}That took {} and {}; the layer has {}.", show_time(took), show_size(bytes), show_size(made.bytes)))?;
         self.show("findmnt -no SOURCE,FSTYPE,SIZE,OPTIONS mnt || grep tarblk /proc/mounts")?;
         self.say("A program starts in it, and brings what it touches")?;
-        self.show(&format!("time chroot mnt {}", made.command))?;
+        let began = Instant::now();
+        self.show(&format!("chroot mnt {}", made.command))?;
+        println(format_args!("{INDENT}That took {}.", show_time(began.elapsed())))?;
         self.show("tarblk ps")?;
         self.show("tarblk stats mnt")?;
         let sample = &made.sample;
-        self.show(&format!("cmp mnt{sample} {sample} && echo identical to this machine's own"))?;
+        self.show(&format!("cmp mnt{sample} {sample} && echo identical to the file of this machine"))?;
         println(format_args!("{INDENT}While mounted it cannot be detached:"))?;
         let (good, _) = self.try_show("tarblk detach mnt")?;
         anyhow::ensure!(!good, "a mounted device was detached");

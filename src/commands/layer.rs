@@ -16,10 +16,11 @@ use super::output::{Table, Talk, print, println, write_out};
 use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
+use crate::index::listing::{self, Format, ListingError};
 use crate::index::{EndOfArchive, Summary};
 use crate::open::{self, Cache, Fetching, IndexOrigin, OpenOptions, Prepared, Watch};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::Place;
+use crate::source::{Place, without_secrets};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws the reading of headers, once it takes long enough to be noticed.
@@ -140,15 +141,21 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
 /// `tarblk ls`.
 pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     let index = open::index_of(&args.source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
-    anyhow::ensure!(!args.json && !args.mtree, "not wired yet");
-    write_out(|out| {
-        let mut entries = index.entries().map_err(io::Error::other)?;
-        while let Some(entry) = entries.next_entry().map_err(io::Error::other)? {
-            out.write_all(&entry.path)?;
-            out.write_all(b"\n")?;
+    let format = match (args.json, args.mtree) {
+        (true, _) => Format::Json,
+        (_, true) => Format::Mtree,
+        _ => Format::Plain,
+    };
+    let mut broken = None;
+    write_out(|out| match listing::write(&index, format, out) {
+        Err(ListingError::Index(error)) => {
+            broken = Some(error);
+            Ok(())
         }
-        Ok(())
-    })
+        Err(ListingError::Write(error)) => Err(error),
+        Ok(()) => Ok(()),
+    })?;
+    broken.map_or(Ok(()), |error| Err(anyhow::Error::new(error).context(without_secrets(&args.source))))
 }
 
 /// `tarblk image`.

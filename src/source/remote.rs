@@ -49,12 +49,18 @@ const SHORTEST: u64 = 4 << 10;
 const LONGEST: u64 = 8 << 20;
 const FIRST: u64 = 64 << 10;
 /// What dropping an answer costs, in round trips: a new connection, TLS, and finding its speed again.
-const RECONNECT: f64 = 4.0;
+const RECONNECT: f64 = 3.0;
 
 /// A runtime for one piece of waiting.
 pub(super) fn runtime() -> Result<tokio::runtime::Runtime, SourceError> {
-    let built = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
-    built.map_err(|error| SourceError::Setup { what: "the network runtime", why: error.to_string() })
+    let built = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build();
+    built.map_err(|error| SourceError::Setup {
+        what: "the network runtime",
+        why: error.to_string(),
+    })
 }
 
 /// Walks a layer on a web server.
@@ -67,19 +73,39 @@ pub(super) fn walk<'a>(
 ) -> Result<Walked, SourceError> {
     let requests = Requests::new(&blob.url, *patience)?;
     let keep_all = tap.is_some();
-    let wire = Wire { blob, requests, tap: RefCell::new(tap), asked: Cell::new(0), got: Cell::new(0), link: Link::default() };
-    let mut truth = Truth { parser: Parser::new(), sink, progress, blob };
+    let wire = Wire {
+        blob,
+        requests,
+        tap: RefCell::new(tap),
+        asked: Cell::new(0),
+        got: Cell::new(0),
+        link: Link::default(),
+    };
+    let mut truth = Truth {
+        parser: Parser::new(),
+        sink,
+        progress,
+        blob,
+    };
     let end = runtime()?.block_on(async {
         if blob.len == 0 {
             truth.finish()
         } else if blob.ranges {
             walk_ranges(&wire, &mut truth).await
         } else {
-            log::warn!("{}: the server does not answer ranges; reading the whole layer once", blob.name());
+            log::warn!(
+                "{}: the server does not answer ranges; reading the whole layer once",
+                blob.name()
+            );
             walk_stream(&wire, &mut truth, keep_all).await
         }
     })?;
-    Ok(Walked { tar_len: blob.len, end, reads: wire.asked.get(), bytes_read: wire.got.get() })
+    Ok(Walked {
+        tar_len: blob.len,
+        end,
+        reads: wire.asked.get(),
+        bytes_read: wire.got.get(),
+    })
 }
 
 /// The one parser that counts, and where its entries go.
@@ -103,13 +129,19 @@ impl Truth<'_> {
     }
 
     fn finish(&mut self) -> Result<EndOfArchive, SourceError> {
-        let end = self.parser.finish(TarOffset(self.blob.len)).map_err(|error| self.bad_tar(error))?;
+        let end = self
+            .parser
+            .finish(TarOffset(self.blob.len))
+            .map_err(|error| self.bad_tar(error))?;
         (self.progress)(TarOffset(self.blob.len), self.blob.len);
         Ok(end)
     }
 
     fn bad_tar(&self, error: IndexError) -> SourceError {
-        SourceError::Tar { source_name: self.blob.name(), source: error }
+        SourceError::Tar {
+            source_name: self.blob.name(),
+            source: error,
+        }
     }
 }
 
@@ -147,12 +179,14 @@ async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArch
     let segments = RefCell::new(segments.into_iter());
     let ground = Ground::default();
     let exploring = join_all((0..explorers(wire.blob.len)).map(|_| async {
+        wire.link.readers.set(wire.link.readers.get() + 1);
         loop {
             // Bound to a name, so that the borrow ends before the exploring begins.
             let segment = segments.borrow_mut().next();
-            let Some(segment) = segment else { return };
+            let Some(segment) = segment else { break };
             segment.explore(wire, &ground).await;
         }
+        wire.link.readers.set(wire.link.readers.get() - 1);
     }));
     let verifying = verify(wire, truth, &mut finds);
     match select(pin!(verifying), pin!(exploring)).await {
@@ -214,14 +248,25 @@ struct Piece {
 }
 
 fn segments(len: u64) -> Vec<(Segment, Finds)> {
-    let size = len.div_ceil(explorers(len)).next_multiple_of(TAR_BLOCK).min(MAX_SEGMENT);
+    let size = len
+        .div_ceil(explorers(len))
+        .next_multiple_of(TAR_BLOCK)
+        .min(MAX_SEGMENT);
     let mut start = 0;
     let mut segments = Vec::new();
     while start < len {
         let end = (start + size).min(len);
         let (sender, pieces) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(WAITING));
-        segments.push((Segment { start, end, finds: sender, room }, Finds { end, pieces }));
+        segments.push((
+            Segment {
+                start,
+                end,
+                finds: sender,
+                room,
+            },
+            Finds { end, pieces },
+        ));
         start = end;
     }
     segments
@@ -307,7 +352,11 @@ impl Segment {
     /// Follows the chain from the header at `at`; returns where it leads when the segment is left or it breaks off.
     async fn follow(&self, reader: &mut Reader<'_, '_>, ground: &Ground, at: u64) -> Result<u64, SourceError> {
         let mut parser = Parser::starting_at(TarOffset(at));
-        let mut found = Found { segment: self, at, bytes: Vec::new() };
+        let mut found = Found {
+            segment: self,
+            at,
+            bytes: Vec::new(),
+        };
         let mut payload_from = at;
         while let Some(TarOffset(wanted)) = parser.wants() {
             if wanted > payload_from {
@@ -428,6 +477,7 @@ impl Wire<'_> {
         let piece = body.next().await?;
         if let Some((at, bytes)) = &piece {
             self.got.set(self.got.get() + len_u64(bytes));
+            self.link.delivered(bytes);
             if let Some(tap) = self.tap.borrow_mut().as_mut() {
                 tap.bytes(TarOffset(*at), bytes);
             }
@@ -436,56 +486,68 @@ impl Wire<'_> {
     }
 }
 
-/// The link as measured: how long an answer takes to begin, how fast one connection's bytes come after that. With other
-/// connections busy this is this connection's share, which is what matters to decide for it.
+/// The link as measured by all readers together: how long an answer takes to begin when nothing else is in its way, how many
+/// bytes a second come at best, and how many readers share them.
 struct Link {
     round_trip: Cell<f64>,
-    rate: Cell<f64>,
+    capacity: Cell<f64>,
+    readers: Cell<u32>,
+    since: Cell<Instant>,
+    bytes: Cell<u64>,
 }
 
 impl Default for Link {
     fn default() -> Self {
-        // Guesses for the first requests: 20 ms, 8 MB/s.
-        Self { round_trip: Cell::new(0.02), rate: Cell::new(8e6) }
+        // Guesses for the first requests: 50 ms, 100 Mbit/s.
+        Self {
+            round_trip: Cell::new(0.05),
+            capacity: Cell::new(12.5e6),
+            readers: Cell::new(0),
+            since: Cell::new(Instant::now()),
+            bytes: Cell::new(0),
+        }
     }
 }
 
 impl Link {
-    /// Answers shorter than this tell nothing of the rate.
-    const TELLING: u64 = 48 << 10;
-    /// The weight of a new measurement.
-    const NEW: f64 = 0.2;
+    /// Bytes are counted over this time for one measurement.
+    const SPAN: Duration = Duration::from_millis(50);
+    /// What a measurement keeps of its worth until the next one: links change, and not every span is full.
+    const FADE: f64 = 0.97;
 
+    /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
     fn answered(&self, after: Duration) {
-        Self::blend(&self.round_trip, after.as_secs_f64());
+        self.round_trip
+            .set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
     }
 
-    fn delivered(&self, bytes: u64, took: Duration) {
-        if bytes >= Self::TELLING {
-            let bytes = u32::try_from(bytes).map_or(f64::from(u32::MAX), f64::from);
-            Self::blend(&self.rate, bytes / took.as_secs_f64().max(1e-5));
+    fn delivered(&self, bytes: &[u8]) {
+        self.bytes.set(self.bytes.get() + len_u64(bytes));
+        let took = self.since.get().elapsed();
+        if took >= Self::SPAN {
+            let bytes = u32::try_from(self.bytes.replace(0)).unwrap_or(u32::MAX);
+            let measured = f64::from(bytes) / took.as_secs_f64();
+            self.capacity.set((self.capacity.get() * Self::FADE).max(measured));
+            self.since.set(Instant::now());
         }
     }
 
-    fn blend(known: &Cell<f64>, measured: f64) {
-        known.set(known.get() * (1.0 - Self::NEW) + measured * Self::NEW);
-    }
-
-    /// The bytes that come in the time of so many round trips.
+    /// The bytes that come to one reader in the time of so many round trips.
     fn bytes_in(&self, round_trips: f64) -> u64 {
-        let bytes = self.rate.get() * self.round_trip.get() * round_trips;
-        // Bounded on both sides, so the conversion is exact enough and never out of range.
-        let bounded = bytes.clamp(0.0, f64::from(1_u32 << 30));
-        Duration::from_secs_f64(bounded / 1e9).as_nanos().try_into().unwrap_or(u64::MAX)
+        let share = self.capacity.get() / f64::from(self.readers.get().max(1));
+        // Bounded on both sides, so counting nanoseconds for bytes is exact enough and never out of range.
+        let bounded = (share * self.round_trip.get() * round_trips).clamp(0.0, f64::from(1_u32 << 30));
+        Duration::from_secs_f64(bounded / 1e9)
+            .as_nanos()
+            .try_into()
+            .unwrap_or(u64::MAX)
     }
 }
 
 /// Reads the layer at positions that only go forward, deciding what to ask for.
 struct Reader<'w, 'a> {
     wire: &'w Wire<'a>,
-    body: Option<(Body, Instant)>,
-    /// Where the open answer began.
-    body_start: u64,
+    body: Option<Body>,
     /// Bytes that came and were not taken yet, and where they lie.
     held: (u64, Bytes),
     window: u64,
@@ -498,7 +560,15 @@ struct Reader<'w, 'a> {
 impl<'w, 'a> Reader<'w, 'a> {
     fn new(wire: &'w Wire<'a>) -> Self {
         let held = (0, Bytes::new());
-        Self { wire, body: None, body_start: 0, held, window: FIRST, run_start: 0, run_end: 0, mean_run: FIRST }
+        Self {
+            wire,
+            body: None,
+            held,
+            window: FIRST,
+            run_start: 0,
+            run_end: 0,
+            mean_run: FIRST,
+        }
     }
 
     /// The end of the bytes that are here.
@@ -547,48 +617,37 @@ impl<'w, 'a> Reader<'w, 'a> {
     /// One step towards `at`: the next piece of the open answer, or a new answer.
     async fn advance(&mut self, at: u64) -> Result<(), Failure> {
         let reconnect = self.wire.link.bytes_in(RECONNECT);
-        let useful = self.body.as_ref().is_some_and(|(body, _)| {
+        let useful = self.body.as_ref().is_some_and(|body| {
             // What has to be passed over before the answer is of use, or is at its end and its connection free again.
             let useless = body.end.min(at).saturating_sub(body.at);
             body.at <= at && body.at < body.end && useless <= reconnect
         });
         if useful {
-            if let Some((body, _)) = &mut self.body {
+            if let Some(body) = &mut self.body {
                 if let Some(piece) = self.wire.piece(body).await? {
                     self.held = piece;
                 }
+                if body.at == body.end {
+                    // Reading its end as well frees the connection for the next request.
+                    self.wire.piece(body).await?;
+                    self.body = None;
+                }
             }
-            self.close_finished().await?;
             return Ok(());
         }
         self.body = None;
         self.choose_window(at);
-        let body = self.wire.range(at, self.window).await?;
-        self.body_start = body.at;
-        self.body = Some((body, Instant::now()));
+        self.body = Some(self.wire.range(at, self.window).await?);
         Ok(())
-    }
-
-    /// Reads the end of a finished answer, which frees its connection, and learns from how long it took.
-    async fn close_finished(&mut self) -> Result<(), Failure> {
-        match &mut self.body {
-            Some((body, since)) if body.at == body.end => {
-                self.wire.link.delivered(body.end - self.body_start, since.elapsed());
-                self.wire.piece(body).await?;
-                self.body = None;
-                Ok(())
-            }
-            _ => Ok(()),
-        }
     }
 
     /// How much to ask for at `at`: twice as much as before while reading on, after a jump as much as was read between jumps
     /// before; never more than a few round trips' worth, because the rest may have to be thrown away.
     fn choose_window(&mut self, at: u64) {
-        let longest = self.wire.link.bytes_in(RECONNECT).clamp(FIRST, LONGEST);
+        let longest = self.wire.link.bytes_in(RECONNECT).clamp(SHORTEST, LONGEST);
         if self.run_end == 0 {
             self.run_start = at;
-            self.window = FIRST;
+            self.window = FIRST.min(longest);
         } else if at.saturating_sub(self.run_end) <= self.wire.link.bytes_in(1.0) {
             self.window = self.window.saturating_mul(2).min(longest);
         } else {

@@ -1,0 +1,379 @@
+//! Whatever entries there are, they come back: through the index file, and through a tar that somebody else writes. And
+//! whatever is broken in an index file is noticed.
+
+use proptest::collection::{btree_map, vec};
+use proptest::prelude::*;
+use tarblk::index::{
+    Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError, IndexFault, Kind, Parser, Segment,
+    Timestamp, Xattr, is_index,
+};
+use tarblk::units::{TarOffset, TarRange};
+
+/// A length as a position.
+fn long(len: usize) -> u64 {
+    u64::try_from(len).unwrap()
+}
+
+/// Entries as a parser makes them, but for what it says about their place.
+fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
+    let kind = prop::sample::select(vec![
+        Kind::File,
+        Kind::File,
+        Kind::File,
+        Kind::Directory,
+        Kind::Symlink,
+        Kind::Hardlink,
+        Kind::CharDevice,
+        Kind::BlockDevice,
+        Kind::Fifo,
+    ]);
+    let path = prop_oneof![
+        "(usr|etc)/(share|lib)/[a-c]{1,3}/[a-z]{1,8}".prop_map(String::into_bytes),
+        vec(any::<u8>(), 0..300),
+    ];
+    let owner = (
+        0_u16..0o10000,
+        prop_oneof![Just(0), Just(1000), any::<u64>()],
+        prop_oneof![Just(0), any::<u64>()],
+    );
+    let mtime = prop_oneof![
+        (1_700_000_000_i64..1_700_000_010).prop_map(|secs| Timestamp { secs, nanos: 0 }),
+        (any::<i64>(), 0_u32..1_000_000_000).prop_map(|(secs, nanos)| Timestamp { secs, nanos }),
+    ];
+    let xattrs = prop_oneof![
+        3 => Just(Vec::new()),
+        1 => btree_map(vec(any::<u8>(), 1..20), vec(any::<u8>(), 0..40), 1..4)
+            .prop_map(|all| all.into_iter().map(|(name, value)| Xattr { name, value }).collect()),
+        1 => Just(vec![Xattr { name: b"security.selinux".to_vec(), value: b"system_u:object_r:usr_t:s0\0".to_vec() }]),
+    ];
+    let runs = prop_oneof![
+        4 => Just(None),
+        1 => vec((0_u64..5000, 1_u64..5000), 0..20).prop_map(Some),
+    ];
+    let shape = (0_u64..100_000, runs, any::<u32>(), any::<u32>());
+    let place = (
+        prop_oneof![5 => Just(0_u64), 1 => 1_u64..10],
+        prop_oneof![5 => Just(1_u64), 1 => 1_u64..50],
+    );
+    (kind, path, owner, mtime, xattrs, shape, vec(any::<u8>(), 0..100), place).prop_map(
+        |(
+            kind,
+            path,
+            (mode, uid, gid),
+            mtime,
+            xattrs,
+            (size, runs, device_major, device_minor),
+            link,
+            (gap, blocks),
+        )| {
+            let mut entry = Entry {
+                path,
+                kind,
+                mode,
+                uid,
+                gid,
+                mtime,
+                xattrs,
+                ..Entry::default()
+            };
+            match kind {
+                Kind::File => {
+                    let (mut at, mut segments) = (0, Vec::new());
+                    for (hole, len) in runs.clone().unwrap_or_default() {
+                        segments.push(Segment {
+                            file_offset: at + hole,
+                            tar_offset: TarOffset(0),
+                            len,
+                        });
+                        at += hole + len;
+                    }
+                    entry.size = size.max(at);
+                    if runs.is_none() && size > 0 {
+                        segments.push(Segment {
+                            file_offset: 0,
+                            tar_offset: TarOffset(0),
+                            len: size,
+                        });
+                    }
+                    entry.segments = segments;
+                }
+                Kind::Symlink | Kind::Hardlink => entry.link = link,
+                Kind::CharDevice | Kind::BlockDevice => {
+                    (entry.device_major, entry.device_minor) = (device_major, device_minor);
+                }
+                _ => {}
+            }
+            (entry, gap, blocks)
+        },
+    )
+}
+
+/// Puts entries one behind the other; returns the tar's length as well.
+fn placed(entries: Vec<(Entry, u64, u64)>) -> (Vec<Entry>, u64) {
+    let mut at = 0_u64;
+    let entries = entries.into_iter().map(|(mut entry, gap, blocks)| {
+        entry.headers = TarRange::new(TarOffset(at + gap * 512), blocks * 512);
+        let mut tar = entry.headers.end();
+        for segment in &mut entry.segments {
+            segment.tar_offset = tar;
+            tar = tar.plus(segment.len);
+        }
+        at = tar.0.next_multiple_of(512);
+        entry
+    });
+    let entries = entries.collect();
+    (entries, at)
+}
+
+fn encode(entries: &[Entry], len: u64) -> Vec<u8> {
+    let mut builder = IndexBuilder::new();
+    for entry in entries {
+        builder.entry(entry).unwrap();
+    }
+    builder.finish(len, EndOfArchive::Marked)
+}
+
+fn decode(bytes: &[u8]) -> Result<Vec<Entry>, IndexError> {
+    let index = Index::open(bytes)?;
+    let mut all = Collector::default();
+    index.replay(&mut all)?;
+    Ok(all.0)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn an_index_gives_back_what_it_got(entries in vec(any_entry(), 0..60)) {
+        let (entries, len) = placed(entries);
+        let bytes = encode(&entries, len);
+        prop_assert!(is_index(&bytes));
+        prop_assert_eq!(&bytes, &encode(&entries, len), "the same bits again");
+        prop_assert_eq!(decode(&bytes).unwrap(), entries.clone());
+        let index = Index::open(bytes).unwrap();
+        index.verify().unwrap();
+        prop_assert_eq!(index.tar_len(), len);
+        prop_assert_eq!(index.end(), EndOfArchive::Marked);
+        prop_assert_eq!(index.summary().entries, long(entries.len()));
+    }
+
+    #[test]
+    fn a_flipped_bit_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), bit in 0..8) {
+        let (entries, len) = placed(entries);
+        let mut bytes = encode(&entries, len);
+        let place = place.index(bytes.len());
+        bytes[place] ^= 1_u8 << bit;
+        let outcome = Index::open(&bytes);
+        prop_assert!(matches!(outcome, Err(IndexError::Index(_))), "bit {} of byte {}", bit, place);
+    }
+
+    #[test]
+    fn a_cut_index_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), more in any::<bool>()) {
+        let (entries, len) = placed(entries);
+        let mut bytes = encode(&entries, len);
+        if more {
+            bytes.push(0);
+        } else {
+            bytes.truncate(place.index(bytes.len()));
+        }
+        prop_assert!(matches!(Index::open(&bytes), Err(IndexError::Index(_))));
+    }
+
+    #[test]
+    fn a_tar_of_the_tar_crate_says_what_was_written(
+        files in vec(("[a-z]{1,10}(/[a-zé ]{1,60}){0,4}", vec(any::<u8>(), 0..3000), 0_u32..0o10000, any::<u32>(), 0_u64..1 << 34), 0..12),
+        size in 1_usize..2000,
+    ) {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (path, content, mode, uid, mtime) in &files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(long(content.len()));
+            header.set_mode(*mode);
+            header.set_uid(u64::from(*uid));
+            header.set_mtime(*mtime);
+            builder.append_data(&mut header, path, content.as_slice()).unwrap();
+        }
+        let tar = builder.into_inner().unwrap();
+        let mut all = Collector::default();
+        let mut parser = Parser::new();
+        for (number, piece) in tar.chunks(size).enumerate() {
+            parser.feed(TarOffset(long(number * size)), piece, &mut all).unwrap();
+        }
+        prop_assert_eq!(parser.finish(TarOffset(long(tar.len()))).unwrap(), EndOfArchive::Marked);
+        prop_assert_eq!(all.0.len(), files.len());
+        for (entry, (path, content, mode, uid, mtime)) in all.0.iter().zip(&files) {
+            prop_assert_eq!(&entry.path, path.as_bytes());
+            prop_assert_eq!((u32::from(entry.mode), entry.uid), (*mode, u64::from(*uid)));
+            prop_assert_eq!(entry.mtime, Timestamp { secs: i64::try_from(*mtime).unwrap(), nanos: 0 });
+            let start = usize::try_from(entry.payload().start.0).unwrap();
+            prop_assert_eq!(&tar[start..start + content.len()], content.as_slice());
+        }
+    }
+}
+
+#[test]
+fn many_entries_span_many_batches() {
+    let entries = (0..10_000_u64).map(|n| {
+        let entry = Entry {
+            path: format!("dir-{}/file-{n}", n / 100).into_bytes(),
+            // More different owners and attributes than there are numbers for.
+            uid: n % 70_000,
+            xattrs: vec![Xattr {
+                name: b"user.n".to_vec(),
+                value: n.to_le_bytes().to_vec(),
+            }],
+            mtime: Timestamp {
+                secs: i64::try_from(n % 40).unwrap(),
+                nanos: 0,
+            },
+            ..Entry::default()
+        };
+        (entry, 0, 1)
+    });
+    let (entries, len) = placed(entries.collect());
+    assert!(decode(&encode(&entries, len)).unwrap() == entries);
+}
+
+#[test]
+fn other_versions_and_other_files_are_told_apart() {
+    let bytes = encode(&[], 0);
+    assert!(!is_index(&bytes[1..]) && !is_index(b"") && is_index(&bytes));
+    let open = |bytes: &[u8]| match Index::open(bytes) {
+        Err(IndexError::Index(fault)) => fault,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(open(b"ustar"), IndexFault::Magic);
+    let mut newer = bytes.clone();
+    newer[8] = 9;
+    assert_eq!(open(&newer), IndexFault::Version { found: 9, known: 1 });
+    let message = Index::open(&newer).unwrap_err().to_string();
+    assert!(
+        message.contains("version 9") && message.contains("tarblk index"),
+        "{message}"
+    );
+    assert_eq!(open(&bytes[..20]), IndexFault::Truncated);
+}
+
+/// Sections that a later version may add.
+fn with_section(bytes: &[u8], flags: u16) -> Vec<u8> {
+    let count = usize::from(bytes[10]);
+    let table_end = 16 + 40 * count;
+    let extra = b"something new";
+    let mut table: Vec<u8> = bytes[16..table_end].to_vec();
+    for record in table.chunks_mut(40) {
+        let offset = u64::from_le_bytes(record[8..16].try_into().unwrap()) + 40;
+        record[8..16].copy_from_slice(&offset.to_le_bytes());
+    }
+    table.extend(77_u32.to_le_bytes());
+    table.extend(flags.to_le_bytes());
+    table.extend(0_u16.to_le_bytes());
+    table.extend((long(bytes.len()) + 40).to_le_bytes());
+    table.extend(long(extra.len()).to_le_bytes());
+    table.extend(long(extra.len()).to_le_bytes());
+    table.extend(crc32c::crc32c(extra).to_le_bytes());
+    table.extend([0; 4]);
+    let mut file = bytes[..12].to_vec();
+    file[10] += 1;
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &table);
+    file.extend(crc.to_le_bytes());
+    file.extend(table);
+    file.extend(&bytes[table_end..]);
+    file.extend(extra);
+    file
+}
+
+#[test]
+fn unknown_sections_are_passed_over_unless_required() {
+    let (entries, len) = placed(vec![(Entry::default(), 0, 1)]);
+    let bytes = encode(&entries, len);
+    assert_eq!(decode(&with_section(&bytes, 0)).unwrap(), entries);
+    let fault = Index::open(with_section(&bytes, 1)).unwrap_err();
+    assert!(
+        matches!(fault, IndexError::Index(IndexFault::UnknownSection(77))),
+        "{fault}"
+    );
+}
+
+#[test]
+fn entries_that_break_the_rules_are_not_taken() {
+    let good = Entry {
+        headers: TarRange::new(TarOffset(0), 512),
+        ..Entry::default()
+    };
+    let segment = |file_offset, tar_offset, len| Segment {
+        file_offset,
+        tar_offset: TarOffset(tar_offset),
+        len,
+    };
+    let twice = |name: &[u8]| Xattr {
+        name: name.to_vec(),
+        value: Vec::new(),
+    };
+    for bad in [
+        Entry {
+            headers: TarRange::new(TarOffset(100), 512),
+            ..good.clone()
+        },
+        Entry {
+            headers: TarRange::new(TarOffset(0), 100),
+            ..good.clone()
+        },
+        Entry {
+            mode: 0o10000,
+            ..good.clone()
+        },
+        Entry {
+            mtime: Timestamp {
+                secs: 0,
+                nanos: 1_000_000_000,
+            },
+            ..good.clone()
+        },
+        Entry {
+            link: b"x".to_vec(),
+            ..good.clone()
+        },
+        Entry {
+            device_minor: 1,
+            ..good.clone()
+        },
+        Entry {
+            kind: Kind::Directory,
+            size: 1,
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(0, 1024, 10)],
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(0, 512, 11)],
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(5, 512, 1), segment(4, 513, 1)],
+            ..good.clone()
+        },
+        Entry {
+            size: u64::MAX,
+            ..good.clone()
+        },
+        Entry {
+            xattrs: vec![twice(b"b"), twice(b"a")],
+            ..good.clone()
+        },
+        Entry {
+            xattrs: vec![twice(b"a"), twice(b"a")],
+            ..good.clone()
+        },
+    ] {
+        let outcome = IndexBuilder::new().entry(&bad);
+        assert!(matches!(outcome, Err(IndexError::Unencodable { .. })), "{bad:?}");
+    }
+    let mut builder = IndexBuilder::new();
+    builder.entry(&good).unwrap();
+    assert!(builder.entry(&good).is_err(), "not behind the entry before");
+}
