@@ -1,7 +1,7 @@
 //! 4 KiB random reads of a device whose bytes are all in memory: ublk against the kernel's loop device over the same bytes in
 //! tmpfs, in one run, with the same fio.
 //!
-//! `cargo bench --bench ublk_vs_loop -- [--seconds N] [--rounds N] [--mib N]`, as root on a kernel with ublk; needs fio and
+//! `cargo bench --bench ublk_vs_loop -- [--seconds N] [--rounds N] [--mib N] [--only PART,PART]`, as root on a kernel with ublk; needs fio and
 //! losetup. Where ublk is missing it says so and measures the rest. Every figure is the median of the rounds, which are
 //! interleaved; the ratio is to the better of the two loop devices.
 
@@ -23,6 +23,7 @@ struct Plan {
     seconds: usize,
     rounds: usize,
     mib: usize,
+    only: Option<String>,
 }
 
 /// How fio asks: engine, requests in flight, processes.
@@ -38,7 +39,7 @@ const JOBS: &[(&str, u32, u32)] = &[
 ];
 
 fn main() -> ExitCode {
-    let mut plan = Plan { seconds: 2, rounds: 3, mib: 256 };
+    let mut plan = Plan { seconds: 2, rounds: 3, mib: 256, only: None };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     for pair in arguments.windows(2) {
         let value = || pair[1].parse().expect("a number");
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
             "--seconds" => plan.seconds = value(),
             "--rounds" => plan.rounds = value(),
             "--mib" => plan.mib = value(),
+            "--only" => plan.only = Some(pair[1].clone()),
             _ => {}
         }
     }
@@ -61,22 +63,30 @@ fn main() -> ExitCode {
 
     let mut targets: Vec<(&str, PathBuf)> = Vec::new();
     let mut devices = Vec::new();
+    let by = |backend| DeviceOptions { backend, ..DeviceOptions::default() };
+    let (ublk, fuse) = (by(BackendChoice::Ublk), by(BackendChoice::Loop));
+    let pinned = DeviceOptions { pin_queues: true, ..ublk.clone() };
+    let one_queue = DeviceOptions { queues: 1, ..ublk.clone() };
     let backends = [
-        ("ublk, layer bytes", BackendChoice::Ublk, Everything::Memory, ublk::preflight().err()),
-        ("ublk, metadata", BackendChoice::Ublk, Everything::Metadata, ublk::preflight().err()),
-        ("fuse+loop", BackendChoice::Loop, Everything::Memory, fuse_loop::preflight().err()),
+        ("ublk, layer bytes", ublk.clone(), Everything::Memory, ublk::preflight().err()),
+        ("ublk, metadata", ublk, Everything::Metadata, ublk::preflight().err()),
+        ("ublk, pinned", pinned, Everything::Memory, ublk::preflight().err()),
+        ("ublk, one queue", one_queue, Everything::Memory, ublk::preflight().err()),
+        ("fuse+loop", fuse, Everything::Memory, fuse_loop::preflight().err()),
     ];
-    for (name, backend, everything, missing) in backends {
+    for (name, options, everything, missing) in backends {
         if let Some(why) = missing {
             eprintln!("SKIP: {name}: {why}");
             continue;
         }
         let (image, bytes) = support::uniform(&file, everything);
         let volume = Arc::new(Volume::new(image, bytes, 3));
-        let options = DeviceOptions { backend, ..DeviceOptions::default() };
         let (device, _) = Device::start(&volume, &options).expect("a device");
         targets.push((name, device.path().to_owned()));
         devices.push(device);
+    }
+    if let Some(only) = &plan.only {
+        targets.retain(|(name, _)| only.split(',').any(|part| name.contains(part)));
     }
     let loops = [("loop", attach_loop(&file, false)), ("loop, direct", attach_loop(&file, true))];
     targets.extend(loops.iter().filter_map(|(name, path)| path.clone().map(|path| (*name, path))));

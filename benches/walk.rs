@@ -32,7 +32,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn compare(path: &Path, bits_per_second: u64) -> Result<(), Box<dyn std::error::Error>> {
     let origin = Origin::start()?;
     origin.serve_file("/layer.tar", path)?;
-    origin.set_link(Link { rtt: Duration::from_millis(20), rate: Some(bits_per_second / 8) });
+    origin.set_link(Link {
+        rtt: Duration::from_millis(20),
+        rate: Some(bits_per_second / 8),
+    });
     let (mut streamed, mut walked) = (Vec::new(), Vec::new());
     let mut last = None;
     for _ in 0..RUNS {
@@ -49,10 +52,17 @@ fn compare(path: &Path, bits_per_second: u64) -> Result<(), Box<dyn std::error::
     };
     let (streamed, walked) = (median(&mut streamed), median(&mut walked));
     let cost = last.map_or(String::new(), |(w, len)| {
-        format!("{} requests, {} MB, index {len} bytes", w.reads, w.bytes_read / 1_000_000)
+        format!(
+            "{} requests, {} MB, index {len} bytes",
+            w.reads,
+            w.bytes_read / 1_000_000
+        )
     });
     let part = walked.as_secs_f64() / streamed.as_secs_f64();
-    println!("  {:>4} Mbit/s: stream {streamed:.2?}  walk {walked:.2?}  = {part:.2}  ({cost})", bits_per_second / 1_000_000);
+    println!(
+        "  {:>4} Mbit/s: stream {streamed:.2?}  walk {walked:.2?}  = {part:.2}  ({cost})",
+        bits_per_second / 1_000_000
+    );
     Ok(())
 }
 
@@ -83,7 +93,11 @@ fn make_big_files(path: &Path) -> std::io::Result<()> {
         let mut header = tar::Header::new_gnu();
         header.set_size(320_000);
         header.set_mode(0o644);
-        tar.append_data(&mut header, format!("models/part-{number}.bin"), std::io::repeat(b'x').take(320_000))?;
+        tar.append_data(
+            &mut header,
+            format!("models/part-{number}.bin"),
+            std::io::repeat(b'x').take(320_000),
+        )?;
     }
     tar.finish()
 }

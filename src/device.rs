@@ -84,6 +84,9 @@ pub struct DeviceOptions {
     pub queues: u16,
     /// Requests in flight in each queue of a ublk device.
     pub depth: u16,
+    /// Whether each queue's thread stays on the CPUs whose requests it gets. Off, it may run beside the program that reads
+    /// instead of taking turns with it, which is what the kernel's own loop device does.
+    pub pin_queues: bool,
     /// The device's `read_ahead_kb`, in KiB; the kernel's default when not given.
     pub read_ahead_kb: Option<u32>,
     /// What the device holds, as lists of devices may show it.
@@ -96,6 +99,7 @@ impl Default for DeviceOptions {
             backend: BackendChoice::Auto,
             queues: 2,
             depth: 128,
+            pin_queues: false,
             read_ahead_kb: None,
             label: "tarblk".to_owned(),
         }

@@ -11,6 +11,8 @@
 pub mod entry;
 mod error;
 pub mod format;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod header;
 pub mod listing;
 mod number;

@@ -39,13 +39,16 @@ impl Source {
     /// # Errors
     /// [`SourceError::Unusable`] for other schemes and URLs that are none.
     pub fn parse(text: &str) -> Result<Self, SourceError> {
-        let unusable = |why: String| SourceError::Unusable { source_name: without_secrets(text), why };
+        let unusable = |why: String| SourceError::Unusable {
+            source_name: without_secrets(text),
+            why,
+        };
         let Some((scheme, _)) = text.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
             return match text.split_once(':') {
                 _ if text.is_empty() => Err(unusable("the name is empty".to_owned())),
-                Some(("oci" | "docker-archive" | "oci-archive", _)) if !Path::new(text).exists() => {
-                    Err(unusable("images cannot be read yet; name one layer: a path or an http(s) URL of a tar".to_owned()))
-                }
+                Some(("oci" | "docker-archive" | "oci-archive", _)) if !Path::new(text).exists() => Err(unusable(
+                    "images cannot be read yet; name one layer: a path or an http(s) URL of a tar".to_owned(),
+                )),
                 _ => Ok(Self::Path(PathBuf::from(text))),
             };
         };
@@ -57,10 +60,14 @@ impl Source {
             }
             "file" => {
                 let url = Url::parse(text).map_err(|error| unusable(format!("not a URL: {error}")))?;
-                let path = url.to_file_path().map_err(|()| unusable("it names no file on this machine".to_owned()))?;
+                let path = url
+                    .to_file_path()
+                    .map_err(|()| unusable("it names no file on this machine".to_owned()))?;
                 Ok(Self::Path(path))
             }
-            other => Err(unusable(format!("{other}:// is not supported; use a path, file://, http:// or https://"))),
+            other => Err(unusable(format!(
+                "{other}:// is not supported; use a path, file://, http:// or https://"
+            ))),
         }
     }
 }
@@ -83,7 +90,9 @@ impl fmt::Debug for Source {
 
 fn is_scheme(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
 }
 
 /// A URL as it may be printed: no user, no password, no query, no fragment.
@@ -96,7 +105,11 @@ pub fn shown_url(url: &Url) -> String {
     // These two only fail for URLs that cannot have a user, which then have none to hide.
     let _ = shown.set_username("");
     let _ = shown.set_password(None);
-    if has_query { format!("{shown}?…") } else { shown.into() }
+    if has_query {
+        format!("{shown}?…")
+    } else {
+        shown.into()
+    }
 }
 
 /// The same for text that may or may not be a URL.
@@ -132,7 +145,7 @@ pub enum Place {
     /// In a local file, open for reading.
     File(File),
     /// On a web server.
-    Http(HttpBlob),
+    Http(Box<HttpBlob>),
 }
 
 impl LayerBlob {
@@ -165,22 +178,40 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
         Source::Path(path) => open_file(source, path),
         Source::Url(url) => {
             let blob = http::probe(url, patience)?;
-            Ok(LayerBlob { source: source.clone(), len: blob.len, place: Place::Http(blob) })
+            Ok(LayerBlob {
+                source: source.clone(),
+                len: blob.len,
+                place: Place::Http(Box::new(blob)),
+            })
         }
     }
 }
 
 fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
-    let failed = |error| SourceError::File { path: path.to_owned(), source: error };
+    let failed = |error| SourceError::File {
+        path: path.to_owned(),
+        source: error,
+    };
     // Asked before opening: a fifo would block, and not every special file is harmless to open.
     let meta = std::fs::metadata(path).map_err(failed)?;
     if !meta.is_file() {
-        let why = if meta.is_dir() { "it is a directory; name a tar file" } else { "it is not a regular file" };
-        return Err(SourceError::Unusable { source_name: path.display().to_string(), why: why.to_owned() });
+        let why = if meta.is_dir() {
+            "it is a directory; name a tar file"
+        } else {
+            "it is not a regular file"
+        };
+        return Err(SourceError::Unusable {
+            source_name: path.display().to_string(),
+            why: why.to_owned(),
+        });
     }
     let file = File::open(path).map_err(failed)?;
     let len = file.metadata().map_err(failed)?.len();
-    Ok(LayerBlob { source: source.clone(), len, place: Place::File(file) })
+    Ok(LayerBlob {
+        source: source.clone(),
+        len,
+        place: Place::File(file),
+    })
 }
 
 /// Walks the layer's headers, wherever it is, and hands its entries to `sink`. Payload that passes anyway goes to `tap`, which
@@ -195,7 +226,10 @@ pub fn walk<'a>(
     patience: &Patience,
     progress: Progress<'a>,
 ) -> Result<Walked, SourceError> {
-    let bad_tar = |error| SourceError::Tar { source_name: blob.source.to_string(), source: error };
+    let bad_tar = |error| SourceError::Tar {
+        source_name: blob.source.to_string(),
+        source: error,
+    };
     match &blob.place {
         Place::File(file) => index_walk::local(file, blob.len, sink, progress).map_err(bad_tar),
         Place::Http(http) => remote::walk(http, sink, tap, patience, progress),
@@ -214,18 +248,35 @@ mod tests {
     fn sources_are_understood() {
         assert_eq!(Source::parse("/a/b.tar").unwrap(), Source::Path("/a/b.tar".into()));
         assert_eq!(Source::parse("b c:d.tar").unwrap(), Source::Path("b c:d.tar".into()));
-        assert_eq!(Source::parse("file:///a/b%20c.tar").unwrap(), Source::Path("/a/b c.tar".into()));
+        assert_eq!(
+            Source::parse("file:///a/b%20c.tar").unwrap(),
+            Source::Path("/a/b c.tar".into())
+        );
         assert!(matches!(Source::parse("HTTP://host/x").unwrap(), Source::Url(_)));
-        for bad in ["", "ftp://host/x", "docker://alpine", "oci:dir", "http://", "file://host/x"] {
+        for bad in [
+            "",
+            "ftp://host/x",
+            "docker://alpine",
+            "oci:dir",
+            "http://",
+            "file://host/x",
+        ] {
             assert!(matches!(Source::parse(bad), Err(SourceError::Unusable { .. })), "{bad}");
         }
     }
 
     #[test]
     fn secrets_are_not_shown() {
-        assert_eq!(shown("https://me:secret@host:8443/a.tar?sig=secret#secret"), "https://host:8443/a.tar?…");
+        assert_eq!(
+            shown("https://me:secret@host:8443/a.tar?sig=secret#secret"),
+            "https://host:8443/a.tar?…"
+        );
         assert_eq!(shown("http://host/a.tar"), "http://host/a.tar");
-        for text in ["ftp://me:secret@host/x?sig=secret", "http://me:secret@:80:x/?secret", "http://a:secret@h:99999/"] {
+        for text in [
+            "ftp://me:secret@host/x?sig=secret",
+            "http://me:secret@:80:x/?secret",
+            "http://a:secret@h:99999/",
+        ] {
             let error = Source::parse(text).unwrap_err();
             assert!(!format!("{error} {error:?}").contains("secret"), "{error}");
         }
@@ -239,7 +290,15 @@ mod tests {
         let message = open(dir.path()).unwrap_err().to_string();
         assert!(message.contains("is a directory"), "{message}");
         let message = open(&dir.path().join("absent")).unwrap_err().to_string();
-        assert!(message.contains("absent") && message.contains("No such file"), "{message}");
-        assert!(open(Path::new("/dev/zero")).unwrap_err().to_string().contains("not a regular file"));
+        assert!(
+            message.contains("absent") && message.contains("No such file"),
+            "{message}"
+        );
+        assert!(
+            open(Path::new("/dev/zero"))
+                .unwrap_err()
+                .to_string()
+                .contains("not a regular file")
+        );
     }
 }

@@ -14,11 +14,16 @@ use tarblk::index::{
 };
 use tarblk::units::TarOffset;
 
+/// A length as a position.
+fn bytes(len: usize) -> u64 {
+    u64::try_from(len).unwrap()
+}
+
 fn parse(tar: &[u8]) -> Result<Vec<Entry>, IndexError> {
     let mut all = Collector::default();
     let mut parser = Parser::new();
     parser.feed(TarOffset(0), tar, &mut all)?;
-    parser.finish(TarOffset(tar.len() as u64))?;
+    parser.finish(TarOffset(bytes(tar.len())))?;
     Ok(all.0)
 }
 
@@ -38,7 +43,11 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Whether a program is installed; says so loudly if it is not.
 fn have(program: &str) -> bool {
-    let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let found = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     let found = found.is_ok_and(|status| status.success());
     if !found {
         eprintln!("SKIP: {program} is not installed (tools/setup installs it)");
@@ -48,7 +57,12 @@ fn have(program: &str) -> bool {
 
 fn run(command: &mut Command) -> Vec<u8> {
     let output = command.env("LC_ALL", "C.UTF-8").output().unwrap();
-    assert!(output.status.success(), "{command:?}: {}, {}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}, {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
     output.stdout
 }
 
@@ -69,22 +83,37 @@ fn everything(dir: &Path) -> PathBuf {
     std::os::unix::fs::symlink("t".repeat(300), root.join("sub/longlink")).unwrap();
     run(Command::new("mkfifo").arg(root.join("fifo")));
     run(Command::new("chmod").arg("6755").arg(root.join("block")));
-    run(Command::new("touch").args(["-h", "-d", "1966-02-03 04:05:06.123456789Z"]).arg(root.join("sub/symlink")));
-    run(Command::new("touch").args(["-d", "2040-02-03 04:05:06.000000001Z"]).arg(root.join("empty")));
+    run(Command::new("touch")
+        .args(["-h", "-d", "1966-02-03 04:05:06.123456789Z"])
+        .arg(root.join("sub/symlink")));
+    run(Command::new("touch")
+        .args(["-d", "2040-02-03 04:05:06.000000001Z"])
+        .arg(root.join("empty")));
     let mut sparse = vec![0; 900_000];
     for at in (0..900_000).step_by(70_000) {
         sparse[at..at + 5].copy_from_slice(b"data!");
     }
     fs::write(root.join("plain-sparse"), &sparse).unwrap();
-    run(Command::new("cp").arg("--sparse=always").arg(root.join("plain-sparse")).arg(root.join("sparse")));
+    run(Command::new("cp")
+        .arg("--sparse=always")
+        .arg(root.join("plain-sparse"))
+        .arg(root.join("sparse")));
     if rustix::process::geteuid().is_root() {
         run(Command::new("mknod").arg(root.join("char")).args(["c", "5", "300"]));
-        run(Command::new("mknod").arg(root.join("block-device")).args(["b", "259", "70000"]));
+        run(Command::new("mknod")
+            .arg(root.join("block-device"))
+            .args(["b", "259", "70000"]));
         run(Command::new("chown").args(["3000000000:70000"]).arg(root.join("empty")));
     } else {
         eprintln!("SKIP: no device nodes and foreign owners without root");
     }
-    if rustix::fs::setxattr(root.join("file"), "user.mime", b"text/plain\0\n", rustix::fs::XattrFlags::empty()).is_err()
+    if rustix::fs::setxattr(
+        root.join("file"),
+        "user.mime",
+        b"text/plain\0\n",
+        rustix::fs::XattrFlags::empty(),
+    )
+    .is_err()
     {
         eprintln!("SKIP: no extended attributes on this file system");
     }
@@ -113,14 +142,23 @@ fn tars(dir: &Path) -> Vec<(String, Vec<u8>)> {
         &["--format=posix", "--pax-option=globexthdr.name=g,uid=77,mtime=1234.5"],
     ] {
         let mut command = Command::new("tar");
-        command.arg("-C").arg(parent).args(args).args(["-cf", "-", "tree"]).env("LC_ALL", "C.UTF-8");
+        command
+            .arg("-C")
+            .arg(parent)
+            .args(args)
+            .args(["-cf", "-", "tree"])
+            .env("LC_ALL", "C.UTF-8");
         let output = command.stderr(Stdio::null()).output().unwrap();
         tars.push((format!("GNU tar {args:?}"), output.stdout));
     }
     if have("bsdtar") {
         for format in ["ustar", "pax", "gnutar", "v7"] {
             let mut command = Command::new("bsdtar");
-            command.arg("-C").arg(parent).args(["--format", format, "-cf", "-", "tree"]).env("LC_ALL", "C.UTF-8");
+            command
+                .arg("-C")
+                .arg(parent)
+                .args(["--format", format, "-cf", "-", "tree"])
+                .env("LC_ALL", "C.UTF-8");
             let output = command.stderr(Stdio::null()).output().unwrap();
             tars.push((format!("bsdtar {format}"), output.stdout));
         }
@@ -140,7 +178,9 @@ t.close()";
         }
     }
     // The crate writes times before 1970 as times in the far future, which Go refuses as we do.
-    run(Command::new("touch").args(["-h", "-d", "2001-02-03Z"]).arg(root.join("sub/symlink")));
+    run(Command::new("touch")
+        .args(["-h", "-d", "2001-02-03Z"])
+        .arg(root.join("sub/symlink")));
     let mut builder = tar::Builder::new(Vec::new());
     builder.follow_symlinks(false);
     builder.append_dir_all("tree", &root).unwrap();
@@ -164,7 +204,11 @@ fn testtar() -> Option<PathBuf> {
 for p in ('testtar.tar','archivetestdata/testtar.tar'):
     p=os.path.join(d,p)
     if os.path.exists(p): print(p); break";
-    let output = Command::new("python3").args(["-c", script]).stderr(Stdio::null()).output().ok()?;
+    let output = Command::new("python3")
+        .args(["-c", script])
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
     let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
     path.is_file().then_some(path)
 }
@@ -185,7 +229,11 @@ fn facts(tar: &[u8], entry: &Entry) -> String {
         Kind::File => hex(&Sha256::digest(content(tar, entry))),
         _ => String::new(),
     };
-    let xattrs: Vec<_> = entry.xattrs.iter().map(|x| format!("{}={}", hex(&x.name), hex(&x.value))).collect();
+    let xattrs: Vec<_> = entry
+        .xattrs
+        .iter()
+        .map(|x| format!("{}={}", hex(&x.name), hex(&x.value)))
+        .collect();
     format!(
         "{} {kind} {:o} {} {} {}.{:09} {} {} {},{} [{}] {digest}",
         hex(path),
@@ -293,8 +341,8 @@ fn index_of(tar: &[u8]) -> Index<Vec<u8>> {
     let mut file = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut file, tar).unwrap();
     let mut builder = IndexBuilder::new();
-    let walked = walk::local(&file, tar.len() as u64, &mut builder, &mut |_, _| {}).unwrap();
-    Index::open(builder.finish(tar.len() as u64, walked.end)).unwrap()
+    let walked = walk::local(&file, bytes(tar.len()), &mut builder, &mut |_, _| {}).unwrap();
+    Index::open(builder.finish(bytes(tar.len()), walked.end)).unwrap()
 }
 
 fn mtree(tar: &[u8]) -> String {
@@ -320,11 +368,17 @@ fn bsdtar_lists_the_same() {
         fs::write(&path, &tar).unwrap();
         let source = [b"@".as_slice(), path.as_os_str().as_bytes()].concat();
         let source = std::ffi::OsStr::from_bytes(&source);
-        let theirs = run(Command::new("bsdtar").args(["-cf", "-", "--format=mtree", "--options", keywords]).arg(source));
+        let theirs = run(Command::new("bsdtar")
+            .args(["-cf", "-", "--format=mtree", "--options", keywords])
+            .arg(source));
         let theirs = mtree_facts(&String::from_utf8(theirs).unwrap());
         let ours = mtree(&tar);
-        let hardlinks: Vec<_> =
-            parse(&tar).unwrap().into_iter().filter(|e| e.kind == Kind::Hardlink).map(|e| e.path).collect();
+        let hardlinks: Vec<_> = parse(&tar)
+            .unwrap()
+            .into_iter()
+            .filter(|e| e.kind == Kind::Hardlink)
+            .map(|e| e.path)
+            .collect();
         let mut checked = 0;
         for (path, mut ours) in mtree_facts(&ours) {
             let mut theirs = theirs.get(&path).unwrap_or_else(|| panic!("{name}: {path:?}")).clone();
@@ -346,7 +400,11 @@ fn bsdtar_lists_the_same() {
         let spec = dir.path().join("ours.mtree");
         fs::write(&spec, &ours).unwrap();
         let listed = run(Command::new("bsdtar").arg("-tf").arg(&spec));
-        assert_eq!(listed.split(|b| *b == b'\n').filter(|line| !line.is_empty()).count(), checked, "{name}");
+        assert_eq!(
+            listed.split(|b| *b == b'\n').filter(|line| !line.is_empty()).count(),
+            checked,
+            "{name}"
+        );
     }
 }
 
@@ -356,7 +414,18 @@ fn the_tar_crate_reads_the_same_where_it_can() {
     let mut compared = 0;
     for (name, tar) in tars(dir.path()) {
         // It knows no PAX sparse maps and no v7 directories, and hands global headers, labels and dump directories out as entries.
-        if ["--sparse-version", "globexthdr", "--label", "--incremental", "Python PAX", "bsdtar pax", "v7"].iter().any(|no| name.contains(no)) {
+        if [
+            "--sparse-version",
+            "globexthdr",
+            "--label",
+            "--incremental",
+            "Python PAX",
+            "bsdtar pax",
+            "v7",
+        ]
+        .iter()
+        .any(|no| name.contains(no))
+        {
             continue;
         }
         let ours = parse(&tar).unwrap();
@@ -367,7 +436,10 @@ fn the_tar_crate_reads_the_same_where_it_can() {
             let header = entry.header();
             let facts = (
                 entry.path_bytes().into_owned(),
-                entry.link_name_bytes().map(std::borrow::Cow::into_owned).unwrap_or_default(),
+                entry
+                    .link_name_bytes()
+                    .map(std::borrow::Cow::into_owned)
+                    .unwrap_or_default(),
                 header.mode().unwrap() & 0o7777,
                 header.entry_type().is_file() || header.entry_type().is_gnu_sparse(),
             );
@@ -383,7 +455,11 @@ fn the_tar_crate_reads_the_same_where_it_can() {
                 assert_eq!(ours.link, link, "{name}");
             }
             if is_file {
-                assert!(content(&tar, ours) == bytes, "{name}: content of {}", String::from_utf8_lossy(&path));
+                assert!(
+                    content(&tar, ours) == bytes,
+                    "{name}: content of {}",
+                    String::from_utf8_lossy(&path)
+                );
             }
             compared += 1;
         }
@@ -401,7 +477,7 @@ fn all_ways_lead_to_the_same_entries() {
         index.verify().unwrap();
         index.replay(&mut replayed).unwrap();
         assert!(replayed.0 == whole, "{name}");
-        assert_eq!(index.summary().entries, whole.len() as u64);
+        assert_eq!(index.summary().entries, bytes(whole.len()));
         assert_eq!(index.as_bytes(), index_of(&tar).as_bytes(), "{name}: not deterministic");
     }
 }
@@ -409,7 +485,10 @@ fn all_ways_lead_to_the_same_entries() {
 /// Go's own test archives: what archive/tar makes of them, from its documentation and tests.
 #[test]
 fn gos_test_archives_mean_what_go_says() {
-    let places = ["/usr/share/go-1.19/src/archive/tar/testdata", "/usr/share/go/src/archive/tar/testdata"];
+    let places = [
+        "/usr/share/go-1.19/src/archive/tar/testdata",
+        "/usr/share/go/src/archive/tar/testdata",
+    ];
     let Some(dir) = places.iter().map(Path::new).find(|dir| dir.is_dir()) else {
         eprintln!("SKIP: Go's test archives are not here (package golang-1.19-src)");
         return;
@@ -435,11 +514,17 @@ fn gos_test_archives_mean_what_go_says() {
         ("pax.tar", &[(&long_path, 7), ("a/b", 0)]),
         ("pax-pos-size-file.tar", &[("foo", 999)]),
         ("pax-records.tar", &[("file", 0)]),
-        ("pax-global-records.tar", &[("file1", 0), ("file2", 0), ("file3", 0), ("file4", 0)]),
+        (
+            "pax-global-records.tar",
+            &[("file1", 0), ("file2", 0), ("file3", 0), ("file4", 0)],
+        ),
         ("nil-uid.tar", &[("P1050238.JPG.log", 14)]),
         ("xattrs.tar", &[("small.txt", 5), ("small2.txt", 11)]),
         ("gnu-multi-hdrs.tar", &[("GNU2/GNU2/long-path-name", 0)]),
-        ("gnu-incremental.tar", &[("test2/", 0), ("test2/foo", 64), ("test2/sparse", 536_870_912)]),
+        (
+            "gnu-incremental.tar",
+            &[("test2/", 0), ("test2/foo", 64), ("test2/sparse", 536_870_912)],
+        ),
         ("pax-multi-hdrs.tar", &[("bar", 0)]),
         ("gnu-long-nul.tar", &[("0123456789", 0)]),
         ("gnu-utf8.tar", &[(&smileys, 0)]),
@@ -454,7 +539,10 @@ fn gos_test_archives_mean_what_go_says() {
     ] {
         let tar = read(name);
         let found = parse(&tar).unwrap_or_else(|error| panic!("{name}: {error}"));
-        let found: Vec<_> = found.iter().map(|e| (String::from_utf8_lossy(&e.path).into_owned(), e.size)).collect();
+        let found: Vec<_> = found
+            .iter()
+            .map(|e| (String::from_utf8_lossy(&e.path).into_owned(), e.size))
+            .collect();
         let entries: Vec<_> = entries.iter().map(|(path, size)| ((*path).to_owned(), *size)).collect();
         assert_eq!(found, entries, "{name}");
     }
@@ -474,13 +562,26 @@ fn gos_test_archives_mean_what_go_says() {
     // The four sparse files hold the same.
     let tar = read("sparse-formats.tar");
     let entries = parse(&tar).unwrap();
-    assert!(entries[..4].iter().all(|e| content(&tar, e) == content(&tar, &entries[0]) && e.stored_bytes() == 95));
+    assert!(
+        entries[..4]
+            .iter()
+            .all(|e| content(&tar, e) == content(&tar, &entries[0]) && e.stored_bytes() == 95)
+    );
     // The name after a prefix that Go itself once put where GNU has times.
     let path = parse(&read("invalid-go17.tar")).unwrap().remove(0).path;
-    assert!(path.ends_with(b"aaa/foo") && path[..path.len() - 4].iter().all(|b| *b == b'a'), "{path:?}");
-    assert_eq!(parse(&read("gnu-not-utf8.tar")).unwrap()[0].path, b"hi\x80\x81\x82\x83bye");
+    assert!(
+        path.ends_with(b"aaa/foo") && path[..path.len() - 4].iter().all(|b| *b == b'a'),
+        "{path:?}"
+    );
+    assert_eq!(
+        parse(&read("gnu-not-utf8.tar")).unwrap()[0].path,
+        b"hi\x80\x81\x82\x83bye"
+    );
     let linked = &parse(&read("pax-multi-hdrs.tar")).unwrap()[0];
-    assert_eq!((linked.kind, &linked.link[..]), (Kind::Symlink, &b"PAX4/PAX4/long-linkpath-name"[..]));
+    assert_eq!(
+        (linked.kind, &linked.link[..]),
+        (Kind::Symlink, &b"PAX4/PAX4/long-linkpath-name"[..])
+    );
     let owned = &parse(&read("xattrs.tar")).unwrap()[0];
     let xattrs: Vec<_> = owned.xattrs.iter().map(|x| (&x.name[..], &x.value[..])).collect();
     assert_eq!(
@@ -491,16 +592,30 @@ fn gos_test_archives_mean_what_go_says() {
             (b"user.key2", b"value2")
         ]
     );
-    assert_eq!(owned.mtime, Timestamp { secs: 1_386_065_770, nanos: 448_252_320 });
+    assert_eq!(
+        owned.mtime,
+        Timestamp {
+            secs: 1_386_065_770,
+            nanos: 448_252_320
+        }
+    );
     // Here we differ from Go: global times apply.
     let globals = parse(&read("pax-global-records.tar")).unwrap();
     let times: Vec<_> = globals.iter().map(|e| e.mtime.secs).collect();
     assert_eq!(times, [1_500_000_000, 1_500_000_000, 1_500_000_000, 1_400_000_000]);
     if have("bzip2") {
-        let tar = run(Command::new("bzip2").arg("-dc").arg(dir.join("pax-bad-hdr-large.tar.bz2")));
+        let tar = run(Command::new("bzip2")
+            .arg("-dc")
+            .arg(dir.join("pax-bad-hdr-large.tar.bz2")));
         let outcome = parse(&tar);
         assert!(
-            matches!(outcome, Err(IndexError::Header { fault: HeaderFault::ExtensionTooLong { .. }, .. })),
+            matches!(
+                outcome,
+                Err(IndexError::Header {
+                    fault: HeaderFault::ExtensionTooLong { .. },
+                    ..
+                })
+            ),
             "{outcome:?}"
         );
     }

@@ -9,6 +9,11 @@ use tarblk::index::{
 };
 use tarblk::units::{TarOffset, TarRange};
 
+/// A length as a position.
+fn long(len: usize) -> u64 {
+    u64::try_from(len).unwrap()
+}
+
 /// Entries as a parser makes them, but for what it says about their place.
 fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
     let kind = prop::sample::select(vec![
@@ -26,7 +31,11 @@ fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
         "(usr|etc)/(share|lib)/[a-c]{1,3}/[a-z]{1,8}".prop_map(String::into_bytes),
         vec(any::<u8>(), 0..300),
     ];
-    let owner = (0_u16..0o10000, prop_oneof![Just(0), Just(1000), any::<u64>()], prop_oneof![Just(0), any::<u64>()]);
+    let owner = (
+        0_u16..0o10000,
+        prop_oneof![Just(0), Just(1000), any::<u64>()],
+        prop_oneof![Just(0), any::<u64>()],
+    );
     let mtime = prop_oneof![
         (1_700_000_000_i64..1_700_000_010).prop_map(|secs| Timestamp { secs, nanos: 0 }),
         (any::<i64>(), 0_u32..1_000_000_000).prop_map(|(secs, nanos)| Timestamp { secs, nanos }),
@@ -42,20 +51,49 @@ fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
         1 => vec((0_u64..5000, 1_u64..5000), 0..20).prop_map(Some),
     ];
     let shape = (0_u64..100_000, runs, any::<u32>(), any::<u32>());
-    let place = (prop_oneof![5 => Just(0_u64), 1 => 1_u64..10], prop_oneof![5 => Just(1_u64), 1 => 1_u64..50]);
+    let place = (
+        prop_oneof![5 => Just(0_u64), 1 => 1_u64..10],
+        prop_oneof![5 => Just(1_u64), 1 => 1_u64..50],
+    );
     (kind, path, owner, mtime, xattrs, shape, vec(any::<u8>(), 0..100), place).prop_map(
-        |(kind, path, (mode, uid, gid), mtime, xattrs, (size, runs, device_major, device_minor), link, (gap, blocks))| {
-            let mut entry = Entry { path, kind, mode, uid, gid, mtime, xattrs, ..Entry::default() };
+        |(
+            kind,
+            path,
+            (mode, uid, gid),
+            mtime,
+            xattrs,
+            (size, runs, device_major, device_minor),
+            link,
+            (gap, blocks),
+        )| {
+            let mut entry = Entry {
+                path,
+                kind,
+                mode,
+                uid,
+                gid,
+                mtime,
+                xattrs,
+                ..Entry::default()
+            };
             match kind {
                 Kind::File => {
                     let (mut at, mut segments) = (0, Vec::new());
                     for (hole, len) in runs.clone().unwrap_or_default() {
-                        segments.push(Segment { file_offset: at + hole, tar_offset: TarOffset(0), len });
+                        segments.push(Segment {
+                            file_offset: at + hole,
+                            tar_offset: TarOffset(0),
+                            len,
+                        });
                         at += hole + len;
                     }
                     entry.size = size.max(at);
                     if runs.is_none() && size > 0 {
-                        segments.push(Segment { file_offset: 0, tar_offset: TarOffset(0), len: size });
+                        segments.push(Segment {
+                            file_offset: 0,
+                            tar_offset: TarOffset(0),
+                            len: size,
+                        });
                     }
                     entry.segments = segments;
                 }
@@ -116,7 +154,7 @@ proptest! {
         index.verify().unwrap();
         prop_assert_eq!(index.tar_len(), len);
         prop_assert_eq!(index.end(), EndOfArchive::Marked);
-        prop_assert_eq!(index.summary().entries, entries.len() as u64);
+        prop_assert_eq!(index.summary().entries, long(entries.len()));
     }
 
     #[test]
@@ -149,7 +187,7 @@ proptest! {
         let mut builder = tar::Builder::new(Vec::new());
         for (path, content, mode, uid, mtime) in &files {
             let mut header = tar::Header::new_gnu();
-            header.set_size(content.len() as u64);
+            header.set_size(long(content.len()));
             header.set_mode(*mode);
             header.set_uid(u64::from(*uid));
             header.set_mtime(*mtime);
@@ -159,9 +197,9 @@ proptest! {
         let mut all = Collector::default();
         let mut parser = Parser::new();
         for (number, piece) in tar.chunks(size).enumerate() {
-            parser.feed(TarOffset((number * size) as u64), piece, &mut all).unwrap();
+            parser.feed(TarOffset(long(number * size)), piece, &mut all).unwrap();
         }
-        prop_assert_eq!(parser.finish(TarOffset(tar.len() as u64)).unwrap(), EndOfArchive::Marked);
+        prop_assert_eq!(parser.finish(TarOffset(long(tar.len()))).unwrap(), EndOfArchive::Marked);
         prop_assert_eq!(all.0.len(), files.len());
         for (entry, (path, content, mode, uid, mtime)) in all.0.iter().zip(&files) {
             prop_assert_eq!(&entry.path, path.as_bytes());
@@ -180,8 +218,14 @@ fn many_entries_span_many_batches() {
             path: format!("dir-{}/file-{n}", n / 100).into_bytes(),
             // More different owners and attributes than there are numbers for.
             uid: n % 70_000,
-            xattrs: vec![Xattr { name: b"user.n".to_vec(), value: n.to_le_bytes().to_vec() }],
-            mtime: Timestamp { secs: i64::try_from(n % 40).unwrap(), nanos: 0 },
+            xattrs: vec![Xattr {
+                name: b"user.n".to_vec(),
+                value: n.to_le_bytes().to_vec(),
+            }],
+            mtime: Timestamp {
+                secs: i64::try_from(n % 40).unwrap(),
+                nanos: 0,
+            },
             ..Entry::default()
         };
         (entry, 0, 1)
@@ -203,7 +247,10 @@ fn other_versions_and_other_files_are_told_apart() {
     newer[8] = 9;
     assert_eq!(open(&newer), IndexFault::Version { found: 9, known: 1 });
     let message = Index::open(&newer).unwrap_err().to_string();
-    assert!(message.contains("version 9") && message.contains("tarblk index"), "{message}");
+    assert!(
+        message.contains("version 9") && message.contains("tarblk index"),
+        "{message}"
+    );
     assert_eq!(open(&bytes[..20]), IndexFault::Truncated);
 }
 
@@ -220,9 +267,9 @@ fn with_section(bytes: &[u8], flags: u16) -> Vec<u8> {
     table.extend(77_u32.to_le_bytes());
     table.extend(flags.to_le_bytes());
     table.extend(0_u16.to_le_bytes());
-    table.extend((bytes.len() as u64 + 40).to_le_bytes());
-    table.extend((extra.len() as u64).to_le_bytes());
-    table.extend((extra.len() as u64).to_le_bytes());
+    table.extend((long(bytes.len()) + 40).to_le_bytes());
+    table.extend(long(extra.len()).to_le_bytes());
+    table.extend(long(extra.len()).to_le_bytes());
     table.extend(crc32c::crc32c(extra).to_le_bytes());
     table.extend([0; 4]);
     let mut file = bytes[..12].to_vec();
@@ -241,28 +288,87 @@ fn unknown_sections_are_passed_over_unless_required() {
     let bytes = encode(&entries, len);
     assert_eq!(decode(&with_section(&bytes, 0)).unwrap(), entries);
     let fault = Index::open(with_section(&bytes, 1)).unwrap_err();
-    assert!(matches!(fault, IndexError::Index(IndexFault::UnknownSection(77))), "{fault}");
+    assert!(
+        matches!(fault, IndexError::Index(IndexFault::UnknownSection(77))),
+        "{fault}"
+    );
 }
 
 #[test]
 fn entries_that_break_the_rules_are_not_taken() {
-    let good = Entry { headers: TarRange::new(TarOffset(0), 512), ..Entry::default() };
-    let segment = |file_offset, tar_offset, len| Segment { file_offset, tar_offset: TarOffset(tar_offset), len };
-    let twice = |name: &[u8]| Xattr { name: name.to_vec(), value: Vec::new() };
+    let good = Entry {
+        headers: TarRange::new(TarOffset(0), 512),
+        ..Entry::default()
+    };
+    let segment = |file_offset, tar_offset, len| Segment {
+        file_offset,
+        tar_offset: TarOffset(tar_offset),
+        len,
+    };
+    let twice = |name: &[u8]| Xattr {
+        name: name.to_vec(),
+        value: Vec::new(),
+    };
     for bad in [
-        Entry { headers: TarRange::new(TarOffset(100), 512), ..good.clone() },
-        Entry { headers: TarRange::new(TarOffset(0), 100), ..good.clone() },
-        Entry { mode: 0o10000, ..good.clone() },
-        Entry { mtime: Timestamp { secs: 0, nanos: 1_000_000_000 }, ..good.clone() },
-        Entry { link: b"x".to_vec(), ..good.clone() },
-        Entry { device_minor: 1, ..good.clone() },
-        Entry { kind: Kind::Directory, size: 1, ..good.clone() },
-        Entry { size: 10, segments: vec![segment(0, 1024, 10)], ..good.clone() },
-        Entry { size: 10, segments: vec![segment(0, 512, 11)], ..good.clone() },
-        Entry { size: 10, segments: vec![segment(5, 512, 1), segment(4, 513, 1)], ..good.clone() },
-        Entry { size: u64::MAX, ..good.clone() },
-        Entry { xattrs: vec![twice(b"b"), twice(b"a")], ..good.clone() },
-        Entry { xattrs: vec![twice(b"a"), twice(b"a")], ..good.clone() },
+        Entry {
+            headers: TarRange::new(TarOffset(100), 512),
+            ..good.clone()
+        },
+        Entry {
+            headers: TarRange::new(TarOffset(0), 100),
+            ..good.clone()
+        },
+        Entry {
+            mode: 0o10000,
+            ..good.clone()
+        },
+        Entry {
+            mtime: Timestamp {
+                secs: 0,
+                nanos: 1_000_000_000,
+            },
+            ..good.clone()
+        },
+        Entry {
+            link: b"x".to_vec(),
+            ..good.clone()
+        },
+        Entry {
+            device_minor: 1,
+            ..good.clone()
+        },
+        Entry {
+            kind: Kind::Directory,
+            size: 1,
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(0, 1024, 10)],
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(0, 512, 11)],
+            ..good.clone()
+        },
+        Entry {
+            size: 10,
+            segments: vec![segment(5, 512, 1), segment(4, 513, 1)],
+            ..good.clone()
+        },
+        Entry {
+            size: u64::MAX,
+            ..good.clone()
+        },
+        Entry {
+            xattrs: vec![twice(b"b"), twice(b"a")],
+            ..good.clone()
+        },
+        Entry {
+            xattrs: vec![twice(b"a"), twice(b"a")],
+            ..good.clone()
+        },
     ] {
         let outcome = IndexBuilder::new().entry(&bad);
         assert!(matches!(outcome, Err(IndexError::Unencodable { .. })), "{bad:?}");

@@ -13,6 +13,11 @@ use tarblk::index::{Collector, Entry, walk};
 use tarblk::source::{self, Patience, Source, SourceError, Tap};
 use tarblk::units::TarOffset;
 
+/// A length as a position.
+fn bytes(len: usize) -> u64 {
+    u64::try_from(len).unwrap()
+}
+
 /// Small numbers, so that faults cost milliseconds.
 fn patience() -> Patience {
     Patience {
@@ -28,7 +33,10 @@ struct Dice(u64);
 
 impl Dice {
     fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
     }
 }
@@ -42,7 +50,9 @@ fn mixed_tar(seed: u64, entries: u64) -> (tempfile::NamedTempFile, Vec<Entry>) {
     for number in 0..200 {
         let mut header = tar::Header::new_gnu();
         header.set_size(9000);
-        inner.append_data(&mut header, format!("inner/{number}"), std::io::repeat(b'i').take(9000)).unwrap();
+        inner
+            .append_data(&mut header, format!("inner/{number}"), std::io::repeat(b'i').take(9000))
+            .unwrap();
     }
     let inner = inner.into_inner().unwrap();
     for number in 0..entries {
@@ -52,7 +62,7 @@ fn mixed_tar(seed: u64, entries: u64) -> (tempfile::NamedTempFile, Vec<Entry>) {
         let long = "d".repeat(if dice.below(10) == 0 { 150 } else { 3 });
         let path = format!("{long}/{number}");
         if dice.below(40) == 0 {
-            header.set_size(inner.len() as u64);
+            header.set_size(bytes(inner.len()));
             tar.append_data(&mut header, path, inner.as_slice()).unwrap();
             continue;
         }
@@ -63,7 +73,8 @@ fn mixed_tar(seed: u64, entries: u64) -> (tempfile::NamedTempFile, Vec<Entry>) {
         };
         header.set_size(size);
         // Not zeros: an explorer must look through it.
-        tar.append_data(&mut header, path, std::io::repeat(0xa5).take(size)).unwrap();
+        tar.append_data(&mut header, path, std::io::repeat(0xa5).take(size))
+            .unwrap();
     }
     tar.into_inner().unwrap().flush().unwrap();
     let entries = local(file.path());
@@ -101,7 +112,13 @@ fn a_walk_over_http_finds_what_the_file_holds() {
     let (file, entries) = mixed_tar(1, 1500);
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", file.path()).unwrap();
-    for link in [Link::default(), Link { rtt: Duration::from_millis(5), rate: Some(40_000_000) }] {
+    for link in [
+        Link::default(),
+        Link {
+            rtt: Duration::from_millis(5),
+            rate: Some(40_000_000),
+        },
+    ] {
         origin.set_link(link);
         let (found, walked) = remote(&origin.url("/layer.tar"), &patience()).unwrap();
         assert!(found == entries, "{link:?}");
@@ -121,10 +138,20 @@ fn the_tap_gets_right_bytes_at_right_places() {
         let mut keep = Keep(vec![None; content.len()]);
         let mut all = Collector::default();
         let walked = source::walk(&blob, &mut all, Some(&mut keep), &patience(), &mut |_, _| {}).unwrap();
-        let kept = keep.0.iter().zip(&content).filter(|(kept, byte)| kept.is_some_and(|kept| kept == **byte)).count();
-        let wrong = keep.0.iter().zip(&content).filter(|(kept, byte)| kept.is_some_and(|kept| kept != **byte)).count();
+        let kept = keep
+            .0
+            .iter()
+            .zip(&content)
+            .filter(|(kept, byte)| kept.is_some_and(|kept| kept == **byte))
+            .count();
+        let wrong = keep
+            .0
+            .iter()
+            .zip(&content)
+            .filter(|(kept, byte)| kept.is_some_and(|kept| kept != **byte))
+            .count();
         assert_eq!(wrong, 0);
-        assert!(kept as u64 <= walked.bytes_read && kept > 600 * 512);
+        assert!(bytes(kept) <= walked.bytes_read && kept > 600 * 512);
         if !ranges {
             assert_eq!(kept, content.len(), "a stream is kept whole");
         }
@@ -137,10 +164,26 @@ fn faults_are_overcome_and_never_believed() {
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", file.path()).unwrap();
     for (seed, menu) in [
-        (1, vec![Fault::ResetBefore, Fault::ResetWithin(3000), Fault::ShortBody(1000)]),
-        (2, vec![Fault::Status(500, None), Fault::Status(503, Some(0)), Fault::Status(429, None)]),
-        (3, vec![Fault::WrongRange(512), Fault::ShortRange(100), Fault::WholeBody]),
-        (4, vec![Fault::Delay(Duration::from_millis(30)), Fault::SlowBody(2_000_000)]),
+        (
+            1,
+            vec![Fault::ResetBefore, Fault::ResetWithin(3000), Fault::ShortBody(1000)],
+        ),
+        (
+            2,
+            vec![
+                Fault::Status(500, None),
+                Fault::Status(503, Some(0)),
+                Fault::Status(429, None),
+            ],
+        ),
+        (
+            3,
+            vec![Fault::WrongRange(512), Fault::ShortRange(100), Fault::WholeBody],
+        ),
+        (
+            4,
+            vec![Fault::Delay(Duration::from_millis(30)), Fault::SlowBody(2_000_000)],
+        ),
     ] {
         origin.set_faults(at_random(seed, 300, menu.clone()));
         let (found, _) = remote(&origin.url("/layer.tar"), &patience()).unwrap_or_else(|e| panic!("{menu:?}: {e}"));
@@ -157,9 +200,18 @@ fn a_server_without_ranges_is_read_as_one_stream() {
     let (found, walked) = remote(&origin.url("/layer.tar"), &patience()).unwrap();
     assert!(found == entries);
     assert_eq!(walked.reads, 1);
-    origin.set_faults(|request| if request.number < 6 { vec![Fault::ResetWithin(100_000)] } else { Vec::new() });
+    origin.set_faults(|request| {
+        if request.number < 6 {
+            vec![Fault::ResetWithin(100_000)]
+        } else {
+            Vec::new()
+        }
+    });
     let (found, walked) = remote(&origin.url("/layer.tar"), &patience()).unwrap();
-    assert!(found == entries && walked.reads > 1, "a stream that breaks is begun again");
+    assert!(
+        found == entries && walked.reads > 1,
+        "a stream that breaks is begun again"
+    );
 }
 
 #[test]
@@ -167,7 +219,11 @@ fn servers_that_will_not_are_one_line() {
     let origin = Origin::start().unwrap();
     let content = vec![0_u8; 1 << 20];
     origin.serve_blob("/layer.tar", content);
-    let message = |patience: &Patience| remote(&origin.url("/layer.tar?sig=secret"), patience).unwrap_err().to_string();
+    let message = |patience: &Patience| {
+        remote(&origin.url("/layer.tar?sig=secret"), patience)
+            .unwrap_err()
+            .to_string()
+    };
     for (fault, words) in [
         (Fault::Status(404, None), "404 Not Found; check the address"),
         (Fault::Status(401, None), "user:password@"),
@@ -177,15 +233,29 @@ fn servers_that_will_not_are_one_line() {
         (Fault::Silence, "does not answer"),
     ] {
         origin.set_faults(move |_| vec![fault.clone()]);
-        let patience = Patience { tries: 3, stall: Duration::from_millis(50), connect: Duration::from_millis(200), ..patience() };
+        let patience = Patience {
+            tries: 3,
+            stall: Duration::from_millis(50),
+            connect: Duration::from_millis(200),
+            ..patience()
+        };
         let message = message(&patience);
         assert!(message.contains(words), "{message}");
         assert!(message.lines().count() == 1 && !message.contains("secret"), "{message}");
     }
     drop(origin);
-    let closed = remote("http://127.0.0.1:1/layer.tar", &Patience { tries: 2, ..patience() }).unwrap_err().to_string();
-    assert!(closed.contains("cannot connect") && closed.contains("refused"), "{closed}");
-    let unknown = remote("http://no-such-host.invalid/l.tar", &Patience { tries: 1, ..patience() }).unwrap_err();
+    let closed = remote("http://127.0.0.1:1/layer.tar", &Patience { tries: 2, ..patience() })
+        .unwrap_err()
+        .to_string();
+    assert!(
+        closed.contains("cannot connect") && closed.contains("refused"),
+        "{closed}"
+    );
+    let unknown = remote(
+        "http://no-such-host.invalid/l.tar",
+        &Patience { tries: 1, ..patience() },
+    )
+    .unwrap_err();
     assert!(unknown.to_string().contains("no-such-host.invalid"), "{unknown}");
 }
 
@@ -194,7 +264,13 @@ fn a_layer_that_changes_while_it_is_read_is_an_error() {
     let (file, _) = mixed_tar(5, 500);
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", file.path()).unwrap();
-    origin.set_faults(|request| if request.number > 3 { vec![Fault::ChangedTag] } else { Vec::new() });
+    origin.set_faults(|request| {
+        if request.number > 3 {
+            vec![Fault::ChangedTag]
+        } else {
+            Vec::new()
+        }
+    });
     let error = remote(&origin.url("/layer.tar"), &patience()).unwrap_err();
     assert!(matches!(error, SourceError::Changed { .. }), "{error}");
 }
@@ -208,7 +284,10 @@ fn bad_tars_are_errors_with_the_place() {
     content[usize::try_from(headers.start.0).unwrap() + 5] ^= 0x40;
     origin.serve_blob("/bad.tar", content.clone());
     let message = remote(&origin.url("/bad.tar"), &patience()).unwrap_err().to_string();
-    assert!(message.contains(&format!("bad tar header at byte {}", headers.start)), "{message}");
+    assert!(
+        message.contains(&format!("bad tar header at byte {}", headers.start)),
+        "{message}"
+    );
     content.truncate(usize::try_from(headers.start.0).unwrap() - 600);
     origin.serve_blob("/cut.tar", content);
     let message = remote(&origin.url("/cut.tar"), &patience()).unwrap_err().to_string();
@@ -252,8 +331,14 @@ fn a_huge_file_is_jumped_over() {
     file.write_all(&[0; 1024]).unwrap();
     let origin = Origin::start().unwrap();
     origin.serve_open_file("/huge.tar", file).unwrap();
-    origin.set_link(Link { rtt: Duration::from_millis(2), rate: Some(100_000_000) });
+    origin.set_link(Link {
+        rtt: Duration::from_millis(2),
+        rate: Some(100_000_000),
+    });
     let (found, walked) = remote(&origin.url("/huge.tar"), &patience()).unwrap();
-    assert_eq!(found.iter().map(|e| e.path.as_slice()).collect::<Vec<_>>(), [&b"huge"[..], b"last"]);
+    assert_eq!(
+        found.iter().map(|e| e.path.as_slice()).collect::<Vec<_>>(),
+        [&b"huge"[..], b"last"]
+    );
     assert!(walked.bytes_read < size / 10, "{} bytes", walked.bytes_read);
 }

@@ -261,7 +261,7 @@ fn run(
     let dev =
         UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
     let dev = Arc::new(dev);
-    let queues = start_queues(&ctrl, &dev, volume, landings)?;
+    let queues = start_queues(&ctrl, &dev, volume, options.pin_queues, landings)?;
     let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
     if started.is_ok() {
         let _ = tell.send(Progress::Started);
@@ -286,6 +286,7 @@ fn start_queues(
     ctrl: &UblkCtrl,
     dev: &Arc<UblkDev>,
     volume: &Arc<Volume>,
+    pin: bool,
     landings: &[Arc<Landings>],
 ) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let (tell, told) = mpsc::channel();
@@ -307,7 +308,9 @@ fn start_queues(
             .recv()
             .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
         ready.map_err(|error| failure("set up a queue of", &error))?;
-        ctrl.set_thread_affinity(id, tid);
+        if pin {
+            ctrl.set_thread_affinity(id, tid);
+        }
     }
     Ok(queues)
 }

@@ -160,7 +160,7 @@ impl Volume {
     pub fn look(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
         let unaligned = || ReadError::Unaligned { offset, len: buf.len() };
         let len = u64::try_from(buf.len()).map_err(|_| unaligned())?;
-        if offset % BLOCK_SIZE != 0 || len % BLOCK_SIZE != 0 {
+        if !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE) {
             return Err(unaligned());
         }
         scratch.pieces.clear();

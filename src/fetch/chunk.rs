@@ -1,6 +1,7 @@
 //! Chunks: the unit in which layers are fetched, kept and counted. In: bytes as they arrive. Out: immutable pieces of tar
 //! space that many readers hold at once.
 
+use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -79,10 +80,17 @@ const PREFETCHED: u8 = 4;
 const MARKER: u8 = 8;
 
 /// Immutable bytes in memory with the marks that the memory tier and the planner keep on them.
-#[derive(Debug)]
 pub(crate) struct Chunk {
     bytes: Vec<u8>,
     marks: AtomicU8,
+}
+
+impl fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk")
+            .field("len", &self.bytes.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a first look at a chunk meant.

@@ -7,7 +7,7 @@ use crate::units::{TarOffset, TarRange};
 pub struct Timestamp {
     /// Seconds since 1970-01-01 UTC, rounded towards the past.
     pub secs: i64,
-    /// Nanoseconds on top of `secs`, 0..1_000_000_000, also for times before 1970.
+    /// Nanoseconds on top of `secs`, below one thousand million, also for times before 1970.
     pub nanos: u32,
 }
 
@@ -87,7 +87,9 @@ impl Entry {
     /// How many of its bytes the tar holds: less than `size` for a sparse file, zero for what is no file.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.segments.iter().fold(0, |sum, segment| sum.saturating_add(segment.len))
+        self.segments
+            .iter()
+            .fold(0, |sum, segment| sum.saturating_add(segment.len))
     }
 
     /// Where its stored bytes lie in the tar: in one piece, right behind its headers, even when it is sparse.
@@ -98,8 +100,20 @@ impl Entry {
 
     /// Makes it an empty file without a name again, keeping its buffers.
     pub fn clear(&mut self) {
-        let Self { path, link, xattrs, segments, .. } = std::mem::take(self);
-        *self = Self { path, link, xattrs, segments, ..Self::default() };
+        let Self {
+            path,
+            link,
+            xattrs,
+            segments,
+            ..
+        } = std::mem::take(self);
+        *self = Self {
+            path,
+            link,
+            xattrs,
+            segments,
+            ..Self::default()
+        };
         self.path.clear();
         self.link.clear();
         self.xattrs.clear();

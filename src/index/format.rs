@@ -55,7 +55,10 @@ pub(super) const MAX_XATTR_WEIGHT: usize = 4 << 20;
 
 /// What a set of attributes counts for against [`MAX_XATTR_WEIGHT`].
 pub(super) fn xattr_weight(xattrs: &[Xattr]) -> usize {
-    xattrs.iter().map(|xattr| 64 + xattr.name.len() + xattr.value.len()).sum()
+    xattrs
+        .iter()
+        .map(|xattr| 64 + xattr.name.len() + xattr.value.len())
+        .sum()
 }
 /// How many recent times an entry can refer back to.
 pub(super) const RECENT_TIMES: usize = 32;

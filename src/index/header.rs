@@ -50,7 +50,11 @@ impl<'a> Header<'a> {
         let dialect = match &block[257..265] {
             b"ustar  \0" => Dialect::Gnu,
             magic if magic.starts_with(b"ustar\0") => {
-                if &block[508..512] == b"tar\0" { Dialect::Star } else { Dialect::Ustar }
+                if &block[508..512] == b"tar\0" {
+                    Dialect::Star
+                } else {
+                    Dialect::Ustar
+                }
             }
             _ => Dialect::V7,
         };
@@ -113,11 +117,19 @@ impl<'a> Header<'a> {
 
     /// Zero in v7, which had no devices.
     pub(super) fn device_major(self) -> Option<i64> {
-        if self.dialect == Dialect::V7 { Some(0) } else { number::field(&self.block[329..337]) }
+        if self.dialect == Dialect::V7 {
+            Some(0)
+        } else {
+            number::field(&self.block[329..337])
+        }
     }
 
     pub(super) fn device_minor(self) -> Option<i64> {
-        if self.dialect == Dialect::V7 { Some(0) } else { number::field(&self.block[337..345]) }
+        if self.dialect == Dialect::V7 {
+            Some(0)
+        } else {
+            number::field(&self.block[337..345])
+        }
     }
 
     /// A GNU sparse file's length with its holes.
@@ -127,7 +139,10 @@ impl<'a> Header<'a> {
 
     /// The GNU sparse map in the header itself.
     pub(super) fn sparse_map(self) -> SparseMap<'a> {
-        SparseMap { entries: &self.block[386..386 + SPARSE_IN_HEADER * SPARSE_ENTRY], continued: self.block[482] != 0 }
+        SparseMap {
+            entries: &self.block[386..386 + SPARSE_IN_HEADER * SPARSE_ENTRY],
+            continued: self.block[482] != 0,
+        }
     }
 }
 
@@ -143,7 +158,10 @@ impl<'a> SparseMap<'a> {
     /// The map in an extension block.
     pub(super) fn extension(block: &'a Block) -> Self {
         let end = SPARSE_IN_EXTENSION * SPARSE_ENTRY;
-        Self { entries: &block[..end], continued: block[end] != 0 }
+        Self {
+            entries: &block[..end],
+            continued: block[end] != 0,
+        }
     }
 
     /// The (offset, length) pairs up to the first empty one; `None` in place of what is no number.

@@ -66,7 +66,12 @@ fn plain(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
     let owner = format!("{}/{}", entry.uid, entry.gid);
     let width = 19_usize.saturating_sub(owner.len() + 1);
     let time = DateTime(entry.mtime.secs);
-    write!(out, "{} {owner} {size:>width$} {time} {}", Permissions(entry), Escaped(&entry.path))?;
+    write!(
+        out,
+        "{} {owner} {size:>width$} {time} {}",
+        Permissions(entry),
+        Escaped(&entry.path)
+    )?;
     match entry.kind {
         Kind::Symlink => writeln!(out, " -> {}", Escaped(&entry.link)),
         Kind::Hardlink => writeln!(out, " link to {}", Escaped(&entry.link)),
@@ -110,7 +115,7 @@ fn json(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
     let not_utf8 = |bytes: &[u8]| std::str::from_utf8(bytes).is_err().then(|| Base64(bytes).to_string());
     let link = matches!(entry.kind, Kind::Symlink | Kind::Hardlink).then_some(&entry.link);
     let device = matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice);
-    let line = Line {
+    let object = Line {
         path: String::from_utf8_lossy(&entry.path),
         path_base64: not_utf8(&entry.path),
         kind: match entry.kind {
@@ -137,9 +142,13 @@ fn json(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
             .map(|xattr| (String::from_utf8_lossy(&xattr.name), Base64(&xattr.value).to_string()))
             .collect(),
         headers: [entry.headers.start.0, entry.headers.len],
-        segments: entry.segments.iter().map(|s| [s.file_offset, s.tar_offset.0, s.len]).collect(),
+        segments: entry
+            .segments
+            .iter()
+            .map(|s| [s.file_offset, s.tar_offset.0, s.len])
+            .collect(),
     };
-    serde_json::to_writer(&mut *out, &line)?;
+    serde_json::to_writer(&mut *out, &object)?;
     out.write_all(b"\n")
 }
 
@@ -153,28 +162,66 @@ mod tests {
         let mut builder = IndexBuilder::new();
         let mut at = 0;
         let mut add = |entry: Entry| {
-            let mut entry = Entry { headers: TarRange::new(TarOffset(at), 512), ..entry };
+            let mut entry = Entry {
+                headers: TarRange::new(TarOffset(at), 512),
+                ..entry
+            };
             if entry.kind == Kind::File && entry.size > 0 {
-                entry.segments = vec![Segment { file_offset: 0, tar_offset: TarOffset(at + 512), len: entry.size }];
+                entry.segments = vec![Segment {
+                    file_offset: 0,
+                    tar_offset: TarOffset(at + 512),
+                    len: entry.size,
+                }];
             }
             at = entry.headers.end().0 + entry.size.next_multiple_of(512);
             builder.entry(&entry).unwrap();
         };
-        let named = |path: &[u8], kind, mode| Entry { path: path.to_vec(), kind, mode, ..Entry::default() };
-        add(Entry { mtime: Timestamp { secs: -1, nanos: 5 }, ..named(b"./", Kind::Directory, 0o1777) });
+        let named = |path: &[u8], kind, mode| Entry {
+            path: path.to_vec(),
+            kind,
+            mode,
+            ..Entry::default()
+        };
+        add(Entry {
+            mtime: Timestamp { secs: -1, nanos: 5 },
+            ..named(b"./", Kind::Directory, 0o1777)
+        });
         add(Entry {
             size: 3,
             uid: 1000,
             gid: 100,
-            mtime: Timestamp { secs: 981_173_106, nanos: 123_456_789 },
-            xattrs: vec![Xattr { name: b"user.a".to_vec(), value: b"\0b".to_vec() }],
+            mtime: Timestamp {
+                secs: 981_173_106,
+                nanos: 123_456_789,
+            },
+            xattrs: vec![Xattr {
+                name: b"user.a".to_vec(),
+                value: b"\0b".to_vec(),
+            }],
             ..named(b"/d/a b#=*\n\xff\xc3\xa9", Kind::File, 0o4755)
         });
-        add(Entry { link: b"d/a b#=*\n\xff\xc3\xa9".to_vec(), ..named(b"hard", Kind::Hardlink, 0o644) });
-        add(Entry { link: b"gone".to_vec(), ..named(b"hard2", Kind::Hardlink, 0o644) });
-        add(Entry { link: b"x y\\z".to_vec(), ..named(b"sym", Kind::Symlink, 0o777) });
-        add(Entry { device_major: 5, device_minor: 300, ..named(b"chr", Kind::CharDevice, 0o600) });
-        add(Entry { device_major: 8, device_minor: 1, ..named(b"blk", Kind::BlockDevice, 0o600) });
+        add(Entry {
+            link: b"d/a b#=*\n\xff\xc3\xa9".to_vec(),
+            ..named(b"hard", Kind::Hardlink, 0o644)
+        });
+        add(Entry {
+            link: b"gone".to_vec(),
+            ..named(b"hard2", Kind::Hardlink, 0o644)
+        });
+        add(Entry {
+            link: b"x y\\z".to_vec(),
+            ..named(b"sym", Kind::Symlink, 0o777)
+        });
+        add(Entry {
+            device_major: 5,
+            device_minor: 300,
+            ..named(b"chr", Kind::CharDevice, 0o600)
+        });
+        add(Entry {
+            device_major: 8,
+            device_minor: 1,
+            ..named(b"blk", Kind::BlockDevice, 0o600)
+        });
         add(named(b"fifo", Kind::Fifo, 0o2010));
         let index = Index::open(builder.finish(at, EndOfArchive::Missing)).unwrap();
         let mut out = Vec::new();
@@ -204,7 +251,10 @@ p-----s--- 0/0               0 1970-01-01 00:00 fifo
         assert_eq!(lines.len(), 8);
         assert_eq!(lines[1]["path_base64"], "L2QvYSBiIz0qCv/DqQ==");
         assert_eq!(lines[1]["mode"], "4755");
-        assert_eq!((lines[1]["mtime"].as_i64(), lines[1]["mtime_nanos"].as_u64()), (Some(981_173_106), Some(123_456_789)));
+        assert_eq!(
+            (lines[1]["mtime"].as_i64(), lines[1]["mtime_nanos"].as_u64()),
+            (Some(981_173_106), Some(123_456_789))
+        );
         assert_eq!(lines[1]["xattrs"]["user.a"], "AGI=");
         assert_eq!(lines[1]["segments"], serde_json::json!([[0, 1024, 3]]));
         assert_eq!(lines[4]["link"], "x y\\z");

@@ -16,7 +16,9 @@ pub(super) fn field(bytes: &[u8]) -> Option<i64> {
 /// Octal text, padded with spaces or NULs on either side. An empty field is zero, as old tars leave it.
 pub(super) fn octal(bytes: &[u8]) -> Option<i64> {
     let padding = |b: &u8| *b == b' ' || *b == 0;
-    let Some(start) = bytes.iter().position(|b| !padding(b)) else { return Some(0) };
+    let Some(start) = bytes.iter().position(|b| !padding(b)) else {
+        return Some(0);
+    };
     let digits = &bytes[start..];
     let end = digits.iter().position(|b| *b == 0).unwrap_or(digits.len());
     let digits = digits[..end].trim_ascii_end();
@@ -68,7 +70,10 @@ pub(super) fn pax_time(bytes: &[u8]) -> Option<Timestamp> {
         nanos = nanos * 10 + fraction.get(place).map_or(0, |digit| u32::from(digit - b'0'));
     }
     if whole.first() == Some(&b'-') && nanos != 0 {
-        return Some(Timestamp { secs: secs.checked_sub(1)?, nanos: 1_000_000_000 - nanos });
+        return Some(Timestamp {
+            secs: secs.checked_sub(1)?,
+            nanos: 1_000_000_000 - nanos,
+        });
     }
     Some(Timestamp { secs, nanos })
 }
@@ -83,7 +88,7 @@ mod tests {
             (&b"0000644\0"[..], 0o644),
             (b"   644 \0", 0o644),
             (b"644", 0o644),
-            (b"\0\0\0644\0", 0o644),
+            (b"\x00\x00\x00644\0", 0o644),
             (b"77777777777\0", 0o77_777_777_777),
             (b"777777777777", 0o777_777_777_777),
             (b"", 0),
@@ -121,7 +126,18 @@ mod tests {
         assert_eq!(time("-1"), Some((-1, 0)));
         assert_eq!(time("-0.25"), Some((-1, 750_000_000)));
         assert_eq!(time("1.1234567899999"), Some((1, 123_456_789)));
-        for bad in ["", ".", ".5", "1.x", "1.-5", "x", "1e5", "99999999999999999999", "-9223372036854775808.5", "1_0"] {
+        for bad in [
+            "",
+            ".",
+            ".5",
+            "1.x",
+            "1.-5",
+            "x",
+            "1e5",
+            "99999999999999999999",
+            "-9223372036854775808.5",
+            "1_0",
+        ] {
             assert_eq!(time(bad), None, "{bad}");
         }
     }

@@ -153,7 +153,11 @@ impl Parser {
     /// How many bytes are needed from [`wants`](Self::wants) on, at least, to get any further. Zero after the end.
     #[must_use]
     pub fn wants_len(&self) -> usize {
-        if self.state == State::Ended { 0 } else { self.unit_len - self.unit.len() }
+        if self.state == State::Ended {
+            0
+        } else {
+            self.unit_len - self.unit.len()
+        }
     }
 
     /// Whether the next byte needed is the first of an entry (or of its extension headers, or of the end mark).
@@ -176,14 +180,19 @@ impl Parser {
     ) -> Result<(), IndexError> {
         let end = at.0.saturating_add(len_u64(bytes.len()));
         loop {
-            let Some(TarOffset(wanted)) = self.wants() else { return Ok(()) };
+            let Some(TarOffset(wanted)) = self.wants() else {
+                return Ok(());
+            };
             if wanted >= end {
                 return Ok(());
             }
             let skip = wanted
                 .checked_sub(at.0)
                 .and_then(|skip| usize::try_from(skip).ok())
-                .ok_or(IndexError::Archive { at, fault: ArchiveFault::Gap })?;
+                .ok_or(IndexError::Archive {
+                    at,
+                    fault: ArchiveFault::Gap,
+                })?;
             let bytes = &bytes[skip..];
             if self.unit.is_empty() && bytes.len() >= self.unit_len {
                 self.take_unit(&bytes[..self.unit_len], sink)?;
@@ -209,7 +218,12 @@ impl Parser {
         if self.state == State::Ended {
             return Ok(EndOfArchive::Marked);
         }
-        let truncated = |needs, what, path| IndexError::Truncated { len, needs: TarOffset(needs), what, path };
+        let truncated = |needs, what, path| IndexError::Truncated {
+            len,
+            needs: TarOffset(needs),
+            what,
+            path,
+        };
         let path = || Some(self.entry.path.clone());
         if self.payload_end > len.0 {
             return Err(truncated(self.payload_end, "the content of a file", path()));
@@ -218,9 +232,16 @@ impl Parser {
         match self.state {
             State::Header | State::AfterZeroBlock if len.0 <= self.unit_at => match self.before.start {
                 None => Ok(EndOfArchive::Missing),
-                Some(_) => Err(truncated(unit_end, "the header that an extension header belongs to", None)),
+                Some(_) => Err(truncated(
+                    unit_end,
+                    "the header that an extension header belongs to",
+                    None,
+                )),
             },
-            _ if len.0 >= unit_end => Err(IndexError::Archive { at: len, fault: ArchiveFault::Gap }),
+            _ if len.0 >= unit_end => Err(IndexError::Archive {
+                at: len,
+                fault: ArchiveFault::Gap,
+            }),
             State::Header if self.unit_at == 0 => Err(IndexError::NotATar("it is shorter than one header")),
             State::Header | State::AfterZeroBlock => Err(truncated(unit_end, "a header", None)),
             State::Body(_) => Err(truncated(unit_end, "an extension header", None)),
@@ -235,7 +256,9 @@ impl Parser {
             State::Ended => Ok(()),
             State::Header | State::AfterZeroBlock | State::GnuMap | State::DecimalMap => {
                 // Every unit that is no body is a block.
-                let Some(block) = unit.first_chunk::<BLOCK>() else { return Ok(()) };
+                let Some(block) = unit.first_chunk::<BLOCK>() else {
+                    return Ok(());
+                };
                 match self.state {
                     State::GnuMap => self.take_gnu_map(SparseMap::extension(block), sink),
                     State::DecimalMap => self.take_decimal_map(block, sink),
@@ -267,10 +290,17 @@ impl Parser {
             return Ok(());
         }
         if self.state == State::AfterZeroBlock {
-            return Err(IndexError::Archive { at: TarOffset(at), fault: ArchiveFault::LoneZeroBlock });
+            return Err(IndexError::Archive {
+                at: TarOffset(at),
+                fault: ArchiveFault::LoneZeroBlock,
+            });
         }
         let Some(header) = Header::new(block) else {
-            return Err(if at == 0 { not_a_tar(block) } else { self.fault_at(at, HeaderFault::Checksum) });
+            return Err(if at == 0 {
+                not_a_tar(block)
+            } else {
+                self.fault_at(at, HeaderFault::Checksum)
+            });
         };
         match header.type_flag() {
             b'x' | b'X' => self.begin_extension(Extension::Local, header),
@@ -292,13 +322,20 @@ impl Parser {
             self.before.start.get_or_insert(at);
         }
         let size = payload_size(header.size()).map_err(|fault| self.fault_at(at, fault))?;
-        let too_long = HeaderFault::ExtensionTooLong { len: size, limit: MAX_EXTENSION };
+        let too_long = HeaderFault::ExtensionTooLong {
+            len: size,
+            limit: MAX_EXTENSION,
+        };
         if size > MAX_EXTENSION {
             return Err(self.fault_at(at, too_long));
         }
         let len = usize::try_from(size).map_err(|_| self.fault_at(at, too_long))?;
         self.expect(State::Body(extension), at + TAR_BLOCK, len);
-        if len == 0 { self.take_body(extension, &[]) } else { Ok(()) }
+        if len == 0 {
+            self.take_body(extension, &[])
+        } else {
+            Ok(())
+        }
     }
 
     fn take_body(&mut self, extension: Extension, body: &[u8]) -> Result<(), IndexError> {
@@ -307,7 +344,9 @@ impl Parser {
         match extension {
             Extension::Local => self.before.records = Some(Records::parse(body).map_err(fault_at)?),
             Extension::Global => {
-                self.globals.update_globals(Records::parse(body).map_err(fault_at)?).map_err(fault_at)?;
+                self.globals
+                    .update_globals(Records::parse(body).map_err(fault_at)?)
+                    .map_err(fault_at)?;
             }
             Extension::LongName => set(&mut self.before.long_name, until_nul(body)),
             Extension::LongLink => set(&mut self.before.long_link, until_nul(body)),
@@ -331,7 +370,9 @@ impl Parser {
             Some(Kind::Directory) => type_flag == b'D',
             Some(_) => false,
         };
-        let size = self.payload_len(header, &records, stored).map_err(|fault| self.fault_at(at, fault))?;
+        let size = self
+            .payload_len(header, &records, stored)
+            .map_err(|fault| self.fault_at(at, fault))?;
         let payload = TarRange::new(TarOffset(at + TAR_BLOCK), size);
         self.payload_end = payload.end().0;
         self.expect_header(align_up(self.payload_end));
@@ -339,9 +380,14 @@ impl Parser {
 
         self.entry.kind = kind;
         self.entry.headers = TarRange::new(TarOffset(headers_start), payload.start.since(TarOffset(headers_start)));
-        self.take_attributes(header, &records).map_err(|fault| self.fault_at(at, fault))?;
+        self.take_attributes(header, &records)
+            .map_err(|fault| self.fault_at(at, fault))?;
         let size = if kind == Kind::File { size } else { 0 };
-        self.file = OpenFile { header_at: at, payload, size };
+        self.file = OpenFile {
+            header_at: at,
+            payload,
+            size,
+        };
         if type_flag == b'S' {
             return self.begin_gnu_sparse(header, sink);
         }
@@ -353,7 +399,11 @@ impl Parser {
             version => return self.begin_pax_sparse(version, &records, sink),
         }
         if size > 0 {
-            self.entry.segments.push(Segment { file_offset: 0, tar_offset: payload.start, len: size });
+            self.entry.segments.push(Segment {
+                file_offset: 0,
+                tar_offset: payload.start,
+                len: size,
+            });
         }
         self.entry.size = size;
         sink.entry(&self.entry)
@@ -433,7 +483,10 @@ impl Parser {
         entry.gid = id(records.gid.over(&globals.gid), header.gid(), "gid")?;
         entry.mtime = match records.mtime.over(&globals.mtime) {
             Some(time) => *time,
-            None => Timestamp { secs: header.mtime().ok_or(HeaderFault::Number("mtime"))?, nanos: 0 },
+            None => Timestamp {
+                secs: header.mtime().ok_or(HeaderFault::Number("mtime"))?,
+                nanos: 0,
+            },
         };
         if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
             entry.device_major = device(header.device_major(), "major device number")?;
@@ -446,17 +499,15 @@ impl Parser {
         Ok(())
     }
 
-    fn begin_gnu_sparse(
-        &mut self,
-        header: Header<'_>,
-        sink: &mut (impl EntrySink + ?Sized),
-    ) -> Result<(), IndexError> {
+    fn begin_gnu_sparse(&mut self, header: Header<'_>, sink: &mut (impl EntrySink + ?Sized)) -> Result<(), IndexError> {
         let at = self.file.header_at;
         if header.dialect != Dialect::Gnu {
             return Err(self.fault_at(at, HeaderFault::Sparse("only GNU headers have such maps")));
         }
         let size = header.sparse_real_size().ok_or(HeaderFault::Number("real size"));
-        self.file.size = size.and_then(|size| payload_size(Some(size))).map_err(|fault| self.fault_at(at, fault))?;
+        self.file.size = size
+            .and_then(|size| payload_size(Some(size)))
+            .map_err(|fault| self.fault_at(at, fault))?;
         self.map.clear();
         // The map's extension blocks lie between the header and the payload, and no size counts them.
         self.unit_at = at;
@@ -505,7 +556,9 @@ impl Parser {
             return Err(self.fault_at(at, HeaderFault::Sparse("it has not as many pieces as it says")));
         }
         for pair in pairs.chunks_exact(2) {
-            self.map.push(pair[0], pair[1]).map_err(|fault| self.fault_at(at, fault))?;
+            self.map
+                .push(pair[0], pair[1])
+                .map_err(|fault| self.fault_at(at, fault))?;
         }
         let payload = self.file.payload;
         self.emit_sparse(payload.start, payload.len, sink)
@@ -552,7 +605,11 @@ impl Parser {
     }
 
     fn fault_at(&self, at: u64, fault: HeaderFault) -> IndexError {
-        header_error(at, (!self.entry.path.is_empty()).then(|| self.entry.path.clone()), fault)
+        header_error(
+            at,
+            (!self.entry.path.is_empty()).then(|| self.entry.path.clone()),
+            fault,
+        )
     }
 }
 
@@ -585,14 +642,20 @@ fn payload_size(size: Option<i64>) -> Result<u64, HeaderFault> {
 }
 
 fn header_error(at: u64, path: Option<Vec<u8>>, fault: HeaderFault) -> IndexError {
-    IndexError::Header { at: TarOffset(at), path, fault }
+    IndexError::Header {
+        at: TarOffset(at),
+        path,
+        fault,
+    }
 }
 
 /// Whether a block could be a header of this century: the checksum matches and the magic is that of ustar, PAX or GNU.
 #[must_use]
 pub fn looks_like_header(block: &[u8]) -> bool {
     // The magic is asked first: it rules out nearly all payload at the cost of one comparison.
-    let block = block.first_chunk::<BLOCK>().filter(|block| block[257..262] == *b"ustar");
+    let block = block
+        .first_chunk::<BLOCK>()
+        .filter(|block| block[257..262] == *b"ustar");
     block.is_some_and(|block| Header::new(block).is_some())
 }
 

@@ -112,7 +112,10 @@ impl Records {
                 if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
                     self.take_sparse(key, value, pairs)?;
                 } else if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
+                    self.xattrs.push(Xattr {
+                        name: name.to_vec(),
+                        value: value.to_vec(),
+                    });
                 } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
                     let name = url_decoded(name);
                     let value = base64_decoded(value).ok_or(HeaderFault::PaxValue("LIBARCHIVE.xattr"))?;
@@ -158,7 +161,10 @@ impl Records {
         self.uid.update(later.uid);
         self.gid.update(later.gid);
         self.mtime.update(later.mtime);
-        for (known, later) in [(&mut self.xattrs, later.xattrs), (&mut self.fallback_xattrs, later.fallback_xattrs)] {
+        for (known, later) in [
+            (&mut self.xattrs, later.xattrs),
+            (&mut self.fallback_xattrs, later.fallback_xattrs),
+        ] {
             known.extend(later);
             settle(known);
             // Every entry behind it gets a copy.
@@ -173,7 +179,12 @@ impl Records {
     /// spelling goes before libarchive's.
     pub(super) fn collect_xattrs(&self, global: &Self, out: &mut Vec<Xattr>) {
         out.clear();
-        let sources = [&self.xattrs, &self.fallback_xattrs, &global.xattrs, &global.fallback_xattrs];
+        let sources = [
+            &self.xattrs,
+            &self.fallback_xattrs,
+            &global.xattrs,
+            &global.fallback_xattrs,
+        ];
         out.extend(sources.into_iter().flatten().cloned());
         // The sort is stable: of equal names the first stays, which is the one from the stronger source.
         out.sort_by(|a, b| a.name.cmp(&b.name));
@@ -211,14 +222,14 @@ fn text(value: &[u8]) -> Result<Setting<Vec<u8>>, HeaderFault> {
     if value.contains(&0) {
         return Err(HeaderFault::PaxRecord);
     }
-    Ok(if value.is_empty() { Setting::Unset } else { Setting::Set(value.to_vec()) })
+    Ok(if value.is_empty() {
+        Setting::Unset
+    } else {
+        Setting::Set(value.to_vec())
+    })
 }
 
-fn parsed<T>(
-    value: &[u8],
-    name: &'static str,
-    parse: impl Fn(&[u8]) -> Option<T>,
-) -> Result<Setting<T>, HeaderFault> {
+fn parsed<T>(value: &[u8], name: &'static str, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Setting<T>, HeaderFault> {
     if value.is_empty() {
         return Ok(Setting::Unset);
     }
@@ -229,16 +240,17 @@ fn parsed<T>(
 fn url_decoded(mut text: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     while let Some((first, rest)) = text.split_first() {
-        let hex = |at: usize| rest.get(at).and_then(|b| char::from(*b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
-        match (*first, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                out.push(high << 4 | low);
-                text = &rest[2..];
-            }
-            _ => {
-                out.push(*first);
-                text = rest;
-            }
+        let hex = |at: usize| {
+            rest.get(at)
+                .and_then(|b| char::from(*b).to_digit(16))
+                .and_then(|d| u8::try_from(d).ok())
+        };
+        if let (b'%', Some(high), Some(low)) = (*first, hex(0), hex(1)) {
+            out.push(high << 4 | low);
+            text = &rest[2..];
+        } else {
+            out.push(*first);
+            text = rest;
         }
     }
     out
@@ -247,7 +259,10 @@ fn url_decoded(mut text: &[u8]) -> Vec<u8> {
 /// The standard alphabet, padded or not; libarchive writes it without.
 fn base64_decoded(text: &[u8]) -> Option<Vec<u8>> {
     let text = text.trim_ascii_end();
-    let text = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
+    let text = text
+        .strip_suffix(b"==")
+        .or_else(|| text.strip_suffix(b"="))
+        .unwrap_or(text);
     let mut out = Vec::with_capacity(text.len() / 4 * 3 + 3);
     for group in text.chunks(4) {
         if group.len() == 1 {
@@ -277,7 +292,10 @@ mod tests {
 
     /// A body of records with their lengths worked out.
     fn body(pairs: &[(&str, &[u8])]) -> Vec<u8> {
-        pairs.iter().flat_map(|(key, value)| crate::index::parser::testing::pax_record(key.as_bytes(), value)).collect()
+        pairs
+            .iter()
+            .flat_map(|(key, value)| crate::index::parser::testing::pax_record(key.as_bytes(), value))
+            .collect()
     }
 
     #[test]
@@ -301,13 +319,23 @@ mod tests {
         assert_eq!(records.size, Setting::Set(999));
         assert_eq!(records.uid, Setting::Set(4_294_967_295));
         assert_eq!(records.gid, Setting::Absent);
-        assert_eq!(records.mtime, Setting::Set(Timestamp { secs: -2, nanos: 500_000_000 }));
+        assert_eq!(
+            records.mtime,
+            Setting::Set(Timestamp {
+                secs: -2,
+                nanos: 500_000_000
+            })
+        );
         let mut xattrs = Vec::new();
         records.collect_xattrs(&Records::default(), &mut xattrs);
         let xattrs: Vec<_> = xattrs.iter().map(|x| (&x.name[..], &x.value[..])).collect();
         assert_eq!(
             xattrs,
-            [(&b"user.a"[..], &b"\0two\n"[..]), (b"user.b %zz", b"tw"), (b"user.empty", b"")]
+            [
+                (&b"user.a"[..], &b"\0two\n"[..]),
+                (b"user.b %zz", b"tw"),
+                (b"user.empty", b"")
+            ]
         );
     }
 
@@ -327,18 +355,36 @@ mod tests {
             b"6",
             b"12 a\0b=xyz1\n",
         ] {
-            assert_eq!(Records::parse(bad), Err(HeaderFault::PaxRecord), "{:?}", String::from_utf8_lossy(bad));
+            assert_eq!(
+                Records::parse(bad),
+                Err(HeaderFault::PaxRecord),
+                "{:?}",
+                String::from_utf8_lossy(bad)
+            );
         }
         assert_eq!(Records::parse(&body(&[("path", b"a\0b")])), Err(HeaderFault::PaxRecord));
-        assert_eq!(Records::parse(&body(&[("size", b"12x")])), Err(HeaderFault::PaxValue("size")));
-        assert_eq!(Records::parse(&body(&[("mtime", b"1.2.3")])), Err(HeaderFault::PaxValue("mtime")));
+        assert_eq!(
+            Records::parse(&body(&[("size", b"12x")])),
+            Err(HeaderFault::PaxValue("size"))
+        );
+        assert_eq!(
+            Records::parse(&body(&[("mtime", b"1.2.3")])),
+            Err(HeaderFault::PaxValue("mtime"))
+        );
         assert!(Records::parse(&body(&[("LIBARCHIVE.xattr.a", b"!!")])).is_err());
         assert!(Records::parse(&body(&[("GNU.sparse.numbytes", b"1")])).is_err());
     }
 
     #[test]
     fn base64_takes_every_length() {
-        for (text, value) in [("", ""), ("YQ", "a"), ("YQ==", "a"), ("YWI", "ab"), ("YWI=", "ab"), ("YWJj", "abc")] {
+        for (text, value) in [
+            ("", ""),
+            ("YQ", "a"),
+            ("YQ==", "a"),
+            ("YWI", "ab"),
+            ("YWI=", "ab"),
+            ("YWJj", "abc"),
+        ] {
             assert_eq!(base64_decoded(text.as_bytes()).as_deref(), Some(value.as_bytes()));
         }
         assert_eq!(base64_decoded(b"Y"), None);

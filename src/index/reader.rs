@@ -52,7 +52,12 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
         let (summary, digest) = summary.ok_or(IndexFault::Malformed("section table (no summary)"))?;
         let entries = entries.ok_or(IndexFault::Malformed("section table (no entries)"))?;
-        Ok(Self { bytes, summary, digest, entries })
+        Ok(Self {
+            bytes,
+            summary,
+            digest,
+            entries,
+        })
     }
 
     /// What the layer holds, as counted when the index was made.
@@ -70,7 +75,11 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// Whether the tar's end was marked.
     #[must_use]
     pub fn end(&self) -> EndOfArchive {
-        if self.summary.end_marked { EndOfArchive::Marked } else { EndOfArchive::Missing }
+        if self.summary.end_marked {
+            EndOfArchive::Marked
+        } else {
+            EndOfArchive::Missing
+        }
     }
 
     /// SHA-256 of the decoded entry table: equal for equal layers, whichever version of zstd compressed the table. The
@@ -137,7 +146,10 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
     let mut fields = Fields(&file[format::MAGIC.len()..]);
     let version = fields.u16()?;
     if version != format::VERSION {
-        return Err(IndexFault::Version { found: version, known: format::VERSION });
+        return Err(IndexFault::Version {
+            found: version,
+            known: format::VERSION,
+        });
     }
     let count = usize::from(fields.u16()?);
     let crc = fields.u32()?;
@@ -149,13 +161,18 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
     if crc32c::crc32c_append(crc32c::crc32c(&file[..format::PROLOGUE - 4]), table) != crc {
         return Err(IndexFault::Checksum("section table"));
     }
-    let records: Vec<_> = table.chunks_exact(format::RECORD).map(SectionRecord::decode).collect::<Result<_, _>>()?;
+    let records: Vec<_> = table
+        .chunks_exact(format::RECORD)
+        .map(SectionRecord::decode)
+        .collect::<Result<_, _>>()?;
     let mut end = len_u64(table_end);
     for record in &records {
         if record.offset != end {
             return Err(IndexFault::Malformed("section table"));
         }
-        end = end.checked_add(record.stored).ok_or(IndexFault::Malformed("section table"))?;
+        end = end
+            .checked_add(record.stored)
+            .ok_or(IndexFault::Malformed("section table"))?;
     }
     match end.cmp(&len_u64(file.len())) {
         std::cmp::Ordering::Equal => Ok(records),
@@ -167,12 +184,14 @@ fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
 fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {
     let start = usize::try_from(record.offset).map_err(|_| IndexFault::Truncated)?;
     let len = usize::try_from(record.stored).map_err(|_| IndexFault::Truncated)?;
-    file.get(start..).and_then(|rest| rest.get(..len)).ok_or(IndexFault::Truncated)
+    file.get(start..)
+        .and_then(|rest| rest.get(..len))
+        .ok_or(IndexFault::Truncated)
 }
 
 /// The entry table while it is decoded: a bounded reader that may digest what passes.
 struct Stream<'a> {
-    decoder: zstd::stream::read::Decoder<'static, &'a [u8]>,
+    frame: zstd::stream::read::Decoder<'static, &'a [u8]>,
     left: u64,
     digest: Option<Sha256>,
 }
@@ -180,9 +199,12 @@ struct Stream<'a> {
 impl Stream<'_> {
     /// Appends exactly `len` bytes. Grows as bytes really come, not by what was announced.
     fn read(&mut self, len: u64, out: &mut Vec<u8>) -> Result<(), IndexFault> {
-        self.left = self.left.checked_sub(len).ok_or(IndexFault::Malformed("entry table (its length)"))?;
+        self.left = self
+            .left
+            .checked_sub(len)
+            .ok_or(IndexFault::Malformed("entry table (its length)"))?;
         let before = out.len();
-        let got = (&mut self.decoder).take(len).read_to_end(out);
+        let got = (&mut self.frame).take(len).read_to_end(out);
         if got.ok().map(len_u64) != Some(len) {
             return Err(IndexFault::Malformed("entry table (compression)"));
         }
@@ -221,17 +243,26 @@ pub struct Entries<'a> {
 
 impl std::fmt::Debug for Entries<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entries").field("done", &self.done).field("of", &self.summary.entries).finish_non_exhaustive()
+        f.debug_struct("Entries")
+            .field("done", &self.done)
+            .field("of", &self.summary.entries)
+            .finish_non_exhaustive()
     }
 }
 
 impl<'a> Entries<'a> {
     fn new(body: &'a [u8], decoded: u64, summary: Summary) -> Result<Self, IndexError> {
         let unusable = |_| IndexFault::Malformed("entry table (compression)");
-        let mut decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(unusable)?.single_frame();
-        decoder.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
+        let mut frame = zstd::stream::read::Decoder::with_buffer(body)
+            .map_err(unusable)?
+            .single_frame();
+        frame.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
         Ok(Self {
-            stream: Stream { decoder, left: decoded, digest: None },
+            stream: Stream {
+                frame,
+                left: decoded,
+                digest: None,
+            },
             summary,
             batch: Vec::new(),
             columns: Columns::default(),
@@ -329,9 +360,8 @@ impl<'a> Entries<'a> {
             entry.headers = read_place(rare, self.state.next)?;
         }
         if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
-            let mut number = || {
-                u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"))
-            };
+            let mut number =
+                || u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"));
             (entry.device_major, entry.device_minor) = (number()?, number()?);
         }
         if tag & format::TAG_XATTRS != 0 {
@@ -340,7 +370,11 @@ impl<'a> Entries<'a> {
         if tag & format::TAG_SPARSE != 0 {
             read_segments(rare, entry)?;
         } else if entry.size > 0 {
-            entry.segments.push(Segment { file_offset: 0, tar_offset: entry.headers.end(), len: entry.size });
+            entry.segments.push(Segment {
+                file_offset: 0,
+                tar_offset: entry.headers.end(),
+                len: entry.size,
+            });
         }
         let end = entry.payload().end();
         if end.0 > self.summary.tar_bytes {
@@ -371,7 +405,11 @@ fn read_owner(columns: &mut Columns<Cursor<'_>>, known: &mut Vec<Owner>) -> Resu
     let fields = &mut columns.new_owners;
     let mode = u16::try_from(fields.number()?).ok().filter(|mode| *mode <= 0o7777);
     let mode = mode.ok_or(IndexFault::Malformed("entry table (a mode)"))?;
-    let owner = Owner { mode, uid: fields.number()?, gid: fields.number()? };
+    let owner = Owner {
+        mode,
+        uid: fields.number()?,
+        gid: fields.number()?,
+    };
     if number != len_u64(known.len()) {
         return Err(IndexFault::Malformed("entry table (an owner's number)"));
     }
@@ -391,7 +429,10 @@ fn read_time(columns: &mut Columns<Cursor<'_>>, state: &mut State) -> Result<Tim
         return Err(fault);
     }
     let secs = state.times.newest.wrapping_add(columns.new_times.signed()?);
-    let nanos = u32::try_from(columns.new_times.number()?).ok().filter(|nanos| *nanos < 1_000_000_000).ok_or(fault)?;
+    let nanos = u32::try_from(columns.new_times.number()?)
+        .ok()
+        .filter(|nanos| *nanos < 1_000_000_000)
+        .ok_or(fault)?;
     let time = Timestamp { secs, nanos };
     state.times.remember(time);
     Ok(time)
@@ -407,7 +448,10 @@ fn front_decode(text: &mut Vec<u8>, shared: u64, fresh: &[u8]) -> Result<(), Ind
 
 fn read_place(rare: &mut Cursor<'_>, next: TarOffset) -> Result<TarRange, IndexFault> {
     let mut blocks = || {
-        let bytes = rare.number()?.checked_mul(TAR_BLOCK).filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
+        let bytes = rare
+            .number()?
+            .checked_mul(TAR_BLOCK)
+            .filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
         bytes.ok_or(IndexFault::Malformed("entry table (a place)"))
     };
     Ok(TarRange::new(next.plus(blocks()?), blocks()?))
@@ -448,12 +492,135 @@ fn read_segments(rare: &mut Cursor<'_>, entry: &mut Entry) -> Result<(), IndexFa
     for _ in 0..rare.number()? {
         let file_offset = end.checked_add(rare.number()?).ok_or(fault)?;
         let len = rare.number()?;
-        end = file_offset.checked_add(len).filter(|end| *end <= entry.size).ok_or(fault)?;
+        end = file_offset
+            .checked_add(len)
+            .filter(|end| *end <= entry.size)
+            .ok_or(fault)?;
         if len == 0 {
             return Err(fault);
         }
-        entry.segments.push(Segment { file_offset, tar_offset, len });
+        entry.segments.push(Segment {
+            file_offset,
+            tar_offset,
+            len,
+        });
         tar_offset = tar_offset.plus(len);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::Collector;
+    use crate::index::fuzzing::index_around;
+
+    /// Reads a table of `entries` entries of a tar of 4 GiB: the fault, if there is one.
+    fn read(entries: u8, table: &[u8]) -> Result<Vec<Entry>, IndexFault> {
+        let data = [&[entries, 0, 0, 0, 0, 0xff][..], table].concat();
+        let mut all = Collector::default();
+        let index = Index::open(index_around(&data)).unwrap();
+        match index.replay(&mut all) {
+            Ok(()) => Ok(all.0),
+            Err(IndexError::Index(fault)) => Err(fault),
+            Err(other) => panic!("{other}"),
+        }
+    }
+
+    /// A batch of one entry: a directory `d` of root's, mode 0, at second 0, with these changes to its columns.
+    fn batch(change: impl Fn(&mut Columns<Vec<u8>>)) -> Vec<u8> {
+        let mut columns = Columns {
+            tags: vec![1],
+            owners: vec![0],
+            new_owners: vec![0, 0, 0],
+            shared: vec![0],
+            fresh: vec![1],
+            names: b"d".to_vec(),
+            times: vec![0],
+            ..Columns::default()
+        };
+        change(&mut columns);
+        let mut table = vec![1];
+        for column in columns.each_mut() {
+            table.push(u8::try_from(column.len()).unwrap());
+        }
+        for column in columns.each_mut() {
+            table.append(column);
+        }
+        table.push(0);
+        table
+    }
+
+    #[test]
+    fn a_table_made_by_hand_is_read() {
+        let entries = read(1, &batch(|_| {})).unwrap();
+        assert_eq!((entries[0].kind, &entries[0].path[..]), (Kind::Directory, &b"d"[..]));
+        let file = read(1, &batch(|c| (c.tags, c.sizes) = (vec![0], vec![5]))).unwrap();
+        assert_eq!(
+            file[0].segments,
+            [Segment {
+                file_offset: 0,
+                tar_offset: TarOffset(512),
+                len: 5
+            }]
+        );
+    }
+
+    #[test]
+    fn tables_that_make_no_sense_are_faults() {
+        type Change = fn(&mut Columns<Vec<u8>>);
+        let changes: [(&str, Change); 19] = [
+            ("no kind", |c| c.tags = vec![7]),
+            ("unused tag bits", |c| c.tags = vec![0x81]),
+            ("a column too long", |c| c.names.push(b'x')),
+            ("a column too short", |c| c.fresh = vec![2]),
+            ("more shared than there is", |c| c.shared = vec![1]),
+            ("an owner out of turn", |c| c.owners = vec![5]),
+            ("a mode of thirteen bits", |c| c.new_owners = vec![0x80, 0x40, 0, 0]),
+            ("a time that is not there", |c| c.times = vec![33]),
+            ("too many nanoseconds", |c| {
+                (c.times, c.new_times) = (vec![32], vec![0, 0x80, 0x94, 0xeb, 0xdc, 0x03])
+            }),
+            ("attributes out of turn", |c| (c.tags, c.rare) = (vec![0x21], vec![3])),
+            ("a set of no attributes", |c| {
+                (c.tags, c.rare) = (vec![0x21], vec![0, 0])
+            }),
+            ("the same attribute twice", |c| {
+                (c.tags, c.rare) = (vec![0x21], vec![0, 2, 1, b'a', 0, 1, b'a', 0])
+            }),
+            ("an endless attribute", |c| {
+                (c.tags, c.rare) = (vec![0x21], vec![0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f])
+            }),
+            ("a segment beyond the size", |c| {
+                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 2, 4])
+            }),
+            ("a segment of no bytes", |c| {
+                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 0, 0])
+            }),
+            ("a wide device number", |c| {
+                (c.tags, c.rare) = (vec![4], vec![0xff, 0xff, 0xff, 0xff, 0x10, 0])
+            }),
+            ("content beyond the tar", |c| {
+                (c.tags, c.sizes) = (vec![0], vec![0x80, 0x80, 0x80, 0x80, 0x20])
+            }),
+            ("a huge size", |c| {
+                (c.tags, c.sizes) = (vec![0], vec![0xff; 9].into_iter().chain([1]).collect())
+            }),
+            ("a place beyond the tar", |c| {
+                (c.tags, c.rare) = (vec![0x09], vec![0xff, 0xff, 0xff, 0xff, 0x0f, 1])
+            }),
+        ];
+        for (what, change) in changes {
+            let fault = read(1, &batch(change));
+            assert!(matches!(fault, Err(IndexFault::Malformed(_))), "{what}: {fault:?}");
+        }
+        let one = batch(|_| {});
+        assert!(read(2, &one).is_err(), "fewer entries than announced");
+        assert!(read(0, &one).is_err(), "more entries than announced");
+        assert!(read(1, &one[..one.len() - 1]).is_err(), "no end");
+        assert!(read(1, &[&one[..], &[0]].concat()).is_err(), "something behind the end");
+        assert!(read(1, &[]).is_err());
+        let huge = [&[1, 0xff, 0xff, 0xff, 0xff, 0x0f][..], &[0; 10]].concat();
+        assert_eq!(read(1, &huge), Err(IndexFault::TooLarge("entry table")));
+    }
 }

@@ -24,7 +24,10 @@ pub(super) struct MapBuilder {
 
 impl MapBuilder {
     pub(super) fn clear(&mut self) {
-        *self = Self { runs: std::mem::take(&mut self.runs), ..Self::default() };
+        *self = Self {
+            runs: std::mem::take(&mut self.runs),
+            ..Self::default()
+        };
         self.runs.clear();
     }
 
@@ -72,11 +75,17 @@ impl MapBuilder {
             return Err(HeaderFault::Sparse("it reaches beyond the file's end"));
         }
         if self.stored != stored {
-            return Err(HeaderFault::Sparse("the tar does not hold as many bytes as it speaks of"));
+            return Err(HeaderFault::Sparse(
+                "the tar does not hold as many bytes as it speaks of",
+            ));
         }
         let mut at = start;
         out.extend(self.runs.iter().map(|&(file_offset, len)| {
-            let segment = Segment { file_offset, tar_offset: at, len };
+            let segment = Segment {
+                file_offset,
+                tar_offset: at,
+                len,
+            };
             at = at.plus(len);
             segment
         }));

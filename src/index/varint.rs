@@ -31,10 +31,6 @@ impl<'a> Cursor<'a> {
         Self { rest: bytes }
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.rest.is_empty()
-    }
-
     pub(super) fn remaining(&self) -> usize {
         self.rest.len()
     }
@@ -47,7 +43,10 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn bytes(&mut self, len: u64) -> Result<&'a [u8], IndexFault> {
         let len = usize::try_from(len).map_err(|_| IndexFault::Malformed("entry table"))?;
-        let (head, rest) = self.rest.split_at_checked(len).ok_or(IndexFault::Malformed("entry table"))?;
+        let (head, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(IndexFault::Malformed("entry table"))?;
         self.rest = rest;
         Ok(head)
     }
@@ -80,12 +79,23 @@ mod tests {
 
     #[test]
     fn numbers_come_back() {
-        for value in [0, 1, 127, 128, 300, 16_383, 16_384, u64::from(u32::MAX), u64::MAX - 1, u64::MAX] {
+        for value in [
+            0,
+            1,
+            127,
+            128,
+            300,
+            16_383,
+            16_384,
+            u64::from(u32::MAX),
+            u64::MAX - 1,
+            u64::MAX,
+        ] {
             let mut bytes = Vec::new();
             put(&mut bytes, value);
             let mut cursor = Cursor::new(&bytes);
             assert_eq!(cursor.number(), Ok(value));
-            assert!(cursor.is_empty());
+            assert_eq!(cursor.remaining(), 0);
         }
         for value in [0, -1, 1, -64, 63, i64::MIN, i64::MAX] {
             let mut bytes = Vec::new();
@@ -97,7 +107,11 @@ mod tests {
     #[test]
     fn endless_and_cut_numbers_are_refused() {
         assert!(Cursor::new(&[0xff; 10]).number().is_err());
-        assert!(Cursor::new(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02]).number().is_err());
+        assert!(
+            Cursor::new(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02])
+                .number()
+                .is_err()
+        );
         assert!(Cursor::new(&[0x80]).number().is_err());
         assert!(Cursor::new(&[]).number().is_err());
         assert!(Cursor::new(&[1, 2]).bytes(3).is_err());

@@ -49,14 +49,23 @@ pub fn local(
     let mut parser = Parser::new();
     let mut buffer = vec![0; WIDE];
     let mut window = NARROW;
-    let mut walked = Walked { tar_len: len, end: EndOfArchive::Missing, reads: 0, bytes_read: 0 };
+    let mut walked = Walked {
+        tar_len: len,
+        end: EndOfArchive::Missing,
+        reads: 0,
+        bytes_read: 0,
+    };
     let mut window_end = 0;
     while let Some(at) = parser.wants() {
         if at.0 >= len {
             break;
         }
         // Reading on where the last window ended means that headers lie close together; a jump means they do not.
-        window = if at.0 == window_end { (window * 2).min(WIDE) } else { (window / 2).max(NARROW) };
+        window = if at.0 == window_end {
+            (window * 2).min(WIDE)
+        } else {
+            (window / 2).max(NARROW)
+        };
         let room = usize::try_from(len - at.0).unwrap_or(usize::MAX);
         let want = window.max(parser.wants_len()).min(room).min(WIDE);
         let got = loop {
@@ -68,13 +77,18 @@ pub fn local(
         if got == 0 {
             // Somebody cut the file while it was read.
             parser.finish(at)?;
-            return Err(IndexError::Truncated { len: at, needs: TarOffset(len), what: "the file", path: None });
+            return Err(IndexError::Truncated {
+                len: at,
+                needs: TarOffset(len),
+                what: "the file",
+                path: None,
+            });
         }
         walked.reads += 1;
         walked.bytes_read += len_u64(got);
         parser.feed(at, &buffer[..got], sink)?;
         window_end = at.0 + len_u64(got);
-        if walked.reads % PROGRESS_EVERY == 0 {
+        if walked.reads.is_multiple_of(PROGRESS_EVERY) {
             progress(at, len);
         }
     }

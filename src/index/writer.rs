@@ -34,7 +34,9 @@ pub struct IndexBuilder {
 
 impl std::fmt::Debug for IndexBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("IndexBuilder").field("summary", &self.summary).finish_non_exhaustive()
+        f.debug_struct("IndexBuilder")
+            .field("summary", &self.summary)
+            .finish_non_exhaustive()
     }
 }
 
@@ -73,7 +75,10 @@ pub(super) struct RecentTimes {
 
 impl Default for RecentTimes {
     fn default() -> Self {
-        Self { times: [Timestamp::default(); format::RECENT_TIMES], newest: 0 }
+        Self {
+            times: [Timestamp::default(); format::RECENT_TIMES],
+            newest: 0,
+        }
     }
 }
 
@@ -248,7 +253,10 @@ impl Default for IndexBuilder {
 
 impl EntrySink for IndexBuilder {
     fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
-        check(entry, self.state.next).map_err(|why| IndexError::Unencodable { path: entry.path.clone(), why })?;
+        check(entry, self.state.next).map_err(|why| IndexError::Unencodable {
+            path: entry.path.clone(),
+            why,
+        })?;
         let sparse = is_sparse(entry);
         let placed = entry.headers != self.state.usual_headers();
         let mut tag = format::kind_number(entry.kind);
@@ -260,7 +268,11 @@ impl EntrySink for IndexBuilder {
             tag |= if set { mark } else { 0 };
         }
         self.columns.tags.push(tag);
-        self.put_owner(Owner { mode: entry.mode, uid: entry.uid, gid: entry.gid });
+        self.put_owner(Owner {
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+        });
         self.put_time(entry.mtime);
 
         let columns = &mut self.columns;
@@ -279,7 +291,10 @@ impl EntrySink for IndexBuilder {
             self.state.link.clone_from(&entry.link);
         }
         if placed {
-            varint::put(&mut columns.rare, entry.headers.start.since(self.state.next) / TAR_BLOCK);
+            varint::put(
+                &mut columns.rare,
+                entry.headers.start.since(self.state.next) / TAR_BLOCK,
+            );
             varint::put(&mut columns.rare, entry.headers.len / TAR_BLOCK);
         }
         if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
@@ -335,7 +350,8 @@ fn check(entry: &Entry, next: TarOffset) -> Result<(), &'static str> {
     if !matches!(entry.kind, Kind::Symlink | Kind::Hardlink) && !entry.link.is_empty() {
         return Err("it has a link text and is no link");
     }
-    if !matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) && (entry.device_major, entry.device_minor) != (0, 0) {
+    if !matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) && (entry.device_major, entry.device_minor) != (0, 0)
+    {
         return Err("it has device numbers and is no device");
     }
     if !entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
@@ -360,7 +376,7 @@ fn common_prefix(a: &[u8], b: &[u8]) -> usize {
 }
 
 /// Puts a file together from its sections, working out places and checksums.
-fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
+pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
     let table_end = format::PROLOGUE + sections.len() * format::RECORD;
     let mut offset = len_u64(table_end);
     let mut table = Vec::new();

@@ -81,6 +81,10 @@ struct Tries(u32);
 
 impl std::fmt::Display for Tries {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0 > 1 { write!(f, " (after {} tries)", self.0) } else { Ok(()) }
+        if self.0 > 1 {
+            write!(f, " (after {} tries)", self.0)
+        } else {
+            Ok(())
+        }
     }
 }

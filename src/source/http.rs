@@ -62,8 +62,15 @@ pub enum Validator {
 
 impl Validator {
     fn of(headers: &HeaderMap) -> Option<Self> {
-        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        text(ETAG).map(Self::ETag).or_else(|| text(LAST_MODIFIED).map(Self::LastModified))
+        let text = |name| {
+            headers
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
+        text(ETAG)
+            .map(Self::ETag)
+            .or_else(|| text(LAST_MODIFIED).map(Self::LastModified))
     }
 
     /// Whether `other`, from a later answer, shows that the layer changed. Different kinds cannot be compared: some servers
@@ -135,18 +142,37 @@ pub(super) struct Failure {
 
 impl Failure {
     fn passing(url: &Url, why: impl Into<String>) -> Self {
-        let error = SourceError::Unreachable { url: shown_url(url), why: why.into(), tries: 1 };
-        Self { error, passing: true, wait: None }
+        let error = SourceError::Unreachable {
+            url: shown_url(url),
+            why: why.into(),
+            tries: 1,
+        };
+        Self {
+            error,
+            passing: true,
+            wait: None,
+        }
     }
 
     fn lasting(error: SourceError) -> Self {
-        Self { error, passing: false, wait: None }
+        Self {
+            error,
+            passing: false,
+            wait: None,
+        }
     }
 
     /// An answer that contradicts the question. One bad machine behind a balancer can send it, so it is tried again.
     fn wrong(url: &Url, why: impl Into<String>) -> Self {
-        let error = SourceError::WrongAnswer { url: shown_url(url), why: why.into() };
-        Self { error, passing: true, wait: None }
+        let error = SourceError::WrongAnswer {
+            url: shown_url(url),
+            why: why.into(),
+        };
+        Self {
+            error,
+            passing: true,
+            wait: None,
+        }
     }
 }
 
@@ -160,7 +186,11 @@ impl Tries {
         self.0 += 1;
         if !failure.passing || self.0 >= patience.tries {
             return Err(match failure.error {
-                SourceError::Unreachable { url, why, .. } => SourceError::Unreachable { url, why, tries: self.0 },
+                SourceError::Unreachable { url, why, .. } => SourceError::Unreachable {
+                    url,
+                    why,
+                    tries: self.0,
+                },
                 other => other,
             });
         }
@@ -196,12 +226,19 @@ impl Requests {
             .connect_timeout(patience.connect)
             .user_agent(concat!("tarblk/", env!("CARGO_PKG_VERSION")))
             .build()
-            .map_err(|error| SourceError::Setup { what: "the HTTP client", why: cause(&error) })?;
+            .map_err(|error| SourceError::Setup {
+                what: "the HTTP client",
+                why: cause(&error),
+            })?;
         Ok(Self { client, patience })
     }
 
     async fn get(&self, url: &Url, authorization: Option<&HeaderValue>, range: &str) -> Result<Response, Failure> {
-        let mut request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity").header(RANGE, range);
+        let mut request = self
+            .client
+            .get(url.clone())
+            .header(ACCEPT_ENCODING, "identity")
+            .header(RANGE, range);
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value);
         }
@@ -217,7 +254,10 @@ impl Requests {
     pub(super) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, Failure> {
         let end = start.saturating_add(len).min(blob.len);
         let range = format!("bytes={start}-{}", end.saturating_sub(1));
-        let authorization = blob.authorization.as_ref().filter(|_| blob.resolved.origin() == blob.url.origin());
+        let authorization = blob
+            .authorization
+            .as_ref()
+            .filter(|_| blob.resolved.origin() == blob.url.origin());
         let mut response = self.get(&blob.resolved, authorization, &range).await?;
         let expired = matches!(
             response.status(),
@@ -233,12 +273,20 @@ impl Requests {
         } else if status == StatusCode::PARTIAL_CONTENT {
             check_range(blob, response.headers(), start, end)?;
         } else if status == StatusCode::OK {
-            return Err(Failure::wrong(&blob.url, "the whole layer instead of a range, which it answered before"));
+            return Err(Failure::wrong(
+                &blob.url,
+                "the whole layer instead of a range, which it answered before",
+            ));
         } else {
             return Err(refused(&blob.url, &response));
         }
         check_same(blob, response.headers())?;
-        Ok(Body { response, at: start, end, stall: self.patience.stall })
+        Ok(Body {
+            response,
+            at: start,
+            end,
+            stall: self.patience.stall,
+        })
     }
 
     /// Asks for the whole layer as one stream, of a server that answers no ranges.
@@ -250,7 +298,12 @@ impl Requests {
             _ => return Err(refused(&blob.url, &response)),
         }
         check_same(blob, response.headers())?;
-        Ok(Body { response, at: 0, end: blob.len, stall: self.patience.stall })
+        Ok(Body {
+            response,
+            at: 0,
+            end: blob.len,
+            stall: self.patience.stall,
+        })
     }
 }
 
@@ -289,9 +342,16 @@ impl Body {
 fn classify(url: &Url, error: &reqwest::Error) -> Failure {
     let why = cause(error);
     if error.is_redirect() || error.is_builder() {
-        return Failure::lasting(SourceError::WrongAnswer { url: shown_url(url), why });
+        return Failure::lasting(SourceError::WrongAnswer {
+            url: shown_url(url),
+            why,
+        });
     }
-    let why = if error.is_connect() { format!("cannot connect: {why}") } else { why };
+    let why = if error.is_connect() {
+        format!("cannot connect: {why}")
+    } else {
+        why
+    };
     let mut failure = Failure::passing(url, why.as_str());
     // What certificates say does not change by trying again.
     failure.passing = !why.contains("certificate");
@@ -346,9 +406,17 @@ async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<V
     let end = end.ok_or_else(|| Failure::wrong(&url, "a file without saying how long it is"))?;
     if end > most {
         let why = format!("the file is {end} bytes long, and no more than {most} can be used");
-        return Err(Failure::lasting(SourceError::Unusable { source_name: shown_url(&url), why }));
+        return Err(Failure::lasting(SourceError::Unusable {
+            source_name: shown_url(&url),
+            why,
+        }));
     }
-    let mut body = Body { response, at: 0, end, stall: requests.patience.stall };
+    let mut body = Body {
+        response,
+        at: 0,
+        end,
+        stall: requests.patience.stall,
+    };
     let mut whole = Vec::new();
     while let Some((_, bytes)) = body.next().await? {
         whole.extend_from_slice(&bytes);
@@ -373,11 +441,18 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failur
         },
         StatusCode::OK => match content_length(headers) {
             Some(len) => (len, false),
-            None => return Err(wrong("it answers no ranges and tells no length; download the layer first")),
+            None => {
+                return Err(wrong(
+                    "it answers no ranges and tells no length; download the layer first",
+                ));
+            }
         },
         _ => return Err(refused(&url, &response)),
     };
-    if headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+    if headers
+        .get(CONTENT_ENCODING)
+        .is_some_and(|encoding| encoding != "identity")
+    {
         return Err(wrong("a compressed transfer, whose ranges are not those of the layer"));
     }
     Ok(HttpBlob {
@@ -469,7 +544,10 @@ fn check_range(blob: &HttpBlob, headers: &HeaderMap, start: u64, end: u64) -> Re
         Some((_, other)) if other != blob.len => Err(changed(blob)),
         Some((Some(range), _)) if range == (start, end) => check_length(blob, headers, end - start),
         _ => {
-            let got = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or("no range at all");
+            let got = headers
+                .get(CONTENT_RANGE)
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or("no range at all");
             let why = format!("{got} instead of bytes {start}-{}/{}", end.saturating_sub(1), blob.len);
             Err(Failure::wrong(&blob.url, why))
         }
@@ -499,11 +577,20 @@ fn changed(blob: &HttpBlob) -> Failure {
 fn refused(url: &Url, response: &Response) -> Failure {
     let status = response.status();
     let passing = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
-        || matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY);
+        || matches!(
+            status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
+        );
     if passing {
-        let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let seconds = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.trim().parse().ok());
         let wait = seconds.map(Duration::from_secs);
-        return Failure { wait, ..Failure::passing(url, format!("the server says {status}")) };
+        return Failure {
+            wait,
+            ..Failure::passing(url, format!("the server says {status}"))
+        };
     }
     let advice = match status {
         StatusCode::NOT_FOUND | StatusCode::GONE => "; check the address",
@@ -512,7 +599,11 @@ fn refused(url: &Url, response: &Response) -> Failure {
         StatusCode::RANGE_NOT_SATISFIABLE => "; the layer is shorter than it was: try again",
         _ => "",
     };
-    Failure::lasting(SourceError::Status { url: shown_url(url), status: status.to_string(), advice })
+    Failure::lasting(SourceError::Status {
+        url: shown_url(url),
+        status: status.to_string(),
+        advice,
+    })
 }
 
 /// The innermost cause of an error, which says most. reqwest's own message is left out: it holds the URL with its secrets.
@@ -557,7 +648,13 @@ mod tests {
         };
         assert_eq!(range("bytes 0-0/10"), Some((Some((0, 1)), 10)));
         assert_eq!(range("bytes */0"), Some((None, 0)));
-        for bad in ["bytes 0-0/*", "items 0-0/10", "bytes 0/10", "bytes a-b/10", "bytes 0-18446744073709551615/1"] {
+        for bad in [
+            "bytes 0-0/*",
+            "items 0-0/10",
+            "bytes 0/10",
+            "bytes a-b/10",
+            "bytes 0-18446744073709551615/1",
+        ] {
             assert_eq!(range(bad), None, "{bad}");
         }
     }

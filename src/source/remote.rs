@@ -53,8 +53,14 @@ const RECONNECT: f64 = 3.0;
 
 /// A runtime for one piece of waiting.
 pub(super) fn runtime() -> Result<tokio::runtime::Runtime, SourceError> {
-    let built = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
-    built.map_err(|error| SourceError::Setup { what: "the network runtime", why: error.to_string() })
+    let built = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build();
+    built.map_err(|error| SourceError::Setup {
+        what: "the network runtime",
+        why: error.to_string(),
+    })
 }
 
 /// Walks a layer on a web server.
@@ -67,19 +73,39 @@ pub(super) fn walk<'a>(
 ) -> Result<Walked, SourceError> {
     let requests = Requests::new(&blob.url, *patience)?;
     let keep_all = tap.is_some();
-    let wire = Wire { blob, requests, tap: RefCell::new(tap), asked: Cell::new(0), got: Cell::new(0), link: Link::default() };
-    let mut truth = Truth { parser: Parser::new(), sink, progress, blob };
+    let wire = Wire {
+        blob,
+        requests,
+        tap: RefCell::new(tap),
+        asked: Cell::new(0),
+        got: Cell::new(0),
+        link: Link::default(),
+    };
+    let mut truth = Truth {
+        parser: Parser::new(),
+        sink,
+        progress,
+        blob,
+    };
     let end = runtime()?.block_on(async {
         if blob.len == 0 {
             truth.finish()
         } else if blob.ranges {
             walk_ranges(&wire, &mut truth).await
         } else {
-            log::warn!("{}: the server does not answer ranges; reading the whole layer once", blob.name());
+            log::warn!(
+                "{}: the server does not answer ranges; reading the whole layer once",
+                blob.name()
+            );
             walk_stream(&wire, &mut truth, keep_all).await
         }
     })?;
-    Ok(Walked { tar_len: blob.len, end, reads: wire.asked.get(), bytes_read: wire.got.get() })
+    Ok(Walked {
+        tar_len: blob.len,
+        end,
+        reads: wire.asked.get(),
+        bytes_read: wire.got.get(),
+    })
 }
 
 /// The one parser that counts, and where its entries go.
@@ -103,13 +129,19 @@ impl Truth<'_> {
     }
 
     fn finish(&mut self) -> Result<EndOfArchive, SourceError> {
-        let end = self.parser.finish(TarOffset(self.blob.len)).map_err(|error| self.bad_tar(error))?;
+        let end = self
+            .parser
+            .finish(TarOffset(self.blob.len))
+            .map_err(|error| self.bad_tar(error))?;
         (self.progress)(TarOffset(self.blob.len), self.blob.len);
         Ok(end)
     }
 
     fn bad_tar(&self, error: IndexError) -> SourceError {
-        SourceError::Tar { source_name: self.blob.name(), source: error }
+        SourceError::Tar {
+            source_name: self.blob.name(),
+            source: error,
+        }
     }
 }
 
@@ -216,14 +248,25 @@ struct Piece {
 }
 
 fn segments(len: u64) -> Vec<(Segment, Finds)> {
-    let size = len.div_ceil(explorers(len)).next_multiple_of(TAR_BLOCK).min(MAX_SEGMENT);
+    let size = len
+        .div_ceil(explorers(len))
+        .next_multiple_of(TAR_BLOCK)
+        .min(MAX_SEGMENT);
     let mut start = 0;
     let mut segments = Vec::new();
     while start < len {
         let end = (start + size).min(len);
         let (sender, pieces) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(WAITING));
-        segments.push((Segment { start, end, finds: sender, room }, Finds { end, pieces }));
+        segments.push((
+            Segment {
+                start,
+                end,
+                finds: sender,
+                room,
+            },
+            Finds { end, pieces },
+        ));
         start = end;
     }
     segments
@@ -309,7 +352,11 @@ impl Segment {
     /// Follows the chain from the header at `at`; returns where it leads when the segment is left or it breaks off.
     async fn follow(&self, reader: &mut Reader<'_, '_>, ground: &Ground, at: u64) -> Result<u64, SourceError> {
         let mut parser = Parser::starting_at(TarOffset(at));
-        let mut found = Found { segment: self, at, bytes: Vec::new() };
+        let mut found = Found {
+            segment: self,
+            at,
+            bytes: Vec::new(),
+        };
         let mut payload_from = at;
         while let Some(TarOffset(wanted)) = parser.wants() {
             if wanted > payload_from {
@@ -470,7 +517,8 @@ impl Link {
 
     /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
     fn answered(&self, after: Duration) {
-        self.round_trip.set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
+        self.round_trip
+            .set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
     }
 
     fn delivered(&self, bytes: &[u8]) {
@@ -489,7 +537,10 @@ impl Link {
         let share = self.capacity.get() / f64::from(self.readers.get().max(1));
         // Bounded on both sides, so counting nanoseconds for bytes is exact enough and never out of range.
         let bounded = (share * self.round_trip.get() * round_trips).clamp(0.0, f64::from(1_u32 << 30));
-        Duration::from_secs_f64(bounded / 1e9).as_nanos().try_into().unwrap_or(u64::MAX)
+        Duration::from_secs_f64(bounded / 1e9)
+            .as_nanos()
+            .try_into()
+            .unwrap_or(u64::MAX)
     }
 }
 
@@ -509,7 +560,15 @@ struct Reader<'w, 'a> {
 impl<'w, 'a> Reader<'w, 'a> {
     fn new(wire: &'w Wire<'a>) -> Self {
         let held = (0, Bytes::new());
-        Self { wire, body: None, held, window: FIRST, run_start: 0, run_end: 0, mean_run: FIRST }
+        Self {
+            wire,
+            body: None,
+            held,
+            window: FIRST,
+            run_start: 0,
+            run_end: 0,
+            mean_run: FIRST,
+        }
     }
 
     /// The end of the bytes that are here.

@@ -22,7 +22,11 @@ fn load() -> Result<ClientConfig, String> {
     let mut roots = RootCertStore::empty();
     let (usable, _) = roots.add_parsable_certificates(found.certs);
     if usable == 0 {
-        let cause = found.errors.first().map(|error| format!(" ({error})")).unwrap_or_default();
+        let cause = found
+            .errors
+            .first()
+            .map(|error| format!(" ({error})"))
+            .unwrap_or_default();
         return Err(format!(
             "no root certificates found{cause}; install the package ca-certificates or set SSL_CERT_FILE"
         ));
@@ -33,8 +37,10 @@ fn load() -> Result<ClientConfig, String> {
 fn builder(roots: RootCertStore) -> Result<ClientConfig, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    let mut config =
-        builder.map_err(|error| error.to_string())?.with_root_certificates(roots).with_no_client_auth();
+    let mut config = builder
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(config)
 }

@@ -281,7 +281,7 @@ fn serves_many_readers_at_once() {
                         // Makes the kernel ask again.
                         let start = u64::try_from(at).unwrap();
                         let advice = rustix::fs::Advice::DontNeed;
-                        rustix::fs::fadvise(&file, start, std::num::NonZeroU64::new(len as u64), advice).unwrap();
+                        rustix::fs::fadvise(&file, start, std::num::NonZeroU64::new(u64::try_from(len).unwrap()), advice).unwrap();
                     }
                     file.read_exact_at(&mut got, u64::try_from(at).unwrap()).unwrap();
                     assert!(got == content[at..at + len], "{len} bytes at {at} differ");

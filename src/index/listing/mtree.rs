@@ -1,5 +1,5 @@
-//! BSD mtree specifications, in the form with whole paths that libarchive writes and reads (mtree(5), libarchive's
-//! archive_write_set_format_mtree).
+//! BSD mtree specifications, in the form with whole paths that libarchive writes and reads (mtree(5) and
+//! libarchive's `archive_write_set_format_mtree`).
 //!
 //! mtree has no word for a hard link: each name of a file is listed with the file's own attributes, which is what comparing
 //! with a directory needs. For that the targets of links are noted in a first pass; a link to what this layer does not have
@@ -78,7 +78,11 @@ fn attributes(entry: &Entry, line: &mut String) {
         Kind::Fifo => "fifo",
     };
     // Writing to a string does not fail.
-    let _ = write!(line, " type={kind} mode={:o} uid={} gid={}", entry.mode, entry.uid, entry.gid);
+    let _ = write!(
+        line,
+        " type={kind} mode={:o} uid={} gid={}",
+        entry.mode, entry.uid, entry.gid
+    );
     if entry.kind == Kind::File {
         let _ = write!(line, " size={}", entry.size);
     }

@@ -49,7 +49,12 @@ impl fmt::Display for DateTime {
         let day = day - (153 * month + 2) / 5 + 1;
         let (month, carry) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
         let year = era * 400 + year + carry;
-        write!(f, "{year:04}-{month:02}-{day:02} {:02}:{:02}", second / 3_600, second / 60 % 60)
+        write!(
+            f,
+            "{year:04}-{month:02}-{day:02} {:02}:{:02}",
+            second / 3_600,
+            second / 60 % 60
+        )
     }
 }
 
@@ -109,7 +114,11 @@ impl fmt::Display for Base64<'_> {
             let (a, b, c) = (byte(0), byte(1), byte(2));
             let letters = [a >> 2, (a & 3) << 4 | b >> 4, (b & 15) << 2 | c >> 6, c & 63];
             for (place, letter) in letters.into_iter().enumerate() {
-                let letter = if place <= group.len() { ALPHABET[usize::from(letter)] } else { b'=' };
+                let letter = if place <= group.len() {
+                    ALPHABET[usize::from(letter)]
+                } else {
+                    b'='
+                };
                 write!(f, "{}", char::from(letter))?;
             }
         }
@@ -140,7 +149,13 @@ mod tests {
 
     #[test]
     fn base64_pads() {
-        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg==")] {
+        for (bytes, text) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+        ] {
             assert_eq!(Base64(bytes.as_bytes()).to_string(), text);
         }
     }

@@ -3,6 +3,11 @@
 use crate::index::{Collector, Entry, IndexError, Parser};
 use crate::units::TarOffset;
 
+/// A length as a position.
+pub(in crate::index) fn at(len: usize) -> u64 {
+    u64::try_from(len).unwrap()
+}
+
 /// A PAX record with its length worked out.
 pub(in crate::index) fn pax_record(key: &[u8], value: &[u8]) -> Vec<u8> {
     let body = key.len() + value.len() + 3;
@@ -27,7 +32,9 @@ impl RawHeader {
         for (at, value) in [(100, 0o644), (108, 1000), (116, 100)] {
             block = block.field(at, format!("{value:07o}\0").as_bytes());
         }
-        block.field(124, format!("{size:011o}\0").as_bytes()).field(136, b"00000000012\0")
+        block
+            .field(124, format!("{size:011o}\0").as_bytes())
+            .field(136, b"00000000012\0")
     }
 
     /// Puts bytes at a position.
@@ -42,7 +49,7 @@ impl RawHeader {
 
     /// With the checksum of unsigned bytes.
     pub(in crate::index) fn sealed(self) -> Vec<u8> {
-        self.sealed_with(|byte| i64::from(byte))
+        self.sealed_with(i64::from)
     }
 
     pub(in crate::index) fn sealed_with(mut self, value: impl Fn(u8) -> i64) -> Vec<u8> {
@@ -67,7 +74,10 @@ pub(in crate::index) fn padded(payload: &[u8]) -> Vec<u8> {
 
 /// A PAX header with these records.
 pub(in crate::index) fn pax(type_flag: u8, records: &[(&str, &[u8])]) -> Vec<u8> {
-    let body: Vec<u8> = records.iter().flat_map(|(key, value)| pax_record(key.as_bytes(), value)).collect();
+    let body: Vec<u8> = records
+        .iter()
+        .flat_map(|(key, value)| pax_record(key.as_bytes(), value))
+        .collect();
     let size = u64::try_from(body.len()).unwrap();
     [RawHeader::new(type_flag, b"PaxHeaders/x", size).sealed(), padded(&body)].concat()
 }
@@ -82,7 +92,7 @@ pub(in crate::index) fn parse(tar: &[u8]) -> Result<Vec<Entry>, IndexError> {
     let mut all = Collector::default();
     let mut parser = Parser::new();
     parser.feed(TarOffset(0), tar, &mut all)?;
-    parser.finish(TarOffset(u64::try_from(tar.len()).unwrap()))?;
+    parser.finish(TarOffset(at(tar.len())))?;
     Ok(all.0)
 }
 
