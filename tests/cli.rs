@@ -17,7 +17,9 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let lab = Self { dir: tempfile::tempdir().unwrap() };
+        let lab = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
         let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
         let mut add = |name: &str, kind: tar::EntryType, mode: u32, content: &[u8]| {
             let mut header = tar::Header::new_gnu();
@@ -86,8 +88,10 @@ impl Lab {
 
     /// What is in here, by name.
     fn names(&self) -> Vec<String> {
-        let mut names: Vec<_> =
-            fs::read_dir(self.dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -98,7 +102,9 @@ fn text(bytes: &[u8]) -> String {
 }
 
 fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|i| u8::try_from((i * 31 ^ (i >> 9)) & 0xff).unwrap()).collect()
+    (0..len)
+        .map(|i| u8::try_from(((i * 31) ^ (i >> 9)) & 0xff).unwrap())
+        .collect()
 }
 
 /// Whether this process can make block devices; says so loudly if not. While the guard lives no other test here makes any:
@@ -117,7 +123,11 @@ fn devices(test: &str) -> Option<MutexGuard<'static, ()>> {
 
 fn mounts_below(dir: &Path) -> Vec<String> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let inside = |line: &&str| line.split(' ').nth(1).is_some_and(|at| at.starts_with(&*dir.to_string_lossy()));
+    let inside = |line: &&str| {
+        line.split(' ')
+            .nth(1)
+            .is_some_and(|at| at.starts_with(&*dir.to_string_lossy()))
+    };
     mounts.lines().filter(inside).map(str::to_owned).collect()
 }
 
@@ -125,19 +135,33 @@ fn mounts_below(dir: &Path) -> Vec<String> {
 fn usage_is_told_from_failure() {
     let lab = Lab::new();
     assert!(lab.good(&["--help"]).contains("tarblk mount https://"));
-    assert_eq!(lab.good(&["--version"]), format!("tarblk {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        lab.good(&["--version"]),
+        format!("tarblk {}\n", env!("CARGO_PKG_VERSION"))
+    );
     assert!(lab.bad(&[], 2).contains("Usage: tarblk"));
     lab.bad(&["frobnicate"], 2);
     lab.bad(&["ls"], 2);
     lab.bad(&["image", "layer.tar"], 2);
-    assert!(lab.bad(&["bench", "layer.tar", "--rate", "200mbps", "--", "true"], 2).contains("200mbit or 25MB/s"));
-    assert!(lab.bad(&["bench", "layer.tar", "--rtt", "20", "--", "true"], 2).contains("20ms"));
-    lab.bad(&["bench", "layer.tar", "--without", "empty,full,untar,loop", "--", "true"], 2);
+    assert!(
+        lab.bad(&["bench", "layer.tar", "--rate", "200mbps", "--", "true"], 2)
+            .contains("200mbit or 25MB/s")
+    );
+    assert!(
+        lab.bad(&["bench", "layer.tar", "--rtt", "20", "--", "true"], 2)
+            .contains("20ms")
+    );
+    lab.bad(
+        &["bench", "layer.tar", "--without", "empty,full,untar,loop", "--", "true"],
+        2,
+    );
     lab.bad(&["bench", "http://127.0.0.1:1/x", "--rtt", "1ms", "--", "true"], 2);
     lab.bad(&["bench", "layer.tar"], 2);
     lab.bad(&["attach", "layer.tar", "--backend", "nbd"], 2);
     lab.bad(&["-q", "-v", "ps"], 2);
-    for command in ["index", "ls", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo"] {
+    for command in [
+        "index", "ls", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
+    ] {
         assert!(lab.good(&[command, "--help"]).contains("Usage: tarblk"), "{command}");
     }
 }
@@ -150,14 +174,23 @@ fn index_counts_and_writes() {
     let json = lab.json(&["index", "layer.tar", "--json"]);
     assert_eq!((json["entries"].as_u64(), json["files"].as_u64()), (Some(6), Some(2)));
     assert_eq!(json["payload_bytes"], 13 + 3_000_001);
-    assert_eq!(json["index_bytes"], fs::metadata(lab.path("layer.tarblk")).unwrap().len());
-    assert!(json["bytes_fetched"].as_u64().unwrap() < 100_000, "payload is passed over");
+    assert_eq!(
+        json["index_bytes"],
+        fs::metadata(lab.path("layer.tarblk")).unwrap().len()
+    );
+    assert!(
+        json["bytes_fetched"].as_u64().unwrap() < 100_000,
+        "payload is passed over"
+    );
     assert_eq!(lab.good(&["index", "layer.tar", "--quiet"]), "");
     // The same every time, and from a server too.
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
     lab.good(&["index", &origin.url("/layer.tar"), "-o", "remote.tarblk"]);
-    assert_eq!(fs::read(lab.path("remote.tarblk")).unwrap(), fs::read(lab.path("layer.tarblk")).unwrap());
+    assert_eq!(
+        fs::read(lab.path("remote.tarblk")).unwrap(),
+        fs::read(lab.path("layer.tarblk")).unwrap()
+    );
     assert!(!lab.path("cache").exists(), "index keeps nothing");
 }
 
@@ -167,7 +200,11 @@ fn ls_lists_layers_and_indexes_alike() {
     lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
     for form in [None, Some("--json"), Some("--mtree")] {
         let args = |name: &'static str| ["ls", name].into_iter().chain(form).collect::<Vec<_>>();
-        assert_eq!(lab.good(&args("layer.tar")), lab.good(&args("layer.tarblk")), "{form:?}");
+        assert_eq!(
+            lab.good(&args("layer.tar")),
+            lab.good(&args("layer.tarblk")),
+            "{form:?}"
+        );
     }
     let listed = lab.good(&["ls", "layer.tar"]);
     assert_eq!(listed.lines().count(), 6);
@@ -175,7 +212,10 @@ fn ls_lists_layers_and_indexes_alike() {
     let lines = lab.good(&["ls", "layer.tar", "--json"]);
     let entries: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let hello = entries.iter().find(|entry| entry["path"] == "etc/hello").unwrap();
-    assert_eq!((&hello["size"], &hello["mode"], &hello["mtime"]), (&13.into(), &"0644".into(), &1_700_000_000.into()));
+    assert_eq!(
+        (&hello["size"], &hello["mode"], &hello["mtime"]),
+        (&13.into(), &"0644".into(), &1_700_000_000.into())
+    );
     assert!(lab.good(&["ls", "layer.tar", "--mtree"]).starts_with("#mtree\n"));
     lab.bad(&["ls", "layer.tar", "--mtree", "--json"], 2);
 }
@@ -188,11 +228,17 @@ fn a_reader_that_leaves_ends_the_command_quietly() {
     for i in 0..20_000 {
         let mut header = tar::Header::new_gnu();
         header.set_size(0);
-        tar.append_data(&mut header, format!("a/rather/long/name/{i}"), &b""[..]).unwrap();
+        tar.append_data(&mut header, format!("a/rather/long/name/{i}"), &b""[..])
+            .unwrap();
     }
     tar.into_inner().unwrap();
-    let mut child =
-        lab.tarblk().args(["ls", "many.tar"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = lab
+        .tarblk()
+        .args(["ls", "many.tar"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut some = [0; 100];
     child.stdout.take().unwrap().read_exact(&mut some).unwrap();
     let output = child.wait_with_output().unwrap();
@@ -219,9 +265,16 @@ fn image_is_whole_or_not_there() {
     assert!(fs::read(lab.path("remote.ext4")).unwrap() == image, "the images differ");
 
     let before = lab.names();
-    fs::write(lab.path("cut.tar"), &fs::read(lab.path("layer.tar")).unwrap()[..1_000_000]).unwrap();
+    fs::write(
+        lab.path("cut.tar"),
+        &fs::read(lab.path("layer.tar")).unwrap()[..1_000_000],
+    )
+    .unwrap();
     assert!(lab.bad(&["image", "cut.tar", "-o", "cut.ext4"], 1).contains("cut.tar"));
-    assert!(lab.bad(&["image", "layer.tar", "-o", "no/such/dir"], 1).contains("no/such/dir"));
+    assert!(
+        lab.bad(&["image", "layer.tar", "-o", "no/such/dir"], 1)
+            .contains("no/such/dir")
+    );
     assert!(lab.bad(&["image", "layer.tar", "-o", "."], 1).contains("directory"));
     fs::remove_file(lab.path("cut.tar")).unwrap();
     assert_eq!(lab.names(), before, "nothing is left of what failed");
@@ -250,7 +303,10 @@ fn errors_name_the_cause_in_one_line() {
     let mut longer = fs::read(lab.path("layer.tar")).unwrap();
     longer.extend([0; 10_240]);
     fs::write(lab.path("other.tar"), longer).unwrap();
-    let said = lab.bad(&["image", "other.tar", "--index", "layer.tarblk", "-o", "other.ext4"], 1);
+    let said = lab.bad(
+        &["image", "other.tar", "--index", "layer.tarblk", "-o", "other.ext4"],
+        1,
+    );
     assert!(said.contains("another layer"), "{said}");
     assert!(lab.bad(&["stats", "/dev/loop99"], 1).contains("tarblk ps"));
     assert!(lab.bad(&["umount", "/"], 1).contains("nothing that tarblk attached"));
@@ -262,8 +318,14 @@ fn man_pages_and_completions_come_from_the_definitions() {
     fs::create_dir(lab.path("man")).unwrap();
     lab.good(&["generate", "man", "man"]);
     let page = fs::read_to_string(lab.path("man/tarblk-mount.1")).unwrap();
-    assert!(page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"), "{page}");
-    assert!(!lab.path("man/tarblk-serve-device.1").exists(), "hidden commands have no page");
+    assert!(
+        page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"),
+        "{page}"
+    );
+    assert!(
+        !lab.path("man/tarblk-serve-device.1").exists(),
+        "hidden commands have no page"
+    );
     for shell in ["bash", "zsh", "fish"] {
         let script = lab.good(&["generate", "completions", shell]);
         assert!(script.contains("umount") && script.contains("backend"), "{shell}");
@@ -273,7 +335,9 @@ fn man_pages_and_completions_come_from_the_definitions() {
 
 #[test]
 fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
-    let Some(_alone) = devices("a_layer_is_mounted_from_a_server_and_leaves_nothing") else { return };
+    let Some(_alone) = devices("a_layer_is_mounted_from_a_server_and_leaves_nothing") else {
+        return;
+    };
     let lab = Lab::new();
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
@@ -282,7 +346,10 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
     let said = lab.json(&["mount", &url, "mnt", "--json"]);
     assert_eq!(fs::read(lab.path("mnt/etc/hello")).unwrap(), b"hello, world\n");
     assert!(fs::read(lab.path("mnt/etc/link")).unwrap() == b"hello, world\n");
-    assert!(fs::read(lab.path("mnt/etc/big")).unwrap() == pattern(3_000_001), "contents differ");
+    assert!(
+        fs::read(lab.path("mnt/etc/big")).unwrap() == pattern(3_000_001),
+        "contents differ"
+    );
     let device = said["device"].as_str().unwrap();
     let listed = lab.json(&["ps", "--json"]);
     assert_eq!(listed[0]["device"], device);
@@ -302,9 +369,19 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
     let before = origin.counters().requests;
     let device = lab.good(&["attach", &url]);
     origin.settle();
-    assert!(origin.counters().requests - before <= 2, "{} requests", origin.counters().requests - before);
+    assert!(
+        origin.counters().requests - before <= 2,
+        "{} requests",
+        origin.counters().requests - before
+    );
     lab.good(&["detach", device.trim()]);
-    assert!(!Path::new(&format!("/sys/block/{}/loop", device.trim().trim_start_matches("/dev/"))).exists());
+    assert!(
+        !Path::new(&format!(
+            "/sys/block/{}/loop",
+            device.trim().trim_start_matches("/dev/")
+        ))
+        .exists()
+    );
     assert!(lab.bad(&["mount", &origin.url("/gone"), "mnt"], 1).contains("404"));
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
 }
@@ -312,7 +389,9 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
 /// Adds a shell and its libraries to a directory of a new tar; false if this machine has no `ldd`.
 fn layer_with_shell(path: &Path) -> bool {
     let shell = fs::canonicalize("/bin/sh").unwrap();
-    let Ok(ldd) = Command::new("ldd").arg(&shell).output() else { return false };
+    let Ok(ldd) = Command::new("ldd").arg(&shell).output() else {
+        return false;
+    };
     let mut tar = tar::Builder::new(File::create(path).unwrap());
     for dir in ["dev/", "proc/", "tmp/"] {
         let mut header = tar::Header::new_gnu();
@@ -322,9 +401,13 @@ fn layer_with_shell(path: &Path) -> bool {
         tar.append_data(&mut header, dir, &b""[..]).unwrap();
     }
     tar.append_path_with_name(&shell, "bin/sh").unwrap();
-    for library in text(&ldd.stdout).split_whitespace().filter(|word| word.starts_with('/')) {
+    for library in text(&ldd.stdout)
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
         let file = fs::canonicalize(library).unwrap();
-        tar.append_path_with_name(file, library.trim_start_matches('/')).unwrap();
+        tar.append_path_with_name(file, library.trim_start_matches('/'))
+            .unwrap();
     }
     tar.into_inner().unwrap();
     true
@@ -332,15 +415,33 @@ fn layer_with_shell(path: &Path) -> bool {
 
 #[test]
 fn bench_measures_every_alternative_and_cleans_up() {
-    let Some(_alone) = devices("bench_measures_every_alternative_and_cleans_up") else { return };
+    let Some(_alone) = devices("bench_measures_every_alternative_and_cleans_up") else {
+        return;
+    };
     let lab = Lab::new();
     if !layer_with_shell(&lab.path("shell.tar")) {
         eprintln!("SKIP: bench_measures_every_alternative_and_cleans_up: ldd is not installed");
         return;
     }
     fs::create_dir(lab.path("scratch")).unwrap();
-    let command = ["--", "sh", "-c", "echo $(( 6 * 7 )) > /tmp/answer && test -c /dev/null && test -d /proc/self"];
-    let mut args = vec!["bench", "shell.tar", "--rtt", "2ms", "--rate", "800mbit", "--runs", "2", "--with", "walk"];
+    let command = [
+        "--",
+        "sh",
+        "-c",
+        "echo $(( 6 * 7 )) > /tmp/answer && test -c /dev/null && test -d /proc/self",
+    ];
+    let mut args = vec![
+        "bench",
+        "shell.tar",
+        "--rtt",
+        "2ms",
+        "--rate",
+        "800mbit",
+        "--runs",
+        "2",
+        "--with",
+        "walk",
+    ];
     args.extend(["--scratch", "scratch", "--json", "--report", "report.html"]);
     args.extend(command);
     let outcome = lab.json(&args);
@@ -353,7 +454,12 @@ fn bench_measures_every_alternative_and_cleans_up() {
         assert_eq!(runs.len(), 2);
         for run in runs {
             let total = run["seconds"].as_f64().unwrap();
-            let phases: f64 = run["phases"].as_object().unwrap().values().map(|time| time.as_f64().unwrap()).sum();
+            let phases: f64 = run["phases"]
+                .as_object()
+                .unwrap()
+                .values()
+                .map(|time| time.as_f64().unwrap())
+                .sum();
             assert!(total > 0.0 && (total - phases).abs() < 1e-6, "{row}");
             assert!(run["requests"].as_u64().unwrap() >= 1, "{row}");
         }
@@ -366,11 +472,26 @@ fn bench_measures_every_alternative_and_cleans_up() {
     assert!(outcome["floor_seconds"].as_f64().unwrap() >= 0.004);
     let page = fs::read_to_string(lab.path("report.html")).unwrap();
     assert_eq!(page.matches("<svg").count(), 2);
-    assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0, "the scratch directory is empty");
+    assert_eq!(
+        fs::read_dir(lab.path("scratch")).unwrap().count(),
+        0,
+        "the scratch directory is empty"
+    );
 
     // A command that fails is named, with what it said.
     let said = lab.bad(
-        &["bench", "shell.tar", "--scratch", "scratch", "--runs", "1", "--", "sh", "-c", "echo no luck >&2; exit 3"],
+        &[
+            "bench",
+            "shell.tar",
+            "--scratch",
+            "scratch",
+            "--runs",
+            "1",
+            "--",
+            "sh",
+            "-c",
+            "echo no luck >&2; exit 3",
+        ],
         1,
     );
     assert!(said.contains("exit status: 3") && said.contains("no luck"), "{said}");
@@ -381,7 +502,9 @@ fn bench_measures_every_alternative_and_cleans_up() {
 
 #[test]
 fn an_interrupted_bench_leaves_nothing() {
-    let Some(_alone) = devices("an_interrupted_bench_leaves_nothing") else { return };
+    let Some(_alone) = devices("an_interrupted_bench_leaves_nothing") else {
+        return;
+    };
     let lab = Lab::new();
     if !layer_with_shell(&lab.path("shell.tar")) {
         eprintln!("SKIP: an_interrupted_bench_leaves_nothing: ldd is not installed");
@@ -389,20 +512,36 @@ fn an_interrupted_bench_leaves_nothing() {
     }
     fs::create_dir(lab.path("scratch")).unwrap();
     let mut bench = lab.tarblk();
-    bench.args(["bench", "shell.tar", "--scratch", "scratch", "--", "sh", "-c", "while :; do :; done"]);
+    bench.args([
+        "bench",
+        "shell.tar",
+        "--scratch",
+        "scratch",
+        "--",
+        "sh",
+        "-c",
+        "while :; do :; done",
+    ]);
     let mut child = bench.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     // The command runs for ever; wait until it does.
     let began = Instant::now();
     while !mounts_below(lab.dir.path()).iter().any(|line| line.contains(" proc ")) {
         assert!(began.elapsed() < Duration::from_secs(120), "the command did not start");
-        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it was interrupted"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(text(&output.stderr).lines().last(), Some("tarblk: interrupted"));
-    assert!(mounts_below(lab.dir.path()).is_empty(), "{:?}", mounts_below(lab.dir.path()));
+    assert!(
+        mounts_below(lab.dir.path()).is_empty(),
+        "{:?}",
+        mounts_below(lab.dir.path())
+    );
     assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
 }
