@@ -75,7 +75,14 @@ pub(crate) fn gnu_tar_extract(tar: &Path, to: &Path) {
     let mut command = Command::new("tar");
     command
         .env("LC_ALL", "C")
-        .args(["--xattrs", "--xattrs-include=*", "--numeric-owner", "--same-owner", "-p", "--delay-directory-restore"])
+        .args([
+            "--xattrs",
+            "--xattrs-include=*",
+            "--numeric-owner",
+            "--same-owner",
+            "-p",
+            "--delay-directory-restore",
+        ])
         .args(["--warning=no-unknown-keyword", "--warning=no-timestamp"])
         .arg("-C")
         .arg(to)
@@ -86,7 +93,10 @@ pub(crate) fn gnu_tar_extract(tar: &Path, to: &Path) {
 
 /// A scratch directory under the target directory, which the guest sees too; removed when dropped.
 pub(crate) fn scratch(prefix: &str) -> tempfile::TempDir {
-    tempfile::Builder::new().prefix(prefix).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        .unwrap()
 }
 
 /// A path's parts joined, for messages and arguments.
