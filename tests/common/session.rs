@@ -151,10 +151,10 @@ pub(crate) fn leftovers(marker: &Path) -> Vec<String> {
             .map(|line| format!("mount {line}")),
     );
     for entry in fs::read_dir("/sys/block").unwrap().flatten() {
-        if let Ok(file) = fs::read_to_string(entry.path().join("loop/backing_file")) {
-            if file.contains(marker) {
-                found.push(format!("{} over {}", entry.file_name().display(), file.trim()));
-            }
+        if let Ok(file) = fs::read_to_string(entry.path().join("loop/backing_file"))
+            && file.contains(marker)
+        {
+            found.push(format!("{} over {}", entry.file_name().display(), file.trim()));
         }
     }
     for entry in fs::read_dir("/run/tarblk").into_iter().flatten().flatten() {

@@ -54,10 +54,11 @@ pub(crate) fn differences(expected: &Path, found: &Path, implied: &[PathBuf]) ->
         if wanted != node {
             lines.push(format!("{}: {}", name.display(), describe(wanted, node)));
         }
-        if node.kind == "file" && wanted.kind == "file" {
-            if let Some(at) = first_difference(&expected.join(name), &found.join(name)) {
-                lines.push(format!("{}: content differs from byte {at} on", name.display()));
-            }
+        if node.kind == "file"
+            && wanted.kind == "file"
+            && let Some(at) = first_difference(&expected.join(name), &found.join(name))
+        {
+            lines.push(format!("{}: content differs from byte {at} on", name.display()));
         }
     }
     lines
