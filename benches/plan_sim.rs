@@ -10,7 +10,7 @@
 //! read. That is harsher than parallel connections and asynchronous readahead.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -203,10 +203,10 @@ fn simulate(files: &Arc<Files>, trace: &[Read], size: u64, options: &PlanOptions
         fetched: 0,
     };
     let mut waits = 0;
-    let mut touched: BTreeMap<u64, ()> = BTreeMap::new();
+    let mut touched: HashSet<u64> = HashSet::new();
     for read in trace {
         for page in read.range.start.0 / 4096..=(read.range.end().0 - 1) / 4096 {
-            touched.insert(page, ());
+            touched.insert(page);
         }
         let due = sim.now + read.pause_us;
         sim.run(&mut planner, due, &|_| false);

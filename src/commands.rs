@@ -51,7 +51,9 @@ pub fn main() -> ExitCode {
         return attach::serve();
     }
     start_log(cli.talk);
-    let session = Session { talk: Talk { quiet: cli.talk.quiet } };
+    let session = Session {
+        talk: Talk { quiet: cli.talk.quiet },
+    };
     match run(&cli.command, session) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is::<ReaderGone>() => ExitCode::SUCCESS,

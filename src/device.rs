@@ -11,7 +11,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +84,9 @@ pub struct DeviceOptions {
     pub queues: u16,
     /// Requests in flight in each queue of a ublk device.
     pub depth: u16,
+    /// Whether each queue's thread stays on the CPUs whose requests it gets. Off, it may run beside the program that reads
+    /// instead of taking turns with it, which is what the kernel's own loop device does.
+    pub pin_queues: bool,
     /// The device's `read_ahead_kb`, in KiB; the kernel's default when not given.
     pub read_ahead_kb: Option<u32>,
     /// What the device holds, as lists of devices may show it.
@@ -95,6 +99,7 @@ impl Default for DeviceOptions {
             backend: BackendChoice::Auto,
             queues: 2,
             depth: 128,
+            pin_queues: false,
             read_ahead_kb: None,
             label: "tarblk".to_owned(),
         }
@@ -200,15 +205,38 @@ impl Device {
     }
 }
 
-/// Tries to load a kernel module; whether that helped is for the caller to see.
-fn modprobe(module: &str) {
+/// Loads a kernel module and waits a moment for `node`, the device that it brings. Says whether that is there.
+fn load_module(module: &str, node: &str) -> bool {
     let quiet = Stdio::null;
-    let _ = Command::new("modprobe")
+    let loaded = Command::new("modprobe")
         .arg(module)
         .stdin(quiet())
         .stdout(quiet())
         .stderr(quiet())
         .status();
+    let patience = if loaded.is_ok_and(|status| status.success()) {
+        NODE_LIMIT
+    } else {
+        Duration::ZERO
+    };
+    wait_until(patience, || Path::new(node).exists())
+}
+
+/// How long a device node may take to appear after its driver was loaded.
+const NODE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Looks again and again until `done` or `limit` has passed; returns whether it was done.
+fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Sets what can only be set on a running device. It works without, so failures are only logged.

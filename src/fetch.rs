@@ -1,7 +1,7 @@
 //! The bytes that a block needs. In: ranges of layers in tar space. Out: the same ranges as memory, verified as far as the
 //! layer allows, or an error with a cause.
 //!
-//! One fetch thread runs an io_uring runtime and does all that waits: local files, the cache file, the network. Threads
+//! One fetch thread runs an `io_uring` runtime and does all that waits: local files, the cache file, the network. Threads
 //! that answer the kernel only look ([`Fetcher::locate`]) or leave a request ([`Fetcher::read`]); neither ever blocks. This
 //! room knows nothing of inodes: what it needs to know of files it asks a [`FileMap`].
 //!

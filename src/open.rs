@@ -169,14 +169,22 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         return prepare_with_index(&source, name, options);
     }
     let blob = source::open(&source, &options.patience)?;
-    let identity = blob.fingerprint().map(|mark| format!("{source_name}\n{mark}", source_name = full_name(&source)));
+    let identity = blob
+        .fingerprint()
+        .map(|mark| format!("{source_name}\n{mark}", source_name = full_name(&source)));
     if let (Some(cache), Some(identity)) = (&options.cache, &identity)
         && let Some((path, bytes)) = cache.index(identity)
     {
         match Index::open(bytes) {
             Ok(index) if index.tar_len() == blob.len => {
                 let (cache, kept) = (options.cache.clone(), Some(path));
-                return Ok(Prepared { blob, index, origin: IndexOrigin::Kept, cache, kept });
+                return Ok(Prepared {
+                    blob,
+                    index,
+                    origin: IndexOrigin::Kept,
+                    cache,
+                    kept,
+                });
             }
             // Damaged, or of another version of this program: it is read again and replaced.
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the headers again", path.display()),
@@ -188,7 +196,13 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         _ => None,
     };
     let index = open_index(bytes, &source.to_string())?;
-    Ok(Prepared { blob, index, origin, cache: options.cache.clone(), kept })
+    Ok(Prepared {
+        blob,
+        index,
+        origin,
+        cache: options.cache.clone(),
+        kept,
+    })
 }
 
 /// Finds the layer and brings its index at the same time.
@@ -208,7 +222,13 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
             found: blob.len,
         });
     }
-    Ok(Prepared { blob, index, origin: IndexOrigin::Given, cache: options.cache.clone(), kept: None })
+    Ok(Prepared {
+        blob,
+        index,
+        origin: IndexOrigin::Given,
+        cache: options.cache.clone(),
+        kept: None,
+    })
 }
 
 /// Reads a layer's headers into an index file. Payload of a remote layer that comes with them is put into the store.
@@ -223,12 +243,18 @@ fn read_headers(
         (Place::Http(http), Some(cache)) => Some(Gather::new(Store::open(cache.layers())?.layer(&http_layer(http))?)),
         _ => None,
     };
-    let tap = gather.as_mut().map(|gather| gather as &mut dyn source::Tap);
+    let tap = gather.as_mut().map(|gather| -> &mut dyn source::Tap { gather });
     let walked = source::walk(blob, &mut builder, tap, &options.patience, &mut progress)?;
     // The store lets go of the layer here, and the daemon can take it.
     drop(gather);
     let bytes = builder.finish(walked.tar_len, walked.end);
-    Ok((bytes, IndexOrigin::Read { reads: walked.reads, bytes: walked.bytes_read }))
+    Ok((
+        bytes,
+        IndexOrigin::Read {
+            reads: walked.reads,
+            bytes: walked.bytes_read,
+        },
+    ))
 }
 
 /// Reads an index file, whole, from a path or a URL.
@@ -236,7 +262,10 @@ fn read_headers(
 /// # Errors
 /// [`OpenError::ReadIndex`], [`OpenError::Source`].
 pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError> {
-    let failed = |cause| OpenError::ReadIndex { name: source::without_secrets(name), cause };
+    let failed = |cause| OpenError::ReadIndex {
+        name: source::without_secrets(name),
+        cause,
+    };
     match Source::parse(name)? {
         Source::Path(path) => {
             let file = File::open(&path).map_err(failed)?;
@@ -271,7 +300,10 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
 }
 
 fn open_index(bytes: Vec<u8>, name: &str) -> Result<Index<Vec<u8>>, OpenError> {
-    Index::open(bytes).map_err(|cause| OpenError::Index { name: source::without_secrets(name), cause })
+    Index::open(bytes).map_err(|cause| OpenError::Index {
+        name: source::without_secrets(name),
+        cause,
+    })
 }
 
 /// The source as it tells layers apart; not for messages.
@@ -299,13 +331,23 @@ impl Prepared {
     pub fn recipe(&self, lending: &Path, fetching: Fetching) -> Result<Recipe, OpenError> {
         let layer = match &self.blob.place {
             Place::File(_) => {
-                let Source::Path(path) = &self.blob.source else { unreachable!("files have paths") };
+                let Source::Path(path) = &self.blob.source else {
+                    unreachable!("files have paths")
+                };
                 let path = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-                Layer::File { path, mark: self.blob.fingerprint().unwrap_or_default() }
+                Layer::File {
+                    path,
+                    mark: self.blob.fingerprint().unwrap_or_default(),
+                }
             }
             Place::Http(http) => {
                 let HttpLayer { url, size, headers, .. } = http_layer(http);
-                Layer::Http { url, len: size, validator: http.validator.as_ref().map(Into::into), headers }
+                Layer::Http {
+                    url,
+                    len: size,
+                    validator: http.validator.as_ref().map(Into::into),
+                    headers,
+                }
             }
         };
         let (index, borrowed) = match &self.kept {
@@ -313,14 +355,28 @@ impl Prepared {
             None => (lend(lending, self.index.as_bytes())?, true),
         };
         let store = self.cache.as_ref().map(Cache::layers);
-        Ok(Recipe { name: self.blob.source.to_string(), layer, index, borrowed, store, fetching })
+        Ok(Recipe {
+            name: self.blob.source.to_string(),
+            layer,
+            index,
+            borrowed,
+            store,
+            fetching,
+        })
     }
 }
 
 /// Puts an index where another process finds it.
 fn lend(dir: &Path, index: &[u8]) -> Result<PathBuf, OpenError> {
-    let failed = |cause| OpenError::Cache { path: dir.to_owned(), cause };
-    let mut file = tempfile::Builder::new().prefix("index-").suffix(".tarblk").tempfile_in(dir).map_err(failed)?;
+    let failed = |cause| OpenError::Cache {
+        path: dir.to_owned(),
+        cause,
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix("index-")
+        .suffix(".tarblk")
+        .tempfile_in(dir)
+        .map_err(failed)?;
     file.write_all(index).map_err(failed)?;
     let (_, path) = file.keep().map_err(|error| failed(error.error))?;
     Ok(path)
@@ -328,9 +384,14 @@ fn lend(dir: &Path, index: &[u8]) -> Result<PathBuf, OpenError> {
 
 fn image_of(index: &Index<Vec<u8>>, name: &str) -> Result<Ext4Image, OpenError> {
     let mut tree = TreeBuilder::new();
-    index.replay(&mut tree).map_err(|cause| OpenError::Tree { name: name.into(), cause })?;
-    Ext4Image::plan(tree.finish(), &Ext4Options::default())
-        .map_err(|cause| OpenError::Image { name: name.into(), cause })
+    index.replay(&mut tree).map_err(|cause| OpenError::Tree {
+        name: name.into(),
+        cause,
+    })?;
+    Ext4Image::plan(tree.finish(), &Ext4Options::default()).map_err(|cause| OpenError::Image {
+        name: name.into(),
+        cause,
+    })
 }
 
 /// How a served layer's bytes are fetched.
@@ -366,8 +427,16 @@ pub struct Recipe {
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 enum Layer {
-    File { path: PathBuf, mark: String },
-    Http { url: String, len: u64, validator: Option<Mark>, headers: Vec<(String, String)> },
+    File {
+        path: PathBuf,
+        mark: String,
+    },
+    Http {
+        url: String,
+        len: u64,
+        validator: Option<Mark>,
+        headers: Vec<(String, String)>,
+    },
 }
 
 impl std::fmt::Debug for Layer {
@@ -429,7 +498,10 @@ impl Recipe {
         if self.borrowed {
             let _ = fs::remove_file(&self.index);
         }
-        let failed = |cause| OpenError::ReadIndex { name: self.index.display().to_string(), cause };
+        let failed = |cause| OpenError::ReadIndex {
+            name: self.index.display().to_string(),
+            cause,
+        };
         let index = open_index(read.map_err(failed)?, &self.index.display().to_string())?;
         let layer = self.layer.clone().open()?;
         let image = Arc::new(image_of(&index, &self.name)?);
@@ -447,9 +519,17 @@ impl Layer {
                 }
                 Ok(layer_source(blob))
             }
-            Self::Http { url, len, validator, headers } => {
-                Ok(LayerSource::Http(HttpLayer { url, size: len, validator: validator.map(Into::into), headers }))
-            }
+            Self::Http {
+                url,
+                len,
+                validator,
+                headers,
+            } => Ok(LayerSource::Http(HttpLayer {
+                url,
+                size: len,
+                validator: validator.map(Into::into),
+                headers,
+            })),
         }
     }
 }
@@ -458,7 +538,11 @@ fn layer_source(blob: LayerBlob) -> LayerSource {
     match blob.place {
         Place::File(file) => {
             let path = PathBuf::from(blob.source.to_string());
-            LayerSource::File(FileLayer { path, file: file.into(), size: blob.len })
+            LayerSource::File(FileLayer {
+                path,
+                file: file.into(),
+                size: blob.len,
+            })
         }
         Place::Http(http) => LayerSource::Http(http_layer(&http)),
     }
@@ -471,7 +555,10 @@ fn http_layer(http: &source::HttpBlob) -> HttpLayer {
         url: http.url.to_string(),
         size: http.len,
         validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
-        headers: authorization.map(|value| ("Authorization".to_owned(), value.to_owned())).into_iter().collect(),
+        headers: authorization
+            .map(|value| ("Authorization".to_owned(), value.to_owned()))
+            .into_iter()
+            .collect(),
     }
 }
 
@@ -499,7 +586,7 @@ fn start(
         tls: if secure { Some(fetch::default_tls()?) } else { None },
         ..FetchOptions::default()
     };
-    let files: Arc<dyn FileMap> = Arc::clone(&image) as Arc<dyn FileMap>;
+    let files: Arc<dyn FileMap> = image.clone();
     let fetcher = Fetcher::start(vec![layer], options, Some(files))?;
     Ok(Opened { image, fetcher })
 }

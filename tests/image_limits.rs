@@ -96,6 +96,7 @@ fn every_kind_and_every_edge_of_a_file() {
         });
     }
     entries.push(entry("fifo", Kind::Fifo));
+    entries.push(file("lost+found", 512, 3));
     for (name, target) in [
         ("file-l", "file-4097"),
         ("symlink-l", "symlink-60"),
@@ -228,7 +229,10 @@ fn noise(len: usize) -> Vec<u8> {
 
 #[test]
 fn extended_attributes_of_every_size_that_fits_one_block() {
-    let mut entries = vec![root()];
+    let mut entries = vec![Entry {
+        xattrs: vec![xattr("trusted.overlay.opaque", "y")],
+        ..root()
+    }];
     // 88 bytes behind the inode; 4060 in a block.
     for len in (0..8).chain(60..76).chain([2000]).chain(4030..=4040) {
         entries.push(with_xattrs(

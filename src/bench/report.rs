@@ -34,7 +34,7 @@ svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; } svg .halo 
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide { white-space: normal; min-width: 12rem; } th { color: var(--soft); font-weight: 500; }
 @media print { body { background: none; } }
 ";
 
@@ -128,11 +128,11 @@ fn tiles(out: &mut String, outcome: &Outcome) {
     out.push_str("</div>\n");
 }
 
-/// Every run.
+/// The figures behind the charts.
 fn table(out: &mut String, outcome: &Outcome) {
     out.push_str(
-        "<h2>Every run</h2>\n<div class=\"scroll\"><table>\n<tr><th>Alternative</th><th>Median</th><th>Fastest</th><th>Slowest</th>\
-         <th>Fetched</th><th>Requests</th><th>Phases of the median run</th><th>All runs</th></tr>\n",
+        "<h2>In figures</h2>\n<div class=\"scroll\"><table>\n<tr><th>Alternative</th><th>Median</th><th>Fastest</th><th>Slowest</th>\
+         <th>Fetched</th><th>Requests</th><th>Phases of the median run</th></tr>\n",
     );
     for row in &outcome.rows {
         let (median, (min, max)) = (row.median(), row.spread());
@@ -141,10 +141,9 @@ fn table(out: &mut String, outcome: &Outcome) {
             .iter()
             .map(|(phase, time)| format!("{} {}", phase.name(), show_time(*time)))
             .collect();
-        let all: Vec<_> = row.runs.iter().map(|run| show_time(run.total)).collect();
         let _ = writeln!(
             out,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"wide\">{}</td></tr>",
             row.row.title(),
             show_time(median.total),
             show_time(min),
@@ -152,13 +151,12 @@ fn table(out: &mut String, outcome: &Outcome) {
             show_size(median.fetched_bytes),
             show_count(median.requests),
             phases.join(", "),
-            all.join(", "),
         );
     }
     if let Some(floor) = outcome.floor_seconds {
         let _ = writeln!(
             out,
-            "<tr><td>floor</td><td>{}</td><td></td><td></td><td>{}</td><td></td><td></td><td></td></tr>",
+            "<tr><td>floor</td><td>{}</td><td></td><td></td><td>{}</td><td></td><td></td></tr>",
             show_seconds(floor),
             show_size(outcome.touched.bytes),
         );

@@ -175,15 +175,21 @@ impl<'a> TarblkMount<'a> {
 
 impl Drop for TarblkMount<'_> {
     fn drop(&mut self) {
-        if self.there {
-            // No interrupt may stop the cleaning up after an interrupt.
+        if !self.there {
+            return;
+        }
+        // No interrupt may stop the cleaning up after an interrupt. What is busy for a moment is tried again, and the last
+        // try says on standard error what is left.
+        for last in [false, false, false, true] {
             let mut command = self.stage.tarblk();
-            let _ = command
-                .arg("umount")
-                .arg(&self.dir)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status();
+            command.arg("umount").arg(&self.dir).stdout(Stdio::null());
+            if !last {
+                command.stderr(Stdio::null());
+            }
+            if command.status().is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(300));
         }
     }
 }
@@ -359,7 +365,8 @@ impl Stage<'_> {
         Ok(ended.at - began)
     }
 
-    /// Streams `url` into `to`; returns its length.
+    /// Streams `url` into `to`; returns how many bytes came. A pipe whose reader has seen enough ends it well: tar stops
+    /// reading behind the marked end, and how tar ended says whether it was content.
     fn download(&self, url: &str, to: &mut dyn Write) -> Result<u64, BenchError> {
         let failed = |cause: String| BenchError::Download { url: url.into(), cause };
         let answer = self

@@ -33,7 +33,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(500);
 struct Mounted<'a> {
     #[serde(flatten)]
     attached: &'a Attached,
-    mounted_on: &'a Path,
+    #[serde(rename = "mounted_on")]
+    dir: &'a Path,
     /// Until the device was there: finding the layer, its index, the daemon.
     attach_seconds: f64,
     /// Mounting it.
@@ -45,7 +46,11 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
     let spec = specify(&args.layer, &args.device, session)?;
     let tell = |attached: &Attached| -> anyhow::Result<()> {
         say_which(attached, session);
-        if args.json { println(serde_json::to_string_pretty(attached)?) } else { println(attached.state.device.display()) }
+        if args.json {
+            println(serde_json::to_string_pretty(attached)?)
+        } else {
+            println(attached.state.device.display())
+        }
     };
     if args.foreground {
         let announce = |attached: &Attached| tell(attached).map_err(std::io::Error::other);
@@ -58,17 +63,32 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
 pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     // What is wrong with the directory is told before the network is asked anything.
     let dir = mount::check_directory(&args.dir)?;
-    let interrupt = if args.foreground { Some(Interrupt::catch().context("cannot catch signals")?) } else { None };
+    let interrupt = if args.foreground {
+        Some(Interrupt::catch().context("cannot catch signals")?)
+    } else {
+        None
+    };
     let began = Instant::now();
     let spec = specify(&args.layer, &args.device, session)?;
     let attached = spec.launch()?;
     let attach_seconds = began.elapsed().as_secs_f64();
     say_which(&attached, session);
-    let mounted = mount::mount_device(&attached.state.device, &dir).map_err(anyhow::Error::from).and_then(|()| {
-        let mount_seconds = began.elapsed().as_secs_f64() - attach_seconds;
-        let mounted = Mounted { attached: &attached, mounted_on: &dir, attach_seconds, mount_seconds };
-        if args.json { println(serde_json::to_string_pretty(&mounted)?) } else { Ok(()) }
-    });
+    let mounted = mount::mount_device(&attached.state.device, &dir)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| {
+            let mount_seconds = began.elapsed().as_secs_f64() - attach_seconds;
+            let mounted = Mounted {
+                attached: &attached,
+                dir: &dir,
+                attach_seconds,
+                mount_seconds,
+            };
+            if args.json {
+                println(serde_json::to_string_pretty(&mounted)?)
+            } else {
+                Ok(())
+            }
+        });
     if let Err(error) = mounted {
         let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty());
         if let Err(left) = daemon::detach(&states(), &attached.state) {
@@ -84,14 +104,18 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
 
 /// Waits for a signal, then unmounts as soon as nobody uses the directory.
 fn stay(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
-    session.talk.note(format_args!("mounted on {}; Ctrl-C unmounts it", dir.display()));
+    session
+        .talk
+        .note(format_args!("mounted on {}; Ctrl-C unmounts it", dir.display()));
     interrupt.wait();
     let mut told = false;
     loop {
         match mount::unmount(&states(), dir) {
             Err(busy @ MountError::Busy { .. }) => {
                 if !told {
-                    session.talk.note(format_args!("{busy}; waiting for it (Ctrl-C again leaves it mounted)"));
+                    session
+                        .talk
+                        .note(format_args!("{busy}; waiting for it (Ctrl-C again leaves it mounted)"));
                 }
                 told = true;
                 std::thread::sleep(BUSY_PAUSE);
@@ -125,9 +149,15 @@ pub(super) fn states() -> StateDir {
 
 /// Which back end carries the device, if it is not the one that `auto` prefers.
 fn say_which(attached: &Attached, session: Session) {
-    log::info!("{} is carried by {}", attached.state.device.display(), attached.state.backend);
+    log::info!(
+        "{} is carried by {}",
+        attached.state.device.display(),
+        attached.state.backend
+    );
     if let Some(why) = &attached.why_not_ublk {
-        session.talk.note(format_args!("tarblk: {why}; using FUSE under a loop device instead"));
+        session
+            .talk
+            .note(format_args!("tarblk: {why}; using FUSE under a loop device instead"));
     }
 }
 
@@ -171,7 +201,9 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
     };
     let recipe = prepared.recipe(states.path(), fetching)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let queues = device.queues.unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
+    let queues = device
+        .queues
+        .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
     let source = prepared.blob.source.to_string();
     let options = DeviceOptions {
         backend: match device.backend {
@@ -185,7 +217,15 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
     };
     let lent = recipe.lent().map(Path::to_owned);
     let payload = serde_json::to_value(recipe)?;
-    Ok(Order { spec: Spec { options, source, states: states.path().to_owned(), payload }, lent })
+    Ok(Order {
+        spec: Spec {
+            options,
+            source,
+            states: states.path().to_owned(),
+            payload,
+        },
+        lent,
+    })
 }
 
 /// Makes image and fetcher of a recipe, in the daemon.

@@ -29,7 +29,11 @@ pub(super) fn run(args: &BenchArgs, session: Session) -> anyhow::Result<()> {
     if let Some(path) = &args.report {
         write_report(path, &outcome)?;
     }
-    if args.json { println(serde_json::to_string_pretty(&outcome)?) } else { print(&outcome) }?;
+    if args.json {
+        println(serde_json::to_string_pretty(&outcome)?)
+    } else {
+        print(&outcome)
+    }?;
     if let Some(path) = &args.report {
         session.talk.note(format_args!("report: {}", path.display()));
     }
@@ -53,7 +57,11 @@ struct Steps(ProgressBar);
 
 impl Watch for Steps {
     fn step(&mut self, what: &str, done: u32, all: u32) {
-        let counted = if all > 0 { format!("run {} of {all}: ", (done + 1).min(all)) } else { String::new() };
+        let counted = if all > 0 {
+            format!("run {} of {all}: ", (done + 1).min(all))
+        } else {
+            String::new()
+        };
         self.0.set_message(format!("{counted}{what}"));
     }
 }
@@ -65,14 +73,22 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
             if args.index.is_some() {
                 return Err(UsageError("--index is for a URL; of a local layer the index is made".into()).into());
             }
-            let link = Link { rtt: args.rtt.unwrap_or(Duration::ZERO), rate: args.rate };
+            let link = Link {
+                rtt: args.rtt.unwrap_or(Duration::ZERO),
+                rate: args.rate,
+            };
             BenchSource::Local { path, link }
         }
         Source::Url(_) => {
             if args.rtt.is_some() || args.rate.is_some() {
-                return Err(UsageError("--rtt and --rate simulate a link to a local layer; a URL has its own".into()).into());
+                return Err(
+                    UsageError("--rtt and --rate simulate a link to a local layer; a URL has its own".into()).into(),
+                );
             }
-            BenchSource::Url { url: args.source.source.clone(), index: args.index.clone() }
+            BenchSource::Url {
+                url: args.source.source.clone(),
+                index: args.index.clone(),
+            }
         }
     };
     let wanted = |row: &Row| {
@@ -129,6 +145,11 @@ fn mount_options(device: &DeviceArgs) -> Vec<OsString> {
         format!("--connections={}", device.fetch.connections),
     ];
     words.extend(device.queues.map(|queues| format!("--queues={queues}")));
-    words.extend(device.fetch.deadline.map(|deadline| format!("--deadline={}ns", deadline.as_nanos())));
+    words.extend(
+        device
+            .fetch
+            .deadline
+            .map(|deadline| format!("--deadline={}ns", deadline.as_nanos())),
+    );
     words.into_iter().map(Into::into).collect()
 }

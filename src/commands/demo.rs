@@ -21,7 +21,7 @@ use super::bench::{default_scratch, measure, options, this_program, write_report
 use super::cli::{self, Cli, DemoArgs};
 use super::output::println;
 use crate::bench::origin::{Link, Origin};
-use crate::bench::{Outcome, Row};
+use crate::bench::{Outcome, Row, RowOutcome};
 use crate::interrupt::Interrupt;
 use crate::quantity::{show_count, show_size, show_time};
 
@@ -41,7 +41,9 @@ pub(super) fn run(args: &DemoArgs, session: Session) -> anyhow::Result<()> {
     let report = std::path::absolute(args.report.as_deref().unwrap_or_else(|| Path::new("tarblk-demo.html")))?;
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let stage = Stage::new(session, interrupt)?;
-    println("This shows tarblk on a layer made of this machine's own files: no network but loopback, nothing left behind.")?;
+    println(
+        "This shows tarblk on a layer made of this machine's own files: no network but loopback, nothing left behind.",
+    )?;
 
     let made = stage.make_layer()?;
     let saw = stage.show_headers()?;
@@ -58,7 +60,11 @@ pub(super) fn run(args: &DemoArgs, session: Session) -> anyhow::Result<()> {
     for line in summary {
         println(format_args!("{INDENT}{line}"))?;
     }
-    println(format_args!("\nThe report with charts: {}  ({} in all)", report.display(), show_time(began.elapsed())))
+    println(format_args!(
+        "\nThe report with charts: {}  ({} in all)",
+        report.display(),
+        show_time(began.elapsed())
+    ))
 }
 
 /// Where the demo happens.
@@ -81,7 +87,12 @@ impl Stage {
         }
         // The command lines that are shown say `tarblk`, wherever this program is.
         std::os::unix::fs::symlink(this_program()?, dir.path().join("bin/tarblk"))?;
-        Ok(Self { dir, session, interrupt, step: std::cell::Cell::new(0) })
+        Ok(Self {
+            dir,
+            session,
+            interrupt,
+            step: std::cell::Cell::new(0),
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -118,7 +129,11 @@ impl Stage {
 
     /// Runs a command line; its outputs together.
     fn shell(&self, line: &str) -> anyhow::Result<(bool, String)> {
-        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap_or_default());
+        let path = format!(
+            "{}:{}",
+            self.path("bin").display(),
+            std::env::var("PATH").unwrap_or_default()
+        );
         let mut both = tempfile::tempfile_in(self.dir.path())?;
         let mut child = Command::new("sh")
             .args(["-c", line])
@@ -145,7 +160,10 @@ impl Stage {
                 return Ok(status);
             }
             if let Err(interrupted) = self.interrupt.sleep(Duration::from_millis(5)) {
-                let _ = rustix::process::kill_process(rustix::process::Pid::from_child(child), rustix::process::Signal::TERM);
+                let _ = rustix::process::kill_process(
+                    rustix::process::Pid::from_child(child),
+                    rustix::process::Signal::TERM,
+                );
                 child.wait()?;
                 return Err(interrupted.into());
             }
@@ -159,7 +177,11 @@ impl Stage {
         spinner.finish_and_clear();
         let made = made?;
         let what = made.programs.join(", ");
-        println(format_args!("{INDENT}layer.tar: {} of {} files, with {what}", show_size(made.bytes), show_count(made.files)))?;
+        println(format_args!(
+            "{INDENT}layer.tar: {} of {} files, with {what}",
+            show_size(made.bytes),
+            show_count(made.files)
+        ))?;
         Ok(made)
     }
 
@@ -172,8 +194,15 @@ impl Stage {
         if which("e2fsck") {
             self.show("e2fsck -fn layer.ext4 2>&1 | tail -n 1")?;
         }
-        let (tar, index) = (fs::metadata(self.path("layer.tar"))?.len(), fs::metadata(self.path("layer.tarblk"))?.len());
-        Ok(format!("an index of {} describes a layer of {}, which stays as it is", show_size(index), show_size(tar)))
+        let (tar, index) = (
+            fs::metadata(self.path("layer.tar"))?.len(),
+            fs::metadata(self.path("layer.tarblk"))?.len(),
+        );
+        Ok(format!(
+            "an index of {} describes a layer of {}, which stays as it is",
+            show_size(index),
+            show_size(tar)
+        ))
     }
 
     fn show_mount(&self, made: &layer::Made) -> anyhow::Result<String> {
@@ -182,33 +211,52 @@ impl Stage {
         for name in ["layer.tar", "layer.tarblk"] {
             origin.serve_file(&format!("/{name}"), &self.path(name))?;
         }
-        origin.set_link(Link { rtt: RTT, rate: Some(RATE) });
+        origin.set_link(Link {
+            rtt: RTT,
+            rate: Some(RATE),
+        });
         let (url, index) = (origin.url("/layer.tar"), origin.url("/layer.tarblk"));
         let began = Instant::now();
         self.show(&format!("tarblk mount {url} mnt --index {index}"))?;
         let _unmount = Unmount(self);
         let took = began.elapsed();
         let bytes = origin.counters().bytes;
-        println(format_args!("{INDENT}That took {} and {}; the layer has {}.", show_time(took), show_size(bytes), show_size(made.bytes)))?;
+        println(format_args!(
+            "{INDENT}That took {} and {}; the layer has {}.",
+            show_time(took),
+            show_size(bytes),
+            show_size(made.bytes)
+        ))?;
         self.show("findmnt -no SOURCE,FSTYPE,SIZE,OPTIONS mnt || grep tarblk /proc/mounts")?;
         self.say("A program starts in it, and brings what it touches")?;
-        self.show(&format!("time chroot mnt {}", made.command))?;
+        let began = Instant::now();
+        self.show(&format!("chroot mnt {}", made.command))?;
+        println(format_args!("{INDENT}That took {}.", show_time(began.elapsed())))?;
         self.show("tarblk ps")?;
         self.show("tarblk stats mnt")?;
         let sample = &made.sample;
-        self.show(&format!("cmp mnt{sample} {sample} && echo identical to this machine's own"))?;
+        self.show(&format!(
+            "cmp mnt{sample} {sample} && echo identical to the file of this machine"
+        ))?;
         println(format_args!("{INDENT}While mounted it cannot be detached:"))?;
         let (good, _) = self.try_show("tarblk detach mnt")?;
         anyhow::ensure!(!good, "a mounted device was detached");
         self.show("tarblk umount mnt && tarblk ps")?;
-        Ok(format!("mounted from a server in {}, after {} of {}", show_time(took), show_size(bytes), show_size(made.bytes)))
+        Ok(format!(
+            "mounted from a server in {}, after {} of {}",
+            show_time(took),
+            show_size(bytes),
+            show_size(made.bytes)
+        ))
     }
 
     fn show_local(&self) -> anyhow::Result<()> {
         self.say("A local tar is attached the same way")?;
         let device = self.show("tarblk attach layer.tar")?;
         let device = device.lines().last().unwrap_or_default().trim().to_owned();
-        let shown = self.show(&format!("blockdev --getsize64 --getro {device} && tarblk detach {device}"));
+        let shown = self.show(&format!(
+            "blockdev --getsize64 --getro {device} && tarblk detach {device}"
+        ));
         if shown.is_err() {
             let _ = self.shell(&format!("tarblk detach {device}"));
         }
@@ -217,15 +265,29 @@ impl Stage {
 
     fn show_bench(&self, made: &layer::Made, report: &Path) -> anyhow::Result<Vec<String>> {
         self.say("How long until a program has run that is not there yet? Against download and untar, and download and mount")?;
-        let words = format!("tarblk bench layer.tar --rtt 20ms --rate 200mbit --runs 3 --report {}", report.display());
+        let words = format!(
+            "tarblk bench layer.tar --rtt 20ms --rate 200mbit --runs 3 --report {}",
+            report.display()
+        );
         println(format_args!("{INDENT}$ {words} -- {}", made.command))?;
         // The same arguments through the same code; only the layer's name is spelled out, for this process is elsewhere.
         let layer = self.path("layer.tar");
         let args = ["tarblk", "bench", "--rtt=20ms", "--rate=200mbit", "--runs=3"].map(OsString::from);
-        let scratch = [OsString::from("--scratch"), self.dir.path().into(), layer.into(), "--".into()];
+        let scratch = [
+            OsString::from("--scratch"),
+            self.dir.path().into(),
+            layer.into(),
+            "--".into(),
+        ];
         let command = made.words.iter().map(OsString::from);
         let cli = Cli::try_parse_from(args.into_iter().chain(scratch).chain(command))?;
-        let Cli { command: cli::Command::Bench(args), .. } = cli else { anyhow::bail!("`bench` was not understood") };
+        let Cli {
+            command: cli::Command::Bench(args),
+            ..
+        } = cli
+        else {
+            anyhow::bail!("`bench` was not understood")
+        };
         let mut outcome = measure(&options(&args)?, &self.interrupt, self.session)?;
         outcome.source = "layer.tar".into();
         write_report(report, &outcome)?;
@@ -238,7 +300,13 @@ impl Stage {
 
 /// What a benchmark's figures say, in sentences.
 fn lessons(outcome: &Outcome) -> Vec<String> {
-    let median = |wanted: Row| outcome.rows.iter().find(|row| row.row == wanted).map(|row| row.median());
+    let median = |wanted: Row| {
+        outcome
+            .rows
+            .iter()
+            .find(|row| row.row == wanted)
+            .map(RowOutcome::median)
+    };
     let mut lessons = Vec::new();
     if let (Some(ours), Some(theirs)) = (median(Row::Empty), median(Row::Untar)) {
         lessons.push(format!(
@@ -254,7 +322,10 @@ fn lessons(outcome: &Outcome) -> Vec<String> {
         ));
     }
     if let Some(full) = median(Row::Full) {
-        lessons.push(format!("the second time, from the cache on disk: {}", show_time(full.total)));
+        lessons.push(format!(
+            "the second time, from the cache on disk: {}",
+            show_time(full.total)
+        ));
     }
     lessons
 }
@@ -266,7 +337,12 @@ impl Drop for Unmount<'_> {
     fn drop(&mut self) {
         let program = self.0.path("bin/tarblk");
         let mut umount = Command::new(program);
-        let _ = umount.arg("umount").arg(self.0.path("mnt")).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let _ = umount
+            .arg("umount")
+            .arg(self.0.path("mnt"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
     }
 }
 

@@ -16,16 +16,17 @@ use super::output::{Table, Talk, print, println, write_out};
 use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
+use crate::index::listing::{self, Format, ListingError};
 use crate::index::{EndOfArchive, Summary};
 use crate::open::{self, Cache, Fetching, IndexOrigin, OpenOptions, Prepared, Watch};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::Place;
+use crate::source::{Place, without_secrets};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws the reading of headers, once it takes long enough to be noticed.
 struct Bar {
     talk: Talk,
-    bar: Option<ProgressBar>,
+    drawn: Option<ProgressBar>,
     began: Instant,
 }
 
@@ -34,16 +35,20 @@ const NOTICED: Duration = Duration::from_millis(300);
 
 impl Bar {
     fn new(talk: Talk) -> Self {
-        Self { talk, bar: None, began: Instant::now() }
+        Self {
+            talk,
+            drawn: None,
+            began: Instant::now(),
+        }
     }
 }
 
 impl Watch for Bar {
     fn headers(&mut self, at: u64, len: u64) {
-        if self.bar.is_none() && self.began.elapsed() > NOTICED {
-            self.bar = Some(self.talk.bar("reading headers", len));
+        if self.drawn.is_none() && self.began.elapsed() > NOTICED {
+            self.drawn = Some(self.talk.bar("reading headers", len));
         }
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = &self.drawn {
             bar.set_position(at);
         }
     }
@@ -51,7 +56,7 @@ impl Watch for Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
+        if let Some(bar) = &self.drawn {
             bar.finish_and_clear();
         }
     }
@@ -64,8 +69,16 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     } else {
         Some(Cache::new(&args.cache.clone().unwrap_or_else(open::default_cache_dir))?)
     };
-    let options = OpenOptions { index: args.index.clone(), cache, ..OpenOptions::default() };
-    Ok(open::prepare(&args.source.source, &options, &mut Bar::new(session.talk))?)
+    let options = OpenOptions {
+        index: args.index.clone(),
+        cache,
+        ..OpenOptions::default()
+    };
+    Ok(open::prepare(
+        &args.source.source,
+        &options,
+        &mut Bar::new(session.talk),
+    )?)
 }
 
 /// What `index --json` says.
@@ -84,7 +97,11 @@ struct Report<'a> {
 /// `tarblk index`.
 pub(super) fn index(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     let began = Instant::now();
-    let prepared = open::prepare(&args.source.source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
+    let prepared = open::prepare(
+        &args.source.source,
+        &OpenOptions::default(),
+        &mut Bar::new(session.talk),
+    )?;
     let took = began.elapsed();
     let bytes = prepared.index.as_bytes();
     if let Some(path) = &args.output {
@@ -101,12 +118,25 @@ pub(super) fn index(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
         requests,
         bytes_fetched,
         seconds: took.as_secs_f64(),
-        content_sha256: prepared.index.content_digest().iter().map(|byte| format!("{byte:02x}")).collect(),
+        content_sha256: hexadecimal(prepared.index.content_digest()),
     };
     if args.json {
         return println(serde_json::to_string_pretty(&report)?);
     }
-    if session.talk.quiet { Ok(()) } else { summarise(&report, &prepared, args.output.as_deref(), took) }
+    if session.talk.quiet {
+        Ok(())
+    } else {
+        summarise(&report, &prepared, args.output.as_deref(), took)
+    }
+}
+
+/// Bytes as digests are written.
+fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// The summary for a person.
@@ -120,17 +150,48 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
         (summary.devices, "devices"),
         (summary.fifos, "fifos"),
     ];
-    let kinds: Vec<_> =
-        kinds.iter().filter(|(n, _)| *n > 0).map(|(n, kind)| format!("{} {kind}", show_count(*n))).collect();
-    let whats = if matches!(prepared.blob.place, Place::Http(_)) { "requests" } else { "reads" };
+    let kinds: Vec<_> = kinds
+        .iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, kind)| format!("{} {kind}", show_count(*n)))
+        .collect();
+    let whats = if matches!(prepared.blob.place, Place::Http(_)) {
+        "requests"
+    } else {
+        "reads"
+    };
     let per_entry = report.index_bytes.checked_div(summary.entries).unwrap_or(0);
     let mut table = Table::plain();
     table.row(["layer", &format!("{}, {}", report.source, show_size(summary.tar_bytes))]);
-    table.row(["entries", &format!("{}: {}", show_count(summary.entries), kinds.join(", "))]);
-    table.row(["payload", &format!("{} stored for {} of files", show_size(summary.payload_bytes), show_size(summary.file_bytes))]);
-    let place = output.map_or_else(|| "not written (-o FILE writes it)".to_owned(), |path| format!("written to {}", path.display()));
-    table.row(["index", &format!("{}, {per_entry} bytes an entry, {place}", show_size(report.index_bytes))]);
-    table.row(["cost", &format!("{} {whats}, {} read, {}", show_count(report.requests), show_size(report.bytes_fetched), show_time(took))]);
+    table.row([
+        "entries",
+        &format!("{}: {}", show_count(summary.entries), kinds.join(", ")),
+    ]);
+    table.row([
+        "payload",
+        &format!(
+            "{} stored for {} of files",
+            show_size(summary.payload_bytes),
+            show_size(summary.file_bytes)
+        ),
+    ]);
+    let place = output.map_or_else(
+        || "not written (-o FILE writes it)".to_owned(),
+        |path| format!("written to {}", path.display()),
+    );
+    table.row([
+        "index",
+        &format!("{}, {per_entry} bytes an entry, {place}", show_size(report.index_bytes)),
+    ]);
+    table.row([
+        "cost",
+        &format!(
+            "{} {whats}, {} read, {}",
+            show_count(report.requests),
+            show_size(report.bytes_fetched),
+            show_time(took)
+        ),
+    ]);
     if prepared.index.end() == EndOfArchive::Missing {
         table.row(["warning", "the tar's end is not marked: it may be cut short"]);
     }
@@ -140,14 +201,22 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
 /// `tarblk ls`.
 pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     let index = open::index_of(&args.source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
-    anyhow::ensure!(!args.json && !args.mtree, "not wired yet");
-    write_out(|out| {
-        let mut entries = index.entries().map_err(io::Error::other)?;
-        while let Some(entry) = entries.next_entry().map_err(io::Error::other)? {
-            out.write_all(&entry.path)?;
-            out.write_all(b"\n")?;
+    let format = match (args.json, args.mtree) {
+        (true, _) => Format::Json,
+        (_, true) => Format::Mtree,
+        _ => Format::Plain,
+    };
+    let mut broken = None;
+    write_out(|out| match listing::write(&index, format, out) {
+        Err(ListingError::Index(error)) => {
+            broken = Some(error);
+            Ok(())
         }
-        Ok(())
+        Err(ListingError::Write(error)) => Err(error),
+        Ok(()) => Ok(()),
+    })?;
+    broken.map_or(Ok(()), |error| {
+        Err(anyhow::Error::new(error).context(without_secrets(&args.source)))
     })
 }
 
@@ -162,7 +231,9 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
             let image = prepared.image().map_err(io::Error::other)?;
             let mut read = |_, at: TarOffset, buffer: &mut [u8]| {
                 bar.inc(u64::try_from(buffer.len()).unwrap_or(0));
-                layer.read_exact_at(buffer, at.0).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
+                layer
+                    .read_exact_at(buffer, at.0)
+                    .map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
             };
             Ok((export(&image, out, &mut read)?, image.len()))
         }
@@ -171,26 +242,35 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     bar.finish_and_clear();
     let (written, len) = written?;
     let output = args.output.display();
-    session.talk.note(format_args!("{output}: {} of ext4, {} of it not zero", show_size(len), show_size(written)));
+    session.talk.note(format_args!(
+        "{output}: {} of ext4, {} of it not zero",
+        show_size(len),
+        show_size(written)
+    ));
     Ok(())
 }
 
 /// The image of a layer on a server.
-fn image_from_server(
-    prepared: Prepared,
-    store_bytes: u64,
-    out: &File,
-    bar: &ProgressBar,
-) -> io::Result<(u64, u64)> {
+fn image_from_server(prepared: Prepared, store_bytes: u64, out: &File, bar: &ProgressBar) -> io::Result<(u64, u64)> {
     let deadline = Some(Duration::from_secs(300));
-    let fetching = Fetching { memory_bytes: 256 << 20, connections: 4, deadline, store_bytes };
+    let fetching = Fetching {
+        memory_bytes: 256 << 20,
+        connections: 4,
+        deadline,
+        store_bytes,
+    };
     let opened = open::serve_here(prepared, &fetching).map_err(io::Error::other)?;
     let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
         let range = TarRange::new(at, u64::try_from(buffer.len()).map_err(io::Error::other)?);
-        let slices = opened.fetcher.read_blocking(vec![LayerRange { layer, range }]).map_err(io::Error::other)?;
+        let slices = opened
+            .fetcher
+            .read_blocking(vec![LayerRange { layer, range }])
+            .map_err(io::Error::other)?;
         let mut rest = &mut buffer[..];
         for slice in &slices {
-            let (head, tail) = rest.split_at_mut_checked(slice.len()).ok_or(io::ErrorKind::InvalidData)?;
+            let (head, tail) = rest
+                .split_at_mut_checked(slice.len())
+                .ok_or(io::ErrorKind::InvalidData)?;
             head.copy_from_slice(slice);
             rest = tail;
         }
@@ -208,7 +288,10 @@ fn image_from_server(
 /// Writes a file that takes the place of `path` when it is whole; when it does not become whole, `path` is as it was.
 fn replace<T>(path: &Path, write: impl FnOnce(&mut File) -> io::Result<T>) -> anyhow::Result<T> {
     use std::os::unix::fs::PermissionsExt as _;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let dir = path
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or_else(|| Path::new("."));
     let cannot = || format!("cannot write {}", path.display());
     if path.is_dir() {
         anyhow::bail!("{}: it is a directory; name a file", cannot());
@@ -222,6 +305,7 @@ fn replace<T>(path: &Path, write: impl FnOnce(&mut File) -> io::Result<T>) -> an
         .tempfile_in(dir)
         .map_err(|error| anyhow::Error::new(io::Error::from(error.kind())).context(cannot()))?;
     let value = write(file.as_file_mut()).with_context(cannot)?;
-    file.persist(path).map_err(|error| anyhow::Error::new(error.error).context(cannot()))?;
+    file.persist(path)
+        .map_err(|error| anyhow::Error::new(error.error).context(cannot()))?;
     Ok(value)
 }

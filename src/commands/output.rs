@@ -70,7 +70,10 @@ impl Table {
     /// Two columns without headings: names and what they are.
     #[must_use]
     pub fn plain() -> Self {
-        Self { right: vec![false, false], rows: Vec::new() }
+        Self {
+            right: vec![false, false],
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row.

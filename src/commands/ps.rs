@@ -27,8 +27,20 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
         session.talk.note("nothing is attached");
         return Ok(());
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let mut table = Table::new(&["DEVICE", "BACKEND", "STATUS", ">SIZE", ">UP", ">PID", "MOUNTED ON", "SOURCE", "LOG"]);
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let mut table = Table::new(&[
+        "DEVICE",
+        "BACKEND",
+        "STATUS",
+        ">SIZE",
+        ">UP",
+        ">PID",
+        "MOUNTED ON",
+        "SOURCE",
+        "LOG",
+    ]);
     for line in &listed {
         let state = &line.state;
         let mounts: Vec<_> = line.mounts.iter().map(|path| path.display().to_string()).collect();
@@ -42,9 +54,16 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
             show_size(state.len),
             show_age(now.saturating_sub(state.since)),
             state.process.pid.to_string(),
-            if mounts.is_empty() { "-".into() } else { mounts.join(", ") },
+            if mounts.is_empty() {
+                "-".into()
+            } else {
+                mounts.join(", ")
+            },
             state.source.clone(),
-            state.log.as_ref().map_or_else(|| "-".into(), |path| path.display().to_string()),
+            state
+                .log
+                .as_ref()
+                .map_or_else(|| "-".into(), |path| path.display().to_string()),
         ]);
     }
     print(table)
@@ -71,18 +90,44 @@ struct Counted<'a> {
 pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
     let (state, counters) = registry::stats(&states(), &args.device)?;
     if args.json {
-        return println(serde_json::to_string_pretty(&Counted { state: &state, counters: &counters })?);
+        return println(serde_json::to_string_pretty(&Counted {
+            state: &state,
+            counters: &counters,
+        })?);
     }
     let device = &counters.device;
     let fetch = |name: &str| number(&counters.fetch, name);
     let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));
     let mut table = Table::plain();
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
-    row("device", format!("{} ({}), {}", state.device.display(), state.backend, show_size(state.len)));
+    row(
+        "device",
+        format!(
+            "{} ({}), {}",
+            state.device.display(),
+            state.backend,
+            show_size(state.len)
+        ),
+    );
     row("source", state.source.clone());
     row("up", show_time(Duration::from_millis(counters.up_ms)));
-    row("memory", format!("{} resident, pid {}", show_size(counters.resident_bytes), state.process.pid));
-    row("reads", format!("{}, {} failed, {} refused", show_count(device.reads), device.errors, device.refused));
+    row(
+        "memory",
+        format!(
+            "{} resident, pid {}",
+            show_size(counters.resident_bytes),
+            state.process.pid
+        ),
+    );
+    row(
+        "reads",
+        format!(
+            "{}, {} failed, {} refused",
+            show_count(device.reads),
+            device.errors,
+            device.refused
+        ),
+    );
     row("from metadata", show_size(device.bytes.metadata));
     row("from memory", show_size(device.bytes.memory));
     row("from disk", show_size(device.bytes.disk));
@@ -98,9 +143,30 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
             latency(device.latency.max_ns),
         ),
     );
-    row("requests", format!("{} on {} connections", show_count(fetch("requests")), show_count(fetch("connections"))));
-    row("fetched", format!("{}, {} of it ahead of need", show_size(fetch("bytes_fetched")), show_size(fetch("bytes_prefetched"))));
-    row("retries", format!("{}, {} bad answers", show_count(fetch("retries")), show_count(fetch("errors"))));
+    row(
+        "requests",
+        format!(
+            "{} on {} connections",
+            show_count(fetch("requests")),
+            show_count(fetch("connections"))
+        ),
+    );
+    row(
+        "fetched",
+        format!(
+            "{}, {} of it ahead of need",
+            show_size(fetch("bytes_fetched")),
+            show_size(fetch("bytes_prefetched"))
+        ),
+    );
+    row(
+        "retries",
+        format!(
+            "{}, {} bad answers",
+            show_count(fetch("retries")),
+            show_count(fetch("errors"))
+        ),
+    );
     print(table)
 }
 
@@ -115,6 +181,9 @@ mod tests {
 
     #[test]
     fn ages() {
-        assert_eq!([0, 59, 60, 3599, 7200, 90_000].map(show_age), ["0s", "59s", "1m", "59m", "2h", "1d"]);
+        assert_eq!(
+            [0, 59, 60, 3599, 7200, 90_000].map(show_age),
+            ["0s", "59s", "1m", "59m", "2h", "1d"]
+        );
     }
 }

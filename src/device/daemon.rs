@@ -17,6 +17,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use std::{fmt, thread};
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,9 @@ pub use serve::{main, serve};
 
 /// No spec is longer: what is big in it (an index) is passed by the path of a file.
 const MAX_SPEC_BYTES: u64 = 16 << 20;
+
+/// How long a daemon that has failed may take to end.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// No report is longer.
 const MAX_REPORT_BYTES: u64 = 64 << 10;
@@ -213,10 +217,30 @@ fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Att
             if let Some(pid) = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
-            let _ = child.wait();
+            end(child);
             Err(error)
         }
     }
+}
+
+/// Waits a while for the end of a daemon that has failed. One whose thread is stuck in the kernel never ends, and must not
+/// keep us from saying so.
+fn end(mut child: Child) -> Option<ExitStatus> {
+    let mut status = None;
+    super::wait_until(END_LIMIT, || {
+        status = child.try_wait().ok().flatten();
+        status.is_some()
+    });
+    if status.is_none() {
+        leave(child);
+    }
+    status
+}
+
+/// Lets a daemon live on. Whoever launches and does not end soon after would otherwise keep its entry in the process table
+/// when it has died.
+fn leave(mut child: Child) {
+    thread::spawn(move || child.wait());
 }
 
 /// Hands the spec over and waits for the report; none means that the daemon ended without one.

@@ -44,7 +44,7 @@ pub struct FuseLoop {
 pub fn preflight() -> Result<(), DeviceError> {
     for (path, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
         if !Path::new(path).exists() {
-            super::modprobe(module);
+            super::load_module(module, path);
         }
         OpenOptions::new()
             .read(true)

@@ -145,6 +145,12 @@ struct Envelope {
     state: String,
 }
 
+/// The part of the form that no version changes.
+#[derive(Deserialize)]
+struct AnyVersion {
+    version: u32,
+}
+
 /// The directory of states.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateDir(PathBuf);
@@ -310,10 +316,6 @@ fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
     };
     if text.len() > usize::try_from(MAX_STATE_BYTES).unwrap_or(usize::MAX) {
         return Err(damaged("it is too long".to_owned()));
-    }
-    #[derive(Deserialize)]
-    struct AnyVersion {
-        version: u32,
     }
     let AnyVersion { version } = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
     if version != VERSION {

@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn buckets_hold_what_they_say() {
-        let mut values: Vec<u64> = (0..64).flat_map(|power| (1u64 << power).checked_sub(1)).collect();
+        let mut values: Vec<u64> = (0..64).filter_map(|power| (1u64 << power).checked_sub(1)).collect();
         values.extend((0..64).map(|power| 1u64 << power));
         values.extend([5, 100, 1500, 123_456_789, u64::MAX]);
         for value in values {

@@ -25,7 +25,7 @@ use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
 
 use super::volume::Volume;
-use super::{DeviceError, DeviceOptions, STOP_GRACE};
+use super::{DeviceError, DeviceOptions, STOP_GRACE, wait_until};
 use crate::units::BLOCK_SIZE;
 use queue::Landings;
 
@@ -60,11 +60,7 @@ enum Progress {
 /// # Errors
 /// [`DeviceError::NoUblk`] with what is missing.
 pub fn preflight() -> Result<(), DeviceError> {
-    if !Path::new(CONTROL).exists() {
-        super::modprobe("ublk_drv");
-        wait_until(Duration::from_millis(500), || Path::new(CONTROL).exists());
-    }
-    if !Path::new(CONTROL).exists() {
+    if !Path::new(CONTROL).exists() && !super::load_module("ublk_drv", CONTROL) {
         let kernel = rustix::system::uname();
         return Err(DeviceError::NoUblk(format!(
             "{CONTROL} is missing and `modprobe ublk_drv` did not bring it (kernel {})",
@@ -265,7 +261,7 @@ fn run(
     let dev =
         UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
     let dev = Arc::new(dev);
-    let queues = start_queues(&ctrl, &dev, volume, landings)?;
+    let queues = start_queues(&ctrl, &dev, volume, options.pin_queues, landings)?;
     let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
     if started.is_ok() {
         let _ = tell.send(Progress::Started);
@@ -290,6 +286,7 @@ fn start_queues(
     ctrl: &UblkCtrl,
     dev: &Arc<UblkDev>,
     volume: &Arc<Volume>,
+    pin: bool,
     landings: &[Arc<Landings>],
 ) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let (tell, told) = mpsc::channel();
@@ -311,7 +308,9 @@ fn start_queues(
             .recv()
             .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
         ready.map_err(|error| failure("set up a queue of", &error))?;
-        ctrl.set_thread_affinity(id, tid);
+        if pin {
+            ctrl.set_thread_affinity(id, tid);
+        }
     }
     Ok(queues)
 }
@@ -360,18 +359,4 @@ fn failure(what: &str, error: &UblkError) -> DeviceError {
 
 fn is_block_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.file_type().is_block_device() && meta.rdev() != 0)
-}
-
-/// Looks again and again until `done` or `limit` has passed; returns whether it was done.
-fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + limit;
-    loop {
-        if done() {
-            return true;
-        }
-        if Instant::now() > deadline {
-            return false;
-        }
-        thread::sleep(Duration::from_millis(2));
-    }
 }

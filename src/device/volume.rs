@@ -160,7 +160,7 @@ impl Volume {
     pub fn look(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
         let unaligned = || ReadError::Unaligned { offset, len: buf.len() };
         let len = u64::try_from(buf.len()).map_err(|_| unaligned())?;
-        if offset % BLOCK_SIZE != 0 || len % BLOCK_SIZE != 0 {
+        if !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE) {
             return Err(unaligned());
         }
         scratch.pieces.clear();
@@ -380,4 +380,195 @@ fn place_located(
     };
     gaps.push(Gap { at, len, range, file });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::units::{LayerId, TarOffset};
+
+    /// Six blocks: metadata, zeros, a layer block in memory, one in a file, one elsewhere, and a file's end before zeros.
+    #[derive(Debug)]
+    struct Sample;
+
+    const TAIL: u64 = 100;
+
+    impl BlockImage for Sample {
+        fn len(&self) -> u64 {
+            6 * BLOCK_SIZE
+        }
+
+        fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>) {
+            for block in block..block + count {
+                let layer = |n| Origin::Layer(LayerId(n), TarOffset(block * BLOCK_SIZE));
+                let (len, origin) = match block {
+                    0 => (BLOCK_SIZE, Origin::Metadata),
+                    2 => (BLOCK_SIZE, layer(0)),
+                    3 => (BLOCK_SIZE, layer(1)),
+                    4 => (BLOCK_SIZE, layer(2)),
+                    5 => (TAIL, layer(0)),
+                    _ => (BLOCK_SIZE, Origin::Zero),
+                };
+                out.push(Piece { len, origin });
+                if len < BLOCK_SIZE {
+                    out.push(Piece {
+                        len: BLOCK_SIZE - len,
+                        origin: Origin::Zero,
+                    });
+                }
+            }
+        }
+
+        fn fill_metadata(&self, block: u64, out: &mut [u8]) {
+            out.fill(b'm' + u8::try_from(block).unwrap());
+        }
+    }
+
+    /// Layer bytes are the letter `a`, in slices of 1000 bytes; what is read is kept.
+    #[derive(Debug, Default)]
+    struct Letters {
+        asked: Mutex<Vec<LayerRange>>,
+        short: bool,
+    }
+
+    impl Letters {
+        fn slices(range: TarRange) -> Vec<Slice> {
+            let len = usize::try_from(range.len).unwrap();
+            vec![b'a'; len]
+                .chunks(1000)
+                .map(|chunk| Slice::from(chunk.to_vec()))
+                .collect()
+        }
+    }
+
+    impl LayerBytes for Letters {
+        fn locate(&self, range: LayerRange) -> Located {
+            match range.layer.0 {
+                0 => Located::Memory(Self::slices(range.range).into()),
+                1 => Located::File(7, range.range.start.0),
+                _ => Located::Elsewhere,
+            }
+        }
+
+        fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+            let mut slices: Vec<Slice> = ranges.iter().flat_map(|range| Self::slices(range.range)).collect();
+            if self.short {
+                slices.pop();
+            }
+            self.asked.lock().unwrap().extend(ranges);
+            waiter.complete(Ok(slices));
+        }
+    }
+
+    fn volume(short: bool) -> Volume {
+        Volume::new(
+            Arc::new(Sample),
+            Arc::new(Letters {
+                short,
+                ..Letters::default()
+            }),
+            1,
+        )
+    }
+
+    fn look(volume: &Volume, block: u64, count: usize) -> (Found, Vec<u8>, Vec<Gap>) {
+        let mut buf = vec![b'?'; count * BLOCK];
+        let mut scratch = Scratch::default();
+        let found = volume
+            .look(block * BLOCK_SIZE, &mut buf, &mut scratch, volume.lane(0))
+            .unwrap();
+        (found, buf, scratch.gaps)
+    }
+
+    #[test]
+    fn each_origin_by_itself() {
+        let volume = volume(false);
+        assert!(matches!(look(&volume, 0, 1), (Found::Filled, buf, _) if buf.iter().all(|&byte| byte == b'm')));
+        assert!(matches!(look(&volume, 1, 1).0, Found::Zero));
+        assert!(matches!(look(&volume, 2, 1), (Found::Filled, buf, _) if buf.iter().all(|&byte| byte == b'a')));
+        let (found, _, gaps) = look(&volume, 3, 1);
+        assert!(matches!(found, Found::Gaps));
+        assert_eq!(
+            (gaps.len(), gaps[0].file, gaps[0].len),
+            (1, Some((7, 3 * BLOCK_SIZE)), BLOCK)
+        );
+        let (found, _, gaps) = look(&volume, 4, 1);
+        assert!(matches!(found, Found::Gaps));
+        assert_eq!((gaps[0].file, gaps[0].range.range.start.0), (None, 4 * BLOCK_SIZE));
+        let (found, buf, _) = look(&volume, 5, 1);
+        assert!(matches!(found, Found::Filled));
+        assert_eq!((buf[99], buf[100], buf[4095]), (b'a', 0, 0));
+    }
+
+    #[test]
+    fn all_origins_in_one_read() {
+        let volume = volume(false);
+        let (found, buf, gaps) = look(&volume, 0, 6);
+        assert!(matches!(found, Found::Gaps));
+        assert_eq!(
+            gaps.iter().map(|gap| (gap.at, gap.len)).collect::<Vec<_>>(),
+            [(3 * BLOCK, BLOCK), (4 * BLOCK, BLOCK)]
+        );
+        // Only the gaps are untouched.
+        let untouched = buf
+            .iter()
+            .enumerate()
+            .filter(|(_, byte)| **byte == b'?')
+            .map(|(at, _)| at / BLOCK);
+        assert!(untouched.clone().all(|block| block == 3 || block == 4));
+        assert_eq!(untouched.count(), 2 * BLOCK);
+
+        let mut whole = vec![b'?'; 6 * BLOCK];
+        volume.read_blocking(0, &mut whole, &mut Scratch::default()).unwrap();
+        let mut expected = vec![b'm'; BLOCK];
+        expected.extend(vec![0; BLOCK]);
+        expected.extend(vec![b'a'; 3 * BLOCK + 100]);
+        expected.resize(6 * BLOCK, 0);
+        assert!(whole == expected);
+        let bytes = volume.stats().bytes;
+        assert_eq!((bytes.disk, bytes.fetched), (BLOCK_SIZE, BLOCK_SIZE));
+    }
+
+    #[test]
+    fn blocks_past_the_end_are_zero() {
+        assert!(matches!(look(&volume(false), 1000, 1).0, Found::Zero));
+    }
+
+    #[test]
+    fn odd_reads_are_refused() {
+        let volume = volume(false);
+        for (offset, len) in [(1, BLOCK), (0, 17), (BLOCK_SIZE - 1, BLOCK)] {
+            let read = volume.read_blocking(offset, &mut vec![0; len], &mut Scratch::default());
+            assert!(matches!(read, Err(ReadError::Unaligned { .. })));
+        }
+    }
+
+    #[test]
+    fn too_few_bytes_are_an_error_and_never_served() {
+        let read = volume(true).read_blocking(4 * BLOCK_SIZE, &mut [0; BLOCK], &mut Scratch::default());
+        assert!(
+            matches!(
+                read,
+                Err(ReadError::WrongLength {
+                    wanted: 4096,
+                    got: 4000
+                })
+            ),
+            "{read:?}"
+        );
+    }
+
+    #[test]
+    fn a_closed_volume_fetches_nothing() {
+        let volume = volume(false);
+        volume.close();
+        let mut buf = [0; BLOCK];
+        volume
+            .read_blocking(2 * BLOCK_SIZE, &mut buf, &mut Scratch::default())
+            .unwrap();
+        let read = volume.read_blocking(4 * BLOCK_SIZE, &mut buf, &mut Scratch::default());
+        assert!(matches!(read, Err(ReadError::Stopped)));
+    }
 }

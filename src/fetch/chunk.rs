@@ -1,6 +1,7 @@
 //! Chunks: the unit in which layers are fetched, kept and counted. In: bytes as they arrive. Out: immutable pieces of tar
 //! space that many readers hold at once.
 
+use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -79,10 +80,17 @@ const PREFETCHED: u8 = 4;
 const MARKER: u8 = 8;
 
 /// Immutable bytes in memory with the marks that the memory tier and the planner keep on them.
-#[derive(Debug)]
 pub(crate) struct Chunk {
     bytes: Vec<u8>,
     marks: AtomicU8,
+}
+
+impl fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chunk")
+            .field("len", &self.bytes.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a first look at a chunk meant.
@@ -159,6 +167,26 @@ impl Slice {
             start: u32::try_from(start).unwrap_or(u32::MAX),
             len: u32::try_from(len).unwrap_or(0),
         }
+    }
+}
+
+impl Slice {
+    /// The part of it from `start` on, at most `len` bytes long.
+    #[must_use]
+    pub fn part(&self, start: usize, len: usize) -> Self {
+        Self::new(
+            Arc::clone(&self.chunk),
+            u64::from(self.start) + to_u64(start),
+            to_u64(len.min(self.len().saturating_sub(start))),
+        )
+    }
+}
+
+impl From<Vec<u8>> for Slice {
+    /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
+    fn from(bytes: Vec<u8>) -> Self {
+        let len = to_u64(bytes.len());
+        Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
     }
 }
 

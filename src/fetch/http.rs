@@ -1,6 +1,6 @@
 //! Ranges of a layer over HTTP/1.1. In: a range. Out: its bytes as they arrive, or what went wrong and whether to try again.
 //!
-//! hyper speaks the protocol, over io_uring sockets. Every wait has a deadline. A byte leaves this module only after the
+//! hyper speaks the protocol, over `io_uring` sockets. Every wait has a deadline. A byte leaves this module only after the
 //! response head was checked against the range asked for ([`answer`]), and never more bytes than that.
 
 pub(crate) mod answer;
@@ -149,9 +149,49 @@ pub(crate) fn without_secrets(url: &str) -> String {
     }
 }
 
-/// What of a URL stays the same when passwords and signatures change: the store's name for it.
+/// What of a URL stays the same when passwords and signatures change: the store's name for it. Everything else of the
+/// query stays, because it may be what tells one layer from another.
 pub(crate) fn stable_name(url: &str) -> String {
-    without_secrets(url).trim_end_matches("?…").to_owned()
+    const SIGNATURES: [&str; 17] = [
+        "signature",
+        "expires",
+        "key-pair-id",
+        "policy",
+        "sig",
+        "se",
+        "sp",
+        "st",
+        "sv",
+        "sr",
+        "spr",
+        "skoid",
+        "sktid",
+        "skt",
+        "ske",
+        "token",
+        "access_token",
+    ];
+    let Ok(mut parsed) = Url::parse(url) else {
+        return url.to_owned();
+    };
+    let passing = |name: &str| {
+        let name = name.to_ascii_lowercase();
+        name.starts_with("x-amz-") || name.starts_with("x-goog-") || SIGNATURES.contains(&name.as_str())
+    };
+    let kept: Vec<(String, String)> = parsed
+        .query_pairs()
+        .filter(|(name, _)| !passing(name))
+        .map(|(a, b)| (a.into(), b.into()))
+        .collect();
+    parsed.set_query(None);
+    if !kept.is_empty() {
+        parsed.query_pairs_mut().extend_pairs(kept);
+    }
+    parsed.set_fragment(None);
+    // These fail only for URLs that cannot hold them.
+    let _cannot_have_one = parsed.set_password(None);
+    let _cannot_have_one = parsed.set_username("");
+    parsed.to_string()
 }
 
 impl HostKey {
@@ -247,28 +287,8 @@ impl Client {
                 .await
                 .map_err(|e| Failure::away(e.to_string()))?;
             let request = Self::request(layer, &url, asked)?;
-            add(&self.counters.requests, 1);
             let sent = Instant::now();
-            let stale = lease.reused;
-            let response = match lease.sender() {
-                Some(sender) => timeout(self.options.head_deadline, sender.send_request(request)).await,
-                None => return Err(Failure::away("the connection is gone")),
-            };
-            let response = match response {
-                Ok(Ok(response)) => response,
-                Ok(Err(error)) => {
-                    return Err(Failure::Away {
-                        why: explain(&error),
-                        after: None,
-                        stale,
-                    });
-                }
-                Err(_) => {
-                    // A redirect's target that no longer answers is not asked again.
-                    layer.forget_target();
-                    return Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline)));
-                }
-            };
+            let response = self.send(layer, &mut lease, request).await?;
             let (head, body) = response.into_parts();
             match judge(&head, asked) {
                 verdict @ (Verdict::Partial | Verdict::Whole) => {
@@ -333,6 +353,33 @@ impl Client {
         }
         layer.forget_target();
         Err(Failure::suspect(format!("more than {MOST_REDIRECTS} redirects")))
+    }
+
+    /// Sends `request` and waits for the head of its answer.
+    async fn send(
+        &self,
+        layer: &RemoteLayer,
+        lease: &mut Lease,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<hyper::Response<Incoming>, Failure> {
+        add(&self.counters.requests, 1);
+        let stale = lease.reused;
+        let Some(sender) = lease.sender() else {
+            return Err(Failure::away("the connection is gone"));
+        };
+        match timeout(self.options.head_deadline, sender.send_request(request)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(Failure::Away {
+                why: explain(&error),
+                after: None,
+                stale,
+            }),
+            Err(_) => {
+                // A redirect's target that no longer answers is not asked again.
+                layer.forget_target();
+                Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline)))
+            }
+        }
     }
 
     fn request(layer: &RemoteLayer, url: &Url, asked: Asked<'_>) -> Result<Request<Empty<Bytes>>, Failure> {
@@ -451,5 +498,29 @@ impl Reply {
                 Err(_) => return Err(Failure::away("the body does not end")),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_hold_no_secrets() {
+        assert_eq!(
+            without_secrets("https://me:word@host/a/b?X-Amz-Signature=1#f"),
+            "https://host/a/b?…"
+        );
+        assert_eq!(without_secrets("http://host:81/a"), "http://host:81/a");
+        assert!(!without_secrets("http://[broken/?secret=1").contains("secret"));
+    }
+
+    #[test]
+    fn a_name_survives_a_new_signature_and_nothing_else() {
+        let name = stable_name("https://u:p@host/layer?blob=7&X-Amz-Signature=1&X-Amz-Date=2");
+        assert_eq!(name, stable_name("https://host/layer?blob=7&X-Amz-Signature=3"));
+        assert_ne!(name, stable_name("https://host/layer?blob=8&X-Amz-Signature=1"));
+        assert_ne!(name, stable_name("https://host/layer2?blob=7"));
+        assert!(!name.contains(':') || !name.contains("u:p"));
     }
 }

@@ -290,8 +290,9 @@ impl Planner {
     fn belonging(&mut self, layer: LayerId, range: TarRange) -> Stretch {
         let mut all = Stretch::of(layer, range);
         let file_at = |at| self.files.as_ref().and_then(|files| files.file_at(layer, at));
-        let ends = [range.start, TarOffset(range.end().0.saturating_sub(1))];
-        for file in ends.map(file_at).into_iter().flatten() {
+        let begins_in = file_at(range.start);
+        let ends_in = file_at(TarOffset(range.end().0.saturating_sub(1))).filter(|last| begins_in != Some(*last));
+        for file in begins_in.into_iter().chain(ends_in) {
             let part = if file.range.len <= self.options.small_file {
                 file.range
             } else {
@@ -335,24 +336,14 @@ impl Planner {
         let near = |stream: &Stream| {
             stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
         };
-        let mut stream = match self
-            .streams
-            .iter()
-            .position(near)
-            .and_then(|place| self.streams.remove(place))
-        {
-            Some(stream) => stream,
-            None => {
-                let limit = file.map_or(end, |file| file.range.end());
-                Stream {
-                    layer,
-                    at: range.start,
-                    queued: range.end(),
-                    limit,
-                    run: 0,
-                }
-            }
-        };
+        let known = self.streams.iter().position(near);
+        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(Stream {
+            layer,
+            at: range.start,
+            queued: range.end(),
+            limit: file.map_or(end, |file| file.range.end()),
+            run: 0,
+        });
         stream.run += range.end().since(stream.at).min(range.len);
         stream.at = stream.at.max(range.end());
         if range.start >= stream.limit {
@@ -437,7 +428,7 @@ fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>)
                             layer: key.layer,
                             first: key.index,
                             end: key.index + 1,
-                        })
+                        });
                     }
                     Some(so_far) => {
                         let close = so_far.layer == key.layer
@@ -493,3 +484,6 @@ pub fn merge(wanted: &[Stretch], gap: u32, longest: u32, look: Look<'_>) -> Vec<
     }
     flights
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 
 use self::map::{Bits, Identity};
 use super::HttpLayer;
-use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
+use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_u64, to_usize};
 use crate::units::TarOffset;
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
@@ -120,7 +120,8 @@ impl Store {
         }))
     }
 
-    /// The cache of `layer`; the same one as long as somebody in this process holds it.
+    /// The cache of `layer`; the same one as long as somebody in this process holds it. A layer without a validator has a
+    /// cache that goes with the process: after a restart nobody could tell whether it is still the same layer.
     ///
     /// # Errors
     /// When its files can neither be opened nor made.
@@ -131,7 +132,10 @@ impl Store {
             return Ok(cache);
         }
         open.retain(|_, cache| cache.strong_count() > 0);
-        let cache = Arc::new(LayerCache::open(&self.dir, key, layer.size)?);
+        let cache = Arc::new(match layer.validator {
+            Some(_) => LayerCache::open(&self.dir, key, layer.size)?,
+            None => LayerCache::temporary(&self.dir, layer.size)?,
+        });
         open.insert(key, Arc::downgrade(&cache));
         Ok(cache)
     }
@@ -463,6 +467,54 @@ impl LayerCache {
     }
 }
 
+/// Puts bytes that pass by into a cache, chunk after chunk, however they are cut.
+#[derive(Debug)]
+pub struct Seeder {
+    cache: Arc<LayerCache>,
+    /// Where `held` begins: always the start of a chunk.
+    at: TarOffset,
+    held: Vec<u8>,
+}
+
+impl Seeder {
+    /// A seeder for `cache`.
+    #[must_use]
+    pub fn new(cache: Arc<LayerCache>) -> Self {
+        Self {
+            cache,
+            at: TarOffset(0),
+            held: Vec::new(),
+        }
+    }
+
+    /// Takes the layer's bytes from `at` on. They need not follow what came before; then what was incomplete is forgotten.
+    ///
+    /// # Errors
+    /// When a chunk cannot be written; then nothing more is, and going on is harmless.
+    pub fn push(&mut self, at: TarOffset, mut bytes: &[u8]) -> Result<(), StoreError> {
+        if at != self.at.plus(to_u64(self.held.len())) || self.held.is_empty() {
+            self.held.clear();
+            self.at = TarOffset(at.0.next_multiple_of(CHUNK_BYTES));
+            let skipped = to_usize(self.at.since(at)).min(bytes.len());
+            bytes = &bytes[skipped..];
+        }
+        self.held.extend_from_slice(bytes);
+        let end = self.at.plus(to_u64(self.held.len()));
+        let whole = if end.0 >= self.cache.identity.size {
+            self.held.len()
+        } else {
+            to_usize(to_u64(self.held.len()) / CHUNK_BYTES * CHUNK_BYTES)
+        };
+        if whole == 0 {
+            return Ok(());
+        }
+        let written = self.cache.put(self.at, &self.held[..whole]);
+        self.held.drain(..whole);
+        self.at = self.at.plus(to_u64(whole));
+        written
+    }
+}
+
 impl Drop for LayerCache {
     fn drop(&mut self) {
         if let Err(error) = self.commit() {
@@ -470,3 +522,6 @@ impl Drop for LayerCache {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

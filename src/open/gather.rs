@@ -1,58 +1,33 @@
-//! Payload that a walk over the headers receives anyway, gathered into whole chunks for the store.
+//! Payload that a walk over the headers receives anyway, handed to the store.
 //!
-//! A walk reads in many places at once and gets pieces of any length; only whole chunks can be kept. What a piece leaves of
-//! a chunk waits here for the piece that follows it.
+//! A walk reads in many places at once. A [`Seeder`] follows one of them; here is one for each, found again by where its next
+//! byte lies.
 
 use std::sync::Arc;
 
-use crate::fetch::CHUNK_BYTES;
-use crate::fetch::store::LayerCache;
+use crate::fetch::store::{LayerCache, Seeder};
 use crate::source::Tap;
 use crate::units::TarOffset;
 
 /// How many places may be read at once; beyond, what waits longest is given up.
-const MAX_RUNS: usize = 64;
-
-/// A run is put into the store when it is this long, in bytes.
-const PUT_BYTES: usize = 256 << 10;
-
-/// Bytes side by side that are still coming.
-#[derive(Debug)]
-struct Run {
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Run {
-    fn end(&self) -> u64 {
-        self.start.saturating_add(len_u64(self.bytes.len()))
-    }
-}
+const MAX_PLACES: usize = 64;
 
 /// Puts what passes by into a layer's cache.
 #[derive(Debug)]
 pub(super) struct Gather {
     cache: Arc<LayerCache>,
-    /// The one that grew last at the end.
-    runs: Vec<Run>,
+    /// Where the next byte of each place lies; the one that grew last at the end.
+    places: Vec<(TarOffset, Seeder)>,
     broken: bool,
 }
 
 impl Gather {
     pub(super) const fn new(cache: Arc<LayerCache>) -> Self {
-        Self { cache, runs: Vec::new(), broken: false }
-    }
-
-    /// Puts a run's whole chunks into the store and keeps the rest.
-    fn put(&mut self, run: &mut Run) {
-        if let Err(error) = self.cache.put(TarOffset(run.start), &run.bytes) {
-            log::warn!("{error}");
-            self.broken = true;
+        Self {
+            cache,
+            places: Vec::new(),
+            broken: false,
         }
-        let rest = run.end() % CHUNK_BYTES;
-        let rest = usize::try_from(rest).unwrap_or(0).min(run.bytes.len());
-        run.start = run.end() - len_u64(rest);
-        run.bytes.drain(..run.bytes.len() - rest);
     }
 }
 
@@ -61,42 +36,36 @@ impl Tap for Gather {
         if self.broken {
             return;
         }
-        let mut run = match self.runs.iter().position(|run| run.end() == at.0) {
-            Some(place) => self.runs.remove(place),
-            None => Run { start: at.0, bytes: Vec::new() },
+        let mut seeder = match self.places.iter().position(|(next, _)| *next == at) {
+            Some(place) => self.places.remove(place).1,
+            None => Seeder::new(Arc::clone(&self.cache)),
         };
-        run.bytes.extend_from_slice(bytes);
-        if run.bytes.len() >= PUT_BYTES {
-            self.put(&mut run);
+        if let Err(error) = seeder.push(at, bytes) {
+            log::warn!("{error}");
+            self.broken = true;
         }
-        self.runs.push(run);
-        if self.runs.len() > MAX_RUNS {
-            let mut oldest = self.runs.remove(0);
-            self.put(&mut oldest);
+        if self.places.len() == MAX_PLACES {
+            self.places.remove(0);
         }
+        self.places
+            .push((at.plus(u64::try_from(bytes.len()).unwrap_or(u64::MAX)), seeder));
     }
 }
 
 impl Drop for Gather {
     fn drop(&mut self) {
-        for mut run in std::mem::take(&mut self.runs) {
-            self.put(&mut run);
-        }
+        self.places.clear();
         if let Err(error) = self.cache.commit() {
             log::warn!("{error}");
         }
     }
 }
 
-fn len_u64(len: usize) -> u64 {
-    u64::try_from(len).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fetch::store::Store;
-    use crate::fetch::{HttpLayer, Validator};
+    use crate::fetch::{CHUNK_BYTES, HttpLayer, Validator};
 
     #[test]
     fn pieces_of_many_places_become_chunks() {
@@ -112,7 +81,6 @@ mod tests {
         let cache = store.layer(&layer).unwrap();
         let mut gather = Gather::new(Arc::clone(&cache));
         // Two places at once, in pieces that fit nothing: chunks 0..20 and 30..40 with the short last one.
-        let chunk = usize::try_from(CHUNK_BYTES).unwrap();
         let (mut a, mut b) = (0, 30 * CHUNK_BYTES + 7);
         while a < 20 * CHUNK_BYTES || b < size {
             let len = 1000.min(20 * CHUNK_BYTES - a);
@@ -122,7 +90,7 @@ mod tests {
             gather.bytes(TarOffset(b), &vec![2; usize::try_from(len).unwrap()]);
             b += len;
         }
-        assert!(gather.runs.iter().all(|run| run.bytes.len() < PUT_BYTES + chunk));
+        assert_eq!(gather.places.len(), 2);
         drop(gather);
         assert_eq!(cache.bytes_held(), 20 * CHUNK_BYTES + 9 * CHUNK_BYTES + 100);
     }

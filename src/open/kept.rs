@@ -29,8 +29,15 @@ pub fn default_cache_dir() -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/var/cache/tarblk");
     }
-    let set = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache"))).unwrap_or_else(std::env::temp_dir).join("tarblk")
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    set("XDG_CACHE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".cache")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("tarblk")
 }
 
 impl Cache {
@@ -40,7 +47,12 @@ impl Cache {
     /// When the current directory is unknown and `dir` is relative to it.
     pub fn new(dir: &Path) -> Result<Self, OpenError> {
         let absolute = std::path::absolute(dir);
-        Ok(Self { dir: absolute.map_err(|cause| OpenError::Cache { path: dir.to_owned(), cause })? })
+        Ok(Self {
+            dir: absolute.map_err(|cause| OpenError::Cache {
+                path: dir.to_owned(),
+                cause,
+            })?,
+        })
     }
 
     /// Where it is; absolute.
@@ -84,14 +96,19 @@ impl Cache {
             file.persist(&path).map_err(|error| error.error)?;
             Ok(())
         };
-        keep().map_err(|cause| OpenError::Cache { path: self.indexes(), cause })?;
+        keep().map_err(|cause| OpenError::Cache {
+            path: self.indexes(),
+            cause,
+        })?;
         self.forget_oldest();
         Ok(path)
     }
 
     /// Removes the indexes that were not used the longest, when there are too many.
     fn forget_oldest(&self) {
-        let Ok(entries) = fs::read_dir(self.indexes()) else { return };
+        let Ok(entries) = fs::read_dir(self.indexes()) else {
+            return;
+        };
         let used = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
         let mut all: Vec<_> = entries.flatten().filter_map(used).collect();
         all.sort();
@@ -104,10 +121,12 @@ impl Cache {
 /// An identity as a file name.
 fn digest(identity: &str) -> String {
     use std::fmt::Write as _;
-    Sha256::digest(identity.as_bytes()).iter().fold(String::with_capacity(64), |mut name, byte| {
-        let _ = write!(name, "{byte:02x}");
-        name
-    })
+    Sha256::digest(identity.as_bytes())
+        .iter()
+        .fold(String::with_capacity(64), |mut name, byte| {
+            let _ = write!(name, "{byte:02x}");
+            name
+        })
 }
 
 #[cfg(test)]

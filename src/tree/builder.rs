@@ -12,21 +12,17 @@
 //!
 //! One rule is not containerd's: it ignores the root's own entry, here (as in GNU tar) its attributes are the root's.
 
-use std::hash::{BuildHasher as _, RandomState};
 use std::ops::Range;
-
-use hashbrown::HashTable;
 
 use super::error::show;
 use super::names::{self, Dirent};
 use super::path;
+use super::table::{NONE, Name, NameTable};
 use super::xattrs::{XattrSetId, XattrTable};
 use super::{LINK_TEXT_MAX, NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
 use crate::index::{Entry, EntrySink, IndexError, Kind, Segment, Timestamp, Xattr};
 use crate::units::{LayerId, to_usize};
 
-/// No node, no name.
-const NONE: u32 = u32::MAX;
 /// Links that may be followed on the way to one entry: containerd's number.
 const LINKS_MAX: u32 = 255;
 /// Parts of link texts that may be walked on the way to one entry. Ordinary ones have a handful; without a bound, 255 links
@@ -35,26 +31,11 @@ const LINK_PARTS_MAX: usize = 8192;
 /// The longest value of an extended attribute, in bytes: the kernel's `XATTR_SIZE_MAX`.
 const XATTR_VALUE_MAX: usize = 65_536;
 
-/// A name while building. Names stay when what they name is gone (their `node` is then [`NONE`]): whatever replaces it will
-/// need the name again.
-#[derive(Clone, Copy)]
-struct Name {
-    parent: u32,
-    text: u32,
-    node: u32,
-    /// The next name of the same directory.
-    next: u32,
-}
-
 /// Takes entries in the tar's order and makes them a [`Tree`].
 pub struct TreeBuilder {
     layer: u16,
     nodes: Vec<Node>,
-    names: Vec<Name>,
-    /// Indexes into `names`, by parent and name.
-    by_name: HashTable<u32>,
-    hasher: RandomState,
-    text: Vec<u8>,
+    names: NameTable,
     segments: Vec<Segment>,
     xattrs: XattrTable,
     /// The directory part of the last entry's path, as recorded, and what it led to: most entries have the same. Emptied
@@ -122,10 +103,7 @@ impl TreeBuilder {
         Self {
             layer: 0,
             nodes: vec![root],
-            names: Vec::new(),
-            by_name: HashTable::new(),
-            hasher: RandomState::new(),
-            text: Vec::new(),
+            names: NameTable::new(),
             segments: Vec::new(),
             xattrs: XattrTable::new(),
             last_directory: Vec::new(),
@@ -141,14 +119,6 @@ impl TreeBuilder {
     pub fn reserve(&mut self, entries: usize) {
         self.nodes.reserve(entries);
         self.names.reserve(entries);
-        let Self {
-            by_name,
-            hasher,
-            names,
-            text,
-            ..
-        } = self;
-        by_name.reserve(entries, |&at| hash(hasher, text, names[to_usize(at)]));
     }
 
     /// The layer that the coming entries' content is in; layer 0 until this is called.
@@ -185,14 +155,14 @@ impl TreeBuilder {
                 len: name.len(),
             });
         }
-        let known = self.find(parent, name);
+        let known = self.names.find(parent, name);
         if let Some(at) = known {
-            let old = self.names[to_usize(at)].node;
+            let old = self.names.get(at).node;
             if old != NONE {
                 if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
                     return self.merge_directory(old, entry);
                 }
-                self.names[to_usize(at)].node = NONE;
+                self.names.set_node(at, NONE);
                 self.forget_last_directory();
             }
         }
@@ -201,7 +171,7 @@ impl TreeBuilder {
             _ => self.make_node(entry, parent)?,
         };
         match known {
-            Some(at) => self.names[to_usize(at)].node = node,
+            Some(at) => self.names.set_node(at, node),
             None => self.add_name(parent, name, node).ok_or_else(|| too_much(entry))?,
         }
         Ok(())
@@ -210,7 +180,7 @@ impl TreeBuilder {
     /// Ends the build. What the tar itself replaced stays in the arena without links and without a name.
     #[must_use]
     pub fn finish(mut self) -> Tree {
-        self.by_name = HashTable::new();
+        self.names.stop_finding();
         self.xattrs.finish();
         let mut dirents: Vec<Dirent> = Vec::with_capacity(self.names.len());
         let mut keyed = Vec::new();
@@ -225,13 +195,13 @@ impl TreeBuilder {
             at += 1;
         }
         self.nodes.shrink_to_fit();
-        self.text.shrink_to_fit();
+
         self.segments.shrink_to_fit();
         dirents.shrink_to_fit();
         Tree {
             nodes: self.nodes,
             dirents,
-            text: self.text,
+            text: self.names.into_text(),
             segments: self.segments,
             xattrs: self.xattrs,
         }
@@ -242,13 +212,13 @@ impl TreeBuilder {
         let start = dirents.len();
         let mut at = unpair(self.nodes[to_usize(directory)].detail).0;
         while at != NONE {
-            let Name { text, node, next, .. } = self.names[to_usize(at)];
+            let Name { text, node, next, .. } = self.names.get(at);
             if node != NONE {
                 dirents.push(Dirent { text, node });
             }
             at = next;
         }
-        names::sort(&mut dirents[start..], &self.text, keyed);
+        names::sort(&mut dirents[start..], self.names.text(), keyed);
         let mut subdirectories = 0;
         for dirent in &dirents[start..] {
             let child = &mut self.nodes[to_usize(dirent.node)];
@@ -310,14 +280,14 @@ impl TreeBuilder {
         while let Some(part) = self.pending.pop() {
             let name = match &part {
                 Part::Own(range) => &path[range.clone()],
-                Part::Link(range) => &self.text[range.clone()],
+                Part::Link(range) => &self.names.text()[range.clone()],
             };
             if name == b".." {
                 directory = self.nodes[to_usize(directory)].parent;
                 continue;
             }
-            let found = self.find(directory, name);
-            let node = found.map_or(NONE, |at| self.names[to_usize(at)].node);
+            let found = self.names.find(directory, name);
+            let node = found.map_or(NONE, |at| self.names.get(at).node);
             if node == NONE {
                 if !make {
                     return Ok(Walk::Missing);
@@ -331,7 +301,7 @@ impl TreeBuilder {
                     links += 1;
                     let (start, len) = unpair(self.nodes[to_usize(node)].detail);
                     let (start, len) = (to_usize(start), to_usize(len));
-                    let text = &self.text[start..start + len];
+                    let text = &self.names.text()[start..start + len];
                     let absolute = text.starts_with(b"/");
                     self.parts.clear();
                     path::clean(text, !absolute, &mut self.parts);
@@ -375,13 +345,13 @@ impl TreeBuilder {
         };
         let node = self.make_node(&implicit, parent).map_err(|_| too_much(entry))?;
         if let Some(at) = found {
-            self.names[to_usize(at)].node = node;
+            self.names.set_node(at, node);
             return Ok(node);
         }
         let mut copy = [0; NAME_MAX];
         let name = match part {
             Part::Own(range) => &path[range.clone()],
-            Part::Link(range) => &self.text[range.clone()],
+            Part::Link(range) => &self.names.text()[range.clone()],
         };
         let Some(copy) = copy.get_mut(..name.len()) else {
             return Err(TreeError::NameTooLong {
@@ -420,9 +390,8 @@ impl TreeBuilder {
                 path: show(&entry.path),
             });
         }
-        let node = self
-            .find(directory, target_name)
-            .map_or(NONE, |at| self.names[to_usize(at)].node);
+        let found = self.names.find(directory, target_name);
+        let node = found.map_or(NONE, |at| self.names.get(at).node);
         if node == NONE {
             return Err(missing());
         }
@@ -435,25 +404,16 @@ impl TreeBuilder {
     /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those it has.
     fn merge_directory(&mut self, node: u32, entry: &Entry) -> Result<(), TreeError> {
         let old = self.nodes[to_usize(node)].xattrs;
-        let xattrs = if old == XattrSetId::EMPTY || entry.xattrs.is_empty() {
-            if entry.xattrs.is_empty() {
-                old
-            } else {
-                self.intern(entry)?
-            }
+        let xattrs = if entry.xattrs.is_empty() {
+            old
         } else {
-            let mut merged: Vec<Xattr> = self
-                .xattrs
-                .get(old)
-                .filter(|(name, _)| entry.xattrs.iter().all(|new| new.name != *name))
-                .map(|(name, value)| Xattr {
-                    name: name.to_vec(),
-                    value: value.to_vec(),
-                })
-                .collect();
-            merged.extend_from_slice(&entry.xattrs);
-            merged.sort();
-            self.xattrs.intern(&merged).ok_or_else(|| too_much(entry))?
+            let mut all = Vec::new();
+            all.extend(self.xattrs.get(old).map(|(name, value)| Xattr {
+                name: name.to_vec(),
+                value: value.to_vec(),
+            }));
+            all.extend_from_slice(&entry.xattrs);
+            self.xattrs.intern(&last_of_each(all)).ok_or_else(|| too_much(entry))?
         };
         let (uid, gid) = owner(entry)?;
         let layer = self.layer;
@@ -475,11 +435,7 @@ impl TreeBuilder {
         let set = if entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
             self.xattrs.intern(&entry.xattrs)
         } else {
-            let mut sorted = entry.xattrs.clone();
-            sorted.reverse();
-            sorted.sort_by(|a, b| a.name.cmp(&b.name));
-            sorted.dedup_by(|a, b| a.name == b.name);
-            self.xattrs.intern(&sorted)
+            self.xattrs.intern(&last_of_each(entry.xattrs.clone()))
         };
         set.ok_or_else(|| too_much(entry))
     }
@@ -518,7 +474,7 @@ impl TreeBuilder {
                 type_bits::DIRECTORY
             }
             Kind::Symlink => {
-                let (start, len) = self.add_text(&entry.link).ok_or_else(|| too_much(entry))?;
+                let (start, len) = self.names.add_text(&entry.link).ok_or_else(|| too_much(entry))?;
                 detail = pair(start, len);
                 type_bits::SYMLINK
             }
@@ -554,62 +510,17 @@ impl TreeBuilder {
         Ok(number)
     }
 
-    /// Appends to the text arena: start and length.
-    fn add_text(&mut self, bytes: &[u8]) -> Option<(u32, u32)> {
-        let start = u32::try_from(self.text.len()).ok()?;
-        let len = u32::try_from(bytes.len()).ok()?;
-        start.checked_add(len)?;
-        self.text.extend_from_slice(bytes);
-        Some((start, len))
-    }
-
+    /// Adds a name to a directory.
     fn add_name(&mut self, parent: u32, name: &[u8], node: u32) -> Option<()> {
-        let at = u32::try_from(self.names.len()).ok().filter(|&at| at != NONE)?;
-        let text = u32::try_from(self.text.len()).ok()?;
-        self.text.push(u8::try_from(name.len()).ok()?);
-        self.add_text(name)?;
         let directory = &mut self.nodes[to_usize(parent)];
         let next = unpair(directory.detail).0;
-        directory.detail = pair(at, 0);
-        self.names.push(Name {
-            parent,
-            text,
-            node,
-            next,
-        });
-        let Self {
-            by_name,
-            hasher,
-            names,
-            text,
-            ..
-        } = self;
-        by_name.insert_unique(hash_of(hasher, parent, name), at, |&at| {
-            hash(hasher, text, names[to_usize(at)])
-        });
+        directory.detail = pair(self.names.add(parent, name, node, next)?, 0);
         Some(())
-    }
-
-    fn find(&self, parent: u32, name: &[u8]) -> Option<u32> {
-        let found = self.by_name.find(hash_of(&self.hasher, parent, name), |&at| {
-            let known = self.names[to_usize(at)];
-            known.parent == parent && names::name(&self.text, known.text) == name
-        });
-        found.copied()
     }
 
     fn forget_last_directory(&mut self) {
         self.last_directory_node = NONE;
     }
-}
-
-/// Keyed at random: a layer cannot be made to fill one bucket.
-fn hash_of(hasher: &RandomState, parent: u32, name: &[u8]) -> u64 {
-    hasher.hash_one((parent, name))
-}
-
-fn hash(hasher: &RandomState, text: &[u8], known: Name) -> u64 {
-    hash_of(hasher, known.parent, names::name(text, known.text))
 }
 
 fn too_much(entry: &Entry) -> TreeError {
@@ -626,6 +537,14 @@ fn owner(entry: &Entry) -> Result<(u32, u32), TreeError> {
         uid: entry.uid,
         gid: entry.gid,
     })
+}
+
+/// The attributes by name; where several have one name, the last of them.
+fn last_of_each(mut xattrs: Vec<Xattr>) -> Vec<Xattr> {
+    xattrs.reverse();
+    xattrs.sort_by(|a, b| a.name.cmp(&b.name));
+    xattrs.dedup_by(|a, b| a.name == b.name);
+    xattrs
 }
 
 fn nanos(time: Timestamp) -> u32 {

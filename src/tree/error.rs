@@ -98,7 +98,9 @@ pub enum TreeError {
         len: usize,
     },
     /// More than the arena's 32-bit indexes can count.
-    #[error("{path}: the layer has more than 4 GiB of names, or 4 billion of something: too much for one tree")]
+    #[error(
+        "{path}: the layer has more than 4 GiB of names, 1 GiB of extended attributes or 4 billion entries: too much for one tree"
+    )]
     TooMuch {
         /// The entry that was one too many.
         path: String,

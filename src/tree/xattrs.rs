@@ -26,6 +26,10 @@ impl XattrSetId {
     }
 }
 
+/// The most bytes that all sets take together. Directories that come again and again, with one attribute more each time,
+/// would otherwise make much memory of few bytes.
+const BYTES_MAX: u32 = 1 << 30;
+
 /// All sets. Each is encoded as, per attribute: name length (1 byte), value length (4 bytes, native order), name, value.
 pub(super) struct XattrTable {
     bytes: Vec<u8>,
@@ -58,7 +62,7 @@ impl XattrTable {
             self.bytes.extend_from_slice(&xattr.name);
             self.bytes.extend_from_slice(&xattr.value);
         }
-        let Ok(end) = u32::try_from(self.bytes.len()) else {
+        let Some(end) = u32::try_from(self.bytes.len()).ok().filter(|&end| end <= BYTES_MAX) else {
             self.bytes.truncate(start);
             return None;
         };

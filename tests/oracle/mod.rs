@@ -92,9 +92,6 @@ pub fn snapshot(root: &Path) -> Snapshot {
             (item.size, item.names) = (0, 0);
             for entry in fs::read_dir(&full).unwrap() {
                 let name = entry.unwrap().file_name().into_vec();
-                if path.is_empty() && name == b"lost+found" {
-                    continue;
-                }
                 let mut below = path.clone();
                 if !below.is_empty() {
                     below.push(b'/');

@@ -32,6 +32,7 @@ pub(crate) const CASES: &[Case] = &[
     ("mounts_and_unmounts", mounts_and_unmounts),
     ("refuses_to_detach_while_mounted", refuses_to_detach_while_mounted),
     ("refuses_to_unmount_while_in_use", refuses_to_unmount_while_in_use),
+    ("finds_a_mount_in_another_namespace", finds_a_mount_in_another_namespace),
     ("sigterm_detaches", sigterm_detaches),
     ("sigterm_waits_for_the_unmount", sigterm_waits_for_the_unmount),
     ("a_killed_daemon_is_cleaned_up", a_killed_daemon_is_cleaned_up),
@@ -280,7 +281,13 @@ fn serves_many_readers_at_once() {
                         // Makes the kernel ask again.
                         let start = u64::try_from(at).unwrap();
                         let advice = rustix::fs::Advice::DontNeed;
-                        rustix::fs::fadvise(&file, start, std::num::NonZeroU64::new(len as u64), advice).unwrap();
+                        rustix::fs::fadvise(
+                            &file,
+                            start,
+                            std::num::NonZeroU64::new(u64::try_from(len).unwrap()),
+                            advice,
+                        )
+                        .unwrap();
                     }
                     file.read_exact_at(&mut got, u64::try_from(at).unwrap()).unwrap();
                     assert!(got == content[at..at + len], "{len} bytes at {at} differ");
@@ -370,6 +377,29 @@ fn refuses_to_unmount_while_in_use() {
     assert_eq!(text.len(), 23_457);
     drop(open);
     mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+}
+
+fn finds_a_mount_in_another_namespace() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    // A namespace of its own has a copy of the mount, which outlives ours.
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 60"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("unshare (util-linux) is needed");
+    let _ = elsewhere.stdout.take().unwrap().read_exact(&mut [0]);
+    let error = mount::unmount(&lab.states(), &lab.mnt()).unwrap_err().to_string();
+    let place = format!(
+        "{} in the mount namespace of process {}",
+        lab.mnt().display(),
+        elsewhere.id()
+    );
+    assert!(error.contains(&place), "the message does not say where: {error}");
+    elsewhere.kill().unwrap();
+    elsewhere.wait().unwrap();
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 

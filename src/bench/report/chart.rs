@@ -10,7 +10,7 @@ use crate::quantity::show_time;
 const WIDTH: f64 = 920.0;
 
 /// The room to the left of the bars, for their names.
-const NAMES: f64 = 225.0;
+const NAMES: f64 = 245.0;
 
 /// The room to the right of the longest bar, for its time.
 const TIMES: f64 = 85.0;
@@ -224,16 +224,17 @@ pub(super) fn lines(outcome: &Outcome) -> String {
     }
     place_labels(&mut labels);
     for (at, height, row) in labels {
-        let (anchor, shift) = if at > WIDTH * 0.7 {
-            ("end", -12.0)
+        // To the right of the line's end, or above it where there is no room: a line comes from the lower left.
+        let (anchor, shift, lift) = if at > WIDTH * 0.7 {
+            ("end", -8.0, 10.0)
         } else {
-            ("start", 10.0)
+            ("start", 10.0, -4.5)
         };
         let _ = writeln!(
             svg,
             "<text class=\"halo\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\" style=\"fill:{};font-weight:600\">{}</text>",
             at + shift,
-            height + 4.5,
+            height - lift,
             colour(row),
             row.title(),
         );

@@ -22,7 +22,20 @@ const LIBRARY_BUDGET: u64 = 40 << 20;
 const MAX_FILE: u64 = 8 << 20;
 
 /// Programs that a small root filesystem has; those that this machine lacks are left out.
-const PROGRAMS: [&str; 12] = ["sh", "bash", "ls", "cat", "cp", "grep", "sed", "find", "sort", "wc", "sha256sum", "env"];
+const PROGRAMS: [&str; 12] = [
+    "sh",
+    "bash",
+    "ls",
+    "cat",
+    "cp",
+    "grep",
+    "sed",
+    "find",
+    "sort",
+    "wc",
+    "sha256sum",
+    "env",
+];
 
 /// Directories full of files that can fill the layer up.
 const FILLERS: [&str; 8] = [
@@ -58,7 +71,11 @@ pub(super) struct Made {
 
 /// Writes the layer to `path`.
 pub(super) fn make(path: &Path, interrupt: &Interrupt) -> anyhow::Result<Made> {
-    let mut root = Root { items: BTreeMap::new(), bytes: 0, interrupt };
+    let mut root = Root {
+        items: BTreeMap::new(),
+        bytes: 0,
+        interrupt,
+    };
     let mut programs = Vec::new();
     let mut shell = None;
     for name in PROGRAMS {
@@ -76,12 +93,16 @@ pub(super) fn make(path: &Path, interrupt: &Interrupt) -> anyhow::Result<Made> {
     for dir in FILLERS {
         root.add_tree(Path::new(dir), BUDGET)?;
     }
-    let files = root.write(path).with_context(|| format!("cannot write {}", path.display()))?;
+    let files = root
+        .write(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     let words: Vec<String> = if python.is_some() {
-        let script = "import json, decimal, email.mime.text, http.client, unittest; print(json.dumps({\"it\": \"runs\"}))";
+        let script =
+            "import json, decimal, email.mime.text, http.client, unittest; print(json.dumps({\"it\": \"runs\"}))";
         ["python3", "-c", script].map(str::to_owned).to_vec()
     } else {
-        let script = "find /usr/share/doc -type f | sort | head -n 300 | while read -r f; do cat \"$f\"; done | sha256sum";
+        let script =
+            "find /usr/share/doc -type f | sort | head -n 300 | while read -r f; do cat \"$f\"; done | sha256sum";
         ["sh", "-c", script].map(str::to_owned).to_vec()
     };
     Ok(Made {
@@ -96,8 +117,12 @@ pub(super) fn make(path: &Path, interrupt: &Interrupt) -> anyhow::Result<Made> {
 
 /// Python and its library, if this machine has them in working order.
 fn add_python(root: &mut Root<'_>) -> anyhow::Result<Option<PathBuf>> {
-    let Some(python) = find_program("python3") else { return Ok(None) };
-    let asked = Command::new(&python).args(["-I", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"]).output();
+    let Some(python) = find_program("python3") else {
+        return Ok(None);
+    };
+    let asked = Command::new(&python)
+        .args(["-I", "-c", "import sysconfig; print(sysconfig.get_path('stdlib'))"])
+        .output();
     let Ok(answer) = asked else { return Ok(None) };
     let library = PathBuf::from(String::from_utf8_lossy(&answer.stdout).trim());
     // Only where it is a system's: its files and Python's idea of where they are then agree in the layer too.
@@ -106,7 +131,10 @@ fn add_python(root: &mut Root<'_>) -> anyhow::Result<Option<PathBuf>> {
     }
     root.add_program(&python)?;
     root.add_tree(&library, LIBRARY_BUDGET)?;
-    let extensions = fs::read_dir(library.join("lib-dynload")).into_iter().flatten().flatten();
+    let extensions = fs::read_dir(library.join("lib-dynload"))
+        .into_iter()
+        .flatten()
+        .flatten();
     for extension in extensions {
         root.add_libraries(&extension.path())?;
     }
@@ -115,7 +143,10 @@ fn add_python(root: &mut Root<'_>) -> anyhow::Result<Option<PathBuf>> {
 
 /// Where a program of this machine is.
 fn find_program(name: &str) -> Option<PathBuf> {
-    ["/usr/bin", "/bin", "/usr/local/bin"].iter().map(|dir| Path::new(dir).join(name)).find(|path| path.is_file())
+    ["/usr/bin", "/bin", "/usr/local/bin"]
+        .iter()
+        .map(|dir| Path::new(dir).join(name))
+        .find(|path| path.is_file())
 }
 
 /// What the layer will hold: paths on this machine, without the slash in front.
@@ -131,7 +162,11 @@ impl Root<'_> {
         // As many links as the kernel follows.
         let mut left = 40;
         let mut here = PathBuf::from("/");
-        let mut rest: Vec<OsString> = path.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+        let mut rest: Vec<OsString> = path
+            .components()
+            .rev()
+            .map(|part| part.as_os_str().to_owned())
+            .collect();
         while let Some(name) = rest.pop() {
             match Path::new(&name).components().next() {
                 None | Some(Component::CurDir) => continue,
@@ -147,7 +182,9 @@ impl Root<'_> {
             }
             here.push(&name);
             // Gone since a moment ago, or a link that leads nowhere: the layer has one file less.
-            let Ok(meta) = here.symlink_metadata() else { return Ok(()) };
+            let Ok(meta) = here.symlink_metadata() else {
+                return Ok(());
+            };
             let is_link = meta.is_symlink();
             self.put(&here, meta);
             if is_link {
@@ -182,7 +219,9 @@ impl Root<'_> {
     /// Adds the libraries that an ELF file needs, as the dynamic loader finds them. Scripts and static programs need none.
     fn add_libraries(&mut self, path: &Path) -> anyhow::Result<()> {
         self.interrupt.check()?;
-        let Ok(answer) = Command::new("ldd").arg(path).output() else { return Ok(()) };
+        let Ok(answer) = Command::new("ldd").arg(path).output() else {
+            return Ok(());
+        };
         for line in String::from_utf8_lossy(&answer.stdout).lines() {
             // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)` and `/lib64/ld-linux-x86-64.so.2 (0x…)`
             let library = line.split_whitespace().find(|word| word.starts_with('/'));
@@ -260,8 +299,16 @@ mod tests {
         let made = make(&path, &Interrupt::default()).unwrap();
         assert!(made.bytes < BUDGET + (64 << 20), "{}", made.bytes);
         let mut tar = tar::Archive::new(File::open(&path).unwrap());
-        let names: Vec<PathBuf> = tar.entries().unwrap().map(|entry| entry.unwrap().path().unwrap().into_owned()).collect();
-        assert!(names.contains(&PathBuf::from(made.sample.trim_start_matches('/'))), "{}", made.sample);
+        let names: Vec<PathBuf> = tar
+            .entries()
+            .unwrap()
+            .map(|entry| entry.unwrap().path().unwrap().into_owned())
+            .collect();
+        assert!(
+            names.contains(&PathBuf::from(made.sample.trim_start_matches('/'))),
+            "{}",
+            made.sample
+        );
         for name in EMPTY {
             assert!(names.contains(&PathBuf::from(format!("{name}/"))), "{name}");
         }

@@ -268,18 +268,18 @@ impl Office<'_> {
                     let Ok((mut stream, _)) = accepted else { continue };
                     match tokio::time::timeout(REQUEST_LIMIT, hear(&mut stream)).await {
                         Ok(Ok(Request::Stats)) => say(&mut stream, &Answer::Stats(Box::new(self.stats()))).await,
-                        Ok(Ok(Request::Detach)) => match refuse_if_used(state) {
-                            Err(used) => say(&mut stream, &Answer::Refused(used.to_string())).await,
-                            Ok(()) => {
-                                let closed = self.close(device, state);
-                                let answer = match &closed {
-                                    Ok(()) => Answer::Detached,
-                                    Err(error) => Answer::Refused(error.to_string()),
-                                };
-                                say(&mut stream, &answer).await;
-                                return closed;
+                        Ok(Ok(Request::Detach)) => {
+                            if let Err(used) = refuse_if_used(state) {
+                                say(&mut stream, &Answer::Refused(used.to_string())).await;
+                                continue;
                             }
-                        },
+                            let closed = self.close(device, state);
+                            let answer = closed
+                                .as_ref()
+                                .map_or_else(|error| Answer::Refused(error.to_string()), |()| Answer::Detached);
+                            say(&mut stream, &answer).await;
+                            return closed;
+                        }
                         Ok(Err(error)) => say(&mut stream, &Answer::Refused(error.to_string())).await,
                         Err(_) => {}
                     }

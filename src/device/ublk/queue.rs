@@ -1,9 +1,13 @@
 //! One hardware queue of a ublk device. In: the driver's requests. Out: their answers.
 //!
 //! A queue is one thread with one ring and one task for every tag. A task looks its request up in the volume; what is in
-//! memory it commits from where it lies, metadata it computes into the tag's buffer, local files it reads through the
+//! memory it commits from where it lies, metadata it computes into a buffer, local files it reads through the
 //! queue's own ring, and for everything else it leaves a request with the fetch thread and sleeps until the answer lands
 //! (see `landing`). Nothing in here may block but `io_uring_enter`.
+//!
+//! Buffers belong to the queue, not to its tags: the kernel hands out tags by turns, and 128 buffers that have each been
+//! touched once are memory wasted. The driver copies an answer while it takes the commit, so a buffer is free again when
+//! the queue's next system call has returned.
 //!
 //! Rules that libublk 0.4 imposes: a future of an operation must be awaited to its end, never dropped (its slot would
 //! leak, and the kernel might still write to the buffer); and nothing may be committed once the queue is stopping (the
@@ -61,19 +65,39 @@ struct Desk<'a> {
     volume: &'a Volume,
     lane: &'a Lane,
     landings: &'a Landings,
+    io_bytes: usize,
     zeros: Box<[u8]>,
+    /// Ready to be used, the last used first.
+    buffers: RefCell<Vec<IoBuf<u8>>>,
+    /// Committed, and free after the next system call.
+    retiring: RefCell<Vec<IoBuf<u8>>>,
     scratch: RefCell<Vec<Scratch>>,
     sampled: Cell<u32>,
 }
 
+impl Desk<'_> {
+    fn take_buffer(&self) -> IoBuf<u8> {
+        self.buffers
+            .borrow_mut()
+            .pop()
+            .unwrap_or_else(|| IoBuf::new(self.io_bytes))
+    }
+
+    fn give_back(&self, buf: IoBuf<u8>) {
+        self.buffers.borrow_mut().push(buf);
+    }
+}
+
 /// How a request is answered: with which bytes, and how many of them or which error.
 enum Answer {
-    /// From the tag's buffer: a length, or a negative errno.
-    Buffer(i32),
+    /// From a buffer.
+    Buffer(IoBuf<u8>, i32),
     /// Zeros.
     Zeros(i32),
-    /// From memory of the fetch room, which this keeps alive until the kernel has copied it.
+    /// From memory of the fetch room, which this keeps alive until the tag's next request.
     Memory(Slice, i32),
+    /// Nothing but a result: zero, or a negative errno.
+    Bare(i32),
 }
 
 /// Serves queue `id` until the device is stopped. `ready` is called once, with the reason if the queue could not be set
@@ -96,17 +120,19 @@ pub(super) fn serve(
         volume,
         lane: volume.lane(usize::from(id)),
         landings,
+        io_bytes,
         zeros: vec![0; io_bytes].into_boxed_slice(),
+        buffers: RefCell::default(),
+        retiring: RefCell::default(),
         scratch: RefCell::default(),
         sampled: Cell::new(0),
     };
     let executor = smol::LocalExecutor::new();
     let desk = Rc::new(desk);
-    let tasks: Vec<_> = desk
-        .queue
-        .tags()
-        .map(|tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, io_bytes)))
-        .collect();
+    // What FETCH names as its buffer is only ever written by a WRITE, which a read-only device does not get.
+    let unused = Rc::new(IoBuf::<u8>::new(io_bytes));
+    let tag_task = |tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, Rc::clone(&unused)));
+    let tasks: Vec<_> = desk.queue.tags().map(tag_task).collect();
     // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for.
     while executor.try_tick() {}
     ready(Ok(()));
@@ -114,9 +140,10 @@ pub(super) fn serve(
         if let Err(error) = wait_for_events(&desk.queue) {
             log::error!("ublk queue {id} ends: {error}");
             // Operations may still be in flight and write to the tags' buffers: those must never be freed.
-            std::mem::forget((executor, tasks, desk));
+            std::mem::forget((executor, tasks, desk, unused));
             return;
         }
+        desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
         while executor.try_tick() {}
     }
 }
@@ -159,32 +186,42 @@ fn wait_for_events(queue: &UblkQueue<'_>) -> Result<(), UblkError> {
 }
 
 /// The life of one tag: fetch a request, answer it, fetch the next.
-async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, io_bytes: usize) {
-    let mut buf = IoBuf::<u8>::new(io_bytes);
+async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
     let queue = &desk.queue;
     let mut next = queue
-        .submit_io_prep_cmd(tag, BufDesc::Slice(buf.as_slice()), 0, Some(&buf))
+        .submit_io_prep_cmd(tag, BufDesc::Slice(unused.as_slice()), 0, Some(&unused))
         .await;
     loop {
         match next {
-            Ok(sys_result) if sys_result == SERVE => {}
+            Ok(SERVE) => {}
             Ok(other) => {
                 log::error!("ublk tag {tag} is lost: the driver answered {other}");
                 return;
             }
             Err(_) => return,
         }
-        let answer = answer(&desk, tag, &mut buf).await;
+        let answer = answer(&desk, tag).await;
         if queue.is_stopping() {
             return;
         }
-        let (bytes, result) = match &answer {
-            Answer::Buffer(result) => (buf.as_slice(), *result),
-            Answer::Zeros(result) => (&*desk.zeros, *result),
-            Answer::Memory(slice, result) => (&**slice, *result),
+        let (address, result) = match &answer {
+            Answer::Zeros(result) => (desk.zeros.as_ptr(), *result),
+            Answer::Memory(slice, result) => (slice.as_ptr(), *result),
+            Answer::Buffer(buf, result) => (buf.as_ptr(), *result),
+            Answer::Bare(result) => (unused.as_ptr(), *result),
         };
-        // `answer` lives until the commit's completion, which is the tag's next request: the driver has copied by then.
-        next = queue.submit_io_commit_cmd(tag, BufDesc::Slice(bytes), result).await;
+        // A slice is kept until the commit's completion, which is the tag's next request.
+        let _kept = match answer {
+            Answer::Buffer(buf, _) => {
+                desk.retiring.borrow_mut().push(buf);
+                None
+            }
+            Answer::Memory(slice, _) => Some(slice),
+            Answer::Zeros(_) | Answer::Bare(_) => None,
+        };
+        next = queue
+            .submit_io_commit_cmd(tag, BufDesc::RawAddress(address), result)
+            .await;
     }
 }
 
@@ -193,70 +230,78 @@ async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, io_bytes: usize) {
 const SERVE: i32 = sys::UBLK_IO_RES_OK as i32;
 
 /// Answers the request that tag `tag` holds.
-async fn answer(desk: &Desk<'_>, tag: u16, buf: &mut IoBuf<u8>) -> Answer {
+async fn answer(desk: &Desk<'_>, tag: u16) -> Answer {
     let request = desk.queue.get_iod(tag);
     let (op, sectors, start) = (request.op_flags & 0xff, request.nr_sectors, request.start_sector);
     match op {
         sys::UBLK_IO_OP_READ => {}
-        sys::UBLK_IO_OP_FLUSH => return Answer::Buffer(0),
+        sys::UBLK_IO_OP_FLUSH => return Answer::Bare(0),
         sys::UBLK_IO_OP_WRITE => {
             desk.lane.refused();
-            return Answer::Buffer(-libc::EROFS);
+            return Answer::Bare(-libc::EROFS);
         }
         _ => {
             desk.lane.refused();
-            return Answer::Buffer(-libc::EOPNOTSUPP);
+            return Answer::Bare(-libc::EOPNOTSUPP);
         }
     }
     desk.lane.read();
     let len = usize::try_from(sectors).unwrap_or(usize::MAX).saturating_mul(512);
-    let Ok(done) = i32::try_from(len) else {
-        return Answer::Buffer(-libc::EINVAL);
+    let done = match i32::try_from(len) {
+        Ok(done) if len <= desk.io_bytes => done,
+        _ => return Answer::Bare(-libc::EINVAL),
     };
-    if len > buf.len() {
-        return Answer::Buffer(-libc::EINVAL);
-    }
     let sampled = desk.sampled.get();
     desk.sampled.set(sampled.wrapping_add(1));
     let began = sampled.is_multiple_of(SAMPLE).then(Instant::now);
     let offset = start.saturating_mul(512);
     let mut scratch = desk.scratch.borrow_mut().pop().unwrap_or_default();
+    let mut buf = desk.take_buffer();
     let found = desk
         .volume
         .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
-    let answer = match found {
-        Ok(Found::Zero) => Ok(Answer::Zeros(done)),
-        Ok(Found::Memory(slice)) => Ok(Answer::Memory(slice, done)),
-        Ok(Found::Filled) => Ok(Answer::Buffer(done)),
+    let found = match found {
         Ok(Found::Gaps) => {
             let began = began.unwrap_or_else(Instant::now);
-            let closed = close_gaps(desk, tag, &scratch.gaps, buf, len).await;
+            let closed = close_gaps(desk, tag, &scratch.gaps, &mut buf, len).await;
             desk.lane.took(began.elapsed(), 1);
-            closed.map(|memory| memory.map_or(Answer::Buffer(done), |slice| Answer::Memory(slice, done)))
+            closed
         }
-        Err(error) => Err(error),
+        found => {
+            if let Some(began) = began {
+                desk.lane.took(began.elapsed(), u64::from(SAMPLE));
+            }
+            found
+        }
     };
-    if let Some(began) = began
-        && scratch.gaps.is_empty()
-    {
-        desk.lane.took(began.elapsed(), u64::from(SAMPLE));
-    }
     desk.scratch.borrow_mut().push(scratch);
-    answer.unwrap_or_else(|error| {
-        desk.volume.failed(desk.lane, offset, len, &error);
-        Answer::Buffer(-libc::EIO)
-    })
+    match found {
+        Ok(Found::Filled | Found::Gaps) => Answer::Buffer(buf, done),
+        Ok(Found::Zero) => {
+            desk.give_back(buf);
+            Answer::Zeros(done)
+        }
+        Ok(Found::Memory(slice)) => {
+            desk.give_back(buf);
+            Answer::Memory(slice, done)
+        }
+        Err(error) => {
+            desk.give_back(buf);
+            desk.volume.failed(desk.lane, offset, len, &error);
+            Answer::Bare(-libc::EIO)
+        }
+    }
 }
 
 /// Brings what is missing: local files through this queue's ring, everything else from the fetch thread, all at once.
-/// When one slice turns out to be the whole request it is handed back instead of copied.
+/// The buffer is filled, unless one slice turns out to be the whole request.
 async fn close_gaps(
     desk: &Desk<'_>,
     tag: u16,
     gaps: &[Gap],
     buf: &mut IoBuf<u8>,
     len: usize,
-) -> Result<Option<Slice>, ReadError> {
+) -> Result<Found, ReadError> {
     let remote: Vec<Gap> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
     let fetched = if remote.is_empty() {
         None
@@ -282,10 +327,10 @@ async fn close_gaps(
         && gap.len == len
         && slice.len() == len
     {
-        return Ok(Some(slice.clone()));
+        return Ok(Found::Memory(slice.clone()));
     }
     fill_gaps(&remote, &slices, buf.as_mut_slice())?;
-    Ok(None)
+    Ok(Found::Filled)
 }
 
 /// Marks a completion as ours, not the driver's.
@@ -337,6 +382,6 @@ fn submit_read(desk: &Desk<'_>, base: *mut u8, gap: &Gap, fd: RawFd, offset: u64
     let entry = opcode::Read::new(types::Fd(fd), target, len)
         .offset(offset + to_u64(done))
         .build();
-    // The tag's buffer outlives the operation because the task awaits it and nobody drops the task before that.
+    // The buffer outlives the operation because the task that holds it awaits it, and nobody drops the task before that.
     desk.queue.ublk_submit_sqe(entry)
 }

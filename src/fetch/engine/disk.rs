@@ -186,7 +186,7 @@ impl Engine {
                 Ok(()) => {
                     indexes.for_each(|index| cache.wrote(index));
                     add(&self.shared.counters.bytes_stored, bytes);
-                    self.commit_later(remote, cache);
+                    Self::commit_later(remote, cache);
                 }
                 Err(error) => cache.stop_writing(&error),
             }
@@ -197,7 +197,7 @@ impl Engine {
         self.pump();
     }
 
-    fn commit_later(&self, remote: &Rc<Remote>, cache: &Arc<LayerCache>) {
+    fn commit_later(remote: &Rc<Remote>, cache: &Arc<LayerCache>) {
         let delay = if cache.dirty_bytes() >= COMMIT_BYTES {
             Duration::ZERO
         } else {

@@ -191,9 +191,8 @@ impl Host {
     fn offer(&self, mut sender: SendRequest<Empty<Bytes>>) {
         while let Some(waiter) = self.next_waiter() {
             match waiter.send(Ok(sender)) {
-                Ok(()) => return,
                 Err(Ok(back)) => sender = back,
-                Err(Err(_)) => return,
+                Ok(()) | Err(Err(_)) => return,
             }
         }
         self.idle.borrow_mut().push(sender);

@@ -1,4 +1,4 @@
-//! A TCP connection over io_uring that hyper and rustls can poll. In: their borrowed buffers. Out: owned buffers for the
+//! A TCP connection over `io_uring` that hyper and rustls can poll. In: their borrowed buffers. Out: owned buffers for the
 //! ring, one copy each way.
 //!
 //! The ring needs buffers that stay put until the kernel is done with them, whatever happens to the future that waits, so

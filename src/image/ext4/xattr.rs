@@ -132,6 +132,11 @@ fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, Misfit
             attribute.home = Home::Inode;
         }
     }
+    // Values can move, entries cannot; with that, there are at most 200 of them to move.
+    let entries = attributes.iter().filter(|attribute| attribute.home != Home::Inode);
+    if entries.map(Attribute::entry_len).sum::<usize>() > IN_BLOCK {
+        return Err(Misfit::TooMany);
+    }
     loop {
         let in_block = || attributes.iter().filter(|attribute| attribute.home != Home::Inode);
         if in_block().map(Attribute::len).sum::<usize>() <= IN_BLOCK {
@@ -226,16 +231,24 @@ impl XattrPlan {
         plan.needs.resize(to_usize(tree.xattr_set_count()), [Needs::Nothing; 4]);
         plan.needs[1..].fill([Needs::Unknown; 4]);
         let mut references: BTreeMap<(XattrSetId, Holder), u32> = BTreeMap::new();
+        let mut left_out = None;
         for node in inodes {
             let set = tree.node(node).xattr_set();
             let holder = Holder::of(tree.node(node).kind());
             let needs = &mut plan.needs[to_usize(set.number())][holder.number()];
             if *needs == Needs::Unknown {
                 *needs = needs_of(tree, node, set, holder)?;
+                for (name, _) in tree.xattrs(set).filter(|(name, _)| prefix_of(name, holder).is_none()) {
+                    left_out.get_or_insert((node, name));
+                }
             }
             if *needs == Needs::BlockAndInodes {
                 *references.entry((set, holder)).or_default() += 1;
             }
+        }
+        if let Some((node, name)) = left_out {
+            let (path, name) = (show(&tree.path(node)), show(name));
+            log::warn!("extended attributes that ext4 does not take are left out, the first is {name} of {path}");
         }
         for ((set, holder), references) in references {
             let arranged = arrange(tree.xattrs(set), holder).expect("arranged before");
@@ -379,13 +392,6 @@ fn needs_of(tree: &Tree, node: NodeId, set: XattrSetId, holder: Holder) -> Resul
             count: tree.xattrs(set).count(),
         },
     })?;
-    for (name, _) in tree.xattrs(set).filter(|(name, _)| prefix_of(name, holder).is_none()) {
-        log::warn!(
-            "{}: extended attribute {} left out: ext4 does not take it there",
-            path(),
-            show(name)
-        );
-    }
     Ok(if arranged.iter().any(|attribute| attribute.home == Home::OwnInode) {
         Needs::BlockAndInodes
     } else if arranged.iter().any(|attribute| attribute.home == Home::Block) {

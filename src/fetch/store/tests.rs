@@ -1,0 +1,294 @@
+use super::*;
+use crate::fetch::Validator;
+
+const SIZE: u64 = 10 * CHUNK_BYTES + 777;
+const NONE: [u32; 0] = [];
+
+fn layer() -> HttpLayer {
+    HttpLayer {
+        url: "https://host/layer.tar".to_owned(),
+        size: SIZE,
+        validator: Some(Validator::ETag("\"1\"".to_owned())),
+        headers: Vec::new(),
+    }
+}
+
+fn content() -> Vec<u8> {
+    (0..SIZE)
+        .map(|at| u8::try_from((at * 31 + at / 257) % 251).unwrap())
+        .collect()
+}
+
+fn held(cache: &LayerCache) -> Vec<u32> {
+    (0..=11).filter(|index| cache.has(*index)).collect()
+}
+
+/// Every chunk that the cache claims must be the layer's.
+fn check(cache: &LayerCache) {
+    let content = content();
+    for index in held(cache) {
+        let start = to_usize(u64::from(index) * CHUNK_BYTES);
+        let len = to_usize(chunk_len(SIZE, index));
+        let mut bytes = vec![0; len];
+        cache
+            .file_of(index)
+            .unwrap()
+            .read_exact_at(&mut bytes, u64::from(index) * CHUNK_BYTES)
+            .unwrap();
+        assert!(bytes == content[start..start + len], "chunk {index} is not the layer's");
+    }
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+fn the_file(dir: &Path, kind: &str) -> PathBuf {
+    let mut found = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    found
+        .find(|path| path.extension().is_some_and(|extension| extension == kind))
+        .unwrap()
+}
+
+#[test]
+fn chunks_survive_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let cache = store.layer(&layer()).unwrap();
+    let all = content();
+    // From the middle of chunk 1 to the middle of chunk 4, and the short last one.
+    let from = to_usize(CHUNK_BYTES + 100);
+    cache
+        .put(
+            TarOffset(CHUNK_BYTES + 100),
+            &all[from..from + to_usize(3 * CHUNK_BYTES)],
+        )
+        .unwrap();
+    cache
+        .put(TarOffset(10 * CHUNK_BYTES), &all[to_usize(10 * CHUNK_BYTES)..])
+        .unwrap();
+    assert_eq!(held(&cache), [2, 3, 10]);
+    assert_eq!(cache.bytes_held(), 2 * CHUNK_BYTES + 777);
+    assert!(Arc::ptr_eq(&cache, &store.layer(&layer()).unwrap()));
+    drop(cache);
+    let cache = store.layer(&layer()).unwrap();
+    assert_eq!(held(&cache), [2, 3, 10]);
+    check(&cache);
+}
+
+#[test]
+fn without_a_commit_nothing_is_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let cache = store.layer(&layer()).unwrap();
+    cache.put(TarOffset(0), &content()[..to_usize(CHUNK_BYTES)]).unwrap();
+    let crashed = tempfile::tempdir().unwrap();
+    copy_dir(dir.path(), crashed.path());
+    let after = Store::open(crashed.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&after), NONE);
+}
+
+/// Kills the writer between any two steps: what is found afterwards is either not believed or right.
+#[test]
+fn a_crash_loses_only_the_latest() {
+    let dir = tempfile::tempdir().unwrap();
+    let crashes = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let cache = store.layer(&layer()).unwrap();
+    let all = content();
+    let mut shots: Vec<(PathBuf, Vec<u32>)> = Vec::new();
+    let mut committed = Vec::new();
+    let shoot = |committed: &Vec<u32>, shots: &mut Vec<(PathBuf, Vec<u32>)>| {
+        let to = crashes.path().join(shots.len().to_string());
+        copy_dir(dir.path(), &to);
+        shots.push((to, committed.clone()));
+    };
+    for index in [4u32, 0, 10, 7] {
+        let start = to_usize(u64::from(index) * CHUNK_BYTES);
+        let len = to_usize(chunk_len(SIZE, index));
+        shoot(&committed, &mut shots);
+        // Half a chunk on disk, as a write that was cut off leaves it.
+        cache
+            .data
+            .write_all_at(&all[start..start + len / 2], u64::from(index) * CHUNK_BYTES)
+            .unwrap();
+        shoot(&committed, &mut shots);
+        cache
+            .put(TarOffset(u64::from(index) * CHUNK_BYTES), &all[start..start + len])
+            .unwrap();
+        shoot(&committed, &mut shots);
+        // The new map, half written beside the old one.
+        fs::write(the_file(dir.path(), "data").with_extension("map.1"), [1, 2, 3]).unwrap();
+        shoot(&committed, &mut shots);
+        cache.commit().unwrap();
+        committed.push(index);
+        committed.sort_unstable();
+        shoot(&committed, &mut shots);
+    }
+    assert_eq!(shots.len(), 20);
+    for (dir, expected) in shots {
+        let after = Store::open(dir).unwrap().layer(&layer()).unwrap();
+        assert_eq!(held(&after), expected);
+        check(&after);
+    }
+}
+
+/// A map of one moment beside a data file of another, a truncated file, a flipped bit: never a wrong byte.
+#[test]
+fn files_that_do_not_belong_together_are_discarded() {
+    let damage: [fn(&Path); 6] = [
+        |dir| fs::remove_file(the_file(dir, "data")).unwrap(),
+        |dir| fs::remove_file(the_file(dir, "map")).unwrap(),
+        |dir| {
+            File::options()
+                .write(true)
+                .open(the_file(dir, "data"))
+                .unwrap()
+                .set_len(5 * CHUNK_BYTES)
+                .unwrap();
+        },
+        |dir| {
+            let map = the_file(dir, "map");
+            let mut bytes = fs::read(&map).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 4;
+            fs::write(map, bytes).unwrap();
+        },
+        |dir| {
+            // The data file of another life.
+            let data = the_file(dir, "data");
+            let len = fs::metadata(&data).unwrap().len();
+            let file = File::create(data).unwrap();
+            file.set_len(len).unwrap();
+            let trailer = [&TRAILER_MAGIC[..], &[0; 16]].concat();
+            file.write_all_at(&trailer, SIZE.next_multiple_of(TRAILER_BYTES))
+                .unwrap();
+        },
+        |dir| fs::write(the_file(dir, "map"), []).unwrap(),
+    ];
+    for (number, harm) in damage.iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let cache = store.layer(&layer()).unwrap();
+        cache.put(TarOffset(0), &content()).unwrap();
+        drop(cache);
+        harm(dir.path());
+        let cache = store.layer(&layer()).unwrap();
+        assert_eq!(held(&cache), NONE, "damage {number} was believed");
+        // And it works again.
+        cache.put(TarOffset(0), &content()).unwrap();
+        drop(cache);
+        let cache = store.layer(&layer()).unwrap();
+        assert_eq!(held(&cache).len(), 11);
+        check(&cache);
+    }
+}
+
+#[test]
+fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = content();
+    let first = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    first.put(TarOffset(0), &all[..to_usize(2 * CHUNK_BYTES)]).unwrap();
+    first.commit().unwrap();
+    first
+        .put(
+            TarOffset(2 * CHUNK_BYTES),
+            &all[to_usize(2 * CHUNK_BYTES)..to_usize(3 * CHUNK_BYTES)],
+        )
+        .unwrap();
+    // Another store does not know of the first one's handles, as another process does not.
+    let second = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&second), [0, 1]);
+    second
+        .put(
+            TarOffset(5 * CHUNK_BYTES),
+            &all[to_usize(5 * CHUNK_BYTES)..to_usize(6 * CHUNK_BYTES)],
+        )
+        .unwrap();
+    assert_eq!(held(&second), [0, 1, 5]);
+    check(&second);
+    assert!(second.find(0, 2).is_some());
+    assert!(second.find(4, 6).is_none());
+    second.commit().unwrap();
+    drop(second);
+    drop(first);
+    let later = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&later), [0, 1, 2]);
+    check(&later);
+}
+
+#[test]
+fn another_state_of_the_layer_is_another_layer() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    store.layer(&layer()).unwrap().put(TarOffset(0), &content()).unwrap();
+    let newer = HttpLayer {
+        validator: Some(Validator::ETag("\"2\"".to_owned())),
+        ..layer()
+    };
+    assert_eq!(held(&store.layer(&newer).unwrap()), NONE);
+    // Without a validator nothing outlives the process.
+    let nameless = HttpLayer {
+        validator: None,
+        ..layer()
+    };
+    let cache = store.layer(&nameless).unwrap();
+    cache.put(TarOffset(0), &content()).unwrap();
+    assert_eq!(held(&cache).len(), 11);
+    drop(cache);
+    assert_eq!(held(&store.layer(&nameless).unwrap()), NONE);
+}
+
+#[test]
+fn seeding_takes_pieces_of_any_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let cache = store.layer(&layer()).unwrap();
+    let all = content();
+    let mut seeder = Seeder::new(cache.clone());
+    let mut at = 1000;
+    for step in [1, 40_000, 7, 99_999, 3, 70_000].into_iter().cycle() {
+        if at >= all.len() {
+            break;
+        }
+        let end = (at + step).min(all.len());
+        // The walk skips some.
+        if at > 120_000 && at < 230_000 {
+            at = 240_000;
+            continue;
+        }
+        seeder.push(TarOffset(to_u64(at)), &all[at..end]).unwrap();
+        at = end;
+    }
+    check(&cache);
+    assert!(
+        cache.has(1) && cache.has(8) && cache.has(10) && !cache.has(0) && !cache.has(5),
+        "{:?}",
+        held(&cache)
+    );
+}
+
+#[test]
+fn trimming_spares_what_is_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let other = HttpLayer {
+        url: "https://host/other.tar".to_owned(),
+        ..layer()
+    };
+    for layer in [&layer(), &other] {
+        store.layer(layer).unwrap().put(TarOffset(0), &content()).unwrap();
+    }
+    let in_use = store.layer(&other).unwrap();
+    assert!(store.trim(0).unwrap() > 0);
+    assert_eq!(held(&store.layer(&layer()).unwrap()), NONE);
+    assert_eq!(held(&in_use).len(), 11);
+    drop(in_use);
+    assert_eq!(held(&store.layer(&other).unwrap()).len(), 11);
+    assert_eq!(store.trim(u64::MAX).unwrap(), 0);
+}

@@ -1,0 +1,547 @@
+//! Whole commands, as a person types them: results, exit codes, one-line errors, and nothing left behind.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tarblk::bench::origin::Origin;
+
+/// A place for one test, with a small layer in it.
+struct Lab {
+    dir: tempfile::TempDir,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let lab = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
+        let mut add = |name: &str, kind: tar::EntryType, mode: u32, content: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(mode);
+            header.set_mtime(1_700_000_000);
+            header.set_size(u64::try_from(content.len()).unwrap());
+            tar.append_data(&mut header, name, content).unwrap();
+        };
+        for dir in ["dev/", "proc/", "etc/"] {
+            add(dir, tar::EntryType::Directory, 0o755, b"");
+        }
+        add("etc/hello", tar::EntryType::Regular, 0o644, b"hello, world\n");
+        add("etc/big", tar::EntryType::Regular, 0o600, &pattern(3_000_001));
+        let mut link = tar::Header::new_gnu();
+        link.set_entry_type(tar::EntryType::Symlink);
+        link.set_size(0);
+        tar.append_link(&mut link, "etc/link", "hello").unwrap();
+        tar.into_inner().unwrap();
+        lab
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `tarblk` with its cache and states in here.
+    fn tarblk(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tarblk"));
+        command
+            .current_dir(self.dir.path())
+            .env("TARBLK_CACHE", self.path("cache"))
+            .env("TARBLK_STATE_DIR", self.path("states"))
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.tarblk().args(args).output().unwrap()
+    }
+
+    /// Standard output of a command that must succeed.
+    fn good(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// The one line of a command that must fail with `code`.
+    fn bad(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        if code == 1 {
+            assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+            assert!(said.starts_with("tarblk: "), "{said}");
+            assert!(output.stdout.is_empty(), "{args:?} printed {}", text(&output.stdout));
+        }
+        said
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.good(args)).unwrap()
+    }
+
+    /// What is in here, by name.
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| u8::try_from(((i * 31) ^ (i >> 9)) & 0xff).unwrap())
+        .collect()
+}
+
+/// Whether this process can make block devices; says so loudly if not. While the guard lives no other test here makes any:
+/// where mounts are not shared, a daemon that starts takes copies of all of them along, and only those of its own directory
+/// of states does it let go of.
+fn devices(test: &str) -> Option<MutexGuard<'static, ()>> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let root = rustix::process::geteuid().is_root();
+    let there = Path::new("/dev/ublk-control").exists()
+        || (Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists());
+    if !root || !there {
+        eprintln!("SKIP: {test}: needs root, and ublk or FUSE and loop devices");
+    }
+    (root && there).then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+fn mounts_below(dir: &Path) -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let inside = |line: &&str| {
+        line.split(' ')
+            .nth(1)
+            .is_some_and(|at| at.starts_with(&*dir.to_string_lossy()))
+    };
+    mounts.lines().filter(inside).map(str::to_owned).collect()
+}
+
+#[test]
+fn usage_is_told_from_failure() {
+    let lab = Lab::new();
+    assert!(lab.good(&["--help"]).contains("tarblk mount https://"));
+    assert_eq!(
+        lab.good(&["--version"]),
+        format!("tarblk {}\n", env!("CARGO_PKG_VERSION"))
+    );
+    assert!(lab.bad(&[], 2).contains("Usage: tarblk"));
+    lab.bad(&["frobnicate"], 2);
+    lab.bad(&["ls"], 2);
+    lab.bad(&["image", "layer.tar"], 2);
+    assert!(
+        lab.bad(&["bench", "layer.tar", "--rate", "200mbps", "--", "true"], 2)
+            .contains("200mbit or 25MB/s")
+    );
+    assert!(
+        lab.bad(&["bench", "layer.tar", "--rtt", "20", "--", "true"], 2)
+            .contains("20ms")
+    );
+    lab.bad(
+        &["bench", "layer.tar", "--without", "empty,full,untar,loop", "--", "true"],
+        2,
+    );
+    lab.bad(&["bench", "http://127.0.0.1:1/x", "--rtt", "1ms", "--", "true"], 2);
+    lab.bad(&["bench", "layer.tar"], 2);
+    lab.bad(&["attach", "layer.tar", "--backend", "nbd"], 2);
+    lab.bad(&["-q", "-v", "ps"], 2);
+    for command in [
+        "index", "ls", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
+    ] {
+        assert!(lab.good(&[command, "--help"]).contains("Usage: tarblk"), "{command}");
+    }
+}
+
+#[test]
+fn index_counts_and_writes() {
+    let lab = Lab::new();
+    let summary = lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    assert!(summary.contains("6: 2 files, 3 directories, 1 symlinks"), "{summary}");
+    let json = lab.json(&["index", "layer.tar", "--json"]);
+    assert_eq!((json["entries"].as_u64(), json["files"].as_u64()), (Some(6), Some(2)));
+    assert_eq!(json["payload_bytes"], 13 + 3_000_001);
+    assert_eq!(
+        json["index_bytes"],
+        fs::metadata(lab.path("layer.tarblk")).unwrap().len()
+    );
+    assert!(
+        json["bytes_fetched"].as_u64().unwrap() < 100_000,
+        "payload is passed over"
+    );
+    assert_eq!(lab.good(&["index", "layer.tar", "--quiet"]), "");
+    // The same every time, and from a server too.
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    lab.good(&["index", &origin.url("/layer.tar"), "-o", "remote.tarblk"]);
+    assert_eq!(
+        fs::read(lab.path("remote.tarblk")).unwrap(),
+        fs::read(lab.path("layer.tarblk")).unwrap()
+    );
+    assert!(!lab.path("cache").exists(), "index keeps nothing");
+}
+
+#[test]
+fn ls_lists_layers_and_indexes_alike() {
+    let lab = Lab::new();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    for form in [None, Some("--json"), Some("--mtree")] {
+        let args = |name: &'static str| ["ls", name].into_iter().chain(form).collect::<Vec<_>>();
+        assert_eq!(
+            lab.good(&args("layer.tar")),
+            lab.good(&args("layer.tarblk")),
+            "{form:?}"
+        );
+    }
+    let listed = lab.good(&["ls", "layer.tar"]);
+    assert_eq!(listed.lines().count(), 6);
+    assert!(listed.contains("etc/link -> hello"), "{listed}");
+    let lines = lab.good(&["ls", "layer.tar", "--json"]);
+    let entries: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let hello = entries.iter().find(|entry| entry["path"] == "etc/hello").unwrap();
+    assert_eq!(
+        (&hello["size"], &hello["mode"], &hello["mtime"]),
+        (&13.into(), &"0644".into(), &1_700_000_000.into())
+    );
+    assert!(lab.good(&["ls", "layer.tar", "--mtree"]).starts_with("#mtree\n"));
+    lab.bad(&["ls", "layer.tar", "--mtree", "--json"], 2);
+}
+
+#[test]
+fn a_reader_that_leaves_ends_the_command_quietly() {
+    let lab = Lab::new();
+    // More than a pipe holds.
+    let mut tar = tar::Builder::new(File::create(lab.path("many.tar")).unwrap());
+    for i in 0..20_000 {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(0);
+        tar.append_data(&mut header, format!("a/rather/long/name/{i}"), &b""[..])
+            .unwrap();
+    }
+    tar.into_inner().unwrap();
+    let mut child = lab
+        .tarblk()
+        .args(["ls", "many.tar"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut some = [0; 100];
+    child.stdout.take().unwrap().read_exact(&mut some).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn image_is_whole_or_not_there() {
+    let lab = Lab::new();
+    lab.good(&["image", "layer.tar", "-o", "layer.ext4"]);
+    let image = fs::read(lab.path("layer.ext4")).unwrap();
+    assert_eq!(&image[1024 + 56..1024 + 58], [0x53, 0xef], "ext4's magic number");
+    match Command::new("e2fsck").arg("-fn").arg(lab.path("layer.ext4")).output() {
+        Ok(checked) => assert!(checked.status.success(), "{}", text(&checked.stdout)),
+        Err(_) => eprintln!("SKIP: e2fsck is not installed"),
+    }
+    // From a server, with the index from there too, it is the same to the last bit.
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    origin.serve_file("/layer.tarblk", &lab.path("layer.tarblk")).unwrap();
+    let (url, index) = (origin.url("/layer.tar"), origin.url("/layer.tarblk"));
+    lab.good(&["image", &url, "--index", &index, "-o", "remote.ext4", "--no-cache"]);
+    assert!(fs::read(lab.path("remote.ext4")).unwrap() == image, "the images differ");
+
+    let before = lab.names();
+    fs::write(
+        lab.path("cut.tar"),
+        &fs::read(lab.path("layer.tar")).unwrap()[..1_000_000],
+    )
+    .unwrap();
+    assert!(lab.bad(&["image", "cut.tar", "-o", "cut.ext4"], 1).contains("cut.tar"));
+    assert!(
+        lab.bad(&["image", "layer.tar", "-o", "no/such/dir"], 1)
+            .contains("no/such/dir")
+    );
+    assert!(lab.bad(&["image", "layer.tar", "-o", "."], 1).contains("directory"));
+    fs::remove_file(lab.path("cut.tar")).unwrap();
+    assert_eq!(lab.names(), before, "nothing is left of what failed");
+}
+
+#[test]
+fn errors_name_the_cause_in_one_line() {
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    let absent = origin.url("/absent.tar");
+    assert!(lab.bad(&["index", "absent.tar"], 1).contains("absent.tar"));
+    assert!(lab.bad(&["index", "."], 1).contains("directory"));
+    assert!(lab.bad(&["index", "ftp://host/x.tar"], 1).contains("ftp"));
+    assert!(lab.bad(&["index", &absent], 1).contains("404"));
+    let secret = absent.replace("http://", "http://me:secret@") + "?sig=secret";
+    assert!(!lab.bad(&["index", &secret], 1).contains("secret"));
+    fs::write(lab.path("noise"), pattern(5000)).unwrap();
+    lab.bad(&["index", "noise"], 1);
+    // An index with a flipped bit, and one of another layer.
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let mut index = fs::read(lab.path("layer.tarblk")).unwrap();
+    let middle = index.len() / 2;
+    index[middle] ^= 4;
+    fs::write(lab.path("flipped.tarblk"), index).unwrap();
+    assert!(lab.bad(&["ls", "flipped.tarblk"], 1).contains("flipped.tarblk"));
+    let mut longer = fs::read(lab.path("layer.tar")).unwrap();
+    longer.extend([0; 10_240]);
+    fs::write(lab.path("other.tar"), longer).unwrap();
+    let said = lab.bad(
+        &["image", "other.tar", "--index", "layer.tarblk", "-o", "other.ext4"],
+        1,
+    );
+    assert!(said.contains("another layer"), "{said}");
+    assert!(lab.bad(&["stats", "/dev/loop99"], 1).contains("tarblk ps"));
+    assert!(lab.bad(&["umount", "/"], 1).contains("nothing that tarblk attached"));
+}
+
+#[test]
+fn man_pages_and_completions_come_from_the_definitions() {
+    let lab = Lab::new();
+    fs::create_dir(lab.path("man")).unwrap();
+    lab.good(&["generate", "man", "man"]);
+    let page = fs::read_to_string(lab.path("man/tarblk-mount.1")).unwrap();
+    assert!(
+        page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"),
+        "{page}"
+    );
+    assert!(
+        !lab.path("man/tarblk-serve-device.1").exists(),
+        "hidden commands have no page"
+    );
+    for shell in ["bash", "zsh", "fish"] {
+        let script = lab.good(&["generate", "completions", shell]);
+        assert!(script.contains("umount") && script.contains("backend"), "{shell}");
+    }
+    assert!(lab.bad(&["generate", "man", "absent"], 1).contains("absent"));
+}
+
+#[test]
+fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
+    let Some(_alone) = devices("a_layer_is_mounted_from_a_server_and_leaves_nothing") else {
+        return;
+    };
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let said = lab.json(&["mount", &url, "mnt", "--json"]);
+    assert_eq!(fs::read(lab.path("mnt/etc/hello")).unwrap(), b"hello, world\n");
+    assert!(fs::read(lab.path("mnt/etc/link")).unwrap() == b"hello, world\n");
+    assert!(
+        fs::read(lab.path("mnt/etc/big")).unwrap() == pattern(3_000_001),
+        "contents differ"
+    );
+    let device = said["device"].as_str().unwrap();
+    let listed = lab.json(&["ps", "--json"]);
+    assert_eq!(listed[0]["device"], device);
+    assert!(lab.good(&["ps"]).contains(device));
+    let counted = lab.json(&["stats", device, "--json"]);
+    assert!(counted["counters"]["device"]["reads"].as_u64().unwrap() > 0);
+    assert!(lab.good(&["stats", "mnt"]).contains("from network"));
+    assert!(lab.bad(&["detach", device], 1).contains("in use"));
+    assert!(lab.bad(&["mount", "layer.tar", "mnt"], 1).contains("not empty"));
+    lab.good(&["umount", "mnt"]);
+    assert_eq!(lab.good(&["ps", "--quiet"]), "");
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0, "no state is left");
+    assert!(mounts_below(lab.dir.path()).is_empty());
+
+    // The second time the index is in the cache: one question whether the layer is still the same.
+    origin.settle();
+    let before = origin.counters().requests;
+    let device = lab.good(&["attach", &url]);
+    origin.settle();
+    assert!(
+        origin.counters().requests - before <= 2,
+        "{} requests",
+        origin.counters().requests - before
+    );
+    lab.good(&["detach", device.trim()]);
+    assert!(
+        !Path::new(&format!(
+            "/sys/block/{}/loop",
+            device.trim().trim_start_matches("/dev/")
+        ))
+        .exists()
+    );
+    assert!(lab.bad(&["mount", &origin.url("/gone"), "mnt"], 1).contains("404"));
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+/// Adds a shell and its libraries to a directory of a new tar; false if this machine has no `ldd`.
+fn layer_with_shell(path: &Path) -> bool {
+    let shell = fs::canonicalize("/bin/sh").unwrap();
+    let Ok(ldd) = Command::new("ldd").arg(&shell).output() else {
+        return false;
+    };
+    let mut tar = tar::Builder::new(File::create(path).unwrap());
+    for dir in ["dev/", "proc/", "tmp/"] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_mode(0o755);
+        header.set_size(0);
+        tar.append_data(&mut header, dir, &b""[..]).unwrap();
+    }
+    tar.append_path_with_name(&shell, "bin/sh").unwrap();
+    for library in text(&ldd.stdout)
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let file = fs::canonicalize(library).unwrap();
+        tar.append_path_with_name(file, library.trim_start_matches('/'))
+            .unwrap();
+    }
+    tar.into_inner().unwrap();
+    true
+}
+
+#[test]
+fn bench_measures_every_alternative_and_cleans_up() {
+    let Some(_alone) = devices("bench_measures_every_alternative_and_cleans_up") else {
+        return;
+    };
+    let lab = Lab::new();
+    if !layer_with_shell(&lab.path("shell.tar")) {
+        eprintln!("SKIP: bench_measures_every_alternative_and_cleans_up: ldd is not installed");
+        return;
+    }
+    fs::create_dir(lab.path("scratch")).unwrap();
+    let command = [
+        "--",
+        "sh",
+        "-c",
+        "echo $(( 6 * 7 )) > /tmp/answer && test -c /dev/null && test -d /proc/self",
+    ];
+    let mut args = vec![
+        "bench",
+        "shell.tar",
+        "--rtt",
+        "2ms",
+        "--rate",
+        "800mbit",
+        "--runs",
+        "2",
+        "--with",
+        "walk",
+    ];
+    args.extend(["--scratch", "scratch", "--json", "--report", "report.html"]);
+    args.extend(command);
+    let outcome = lab.json(&args);
+    let rows = outcome["rows"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["row"].as_str().unwrap()).collect();
+    assert_eq!(names, ["empty", "walk", "full", "untar", "loop"]);
+    let layer = fs::metadata(lab.path("shell.tar")).unwrap().len();
+    for row in rows {
+        let runs = row["runs"].as_array().unwrap();
+        assert_eq!(runs.len(), 2);
+        for run in runs {
+            let total = run["seconds"].as_f64().unwrap();
+            let phases: f64 = run["phases"]
+                .as_object()
+                .unwrap()
+                .values()
+                .map(|time| time.as_f64().unwrap())
+                .sum();
+            assert!(total > 0.0 && (total - phases).abs() < 1e-6, "{row}");
+            assert!(run["requests"].as_u64().unwrap() >= 1, "{row}");
+        }
+    }
+    let fetched = |row: usize| rows[row]["runs"][0]["fetched_bytes"].as_u64().unwrap();
+    assert!(fetched(3) > layer / 2 && fetched(3) <= layer, "untar brings the layer");
+    assert!(fetched(2) < 10_000, "a full cache brings nothing: {}", fetched(2));
+    let touched = outcome["touched"]["bytes"].as_u64().unwrap();
+    assert!(touched > 0 && touched <= layer, "{touched} of {layer}");
+    assert!(outcome["floor_seconds"].as_f64().unwrap() >= 0.004);
+    let page = fs::read_to_string(lab.path("report.html")).unwrap();
+    assert_eq!(page.matches("<svg").count(), 2);
+    assert_eq!(
+        fs::read_dir(lab.path("scratch")).unwrap().count(),
+        0,
+        "the scratch directory is empty"
+    );
+
+    // A command that fails is named, with what it said.
+    let said = lab.bad(
+        &[
+            "bench",
+            "shell.tar",
+            "--scratch",
+            "scratch",
+            "--runs",
+            "1",
+            "--",
+            "sh",
+            "-c",
+            "echo no luck >&2; exit 3",
+        ],
+        1,
+    );
+    assert!(said.contains("exit status: 3") && said.contains("no luck"), "{said}");
+    assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
+    assert!(mounts_below(lab.dir.path()).is_empty());
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_interrupted_bench_leaves_nothing() {
+    let Some(_alone) = devices("an_interrupted_bench_leaves_nothing") else {
+        return;
+    };
+    let lab = Lab::new();
+    if !layer_with_shell(&lab.path("shell.tar")) {
+        eprintln!("SKIP: an_interrupted_bench_leaves_nothing: ldd is not installed");
+        return;
+    }
+    fs::create_dir(lab.path("scratch")).unwrap();
+    let mut bench = lab.tarblk();
+    bench.args([
+        "bench",
+        "shell.tar",
+        "--scratch",
+        "scratch",
+        "--",
+        "sh",
+        "-c",
+        "while :; do :; done",
+    ]);
+    let mut child = bench.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    // The command runs for ever; wait until it does.
+    let began = Instant::now();
+    while !mounts_below(lab.dir.path()).iter().any(|line| line.contains(" proc ")) {
+        assert!(began.elapsed() < Duration::from_secs(120), "the command did not start");
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it ended before it was interrupted"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stderr).lines().last(), Some("tarblk: interrupted"));
+    assert!(
+        mounts_below(lab.dir.path()).is_empty(),
+        "{:?}",
+        mounts_below(lab.dir.path())
+    );
+    assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}

@@ -1,0 +1,341 @@
+//! The fetcher against servers that fail: right bytes or an error, never wrong ones, and every failure counted.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tarblk::bench::origin::{Fault, Origin, at_random};
+use tarblk::fetch::store::Store;
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Validator};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+const SIZE: usize = 3_000_321;
+
+fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(len)
+    .collect()
+}
+
+fn range(start: usize, len: usize) -> LayerRange {
+    LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(u(start)), u(len)),
+    }
+}
+
+fn joined(slices: &[Slice]) -> Vec<u8> {
+    slices.iter().flat_map(|slice| slice.to_vec()).collect()
+}
+
+/// Short waits, so that the failures of a minute pass in a second; a long patience, so that reads outlive them.
+fn quick() -> FetchOptions {
+    FetchOptions {
+        connect_deadline: Duration::from_millis(500),
+        head_deadline: Duration::from_millis(300),
+        stall_deadline: Duration::from_millis(300),
+        slowest_body: 64 << 10,
+        deadline: Duration::from_secs(60),
+        memory_bytes: 1 << 20,
+        ..FetchOptions::default()
+    }
+}
+
+fn layer(origin: &Origin, path: &str) -> HttpLayer {
+    HttpLayer {
+        url: origin.url(path),
+        size: u(SIZE),
+        validator: None,
+        headers: Vec::new(),
+    }
+}
+
+fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
+    Fetcher::start(vec![LayerSource::Http(layer)], options, None).unwrap()
+}
+
+fn served() -> (Origin, Arc<Vec<u8>>) {
+    let data = Arc::new(noise(SIZE));
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/layer.tar", data.as_slice());
+    (origin, data)
+}
+
+/// The entity tag that the origin gives the layer.
+fn tag_of(origin: &Origin) -> Validator {
+    let address = origin
+        .url("")
+        .trim_start_matches("http://")
+        .trim_end_matches('/')
+        .to_owned();
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(
+        stream,
+        "HEAD /layer.tar HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut head = String::new();
+    stream.read_to_string(&mut head).unwrap();
+    let line = head
+        .lines()
+        .find(|line| line.to_ascii_lowercase().starts_with("etag:"))
+        .unwrap();
+    Validator::ETag(line[5..].trim().to_owned())
+}
+
+/// Four readers at random places, looking first as the device does.
+fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
+    let readers: Vec<_> = (0..4u64)
+        .map(|seed| {
+            let (fetcher, data) = (fetcher.clone(), data.clone());
+            std::thread::spawn(move || {
+                let mut state = seed * 77 + 1;
+                let mut random = |below: usize| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    usize::try_from(state >> 33).unwrap() % below
+                };
+                for _ in 0..reads {
+                    let start = random(SIZE);
+                    let len = (1 + random(200_000)).min(SIZE - start);
+                    let bytes = match fetcher.locate(range(start, len)) {
+                        Located::Memory(slices) => joined(&slices),
+                        _ => joined(&fetcher.read_blocking(vec![range(start, len)]).unwrap()),
+                    };
+                    assert!(bytes == data[start..start + len], "wrong bytes at {start}+{len}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.join().unwrap();
+    }
+}
+
+fn survives(menu: Vec<Fault>) {
+    let (origin, data) = served();
+    let name = format!("{menu:?}");
+    origin.set_faults(at_random(7, 250, menu));
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    hammer(&fetcher, &data, 12);
+    let stats = fetcher.stats();
+    assert!(stats.errors > 0, "no failure of {name} was counted: {stats:?}");
+    assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{name}: {stats:?}");
+}
+
+#[test]
+fn resets_and_cut_bodies() {
+    survives(vec![
+        Fault::ResetBefore,
+        Fault::ResetWithin(10_000),
+        Fault::ShortBody(5000),
+    ]);
+}
+
+#[test]
+fn errors_of_the_server() {
+    survives(vec![
+        Fault::Status(500, None),
+        Fault::Status(503, Some(0)),
+        Fault::Status(429, Some(0)),
+    ]);
+}
+
+#[test]
+fn wrong_ranges() {
+    survives(vec![Fault::WrongRange(512), Fault::ShortRange(512)]);
+}
+
+#[test]
+fn silence_delays_and_crawling_bodies() {
+    survives(vec![
+        Fault::Silence,
+        Fault::Delay(Duration::from_millis(50)),
+        Fault::SlowBody(2000),
+    ]);
+}
+
+#[test]
+fn bodies_that_do_not_end_where_they_should() {
+    let (origin, data) = served();
+    origin.set_faults(at_random(3, 300, vec![Fault::LongBody(4096)]));
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    hammer(&fetcher, &data, 12);
+    assert_eq!(fetcher.stats().read_errors, 0);
+}
+
+#[test]
+fn a_restarted_server_is_a_wait() {
+    let (origin, data) = served();
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    for n in 0..20 {
+        origin.drop_connections();
+        let start = n * 140_000;
+        let bytes = joined(&fetcher.read_blocking(vec![range(start, 4096)]).unwrap());
+        assert!(bytes == data[start..start + 4096]);
+    }
+}
+
+#[test]
+fn a_server_without_ranges_is_streamed_once() {
+    let (origin, data) = served();
+    origin.set_ranges(false);
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    hammer(&fetcher, &data, 12);
+    let stats = fetcher.stats();
+    assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{stats:?}");
+    // Every reader may have asked before the first answer showed what server it is; nobody asks twice.
+    assert!(stats.requests <= 16, "{stats:?}");
+}
+
+#[test]
+fn a_single_whole_body_is_used_as_well() {
+    let (origin, data) = served();
+    origin.set_faults(at_random(5, 100, vec![Fault::WholeBody]));
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    hammer(&fetcher, &data, 12);
+    assert_eq!(fetcher.stats().read_errors, 0);
+}
+
+#[test]
+fn a_changed_layer_is_an_error_and_no_bytes() {
+    let (origin, _) = served();
+    let first = layer(&origin, "/layer.tar");
+    let stale = HttpLayer {
+        validator: Some(Validator::ETag("\"not-this\"".to_owned())),
+        ..first.clone()
+    };
+    let error = start(stale, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    assert!(matches!(error, FetchError::Changed { .. }), "{error}");
+    let longer = HttpLayer {
+        size: u(SIZE) + 512,
+        ..first
+    };
+    let error = start(longer, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    assert!(matches!(error, FetchError::Changed { .. }), "{error}");
+    assert_eq!(error.errno(), libc::ESTALE);
+}
+
+#[test]
+fn what_is_not_there_is_refused() {
+    let (origin, _) = served();
+    let error = start(layer(&origin, "/nothing.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    assert!(matches!(error, FetchError::Refused { status: 404, .. }), "{error}");
+    assert_eq!(error.errno(), libc::ENOENT);
+}
+
+#[test]
+fn wrong_answers_for_ever_are_an_error() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::WrongRange(512)]);
+    let error = start(layer(&origin, "/layer.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    assert!(
+        matches!(error, FetchError::WrongAnswer { .. } | FetchError::Changed { .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_deadline_ends_patience() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::Silence]);
+    let options = FetchOptions {
+        deadline: Duration::from_millis(400),
+        ..quick()
+    };
+    let error = start(layer(&origin, "/layer.tar"), options)
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
+}
+
+#[test]
+fn redirects_are_followed_and_asked_for_again_when_they_expire() {
+    let (origin, data) = served();
+    origin.serve_redirect("/signed", "/layer.tar", Duration::from_secs(60));
+    let fetcher = start(layer(&origin, "/signed"), quick());
+    for n in 0..20 {
+        if n % 5 == 4 {
+            origin.expire_redirects();
+        }
+        let start = n * 140_000;
+        let bytes = joined(&fetcher.read_blocking(vec![range(start, 4096)]).unwrap());
+        assert!(bytes == data[start..start + 4096]);
+    }
+    assert_eq!(fetcher.stats().read_errors, 0);
+}
+
+#[test]
+fn a_redirect_loop_ends() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::Redirect("/layer.tar".to_owned())]);
+    let error = start(layer(&origin, "/layer.tar"), quick())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
+}
+
+#[test]
+fn a_restart_finds_what_was_kept() {
+    let (origin, data) = served();
+    let dir = tempfile::tempdir().unwrap();
+    let options = || FetchOptions {
+        store: Some(Store::open(dir.path()).unwrap()),
+        prefetch: false,
+        ..quick()
+    };
+    let layer = HttpLayer {
+        validator: Some(tag_of(&origin)),
+        ..layer(&origin, "/layer.tar")
+    };
+    let fetcher = start(layer.clone(), options());
+    fetcher.read_blocking(vec![range(0, 2_000_000)]).unwrap();
+    fetcher.shutdown();
+    drop(fetcher);
+    drop(origin);
+    let fetcher = start(
+        layer,
+        FetchOptions {
+            deadline: Duration::from_millis(300),
+            ..options()
+        },
+    );
+    let slices = fetcher.read_blocking(vec![range(1000, 1_900_000)]).unwrap();
+    assert!(joined(&slices) == data[1000..1_901_000]);
+    assert!(matches!(
+        fetcher.locate(range(65_536, 4096)),
+        Located::File(..) | Located::Memory(_)
+    ));
+    let error = fetcher.read_blocking(vec![range(2_500_000, 10)]).unwrap_err();
+    assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
+}
+
+#[test]
+fn shutting_down_answers_everybody() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::Silence]);
+    let fetcher = start(layer(&origin, "/layer.tar"), quick());
+    let waiting = {
+        let fetcher = fetcher.clone();
+        std::thread::spawn(move || fetcher.read_blocking(vec![range(0, 4096)]))
+    };
+    std::thread::sleep(Duration::from_millis(50));
+    fetcher.shutdown();
+    assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
+}
