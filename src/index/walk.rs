@@ -65,7 +65,11 @@ pub fn local(
         }
         // Reading on near the end of the last window means that headers lie close together; a jump means they do not.
         let near = at.0 - window_end <= NEAR;
-        window = if near { (window * 2).min(WIDE) } else { (window / 2).max(NARROW) };
+        window = if near {
+            (window * 2).min(WIDE)
+        } else {
+            (window / 2).max(NARROW)
+        };
         let room = usize::try_from(len - at.0).unwrap_or(usize::MAX);
         let want = window.max(parser.wants_len()).min(room).min(WIDE);
         let got = loop {
