@@ -514,6 +514,8 @@ impl Link {
     const SPAN: Duration = Duration::from_millis(50);
     /// What a measurement keeps of its worth until the next one: links change, and not every span is full.
     const FADE: f64 = 0.97;
+    /// What a request costs at least, in seconds: on the shortest way it still is work for both sides.
+    const LEAST: f64 = 0.001;
 
     /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
     fn answered(&self, after: Duration) {
@@ -536,7 +538,7 @@ impl Link {
     fn bytes_in(&self, round_trips: f64) -> u64 {
         let share = self.capacity.get() / f64::from(self.readers.get().max(1));
         // Bounded on both sides, so counting nanoseconds for bytes is exact enough and never out of range.
-        let bounded = (share * self.round_trip.get() * round_trips).clamp(0.0, f64::from(1_u32 << 30));
+        let bounded = (share * self.round_trip.get().max(Self::LEAST) * round_trips).clamp(0.0, f64::from(1_u32 << 30));
         Duration::from_secs_f64(bounded / 1e9)
             .as_nanos()
             .try_into()
