@@ -72,7 +72,9 @@ fn main() -> ExitCode {
         ("ublk, metadata", ublk, Everything::Metadata, ublk::preflight().err()),
         ("ublk, pinned", pinned, Everything::Memory, ublk::preflight().err()),
         ("ublk, one queue", one_queue, Everything::Memory, ublk::preflight().err()),
-        ("fuse+loop", fuse, Everything::Memory, fuse_loop::preflight().err()),
+        ("ublk, fetched", by(BackendChoice::Ublk), Everything::FarAway, ublk::preflight().err()),
+        ("fuse+loop", fuse.clone(), Everything::Memory, fuse_loop::preflight().err()),
+        ("fuse+loop, fetched", fuse, Everything::FarAway, fuse_loop::preflight().err()),
     ];
     for (name, options, everything, missing) in backends {
         if let Some(why) = missing {
@@ -91,12 +93,12 @@ fn main() -> ExitCode {
     let loops = [("loop", attach_loop(&file, false)), ("loop, direct", attach_loop(&file, true))];
     targets.extend(loops.iter().filter_map(|(name, path)| path.clone().map(|path| (*name, path))));
 
-    let mut results: BTreeMap<(usize, usize), Vec<f64>> = BTreeMap::new();
+    let mut results: BTreeMap<(usize, usize), Vec<(f64, f64)>> = BTreeMap::new();
     for _ in 0..plan.rounds {
         for (j, job) in JOBS.iter().enumerate() {
             for (t, (_, path)) in targets.iter().enumerate() {
-                if let Some(iops) = fio(path, *job, plan.seconds) {
-                    results.entry((j, t)).or_default().push(iops);
+                if let Some(measured) = fio(path, *job, plan.seconds) {
+                    results.entry((j, t)).or_default().push(measured);
                 }
             }
         }
@@ -136,8 +138,8 @@ fn attach_loop(file: &Path, direct: bool) -> Option<PathBuf> {
     output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
-/// Reads per second.
-fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize) -> Option<f64> {
+/// Reads per second, and the median latency in nanoseconds.
+fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize) -> Option<(f64, f64)> {
     let output = Command::new("fio")
         .args(["--name=read", "--rw=randread", "--bs=4k", "--direct=1", "--readonly", "--time_based", "--norandommap"])
         .args(["--group_reporting", "--randrepeat=0", "--output-format=json"])
@@ -150,28 +152,32 @@ fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize
         .ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let json: serde_json::Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
-    json["jobs"][0]["read"]["iops"].as_f64()
+    let read = &json["jobs"][0]["read"];
+    Some((read["iops"].as_f64()?, read["clat_ns"]["percentile"]["50.000000"].as_f64()?))
 }
 
-fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Vec<f64>>) {
-    print!("{:<20}", "4k randread, kIOPS");
+fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Vec<(f64, f64)>>) {
+    print!("{:<18}", "kIOPS, median wait");
     for (name, _) in targets {
-        print!("{name:>20}");
+        print!("{name:>24}");
     }
     println!();
     for (j, (engine, depth, processes)) in JOBS.iter().enumerate() {
-        print!("{:<20}", format!("{engine} qd{depth} x{processes}"));
+        print!("{:<18}", format!("{engine} qd{depth} x{processes}"));
         let mut median = |t: usize| {
             let values = results.get_mut(&(j, t))?;
-            values.sort_by(f64::total_cmp);
+            values.sort_by(|a, b| a.0.total_cmp(&b.0));
             values.get(values.len() / 2).copied()
         };
         let medians: Vec<_> = (0..targets.len()).map(&mut median).collect();
         let loops = targets.iter().zip(&medians).filter(|((name, _), _)| name.starts_with("loop"));
-        let bar = loops.filter_map(|(_, median)| *median).fold(0.0, f64::max);
+        let bar = loops.filter_map(|(_, median)| *median).map(|(iops, _)| iops).fold(0.0, f64::max);
         for value in medians {
-            let cell = value.map_or("-".to_owned(), |v| format!("{:.1} ({:.2}x)", v / 1000.0, v / bar));
-            print!("{cell:>20}");
+            let show = |(iops, latency): (f64, f64)| {
+                format!("{:.1} ({:.2}x) {:.0}us", iops / 1000.0, iops / bar, latency / 1000.0)
+            };
+            let cell = value.map_or("-".to_owned(), show);
+            print!("{cell:>24}");
         }
         println!();
     }
