@@ -42,6 +42,8 @@ pub(crate) enum Everything {
     Memory,
     /// Computed metadata; here it is copied.
     Metadata,
+    /// The fetch thread, which has it at once.
+    FarAway,
 }
 
 impl Patchwork {
@@ -54,6 +56,7 @@ impl Patchwork {
         match self.uniform {
             Some(Everything::Memory) => return Origin::Layer(IN_MEMORY, at),
             Some(Everything::Metadata) => return Origin::Metadata,
+            Some(Everything::FarAway) => return Origin::Layer(FAR_AWAY, at),
             None => {}
         }
         if bytes.iter().all(|&byte| byte == 0) {
@@ -198,7 +201,7 @@ pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockI
 
 /// The same with every block from one place.
 pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
-    make(path, Some(everything), None)
+    make(path, Some(everything), Some(Duration::ZERO))
 }
 
 fn make(
