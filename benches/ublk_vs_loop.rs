@@ -38,8 +38,14 @@ const JOBS: &[(&str, u32, u32)] = &[
     ("io_uring", 64, 2),
 ];
 
+#[allow(clippy::too_many_lines)] // one measurement after the other
 fn main() -> ExitCode {
-    let mut plan = Plan { seconds: 2, rounds: 3, mib: 256, only: None };
+    let mut plan = Plan {
+        seconds: 2,
+        rounds: 3,
+        mib: 256,
+        only: None,
+    };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     for pair in arguments.windows(2) {
         let value = || pair[1].parse().expect("a number");
@@ -52,7 +58,10 @@ fn main() -> ExitCode {
         }
     }
     let lacks = |tool: &&&str| Command::new(tool).arg("--version").output().is_err();
-    let tool = ["fio", "losetup"].iter().find(lacks).map(|tool| format!("needs {tool}"));
+    let tool = ["fio", "losetup"]
+        .iter()
+        .find(lacks)
+        .map(|tool| format!("needs {tool}"));
     if let Some(why) = support::missing(None).or(tool) {
         eprintln!("SKIP: ublk_vs_loop: {why}");
         return ExitCode::SUCCESS;
@@ -63,15 +72,34 @@ fn main() -> ExitCode {
 
     let mut targets: Vec<(&str, PathBuf)> = Vec::new();
     let mut devices = Vec::new();
-    let by = |backend| DeviceOptions { backend, ..DeviceOptions::default() };
+    let by = |backend| DeviceOptions {
+        backend,
+        ..DeviceOptions::default()
+    };
     let (ublk, fuse) = (by(BackendChoice::Ublk), by(BackendChoice::Loop));
-    let pinned = DeviceOptions { pin_queues: true, ..ublk.clone() };
-    let one_queue = DeviceOptions { queues: 1, ..ublk.clone() };
+    let pinned = DeviceOptions {
+        pin_queues: true,
+        ..ublk.clone()
+    };
+    let one_queue = DeviceOptions {
+        queues: 1,
+        ..ublk.clone()
+    };
     let backends = [
-        ("ublk, layer bytes", ublk.clone(), Everything::Memory, ublk::preflight().err()),
+        (
+            "ublk, layer bytes",
+            ublk.clone(),
+            Everything::Memory,
+            ublk::preflight().err(),
+        ),
         ("ublk, metadata", ublk, Everything::Metadata, ublk::preflight().err()),
         ("ublk, pinned", pinned, Everything::Memory, ublk::preflight().err()),
-        ("ublk, one queue", one_queue, Everything::Memory, ublk::preflight().err()),
+        (
+            "ublk, one queue",
+            one_queue,
+            Everything::Memory,
+            ublk::preflight().err(),
+        ),
         ("fuse+loop", fuse, Everything::Memory, fuse_loop::preflight().err()),
     ];
     for (name, options, everything, missing) in backends {
@@ -88,8 +116,15 @@ fn main() -> ExitCode {
     if let Some(only) = &plan.only {
         targets.retain(|(name, _)| only.split(',').any(|part| name.contains(part)));
     }
-    let loops = [("loop", attach_loop(&file, false)), ("loop, direct", attach_loop(&file, true))];
-    targets.extend(loops.iter().filter_map(|(name, path)| path.clone().map(|path| (*name, path))));
+    let loops = [
+        ("loop", attach_loop(&file, false)),
+        ("loop, direct", attach_loop(&file, true)),
+    ];
+    targets.extend(
+        loops
+            .iter()
+            .filter_map(|(name, path)| path.clone().map(|path| (*name, path))),
+    );
 
     let mut results: BTreeMap<(usize, usize), Vec<f64>> = BTreeMap::new();
     for _ in 0..plan.rounds {
@@ -118,7 +153,9 @@ fn fill(path: &Path, mib: usize) {
     let mut buf = vec![0u8; 1 << 20];
     for _ in 0..mib {
         for word in buf.chunks_exact_mut(8) {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             word.copy_from_slice(&state.to_le_bytes());
         }
         file.write_all(&buf).expect("room for the image");
@@ -133,13 +170,24 @@ fn attach_loop(file: &Path, direct: bool) -> Option<PathBuf> {
     if !output.status.success() {
         eprintln!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
-    output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+    output
+        .status
+        .success()
+        .then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 /// Reads per second.
 fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize) -> Option<f64> {
     let output = Command::new("fio")
-        .args(["--name=read", "--rw=randread", "--bs=4k", "--direct=1", "--readonly", "--time_based", "--norandommap"])
+        .args([
+            "--name=read",
+            "--rw=randread",
+            "--bs=4k",
+            "--direct=1",
+            "--readonly",
+            "--time_based",
+            "--norandommap",
+        ])
         .args(["--group_reporting", "--randrepeat=0", "--output-format=json"])
         .arg(format!("--ioengine={engine}"))
         .arg(format!("--iodepth={depth}"))
@@ -167,7 +215,10 @@ fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Ve
             values.get(values.len() / 2).copied()
         };
         let medians: Vec<_> = (0..targets.len()).map(&mut median).collect();
-        let loops = targets.iter().zip(&medians).filter(|((name, _), _)| name.starts_with("loop"));
+        let loops = targets
+            .iter()
+            .zip(&medians)
+            .filter(|((name, _), _)| name.starts_with("loop"));
         let bar = loops.filter_map(|(_, median)| *median).fold(0.0, f64::max);
         for value in medians {
             let cell = value.map_or("-".to_owned(), |v| format!("{:.1} ({:.2}x)", v / 1000.0, v / bar));

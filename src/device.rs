@@ -208,8 +208,17 @@ impl Device {
 /// Loads a kernel module and waits a moment for `node`, the device that it brings. Says whether that is there.
 fn load_module(module: &str, node: &str) -> bool {
     let quiet = Stdio::null;
-    let loaded = Command::new("modprobe").arg(module).stdin(quiet()).stdout(quiet()).stderr(quiet()).status();
-    let patience = if loaded.is_ok_and(|status| status.success()) { NODE_LIMIT } else { Duration::ZERO };
+    let loaded = Command::new("modprobe")
+        .arg(module)
+        .stdin(quiet())
+        .stdout(quiet())
+        .stderr(quiet())
+        .status();
+    let patience = if loaded.is_ok_and(|status| status.success()) {
+        NODE_LIMIT
+    } else {
+        Duration::ZERO
+    };
     wait_until(patience, || Path::new(node).exists())
 }
 

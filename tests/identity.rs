@@ -21,7 +21,12 @@ fn compare_all(archives: &[Archive]) {
         gnu_tar_extract(&archive.path, &extracted);
         let mounted = session.mount(archive.path.as_os_str());
         let differences = tree::differences(&extracted, &mounted, &archive.implied);
-        eprintln!("{}: {} names, {} differences", archive.name, tree::count(&mounted), differences.len());
+        eprintln!(
+            "{}: {} names, {} differences",
+            archive.name,
+            tree::count(&mounted),
+            differences.len()
+        );
         complaints.extend(differences.into_iter().map(|line| format!("{}: {line}", archive.name)));
         session.umount();
         fs::remove_dir_all(&extracted).unwrap();
@@ -59,7 +64,11 @@ fn a_debian_root_filesystem_is_as_gnu_tar_extracts_it() {
     let Some(layer) = std::env::var_os("TARBLK_TEST_LAYER") else {
         return skip(NAME, "TARBLK_TEST_LAYER names no layer (tools/debian-layer makes one)");
     };
-    let archive = Archive { name: "debian".to_owned(), path: layer.into(), implied: vec![] };
+    let archive = Archive {
+        name: "debian".to_owned(),
+        path: layer.into(),
+        implied: vec![],
+    };
     compare_all(&[archive]);
 }
 
@@ -74,21 +83,63 @@ fn the_comparer_sees_every_change() {
     corpus::plant(&original);
     let copy = |name: &str| -> PathBuf {
         let to = work.path().join(name);
-        common::succeed(Command::new("cp").arg("-a").arg("--sparse=always").arg(&original).arg(&to));
+        common::succeed(
+            Command::new("cp")
+                .arg("-a")
+                .arg("--sparse=always")
+                .arg(&original)
+                .arg(&to),
+        );
         to
     };
     assert_eq!(tree::differences(&original, &copy("same"), &[]), Vec::<String>::new());
 
     let changes: [(&str, fn(&Path), &str); 9] = [
-        ("missing", |dir| fs::remove_file(dir.join("size-1")).unwrap(), "size-1: missing"),
-        ("extra", |dir| fs::write(dir.join("extra"), b"").unwrap(), "extra: should not be there"),
-        ("mode", |dir| run("chmod", &["600", "size-1"], dir), "size-1: mode is 600, not 644"),
-        ("owner", |dir| run("chown", &["-h", "5:6", "links/absolute"], dir), "owner is (5, 6)"),
-        ("time", |dir| run("touch", &["-h", "-d", "@3.000000007", "nodes/pipe"], dir), "time is (3, 7)"),
-        ("content", |dir| overwrite(&dir.join("size-1048593"), 1_048_580), "content differs from byte 1048580 on"),
-        ("xattr", |dir| run("setfattr", &["-x", "user.empty", "attributes/empty"], dir), "xattrs"),
-        ("links", |dir| run("cp", &["-a", "--remove-destination", "links/one", "links/two"], dir), "first name"),
-        ("text", |dir| run("ln", &["-sfn", "other", "links/relative"], dir), "link text is \"other\""),
+        (
+            "missing",
+            |dir| fs::remove_file(dir.join("size-1")).unwrap(),
+            "size-1: missing",
+        ),
+        (
+            "extra",
+            |dir| fs::write(dir.join("extra"), b"").unwrap(),
+            "extra: should not be there",
+        ),
+        (
+            "mode",
+            |dir| run("chmod", &["600", "size-1"], dir),
+            "size-1: mode is 600, not 644",
+        ),
+        (
+            "owner",
+            |dir| run("chown", &["-h", "5:6", "links/absolute"], dir),
+            "owner is (5, 6)",
+        ),
+        (
+            "time",
+            |dir| run("touch", &["-h", "-d", "@3.000000007", "nodes/pipe"], dir),
+            "time is (3, 7)",
+        ),
+        (
+            "content",
+            |dir| overwrite(&dir.join("size-1048593"), 1_048_580),
+            "content differs from byte 1048580 on",
+        ),
+        (
+            "xattr",
+            |dir| run("setfattr", &["-x", "user.empty", "attributes/empty"], dir),
+            "xattrs",
+        ),
+        (
+            "links",
+            |dir| run("cp", &["-a", "--remove-destination", "links/one", "links/two"], dir),
+            "first name",
+        ),
+        (
+            "text",
+            |dir| run("ln", &["-sfn", "other", "links/relative"], dir),
+            "link text is \"other\"",
+        ),
     ];
     for (name, change, expected) in changes {
         let changed = copy(name);
@@ -100,7 +151,11 @@ fn the_comparer_sees_every_change() {
 }
 
 fn run(program: &str, arguments: &[&str], dir: &Path) {
-    common::succeed(Command::new(program).args(arguments.iter().map(OsStr::new)).current_dir(dir));
+    common::succeed(
+        Command::new(program)
+            .args(arguments.iter().map(OsStr::new))
+            .current_dir(dir),
+    );
 }
 
 /// Changes one byte and leaves the time alone.

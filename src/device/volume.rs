@@ -413,7 +413,10 @@ mod tests {
                 };
                 out.push(Piece { len, origin });
                 if len < BLOCK_SIZE {
-                    out.push(Piece { len: BLOCK_SIZE - len, origin: Origin::Zero });
+                    out.push(Piece {
+                        len: BLOCK_SIZE - len,
+                        origin: Origin::Zero,
+                    });
                 }
             }
         }
@@ -433,7 +436,10 @@ mod tests {
     impl Letters {
         fn slices(range: TarRange) -> Vec<Slice> {
             let len = usize::try_from(range.len).unwrap();
-            vec![b'a'; len].chunks(1000).map(|chunk| Slice::from(chunk.to_vec())).collect()
+            vec![b'a'; len]
+                .chunks(1000)
+                .map(|chunk| Slice::from(chunk.to_vec()))
+                .collect()
         }
     }
 
@@ -457,13 +463,22 @@ mod tests {
     }
 
     fn volume(short: bool) -> Volume {
-        Volume::new(Arc::new(Sample), Arc::new(Letters { short, ..Letters::default() }), 1)
+        Volume::new(
+            Arc::new(Sample),
+            Arc::new(Letters {
+                short,
+                ..Letters::default()
+            }),
+            1,
+        )
     }
 
     fn look(volume: &Volume, block: u64, count: usize) -> (Found, Vec<u8>, Vec<Gap>) {
         let mut buf = vec![b'?'; count * BLOCK];
         let mut scratch = Scratch::default();
-        let found = volume.look(block * BLOCK_SIZE, &mut buf, &mut scratch, volume.lane(0)).unwrap();
+        let found = volume
+            .look(block * BLOCK_SIZE, &mut buf, &mut scratch, volume.lane(0))
+            .unwrap();
         (found, buf, scratch.gaps)
     }
 
@@ -475,7 +490,10 @@ mod tests {
         assert!(matches!(look(&volume, 2, 1), (Found::Filled, buf, _) if buf.iter().all(|&byte| byte == b'a')));
         let (found, _, gaps) = look(&volume, 3, 1);
         assert!(matches!(found, Found::Gaps));
-        assert_eq!((gaps.len(), gaps[0].file, gaps[0].len), (1, Some((7, 3 * BLOCK_SIZE)), BLOCK));
+        assert_eq!(
+            (gaps.len(), gaps[0].file, gaps[0].len),
+            (1, Some((7, 3 * BLOCK_SIZE)), BLOCK)
+        );
         let (found, _, gaps) = look(&volume, 4, 1);
         assert!(matches!(found, Found::Gaps));
         assert_eq!((gaps[0].file, gaps[0].range.range.start.0), (None, 4 * BLOCK_SIZE));
@@ -489,9 +507,16 @@ mod tests {
         let volume = volume(false);
         let (found, buf, gaps) = look(&volume, 0, 6);
         assert!(matches!(found, Found::Gaps));
-        assert_eq!(gaps.iter().map(|gap| (gap.at, gap.len)).collect::<Vec<_>>(), [(3 * BLOCK, BLOCK), (4 * BLOCK, BLOCK)]);
+        assert_eq!(
+            gaps.iter().map(|gap| (gap.at, gap.len)).collect::<Vec<_>>(),
+            [(3 * BLOCK, BLOCK), (4 * BLOCK, BLOCK)]
+        );
         // Only the gaps are untouched.
-        let untouched = buf.iter().enumerate().filter(|(_, byte)| **byte == b'?').map(|(at, _)| at / BLOCK);
+        let untouched = buf
+            .iter()
+            .enumerate()
+            .filter(|(_, byte)| **byte == b'?')
+            .map(|(at, _)| at / BLOCK);
         assert!(untouched.clone().all(|block| block == 3 || block == 4));
         assert_eq!(untouched.count(), 2 * BLOCK);
 
@@ -523,7 +548,16 @@ mod tests {
     #[test]
     fn too_few_bytes_are_an_error_and_never_served() {
         let read = volume(true).read_blocking(4 * BLOCK_SIZE, &mut [0; BLOCK], &mut Scratch::default());
-        assert!(matches!(read, Err(ReadError::WrongLength { wanted: 4096, got: 4000 })), "{read:?}");
+        assert!(
+            matches!(
+                read,
+                Err(ReadError::WrongLength {
+                    wanted: 4096,
+                    got: 4000
+                })
+            ),
+            "{read:?}"
+        );
     }
 
     #[test]
@@ -531,7 +565,9 @@ mod tests {
         let volume = volume(false);
         volume.close();
         let mut buf = [0; BLOCK];
-        volume.read_blocking(2 * BLOCK_SIZE, &mut buf, &mut Scratch::default()).unwrap();
+        volume
+            .read_blocking(2 * BLOCK_SIZE, &mut buf, &mut Scratch::default())
+            .unwrap();
         let read = volume.read_blocking(4 * BLOCK_SIZE, &mut buf, &mut Scratch::default());
         assert!(matches!(read, Err(ReadError::Stopped)));
     }

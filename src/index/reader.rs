@@ -579,35 +579,35 @@ mod tests {
             ("a mode of thirteen bits", |c| c.new_owners = vec![0x80, 0x40, 0, 0]),
             ("a time that is not there", |c| c.times = vec![33]),
             ("too many nanoseconds", |c| {
-                (c.times, c.new_times) = (vec![32], vec![0, 0x80, 0x94, 0xeb, 0xdc, 0x03])
+                (c.times, c.new_times) = (vec![32], vec![0, 0x80, 0x94, 0xeb, 0xdc, 0x03]);
             }),
             ("attributes out of turn", |c| (c.tags, c.rare) = (vec![0x21], vec![3])),
             ("a set of no attributes", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 0])
+                (c.tags, c.rare) = (vec![0x21], vec![0, 0]);
             }),
             ("the same attribute twice", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 2, 1, b'a', 0, 1, b'a', 0])
+                (c.tags, c.rare) = (vec![0x21], vec![0, 2, 1, b'a', 0, 1, b'a', 0]);
             }),
             ("an endless attribute", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f])
+                (c.tags, c.rare) = (vec![0x21], vec![0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f]);
             }),
             ("a segment beyond the size", |c| {
-                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 2, 4])
+                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 2, 4]);
             }),
             ("a segment of no bytes", |c| {
-                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 0, 0])
+                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 0, 0]);
             }),
             ("a wide device number", |c| {
-                (c.tags, c.rare) = (vec![4], vec![0xff, 0xff, 0xff, 0xff, 0x10, 0])
+                (c.tags, c.rare) = (vec![4], vec![0xff, 0xff, 0xff, 0xff, 0x10, 0]);
             }),
             ("content beyond the tar", |c| {
-                (c.tags, c.sizes) = (vec![0], vec![0x80, 0x80, 0x80, 0x80, 0x20])
+                (c.tags, c.sizes) = (vec![0], vec![0x80, 0x80, 0x80, 0x80, 0x20]);
             }),
             ("a huge size", |c| {
-                (c.tags, c.sizes) = (vec![0], vec![0xff; 9].into_iter().chain([1]).collect())
+                (c.tags, c.sizes) = (vec![0], vec![0xff; 9].into_iter().chain([1]).collect());
             }),
             ("a place beyond the tar", |c| {
-                (c.tags, c.rare) = (vec![0x09], vec![0xff, 0xff, 0xff, 0xff, 0x0f, 1])
+                (c.tags, c.rare) = (vec![0x09], vec![0xff, 0xff, 0xff, 0xff, 0x0f, 1]);
             }),
         ];
         for (what, change) in changes {

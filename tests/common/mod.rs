@@ -68,13 +68,21 @@ pub(crate) fn succeed(command: &mut Command) -> Vec<u8> {
 }
 
 /// Extracts a tar as root would: everything it records, and nothing of this machine's users. ACLs come as container tools
-/// have them, as `SCHILY.xattr.system.posix_acl_*`; the text form `SCHILY.acl.*` is left alone on purpose.
+/// have them, as `SCHILY.xattr.system.posix_acl_*`; the text form `SCHILY.acl.*` is left alone on purpose. Directory
+/// times are set at the end, because not every program writes a tar depth first.
 pub(crate) fn gnu_tar_extract(tar: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     let mut command = Command::new("tar");
     command
         .env("LC_ALL", "C")
-        .args(["--xattrs", "--xattrs-include=*", "--numeric-owner", "--same-owner", "-p"])
+        .args([
+            "--xattrs",
+            "--xattrs-include=*",
+            "--numeric-owner",
+            "--same-owner",
+            "-p",
+            "--delay-directory-restore",
+        ])
         .args(["--warning=no-unknown-keyword", "--warning=no-timestamp"])
         .arg("-C")
         .arg(to)
@@ -85,7 +93,10 @@ pub(crate) fn gnu_tar_extract(tar: &Path, to: &Path) {
 
 /// A scratch directory under the target directory, which the guest sees too; removed when dropped.
 pub(crate) fn scratch(prefix: &str) -> tempfile::TempDir {
-    tempfile::Builder::new().prefix(prefix).tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    tempfile::Builder::new()
+        .prefix(prefix)
+        .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        .unwrap()
 }
 
 /// A path's parts joined, for messages and arguments.

@@ -91,7 +91,13 @@ impl Header {
         let sum: i64 = self
             .0
             .iter()
-            .map(|&byte| if signed { i64::from(byte.cast_signed()) } else { i64::from(byte) })
+            .map(|&byte| {
+                if signed {
+                    i64::from(byte.cast_signed())
+                } else {
+                    i64::from(byte)
+                }
+            })
             .sum();
         let digits = format!("{sum:06o}\0 ");
         self.0[148..156].copy_from_slice(digits.as_bytes());

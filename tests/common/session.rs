@@ -17,13 +17,21 @@ pub(crate) struct Session {
 
 impl Session {
     pub(crate) fn new(backend: &'static str) -> Self {
-        Self { scratch: super::scratch("session-"), mounted: Vec::new(), backend }
+        Self {
+            scratch: super::scratch("session-"),
+            mounted: Vec::new(),
+            backend,
+        }
     }
 
     /// One below `dir`, for a guest, where the usual places cannot be written.
     pub(crate) fn below(dir: &Path, backend: &'static str) -> Self {
         let scratch = tempfile::Builder::new().prefix("session-").tempdir_in(dir).unwrap();
-        Self { scratch, mounted: Vec::new(), backend }
+        Self {
+            scratch,
+            mounted: Vec::new(),
+            backend,
+        }
     }
 
     pub(crate) fn dir(&self) -> &Path {
@@ -58,7 +66,13 @@ impl Session {
     pub(crate) fn mount(&mut self, source: &OsStr) -> PathBuf {
         let dir = self.dir().join(format!("mount-{}", self.mounted.len()));
         fs::create_dir_all(&dir).unwrap();
-        self.succeed(&[OsStr::new("mount"), source, dir.as_os_str(), OsStr::new("--backend"), OsStr::new(self.backend)]);
+        self.succeed(&[
+            OsStr::new("mount"),
+            source,
+            dir.as_os_str(),
+            OsStr::new("--backend"),
+            OsStr::new(self.backend),
+        ]);
         self.mounted.push(dir.clone());
         dir
     }
@@ -123,15 +137,24 @@ pub(crate) fn leftovers(marker: &Path) -> Vec<String> {
         let is_ours = command.starts_with(TARBLK.as_bytes()) || command.starts_with(b"tarblk");
         let text = [String::from_utf8_lossy(&command), String::from_utf8_lossy(&environment)].concat();
         if is_ours && text.contains(marker) {
-            found.push(format!("process {}: {}", pid.display(), String::from_utf8_lossy(&command).replace('\0', " ")));
+            found.push(format!(
+                "process {}: {}",
+                pid.display(),
+                String::from_utf8_lossy(&command).replace('\0', " ")
+            ));
         }
     }
-    found.extend(mounts().lines().filter(|line| line.contains(marker)).map(|line| format!("mount {line}")));
+    found.extend(
+        mounts()
+            .lines()
+            .filter(|line| line.contains(marker))
+            .map(|line| format!("mount {line}")),
+    );
     for entry in fs::read_dir("/sys/block").unwrap().flatten() {
-        if let Ok(file) = fs::read_to_string(entry.path().join("loop/backing_file")) {
-            if file.contains(marker) {
-                found.push(format!("{} over {}", entry.file_name().display(), file.trim()));
-            }
+        if let Ok(file) = fs::read_to_string(entry.path().join("loop/backing_file"))
+            && file.contains(marker)
+        {
+            found.push(format!("{} over {}", entry.file_name().display(), file.trim()));
         }
     }
     for entry in fs::read_dir("/run/tarblk").into_iter().flatten().flatten() {

@@ -54,10 +54,11 @@ pub(crate) fn differences(expected: &Path, found: &Path, implied: &[PathBuf]) ->
         if wanted != node {
             lines.push(format!("{}: {}", name.display(), describe(wanted, node)));
         }
-        if node.kind == "file" && wanted.kind == "file" {
-            if let Some(at) = first_difference(&expected.join(name), &found.join(name)) {
-                lines.push(format!("{}: content differs from byte {at} on", name.display()));
-            }
+        if node.kind == "file"
+            && wanted.kind == "file"
+            && let Some(at) = first_difference(&expected.join(name), &found.join(name))
+        {
+            lines.push(format!("{}: content differs from byte {at} on", name.display()));
         }
     }
     lines
@@ -81,9 +82,17 @@ fn describe(wanted: &Node, found: &Node) -> String {
     part("time", format!("{:?}", wanted.mtime), format!("{:?}", found.mtime));
     part("size", wanted.size.to_string(), found.size.to_string());
     part("link count", wanted.links.to_string(), found.links.to_string());
-    part("first name", format!("{:?}", wanted.first_name), format!("{:?}", found.first_name));
+    part(
+        "first name",
+        format!("{:?}", wanted.first_name),
+        format!("{:?}", found.first_name),
+    );
     part("device", format!("{:?}", wanted.device), format!("{:?}", found.device));
-    part("link text", format!("{:?}", wanted.link_text), format!("{:?}", found.link_text));
+    part(
+        "link text",
+        format!("{:?}", wanted.link_text),
+        format!("{:?}", found.link_text),
+    );
     part("xattrs", format!("{:?}", wanted.xattrs), format!("{:?}", found.xattrs));
     parts.join("; ")
 }
@@ -105,10 +114,17 @@ fn read(root: &Path) -> BTreeMap<PathBuf, Node> {
     let mut first_names = BTreeMap::new();
     let mut nodes = BTreeMap::new();
     for name in names {
-        let path = if name.as_os_str().is_empty() { root.to_owned() } else { root.join(&name) };
+        let path = if name.as_os_str().is_empty() {
+            root.to_owned()
+        } else {
+            root.join(&name)
+        };
         let found = fs::symlink_metadata(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let kind = found.file_type();
-        let first_name = first_names.entry((found.dev(), found.ino())).or_insert_with(|| name.clone()).clone();
+        let first_name = first_names
+            .entry((found.dev(), found.ino()))
+            .or_insert_with(|| name.clone())
+            .clone();
         let node = Node {
             kind: match () {
                 () if kind.is_dir() => "directory",
@@ -130,7 +146,11 @@ fn read(root: &Path) -> BTreeMap<PathBuf, Node> {
             } else {
                 (0, 0)
             },
-            link_text: if kind.is_symlink() { fs::read_link(&path).unwrap().into() } else { OsString::new() },
+            link_text: if kind.is_symlink() {
+                fs::read_link(&path).unwrap().into()
+            } else {
+                OsString::new()
+            },
             xattrs: xattrs(&path),
         };
         nodes.insert(name, node);
@@ -167,7 +187,11 @@ fn first_difference(expected: &Path, found: &Path) -> Option<u64> {
             .read_to_end(&mut right_bytes)
             .unwrap_or_else(|e| panic!("{}: {e}", found.display()));
         if left_bytes != right_bytes {
-            let same = left_bytes.iter().zip(&right_bytes).take_while(|(left, right)| left == right).count();
+            let same = left_bytes
+                .iter()
+                .zip(&right_bytes)
+                .take_while(|(left, right)| left == right)
+                .count();
             return Some(at + u64::try_from(same).unwrap());
         }
         if left_bytes.is_empty() {

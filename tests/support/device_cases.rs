@@ -281,7 +281,13 @@ fn serves_many_readers_at_once() {
                         // Makes the kernel ask again.
                         let start = u64::try_from(at).unwrap();
                         let advice = rustix::fs::Advice::DontNeed;
-                        rustix::fs::fadvise(&file, start, std::num::NonZeroU64::new(u64::try_from(len).unwrap()), advice).unwrap();
+                        rustix::fs::fadvise(
+                            &file,
+                            start,
+                            std::num::NonZeroU64::new(u64::try_from(len).unwrap()),
+                            advice,
+                        )
+                        .unwrap();
                     }
                     file.read_exact_at(&mut got, u64::try_from(at).unwrap()).unwrap();
                     assert!(got == content[at..at + len], "{len} bytes at {at} differ");
@@ -385,7 +391,11 @@ fn finds_a_mount_in_another_namespace() {
         .expect("unshare (util-linux) is needed");
     let _ = elsewhere.stdout.take().unwrap().read_exact(&mut [0]);
     let error = mount::unmount(&lab.states(), &lab.mnt()).unwrap_err().to_string();
-    let place = format!("{} in the mount namespace of process {}", lab.mnt().display(), elsewhere.id());
+    let place = format!(
+        "{} in the mount namespace of process {}",
+        lab.mnt().display(),
+        elsewhere.id()
+    );
     assert!(error.contains(&place), "the message does not say where: {error}");
     elsewhere.kill().unwrap();
     elsewhere.wait().unwrap();

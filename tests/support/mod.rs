@@ -211,7 +211,13 @@ fn make(
     file.read_to_end(&mut content).unwrap();
     assert_eq!(content.len() % BLOCK, 0);
     let bytes = PatchworkBytes::new(&content, file, delay);
-    (Arc::new(Patchwork { content: Arc::new(content), uniform }), Arc::new(bytes))
+    (
+        Arc::new(Patchwork {
+            content: Arc::new(content),
+            uniform,
+        }),
+        Arc::new(bytes),
+    )
 }
 
 /// An ext4 filesystem of `mib` MiB with a few files, made by `mke2fs`, in a plain file.

@@ -77,7 +77,10 @@ struct Desk<'a> {
 
 impl Desk<'_> {
     fn take_buffer(&self) -> IoBuf<u8> {
-        self.buffers.borrow_mut().pop().unwrap_or_else(|| IoBuf::new(self.io_bytes))
+        self.buffers
+            .borrow_mut()
+            .pop()
+            .unwrap_or_else(|| IoBuf::new(self.io_bytes))
     }
 
     fn give_back(&self, buf: IoBuf<u8>) {
@@ -185,7 +188,9 @@ fn wait_for_events(queue: &UblkQueue<'_>) -> Result<(), UblkError> {
 /// The life of one tag: fetch a request, answer it, fetch the next.
 async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
     let queue = &desk.queue;
-    let mut next = queue.submit_io_prep_cmd(tag, BufDesc::Slice(unused.as_slice()), 0, Some(&unused)).await;
+    let mut next = queue
+        .submit_io_prep_cmd(tag, BufDesc::Slice(unused.as_slice()), 0, Some(&unused))
+        .await;
     loop {
         match next {
             Ok(SERVE) => {}
@@ -214,7 +219,9 @@ async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
             Answer::Memory(slice, _) => Some(slice),
             Answer::Zeros(_) | Answer::Bare(_) => None,
         };
-        next = queue.submit_io_commit_cmd(tag, BufDesc::RawAddress(address), result).await;
+        next = queue
+            .submit_io_commit_cmd(tag, BufDesc::RawAddress(address), result)
+            .await;
     }
 }
 
@@ -250,7 +257,9 @@ async fn answer(desk: &Desk<'_>, tag: u16) -> Answer {
     let offset = start.saturating_mul(512);
     let mut scratch = desk.scratch.borrow_mut().pop().unwrap_or_default();
     let mut buf = desk.take_buffer();
-    let found = desk.volume.look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
+    let found = desk
+        .volume
+        .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
     let found = match found {
         Ok(Found::Gaps) => {
             let began = began.unwrap_or_else(Instant::now);
