@@ -266,13 +266,13 @@ impl Stage {
     fn show_bench(&self, made: &layer::Made, report: &Path) -> anyhow::Result<Vec<String>> {
         self.say("How long until a program has run that is not there yet? Against download and untar, and download and mount")?;
         let words = format!(
-            "tarblk bench layer.tar --rtt 20ms --rate 200mbit --runs 3 --report {}",
+            "tarblk bench layer.tar --rtt 20ms --rate 200mbit --runs 2 --report {}",
             report.display()
         );
         println(format_args!("{INDENT}$ {words} -- {}", made.command))?;
         // The same arguments through the same code; only the layer's name is spelled out, for this process is elsewhere.
         let layer = self.path("layer.tar");
-        let args = ["tarblk", "bench", "--rtt=20ms", "--rate=200mbit", "--runs=3"].map(OsString::from);
+        let args = ["tarblk", "bench", "--rtt=20ms", "--rate=200mbit", "--runs=2"].map(OsString::from);
         let scratch = [
             OsString::from("--scratch"),
             self.dir.path().into(),

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use crate::interrupt::Interrupt;
 
 /// How big the layer becomes, about, in bytes.
-const BUDGET: u64 = 64 << 20;
+const BUDGET: u64 = 96 << 20;
 
 /// Of that, what a language's library may take, so that there is room for things that nobody touches.
 const LIBRARY_BUDGET: u64 = 40 << 20;
