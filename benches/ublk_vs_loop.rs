@@ -39,7 +39,12 @@ const JOBS: &[(&str, u32, u32)] = &[
 ];
 
 fn main() -> ExitCode {
-    let mut plan = Plan { seconds: 2, rounds: 3, mib: 256, only: None };
+    let mut plan = Plan {
+        seconds: 2,
+        rounds: 3,
+        mib: 256,
+        only: None,
+    };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     for pair in arguments.windows(2) {
         let value = || pair[1].parse().expect("a number");
@@ -52,7 +57,10 @@ fn main() -> ExitCode {
         }
     }
     let lacks = |tool: &&&str| Command::new(tool).arg("--version").output().is_err();
-    let tool = ["fio", "losetup"].iter().find(lacks).map(|tool| format!("needs {tool}"));
+    let tool = ["fio", "losetup"]
+        .iter()
+        .find(lacks)
+        .map(|tool| format!("needs {tool}"));
     if let Some(why) = support::missing(None).or(tool) {
         eprintln!("SKIP: ublk_vs_loop: {why}");
         return ExitCode::SUCCESS;
@@ -63,18 +71,52 @@ fn main() -> ExitCode {
 
     let mut targets: Vec<(&str, PathBuf)> = Vec::new();
     let mut devices = Vec::new();
-    let by = |backend| DeviceOptions { backend, ..DeviceOptions::default() };
+    let by = |backend| DeviceOptions {
+        backend,
+        ..DeviceOptions::default()
+    };
     let (ublk, fuse) = (by(BackendChoice::Ublk), by(BackendChoice::Loop));
-    let pinned = DeviceOptions { pin_queues: true, ..ublk.clone() };
-    let one_queue = DeviceOptions { queues: 1, ..ublk.clone() };
+    let pinned = DeviceOptions {
+        pin_queues: true,
+        ..ublk.clone()
+    };
+    let one_queue = DeviceOptions {
+        queues: 1,
+        ..ublk.clone()
+    };
     let backends = [
-        ("ublk, layer bytes", ublk.clone(), Everything::Memory, ublk::preflight().err()),
+        (
+            "ublk, layer bytes",
+            ublk.clone(),
+            Everything::Memory,
+            ublk::preflight().err(),
+        ),
         ("ublk, metadata", ublk, Everything::Metadata, ublk::preflight().err()),
         ("ublk, pinned", pinned, Everything::Memory, ublk::preflight().err()),
-        ("ublk, one queue", one_queue, Everything::Memory, ublk::preflight().err()),
-        ("ublk, fetched", by(BackendChoice::Ublk), Everything::FarAway, ublk::preflight().err()),
-        ("fuse+loop", fuse.clone(), Everything::Memory, fuse_loop::preflight().err()),
-        ("fuse+loop, fetched", fuse, Everything::FarAway, fuse_loop::preflight().err()),
+        (
+            "ublk, one queue",
+            one_queue,
+            Everything::Memory,
+            ublk::preflight().err(),
+        ),
+        (
+            "ublk, fetched",
+            by(BackendChoice::Ublk),
+            Everything::FarAway,
+            ublk::preflight().err(),
+        ),
+        (
+            "fuse+loop",
+            fuse.clone(),
+            Everything::Memory,
+            fuse_loop::preflight().err(),
+        ),
+        (
+            "fuse+loop, fetched",
+            fuse,
+            Everything::FarAway,
+            fuse_loop::preflight().err(),
+        ),
     ];
     for (name, options, everything, missing) in backends {
         if let Some(why) = missing {
@@ -90,8 +132,15 @@ fn main() -> ExitCode {
     if let Some(only) = &plan.only {
         targets.retain(|(name, _)| only.split(',').any(|part| name.contains(part)));
     }
-    let loops = [("loop", attach_loop(&file, false)), ("loop, direct", attach_loop(&file, true))];
-    targets.extend(loops.iter().filter_map(|(name, path)| path.clone().map(|path| (*name, path))));
+    let loops = [
+        ("loop", attach_loop(&file, false)),
+        ("loop, direct", attach_loop(&file, true)),
+    ];
+    targets.extend(
+        loops
+            .iter()
+            .filter_map(|(name, path)| path.clone().map(|path| (*name, path))),
+    );
 
     let mut results: BTreeMap<(usize, usize), Vec<(f64, f64)>> = BTreeMap::new();
     for _ in 0..plan.rounds {
@@ -120,7 +169,9 @@ fn fill(path: &Path, mib: usize) {
     let mut buf = vec![0u8; 1 << 20];
     for _ in 0..mib {
         for word in buf.chunks_exact_mut(8) {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             word.copy_from_slice(&state.to_le_bytes());
         }
         file.write_all(&buf).expect("room for the image");
@@ -135,13 +186,24 @@ fn attach_loop(file: &Path, direct: bool) -> Option<PathBuf> {
     if !output.status.success() {
         eprintln!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
-    output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+    output
+        .status
+        .success()
+        .then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 /// Reads per second, and the median latency in nanoseconds.
 fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize) -> Option<(f64, f64)> {
     let output = Command::new("fio")
-        .args(["--name=read", "--rw=randread", "--bs=4k", "--direct=1", "--readonly", "--time_based", "--norandommap"])
+        .args([
+            "--name=read",
+            "--rw=randread",
+            "--bs=4k",
+            "--direct=1",
+            "--readonly",
+            "--time_based",
+            "--norandommap",
+        ])
         .args(["--group_reporting", "--randrepeat=0", "--output-format=json"])
         .arg(format!("--ioengine={engine}"))
         .arg(format!("--iodepth={depth}"))
@@ -153,7 +215,10 @@ fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize
     let text = String::from_utf8_lossy(&output.stdout);
     let json: serde_json::Value = serde_json::from_str(&text[text.find('{')?..]).ok()?;
     let read = &json["jobs"][0]["read"];
-    Some((read["iops"].as_f64()?, read["clat_ns"]["percentile"]["50.000000"].as_f64()?))
+    Some((
+        read["iops"].as_f64()?,
+        read["clat_ns"]["percentile"]["50.000000"].as_f64()?,
+    ))
 }
 
 fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Vec<(f64, f64)>>) {
@@ -170,8 +235,14 @@ fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Ve
             values.get(values.len() / 2).copied()
         };
         let medians: Vec<_> = (0..targets.len()).map(&mut median).collect();
-        let loops = targets.iter().zip(&medians).filter(|((name, _), _)| name.starts_with("loop"));
-        let bar = loops.filter_map(|(_, median)| *median).map(|(iops, _)| iops).fold(0.0, f64::max);
+        let loops = targets
+            .iter()
+            .zip(&medians)
+            .filter(|((name, _), _)| name.starts_with("loop"));
+        let bar = loops
+            .filter_map(|(_, median)| *median)
+            .map(|(iops, _)| iops)
+            .fold(0.0, f64::max);
         for value in medians {
             let show = |(iops, latency): (f64, f64)| {
                 format!("{:.1} ({:.2}x) {:.0}us", iops / 1000.0, iops / bar, latency / 1000.0)

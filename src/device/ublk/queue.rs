@@ -457,7 +457,10 @@ mod tests {
                 assert!(!look_out.look(|| false));
             }
         }
-        assert!((100..120).contains(&looked), "an idle queue looked out {looked} times in 100,000 sleeps");
+        assert!(
+            (100..120).contains(&looked),
+            "an idle queue looked out {looked} times in 100,000 sleeps"
+        );
         while !look_out.is_due() {}
         assert!(look_out.look(|| true));
         assert!(look_out.is_due() && look_out.look(|| true) && look_out.is_due());
