@@ -71,55 +71,12 @@ fn main() -> ExitCode {
 
     let mut targets: Vec<(&str, PathBuf)> = Vec::new();
     let mut devices = Vec::new();
-    let by = |backend| DeviceOptions {
-        backend,
-        ..DeviceOptions::default()
-    };
-    let (ublk, fuse) = (by(BackendChoice::Ublk), by(BackendChoice::Loop));
-    let pinned = DeviceOptions {
-        pin_queues: true,
-        ..ublk.clone()
-    };
-    let one_queue = DeviceOptions {
-        queues: 1,
-        ..ublk.clone()
-    };
-    let backends = [
-        (
-            "ublk, layer bytes",
-            ublk.clone(),
-            Everything::Memory,
-            ublk::preflight().err(),
-        ),
-        ("ublk, metadata", ublk, Everything::Metadata, ublk::preflight().err()),
-        ("ublk, pinned", pinned, Everything::Memory, ublk::preflight().err()),
-        (
-            "ublk, one queue",
-            one_queue,
-            Everything::Memory,
-            ublk::preflight().err(),
-        ),
-        (
-            "ublk, fetched",
-            by(BackendChoice::Ublk),
-            Everything::FarAway,
-            ublk::preflight().err(),
-        ),
-        (
-            "fuse+loop",
-            fuse.clone(),
-            Everything::Memory,
-            fuse_loop::preflight().err(),
-        ),
-        (
-            "fuse+loop, fetched",
-            fuse,
-            Everything::FarAway,
-            fuse_loop::preflight().err(),
-        ),
-    ];
-    for (name, options, everything, missing) in backends {
-        if let Some(why) = missing {
+    for (name, options, everything) in carriers() {
+        let missing = match options.backend {
+            BackendChoice::Loop => fuse_loop::preflight(),
+            _ => ublk::preflight(),
+        };
+        if let Err(why) = missing {
             eprintln!("SKIP: {name}: {why}");
             continue;
         }
@@ -160,6 +117,32 @@ fn main() -> ExitCode {
         device.stop().expect("the device goes away");
     }
     ExitCode::SUCCESS
+}
+
+/// The devices that are compared: name, how it is made, where its blocks come from.
+fn carriers() -> [(&'static str, DeviceOptions, Everything); 7] {
+    let by = |backend| DeviceOptions {
+        backend,
+        ..DeviceOptions::default()
+    };
+    let (ublk, fuse) = (by(BackendChoice::Ublk), by(BackendChoice::Loop));
+    let pinned = DeviceOptions {
+        pin_queues: true,
+        ..ublk.clone()
+    };
+    let one_queue = DeviceOptions {
+        queues: 1,
+        ..ublk.clone()
+    };
+    [
+        ("ublk, layer bytes", ublk.clone(), Everything::Memory),
+        ("ublk, metadata", ublk.clone(), Everything::Metadata),
+        ("ublk, pinned", pinned, Everything::Memory),
+        ("ublk, one queue", one_queue, Everything::Memory),
+        ("ublk, fetched", ublk, Everything::FarAway),
+        ("fuse+loop", fuse.clone(), Everything::Memory),
+        ("fuse+loop, fetched", fuse, Everything::FarAway),
+    ]
 }
 
 /// Bytes that are nowhere zero and nowhere alike.
