@@ -1,72 +1,31 @@
-//! Replays a trace of block reads against the planner on a simulated link and prints time, requests and bytes.
+//! Replays a trace of block reads of a layer's image against the planner on a simulated link, and prints time, waits,
+//! requests and bytes.
 //!
-//! `cargo bench --bench plan_sim -- FILES TRACE [RTT_MS] [MBIT]`
+//! `cargo bench --bench plan_sim -- LAYER.tar TRACE [RTT_MS [MBIT [search]]]`
 //!
-//! FILES has a line `TAR_OFFSET SIZE DIRECTORY_NUMBER` for each regular file in tar order; TRACE a line `MICROSECONDS
-//! TAR_OFFSET LENGTH` for each read, in order. The pauses of the trace are kept, so its own storage time is in the result.
-//! Without arguments it makes a tree and a reader of its own.
+//! TRACE has a line `MICROSECONDS OFFSET LENGTH` for each read of the device, in order; times are those of a reader that
+//! waits for nothing, so that its own work is in the result and no storage's. The kernel's block layer tells them
+//! (`blktrace`, or the events `block_rq_issue` and `block_rq_complete`). Without arguments it makes a layer and a reader
+//! of its own. `search` tries planners of other numbers.
 //!
 //! The link is first in, first out: a request's bytes queue behind those asked for before, and the reader waits for every
 //! read. That is harsher than parallel connections and asynchronous readahead.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet};
-use std::ops::ControlFlow;
+use std::collections::{BinaryHeap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tarblk::fetch::link::Link;
 use tarblk::fetch::plan::{PlanOptions, Planner, Presence, Stretch, merge};
 use tarblk::fetch::{CHUNK_BYTES, ChunkKey};
-use tarblk::image::{FileId, FileMap, StoredFile};
-use tarblk::units::{LayerId, TarOffset, TarRange};
-
-#[derive(Debug, Default)]
-struct Files {
-    /// Offset, size, directory; in tar order.
-    files: Vec<(u64, u64, u32)>,
-    directories: HashMap<u32, Vec<u32>>,
-}
-
-impl Files {
-    fn new(files: Vec<(u64, u64, u32)>) -> Self {
-        let mut directories: HashMap<u32, Vec<u32>> = HashMap::new();
-        for (number, file) in files.iter().enumerate() {
-            directories
-                .entry(file.2)
-                .or_default()
-                .push(u32::try_from(number).unwrap());
-        }
-        Self { files, directories }
-    }
-
-    fn stored(&self, number: u32) -> StoredFile {
-        let (offset, size, _) = self.files[usize::try_from(number).unwrap()];
-        StoredFile {
-            file: FileId(number),
-            layer: LayerId(0),
-            range: TarRange::new(TarOffset(offset), size),
-        }
-    }
-}
-
-impl FileMap for Files {
-    fn file_at(&self, _layer: LayerId, at: TarOffset) -> Option<StoredFile> {
-        let after = self.files.partition_point(|file| file.0 <= at.0);
-        let found = self.stored(u32::try_from(after.checked_sub(1)?).unwrap());
-        found.range.contains(at).then_some(found)
-    }
-
-    fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>) {
-        let directory = &self.directories[&self.files[usize::try_from(file.0).unwrap()].2];
-        let here = directory.partition_point(|number| *number < file.0);
-        for number in directory[here + 1..].iter().chain(&directory[..here]) {
-            if visit(self.stored(*number)).is_break() {
-                return;
-            }
-        }
-    }
-}
+use tarblk::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::image::{BlockImage as _, Origin};
+use tarblk::index::walk;
+use tarblk::tree::TreeBuilder;
+use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
 
 struct Read {
     pause_us: u64,
@@ -88,7 +47,9 @@ struct Outcome {
     touched: u64,
 }
 
-struct Simulation {
+struct Simulation<'a> {
+    tar: &'a File,
+    gap: u32,
     now: u64,
     epoch: Instant,
     rtt_us: u64,
@@ -112,7 +73,7 @@ fn whole(n: f64) -> u64 {
     Duration::from_secs_f64(n / 1e6).as_micros().try_into().unwrap()
 }
 
-impl Simulation {
+impl Simulation<'_> {
     fn presence(&self, key: ChunkKey) -> Presence {
         if self.here.contains(&key) {
             Presence::Here
@@ -139,6 +100,33 @@ impl Simulation {
             self.events.push(Reverse((whole(at), Event::Chunk(key))));
         }
         self.free_at = at;
+    }
+
+    /// Shows a chunk that is here.
+    fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
+        let here = self.here.contains(&key);
+        if here {
+            let mut chunk = [0; 32 << 10];
+            let start = u64::from(key.index) * CHUNK_BYTES;
+            let len = self.tar.read_at(&mut chunk, start).unwrap_or(0);
+            show(&chunk[..len]);
+        }
+        here
+    }
+
+    /// Sends what is absent of `now`; only the `demanded` chunks are waited for.
+    fn send_all(&mut self, now: &[Stretch], demanded: &[ChunkKey], planner: &mut Planner) {
+        for flight in merge(now, self.gap, 128, &|key| self.presence(key)) {
+            for key in flight.keys() {
+                if demanded.contains(&key) {
+                    planner.demanded(CHUNK_BYTES);
+                } else if self.presence(key) == Presence::Absent {
+                    planner.suspected(CHUNK_BYTES);
+                    self.unread.insert(key);
+                }
+            }
+            self.send(flight);
+        }
     }
 
     /// Fills the link behind demand.
@@ -178,6 +166,9 @@ impl Simulation {
                     self.link.arrived(self.instant(), CHUNK_BYTES);
                     self.coming.remove(&key);
                     self.here.insert(key);
+                    let mut now = Vec::new();
+                    planner.landed(key, &|key, show| self.peek(key, show), &mut now);
+                    self.send_all(&now, &[], planner);
                     self.pump(planner);
                 }
             }
@@ -185,9 +176,19 @@ impl Simulation {
     }
 }
 
-fn simulate(files: &Arc<Files>, trace: &[Read], size: u64, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outcome {
-    let mut planner = Planner::new(Some(files.clone()), vec![size], options.clone());
+/// A layer, its image, and who reads it.
+struct Case {
+    tar: File,
+    size: u64,
+    image: Arc<Ext4Image>,
+    trace: Vec<Read>,
+}
+
+fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outcome {
+    let mut planner = Planner::new(Some(case.image.clone()), vec![case.size], options.clone());
     let mut sim = Simulation {
+        tar: &case.tar,
+        gap: options.gap,
         now: 0,
         epoch: Instant::now(),
         rtt_us: rtt_ms * 1000,
@@ -204,7 +205,7 @@ fn simulate(files: &Arc<Files>, trace: &[Read], size: u64, options: &PlanOptions
     };
     let mut waits = 0;
     let mut touched: HashSet<u64> = HashSet::new();
-    for read in trace {
+    for read in &case.trace {
         for page in read.range.start.0 / 4096..=(read.range.end().0 - 1) / 4096 {
             touched.insert(page);
         }
@@ -224,17 +225,10 @@ fn simulate(files: &Arc<Files>, trace: &[Read], size: u64, options: &PlanOptions
         } else {
             planner.miss(LayerId(0), read.range, &|key| sim.presence(key), &mut now);
         }
-        for flight in merge(&now, options.gap, 128, &|key| sim.presence(key)) {
-            for key in flight.keys() {
-                if wanted.keys().any(|asked| asked == key) {
-                    planner.demanded(CHUNK_BYTES);
-                } else if sim.presence(key) == Presence::Absent {
-                    planner.suspected(CHUNK_BYTES);
-                    sim.unread.insert(key);
-                }
-            }
-            sim.send(flight);
-        }
+        sim.send_all(&now, &wanted.keys().collect::<Vec<_>>(), &mut planner);
+        now.clear();
+        planner.touched(&|key, show| sim.peek(key, show), &mut now);
+        sim.send_all(&now, &[], &mut planner);
         sim.pump(&mut planner);
         if std::env::var_os("SIM_WAITS").is_some() && !wanted.keys().all(|key| sim.here.contains(&key)) {
             println!(
@@ -265,35 +259,92 @@ fn simulate(files: &Arc<Files>, trace: &[Read], size: u64, options: &PlanOptions
     }
 }
 
-fn numbers(path: &str) -> Vec<[u64; 3]> {
-    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    let line = |line: &str| -> [u64; 3] {
-        let mut fields = line.split_whitespace().map(|field| field.parse().unwrap());
-        std::array::from_fn(|_| fields.next().unwrap())
-    };
-    text.lines().map(line).collect()
+/// The layer at `path`, read by nobody yet.
+fn case(path: &str) -> Case {
+    let tar = File::open(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let size = tar.metadata().expect("a file").len();
+    let mut tree = TreeBuilder::new();
+    walk::local(&tar, size, &mut tree, &mut |_, _| ()).expect("a tar");
+    let image = Ext4Image::plan(tree.finish(), &Ext4Options::default()).expect("an image");
+    Case {
+        tar,
+        size,
+        image: Arc::new(image),
+        trace: Vec::new(),
+    }
+}
+
+impl Case {
+    /// Adds a read of the image: of the layer's bytes in it, one piece after the other.
+    fn read(&mut self, mut pause_us: u64, offset: u64, len: u64) {
+        let mut pieces = Vec::new();
+        let first = offset / BLOCK_SIZE;
+        self.image
+            .pieces(first, (offset + len).div_ceil(BLOCK_SIZE) - first, &mut pieces);
+        for piece in pieces {
+            if let Origin::Layer(_, start) = piece.origin {
+                let range = TarRange::new(start, piece.len);
+                self.trace.push(Read { pause_us, range });
+                pause_us = 0;
+            }
+        }
+    }
+
+    fn replay(&mut self, path: &str) {
+        let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let mut last = 0;
+        for line in text.lines() {
+            let mut fields = line
+                .split_whitespace()
+                .map(|field| field.parse::<u64>().expect("numbers"));
+            let mut field = || fields.next().expect("three numbers a line");
+            let (at, offset, len) = (field(), field(), field());
+            self.read(at - last, offset, len);
+            last = at;
+        }
+    }
 }
 
 /// 400 directories of 25 files; a reader that opens a third of the files of every twentieth directory.
-fn invented() -> (Vec<(u64, u64, u32)>, Vec<Read>) {
-    let (mut files, mut trace, mut offset, mut state) = (Vec::new(), Vec::new(), 512, 1u64);
-    for directory in 0..400 {
-        for file in 0..25 {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            let size = 1 << (9 + (state >> 33) % 11);
-            files.push((offset, size, directory));
-            if directory % 20 == 0 && file % 3 == 0 {
-                trace.push(Read {
-                    pause_us: 1000,
-                    range: TarRange::new(TarOffset(offset), size.min(65536)),
-                });
+fn invented(directory: &std::path::Path) -> Case {
+    let path = directory.join("layer.tar");
+    let mut tar = tar::Builder::new(File::create(&path).expect("a file"));
+    let mut state = 1u64;
+    for file in 0..10_000u32 {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let mut header = tar::Header::new_ustar();
+        let size = 1u64 << (9 + (state >> 33) % 11);
+        header.set_size(size);
+        header.set_mode(0o644);
+        let name = format!("{}/{}", file / 25, file % 25);
+        let content = vec![b'x'; usize::try_from(size).expect("small")];
+        tar.append_data(&mut header, name, &content[..])
+            .expect("room for the layer");
+    }
+    tar.finish().expect("room for the layer");
+    let mut case = case(path.to_str().expect("a plain path"));
+    let mut reads = Vec::new();
+    let mut collect = |file: tarblk::image::StoredFile| reads.push((file.file.0, file.range));
+    let mut at = TarOffset(512);
+    while at.0 < case.size {
+        use tarblk::image::FileMap as _;
+        match case.image.file_at(LayerId(0), at) {
+            Some(file) => {
+                collect(file);
+                at = TarOffset(file.range.end().0.next_multiple_of(512) + 512);
             }
-            offset += size.div_ceil(512) * 512 + 512;
+            None => at = at.plus(512),
         }
     }
-    (files, trace)
+    for (number, range) in reads {
+        if number / 25 % 20 == 0 && number % 3 == 0 {
+            let range = TarRange::new(range.start, range.len.min(65536));
+            case.trace.push(Read { pause_us: 1000, range });
+        }
+    }
+    case
 }
 
 fn main() {
@@ -301,29 +352,17 @@ fn main() {
         .skip(1)
         .filter(|argument| argument != "--bench")
         .collect();
-    let (files, trace) = match arguments.get(..2) {
-        Some([files, trace]) => {
-            let files = numbers(files)
-                .into_iter()
-                .map(|[a, b, c]| (a, b, u32::try_from(c).unwrap()))
-                .collect();
-            let mut last = 0;
-            let read = |[at, offset, len]: [u64; 3]| {
-                let pause_us = at - last;
-                last = at;
-                Read {
-                    pause_us,
-                    range: TarRange::new(TarOffset(offset), len),
-                }
-            };
-            (files, numbers(trace).into_iter().map(read).collect::<Vec<_>>())
+    let scratch = tempfile::tempdir().expect("a directory");
+    let case = match arguments.get(..2) {
+        Some([layer, trace]) => {
+            let mut case = case(layer);
+            case.replay(trace);
+            case
         }
-        _ => invented(),
+        _ => invented(scratch.path()),
     };
     let argument = |n: usize, or: u64| arguments.get(n).map_or(or, |text| text.parse().unwrap());
     let (rtt_ms, mbit) = (argument(2, 20), argument(3, 200));
-    let size = files.iter().map(|file| file.0 + file.1).max().unwrap_or(0) + 1024;
-    let files = Arc::new(Files::new(files));
     println!(
         "{:>52} {:>7} {:>6} {:>9} {:>8} {:>8}",
         "policy", "s", "waits", "requests", "MiB", "touched"
@@ -342,13 +381,18 @@ fn main() {
             let options = PlanOptions {
                 small_file: pick(&[256 << 10, 512 << 10, 1 << 20]),
                 with_demand: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
-                first_touch: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                widest_touch: pick(&[512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]),
-                neighbours: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20]),
+                first_touch: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
+                widest_touch: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]),
+                neighbours: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]),
+                neighbours_percent: pick(&[50, 100, 200, 400]),
+                small_neighbour: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
+                program_part: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
                 first_window: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20]),
                 credit: pick(&[256 << 10, 1 << 20, 2 << 20]),
                 credit_percent: pick(&[10, 20, 30, 40, 60, 80, 100]),
                 urgent_percent: pick(&[40, 60, 80, 100, 150, 1000]),
+                fault_around: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
+                import_hops: u8::try_from(pick(&[0, 1, 2, 3])).unwrap(),
                 gap: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
                 ..base.clone()
             };
@@ -356,7 +400,7 @@ fn main() {
         }
     }
     for (name, options) in policies {
-        let out = simulate(&files, &trace, size, &options, rtt_ms, mbit);
+        let out = simulate(&case, &options, rtt_ms, mbit);
         let mib = |bytes: u64| float(bytes) / 1_048_576.0;
         println!(
             "{name:>52} {:>7.2} {:>6} {:>9} {:>8.1} {:>8.1}",

@@ -53,11 +53,17 @@ pub trait BlockImage: Send + Sync + fmt::Debug {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u32);
 
+/// A directory that files lie in, by a number that means nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DirectoryId(pub u32);
+
 /// A file's stored bytes: from its first to its last byte in the tar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredFile {
     /// Which file.
     pub file: FileId,
+    /// The directory of its first name.
+    pub directory: DirectoryId,
     /// The layer that holds it.
     pub layer: LayerId,
     /// Where in that layer.
@@ -72,6 +78,13 @@ pub trait FileMap: Send + Sync + fmt::Debug {
     /// Visits the other files of `file`'s directory in tar order, starting behind `file` and wrapping round, until told to
     /// stop.
     fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>);
+
+    /// The file that `path` leads to, symbolic links followed: from the root when it begins with `/`, else from
+    /// `directory`. None when it leads to nothing, or to no file with stored bytes.
+    fn resolve(&self, directory: DirectoryId, path: &[u8]) -> Option<StoredFile>;
+
+    /// The file's path by its first name, with a leading slash.
+    fn path(&self, file: FileId) -> Option<Vec<u8>>;
 }
 
 /// What a tree holds and a filesystem image cannot.

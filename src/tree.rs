@@ -310,6 +310,44 @@ impl Tree {
         Some(NodeId(dirents[found].node))
     }
 
+    /// What `path` leads to: from the root when it begins with `/`, else from the directory `from`. Symbolic links are
+    /// followed inside the tree, also a last one, at most 40 of them (the kernel's number); `..` stays below the root.
+    #[must_use]
+    pub fn resolve(&self, from: NodeId, path: &[u8]) -> Option<NodeId> {
+        const LINKS_MAX: u32 = 40;
+        let parts = |path: &[u8]| path.split(|&byte| byte == b'/').map(<[u8]>::to_vec).rev().collect();
+        let mut pending: Vec<Vec<u8>> = parts(path);
+        let mut at = if path.starts_with(b"/") { NodeId::ROOT } else { from };
+        let mut links = 0;
+        while let Some(part) = pending.pop() {
+            match &part[..] {
+                b"" | b"." => continue,
+                b".." => {
+                    at = self.node(at).parent();
+                    continue;
+                }
+                name => {
+                    let next = self.child(at, name)?;
+                    if self.node(next).kind() != NodeKind::Symlink {
+                        at = next;
+                        continue;
+                    }
+                    links += 1;
+                    if links > LINKS_MAX {
+                        return None;
+                    }
+                    let text = self.link_text(next);
+                    if text.starts_with(b"/") {
+                        at = NodeId::ROOT;
+                    }
+                    let mut further: Vec<Vec<u8>> = parts(text);
+                    pending.append(&mut further);
+                }
+            }
+        }
+        Some(at)
+    }
+
     /// A symlink's text; empty for everything else.
     #[must_use]
     pub fn link_text(&self, node: NodeId) -> &[u8] {

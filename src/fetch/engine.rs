@@ -38,6 +38,8 @@ const LONGEST_FLIGHT: u32 = 128;
 /// In a flight on suspicion every so many chunks one tells at once when it is read, so that the planner keeps ahead of
 /// readers that find everything in memory.
 const MARKER_DISTANCE: u32 = 8;
+/// A flight on suspicion this short is files, not a part of one: each first read of a file in it says something.
+const MARKED_WHOLE: u32 = 32;
 /// Connections opened when the fetcher starts.
 const WARM_CONNECTIONS: usize = 4;
 
@@ -228,6 +230,11 @@ impl Engine {
             self.read_cached(cached);
             self.launch(&now);
             self.hear_touches();
+            now.clear();
+            self.planner
+                .borrow_mut()
+                .touched(&|key, show| self.peek(key, show), &mut now);
+            self.launch(&now);
             self.pump();
         }
         self.stop();
@@ -352,6 +359,15 @@ impl Engine {
         }
     }
 
+    /// Shows a chunk that is in memory.
+    fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
+        let chunk = self.shared.tier.get(key);
+        if let Some(chunk) = &chunk {
+            show(chunk.bytes());
+        }
+        chunk.is_some()
+    }
+
     /// Sends demand flights for what is absent of `stretches`.
     fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
         if stretches.is_empty() {
@@ -390,7 +406,8 @@ impl Engine {
         for key in flight.keys() {
             let pending = all.entry(key).or_default();
             pending.coming = true;
-            pending.marker = (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
+            pending.marker =
+                flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
             if pending.waiters.is_empty() {
                 pending.suspected = true;
                 planner.suspected(CHUNK_BYTES);
@@ -421,6 +438,11 @@ impl Engine {
                 .request
                 .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
         }
+        let mut now = Vec::new();
+        self.planner
+            .borrow_mut()
+            .landed(key, &|key, show| self.peek(key, show), &mut now);
+        self.launch(&now);
         if keep {
             self.keep(key, chunk, false);
         }

@@ -4,12 +4,18 @@
 //! Pure: no clock, no I/O, no chunk data. It knows the files through a [`FileMap`] and what is here through a question it
 //! asks. It must never promise a chunk: what it queues may be dropped at any time.
 
+mod needs;
+mod neighbours;
+mod programs;
+mod python;
+
 use std::collections::VecDeque;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use self::neighbours::Neighbours;
+use self::programs::{Programs, Wanted};
 use super::chunk::{CHUNK_BYTES, ChunkKey};
-use crate::image::{FileId, FileMap, StoredFile};
+use crate::image::{FileId, FileMap};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Where a chunk is, as far as planning goes.
@@ -25,6 +31,9 @@ pub enum Presence {
 
 /// Says where a chunk is.
 pub type Look<'a> = &'a dyn Fn(ChunkKey) -> Presence;
+
+/// Shows the bytes of a chunk to whoever asks, if it is in memory, and says whether it is.
+pub type Peek<'a> = &'a dyn Fn(ChunkKey, &mut dyn FnMut(&[u8])) -> bool;
 
 /// Chunks of one layer, side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,8 +114,20 @@ pub struct PlanOptions {
     pub first_touch: u64,
     /// ...up to this.
     pub widest_touch: u64,
-    /// At each first touch of a file so many bytes of its directory are queued.
+    /// At the first touch of a file so many bytes of its directory are queued...
     pub neighbours: u64,
+    /// ...and at each further file's so many that what is queued and unread is at most this percentage of what was read
+    /// there, and [`neighbours`](Self::neighbours) on top: a directory whose files are read one after the other comes
+    /// whole, one that is visited for a single file does not.
+    pub neighbours_percent: u64,
+    /// Files of a directory are neighbours up to this size.
+    pub small_neighbour: u64,
+    /// Of a library that a program names and of the parts of a program that its loader reads, at most so much is queued.
+    pub program_part: u64,
+    /// Modules are followed so many imports from one that a reader touched.
+    pub import_hops: u8,
+    /// What the kernel reads on both sides of a fault in a mapped file: half its read-ahead.
+    pub fault_around: u64,
     /// A reader that has read so much in one go is sequential; its window is as long as that.
     pub first_window: u64,
     /// Its largest.
@@ -126,25 +147,26 @@ impl Default for PlanOptions {
         Self {
             small_file: 512 << 10,
             with_demand: 512 << 10,
-            first_touch: 128 << 10,
+            first_touch: 256 << 10,
             widest_touch: 2 << 20,
-            neighbours: 1 << 20,
+            neighbours: 64 << 10,
+            neighbours_percent: 100,
+            small_neighbour: 64 << 10,
+            program_part: 512 << 10,
+            import_hops: 3,
+            fault_around: 16 << 10,
             first_window: 128 << 10,
             largest_window: 16 << 20,
-            credit: 2 << 20,
+            credit: 1 << 20,
             credit_percent: 50,
             urgent_percent: 1000,
-            gap: 2,
+            gap: 4,
         }
     }
 }
 
 /// How many sequential readers are followed at once.
 const MOST_STREAMS: usize = 32;
-/// How many directories' wants are remembered.
-const MOST_BATCHES: usize = 64;
-/// How many neighbours are looked at for one touch; most of a huge directory is never looked at.
-const MOST_VISITS: usize = 512;
 /// A reader that jumps no further than this is still sequential: the kernel's requests overtake each other.
 const SLACK: u64 = 128 << 10;
 
@@ -171,9 +193,9 @@ pub struct Planner {
     streams: VecDeque<Stream>,
     /// The rest of files and windows whose readers are known.
     urgent: VecDeque<Stretch>,
-    /// Directory neighbours, the latest touch's first.
-    batches: VecDeque<VecDeque<Stretch>>,
-    last_file: Option<FileId>,
+    neighbours: Neighbours,
+    programs: Programs,
+    seen: Seen,
     /// How wide the last touch of a big file reached, the latest first.
     touched: VecDeque<(FileId, u64)>,
     /// Bytes that readers got, and bytes fetched on suspicion that nobody read yet.
@@ -191,8 +213,9 @@ impl Planner {
             options,
             streams: VecDeque::new(),
             urgent: VecDeque::new(),
-            batches: VecDeque::new(),
-            last_file: None,
+            neighbours: Neighbours::default(),
+            programs: Programs::default(),
+            seen: Seen::default(),
             touched: VecDeque::new(),
             read: 0,
             unread: 0,
@@ -272,13 +295,7 @@ impl Planner {
         if !self.may_suspect(self.options.credit_percent) {
             return None;
         }
-        while let Some(batch) = self.batches.front_mut() {
-            if let Some(found) = take_from(batch, most, self.options.gap, look) {
-                return Some(found);
-            }
-            self.batches.pop_front();
-        }
-        None
+        self.neighbours.next(most, self.options.gap, look)
     }
 
     /// Whether what lies here unread is little enough, measured by what was read.
@@ -365,45 +382,62 @@ impl Planner {
         self.streams.truncate(MOST_STREAMS);
     }
 
-    /// Queues the neighbours of a file that is touched for the first time.
+    /// At a file's first touch: queues its neighbours, and looks into it as soon as its first bytes are here.
     fn look_around(&mut self, layer: LayerId, range: TarRange, look: Look<'_>) {
         let Some(files) = self.files.clone() else { return };
         let Some(file) = files.file_at(layer, range.start) else {
             return;
         };
-        if self.last_file == Some(file.file) {
-            return;
+        if self.seen.first_time(file.file) {
+            self.neighbours.touched(&*files, file, &self.options, look);
+            self.programs.touched(file);
         }
-        self.last_file = Some(file.file);
-        let mut batch: VecDeque<Stretch> = VecDeque::new();
-        let (mut bytes, mut visits) = (0, 0);
-        files.neighbours(file.file, &mut |next: StoredFile| {
-            visits += 1;
-            if next.range.len <= self.options.small_file && !next.range.is_empty() {
-                let stretch = Stretch::of(next.layer, next.range);
-                let missing = stretch.keys().filter(|key| look(*key) == Presence::Absent).count();
-                if missing > 0 {
-                    bytes += next.range.len;
-                    match batch.back_mut() {
-                        Some(last)
-                            if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) =>
-                        {
-                            last.end = last.end.max(stretch.end);
-                        }
-                        _ => batch.push_back(stretch),
-                    }
-                }
-            }
-            if bytes >= self.options.neighbours || visits >= MOST_VISITS {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        });
-        if !batch.is_empty() {
-            self.batches.push_front(batch);
-            self.batches.truncate(MOST_BATCHES);
+    }
+
+    /// A chunk has come; `peek` shows it and others. Appends to `now` what it says will be read next: that is no guess, and
+    /// is fetched like demand.
+    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+        if self.programs.awaits(key) {
+            self.look_inside(peek, now);
         }
+    }
+
+    /// The same for what was touched and had come before.
+    pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+        if self.programs.is_fresh() {
+            self.look_inside(peek, now);
+        }
+    }
+
+    fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+        let Some(files) = self.files.clone() else { return };
+        let wanted = self.programs.read_on(&*files, &self.options, peek);
+        let stretch = |wanted: &Wanted| Stretch::of(wanted.layer, wanted.range);
+        now.extend(wanted.iter().filter(|wanted| wanted.certain).map(stretch));
+        // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
+        // module's imports are read before those of the ones that import it.
+        let mut likely: Vec<Stretch> = wanted.iter().filter(|wanted| !wanted.certain).map(stretch).collect();
+        likely.sort_unstable();
+        for stretch in likely.into_iter().rev() {
+            self.urgent.push_front(stretch);
+        }
+    }
+}
+
+/// Which files were touched: a bit each.
+#[derive(Debug, Default)]
+struct Seen(Vec<u64>);
+
+impl Seen {
+    /// Whether it is the first time that this is asked of `file`.
+    fn first_time(&mut self, FileId(file): FileId) -> bool {
+        let (word, bit) = (super::chunk::to_usize(u64::from(file / 64)), 1 << (file % 64));
+        if self.0.len() <= word {
+            self.0.resize(word + 1, 0);
+        }
+        let first = self.0[word] & bit == 0;
+        self.0[word] |= bit;
+        first
     }
 }
 

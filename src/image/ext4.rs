@@ -12,7 +12,7 @@
 use std::fmt;
 use std::ops::ControlFlow;
 
-use super::{BlockImage, FileId, FileMap, ImageError, Origin, Piece, StoredFile};
+use super::{BlockImage, DirectoryId, FileId, FileMap, ImageError, Origin, Piece, StoredFile};
 use crate::tree::{Content, NodeId, NodeKind, Tree, XattrSetId, show};
 use crate::units::{BLOCK_SIZE, LayerId, TarOffset, to_usize};
 
@@ -375,6 +375,16 @@ impl FileMap for Ext4Image {
 
     fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>) {
         self.data.neighbours(&self.tree, file, visit);
+    }
+
+    fn resolve(&self, directory: DirectoryId, path: &[u8]) -> Option<StoredFile> {
+        let node = self.tree.resolve(NodeId::from_raw(directory.0), path)?;
+        self.data.file_of(&self.tree, node)
+    }
+
+    fn path(&self, file: FileId) -> Option<Vec<u8>> {
+        let path = self.tree.path(self.data.node_of(file)?);
+        Some([b"/", &path[..]].concat())
     }
 }
 

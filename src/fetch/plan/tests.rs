@@ -1,9 +1,11 @@
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashSet};
+use std::ops::ControlFlow;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::image::{DirectoryId, StoredFile};
 
 const LAYER: LayerId = LayerId(0);
 const CHUNK: u64 = CHUNK_BYTES;
@@ -27,6 +29,7 @@ impl Row {
         let file = FileId(u32::try_from(number).unwrap());
         StoredFile {
             file,
+            directory: DirectoryId(0),
             layer: LAYER,
             range: TarRange::new(TarOffset(start), len),
         }
@@ -42,6 +45,14 @@ impl FileMap for Row {
         (0..self.0.len())
             .map(|number| self.stored(number))
             .find(|file| file.range.contains(at))
+    }
+
+    fn resolve(&self, _: DirectoryId, _: &[u8]) -> Option<StoredFile> {
+        None
+    }
+
+    fn path(&self, _: FileId) -> Option<Vec<u8>> {
+        None
     }
 
     fn neighbours(&self, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>) {

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 
 use super::extent::{EXTENT_BLOCKS_MAX, Extent};
 use super::number::Numbers;
-use crate::image::{FileId, ImageError, Origin, Piece, StoredFile};
+use crate::image::{DirectoryId, FileId, ImageError, Origin, Piece, StoredFile};
 use crate::index::Segment;
 use crate::tree::{Content, NodeId, NodeKind, Tree, show};
 use crate::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange, to_usize};
@@ -245,6 +245,20 @@ impl Data {
         (file.layer == layer && file.range.contains(at)).then_some(file)
     }
 
+    /// The file that is `node`, if it stores bytes.
+    pub(super) fn file_of(&self, tree: &Tree, node: NodeId) -> Option<StoredFile> {
+        if tree.node(node).kind() != NodeKind::File {
+            return None;
+        }
+        let (layer, start) = stored_at(tree, node)?;
+        self.file_at(tree, layer, start)
+    }
+
+    /// The node that holds a file.
+    pub(super) fn node_of(&self, file: FileId) -> Option<NodeId> {
+        self.files.get(to_usize(file.0)).map(|file| NodeId::from_raw(file.node))
+    }
+
     /// Visits the other files of the same directory, in the tar's order from `file` on.
     pub(super) fn neighbours(&self, tree: &Tree, file: FileId, visit: &mut dyn FnMut(StoredFile) -> ControlFlow<()>) {
         let next = |file: u32| {
@@ -276,6 +290,7 @@ impl Data {
         let file = FileId(u32::try_from(at).expect("counted in 32 bits"));
         StoredFile {
             file,
+            directory: DirectoryId(tree.node(node).parent().raw()),
             layer: tree.node(node).layer(),
             range: TarRange::new(start, end.since(start)),
         }

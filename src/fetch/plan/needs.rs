@@ -1,0 +1,358 @@
+//! What a program needs besides itself, read from its own bytes: the interpreter and libraries that an ELF file names, the
+//! parts of it that its loader reads before anything runs, the interpreter of a script.
+//!
+//! In: a file's length and whatever of its bytes is here. Out: names and ranges, or which bytes would have to be here to
+//! say. Pure, and only a hint: what is wrong in a file makes the hint worse and nothing else. Sources: the System V ABI
+//! (gabi 4.1, chapters 4 and 5), elf(5), and what glibc's and musl's loaders read.
+
+use std::cell::RefCell;
+
+use crate::fetch::chunk::to_usize;
+
+/// Program headers looked at; real files have about a dozen.
+const MOST_HEADERS: u64 = 64;
+/// The longest program header; real ones have 32 or 56 bytes.
+const LONGEST_HEADER: u64 = 128;
+/// The longest dynamic section read, and the most names taken from it.
+const LONGEST_DYNAMIC: u64 = 16 << 10;
+const MOST_NAMES: usize = 64;
+/// The longest name.
+const LONGEST_NAME: u64 = 256;
+
+/// What a program needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// The program that starts it: an absolute path.
+    pub(super) interpreter: Option<Vec<u8>>,
+    /// Libraries by name, in the order of their loading.
+    pub(super) libraries: Vec<Vec<u8>>,
+    /// Where it says that they lie, as it says it (`$ORIGIN` and all).
+    pub(super) search: Vec<Vec<u8>>,
+    /// The parts of the file, as offset and length, that a loader reads before the program runs: symbols and relocations,
+    /// and what is written to.
+    pub(super) parts: Vec<(u64, u64)>,
+    /// Bytes that must be here before the rest can be said, likewise.
+    pub(super) lacking: Vec<(u64, u64)>,
+}
+
+/// Reads bytes of the file: offset and length. None when they are not here.
+pub(super) type Peek<'a> = &'a dyn Fn(u64, u64) -> Option<Vec<u8>>;
+
+/// What the file needs, as far as its bytes are here. Nothing, when it is neither an ELF file nor a script, or makes no
+/// sense.
+pub(super) fn needs(file_len: u64, peek: Peek<'_>) -> Needs {
+    let file = File {
+        len: file_len,
+        peek,
+        lacking: RefCell::default(),
+    };
+    let mut needs = Needs::default();
+    if let Some(head) = file.bytes(0, 64.min(file_len)) {
+        if head.starts_with(b"#!") {
+            needs = script(&head);
+        } else if let Some(elf) = Elf::new(&head) {
+            elf.needs(&file, &mut needs);
+        }
+    }
+    needs.lacking = file.lacking.into_inner();
+    needs
+}
+
+/// A script's first line: `#! interpreter argument`. With `env` the argument is what matters, and is a name.
+fn script(head: &[u8]) -> Needs {
+    let line = head.get(2..).unwrap_or_default();
+    let mut words = line
+        .split(|&byte| byte == b'\n')
+        .next()
+        .unwrap_or_default()
+        .split(|byte| matches!(byte, b' ' | b'\t'))
+        .filter(|word| !word.is_empty());
+    let interpreter = words.next().filter(|word| word.starts_with(b"/")).map(<[u8]>::to_vec);
+    let through_env = interpreter.as_ref().is_some_and(|path| path.ends_with(b"/env"));
+    let named = words.next().filter(|word| through_env && !word.starts_with(b"-"));
+    Needs {
+        interpreter: match named {
+            Some(name) => Some([b"/usr/bin/".as_slice(), name].concat()),
+            None => interpreter,
+        },
+        ..Needs::default()
+    }
+}
+
+struct File<'a> {
+    len: u64,
+    peek: Peek<'a>,
+    lacking: RefCell<Vec<(u64, u64)>>,
+}
+
+impl File<'_> {
+    /// Exactly these bytes, if they are here; what lies past the file's end does not exist and is empty.
+    fn bytes(&self, at: u64, len: u64) -> Option<Vec<u8>> {
+        if len == 0 || at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Some(Vec::new());
+        }
+        let bytes = (self.peek)(at, len);
+        if bytes.is_none() {
+            self.lacking.borrow_mut().push((at, len));
+        }
+        bytes
+    }
+}
+
+/// The fields of a header, in either width and byte order.
+struct Elf {
+    wide: bool,
+    big: bool,
+    headers_at: u64,
+    header_len: u64,
+    headers: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Segment {
+    kind: u64,
+    offset: u64,
+    address: u64,
+    len: u64,
+    writable: bool,
+}
+
+const LOAD: u64 = 1;
+const DYNAMIC: u64 = 2;
+const INTERP: u64 = 3;
+const DT_NEEDED: u64 = 1;
+const DT_STRTAB: u64 = 5;
+const DT_STRSZ: u64 = 10;
+const DT_RPATH: u64 = 15;
+const DT_RUNPATH: u64 = 29;
+
+impl Elf {
+    fn new(head: &[u8]) -> Option<Self> {
+        if !head.starts_with(b"\x7fELF") {
+            return None;
+        }
+        let (wide, big) = (*head.get(4)? == 2, *head.get(5)? == 2);
+        let elf = Self {
+            wide,
+            big,
+            headers_at: 0,
+            header_len: 0,
+            headers: 0,
+        };
+        let (headers_at, header_len, headers) = if wide { (32, 54, 56) } else { (28, 42, 44) };
+        Some(Self {
+            headers_at: elf.word(head, headers_at)?,
+            header_len: elf.number(head, header_len, 2).filter(|len| *len <= LONGEST_HEADER)?,
+            headers: elf.number(head, headers, 2)?.min(MOST_HEADERS),
+            ..elf
+        })
+    }
+
+    fn number(&self, bytes: &[u8], at: usize, len: usize) -> Option<u64> {
+        let field = bytes.get(at..at.checked_add(len)?)?;
+        let add = |sum: u64, byte: &u8| sum << 8 | u64::from(*byte);
+        Some(if self.big {
+            field.iter().fold(0, add)
+        } else {
+            field.iter().rev().fold(0, add)
+        })
+    }
+
+    /// An address, offset or size at `at`.
+    fn word(&self, bytes: &[u8], at: usize) -> Option<u64> {
+        self.number(bytes, at, if self.wide { 8 } else { 4 })
+    }
+
+    fn segment(&self, header: &[u8]) -> Option<Segment> {
+        let (flags, offset, address, len) = if self.wide { (4, 8, 16, 32) } else { (24, 4, 8, 16) };
+        Some(Segment {
+            kind: self.number(header, 0, 4)?,
+            offset: self.word(header, offset)?,
+            address: self.word(header, address)?,
+            len: self.word(header, len)?,
+            writable: self.number(header, flags, 4)? & 2 != 0,
+        })
+    }
+
+    fn needs(&self, file: &File<'_>, needs: &mut Needs) {
+        let Some(table) = file.bytes(self.headers_at, self.headers * self.header_len) else {
+            return;
+        };
+        let segments: Vec<Segment> = table
+            .chunks_exact(to_usize(self.header_len).max(1))
+            .filter_map(|header| self.segment(header))
+            .collect();
+        // The loader reads symbols and relocations, which lie in the first segment in front of the code, and relocates
+        // what is writable.
+        let mut loads = segments.iter().filter(|segment| segment.kind == LOAD);
+        let part = |segment: &Segment| (segment.offset, segment.len);
+        needs.parts.extend(loads.next().map(part));
+        needs.parts.extend(loads.filter(|segment| segment.writable).map(part));
+        if let Some(interp) = segments.iter().find(|segment| segment.kind == INTERP)
+            && let Some(name) = file.bytes(interp.offset, interp.len.min(LONGEST_NAME))
+        {
+            needs.interpreter = Some(until_nul(&name)).filter(|name| name.starts_with(b"/"));
+        }
+        if let Some(dynamic) = segments.iter().find(|segment| segment.kind == DYNAMIC)
+            && let Some(table) = file.bytes(dynamic.offset, dynamic.len.min(LONGEST_DYNAMIC))
+        {
+            self.dynamic(file, &segments, &table, needs);
+        }
+    }
+
+    /// Reads the dynamic section.
+    fn dynamic(&self, file: &File<'_>, segments: &[Segment], table: &[u8], needs: &mut Needs) {
+        let width = if self.wide { 8 } else { 4 };
+        let entries = || {
+            table
+                .chunks_exact(2 * width)
+                .filter_map(|entry| Some((self.word(entry, 0)?, self.word(entry, width)?)))
+                .take_while(|(tag, _)| *tag != 0)
+        };
+        let value = |wanted| entries().find(|(tag, _)| *tag == wanted).map(|(_, value)| value);
+        let (Some(strings), Some(size)) = (value(DT_STRTAB), value(DT_STRSZ)) else {
+            return;
+        };
+        // Tables are named by their addresses in memory.
+        let home = segments.iter().find(|segment| {
+            segment.kind == LOAD && segment.address <= strings && strings - segment.address < segment.len
+        });
+        let Some(strings_at) = home.and_then(|home| home.offset.checked_add(strings - home.address)) else {
+            return;
+        };
+        let text = |offset: u64| {
+            let at = strings_at.saturating_add(offset.min(size));
+            let len = LONGEST_NAME
+                .min(size.saturating_sub(offset))
+                .min(file.len.saturating_sub(at));
+            file.bytes(at, len).map(|bytes| until_nul(&bytes))
+        };
+        let named = |wanted: &'static [u64]| entries().filter(|(tag, _)| wanted.contains(tag)).take(MOST_NAMES);
+        let libraries = named(&[DT_NEEDED]).filter_map(|(_, offset)| text(offset));
+        needs.libraries.extend(libraries);
+        for paths in named(&[DT_RPATH, DT_RUNPATH]).filter_map(|(_, offset)| text(offset)) {
+            let paths = paths.split(|&byte| byte == b':').map(<[u8]>::to_vec);
+            needs.search.extend(paths.take(MOST_NAMES));
+        }
+    }
+}
+
+fn until_nul(bytes: &[u8]) -> Vec<u8> {
+    bytes.split(|&byte| byte == 0).next().unwrap_or_default().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::process::Command;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fetch::chunk::to_u64;
+
+    fn peek_at(bytes: &[u8], at: u64, len: u64) -> Option<Vec<u8>> {
+        let at = to_usize(at);
+        Some(bytes.get(at..at.checked_add(to_usize(len))?)?.to_vec())
+    }
+
+    fn of(bytes: &[u8]) -> Needs {
+        let needs = needs(to_u64(bytes.len()), &|at, len| peek_at(bytes, at, len));
+        assert_eq!(needs.lacking, [], "all bytes are here");
+        needs
+    }
+
+    #[test]
+    fn scripts_name_their_interpreter() {
+        let interpreter = |text: &[u8]| of(text).interpreter.map(|path| String::from_utf8(path).unwrap());
+        assert_eq!(interpreter(b"#!/bin/sh\necho").as_deref(), Some("/bin/sh"));
+        assert_eq!(
+            interpreter(b"#! /usr/bin/env python3 -x\n").as_deref(),
+            Some("/usr/bin/python3")
+        );
+        assert_eq!(interpreter(b"#!/usr/bin/env -S x\n").as_deref(), Some("/usr/bin/env"));
+        assert_eq!(interpreter(b"#!sh\n"), None);
+        assert_eq!(interpreter(b"#!"), None);
+        assert_eq!(of(b""), Needs::default());
+        assert_eq!(of(b"\x7fELF"), Needs::default());
+        assert_eq!(of(&[0; 5000]), Needs::default());
+    }
+
+    /// What binutils says of this machine's shell is what is found in it.
+    #[test]
+    fn a_real_program_needs_what_readelf_says() {
+        let path = std::fs::canonicalize("/bin/sh").unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let Ok(output) = Command::new("readelf").args(["-d", "-l", "-W"]).arg(&path).output() else {
+            eprintln!("SKIP: a_real_program_needs_what_readelf_says: no readelf");
+            return;
+        };
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let between = |line: &str, open: char, close: char| {
+            let (_, rest) = line.split_once(open)?;
+            Some(rest.split_once(close)?.0.trim().to_owned())
+        };
+        let libraries: Vec<String> = said
+            .lines()
+            .filter(|line| line.contains("(NEEDED)"))
+            .filter_map(|line| between(line, '[', ']'))
+            .collect();
+        let interpreter = said
+            .lines()
+            .find_map(|line| between(line.split_once("interpreter")?.1, ':', ']'));
+        let found = of(&bytes);
+        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+        assert_eq!(found.libraries.iter().map(text).collect::<Vec<_>>(), libraries);
+        assert_eq!(found.interpreter.as_ref().map(text), interpreter);
+        assert!(found.parts.len() > 1 || libraries.is_empty());
+    }
+
+    /// Asking for what is lacking, piece by piece, comes to the same end, in few steps.
+    #[test]
+    fn what_is_lacking_is_asked_for() {
+        let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let here = RefCell::new(Vec::<(u64, u64)>::new());
+        let mut asked = 0;
+        let found = loop {
+            let peek = |at, len| {
+                let known = here.borrow().iter().any(|&(from, to)| from <= at && at + len <= to);
+                known.then(|| peek_at(&bytes, at, len)).flatten()
+            };
+            let found = needs(to_u64(bytes.len()), &peek);
+            if found.lacking.is_empty() {
+                break found;
+            }
+            asked += 1;
+            assert!(asked < 6, "asks without end");
+            here.borrow_mut()
+                .extend(found.lacking.iter().map(|(at, len)| (*at, at + len)));
+        };
+        assert_eq!(found, of(&bytes));
+        assert!(
+            found.libraries.iter().any(|name| name.starts_with(b"libc.")),
+            "{found:?}"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_does_harm(mut bytes in proptest::collection::vec(any::<u8>(), 0..2000), real: bool) {
+            if real {
+                bytes.splice(0..0, *b"\x7fELF\x02\x01");
+            }
+            let found = of(&bytes);
+            prop_assert!(found.libraries.len() <= MOST_NAMES);
+        }
+
+        #[test]
+        fn no_damaged_program_does_harm(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..20)) {
+            let mut bytes = std::fs::read("/proc/self/exe").unwrap();
+            bytes.truncate(1 << 20);
+            for (at, value) in flips {
+                bytes[at] = value;
+            }
+            let found = of(&bytes);
+            prop_assert!(found.libraries.len() <= MOST_NAMES);
+        }
+    }
+}

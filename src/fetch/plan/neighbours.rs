@@ -1,0 +1,92 @@
+//! A directory's other files. In: first touches of files. Out: the files most likely touched next, as far as the directory
+//! has earned it.
+//!
+//! Programs read directories in different ways: an interpreter goes through most of a package's modules, a loader takes a
+//! single library out of hundreds. Nothing but reading tells which it is, so a directory begins with little credit and
+//! earns more with every file that is read in it: what is queued there and unread stays in proportion to what was read.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::ops::ControlFlow;
+
+use super::{Look, PlanOptions, Presence, Stretch, take_from};
+use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
+
+/// How many directories' wants are remembered.
+const MOST_BATCHES: usize = 64;
+/// How many directories' credit is remembered; past that it is forgotten, and earned anew.
+const MOST_DIRECTORIES: usize = 4096;
+/// How many neighbours are looked at for one touch; most of a huge directory is never looked at.
+const MOST_VISITS: usize = 512;
+
+/// What a directory has earned, in bytes of its small files.
+#[derive(Debug, Default)]
+struct Credit {
+    read: u64,
+    /// Queued and not read.
+    guessed: HashSet<FileId>,
+    guessed_bytes: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Neighbours {
+    directories: HashMap<DirectoryId, Credit>,
+    /// What to fetch, the latest touch's first.
+    batches: VecDeque<VecDeque<Stretch>>,
+}
+
+impl Neighbours {
+    /// A file is touched for the first time.
+    pub(super) fn touched(&mut self, files: &dyn FileMap, file: StoredFile, options: &PlanOptions, look: Look<'_>) {
+        if self.directories.len() >= MOST_DIRECTORIES {
+            self.directories.clear();
+        }
+        let credit = self.directories.entry(file.directory).or_default();
+        if file.range.len <= options.small_neighbour {
+            credit.read += file.range.len;
+        }
+        if credit.guessed.remove(&file.file) {
+            credit.guessed_bytes -= file.range.len;
+        }
+        let limit = options.neighbours + credit.read / 100 * options.neighbours_percent;
+        let mut batch: VecDeque<Stretch> = VecDeque::new();
+        let mut visits = 0;
+        files.neighbours(file.file, &mut |next: StoredFile| {
+            visits += 1;
+            if credit.guessed_bytes >= limit || visits > MOST_VISITS {
+                return ControlFlow::Break(());
+            }
+            let small = next.range.len <= options.small_neighbour && next.range.len <= limit;
+            if !small || next.range.is_empty() || credit.guessed.contains(&next.file) {
+                return ControlFlow::Continue(());
+            }
+            let stretch = Stretch::of(next.layer, next.range);
+            if stretch.keys().any(|key| look(key) == Presence::Absent) {
+                credit.guessed.insert(next.file);
+                credit.guessed_bytes += next.range.len;
+                match batch.back_mut() {
+                    Some(last) if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) => {
+                        last.end = last.end.max(stretch.end);
+                    }
+                    _ => batch.push_back(stretch),
+                }
+            }
+            ControlFlow::Continue(())
+        });
+        if !batch.is_empty() {
+            self.batches.push_front(batch);
+            self.batches.truncate(MOST_BATCHES);
+        }
+    }
+
+    /// The most likely absent stretch of at most `most` chunks.
+    pub(super) fn next(&mut self, most: u32, gap: u32, look: Look<'_>) -> Option<Stretch> {
+        while let Some(batch) = self.batches.front_mut() {
+            if let Some(found) = take_from(batch, most, gap, look) {
+                return Some(found);
+            }
+            self.batches.pop_front();
+        }
+        None
+    }
+}

@@ -1,0 +1,239 @@
+//! What a compiled Python module imports. In: the module's path and bytes. Out: paths of the modules that its names may
+//! mean, for whoever knows which of them exist.
+//!
+//! A module's names stand in its code objects as short strings (CPython's `marshal.c`: type `z` or `Z`, one byte of length,
+//! ASCII), the names of imported modules among them. Which of the names are imports is not worked out: bytecode differs
+//! from version to version, and almost no other name is a file's. Pure, and only a hint.
+
+use std::collections::HashSet;
+
+/// Where top-level packages were found, the most used first.
+const MOST_ROOTS: usize = 8;
+/// Names looked up in all before the memory of them is cleared.
+const MOST_ASKED: usize = 1 << 16;
+const CACHE: &[u8] = b"/__pycache__/";
+
+/// What was learned of this layer's Python.
+#[derive(Debug, Default)]
+pub(super) struct Modules {
+    /// Directories in which top-level modules and packages lie, without a slash at the end.
+    roots: Vec<Vec<u8>>,
+    /// How the names of extension modules end: `.cpython-311-x86_64-linux-gnu.so`.
+    extension: Option<Vec<u8>>,
+    /// What was asked for: it need not be asked for again.
+    asked: HashSet<Vec<u8>>,
+}
+
+/// A module's place, taken apart.
+struct Place<'a> {
+    /// The directory of its source, without a slash at the end.
+    package: &'a [u8],
+    /// What follows the module's name: `.cpython-311.pyc`.
+    ending: &'a [u8],
+}
+
+fn place(path: &[u8]) -> Option<Place<'_>> {
+    let at = path.windows(CACHE.len()).rposition(|window| window == CACHE)?;
+    let name = &path[at + CACHE.len()..];
+    let dot = name.iter().position(|&byte| byte == b'.')?;
+    name.ends_with(b".pyc").then_some(Place {
+        package: &path[..at],
+        ending: &name[dot..],
+    })
+}
+
+/// Whether these are the first bytes of a compiled module: a version's number, then a line end that text transfers break.
+pub(super) fn is_compiled(head: &[u8]) -> bool {
+    head.get(2..4) == Some(b"\r\n")
+}
+
+impl Modules {
+    /// A file is touched: extension modules say how others of their kind are named.
+    pub(super) fn saw(&mut self, path: &[u8]) {
+        if self.extension.is_none()
+            && path.ends_with(b".so")
+            && let Some(at) = path.windows(9).rposition(|window| window == b".cpython-")
+        {
+            self.extension = Some(path[at..].to_vec());
+        }
+    }
+
+    /// The files that the compiled module `path` may import, each once; `exists` says which paths are files.
+    pub(super) fn imports<F>(&mut self, path: &[u8], bytes: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>) -> Vec<F> {
+        let Some(Place { package, ending }) = place(path) else {
+            return Vec::new();
+        };
+        self.add_root(package, ending, exists);
+        if self.asked.len() > MOST_ASKED {
+            self.asked.clear();
+        }
+        let bases: Vec<Vec<u8>> = std::iter::once(package.to_vec())
+            .chain(self.roots.iter().cloned())
+            .collect();
+        let mut found = Vec::new();
+        for name in names(bytes) {
+            for base in &bases {
+                if !self.asked.insert([base, &b"/"[..], name].concat()) {
+                    continue;
+                }
+                let before = found.len();
+                self.modules(base, name, ending, exists, &mut found);
+                if found.len() > before {
+                    break;
+                }
+            }
+        }
+        found
+    }
+
+    /// The files of module `name` below `base`: those of the packages on the way, then its own.
+    fn modules<F>(
+        &self,
+        base: &[u8],
+        name: &[u8],
+        ending: &[u8],
+        exists: &dyn Fn(&[u8]) -> Option<F>,
+        found: &mut Vec<F>,
+    ) {
+        let mut directory = base.to_vec();
+        for part in name.split(|&byte| byte == b'.') {
+            let inner = [&directory, &b"/"[..], part].concat();
+            let package = || exists(&[&inner, CACHE, b"__init__", ending].concat());
+            let module = || exists(&[&directory, CACHE, part, ending].concat());
+            let extension = |place: &[u8]| {
+                let ending = self.extension.as_ref()?;
+                exists(&[&directory, place, part, ending].concat())
+            };
+            let file = package()
+                .or_else(module)
+                .or_else(|| extension(b"/"))
+                .or_else(|| extension(b"/lib-dynload/"));
+            let Some(file) = file else { return };
+            found.push(file);
+            directory = inner;
+        }
+    }
+
+    /// Learns where the top of a module's package lies: the first directory above it that is no package.
+    fn add_root<F>(&mut self, package: &[u8], ending: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>) {
+        let mut root = package;
+        while exists(&[root, CACHE, b"__init__", ending].concat()).is_some() {
+            let Some(slash) = root.iter().rposition(|&byte| byte == b'/') else {
+                return;
+            };
+            root = &root[..slash];
+        }
+        if self.roots.len() < MOST_ROOTS && !self.roots.iter().any(|known| known == root) {
+            self.roots.push(root.to_vec());
+        }
+    }
+}
+
+/// The short strings of a marshalled module that could be the name of a module.
+fn names(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    // Types, each with and without the flag that the object is referred to.
+    let starts = |byte: u8| matches!(byte & 0x7f, b'z' | b'Z');
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while let [kind, len, rest @ ..] = &bytes[at.min(bytes.len())..] {
+            let len = usize::from(*len);
+            match rest.get(..len) {
+                Some(name) if starts(*kind) && is_name(name) => {
+                    at += 2 + len;
+                    return Some(name);
+                }
+                _ => at += 1,
+            }
+        }
+        None
+    })
+}
+
+fn is_name(text: &[u8]) -> bool {
+    let starts_well = text
+        .first()
+        .is_some_and(|first| first.is_ascii_alphabetic() || *first == b'_');
+    starts_well
+        && text
+            .iter()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::process::Command;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn places_are_taken_apart() {
+        let found = place(b"/usr/lib/python3.11/json/__pycache__/decoder.cpython-311.pyc").unwrap();
+        assert_eq!(
+            (found.package, found.ending),
+            (&b"/usr/lib/python3.11/json"[..], &b".cpython-311.pyc"[..])
+        );
+        assert!(place(b"/usr/lib/x.pyc").is_none());
+        assert!(place(b"/usr/__pycache__/x.py").is_none());
+    }
+
+    /// A module that the machine's own Python compiled: everything that it imports is found, by every spelling.
+    #[test]
+    fn what_a_real_module_imports_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = "import json.decoder, zlib\nfrom . import sibling as other\nfrom .sub.deep import x\ndef f():\n import late\n";
+        std::fs::write(dir.path().join("m.py"), source).unwrap();
+        let compiled = dir.path().join("m.pyc");
+        let script = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[2], doraise=True)";
+        let made = Command::new("python3")
+            .args(["-c", script])
+            .arg(dir.path().join("m.py"))
+            .arg(&compiled)
+            .status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("SKIP: what_a_real_module_imports_is_found: no python3");
+            return;
+        }
+        let bytes = std::fs::read(compiled).unwrap();
+        assert!(is_compiled(&bytes));
+        let layer: BTreeSet<&str> = [
+            "/p/app/__pycache__/__init__.c.pyc",
+            "/p/app/__pycache__/sibling.c.pyc",
+            "/p/app/sub/__pycache__/__init__.c.pyc",
+            "/p/app/sub/__pycache__/deep.c.pyc",
+            "/std/__pycache__/late.c.pyc",
+            "/std/json/__pycache__/__init__.c.pyc",
+            "/std/json/__pycache__/decoder.c.pyc",
+            "/std/lib-dynload/zlib.cpython-3.so",
+            "/std/__pycache__/unrelated.c.pyc",
+        ]
+        .into();
+        let exists = |path: &[u8]| layer.get(std::str::from_utf8(path).ok()?).copied();
+        let mut modules = Modules::default();
+        modules.saw(b"/std/lib-dynload/_json.cpython-3.so");
+        assert_eq!(
+            modules.imports(b"/std/__pycache__/unrelated.c.pyc", b"", &exists).len(),
+            0
+        );
+        let found: BTreeSet<&str> = modules
+            .imports(b"/p/app/__pycache__/m.c.pyc", &bytes, &exists)
+            .into_iter()
+            .collect();
+        let expected = layer
+            .iter()
+            .filter(|path| !path.contains("unrelated") && !path.ends_with("app/__pycache__/__init__.c.pyc"));
+        assert_eq!(found, expected.copied().collect());
+        assert_eq!(modules.roots, [b"/std".to_vec(), b"/p".to_vec()]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_do_harm(bytes in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            for name in names(&bytes) {
+                prop_assert!(is_name(name));
+            }
+        }
+    }
+}
