@@ -322,6 +322,11 @@ fn man_pages_and_completions_come_from_the_definitions() {
         page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"),
         "{page}"
     );
+    for name in ["tarblk-attach.1", "tarblk-bench.1", "tarblk.1"] {
+        let page = fs::read_to_string(lab.path("man").join(name)).unwrap();
+        assert!(page.contains(".SH EXAMPLES\n") && !page.contains("EXTRA"), "{page}");
+        assert!(page.is_ascii(), "{name} is not what roff reads");
+    }
     assert!(
         !lab.path("man/tarblk-serve-device.1").exists(),
         "hidden commands have no page"
