@@ -42,7 +42,7 @@ pub enum OpenError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// The index that was named cannot be used.
-    #[error("index {name}: {cause}; make a new one with `tarblk index`")]
+    #[error("{name}: {cause}")]
     Index {
         /// Which.
         name: String,
@@ -192,7 +192,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     }
     let (bytes, origin) = read_headers(&blob, options, watch)?;
     let kept = match (&options.cache, &identity) {
-        (Some(cache), Some(identity)) => Some(cache.keep_index(identity, &bytes)?),
+        (Some(cache), Some(identity)) => keep_if_there_is_room(cache, identity, &bytes)?,
         _ => None,
     };
     let index = open_index(bytes, &source.to_string())?;
@@ -203,6 +203,19 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         cache: options.cache.clone(),
         kept,
     })
+}
+
+/// Keeps an index in the cache. A full disk only means that the headers are read again next time.
+fn keep_if_there_is_room(cache: &Cache, identity: &str, bytes: &[u8]) -> Result<Option<PathBuf>, OpenError> {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    match cache.keep_index(identity, bytes) {
+        Ok(path) => Ok(Some(path)),
+        Err(OpenError::Cache { path, cause }) if matches!(cause.kind(), StorageFull | QuotaExceeded) => {
+            log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Finds the layer and brings its index at the same time.
