@@ -96,7 +96,7 @@ fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
         let cause = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if line.ends_with(&cause) {
+        if line.ends_with(&cause) || line.contains(&format!(": {cause}")) {
             continue;
         }
         if !line.is_empty() {

@@ -33,7 +33,9 @@ impl fmt::Display for User {
                 write!(f, "mounted on {} in the mount namespace of process {pid}", at.display())
             }
             Self::Holder(name) => write!(f, "used by /dev/{name}"),
-            Self::Unknown => f.write_str("in use by the kernel (swap, or a file in it that is still open: a layer in this layer?)"),
+            Self::Unknown => {
+                f.write_str("in use by the kernel (swap, or a file in it that is still open: a layer in this layer?)")
+            }
         }
     }
 }

@@ -129,6 +129,8 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
     if !state.is_alive() {
         return bury(states, state);
     }
+    // The daemon will look too, but it sees mounts from its own namespace.
+    refuse_if_used(state)?;
     match ask(states, state, Request::Detach)? {
         Answer::Detached => {
             if !wait_for_end(&state.process) {
