@@ -6,17 +6,12 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::device::daemon::{self, Attached, ControlError, DaemonError, Launcher, Spec};
 use crate::device::state::{State, StateDir, StateError};
 use crate::device::users;
-
-/// How long others may take to let go of copies of a mount that is gone.
-const COPIES_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a directory could not be mounted on or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -183,27 +178,11 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
             });
         }
     }
-    detach_soon(states, &state).map_err(|cause| MountError::Detach {
+    daemon::detach(states, &state).map_err(|cause| MountError::Detach {
         path: dir.to_owned(),
         cause,
     })?;
     Ok(state)
-}
-
-/// Detaches what was just unmounted. A process that starts at this moment in a mount namespace of its own (another device's
-/// daemon, a container) may have taken a copy of the mount along and not yet let go of it.
-fn detach_soon(states: &StateDir, state: &State) -> Result<(), ControlError> {
-    let began = Instant::now();
-    loop {
-        match daemon::detach(states, state) {
-            Err(ControlError::InUse { .. } | ControlError::Refused(_))
-                if began.elapsed() < COPIES_LIMIT && users::mount_points(&state.device).is_empty() =>
-            {
-                thread::sleep(Duration::from_millis(20));
-            }
-            other => return other,
-        }
-    }
 }
 
 /// The device of ours that is mounted on `dir` (a full path), if it is the last thing mounted there.
