@@ -133,7 +133,10 @@ impl Talk {
     pub fn bar(self, what: &str, total: u64) -> ProgressBar {
         let style =
             "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {binary_bytes_per_sec:>12} {eta:>4}";
-        styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style)
+        let bar = styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style);
+        // Drawn before the first byte comes too: that may take the longest.
+        bar.tick();
+        bar
     }
 
     /// A sign of life for work of unknown length.
