@@ -12,6 +12,7 @@ mod generate;
 mod layer;
 pub mod output;
 mod ps;
+mod replace;
 
 use std::process::ExitCode;
 
@@ -95,13 +96,20 @@ fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
         let cause = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        if line.ends_with(&cause) {
+        if line.ends_with(&cause) || line.contains(&format!(": {cause}")) {
             continue;
         }
         if !line.is_empty() {
             line.push_str(": ");
         }
-        line.push_str(&cause);
+        // Names from layers and command lines must not move the cursor or colour the screen.
+        for character in cause.chars() {
+            if character.is_control() {
+                line.extend(character.escape_default());
+            } else {
+                line.push(character);
+            }
+        }
     }
     line
 }
@@ -143,5 +151,7 @@ mod tests {
         assert_eq!(one_line(&error), "layer.tar: cannot read: no route");
         let twice = anyhow::anyhow!("it broke").context("first: it broke");
         assert_eq!(one_line(&twice), "first: it broke");
+        let red = anyhow::anyhow!("\u{1b}[31mred: no such layer");
+        assert_eq!(one_line(&red), "\\u{1b}[31mred: no such layer");
     }
 }

@@ -124,7 +124,7 @@ pub enum DeviceError {
     Loop(String),
     /// Neither back end is to be had.
     #[error(
-        "no way to make a block device: {ublk}; {fuse_loop}. Run as root on a kernel with ublk_drv, or fuse and loop"
+        "no way to make a block device: {ublk}; {fuse_loop}: run it where the kernel has the modules ublk_drv, or fuse and loop (a container needs their devices in its /dev); `tarblk image` needs neither"
     )]
     NoBackend {
         /// Why there is no ublk.

@@ -42,7 +42,7 @@ pub enum OpenError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// The index that was named cannot be used.
-    #[error("index {name}: {cause}; make a new one with `tarblk index`")]
+    #[error("{name}: {cause}")]
     Index {
         /// Which.
         name: String,
@@ -192,7 +192,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     }
     let (bytes, origin) = read_headers(&blob, options, watch)?;
     let kept = match (&options.cache, &identity) {
-        (Some(cache), Some(identity)) => Some(cache.keep_index(identity, &bytes)?),
+        (Some(cache), Some(identity)) => keep_if_there_is_room(cache, identity, &bytes)?,
         _ => None,
     };
     let index = open_index(bytes, &source.to_string())?;
@@ -203,6 +203,23 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         cache: options.cache.clone(),
         kept,
     })
+}
+
+/// Keeps an index in the cache. A full disk only means that the headers are read again next time.
+fn keep_if_there_is_room(cache: &Cache, identity: &str, bytes: &[u8]) -> Result<Option<PathBuf>, OpenError> {
+    match cache.keep_index(identity, bytes) {
+        Ok(path) => Ok(Some(path)),
+        Err(OpenError::Cache { path, cause }) if is_full(&cause) => {
+            log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a disk has no more room.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Finds the layer and brings its index at the same time.
@@ -240,7 +257,17 @@ fn read_headers(
     let mut builder = IndexBuilder::new();
     let mut progress = |at: TarOffset, len: u64| watch.headers(at.0, len);
     let mut gather = match (&blob.place, &options.cache) {
-        (Place::Http(http), Some(cache)) => Some(Gather::new(Store::open(cache.layers())?.layer(&http_layer(http))?)),
+        (Place::Http(http), Some(cache)) => {
+            let kept = Store::open(cache.layers()).and_then(|store| store.layer(&http_layer(http)));
+            match kept {
+                Ok(kept) => Some(Gather::new(kept)),
+                Err(error) if is_full(&error.source) => {
+                    log::warn!("{error}; going on without a cache");
+                    None
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
         _ => None,
     };
     let tap = gather.as_mut().map(|gather| -> &mut dyn source::Tap { gather });
@@ -569,7 +596,14 @@ fn start(
     fetching: &Fetching,
 ) -> Result<Opened, OpenError> {
     let store = match (&layer, store) {
-        (LayerSource::Http(_), Some(dir)) => Some(Store::open(dir)?),
+        (LayerSource::Http(_), Some(dir)) => match Store::open(dir) {
+            Ok(store) => Some(store),
+            Err(error) if is_full(&error.source) => {
+                log::warn!("{error}; going on without a cache");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        },
         _ => None,
     };
     if let Some(store) = &store

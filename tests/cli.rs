@@ -1,135 +1,16 @@
 //! Whole commands, as a person types them: results, exit codes, one-line errors, and nothing left behind.
 
+mod lab;
+
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use lab::{Lab, devices, mounts_below, pattern, skip, text};
 use serde_json::Value;
 use tarblk::bench::origin::Origin;
-
-/// A place for one test, with a small layer in it.
-struct Lab {
-    dir: tempfile::TempDir,
-}
-
-impl Lab {
-    fn new() -> Self {
-        let lab = Self {
-            dir: tempfile::tempdir().unwrap(),
-        };
-        let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
-        let mut add = |name: &str, kind: tar::EntryType, mode: u32, content: &[u8]| {
-            let mut header = tar::Header::new_gnu();
-            header.set_entry_type(kind);
-            header.set_mode(mode);
-            header.set_mtime(1_700_000_000);
-            header.set_size(u64::try_from(content.len()).unwrap());
-            tar.append_data(&mut header, name, content).unwrap();
-        };
-        for dir in ["dev/", "proc/", "etc/"] {
-            add(dir, tar::EntryType::Directory, 0o755, b"");
-        }
-        add("etc/hello", tar::EntryType::Regular, 0o644, b"hello, world\n");
-        add("etc/big", tar::EntryType::Regular, 0o600, &pattern(3_000_001));
-        let mut link = tar::Header::new_gnu();
-        link.set_entry_type(tar::EntryType::Symlink);
-        link.set_size(0);
-        tar.append_link(&mut link, "etc/link", "hello").unwrap();
-        tar.into_inner().unwrap();
-        lab
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// `tarblk` with its cache and states in here.
-    fn tarblk(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tarblk"));
-        command
-            .current_dir(self.dir.path())
-            .env("TARBLK_CACHE", self.path("cache"))
-            .env("TARBLK_STATE_DIR", self.path("states"))
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.tarblk().args(args).output().unwrap()
-    }
-
-    /// Standard output of a command that must succeed.
-    fn good(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-        text(&output.stdout)
-    }
-
-    /// The one line of a command that must fail with `code`.
-    fn bad(&self, args: &[&str], code: i32) -> String {
-        let output = self.run(args);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
-        if code == 1 {
-            assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
-            assert!(said.starts_with("tarblk: "), "{said}");
-            assert!(output.stdout.is_empty(), "{args:?} printed {}", text(&output.stdout));
-        }
-        said
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(&self.good(args)).unwrap()
-    }
-
-    /// What is in here, by name.
-    fn names(&self) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(self.dir.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| u8::try_from(((i * 31) ^ (i >> 9)) & 0xff).unwrap())
-        .collect()
-}
-
-/// Whether this process can make block devices; says so loudly if not. While the guard lives no other test here makes any:
-/// where mounts are not shared, a daemon that starts takes copies of all of them along, and only those of its own directory
-/// of states does it let go of.
-fn devices(test: &str) -> Option<MutexGuard<'static, ()>> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let root = rustix::process::geteuid().is_root();
-    let there = Path::new("/dev/ublk-control").exists()
-        || (Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists());
-    if !root || !there {
-        eprintln!("SKIP: {test}: needs root, and ublk or FUSE and loop devices");
-    }
-    (root && there).then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner))
-}
-
-fn mounts_below(dir: &Path) -> Vec<String> {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let inside = |line: &&str| {
-        line.split(' ')
-            .nth(1)
-            .is_some_and(|at| at.starts_with(&*dir.to_string_lossy()))
-    };
-    mounts.lines().filter(inside).map(str::to_owned).collect()
-}
 
 #[test]
 fn usage_is_told_from_failure() {
@@ -253,7 +134,7 @@ fn image_is_whole_or_not_there() {
     assert_eq!(&image[1024 + 56..1024 + 58], [0x53, 0xef], "ext4's magic number");
     match Command::new("e2fsck").arg("-fn").arg(lab.path("layer.ext4")).output() {
         Ok(checked) => assert!(checked.status.success(), "{}", text(&checked.stdout)),
-        Err(_) => eprintln!("SKIP: e2fsck is not installed"),
+        Err(_) => skip("image_is_whole_or_not_there", "e2fsck is not installed"),
     }
     // From a server, with the index from there too, it is the same to the last bit.
     lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
@@ -322,6 +203,11 @@ fn man_pages_and_completions_come_from_the_definitions() {
         page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"),
         "{page}"
     );
+    for name in ["tarblk-attach.1", "tarblk-bench.1", "tarblk.1"] {
+        let page = fs::read_to_string(lab.path("man").join(name)).unwrap();
+        assert!(page.contains(".SH EXAMPLES\n") && !page.contains("EXTRA"), "{page}");
+        assert!(page.is_ascii(), "{name} is not what roff reads");
+    }
     assert!(
         !lab.path("man/tarblk-serve-device.1").exists(),
         "hidden commands have no page"
@@ -420,7 +306,7 @@ fn bench_measures_every_alternative_and_cleans_up() {
     };
     let lab = Lab::new();
     if !layer_with_shell(&lab.path("shell.tar")) {
-        eprintln!("SKIP: bench_measures_every_alternative_and_cleans_up: ldd is not installed");
+        skip("bench_measures_every_alternative_and_cleans_up", "ldd is not installed");
         return;
     }
     fs::create_dir(lab.path("scratch")).unwrap();
@@ -507,7 +393,7 @@ fn an_interrupted_bench_leaves_nothing() {
     };
     let lab = Lab::new();
     if !layer_with_shell(&lab.path("shell.tar")) {
-        eprintln!("SKIP: an_interrupted_bench_leaves_nothing: ldd is not installed");
+        skip("an_interrupted_bench_leaves_nothing", "ldd is not installed");
         return;
     }
     fs::create_dir(lab.path("scratch")).unwrap();

@@ -168,6 +168,47 @@ fn silence_delays_and_crawling_bodies() {
 }
 
 #[test]
+fn everything_at_once_with_a_store() {
+    let (origin, data) = served();
+    let dir = tempfile::tempdir().unwrap();
+    let menu = vec![
+        Fault::ResetBefore,
+        Fault::ResetWithin(20_000),
+        Fault::ShortBody(3000),
+        Fault::LongBody(4096),
+        Fault::Status(500, None),
+        Fault::Status(429, Some(0)),
+        Fault::WrongRange(512),
+        Fault::ShortRange(512),
+        Fault::Delay(Duration::from_millis(20)),
+        Fault::Silence,
+        Fault::SlowBody(4000),
+    ];
+    origin.set_faults(at_random(11, 300, menu));
+    let layer = HttpLayer {
+        validator: Some(tag_of(&origin)),
+        ..layer(&origin, "/layer.tar")
+    };
+    let options = || FetchOptions {
+        store: Some(Store::open(dir.path()).unwrap()),
+        ..quick()
+    };
+    let fetcher = start(layer.clone(), options());
+    hammer(&fetcher, &data, 12);
+    let stats = fetcher.stats();
+    assert!(stats.errors > 0 && stats.retries > 0, "{stats:?}");
+    assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{stats:?}");
+    fetcher.shutdown();
+    drop(fetcher);
+    // What was kept meanwhile is right as well.
+    origin.clear_faults();
+    let fetcher = start(layer, options());
+    let kept = fetcher.read_blocking(vec![range(0, SIZE)]).unwrap();
+    assert!(joined(&kept) == *data, "the store has wrong bytes");
+    assert!(fetcher.stats().bytes_fetched < u(SIZE), "nothing was kept");
+}
+
+#[test]
 fn bodies_that_do_not_end_where_they_should() {
     let (origin, data) = served();
     origin.set_faults(at_random(3, 300, vec![Fault::LongBody(4096)]));

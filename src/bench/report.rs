@@ -34,7 +34,7 @@ svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; } svg .halo 
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide { white-space: normal; min-width: 12rem; } th { color: var(--soft); font-weight: 500; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide, th:last-child { text-align: left; padding-left: 1.5rem; } td.wide { white-space: normal; min-width: 14rem; } th { color: var(--soft); font-weight: 500; }
 @media print { body { background: none; } }
 ";
 
@@ -115,7 +115,10 @@ fn tiles(out: &mut String, outcome: &Outcome) {
         ));
     }
     if let Some(floor) = outcome.floor_seconds {
-        tiles.push((show_seconds(floor), "the floor: what no system can beat".into()));
+        tiles.push((
+            show_seconds(floor),
+            "the floor: what no system can beat when nothing is cached".into(),
+        ));
     }
     tiles.push((
         show_size(outcome.touched.bytes),

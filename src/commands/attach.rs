@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
-use super::output::println;
+use super::output::{ReaderGone, println};
 use super::{Session, layer};
 use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Served, Spec};
 use crate::device::registry;
@@ -56,49 +56,63 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
         let announce = |attached: &Attached| tell(attached).map_err(std::io::Error::other);
         return Ok(daemon::serve(&spec.spec, None, build, announce)?);
     }
-    tell(&spec.launch()?)
+    // From here on a signal must not come between the daemon and what is known of it.
+    let interrupt = Interrupt::catch().context("cannot catch signals")?;
+    let attached = spec.launch()?;
+    // Whoever is interrupted, or has nobody who hears the device's name, has no use for the device.
+    if let Err(error) = interrupt.check().map_err(Into::into).and_then(|()| tell(&attached)) {
+        return Err(give_back(&attached, error));
+    }
+    Ok(())
+}
+
+/// Detaches what turned out not to be wanted; returns the error to end with.
+fn give_back(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
+    if let Err(left) = daemon::detach(&states(), &attached.state) {
+        log::warn!("{left}");
+    }
+    if error.is::<ReaderGone>() {
+        // Here that is no good end: what was asked for is not there.
+        return anyhow::anyhow!("nobody reads which device it is, so it was detached again");
+    }
+    error
 }
 
 /// `tarblk mount`.
 pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     // What is wrong with the directory is told before the network is asked anything.
     let dir = mount::check_directory(&args.dir)?;
-    let interrupt = if args.foreground {
-        Some(Interrupt::catch().context("cannot catch signals")?)
-    } else {
-        None
-    };
     let began = Instant::now();
     let spec = specify(&args.layer, &args.device, session)?;
+    // Until here there is nothing that a signal would leave behind.
+    let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
     let attach_seconds = began.elapsed().as_secs_f64();
     say_which(&attached, session);
-    let mounted = mount::mount_device(&attached.state.device, &dir)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| {
-            let mount_seconds = began.elapsed().as_secs_f64() - attach_seconds;
-            let mounted = Mounted {
-                attached: &attached,
-                dir: &dir,
-                attach_seconds,
-                mount_seconds,
-            };
-            if args.json {
-                println(serde_json::to_string_pretty(&mounted)?)
-            } else {
-                Ok(())
-            }
-        });
-    if let Err(error) = mounted {
-        let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty());
-        if let Err(left) = daemon::detach(&states(), &attached.state) {
-            log::warn!("{left}");
-        }
-        return Err(error);
+    if let Err(error) = mount::mount_device(&attached.state.device, &dir) {
+        return Err(give_back(&attached, error.into()));
     }
-    match interrupt {
-        Some(interrupt) => stay(&dir, &interrupt, session),
-        None => Ok(()),
+    let mounted = Mounted {
+        attached: &attached,
+        dir: &dir,
+        attach_seconds,
+        mount_seconds: began.elapsed().as_secs_f64() - attach_seconds,
+    };
+    let mut told = Ok(());
+    if !args.foreground {
+        told = interrupt.check().map_err(Into::into);
+    }
+    if args.json {
+        told = told.and_then(|()| println(serde_json::to_string_pretty(&mounted)?));
+    }
+    if let Err(error) = told {
+        let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty());
+        return Err(give_back(&attached, error));
+    }
+    if args.foreground {
+        stay(&dir, &interrupt, session)
+    } else {
+        Ok(())
     }
 }
 

@@ -13,12 +13,13 @@ use serde::Serialize;
 use super::Session;
 use super::cli::{ImageArgs, IndexArgs, LayerArgs, LsArgs};
 use super::output::{Table, Talk, print, println, write_out};
+use super::replace::replace;
 use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
 use crate::index::listing::{self, Format, ListingError};
 use crate::index::{EndOfArchive, Summary};
-use crate::open::{self, Cache, Fetching, IndexOrigin, OpenOptions, Prepared, Watch};
+use crate::open::{self, Cache, Fetching, IndexOrigin, OpenOptions, Opened, Prepared, Watch};
 use crate::quantity::{show_count, show_size, show_time};
 use crate::source::{Place, without_secrets};
 use crate::units::{LayerId, TarOffset, TarRange};
@@ -105,7 +106,10 @@ pub(super) fn index(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     let took = began.elapsed();
     let bytes = prepared.index.as_bytes();
     if let Some(path) = &args.output {
-        replace(path, |file| file.write_all(bytes))?;
+        replace(path, |file| {
+            let written = file.write_all(bytes);
+            written.with_context(|| format!("cannot write {}", path.display()))
+        })?;
     }
     let (requests, bytes_fetched) = match prepared.origin {
         IndexOrigin::Read { reads, bytes } => (reads, bytes),
@@ -225,22 +229,33 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     let prepared = prepare(&args.layer, session)?;
     let name = prepared.blob.source.to_string();
     let payload = prepared.index.summary().payload_bytes;
-    let bar = session.talk.bar("writing image", payload);
-    let written = replace(&args.output, |out| match &prepared.blob.place {
+    let cannot = || format!("cannot write {}", args.output.display());
+    // What is wrong with the layer is told before anything is written.
+    let (written, len) = match &prepared.blob.place {
         Place::File(layer) => {
-            let image = prepared.image().map_err(io::Error::other)?;
+            let image = prepared.image()?;
+            let bar = session.talk.bar("writing image", payload);
             let mut read = |_, at: TarOffset, buffer: &mut [u8]| {
                 bar.inc(u64::try_from(buffer.len()).unwrap_or(0));
                 layer
                     .read_exact_at(buffer, at.0)
                     .map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
             };
-            Ok((export(&image, out, &mut read)?, image.len()))
+            let written = replace(&args.output, |out| export(&image, out, &mut read).with_context(cannot));
+            bar.finish_and_clear();
+            (written?, image.len())
         }
-        Place::Http(_) => image_from_server(prepared, args.layer.cache_size, out, &bar),
-    });
-    bar.finish_and_clear();
-    let (written, len) = written?;
+        Place::Http(_) => {
+            let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size))?;
+            let bar = session.talk.bar("writing image", payload);
+            let written = replace(&args.output, |out| {
+                image_from_server(&opened, out, &bar).with_context(cannot)
+            });
+            bar.finish_and_clear();
+            opened.fetcher.shutdown();
+            (written?, opened.image.len())
+        }
+    };
     let output = args.output.display();
     session.talk.note(format_args!(
         "{output}: {} of ext4, {} of it not zero",
@@ -250,16 +265,18 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The image of a layer on a server.
-fn image_from_server(prepared: Prepared, store_bytes: u64, out: &File, bar: &ProgressBar) -> io::Result<(u64, u64)> {
-    let deadline = Some(Duration::from_secs(300));
-    let fetching = Fetching {
+/// How a whole image is fetched.
+fn image_fetching(store_bytes: u64) -> Fetching {
+    Fetching {
         memory_bytes: 256 << 20,
         connections: 4,
-        deadline,
+        deadline: Some(Duration::from_secs(300)),
         store_bytes,
-    };
-    let opened = open::serve_here(prepared, &fetching).map_err(io::Error::other)?;
+    }
+}
+
+/// The image of a layer on a server; returns how many bytes of it are not zero.
+fn image_from_server(opened: &Opened, out: &File, bar: &ProgressBar) -> io::Result<u64> {
     let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
         let range = TarRange::new(at, u64::try_from(buffer.len()).map_err(io::Error::other)?);
         let slices = opened
@@ -280,32 +297,5 @@ fn image_from_server(prepared: Prepared, store_bytes: u64, out: &File, bar: &Pro
         bar.inc(range.len);
         Ok(())
     };
-    let written = export(&*opened.image, out, &mut read);
-    opened.fetcher.shutdown();
-    Ok((written?, opened.image.len()))
-}
-
-/// Writes a file that takes the place of `path` when it is whole; when it does not become whole, `path` is as it was.
-fn replace<T>(path: &Path, write: impl FnOnce(&mut File) -> io::Result<T>) -> anyhow::Result<T> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let dir = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or_else(|| Path::new("."));
-    let cannot = || format!("cannot write {}", path.display());
-    if path.is_dir() {
-        anyhow::bail!("{}: it is a directory; name a file", cannot());
-    }
-    let umask = rustix::process::umask(rustix::fs::Mode::empty());
-    rustix::process::umask(umask);
-    let mode = std::fs::Permissions::from_mode(0o666 & !umask.bits());
-    let mut file = tempfile::Builder::new()
-        .prefix(".tarblk-")
-        .permissions(mode)
-        .tempfile_in(dir)
-        .map_err(|error| anyhow::Error::new(io::Error::from(error.kind())).context(cannot()))?;
-    let value = write(file.as_file_mut()).with_context(cannot)?;
-    file.persist(path)
-        .map_err(|error| anyhow::Error::new(error.error).context(cannot()))?;
-    Ok(value)
+    export(&*opened.image, out, &mut read)
 }

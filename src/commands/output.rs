@@ -25,7 +25,7 @@ pub fn print(text: impl fmt::Display) -> anyhow::Result<()> {
 /// Writes a line to standard output.
 ///
 /// # Errors
-/// Those of [`print`].
+/// Those of [`print()`].
 pub fn println(text: impl fmt::Display) -> anyhow::Result<()> {
     write_out(|out| writeln!(out, "{text}"))
 }
@@ -33,7 +33,7 @@ pub fn println(text: impl fmt::Display) -> anyhow::Result<()> {
 /// Lets `write` write to a buffered standard output and flushes it.
 ///
 /// # Errors
-/// Those of [`print`].
+/// Those of [`print()`].
 pub fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
     let mut out = io::BufWriter::with_capacity(64 * 1024, io::stdout().lock());
     let written = write(&mut out).and_then(|()| out.flush());
@@ -133,7 +133,10 @@ impl Talk {
     pub fn bar(self, what: &str, total: u64) -> ProgressBar {
         let style =
             "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {binary_bytes_per_sec:>12} {eta:>4}";
-        styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style)
+        let bar = styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style);
+        // Drawn before the first byte comes too: that may take the longest.
+        bar.tick();
+        bar
     }
 
     /// A sign of life for work of unknown length.

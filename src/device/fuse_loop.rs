@@ -46,11 +46,13 @@ pub fn preflight() -> Result<(), DeviceError> {
         if !Path::new(path).exists() {
             super::load_module(module, path);
         }
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(|error| DeviceError::NoLoop(format!("cannot open {path}: {error}")))?;
+        OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
+            let advice = match error.kind() {
+                io::ErrorKind::PermissionDenied => "this process may not use it".to_owned(),
+                _ => format!("`modprobe {module}` did not bring it"),
+            };
+            DeviceError::NoLoop(format!("cannot open {path}: {error}; {advice}"))
+        })?;
     }
     Ok(())
 }

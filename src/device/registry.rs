@@ -99,6 +99,7 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
     for error in wrong {
         log::warn!("{error}");
     }
+    states.remove_leftovers();
     let mut staying = Vec::new();
     for state in all.into_iter().filter(|state| !state.is_alive()) {
         match daemon::bury(states, &state) {

@@ -8,6 +8,7 @@ use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -161,6 +162,9 @@ impl Default for StateDir {
     }
 }
 
+/// No daemon takes longer to start: what is passed on while it does is of no use after this.
+const LEFTOVER_AGE: Duration = Duration::from_secs(3600);
+
 impl StateDir {
     /// States in `path` instead of [`DEFAULT_DIR`].
     #[must_use]
@@ -257,6 +261,31 @@ impl StateDir {
         }
     }
 
+    /// Removes what commands left that were killed while a daemon started: the log it had until it had a device, and the
+    /// index that was lent to it.
+    pub fn remove_leftovers(&self) {
+        let Ok(entries) = fs::read_dir(&self.0) else {
+            return;
+        };
+        let old = |entry: &fs::DirEntry| {
+            let changed = entry.metadata().and_then(|meta| meta.modified()).ok();
+            changed
+                .and_then(|changed| changed.elapsed().ok())
+                .is_some_and(|age| age > LEFTOVER_AGE)
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            let passing = [("starting-", ".log"), ("index-", ".tarblk"), (".", ".part")];
+            let is_passing = passing
+                .iter()
+                .any(|(start, end)| name.starts_with(start) && name.ends_with(end));
+            if is_passing && old(&entry) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Reads the state of device `name`.
     ///
     /// # Errors
@@ -285,9 +314,13 @@ impl StateDir {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
             Err(error) => {
+                let advice = match error.kind() {
+                    io::ErrorKind::PermissionDenied => "; what is attached is root's business: try sudo",
+                    _ => "",
+                };
                 return Err(StateError::Directory {
                     path: self.0.clone(),
-                    cause: error.to_string(),
+                    cause: format!("{error}{advice}"),
                 });
             }
         };

@@ -33,7 +33,9 @@ impl fmt::Display for User {
                 write!(f, "mounted on {} in the mount namespace of process {pid}", at.display())
             }
             Self::Holder(name) => write!(f, "used by /dev/{name}"),
-            Self::Unknown => f.write_str("in use by the kernel (swap, or a mount that no process sees)"),
+            Self::Unknown => {
+                f.write_str("in use by the kernel (swap, or a file in it that is still open: a layer in this layer?)")
+            }
         }
     }
 }
@@ -47,6 +49,8 @@ pub struct MountLine {
     pub point: PathBuf,
     /// What is mounted there, as mount(8) was told.
     pub source: PathBuf,
+    /// Whether nothing can be written through it.
+    pub read_only: bool,
 }
 
 /// The mounts that this process sees, in the order they were made.
@@ -62,10 +66,16 @@ fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
         let mut fields = line.split(|&byte| byte == b' ');
         let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
         let point = unescape(fields.nth(1)?);
+        let read_only = fields.next()?.split(|&byte| byte == b',').any(|option| option == b"ro");
         // Options, then optional fields up to a single dash, then the type and the source.
         fields.find(|field| *field == b"-")?;
         let source = unescape(fields.nth(1)?);
-        Some(MountLine { device, point, source })
+        Some(MountLine {
+            device,
+            point,
+            source,
+            read_only,
+        })
     };
     text.split(|&byte| byte == b'\n').filter_map(parse).collect()
 }
@@ -225,6 +235,7 @@ mod tests {
             ("7:3", Some("/a b\\c"))
         );
         assert_eq!(lines[1].source, Path::new("/dev/loop3"));
+        assert_eq!((lines[0].read_only, lines[1].read_only), (false, true));
     }
 
     #[test]

@@ -221,7 +221,7 @@ impl LayerCache {
                 key,
                 nonce: nonce(),
             };
-            Self::begin(&data, &identity).map_err(StoreError::new(&path, "set the length of"))?;
+            Self::begin(&data, &identity).map_err(StoreError::new(&path, "set its length"))?;
             return Ok(Self::assemble(
                 identity,
                 count,
@@ -244,13 +244,13 @@ impl LayerCache {
             .mode(0o600)
             .custom_flags(libc::O_TMPFILE)
             .open(dir)
-            .map_err(StoreError::new(dir, "make a temporary file in"))?;
+            .map_err(StoreError::new(dir, "make a temporary file in it"))?;
         let identity = Identity {
             size,
             key,
             nonce: nonce(),
         };
-        Self::begin(&data, &identity).map_err(StoreError::new(dir, "set the length of a temporary file in"))?;
+        Self::begin(&data, &identity).map_err(StoreError::new(dir, "set the length of a temporary file in it"))?;
         let count = chunk_count(size).unwrap_or(u32::MAX);
         Ok(Self::assemble(identity, count, data, Bits::new(count), None, others))
     }

@@ -242,7 +242,7 @@ impl Parser {
                 at: len,
                 fault: ArchiveFault::Gap,
             }),
-            State::Header if self.unit_at == 0 => Err(IndexError::NotATar("it is shorter than one header")),
+            State::Header if self.unit_at == 0 => Err(not_even_a_block(&self.unit)),
             State::Header | State::AfterZeroBlock => Err(truncated(unit_end, "a header", None)),
             State::Body(_) => Err(truncated(unit_end, "an extension header", None)),
             State::GnuMap | State::DecimalMap => Err(truncated(unit_end, "a sparse file's map", path())),
@@ -299,7 +299,8 @@ impl Parser {
             return Err(if at == 0 {
                 not_a_tar(block)
             } else {
-                self.fault_at(at, HeaderFault::Checksum)
+                // The entry that is known here is the one before.
+                header_error(at, None, HeaderFault::Checksum)
             });
         };
         match header.type_flag() {
@@ -667,9 +668,24 @@ fn not_a_tar(block: &Block) -> IndexError {
         [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => "it is compressed with xz: decompress it first (unxz)",
         [b'B', b'Z', b'h', ..] => "it is compressed with bzip2: decompress it first (bunzip2)",
         [b'P', b'K', 3, 4, ..] => "it is a zip archive",
-        _ => "its first block is no tar header (checksum)",
+        _ => OTHER,
     })
 }
+
+/// What a file is that ends within its first block.
+fn not_even_a_block(start: &[u8]) -> IndexError {
+    let mut block = [0; 512];
+    if let Some(part) = block.get_mut(..start.len()) {
+        part.copy_from_slice(start);
+    }
+    match not_a_tar(&block) {
+        IndexError::NotATar(OTHER) => IndexError::NotATar("it is shorter than one header"),
+        compressed => compressed,
+    }
+}
+
+/// What is said of a first block that looks like nothing known.
+const OTHER: &str = "its first block is no tar header (checksum)";
 
 fn set(buffer: &mut Vec<u8>, bytes: &[u8]) {
     buffer.clear();

@@ -348,7 +348,7 @@ fn classify(url: &Url, error: &reqwest::Error) -> Failure {
         });
     }
     let why = if error.is_connect() {
-        format!("cannot connect: {why}")
+        format!("cannot connect: {why}; is the address right, and the server up?")
     } else {
         why
     };

@@ -28,6 +28,11 @@ const LINKS_MAX: u32 = 255;
 /// Parts of link texts that may be walked on the way to one entry. Ordinary ones have a handful; without a bound, 255 links
 /// of 4095 bytes would cost half a million steps, entry after entry.
 const LINK_PARTS_MAX: usize = 8192;
+/// Missing directories that a layer may make us make: this many, and [`MADE_PER_ENTRY`] for each entry. Programs that leave
+/// directories out make a few for each file; a path of a hundred thousand parts, entry after entry, would fill the memory.
+const MADE_MAX: u64 = 1_000_000;
+/// See [`MADE_MAX`].
+const MADE_PER_ENTRY: u64 = 32;
 /// The longest value of an extended attribute, in bytes: the kernel's `XATTR_SIZE_MAX`.
 const XATTR_VALUE_MAX: usize = 65_536;
 
@@ -44,6 +49,8 @@ pub struct TreeBuilder {
     last_directory_node: u32,
     parts: Vec<Range<usize>>,
     pending: Vec<Part>,
+    /// Missing directories that may still be made.
+    may_make: u64,
     /// Whether the root's time is still that of no entry at all.
     root_is_untouched: bool,
 }
@@ -110,6 +117,7 @@ impl TreeBuilder {
             last_directory_node: NONE,
             parts: Vec::new(),
             pending: Vec::new(),
+            may_make: MADE_MAX,
             root_is_untouched: true,
         }
     }
@@ -138,6 +146,7 @@ impl TreeBuilder {
     /// What the tree cannot hold, or what containerd would not unpack either. The builder is then of no more use.
     pub fn push(&mut self, entry: &Entry) -> Result<(), TreeError> {
         check(entry)?;
+        self.may_make = self.may_make.saturating_add(MADE_PER_ENTRY);
         if self.root_is_untouched {
             self.root_is_untouched = false;
             self.nodes[0].mtime_secs = entry.mtime.secs;
@@ -337,6 +346,9 @@ impl TreeBuilder {
         path: &[u8],
         entry: &Entry,
     ) -> Result<u32, TreeError> {
+        self.may_make = self.may_make.checked_sub(1).ok_or_else(|| TreeError::TooManyMissing {
+            path: show(&entry.path),
+        })?;
         let implicit = Entry {
             kind: Kind::Directory,
             mode: 0o755,

@@ -97,6 +97,12 @@ pub enum TreeError {
         /// The value's length in bytes.
         len: usize,
     },
+    /// Paths of so many parts that no program made them in good faith.
+    #[error("{path}: the layer's paths need millions of directories that it does not have: it is damaged or a bomb")]
+    TooManyMissing {
+        /// The entry whose path needed one too many.
+        path: String,
+    },
     /// More than the arena's 32-bit indexes can count.
     #[error(
         "{path}: the layer has more than 4 GiB of names, 1 GiB of extended attributes or 4 billion entries: too much for one tree"

@@ -85,10 +85,13 @@ pub(super) fn bars(outcome: &Outcome) -> String {
             x = x(value),
         );
     }
-    let mut y = top + (STEP - BAR) / 2.0;
-    for row in &outcome.rows {
-        bar(&mut svg, row, y, &x);
-        y += STEP;
+    let middles = || {
+        (0..outcome.rows.len()).scan(top + STEP / 2.0, |middle, _| {
+            Some(std::mem::replace(middle, *middle + STEP))
+        })
+    };
+    for (row, middle) in outcome.rows.iter().zip(middles()) {
+        bar(&mut svg, row, middle - BAR / 2.0, &x);
     }
     if let Some(floor) = outcome.floor_seconds {
         let at = x(floor);
@@ -102,11 +105,22 @@ pub(super) fn bars(outcome: &Outcome) -> String {
             show_seconds(floor),
         );
     }
+    // Over the line of the floor, so that it strikes no figure out.
+    for (row, middle) in outcome.rows.iter().zip(middles()) {
+        let total = row.median().total;
+        let _ = writeln!(
+            svg,
+            "<text class=\"halo\" x=\"{:.1}\" y=\"{:.1}\" style=\"font-weight:600\">{}</text>",
+            x(total.as_secs_f64()) + 8.0,
+            middle + 4.5,
+            show_time(total),
+        );
+    }
     svg.push_str("</svg>");
     svg
 }
 
-/// One bar with its name, phases, whisker and time.
+/// One bar with its name, phases and whisker.
 fn bar(svg: &mut String, row: &RowOutcome, y: f64, x: &impl Fn(f64) -> f64) {
     let (median, (min, max)) = (row.median(), row.spread());
     let middle = y + BAR / 2.0;
@@ -145,13 +159,9 @@ fn bar(svg: &mut String, row: &RowOutcome, y: f64, x: &impl Fn(f64) -> f64) {
     let whisker = y + BAR + 5.0;
     let _ = writeln!(
         svg,
-        "<path class=\"whisker\" fill=\"none\" d=\"M{low:.1} {:.1}v6M{low:.1} {whisker:.1}H{high:.1}M{high:.1} {:.1}v6\"/>\
-         <text x=\"{:.1}\" y=\"{:.1}\" style=\"font-weight:600\">{}</text>",
+        "<path class=\"whisker\" fill=\"none\" d=\"M{low:.1} {:.1}v6M{low:.1} {whisker:.1}H{high:.1}M{high:.1} {:.1}v6\"/>",
         whisker - 3.0,
         whisker - 3.0,
-        x(median.total.as_secs_f64()) + 8.0,
-        middle + 4.5,
-        show_time(median.total),
     );
 }
 

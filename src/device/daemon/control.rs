@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::state::{Process, State, StateDir, StateError};
 use crate::device::stats::DeviceStats;
-use crate::device::{Backend, DeviceError, ublk, users};
+use crate::device::users::{self, User};
+use crate::device::{Backend, DeviceError, ublk, wait_until};
 
 /// No request is longer.
 pub(super) const MAX_REQUEST_BYTES: u64 = 4 << 10;
@@ -25,6 +26,9 @@ pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long a daemon may take to answer. Taking a device down takes it the longest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long others may take to let go of copies of a mount that is gone.
+const COPIES_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a daemon may live on after its device is gone.
 const EXIT_LIMIT: Duration = Duration::from_secs(20);
@@ -129,6 +133,8 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
     if !state.is_alive() {
         return bury(states, state);
     }
+    // The daemon will look too, but it sees mounts from its own namespace.
+    refuse_if_used_for_long(state)?;
     match ask(states, state, Request::Detach)? {
         Answer::Detached => {
             if !wait_for_end(&state.process) {
@@ -146,7 +152,7 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
 /// Removes what a dead daemon left: its device, unless that is in use, and its files.
 pub(crate) fn bury(states: &StateDir, state: &State) -> Result<(), ControlError> {
     if state.device_exists() {
-        refuse_if_used(state)?;
+        refuse_if_used_for_long(state)?;
         match state.backend {
             Backend::Ublk => ublk::delete_dead(state.number, state.process.pid)?,
             // The kernel takes a loop device down at its last close, and somebody has it open still.
@@ -168,6 +174,17 @@ pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
         device: state.device.clone(),
         users,
     })
+}
+
+/// The same, but not because of a mount that only others see and that they let go of: a process that starts in a mount
+/// namespace of its own (another device's daemon, a container) takes a copy of every mount along at first.
+fn refuse_if_used_for_long(state: &State) -> Result<(), ControlError> {
+    let seen_here = |user: &User| matches!(user, User::Mount(_) | User::Holder(_));
+    wait_until(COPIES_LIMIT, || {
+        let users = users::of(&state.device);
+        users.is_empty() || users.iter().any(seen_here)
+    });
+    refuse_if_used(state)
 }
 
 fn silent(state: &State, cause: &str) -> ControlError {

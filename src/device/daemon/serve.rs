@@ -18,7 +18,7 @@ use super::control::{Answer, DaemonStats, MAX_REQUEST_BYTES, REQUEST_LIMIT, Requ
 use super::{Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, Served, Spec, failed};
 use crate::device::state::{Process, State, StateDir};
 use crate::device::volume::Volume;
-use crate::device::{Backend, Device, users};
+use crate::device::{Backend, Device, fuse_loop, ublk, users};
 
 /// How often a daemon looks whether its device is still there, and whether one that it was told to leave is still in use.
 const GLANCE: Duration = Duration::from_millis(500);
@@ -84,13 +84,17 @@ pub fn serve(
 ) -> Result<(), DaemonError> {
     let states = StateDir::new(&spec.states);
     states.create()?;
-    leave_mount_namespace(&states);
+    let apart = leave_mount_namespace();
     let Served {
         image,
         bytes,
         fetch_stats,
         finish,
     } = build(spec.payload.clone()).map_err(DaemonError::Build)?;
+    if apart {
+        // Not before the layer is open: it may lie in another layer.
+        let_go_of_other_devices(&states);
+    }
     let threads = usize::from(spec.options.queues).max(1) + 1;
     let volume = Arc::new(Volume::new(image, bytes, threads));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -146,27 +150,43 @@ pub fn serve(
 /// Gives this process a mount namespace of its own. Were it the last of one in which its device is mounted, its end would
 /// unmount the device, which would wait for reads that only it could answer.
 ///
-/// Mounts made or undone outside show up inside too, where the outside shares them. Where it does not, the copies that were
-/// made of other devices' mounts would keep those devices busy for as long as this process lives: they are undone.
-fn leave_mount_namespace(states: &StateDir) {
+/// Mounts made or undone outside show up inside too, where the outside shares them. Returns whether it worked.
+fn leave_mount_namespace() -> bool {
     // SAFETY: only unsharing the table of open files would be unsafe.
     #[allow(unsafe_code)]
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     if let Err(error) = unshared {
         log::warn!("cannot leave the mount namespace: {error}");
-        return;
+        return false;
     }
     let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     if let Err(error) = rustix::mount::mount_change("/", flags) {
         log::warn!("cannot keep this process's mounts to itself: {error}");
-        return;
+        return false;
     }
+    true
+}
+
+/// Where mounts are not shared, this process has copies of other devices' mounts, which would keep those devices busy for as
+/// long as it lives: they are undone. Other devices are those that are known, and those that look like ours, because commands
+/// may keep their states elsewhere.
+fn let_go_of_other_devices(states: &StateDir) {
     let (others, _) = states.list().unwrap_or_default();
-    for other in others {
-        for point in users::mount_points(&other.device) {
-            let _ = rustix::mount::unmount(&point, UnmountFlags::DETACH);
+    let known: Vec<_> = others
+        .iter()
+        .filter_map(|other| users::device_number(&other.device).ok())
+        .collect();
+    for line in users::mounts().unwrap_or_default().into_iter().rev() {
+        let is_other = known.contains(&line.device) || (line.read_only && looks_like_ours(&line.source));
+        if is_other && line.point != Path::new("/") {
+            let _ = rustix::mount::unmount(&line.point, UnmountFlags::DETACH);
         }
     }
+}
+
+fn looks_like_ours(device: &Path) -> bool {
+    let number = |name: &str| device.to_str()?.strip_prefix(name)?.parse().ok();
+    number("/dev/ublkb").is_some_and(ublk::exists) || number("/dev/loop").is_some_and(fuse_loop::is_ours)
 }
 
 fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &StateDir) -> State {

@@ -1,0 +1,718 @@
+//! Whole commands where things go wrong: broken layers, indexes, servers, directories, disks and machines, signals, and
+//! daemons that die. Each is one line that names the cause, exit 1, and nothing left behind.
+
+mod lab;
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use lab::{Lab, devices, mounts_below, root, skip, text};
+use rustix::process::{Pid, Signal, kill_process};
+use tarblk::bench::origin::{Fault, Origin};
+
+/// A header block with the given fields, its checksum right.
+fn header(name: &str, size: &[u8], kind: u8, link: &str) -> Vec<u8> {
+    let mut block = vec![0; 512];
+    let mut put = |at: usize, bytes: &[u8]| block[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, name.as_bytes());
+    put(100, b"0000644\0");
+    put(108, b"0000000\0");
+    put(116, b"0000000\0");
+    put(124, size);
+    put(136, b"00000000000\0");
+    put(148, b"        ");
+    put(156, &[kind]);
+    put(157, link.as_bytes());
+    put(257, b"ustar\x0000");
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    block
+}
+
+const EMPTY: &[u8] = b"00000000000\0";
+
+/// A PAX header for what follows.
+fn pax(key: &str, value: &str) -> Vec<u8> {
+    let rest = format!(" {key}={value}\n");
+    let mut len = rest.len();
+    while format!("{len}{rest}").len() != len {
+        len = format!("{len}{rest}").len();
+    }
+    let record = format!("{len}{rest}");
+    let mut bytes = header("pax", format!("{:011o}\0", record.len()).as_bytes(), b'x', "");
+    bytes.extend_from_slice(record.as_bytes());
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+/// One good entry, then these, then the end.
+fn layer(entries: &[Vec<u8>]) -> Vec<u8> {
+    let mut tar = header("good", EMPTY, b'0', "");
+    tar.extend(entries.concat());
+    tar.extend([0; 1024]);
+    tar
+}
+
+fn base256(first: u8, rest: u8) -> Vec<u8> {
+    let mut field = vec![rest; 12];
+    field[0] = first;
+    field
+}
+
+/// What is wrong, the tar, and what the message must say.
+fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
+    let big = header("big", b"00000100000\0", b'0', "");
+    let with_size = |size: &[u8]| layer(&[header("q", size, b'0', "")]);
+    let mut corrupt = header("q", EMPTY, b'0', "");
+    corrupt[150] ^= 1;
+    let bomb = |number: i32| {
+        [
+            pax("path", &format!("{number}{}", "/a".repeat(2000))),
+            header("q", EMPTY, b'0', ""),
+        ]
+        .concat()
+    };
+    vec![
+        (
+            "cut in a payload",
+            [layer(&[])[..512].to_vec(), big, vec![1; 999]].concat(),
+            "cut short",
+        ),
+        ("cut in a header", layer(&[])[..700].to_vec(), "cut short"),
+        ("a wrong checksum", layer(&[corrupt]), "checksum"),
+        ("a negative size", with_size(&base256(0xff, 0xff)), "negative"),
+        ("a huge size", with_size(&base256(0x80, 0x7f)), "size"),
+        ("a size past the end", with_size(b"777777777777"), "cut short"),
+        ("no number as size", with_size(b"zz9000000000"), "size"),
+        (
+            "a negative PAX size",
+            layer(&[pax("size", "-5"), header("q", EMPTY, b'0', "")]),
+            "negative",
+        ),
+        (
+            "an impossible PAX size",
+            layer(&[pax("size", &"9".repeat(30)), header("q", EMPTY, b'0', "")]),
+            "size",
+        ),
+        (
+            "an endless long name",
+            layer(&[header("q", b"77777777777\0", b'L', "")]),
+            "extension header",
+        ),
+        (
+            "an endless PAX header",
+            layer(&[header("q", b"77777777777\0", b'x', "")]),
+            "extension header",
+        ),
+        (
+            "a type that nobody knows",
+            layer(&[header("q", EMPTY, b'Z', "")]),
+            "type",
+        ),
+        ("gzip", b"\x1f\x8b\x08 and so on".to_vec(), "gunzip"),
+        ("zstd", b"\x28\xb5\x2f\xfd and so on".repeat(99), "unzstd"),
+        (
+            "a long name",
+            layer(&[pax("path", &"n".repeat(256)), header("q", EMPTY, b'0', "")]),
+            "255",
+        ),
+        (
+            "a bomb of paths",
+            layer(&(0..800).map(bomb).collect::<Vec<_>>()),
+            "bomb",
+        ),
+        (
+            "a loop of symbolic links",
+            layer(&[
+                header("a", EMPTY, b'2', "b"),
+                header("b", EMPTY, b'2', "a"),
+                header("a/c", EMPTY, b'0', ""),
+            ]),
+            "loop",
+        ),
+        (
+            "a loop of hard links",
+            layer(&[header("a", EMPTY, b'1', "b"), header("b", EMPTY, b'1', "a")]),
+            "hard link",
+        ),
+        (
+            "a hard link out of the root",
+            layer(&[header("a", EMPTY, b'1', "../../etc/passwd")]),
+            "hard link",
+        ),
+        (
+            "a file in the way",
+            layer(&[header("good/q", EMPTY, b'0', "")]),
+            "not a directory",
+        ),
+        (
+            "an owner nobody can have",
+            layer(&[pax("uid", "99999999999"), header("q", EMPTY, b'0', "")]),
+            "owner",
+        ),
+        (
+            "control characters",
+            layer(&[header("\u{1b}[31m\n", &base256(0xff, 0xff), b'0', "")]),
+            "negative",
+        ),
+    ]
+}
+
+#[test]
+fn broken_layers_are_named_and_leave_nothing() {
+    let lab = Lab::new();
+    for (what, tar, expected) in broken_layers() {
+        fs::write(lab.path("broken.tar"), tar).unwrap();
+        let before = lab.names();
+        let said = lab.bad(&["image", "broken.tar", "-o", "out.ext4", "--no-cache"], 1);
+        assert!(said.contains("broken.tar") && said.contains(expected), "{what}: {said}");
+        assert!(!said.trim_end().contains(char::is_control), "{what}: {said:?}");
+        assert!(said.len() < 1000 && !said.contains("panicked"), "{what}: {said}");
+        assert_eq!(lab.names(), before, "{what}");
+    }
+}
+
+#[test]
+fn strange_layers_work() {
+    let lab = Lab::new();
+    let strange = [
+        ("nothing at all", Vec::new()),
+        ("only an end", vec![0; 1024]),
+        ("no end", header("good", EMPTY, b'0', "")),
+        (
+            "paths above the root",
+            layer(&["../../x", "/y", "a/../../../z"].map(|path| header(path, EMPTY, b'0', ""))),
+        ),
+        (
+            "a path of 200,000 parts",
+            layer(&[pax("path", &"d/".repeat(200_000)), header("q", EMPTY, b'5', "")]),
+        ),
+    ];
+    for (what, tar) in strange {
+        fs::write(lab.path("strange.tar"), tar).unwrap();
+        lab.good(&["image", "strange.tar", "-o", "out.ext4", "--no-cache"]);
+        match Command::new("e2fsck").arg("-fn").arg(lab.path("out.ext4")).output() {
+            Ok(checked) => assert!(checked.status.success(), "{what}: {}", text(&checked.stdout)),
+            Err(_) => skip("strange_layers_work", "e2fsck is not installed"),
+        }
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_an_index_is_noticed() {
+    let lab = Lab::new();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let index = fs::read(lab.path("layer.tarblk")).unwrap();
+    for at in 0..index.len() {
+        let mut flipped = index.clone();
+        flipped[at] ^= 1 << (at % 8);
+        fs::write(lab.path("flipped.tarblk"), flipped).unwrap();
+        let said = lab.bad(
+            &[
+                "image",
+                "layer.tar",
+                "--index",
+                "flipped.tarblk",
+                "-o",
+                "out.ext4",
+                "--no-cache",
+            ],
+            1,
+        );
+        assert!(
+            said.contains("flipped.tarblk") && said.contains("tarblk index"),
+            "byte {at}: {said}"
+        );
+    }
+    let mut other = index.clone();
+    other[8] = 77;
+    fs::write(lab.path("version.tarblk"), other).unwrap();
+    assert!(lab.bad(&["ls", "version.tarblk"], 1).contains("version 77"));
+    for len in [9, 40, index.len() / 2, index.len() - 1] {
+        fs::write(lab.path("cut.tarblk"), &index[..len]).unwrap();
+        assert!(lab.bad(&["ls", "cut.tarblk"], 1).contains("cut.tarblk"), "{len}");
+    }
+    for (name, expected) in [
+        ("absent.tarblk", "No such file"),
+        (".", "regular file"),
+        ("layer.tar", "not a tarblk index"),
+    ] {
+        let said = lab.bad(&["image", "layer.tar", "--index", name, "-o", "out.ext4"], 1);
+        assert!(said.contains(name) && said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+fn servers_that_are_not_there_or_refuse() {
+    let lab = Lab::new();
+    // A port that was free a moment ago.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let said = lab.bad(&["index", &format!("http://127.0.0.1:{port}/layer.tar")], 1);
+    assert!(
+        said.contains("refused") && said.contains("is the address right"),
+        "{said}"
+    );
+    assert!(lab.bad(&["index", "http://"], 1).contains("not a URL"));
+    assert!(lab.bad(&["index", ""], 1).contains("empty"));
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    for status in [401, 403, 404, 410] {
+        origin.set_faults(move |_| vec![Fault::Status(status, None)]);
+        let said = lab.bad(&["index", &url, "-o", "out.tarblk"], 1);
+        assert!(said.contains(&status.to_string()), "{said}");
+    }
+    origin.clear_faults();
+    origin.serve_blob("/noise", vec![7; 100_000]);
+    assert!(lab.bad(&["index", &origin.url("/noise")], 1).contains("not a tar"));
+    assert!(!lab.path("out.tarblk").exists());
+}
+
+#[test]
+fn a_server_without_ranges_is_read_once_with_a_warning() {
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    origin.set_ranges(false);
+    let output = lab.run(&["image", &origin.url("/layer.tar"), "-o", "remote.ext4"]);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("does not answer ranges").count(), 1, "{said}");
+    lab.good(&["image", "layer.tar", "-o", "local.ext4"]);
+    assert!(fs::read(lab.path("remote.ext4")).unwrap() == fs::read(lab.path("local.ext4")).unwrap());
+}
+
+#[test]
+fn outputs_replace_files_and_nothing_else() {
+    let lab = Lab::new();
+    let before = lab.names();
+    for (name, expected) in [
+        (".", "directory"),
+        ("/dev/full", "regular file"),
+        ("no/such/out", "No such file"),
+        ("layer.tar/x", "Not a directory"),
+    ] {
+        for command in ["image", "index"] {
+            let said = lab.bad(&[command, "layer.tar", "-o", name], 1);
+            assert!(said.contains(name) && said.contains(expected), "{said}");
+        }
+    }
+    let kind = fs::metadata("/dev/full").unwrap().file_type();
+    assert!(
+        std::os::unix::fs::FileTypeExt::is_char_device(&kind),
+        "the device is one no more"
+    );
+    let mut after = lab.names();
+    after.retain(|name| name != "cache");
+    assert_eq!(after, before);
+}
+
+/// Runs a shell script with a mount namespace of its own, in the lab's directory; `$TARBLK` is the command.
+fn apart(lab: &Lab, script: &str) -> Output {
+    let tarblk = lab.tarblk();
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-ec", script])
+        .current_dir(lab.dir.path())
+        .stdin(Stdio::null());
+    command.env("TARBLK", tarblk.get_program());
+    for (name, value) in tarblk.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn a_full_disk() {
+    if !root("a_full_disk") {
+        return;
+    }
+    let lab = Lab::new();
+    fs::create_dir(lab.path("small")).unwrap();
+    let output = apart(
+        &lab,
+        "mount -t tmpfs -o size=1m none small
+        $TARBLK image layer.tar -o small/out.ext4 && exit 9
+        [ -z \"$(ls -A small)\" ]",
+    );
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        said.contains("small/out.ext4") && said.contains("No space left"),
+        "{said}"
+    );
+
+    // A cache on a full disk costs only what it would have saved.
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let output = apart(
+        &lab,
+        &format!(
+            "mount -t tmpfs -o size=100k none small
+            dd if=/dev/zero of=small/fill bs=1k count=200 2>/dev/null || true
+            $TARBLK image {} -o out.ext4 --cache small",
+            origin.url("/layer.tar")
+        ),
+    );
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    lab.good(&["image", "layer.tar", "-o", "local.ext4", "--no-cache"]);
+    assert!(fs::read(lab.path("out.ext4")).unwrap() == fs::read(lab.path("local.ext4")).unwrap());
+}
+
+#[test]
+fn a_cache_that_cannot_be_written() {
+    let lab = Lab::new();
+    fs::write(lab.path("file"), "").unwrap();
+    for cache in ["file", "/proc/nowhere"] {
+        let said = lab.bad(&["image", "layer.tar", "-o", "out.ext4", "--cache", cache], 1);
+        assert!(said.contains("--no-cache") && said.contains(cache), "{said}");
+    }
+    assert!(!lab.path("out.ext4").exists());
+}
+
+#[test]
+fn a_machine_without_any_driver() {
+    if !root("a_machine_without_any_driver") {
+        return;
+    }
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let missing = |arguments: &str| {
+        // The modules may be there, but nobody makes their nodes in this /dev.
+        let script = format!("mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; exec $TARBLK {arguments}");
+        let output = apart(&lab, &script);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {said}");
+        assert_eq!(said.lines().count(), 1, "{arguments}: {said}");
+        assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0, "{arguments}");
+        said
+    };
+    let said = missing("mount layer.tar mnt");
+    assert!(said.contains("ublk_drv") && said.contains("/dev/fuse"), "{said}");
+    assert!(missing("attach layer.tar --backend ublk").contains("/dev/ublk-control"));
+    assert!(missing("attach layer.tar --backend loop").contains("/dev/fuse"));
+    assert!(missing("bench layer.tar --scratch . --runs 1 -- true").contains("/dev/fuse"));
+}
+
+#[test]
+fn without_root() {
+    if !root("without_root") {
+        return;
+    }
+    let lab = Lab::new();
+    fs::set_permissions(lab.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // By another process: a program that this one has open for writing when another test forks cannot be run.
+    let copied = Command::new("cp")
+        .args([Path::new(env!("CARGO_BIN_EXE_tarblk")), &lab.path("tarblk")])
+        .status();
+    assert!(copied.unwrap().success());
+    fs::create_dir(lab.path("mnt")).unwrap();
+    fs::create_dir(lab.path("theirs")).unwrap();
+    std::os::unix::fs::chown(lab.path("theirs"), Some(65534), Some(65534)).unwrap();
+    fs::copy(lab.path("layer.tar"), lab.path("secret.tar")).unwrap();
+    fs::set_permissions(lab.path("secret.tar"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::create_dir(lab.path("states")).unwrap();
+    fs::set_permissions(lab.path("states"), fs::Permissions::from_mode(0o700)).unwrap();
+    let nobody = |arguments: &str| {
+        let mut command = Command::new(lab.path("tarblk"));
+        command
+            .current_dir(lab.dir.path())
+            .args(arguments.split(' '))
+            .uid(65534)
+            .gid(65534);
+        command
+            .env("TARBLK_CACHE", lab.path("theirs/cache"))
+            .env("TARBLK_STATE_DIR", lab.path("states"));
+        command.output().unwrap()
+    };
+    for good in [
+        "index layer.tar -o theirs/index",
+        "ls layer.tar",
+        "image layer.tar -o theirs/image",
+    ] {
+        let output = nobody(good);
+        assert!(output.status.success(), "{good}: {}", text(&output.stderr));
+    }
+    for (arguments, expected) in [
+        ("index secret.tar", "secret.tar: Permission denied"),
+        ("index layer.tar -o index", "Permission denied"),
+        ("image layer.tar -o image", "Permission denied"),
+        ("attach layer.tar", "sudo"),
+        ("mount layer.tar mnt", "sudo"),
+        ("umount mnt", "nothing that tarblk attached"),
+        ("ps", "sudo"),
+        ("stats loop0", "sudo"),
+        ("detach loop0", "sudo"),
+        ("bench layer.tar -- true", "root"),
+    ] {
+        let output = nobody(arguments);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {said}");
+        assert_eq!(said.lines().count(), 1, "{arguments}: {said}");
+        assert!(said.contains(expected), "{arguments}: {said}");
+    }
+}
+
+#[test]
+fn directories_that_cannot_be_mounted_on() {
+    if !root("directories_that_cannot_be_mounted_on") {
+        return;
+    }
+    let lab = Lab::new();
+    for (dir, expected) in [
+        ("absent", "mkdir"),
+        ("layer.tar", "not a directory"),
+        (".", "not empty"),
+        ("layer.tar/x", "not a directory"),
+    ] {
+        let said = lab.bad(&["mount", "layer.tar", dir], 1);
+        assert!(said.contains(expected), "{said}");
+    }
+    assert!(lab.bad(&["umount", "absent"], 1).contains("absent"));
+    assert!(
+        !lab.path("states").exists() && !lab.path("cache").exists(),
+        "nothing was begun"
+    );
+}
+
+/// Starts a command, waits until `ready`, sends it SIGINT and returns what it left to say.
+fn interrupted(lab: &Lab, args: &[&str], mut ready: impl FnMut() -> bool) -> Output {
+    let mut command = lab.tarblk();
+    let child = command
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while !ready() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{args:?} did not get there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn interrupted_commands_leave_nothing() {
+    let lab = Lab::new();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let before = lab.names();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    // A server that says how long the layer is, and then nothing.
+    origin.set_faults(|request| {
+        let first = request
+            .header("range")
+            .is_none_or(|range| range.starts_with("bytes=0-0"));
+        if first { Vec::new() } else { vec![Fault::Silence] }
+    });
+    let image = ["image", &url, "--index", "layer.tarblk", "-o", "out.ext4", "--no-cache"];
+    for args in [
+        &["index", &url, "-o", "out.tarblk"][..],
+        &image,
+        &["mount", &url, "mnt"],
+        &["attach", &url],
+    ] {
+        let asked = origin.counters().requests;
+        let output = interrupted(&lab, args, || {
+            origin.settle();
+            origin.counters().requests > asked
+        });
+        assert!(!output.status.success(), "{args:?}");
+        assert!(!text(&output.stderr).contains("panicked"), "{args:?}");
+        let mut after = lab.names();
+        after.retain(|name| name != "cache" && name != "states");
+        assert_eq!(after, before, "{args:?}");
+        let states = fs::read_dir(lab.path("states")).map_or(0, Iterator::count);
+        assert_eq!(states, 0, "{args:?}");
+        origin.drop_connections();
+    }
+}
+
+/// The daemon of a device.
+fn daemon_of(lab: &Lab, device: &str) -> Pid {
+    let listed = lab.json(&["ps", "--json"]);
+    let listed = listed.as_array().unwrap().iter().find(|line| line["device"] == device);
+    let pid = listed.expect("it is listed")["process"]["pid"].as_i64().unwrap();
+    Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
+}
+
+fn kill_and_wait(pid: Pid, signal: Signal) {
+    kill_process(pid, signal).unwrap();
+    let entry = format!("/proc/{}/exe", pid.as_raw_nonzero());
+    let began = Instant::now();
+    while Path::new(&entry).exists() {
+        assert!(began.elapsed() < Duration::from_secs(30), "the daemon does not die");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn dead_daemons_are_told_and_cleaned_up() {
+    let Some(_alone) = devices("dead_daemons_are_told_and_cleaned_up") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let attach = || {
+        lab.good(&["attach", "layer.tar", "--backend", "loop", "--quiet"])
+            .trim()
+            .to_owned()
+    };
+    let mounted = lab.json(&["mount", "layer.tar", "mnt", "--backend", "loop", "--json"])["device"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let other = attach();
+    assert_ne!(mounted, other);
+    assert_eq!(lab.json(&["ps", "--json"]).as_array().unwrap().len(), 2);
+
+    // In use, by whatever name; the one beside it goes.
+    for name in [&*mounted, "mnt"] {
+        let said = lab.bad(&["detach", name], 1);
+        assert!(said.contains("in use") && said.contains("mnt"), "{said}");
+    }
+    lab.good(&["detach", &other]);
+    assert!(lab.bad(&["stats", &other], 1).contains("tarblk ps"));
+
+    kill_and_wait(daemon_of(&lab, &mounted), Signal::KILL);
+    let listed = lab.good(&["ps"]);
+    assert!(listed.contains("dead") && listed.contains("mnt"), "{listed}");
+    assert!(lab.bad(&["stats", "mnt"], 1).contains("is dead"));
+    assert!(lab.bad(&["detach", &mounted], 1).contains("in use"));
+    assert!(fs::read(lab.path("mnt/etc/big")).is_err(), "nobody can answer the read");
+    lab.good(&["umount", "mnt"]);
+    assert!(mounts_below(lab.dir.path()).is_empty());
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+
+    // One that nobody uses: the next command that makes something cleans up, or `detach` does.
+    let first = attach();
+    kill_and_wait(daemon_of(&lab, &first), Signal::KILL);
+    let second = attach();
+    assert_eq!(lab.json(&["ps", "--json"]).as_array().unwrap().len(), 1);
+    let state = fs::read_dir(lab.path("states"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let state = state
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|it| it == "json"))
+        .unwrap();
+    let text_of_state = fs::read(&state).unwrap();
+    kill_and_wait(daemon_of(&lab, &second), Signal::TERM);
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0, "SIGTERM detaches");
+
+    // A state without a device, a damaged one, and the leftovers of a command that was killed.
+    fs::write(&state, text_of_state).unwrap();
+    assert!(lab.good(&["ps"]).contains("dead"));
+    lab.good(&["detach", &second]);
+    fs::write(&state, "no state").unwrap();
+    assert!(lab.bad(&["detach", &second], 1).contains("damaged"));
+    fs::remove_file(&state).unwrap();
+    let leftover = lab.path("states/starting-1-ThreadId1.log");
+    File::create(&leftover)
+        .unwrap()
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    lab.good(&["detach", &attach()]);
+    assert!(!leftover.exists());
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn stats_say_where_the_bytes_came_from() {
+    let Some(_alone) = devices("stats_say_where_the_bytes_came_from") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    lab.good(&["mount", &origin.url("/layer.tar"), "mnt", "--quiet", "--no-cache"]);
+    fs::read(lab.path("mnt/etc/big")).unwrap();
+    let counted = lab.json(&["stats", "mnt", "--json"])["counters"].take();
+    let number = |path: &str| {
+        counted
+            .pointer(path)
+            .and_then(serde_json::Value::as_u64)
+            .unwrap_or_else(|| panic!("{path}: {counted}"))
+    };
+    assert!(number("/device/reads") > 0 && number("/device/bytes/metadata") > 0);
+    assert!(number("/device/bytes/fetched") + number("/device/bytes/memory") >= 3_000_001);
+    assert_eq!(number("/device/bytes/disk"), 0);
+    assert!(number("/fetch/requests") > 0 && number("/fetch/bytes_fetched") >= 3_000_001);
+    assert_eq!(number("/fetch/retries"), 0);
+    assert!(number("/device/latency/p50_ns") <= number("/device/latency/p99_ns"));
+    let shown = lab.good(&["stats", "mnt"]);
+    for name in [
+        "reads",
+        "from metadata",
+        "from memory",
+        "from disk",
+        "from network",
+        "requests",
+        "retries",
+        "median",
+        "99%",
+    ] {
+        assert!(shown.contains(name), "{name}: {shown}");
+    }
+    lab.good(&["umount", "mnt"]);
+}
+
+#[test]
+fn a_layer_in_a_layer() {
+    let Some(_alone) = devices("a_layer_in_a_layer") else {
+        return;
+    };
+    let lab = Lab::new();
+    let mut outer = tar::Builder::new(File::create(lab.path("outer.tar")).unwrap());
+    outer.append_path_with_name(lab.path("layer.tar"), "layer.tar").unwrap();
+    outer.into_inner().unwrap().flush().unwrap();
+    for dir in ["outer", "inner"] {
+        fs::create_dir(lab.path(dir)).unwrap();
+    }
+    lab.good(&["mount", "outer.tar", "outer", "--quiet"]);
+    lab.good(&["mount", "outer/layer.tar", "inner", "--quiet"]);
+    assert_eq!(fs::read(lab.path("inner/etc/hello")).unwrap(), b"hello, world\n");
+    lab.good(&["umount", "inner"]);
+    lab.good(&["umount", "outer"]);
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn nobody_hears_which_device_it_is() {
+    let Some(_alone) = devices("nobody_hears_which_device_it_is") else {
+        return;
+    };
+    let lab = Lab::new();
+    let mut command = lab.tarblk();
+    command
+        .args(["attach", "layer.tar", "--quiet"])
+        .stdout(File::options().write(true).open("/dev/full").unwrap());
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("standard output"),
+        "{}",
+        text(&output.stderr)
+    );
+    assert_eq!(lab.good(&["ps", "--quiet"]), "");
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}

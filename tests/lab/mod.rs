@@ -1,0 +1,151 @@
+//! A directory for one test of whole commands, with a small layer, a cache and a directory of states in it.
+
+#![allow(dead_code, reason = "every test program uses its own part of this")]
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
+
+/// A place for one test, with a small layer in it.
+pub(crate) struct Lab {
+    pub(crate) dir: tempfile::TempDir,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let lab = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
+        let mut add = |name: &str, kind: tar::EntryType, mode: u32, content: &[u8]| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(mode);
+            header.set_mtime(1_700_000_000);
+            header.set_size(u64::try_from(content.len()).unwrap());
+            tar.append_data(&mut header, name, content).unwrap();
+        };
+        for dir in ["dev/", "proc/", "etc/"] {
+            add(dir, tar::EntryType::Directory, 0o755, b"");
+        }
+        add("etc/hello", tar::EntryType::Regular, 0o644, b"hello, world\n");
+        add("etc/big", tar::EntryType::Regular, 0o600, &pattern(3_000_001));
+        let mut link = tar::Header::new_gnu();
+        link.set_entry_type(tar::EntryType::Symlink);
+        link.set_size(0);
+        tar.append_link(&mut link, "etc/link", "hello").unwrap();
+        tar.into_inner().unwrap();
+        lab
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// `tarblk` with its cache and states in here.
+    pub(crate) fn tarblk(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tarblk"));
+        command
+            .current_dir(self.dir.path())
+            .env("TARBLK_CACHE", self.path("cache"))
+            .env("TARBLK_STATE_DIR", self.path("states"))
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null());
+        command
+    }
+
+    pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.tarblk().args(args).output().unwrap()
+    }
+
+    /// Standard output of a command that must succeed.
+    pub(crate) fn good(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// The one line of a command that must fail with `code`.
+    pub(crate) fn bad(&self, args: &[&str], code: i32) -> String {
+        let output = self.run(args);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        if code == 1 {
+            assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+            assert!(said.starts_with("tarblk: "), "{said}");
+            assert!(output.stdout.is_empty(), "{args:?} printed {}", text(&output.stdout));
+        }
+        said
+    }
+
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.good(args)).unwrap()
+    }
+
+    /// What is in here, by name.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+pub(crate) fn pattern(len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| u8::try_from(((i * 31) ^ (i >> 9)) & 0xff).unwrap())
+        .collect()
+}
+
+/// Says aloud that a test could not run here; where skipping is forbidden, the test fails.
+pub(crate) fn skip(test: &str, why: &str) {
+    let line = format!("SKIP: {test}: {why}");
+    assert!(std::env::var_os("TARBLK_TEST_STRICT").is_none(), "{line}");
+    eprintln!("{line}");
+    if let Some(log) = std::env::var_os("TARBLK_SKIP_LOG") {
+        let mut log = File::options().append(true).create(true).open(log).unwrap();
+        writeln!(log, "{line}").unwrap();
+    }
+}
+
+/// Whether this process is root's; skips if not.
+pub(crate) fn root(test: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skip(test, "needs root");
+    }
+    root
+}
+
+/// Whether this process can make block devices; skips if not. While the guard lives no other test of this program makes any,
+/// so that what one finds in use is its own.
+pub(crate) fn devices(test: &str) -> Option<MutexGuard<'static, ()>> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let root = rustix::process::geteuid().is_root();
+    let there = Path::new("/dev/ublk-control").exists()
+        || (Path::new("/dev/fuse").exists() && Path::new("/dev/loop-control").exists());
+    if !root || !there {
+        skip(test, "needs root, and ublk or FUSE and loop devices");
+    }
+    (root && there).then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+pub(crate) fn mounts_below(dir: &Path) -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let inside = |line: &&str| {
+        line.split(' ')
+            .nth(1)
+            .is_some_and(|at| at.starts_with(&*dir.to_string_lossy()))
+    };
+    mounts.lines().filter(inside).map(str::to_owned).collect()
+}
