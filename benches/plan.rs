@@ -89,7 +89,11 @@ fn compare(layer: &str, mkfs: &str) -> Outcome<()> {
     if rival {
         show("mkfs.erofs", &theirs);
         let times = |all: &[Process]| all.iter().map(|one| one.took).collect::<Vec<_>>();
-        println!("  {:<22} {}", "mkfs.erofs / tarblk", time_ratios(&times(&theirs), &times(&ours)));
+        println!(
+            "  {:<22} {}",
+            "mkfs.erofs / tarblk",
+            time_ratios(&times(&theirs), &times(&ours))
+        );
         if let (Some(ours), Some(theirs)) = (memory(&ours), memory(&theirs)) {
             println!("  {:<22} {}", "memory, the same", ratios(&theirs, &ours));
         }
@@ -188,9 +192,7 @@ fn million() -> Outcome<()> {
         "1,000,000 entries in an index file of {:.1} MB; a process a run",
         fs::metadata(path)?.len() as f64 / 1e6
     );
-    let runs: Vec<[f64; 6]> = (0..RUNS)
-        .map(|_| child(&["planned", path]))
-        .collect::<Result<_, _>>()?;
+    let runs: Vec<[f64; 6]> = (0..RUNS).map(|_| child(&["planned", path])).collect::<Result<_, _>>()?;
     let show = |name: &str, field: usize, unit| {
         let values = runs.iter().map(|run| run[field]).collect();
         println!("  {name:<22} {}", Runs::new(values, unit));
@@ -275,7 +277,11 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
     });
     let fetcher = Fetcher::start(vec![layer], FetchOptions::default(), Some(image.clone()))?;
     let options = DeviceOptions::default();
-    let volume = Arc::new(Volume::new(image, Arc::new(fetcher.clone()), usize::from(options.queues)));
+    let volume = Arc::new(Volume::new(
+        image,
+        Arc::new(fetcher.clone()),
+        usize::from(options.queues),
+    ));
     let (device, _) = Device::start(&volume, &options)?;
     let mounted = mount_device(device.path(), Path::new(dir));
     let took = start.elapsed();

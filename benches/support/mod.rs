@@ -7,7 +7,10 @@ use std::time::Duration;
 
 /// The arguments meant for the benchmark.
 pub(crate) fn arguments() -> Vec<String> {
-    std::env::args().skip(1).filter(|argument| argument != "--bench").collect()
+    std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect()
 }
 
 /// Several runs of one measurement, in one unit.
