@@ -320,7 +320,7 @@ impl Attached {
     /// How many of a hundred layer bytes that the device gave came straight from the network.
     fn network_share(&self) -> Outcome<f64> {
         let stats: serde_json::Value = serde_json::from_str(&tarblk(&["stats", &self.device, "--json"])?)?;
-        let bytes = &stats["device"]["bytes"];
+        let bytes = &stats["counters"]["device"]["bytes"];
         let of = |name: &str| bytes[name].as_f64().ok_or(format!("no bytes by origin in {stats}"));
         let network = of("fetched")?;
         Ok(network / (network + of("memory")? + of("disk")?) * 100.0)
