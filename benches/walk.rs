@@ -1,68 +1,72 @@
-//! How long the headers of a layer behind HTTP take: `cargo bench --bench walk -- [LAYER.tar]`.
+//! How long the headers of a layer behind HTTP take: `cargo bench --bench walk -- [LAYER.tar] [--mbit RATE]`.
 //!
-//! An origin on loopback with 20 ms of round trip and 1 Gbit/s (and a second one with 200 Mbit/s) serves the layer, or a made
-//! one of 1,250 files and 400 MB. Compared are one plain GET of everything and the walk, medians of interleaved runs, the
-//! walk's first question for the layer's length included.
+//! An origin on loopback with 20 ms of round trip and 1000 Mbit/s, or another rate, serves the layer, and a made one of 1,250
+//! files and 400 MB. Compared are one plain GET of everything by curl and the walk, in turn, the walk's first question for the
+//! layer's length included.
+
+mod support;
 
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use support::{Runs, time_ratios};
 use tarblk::bench::origin::{Link, Origin};
 use tarblk::index::{EntrySink, IndexBuilder, walk::Walked};
 use tarblk::source::{self, Patience, Source};
 
-const RUNS: usize = 5;
+const RUNS: usize = 7;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let layer = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    let (mut layer, mut mbit) = (None, 1000);
+    let mut arguments = support::arguments().into_iter();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--mbit" => mbit = arguments.next().ok_or("--mbit needs a number")?.parse()?,
+            _ => layer = Some(argument),
+        }
+    }
     let dir = tempfile::tempdir()?;
     let big = dir.path().join("big.tar");
     make_big_files(&big)?;
     for path in layer.iter().map(Path::new).chain([big.as_path()]) {
-        println!("{} ({} bytes)", path.display(), path.metadata()?.len());
-        for rate in [1_000_000_000, 200_000_000] {
-            compare(path, rate)?;
-        }
+        compare(path, mbit)?;
     }
     Ok(())
 }
 
-fn compare(path: &Path, bits_per_second: u64) -> Result<(), Box<dyn std::error::Error>> {
+fn compare(path: &Path, mbit: u64) -> Result<(), Box<dyn std::error::Error>> {
+    println!(
+        "{}, {} bytes, 20 ms, {mbit} Mbit/s; {RUNS} runs each in turn",
+        path.display(),
+        path.metadata()?.len()
+    );
     let origin = Origin::start()?;
     origin.serve_file("/layer.tar", path)?;
     origin.set_link(Link {
         rtt: Duration::from_millis(20),
-        rate: Some(bits_per_second / 8),
+        rate: Some(mbit * 1_000_000 / 8),
     });
     let (mut streamed, mut walked) = (Vec::new(), Vec::new());
-    let mut last = None;
-    for _ in 0..RUNS {
+    for run in 0..RUNS {
         let start = Instant::now();
         stream(&origin.url("/layer.tar"))?;
         streamed.push(start.elapsed());
         let start = Instant::now();
-        last = Some(walk(&origin.url("/layer.tar"))?);
+        let (walk, index_len) = walk(&origin.url("/layer.tar"))?;
         walked.push(start.elapsed());
+        if run == 0 {
+            let megabytes = walk.bytes_read / 1_000_000;
+            println!(
+                "  the walk: {} requests, {megabytes} MB, an index of {index_len} bytes",
+                walk.reads
+            );
+        }
     }
-    let median = |times: &mut Vec<Duration>| {
-        times.sort();
-        times[times.len() / 2]
-    };
-    let (streamed, walked) = (median(&mut streamed), median(&mut walked));
-    let cost = last.map_or(String::new(), |(w, len)| {
-        format!(
-            "{} requests, {} MB, index {len} bytes",
-            w.reads,
-            w.bytes_read / 1_000_000
-        )
-    });
-    let part = walked.as_secs_f64() / streamed.as_secs_f64();
-    println!(
-        "  {:>4} Mbit/s: stream {streamed:.2?}  walk {walked:.2?}  = {part:.2}  ({cost})",
-        bits_per_second / 1_000_000
-    );
+    println!("  stream (curl)   {}", Runs::ms(&streamed));
+    println!("  walk            {}", Runs::ms(&walked));
+    println!("  walk / stream   {}", time_ratios(&walked, &streamed));
     Ok(())
 }
 

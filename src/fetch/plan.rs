@@ -110,7 +110,8 @@ pub struct PlanOptions {
     pub small_file: u64,
     /// Of a small file that does not fit this, only so much goes with the demand; the rest follows behind it.
     pub with_demand: u64,
-    /// At the first miss in a bigger file so much around it is wanted; at each further one twice as much...
+    /// At the first miss in a bigger file the rest of the aligned stretch of so much is wanted; at each further one of twice
+    /// as much...
     pub first_touch: u64,
     /// ...up to this.
     pub widest_touch: u64,
@@ -313,10 +314,12 @@ impl Planner {
             let part = if file.range.len <= self.options.small_file {
                 file.range
             } else {
+                // What lies before the range would keep its reader waiting.
                 let widest = self.widen(file.file);
-                let offset = range.start.since(file.range.start) / widest * widest;
-                let start = file.range.start.plus(offset);
-                TarRange::new(start, widest.min(file.range.end().since(start)))
+                let start = range.start.max(file.range.start);
+                let offset = start.since(file.range.start) / widest * widest + widest;
+                let end = file.range.start.plus(offset).min(file.range.end());
+                TarRange::new(start, end.since(start))
             };
             let part = Stretch::of(layer, part);
             all = Stretch {

@@ -26,6 +26,10 @@ const LONGEST_WRITE: usize = 64;
 /// Chunks that wait to be written are memory. Above half of this nothing more is prefetched, above all of it chunks are
 /// not cached at all.
 pub(super) const LARGEST_BACKLOG: u64 = 64 << 20;
+/// As long as no more than this waits to be written, writing waits a moment: whoever reads on finds the thread and the CPUs
+/// free, and neighbours become one write.
+const SMALL_BACKLOG: u64 = 4 << 20;
+const WRITE_DELAY: Duration = Duration::from_millis(10);
 /// The map is written when so much is not in it yet...
 const COMMIT_BYTES: u64 = 128 << 20;
 /// ...or so long after the first chunk that is not.
@@ -156,6 +160,9 @@ impl Engine {
         };
         let file = cache.writer().map(tokio_uring::fs::File::from_std);
         loop {
+            if self.backlog.get() < SMALL_BACKLOG && !self.stopping.get() {
+                sleep(WRITE_DELAY).await;
+            }
             let batch = next_batch(&mut remote.writer.queue.borrow_mut());
             let Some((first, _)) = batch.first() else { break };
             let first = *first;

@@ -1,0 +1,446 @@
+//! The device from cold, as the command makes it: 4 KiB reads beyond the origin's own latency, and reading it from end to end
+//! against `curl -o FILE` from the same nginx.
+//!
+//! `cargo bench --bench device [-- [cold] [sequential] [--backend auto|ublk|loop] [--mib N] [--runs N]]`, as root; needs nginx
+//! and curl. The layer is made: N MiB (1024) of noise in files of 4 MiB. Everything, nginx's document and the caches too, lies in
+//! a temporary directory (TMPDIR chooses where), and the layer is in the page cache. Every device is new: its cache directory
+//! is empty, and nothing of it is in the kernel.
+
+#![allow(clippy::as_conversions, clippy::cast_precision_loss)]
+
+mod support;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use support::{Runs, ratios};
+use tarblk::bench::origin::{Link, Origin};
+
+const MIB: u64 = 1 << 20;
+const FILE_BYTES: u64 = 4 * MIB;
+const BLOCK: usize = 4096;
+
+/// Cold reads of one device.
+const READS: u64 = 300;
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+struct Plan {
+    backend: String,
+    mib: u64,
+    runs: usize,
+    parts: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("device: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Outcome<()> {
+    let mut plan = Plan {
+        backend: "auto".to_owned(),
+        mib: 1024,
+        runs: 7,
+        parts: Vec::new(),
+    };
+    let mut arguments = support::arguments().into_iter();
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--backend" => plan.backend = value()?,
+            "--mib" => plan.mib = value()?.parse()?,
+            "--runs" => plan.runs = value()?.parse()?,
+            "cold" | "sequential" => plan.parts.push(argument),
+            other => return Err(format!("unknown argument {other}").into()),
+        }
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIP: device: needs root");
+        return Ok(());
+    }
+    let lacks = |tool: &&&str| Command::new(tool).arg("-V").output().is_err();
+    if let Some(tool) = ["nginx", "curl"].iter().find(lacks) {
+        eprintln!("SKIP: device: needs {tool}");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let layer = dir.path().join("layer.tar");
+    make_layer(&layer, plan.mib)?;
+    let index = dir.path().join("layer.tarblk");
+    tarblk(&["index", "--quiet", text(&layer)?, "-o", text(&index)?])?;
+    let wanted = |part: &str| plan.parts.is_empty() || plan.parts.iter().any(|asked| asked == part);
+    let lab = Lab {
+        plan: &plan,
+        dir: dir.path(),
+        layer: &layer,
+        index: &index,
+    };
+    if wanted("cold") {
+        lab.cold_from_nginx()?;
+        lab.cold_from_afar()?;
+    }
+    if wanted("sequential") {
+        lab.sequential()?;
+    }
+    Ok(())
+}
+
+/// What the measurements share.
+struct Lab<'a> {
+    plan: &'a Plan,
+    dir: &'a Path,
+    layer: &'a Path,
+    index: &'a Path,
+}
+
+impl Lab<'_> {
+    fn attach(&self, url: &str, keep: bool) -> Outcome<Attached> {
+        let cache = tempfile::tempdir_in(self.dir)?;
+        let mut arguments = vec!["attach", url, "--quiet", "--json", "--backend", &self.plan.backend];
+        arguments.extend(["--index", text(self.index)?]);
+        if keep {
+            arguments.extend(["--cache", text(cache.path())?]);
+        } else {
+            arguments.push("--no-cache");
+        }
+        let said: serde_json::Value = serde_json::from_str(&tarblk(&arguments)?)?;
+        let field = |name: &str| {
+            said[name]
+                .as_str()
+                .map(str::to_owned)
+                .ok_or(format!("no {name} in {said}"))
+        };
+        Ok(Attached {
+            device: field("device")?,
+            backend: field("backend")?,
+            _cache: cache,
+        })
+    }
+
+    fn cold_from_nginx(&self) -> Outcome<()> {
+        let (_server, url) = nginx(self.dir)?;
+        self.cold("nginx on loopback", &url)
+    }
+
+    /// The same with a way to the origin on which requests can be under way while others are waited for.
+    fn cold_from_afar(&self) -> Outcome<()> {
+        let origin = Origin::start()?;
+        origin.serve_file("/layer.tar", self.layer)?;
+        origin.set_link(Link {
+            rtt: Duration::from_millis(5),
+            rate: None,
+        });
+        self.cold("an origin 5 ms away", &origin.url("/layer.tar"))
+    }
+
+    /// 4 KiB reads of the device past the page cache, one at a time, where nothing was read before; in turn with a plain
+    /// request for 4 KiB on a connection of its own that is kept.
+    fn cold(&self, origin: &str, url: &str) -> Outcome<()> {
+        println!(
+            "cold 4 KiB reads, {origin}: {READS} of each of {} devices, in turn with plain requests",
+            self.plan.runs
+        );
+        let (mut beyond, mut shares) = (Vec::new(), Vec::new());
+        let (mut ours, mut bare) = (Vec::new(), Vec::new());
+        let mut backend = String::new();
+        for run in 0..self.plan.runs {
+            let attached = self.attach(url, true)?;
+            backend.clone_from(&attached.backend);
+            let device = direct(&attached.device)?;
+            let mut plain = Plain::connect(url)?;
+            let mut buffer = Aligned::new();
+            let blocks = self.plan.mib * MIB / BLOCK as u64;
+            let mut place = Places::new(run as u64 + 1, blocks);
+            let (mut devices, mut plains) = (Vec::new(), Vec::new());
+            // The first of each opens a connection.
+            device.read_exact_at(buffer.block(), place.next())?;
+            plain.get(place.next())?;
+            for _ in 0..READS {
+                let start = Instant::now();
+                plain.get(place.next())?;
+                plains.push(start.elapsed());
+                let start = Instant::now();
+                device.read_exact_at(buffer.block(), place.next())?;
+                devices.push(start.elapsed());
+            }
+            let (of_devices, of_plains) = (Runs::us(&devices), Runs::us(&plains));
+            beyond.push(of_devices.median() - of_plains.median());
+            shares.push(attached.network_share()?);
+            ours.extend(devices);
+            bare.extend(plains);
+        }
+        let (ours, bare) = (Runs::us(&ours), Runs::us(&bare));
+        println!(
+            "  {:<26} {ours}, 90% {:.0}",
+            format!("device ({backend})"),
+            ours.at(900)
+        );
+        println!("  {:<26} {bare}, 90% {:.0}", "plain request", bare.at(900));
+        println!("  {:<26} {}", "medians' difference", Runs::new(beyond, "us"));
+        println!("  {:<26} {}", "bytes from the network", Runs::new(shares, "%"));
+        Ok(())
+    }
+
+    /// The device from end to end by a plain reader, through the page cache, in turn with curl.
+    fn sequential(&self) -> Outcome<()> {
+        let (_server, url) = nginx(self.dir)?;
+        println!(
+            "from end to end, {} MiB from nginx, {} runs each in turn",
+            self.plan.mib, self.plan.runs
+        );
+        let (mut curl, mut kept, mut unkept) = (Vec::new(), Vec::new(), Vec::new());
+        let mut backend = String::new();
+        for _ in 0..self.plan.runs {
+            curl.push(self.curl(&url)?);
+            for (rates, keep) in [(&mut kept, true), (&mut unkept, false)] {
+                let attached = self.attach(&url, keep)?;
+                backend.clone_from(&attached.backend);
+                rates.push(read_through(&attached.device)?);
+            }
+        }
+        let all = [
+            ("curl -o FILE", &curl),
+            ("device, kept on disk", &kept),
+            ("device, --no-cache", &unkept),
+        ];
+        for (name, rates) in all {
+            println!("  {name:<26} {}", Runs::new(rates.clone(), "MB/s"));
+        }
+        println!(
+            "  {:<26} {}",
+            format!("device ({backend}) / curl"),
+            ratios(&kept, &curl)
+        );
+        println!("  {:<26} {}", "the same, --no-cache", ratios(&unkept, &curl));
+        Ok(())
+    }
+
+    /// MB/s of a download to a new file.
+    fn curl(&self, url: &str) -> Outcome<f64> {
+        let file = self.dir.join("downloaded");
+        let start = Instant::now();
+        let status = Command::new("curl")
+            .args(["-sS", "--fail", "-o"])
+            .arg(&file)
+            .arg(url)
+            .status()?;
+        let took = start.elapsed();
+        if !status.success() {
+            return Err(format!("curl: {status}").into());
+        }
+        let len = fs::metadata(&file)?.len();
+        fs::remove_file(&file)?;
+        Ok(len as f64 / 1e6 / took.as_secs_f64())
+    }
+}
+
+/// MB/s of reading all of a device in order.
+fn read_through(device: &str) -> Outcome<f64> {
+    let mut file = File::open(device)?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut len = 0;
+    let start = Instant::now();
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(len as f64 / 1e6 / start.elapsed().as_secs_f64()),
+            n => len += n,
+        }
+    }
+}
+
+fn direct(device: &str) -> Outcome<File> {
+    Ok(OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(device)?)
+}
+
+/// A block where direct reads may go.
+struct Aligned(Vec<u8>);
+
+impl Aligned {
+    fn new() -> Self {
+        Self(vec![0; 2 * BLOCK])
+    }
+
+    fn block(&mut self) -> &mut [u8] {
+        let start = self.0.as_ptr().align_offset(BLOCK);
+        &mut self.0[start..start + BLOCK]
+    }
+}
+
+/// Random places of whole blocks, in bytes, each in a piece of the layer of its own.
+struct Places {
+    state: u64,
+    turn: u64,
+    blocks: u64,
+}
+
+impl Places {
+    fn new(seed: u64, blocks: u64) -> Self {
+        Self {
+            state: seed,
+            turn: 0,
+            blocks,
+        }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.state = self
+            .state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        // A stride that shares no factor with the number of pieces visits all of them, none twice.
+        let pieces = READS * 2 + 3;
+        let each = self.blocks / pieces;
+        self.turn = (self.turn + 257) % pieces;
+        (self.turn * each + (self.state >> 33) % each) * BLOCK as u64
+    }
+}
+
+/// A device of the command, detached when it goes.
+struct Attached {
+    device: String,
+    backend: String,
+    _cache: tempfile::TempDir,
+}
+
+impl Attached {
+    /// How many of a hundred layer bytes that the device gave came straight from the network.
+    fn network_share(&self) -> Outcome<f64> {
+        let stats: serde_json::Value = serde_json::from_str(&tarblk(&["stats", &self.device, "--json"])?)?;
+        let bytes = &stats["counters"]["device"]["bytes"];
+        let of = |name: &str| bytes[name].as_f64().ok_or(format!("no bytes by origin in {stats}"));
+        let network = of("fetched")?;
+        Ok(network / (network + of("memory")? + of("disk")?) * 100.0)
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        if let Err(error) = tarblk(&["detach", &self.device]) {
+            eprintln!("{}: {error}", self.device);
+        }
+    }
+}
+
+fn tarblk(arguments: &[&str]) -> Outcome<String> {
+    let output = Command::new(env!("CARGO_BIN_EXE_tarblk")).args(arguments).output()?;
+    if !output.status.success() {
+        return Err(format!("tarblk {arguments:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn text(path: &Path) -> Outcome<&str> {
+    path.to_str().ok_or_else(|| "an odd temporary path".into())
+}
+
+/// A connection on which 4 KiB are asked for by hand.
+struct Plain {
+    stream: TcpStream,
+    host: String,
+}
+
+impl Plain {
+    fn connect(url: &str) -> Outcome<Self> {
+        let host = url
+            .trim_start_matches("http://")
+            .split('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let stream = TcpStream::connect(&host)?;
+        stream.set_nodelay(true)?;
+        Ok(Self { stream, host })
+    }
+
+    fn get(&mut self, at: u64) -> Outcome<()> {
+        let (host, last) = (&self.host, at + BLOCK as u64 - 1);
+        let request = format!("GET /layer.tar HTTP/1.1\r\nHost: {host}\r\nRange: bytes={at}-{last}\r\n\r\n");
+        self.stream.write_all(request.as_bytes())?;
+        let mut answer = Vec::with_capacity(2 * BLOCK);
+        let mut buffer = [0; 2 * BLOCK];
+        loop {
+            let n = self.stream.read(&mut buffer)?;
+            if n == 0 {
+                return Err("the origin closed a kept connection".into());
+            }
+            answer.extend_from_slice(&buffer[..n]);
+            let head = answer.windows(4).position(|four| four == b"\r\n\r\n");
+            if head.is_some_and(|head| answer.len() >= head + 4 + BLOCK) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+struct Nginx(Child);
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _gone = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
+
+/// A server of the files in `dir`, with nothing tuned but the log, and the layer's URL.
+fn nginx(dir: &Path) -> Outcome<(Nginx, String)> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let conf = format!(
+        "daemon off; master_process off; error_log stderr crit; pid {0}/pid; events {{ worker_connections 256; }}\n\
+         http {{ access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000;\n\
+         client_body_temp_path {0}/a; proxy_temp_path {0}/b; fastcgi_temp_path {0}/c; uwsgi_temp_path {0}/d; scgi_temp_path {0}/e;\n\
+         server {{ listen 127.0.0.1:{port}; root {0}; }} }}\n",
+        dir.display()
+    );
+    let path: PathBuf = dir.join("nginx.conf");
+    fs::write(&path, conf)?;
+    let child = Command::new("nginx")
+        .arg("-c")
+        .arg(&path)
+        .stderr(Stdio::null())
+        .spawn()?;
+    let server = Nginx(child);
+    for _ in 0..100 {
+        if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+            return Ok((server, format!("http://127.0.0.1:{port}/layer.tar")));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err("nginx did not start".into())
+}
+
+/// Files of noise, so that no block is like another or zero.
+fn make_layer(path: &Path, mib: u64) -> Outcome<()> {
+    let mut tar = tar::Builder::new(std::io::BufWriter::new(File::create(path)?));
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut bytes = Vec::new();
+    for number in 0..(mib * MIB).div_ceil(FILE_BYTES) {
+        bytes.clear();
+        for _ in 0..FILE_BYTES / 8 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            bytes.extend_from_slice(&state.to_le_bytes());
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(FILE_BYTES);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, format!("data/part-{number}.bin"), &bytes[..])?;
+    }
+    tar.into_inner()?.flush()?;
+    Ok(())
+}
