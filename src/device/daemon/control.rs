@@ -135,7 +135,7 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
                 return Err(silent(state, "it took the device down but does not end"));
             }
             // What it could not remove itself.
-            states.remove(&state.name);
+            states.remove(state);
             Ok(())
         }
         Answer::Refused(why) => Err(ControlError::Refused(why)),
@@ -153,7 +153,7 @@ pub(crate) fn bury(states: &StateDir, state: &State) -> Result<(), ControlError>
             Backend::Loop => {}
         }
     }
-    states.remove(&state.name);
+    states.remove(state);
     Ok(())
 }
 

@@ -114,7 +114,7 @@ pub fn serve(
             Ok(listener) => listener,
             Err(error) => {
                 let _ = device.stop();
-                states.remove(&state.name);
+                states.remove(&state);
                 return Err(error);
             }
         };
@@ -208,6 +208,7 @@ fn open_office(
     log: Option<&Path>,
     socket: &PathBuf,
 ) -> Result<UnixListener, DaemonError> {
+    let _turn = states.turn();
     if let Some(log) = log {
         fs::rename(log, states.log(&state.name)).map_err(failed("name the log"))?;
     }
@@ -312,7 +313,7 @@ impl Office<'_> {
     fn close(&self, device: Device, state: &State) -> Result<(), DaemonError> {
         let stopped = device.stop();
         match &stopped {
-            Ok(()) => self.states.remove(&state.name),
+            Ok(()) => self.states.remove(state),
             // The state stays as long as the device may: it says what there is to clean up.
             Err(error) => log::error!("{error}"),
         }
