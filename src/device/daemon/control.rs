@@ -157,6 +157,15 @@ pub(crate) fn bury(states: &StateDir, state: &State) -> Result<(), ControlError>
     Ok(())
 }
 
+/// Ends the reads that wait for a dead daemon, of a device that may be mounted: nobody will answer them any more.
+pub(crate) fn end_reads(state: &State) -> Result<(), ControlError> {
+    match state.backend {
+        Backend::Ublk => Ok(ublk::stop_dead(state.number, state.process.pid)?),
+        // Its reads failed when the daemon died.
+        Backend::Loop => Ok(()),
+    }
+}
+
 /// Fails when something uses the device.
 pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
     let users = users::of(&state.device);
