@@ -305,7 +305,7 @@ fn read_over_http(dir: &Path, url: &str, tar: &Path, parts: &[Part]) -> serde_js
     session.umount();
     assert_eq!(leftovers(session.dir()), Vec::<String>::new());
     assert_eq!(counted["device"]["errors"], 0, "{counted}");
-    let fetched = counted["fetch"]["bytes"]
+    let fetched = counted["fetch"]["bytes_fetched"]
         .as_u64()
         .unwrap_or_else(|| panic!("{counted}"));
     assert!(fetched > 1 << 20, "so little came over the network: {counted}");
