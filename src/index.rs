@@ -6,7 +6,7 @@
 //!
 //! This room must never open a socket, never believe a length before it has checked it, and never panic or allocate
 //! without bound on what a tar or an index file says. What a header means is written at [`Parser`]; how the index file
-//! is laid out at [`format`] and in docs/index-format.md.
+//! is laid out at [`mod@format`] and in docs/index-format.md.
 
 pub mod entry;
 mod error;

@@ -25,7 +25,7 @@ pub fn print(text: impl fmt::Display) -> anyhow::Result<()> {
 /// Writes a line to standard output.
 ///
 /// # Errors
-/// Those of [`print`].
+/// Those of [`print()`].
 pub fn println(text: impl fmt::Display) -> anyhow::Result<()> {
     write_out(|out| writeln!(out, "{text}"))
 }
@@ -33,7 +33,7 @@ pub fn println(text: impl fmt::Display) -> anyhow::Result<()> {
 /// Lets `write` write to a buffered standard output and flushes it.
 ///
 /// # Errors
-/// Those of [`print`].
+/// Those of [`print()`].
 pub fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow::Result<()> {
     let mut out = io::BufWriter::with_capacity(64 * 1024, io::stdout().lock());
     let written = write(&mut out).and_then(|()| out.flush());
