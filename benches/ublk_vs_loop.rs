@@ -1,9 +1,9 @@
 //! 4 KiB random reads of a device whose bytes are all in memory: ublk against the kernel's loop device over the same bytes in
 //! tmpfs, in one run, with the same fio.
 //!
-//! `cargo bench --bench ublk_vs_loop -- [--seconds N] [--rounds N] [--mib N] [--only PART,PART]`, as root on a kernel with ublk; needs fio and
-//! losetup. Where ublk is missing it says so and measures the rest. Every figure is the median of the rounds, which are
-//! interleaved; the ratio is to the better of the two loop devices.
+//! `cargo bench --bench ublk_vs_loop -- [--seconds N] [--rounds N] [--mib N] [--only PART,PART] [--jobs PART,PART]`, as root on a kernel with ublk;
+//! `--only` chooses devices and `--jobs` lines of the table by parts of their names. Needs fio and losetup. Where ublk is missing it says so and measures the rest. Every figure is the median of the rounds, which are
+//! interleaved; the ratio is to the better of the two loop devices in the same round, with its lowest and highest.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -24,10 +24,26 @@ struct Plan {
     rounds: usize,
     mib: usize,
     only: Option<String>,
+    jobs: Option<String>,
+}
+
+impl Plan {
+    fn job(&self, job: Job) -> bool {
+        let name = name_of(job);
+        self.jobs
+            .as_ref()
+            .is_none_or(|jobs| jobs.split(',').any(|part| name.contains(part)))
+    }
 }
 
 /// How fio asks: engine, requests in flight, processes.
-const JOBS: &[(&str, u32, u32)] = &[
+type Job = (&'static str, u32, u32);
+
+fn name_of((engine, depth, processes): Job) -> String {
+    format!("{engine} qd{depth} x{processes}")
+}
+
+const JOBS: &[Job] = &[
     ("libaio", 1, 1),
     ("libaio", 16, 1),
     ("libaio", 64, 1),
@@ -44,6 +60,7 @@ fn main() -> ExitCode {
         rounds: 3,
         mib: 256,
         only: None,
+        jobs: None,
     };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     for pair in arguments.windows(2) {
@@ -53,6 +70,7 @@ fn main() -> ExitCode {
             "--rounds" => plan.rounds = value(),
             "--mib" => plan.mib = value(),
             "--only" => plan.only = Some(pair[1].clone()),
+            "--jobs" => plan.jobs = Some(pair[1].clone()),
             _ => {}
         }
     }
@@ -71,7 +89,12 @@ fn main() -> ExitCode {
 
     let mut targets: Vec<(&str, PathBuf)> = Vec::new();
     let mut devices = Vec::new();
-    for (name, options, everything) in carriers() {
+    let wanted = |name: &str| {
+        plan.only
+            .as_ref()
+            .is_none_or(|only| only.split(',').any(|part| name.contains(part)))
+    };
+    for (name, options, everything) in carriers().into_iter().filter(|(name, ..)| wanted(name)) {
         let missing = match options.backend {
             BackendChoice::Loop => fuse_loop::preflight(),
             _ => ublk::preflight(),
@@ -86,9 +109,6 @@ fn main() -> ExitCode {
         targets.push((name, device.path().to_owned()));
         devices.push(device);
     }
-    if let Some(only) = &plan.only {
-        targets.retain(|(name, _)| only.split(',').any(|part| name.contains(part)));
-    }
     let loops = [
         ("loop", attach_loop(&file, false)),
         ("loop, direct", attach_loop(&file, true)),
@@ -101,7 +121,7 @@ fn main() -> ExitCode {
 
     let mut results: BTreeMap<(usize, usize), Vec<(f64, f64)>> = BTreeMap::new();
     for _ in 0..plan.rounds {
-        for (j, job) in JOBS.iter().enumerate() {
+        for (j, job) in JOBS.iter().enumerate().filter(|(_, job)| plan.job(**job)) {
             for (t, (_, path)) in targets.iter().enumerate() {
                 if let Some(measured) = fio(path, *job, plan.seconds) {
                     results.entry((j, t)).or_default().push(measured);
@@ -109,7 +129,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    report(&targets, &mut results);
+    report(&targets, &results);
     for path in loops.into_iter().filter_map(|(_, path)| path) {
         let _ = Command::new("losetup").arg("-d").arg(path).status();
     }
@@ -176,7 +196,7 @@ fn attach_loop(file: &Path, direct: bool) -> Option<PathBuf> {
 }
 
 /// Reads per second, and the median latency in nanoseconds.
-fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize) -> Option<(f64, f64)> {
+fn fio(path: &Path, (engine, depth, processes): Job, seconds: usize) -> Option<(f64, f64)> {
     let output = Command::new("fio")
         .args([
             "--name=read",
@@ -204,35 +224,36 @@ fn fio(path: &Path, (engine, depth, processes): (&str, u32, u32), seconds: usize
     ))
 }
 
-fn report(targets: &[(&str, PathBuf)], results: &mut BTreeMap<(usize, usize), Vec<(f64, f64)>>) {
-    print!("{:<18}", "kIOPS, median wait");
-    for (name, _) in targets {
-        print!("{name:>24}");
-    }
-    println!();
-    for (j, (engine, depth, processes)) in JOBS.iter().enumerate() {
-        print!("{:<18}", format!("{engine} qd{depth} x{processes}"));
-        let mut median = |t: usize| {
-            let values = results.get_mut(&(j, t))?;
-            values.sort_by(|a, b| a.0.total_cmp(&b.0));
-            values.get(values.len() / 2).copied()
+/// For each job and device: reads per second and waiting time (medians of the rounds), and how it compares with the better
+/// loop device, round by round.
+fn report(targets: &[(&str, PathBuf)], results: &BTreeMap<(usize, usize), Vec<(f64, f64)>>) {
+    for (j, job) in JOBS.iter().enumerate() {
+        let of = |t: usize| results.get(&(j, t));
+        let loops: Vec<_> = (0..targets.len())
+            .filter(|&t| targets[t].0.starts_with("loop"))
+            .filter_map(of)
+            .collect();
+        let Some(rounds) = (0..targets.len()).filter_map(of).map(Vec::len).min() else {
+            continue;
         };
-        let medians: Vec<_> = (0..targets.len()).map(&mut median).collect();
-        let loops = targets
-            .iter()
-            .zip(&medians)
-            .filter(|((name, _), _)| name.starts_with("loop"));
-        let bar = loops
-            .filter_map(|(_, median)| *median)
-            .map(|(iops, _)| iops)
-            .fold(0.0, f64::max);
-        for value in medians {
-            let show = |(iops, latency): (f64, f64)| {
-                format!("{:.1} ({:.2}x) {:.0}us", iops / 1000.0, iops / bar, latency / 1000.0)
-            };
-            let cell = value.map_or("-".to_owned(), show);
-            print!("{cell:>24}");
+        let bars: Vec<f64> = (0..rounds)
+            .map(|round| loops.iter().map(|values| values[round].0).fold(0.0, f64::max))
+            .collect();
+        println!("{}", name_of(*job));
+        for (t, (name, _)) in targets.iter().enumerate() {
+            let Some(values) = of(t) else { continue };
+            let ratios = values.iter().zip(&bars).map(|((iops, _), bar)| iops / bar);
+            let (ratio, low, high) = spread(ratios.collect());
+            let (iops, ..) = spread(values.iter().map(|(iops, _)| iops / 1000.0).collect());
+            let (wait, ..) = spread(values.iter().map(|(_, wait)| wait / 1000.0).collect());
+            println!("  {name:<20} {iops:>7.1} kIOPS  {wait:>6.1} us   {ratio:.2}x  ({low:.2} .. {high:.2})");
         }
-        println!();
     }
+}
+
+/// Median, lowest and highest.
+fn spread(mut values: Vec<f64>) -> (f64, f64, f64) {
+    values.sort_by(f64::total_cmp);
+    let at = |place: usize| values.get(place).copied().unwrap_or(f64::NAN);
+    (at(values.len() / 2), at(0), at(values.len().saturating_sub(1)))
 }

@@ -68,6 +68,14 @@ pub enum MountError {
         /// What the kernel said.
         cause: io::Error,
     },
+    /// Its daemon is dead, and the reads that wait for it cannot be ended.
+    #[error("cannot unmount {path}: its daemon is dead and its reads do not end: {cause}")]
+    Stuck {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        cause: ControlError,
+    },
     /// It is unmounted, but the device stays.
     #[error("{path} is unmounted, but its device stays: {cause}")]
     Detach {
@@ -152,6 +160,16 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
         },
     })?;
     let state = mounted_on(states, &full)?.ok_or_else(|| MountError::NotOurs(dir.to_owned()))?;
+    // Where the daemon is dead, umount(2) would wait without end for the reads that nobody answers. They are ended first, but
+    // only if nothing uses the mount: its users' reads may still wait for somebody to recover the device. The first of two
+    // calls with this flag never unmounts (looking the path up, as above, makes it the first again), and fails with EAGAIN
+    // where a real one would not find it busy.
+    if !state.is_alive() && rustix::mount::unmount(&full, UnmountFlags::EXPIRE) == Err(rustix::io::Errno::AGAIN) {
+        daemon::end_reads(&state).map_err(|cause| MountError::Stuck {
+            path: dir.to_owned(),
+            cause,
+        })?;
+    }
     match rustix::mount::unmount(&full, UnmountFlags::empty()) {
         Ok(()) => {}
         Err(rustix::io::Errno::BUSY) => {

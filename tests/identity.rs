@@ -72,6 +72,9 @@ fn a_debian_root_filesystem_is_as_gnu_tar_extracts_it() {
     compare_all(&[archive]);
 }
 
+/// What makes a copy another tree, under which name, and what the comparer then says.
+type Change = (&'static str, fn(&Path), &'static str);
+
 /// The comparer itself: a copy is no different, and every kind of change is seen.
 #[test]
 fn the_comparer_sees_every_change() {
@@ -94,7 +97,7 @@ fn the_comparer_sees_every_change() {
     };
     assert_eq!(tree::differences(&original, &copy("same"), &[]), Vec::<String>::new());
 
-    let changes: [(&str, fn(&Path), &str); 9] = [
+    let changes: [Change; 9] = [
         (
             "missing",
             |dir| fs::remove_file(dir.join("size-1")).unwrap(),
@@ -142,11 +145,11 @@ fn the_comparer_sees_every_change() {
         ),
     ];
     for (name, change, expected) in changes {
-        let changed = copy(name);
-        change(&changed);
-        let lines = tree::differences(&original, &changed, &[]).join("\n");
+        let other = copy(name);
+        change(&other);
+        let lines = tree::differences(&original, &other, &[]).join("\n");
         assert!(lines.contains(expected), "{name}: expected {expected:?} in:\n{lines}");
-        fs::remove_dir_all(changed).unwrap();
+        fs::remove_dir_all(other).unwrap();
     }
 }
 

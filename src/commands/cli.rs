@@ -213,7 +213,7 @@ pub struct ImageArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   device=$(tarblk attach https://example.org/layer.tar)
-  mount -o ro $device /mnt; …; umount /mnt
+  mount -o ro $device /mnt; ls /mnt; umount /mnt
   tarblk detach $device")]
 pub struct AttachArgs {
     /// The layer.
@@ -234,7 +234,7 @@ pub struct AttachArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:
   tarblk mount https://example.org/layer.tar /mnt
-  ls /mnt; …
+  ls /mnt; ...
   tarblk umount /mnt")]
 pub struct MountArgs {
     /// The layer.

@@ -26,8 +26,8 @@ use super::state::{State, StateDir, StateError};
 use super::volume::LayerBytes;
 use super::{DeviceError, DeviceOptions};
 use crate::image::BlockImage;
-pub(crate) use control::bury;
 pub use control::{ControlError, DaemonStats, detach, stats};
+pub(crate) use control::{bury, end_reads};
 pub use serve::{main, serve};
 
 /// No spec is longer: what is big in it (an index) is passed by the path of a file.

@@ -10,6 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::{Backend, fuse_loop, ublk};
@@ -21,6 +22,9 @@ const VERSION: u32 = 1;
 
 /// No state file is longer; a longer one is not ours.
 const MAX_STATE_BYTES: u64 = 64 << 10;
+
+/// How long to wait for others to be done with the files.
+const TURN_LIMIT: Duration = Duration::from_secs(5);
 
 /// What can be wrong with the directory or a file in it.
 #[derive(Debug, thiserror::Error)]
@@ -250,8 +254,14 @@ impl StateDir {
         })
     }
 
-    /// Removes the files of device `name`: state, socket and log.
-    pub fn remove(&self, name: &str) {
+    /// Removes the files of the device of `state`: state, socket and log. A device's number is given out again at once, so
+    /// they may be another daemon's by now: those stay.
+    pub fn remove(&self, state: &State) {
+        let _turn = self.turn();
+        if self.read(&state.name).is_ok_and(|found| found.process != state.process) {
+            return;
+        }
+        let name = &state.name;
         for path in [self.file(name), self.socket(name), self.log(name)] {
             if let Err(error) = fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
@@ -284,6 +294,17 @@ impl StateDir {
                 let _ = fs::remove_file(entry.path());
             }
         }
+    }
+
+    /// Waits for the caller's turn to change a device's files together; it lasts until the value is dropped. A process that
+    /// does not give up its turn is passed over after a while, because a device must not hang on it.
+    pub(super) fn turn(&self) -> Option<fs::File> {
+        let dir = fs::File::open(&self.0).ok()?;
+        let mine = || rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if !super::wait_until(TURN_LIMIT, mine) {
+            log::warn!("{} is locked by another process; going on", self.0.display());
+        }
+        Some(dir)
     }
 
     /// Reads the state of device `name`.
@@ -427,8 +448,24 @@ mod tests {
         let (list, wrong) = states.list().unwrap();
         assert_eq!(list, [example()]);
         assert!(wrong.is_empty());
-        states.remove("loop7");
+        states.remove(&example());
         assert!(states.list().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn the_next_daemon_of_a_number_keeps_its_files() {
+        let (_temp, states) = dir();
+        let (mut before, next) = (example(), example());
+        before.process.born += 1;
+        states.write(&before).unwrap();
+        states.write(&next).unwrap();
+        fs::write(states.log("loop7"), "the next one's").unwrap();
+        states.remove(&before);
+        assert_eq!(states.read("loop7").unwrap(), next);
+        assert!(states.log("loop7").exists());
+        states.remove(&next);
+        assert!(states.list().unwrap().0.is_empty());
+        assert!(!states.log("loop7").exists());
     }
 
     #[test]

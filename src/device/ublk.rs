@@ -13,6 +13,7 @@ mod landing;
 mod queue;
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -202,6 +203,28 @@ impl UblkDevice {
 /// # Errors
 /// [`DeviceError::Ublk`] when another process serves a device of this number, or the driver refuses or does not come back.
 pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
+    of_dead(id, server, "delete", move || {
+        // A device that stopped halfway is deleted all the same.
+        let stopped = control::stop(id);
+        control::delete(id).or(stopped)
+    })
+}
+
+/// Stops a device that its server, process `server`, left behind: reads that wait for an answer fail. It may be mounted.
+///
+/// # Errors
+/// As [`delete_dead`].
+pub fn stop_dead(id: u32, server: u32) -> Result<(), DeviceError> {
+    of_dead(id, server, "stop", move || control::stop(id))
+}
+
+/// Does something to a device whose server is gone, on a thread of its own and under a time limit.
+fn of_dead(
+    id: u32,
+    server: u32,
+    what: &str,
+    command: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> Result<(), DeviceError> {
     if !exists(id) {
         return Ok(());
     }
@@ -215,16 +238,14 @@ pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
     }
     let (tell, told) = mpsc::channel();
     thread::Builder::new()
-        .name("ublk-delete".to_owned())
+        .name(format!("ublk-{what}"))
         .spawn(move || {
-            // A device that stopped halfway is deleted all the same.
-            let stopped = control::stop(id);
-            let _ = tell.send(control::delete(id).or(stopped));
+            let _ = tell.send(command());
         })
         .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
     match told.recv_timeout(CREATION_LIMIT) {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(DeviceError::Ublk(format!("cannot delete device {id}: {error}"))),
+        Ok(Err(error)) => Err(DeviceError::Ublk(format!("cannot {what} device {id}: {error}"))),
         Err(_) => Err(DeviceError::Ublk(format!("the driver does not let go of device {id}"))),
     }
 }

@@ -110,8 +110,8 @@ pub struct PlanOptions {
     pub small_file: u64,
     /// Of a small file that does not fit this, only so much goes with the demand; the rest follows behind it.
     pub with_demand: u64,
-    /// At the first miss in a bigger file the rest of the aligned stretch of so much is wanted; at each further one of twice
-    /// as much...
+    /// At the first miss in a bigger file the aligned stretch of so much around it is wanted, what lies before it last; at
+    /// each further one a stretch of twice as much...
     pub first_touch: u64,
     /// ...up to this.
     pub widest_touch: u64,
@@ -314,11 +314,14 @@ impl Planner {
             let part = if file.range.len <= self.options.small_file {
                 file.range
             } else {
-                // What lies before the range would keep its reader waiting.
                 let widest = self.widen(file.file);
                 let start = range.start.max(file.range.start);
-                let offset = start.since(file.range.start) / widest * widest + widest;
-                let end = file.range.start.plus(offset).min(file.range.end());
+                let offset = start.since(file.range.start) / widest * widest;
+                let window = file.range.start.plus(offset);
+                let end = window.plus(widest).min(file.range.end());
+                // What lies before the range would keep its reader waiting: it follows.
+                let before = Stretch::of(layer, TarRange::new(window, start.since(window)));
+                self.want_soon(before);
                 TarRange::new(start, end.since(start))
             };
             let part = Stretch::of(layer, part);

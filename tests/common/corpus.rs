@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write;
 use std::fs::{self, File, Permissions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
@@ -43,6 +44,25 @@ pub(crate) fn plant(root: &Path) {
     fs::create_dir_all(&deep).unwrap();
     fs::write(deep.join("leaf"), b"deep down\n").unwrap();
 
+    names_and_links(root);
+    modes_and_owners(root);
+    special_files(root);
+    sparse_files(root);
+    attributes(root);
+
+    // A directory big enough for an index of its own.
+    fs::create_dir(root.join("many")).unwrap();
+    for number in 0..1200 {
+        fs::write(
+            root.join("many").join(format!("entry-number-{number:05}")),
+            number.to_string(),
+        )
+        .unwrap();
+    }
+    fixed_times(root);
+}
+
+fn names_and_links(root: &Path) {
     // Names: long ones, long paths, bytes that are not UTF-8, blanks and line ends, and what containers use as whiteouts.
     let names = root.join("names");
     fs::create_dir(&names).unwrap();
@@ -73,8 +93,9 @@ pub(crate) fn plant(root: &Path) {
     fs::hard_link(links.join("one"), links.join("two")).unwrap();
     fs::hard_link(links.join("one"), root.join("a/three")).unwrap();
     fs::hard_link(long.join("file"), links.join("to-a-long-path")).unwrap();
+}
 
-    // Modes and owners.
+fn modes_and_owners(root: &Path) {
     for mode in [
         0o000, 0o400, 0o644, 0o755, 0o777, 0o1777, 0o2755, 0o4755, 0o6711, 0o7777,
     ] {
@@ -94,8 +115,10 @@ pub(crate) fn plant(root: &Path) {
         symlink("owned", root.join(format!("{name}-link"))).unwrap();
         std::os::unix::fs::lchown(root.join(format!("{name}-link")), Some(uid), Some(gid)).unwrap();
     }
+}
 
-    // Devices and pipes; 0/0 is a whiteout of overlayfs.
+/// Devices and pipes; 0/0 is a whiteout of overlayfs.
+fn special_files(root: &Path) {
     let nodes = root.join("nodes");
     fs::create_dir(&nodes).unwrap();
     for (name, kind, major, minor) in [
@@ -108,21 +131,10 @@ pub(crate) fn plant(root: &Path) {
         let device = rustix::fs::makedev(major, minor);
         rustix::fs::mknodat(CWD, nodes.join(name), kind, Mode::from_raw_mode(0o620), device).unwrap();
     }
+}
 
-    sparse_files(root);
-    attributes(root);
-
-    // A directory big enough for an index of its own.
-    fs::create_dir(root.join("many")).unwrap();
-    for number in 0..1200 {
-        fs::write(
-            root.join("many").join(format!("entry-number-{number:05}")),
-            number.to_string(),
-        )
-        .unwrap();
-    }
-
-    // Times last, and of directories after their content.
+/// Times come last, and those of directories after their content.
+fn fixed_times(root: &Path) {
     let fixed = [
         ("size-1", 0, 0),
         ("size-511", 1, 1),
@@ -512,7 +524,7 @@ fn sparse_by_hand() -> RawTar {
         let len = u64::try_from(bytes.len()).unwrap();
         old = sparse_entry(old, slot, *offset, len);
         map_0_1.push(format!("{offset},{len}"));
-        map_1_0 += &format!("{offset}\n{len}\n");
+        writeln!(map_1_0, "{offset}\n{len}").unwrap();
     }
     let map_0_1 = map_0_1.join(",");
     let mut with_map = map_1_0.into_bytes();

@@ -54,10 +54,9 @@ impl Session {
         let output = self.run(arguments);
         assert!(
             output.status.success(),
-            "tarblk {arguments:?}: {}\n{}{}",
+            "tarblk {arguments:?}: {}\n{}",
             output.status,
             String::from_utf8_lossy(&output.stderr),
-            self.logs(),
         );
         String::from_utf8(output.stdout).unwrap()
     }
@@ -83,23 +82,6 @@ impl Session {
         self.succeed(&[OsStr::new("umount"), dir.as_os_str()]);
         assert!(!is_mounted(&dir), "{} is still mounted", dir.display());
     }
-
-    /// The device under a mounted directory.
-    pub(crate) fn device(&self, dir: &Path) -> String {
-        let dir = dir.to_str().unwrap();
-        mounts()
-            .lines()
-            .find_map(|line| {
-                let mut fields = line.split(' ');
-                let device = fields.next()?;
-                (fields.next()? == dir).then(|| device.to_owned())
-            })
-            .unwrap_or_else(|| panic!("{dir} is not mounted"))
-    }
-
-    fn logs(&self) -> String {
-        String::new()
-    }
 }
 
 impl Drop for Session {
@@ -115,6 +97,19 @@ impl Drop for Session {
 
 fn mounts() -> String {
     String::from_utf8_lossy(&fs::read("/proc/self/mounts").unwrap()).into_owned()
+}
+
+/// The device under a mounted directory.
+pub(crate) fn device(dir: &Path) -> String {
+    let dir = dir.to_str().unwrap();
+    mounts()
+        .lines()
+        .find_map(|line| {
+            let mut fields = line.split(' ');
+            let device = fields.next()?;
+            (fields.next()? == dir).then(|| device.to_owned())
+        })
+        .unwrap_or_else(|| panic!("{dir} is not mounted"))
 }
 
 pub(crate) fn is_mounted(dir: &Path) -> bool {

@@ -2,7 +2,7 @@
 //! structure, device numbers, extended attributes and content.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString, OsString};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
@@ -84,15 +84,11 @@ fn describe(wanted: &Node, found: &Node) -> String {
     part("link count", wanted.links.to_string(), found.links.to_string());
     part(
         "first name",
-        format!("{:?}", wanted.first_name),
-        format!("{:?}", found.first_name),
+        printable(&wanted.first_name),
+        printable(&found.first_name),
     );
     part("device", format!("{:?}", wanted.device), format!("{:?}", found.device));
-    part(
-        "link text",
-        format!("{:?}", wanted.link_text),
-        format!("{:?}", found.link_text),
-    );
+    part("link text", printable(&wanted.link_text), printable(&found.link_text));
     part("xattrs", format!("{:?}", wanted.xattrs), format!("{:?}", found.xattrs));
     parts.join("; ")
 }
@@ -201,7 +197,7 @@ fn first_difference(expected: &Path, found: &Path) -> Option<u64> {
     }
 }
 
-/// A name as it may be written in a message.
-pub(crate) fn printable(name: &Path) -> String {
-    name.as_os_str().as_bytes().escape_ascii().to_string()
+/// A name or text as it may be written in a message: bytes that are not plain ASCII escaped, and quoted.
+pub(crate) fn printable(text: impl AsRef<OsStr>) -> String {
+    format!("\"{}\"", text.as_ref().as_bytes().escape_ascii())
 }

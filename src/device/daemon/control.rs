@@ -141,7 +141,7 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
                 return Err(silent(state, "it took the device down but does not end"));
             }
             // What it could not remove itself.
-            states.remove(&state.name);
+            states.remove(state);
             Ok(())
         }
         Answer::Refused(why) => Err(ControlError::Refused(why)),
@@ -159,8 +159,17 @@ pub(crate) fn bury(states: &StateDir, state: &State) -> Result<(), ControlError>
             Backend::Loop => {}
         }
     }
-    states.remove(&state.name);
+    states.remove(state);
     Ok(())
+}
+
+/// Ends the reads that wait for a dead daemon, of a device that may be mounted: nobody will answer them any more.
+pub(crate) fn end_reads(state: &State) -> Result<(), ControlError> {
+    match state.backend {
+        Backend::Ublk => Ok(ublk::stop_dead(state.number, state.process.pid)?),
+        // Its reads failed when the daemon died.
+        Backend::Loop => Ok(()),
+    }
 }
 
 /// Fails when something uses the device.

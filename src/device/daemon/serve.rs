@@ -118,7 +118,7 @@ pub fn serve(
             Ok(listener) => listener,
             Err(error) => {
                 let _ = device.stop();
-                states.remove(&state.name);
+                states.remove(&state);
                 return Err(error);
             }
         };
@@ -228,6 +228,7 @@ fn open_office(
     log: Option<&Path>,
     socket: &PathBuf,
 ) -> Result<UnixListener, DaemonError> {
+    let _turn = states.turn();
     if let Some(log) = log {
         fs::rename(log, states.log(&state.name)).map_err(failed("name the log"))?;
     }
@@ -332,7 +333,7 @@ impl Office<'_> {
     fn close(&self, device: Device, state: &State) -> Result<(), DaemonError> {
         let stopped = device.stop();
         match &stopped {
-            Ok(()) => self.states.remove(&state.name),
+            Ok(()) => self.states.remove(state),
             // The state stays as long as the device may: it says what there is to clean up.
             Err(error) => log::error!("{error}"),
         }

@@ -1,0 +1,507 @@
+//! The ublk side, on a kernel that has ublk: natively as root where this machine's does, else under Debian's 6.12 kernel in a
+//! virtual machine (`tools/guest`), where this program runs the named test again.
+//!
+//! Ignored by a plain `cargo test`, because a guest without KVM takes minutes: `tools/test guest` runs them, or
+//! `cargo test --test guest -- --ignored --nocapture NAME`. A machine that can do neither says so and skips.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use common::corpus::{self, Archive};
+use common::rawtar::{RawTar, noise};
+use common::session::{Session, device, is_mounted, leftovers};
+use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};
+use tarblk::bench::origin::{Fault, Link, Origin, at_random};
+use tarblk::device::ublk;
+
+// ------------------------------------------------------------------------------------------------------------ where
+
+/// Set in the guest: the directory that a test may fill.
+const INSIDE: &str = "TARBLK_GUEST_DIR";
+
+/// The guest's only place to write to that has room.
+const GUEST_DIR: &str = "/run";
+
+/// Memory of the guest in MiB; what is extracted in it lies in memory too.
+const GUEST_MIB: &str = "3072";
+
+/// Runs `test` where there is ublk, with a directory that it may fill; else skips `name`.
+fn on_ublk(name: &str, seconds: u32, test: impl FnOnce(&Path)) {
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        return test(Path::new(&dir));
+    }
+    if rustix::process::geteuid().is_root() && ublk::preflight().is_ok() {
+        return test(scratch("on-ublk-").path());
+    }
+    let program = std::env::current_exe().unwrap();
+    let arguments = ["--exact", name, "--ignored", "--nocapture"].map(OsStr::new);
+    in_guest(name, seconds, &program, &arguments);
+}
+
+fn tools_guest() -> Command {
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/guest"))
+}
+
+/// Why there can be no guest here, if so.
+fn no_guest() -> Option<String> {
+    let checked = tools_guest().arg("--check").output().unwrap();
+    let said = String::from_utf8_lossy(&checked.stderr).trim().to_owned();
+    (!checked.status.success()).then_some(said)
+}
+
+/// Runs a program in the guest, which has to succeed; what it skips is skipped here.
+fn in_guest(name: &str, seconds: u32, program: &Path, arguments: &[&OsStr]) {
+    if let Some(why) = no_guest() {
+        return skip(name, &why);
+    }
+    let mut command = tools_guest();
+    command.args(["--timeout", &seconds.to_string(), "--memory", GUEST_MIB]);
+    command.arg("--env").arg(format!("{INSIDE}={GUEST_DIR}"));
+    if let Some(layer) = std::env::var_os("TARBLK_TEST_LAYER") {
+        let mut variable = std::ffi::OsString::from("TARBLK_TEST_LAYER=");
+        variable.push(&layer);
+        command.arg("--env").arg(variable);
+    }
+    let mut child = command
+        .arg("--")
+        .arg(program)
+        .args(arguments)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut skipped = Vec::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        eprintln!("{line}");
+        if let Some((test, why)) = line.strip_prefix("SKIP: ").and_then(|rest| rest.split_once(": ")) {
+            skipped.push((test.to_owned(), why.to_owned()));
+        }
+    }
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{name} failed in the guest: {status}");
+    for (test, why) in skipped {
+        skip(&test, &format!("in the guest: {why}"));
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- the device's cases
+
+/// `device_ublk` runs natively with the other tests where it can; here it is the program of its own that it is.
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn the_cases_of_a_device_pass_on_ublk() {
+    const NAME: &str = "the_cases_of_a_device_pass_on_ublk";
+    if rustix::process::geteuid().is_root() && ublk::preflight().is_ok() {
+        return eprintln!("{NAME}: this kernel has ublk, so device_ublk has run them");
+    }
+    let program = built_test("device_ublk");
+    in_guest(NAME, 200, &program, &[]);
+}
+
+/// Where cargo has put another test program of this package.
+fn built_test(name: &str) -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["test", "--locked", "--no-run", "--message-format=json", "--test", name]);
+    let messages = succeed(cargo.current_dir(env!("CARGO_MANIFEST_DIR")));
+    let found = String::from_utf8(messages).unwrap().lines().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        let is_it = message["target"]["name"] == name && message["profile"]["test"] == true;
+        is_it
+            .then(|| message["executable"].as_str().map(PathBuf::from))
+            .flatten()
+    });
+    found.unwrap_or_else(|| panic!("cargo built no test program {name}"))
+}
+
+// ------------------------------------------------------------------------------------------------------------ identity
+
+/// Mounts every archive on ublk and compares it with GNU tar's extraction.
+fn compare_all(dir: &Path, archives: &[Archive]) {
+    let complaints = Mutex::new(Vec::new());
+    let waiting = Mutex::new(archives.iter());
+    // Two at a time: starting programs is most of the work, and the guest has two processors.
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut session = Session::below(dir, "ublk");
+                while let Some(archive) = { waiting.lock().unwrap().next() } {
+                    let found = compare(&mut session, archive);
+                    complaints.lock().unwrap().extend(found);
+                }
+                assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+            });
+        }
+    });
+    let complaints = complaints.into_inner().unwrap();
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    assert_no_devices();
+}
+
+fn compare(session: &mut Session, archive: &Archive) -> Vec<String> {
+    let extracted = session.dir().join("extracted");
+    gnu_tar_extract(&archive.path, &extracted);
+    let mounted = session.mount(archive.path.as_os_str());
+    assert!(device(&mounted).starts_with("/dev/ublkb"));
+    let differences = tree::differences(&extracted, &mounted, &archive.implied);
+    eprintln!("{}: {} differences", archive.name, differences.len());
+    session.umount();
+    fs::remove_dir_all(&extracted).unwrap();
+    differences
+        .into_iter()
+        .map(|line| format!("{}: {line}", archive.name))
+        .collect()
+}
+
+/// The driver has no device, neither a block device nor a half of one.
+fn assert_no_devices() {
+    let mut left: BTreeSet<String> = BTreeSet::new();
+    for dir in ["/sys/class/ublk-char", "/sys/block", "/run/tarblk"] {
+        let names = fs::read_dir(dir).into_iter().flatten().flatten();
+        left.extend(
+            names
+                .map(|entry| entry.file_name().into_string().unwrap())
+                .filter(|name| name.contains("ublk")),
+        );
+    }
+    assert_eq!(left, BTreeSet::new(), "left behind");
+}
+
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them() {
+    on_ublk("tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them", 250, |dir| {
+        let work = tempfile::tempdir_in(dir).unwrap();
+        compare_all(dir, &corpus::by_hand(work.path()));
+    });
+}
+
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn tars_of_every_program_are_on_ublk_as_gnu_tar_extracts_them() {
+    on_ublk(
+        "tars_of_every_program_are_on_ublk_as_gnu_tar_extracts_them",
+        400,
+        |dir| {
+            let work = tempfile::tempdir_in(dir).unwrap();
+            let archives = corpus::planted(work.path());
+            assert!(archives.len() > 10, "only {} archives", archives.len());
+            compare_all(dir, &archives);
+        },
+    );
+}
+
+/// The layer that `TARBLK_TEST_LAYER` names.
+fn debian() -> Option<Archive> {
+    Some(Archive {
+        name: "debian".to_owned(),
+        path: std::env::var_os("TARBLK_TEST_LAYER")?.into(),
+        implied: vec![],
+    })
+}
+
+const NO_LAYER: &str = "TARBLK_TEST_LAYER names no layer (tools/debian-layer makes one)";
+
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn a_debian_root_filesystem_is_on_ublk_as_gnu_tar_extracts_it() {
+    const NAME: &str = "a_debian_root_filesystem_is_on_ublk_as_gnu_tar_extracts_it";
+    let Some(archive) = debian() else {
+        return skip(NAME, NO_LAYER);
+    };
+    on_ublk(NAME, 300, |dir| compare_all(dir, &[archive]));
+}
+
+// ------------------------------------------------------------------------------------------------------- over HTTP
+
+/// A regular file of a layer, and where its bytes are in the tar.
+struct Part {
+    path: PathBuf,
+    at: u64,
+    len: usize,
+}
+
+/// Every twelfth regular file of a tar and the four biggest: enough to be everywhere in it, little enough for an emulated
+/// processor.
+fn sample(tar: &Path) -> Vec<Part> {
+    let mut archive = tar::Archive::new(File::open(tar).unwrap());
+    let mut files: Vec<Part> = Vec::new();
+    for entry in archive.entries_with_seek().unwrap() {
+        let entry = entry.unwrap();
+        if entry.header().entry_type().is_file() {
+            files.push(Part {
+                path: entry
+                    .path()
+                    .unwrap()
+                    .components()
+                    .filter(|part| matches!(part, Component::Normal(_)))
+                    .collect(),
+                at: entry.raw_file_position(),
+                len: usize::try_from(entry.size()).unwrap(),
+            });
+        }
+    }
+    let mut sizes: Vec<usize> = files.iter().map(|part| part.len).collect();
+    sizes.sort_unstable();
+    let big = sizes[sizes.len() - 4];
+    let mut number = 0;
+    files.retain(|part| {
+        number += 1;
+        u32::is_multiple_of(number, 12) || part.len >= big
+    });
+    files
+}
+
+/// Reads the parts from `root` by eight readers, each in an order of its own, and compares them with the tar.
+fn read_at_once(root: &Path, tar: &Path, parts: &[Part]) {
+    let tar = File::open(tar).unwrap();
+    std::thread::scope(|scope| {
+        for reader in 0..8 {
+            let tar = &tar;
+            scope.spawn(move || {
+                let (mut wanted, mut found) = (Vec::new(), Vec::new());
+                // Odd readers go backwards, so that they meet others in the middle; each leaves half of the files out.
+                for step in 0..parts.len() {
+                    let step = (step + reader * parts.len() / 8) % parts.len();
+                    let part = &parts[if reader % 2 == 0 { step } else { parts.len() - 1 - step }];
+                    if (step + reader / 2).is_multiple_of(2) {
+                        continue;
+                    }
+                    wanted.resize(part.len, 0);
+                    tar.read_exact_at(&mut wanted, part.at).unwrap();
+                    found.clear();
+                    let path = root.join(&part.path);
+                    let mut file = File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                    file.read_to_end(&mut found)
+                        .unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+                    assert!(wanted == found, "{} differs", path.display());
+                }
+            });
+        }
+    });
+}
+
+/// What `tarblk stats` says of the device under a mount.
+fn stats(session: &Session, mounted: &Path) -> serde_json::Value {
+    let said = session.succeed(&["stats", "--json", &device(mounted)]);
+    serde_json::from_str::<serde_json::Value>(&said).unwrap()["counters"].take()
+}
+
+/// Mounts a URL on ublk and reads it by many at once; the device's counters afterwards.
+fn read_over_http(dir: &Path, url: &str, tar: &Path, parts: &[Part]) -> serde_json::Value {
+    let mut session = Session::below(dir, "ublk");
+    let mounted = session.mount(OsStr::new(url));
+    assert!(device(&mounted).starts_with("/dev/ublkb"));
+    read_at_once(&mounted, tar, parts);
+    let counted = stats(&session, &mounted);
+    session.umount();
+    assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+    assert_eq!(counted["device"]["errors"], 0, "{counted}");
+    let fetched = counted["fetch"]["bytes_fetched"]
+        .as_u64()
+        .unwrap_or_else(|| panic!("{counted}"));
+    assert!(fetched > 1 << 20, "so little came over the network: {counted}");
+    counted
+}
+
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn a_layer_over_http_is_read_by_many_at_once() {
+    const NAME: &str = "a_layer_over_http_is_read_by_many_at_once";
+    let Some(Archive { path: tar, .. }) = debian() else {
+        return skip(NAME, NO_LAYER);
+    };
+    on_ublk(NAME, 300, |dir| {
+        let parts = sample(&tar);
+        assert!(parts.len() > 100, "only {} files", parts.len());
+        let origin = Origin::start().unwrap();
+        origin.serve_file("/layer.tar", &tar).unwrap();
+        origin.set_link(Link {
+            rtt: Duration::from_millis(5),
+            rate: None,
+        });
+        origin.set_faults(at_random(
+            11,
+            100,
+            vec![
+                Fault::ResetBefore,
+                Fault::ResetWithin(30_000),
+                Fault::Status(503, None),
+                Fault::ShortBody(100),
+            ],
+        ));
+        let counted = read_over_http(dir, &origin.url("/layer.tar"), &tar, &parts);
+        eprintln!("a failing origin: {}", counted["fetch"]);
+
+        if !have("nginx") {
+            return skip(&format!("{NAME}, nginx"), "nginx is missing");
+        }
+        let server = Nginx::start(dir, &tar);
+        let counted = read_over_http(dir, &server.url, &tar, &parts);
+        eprintln!("nginx: {}", counted["fetch"]);
+        drop(server);
+        assert_no_devices();
+    });
+}
+
+/// A web server nobody here wrote, on loopback.
+struct Nginx {
+    process: Child,
+    url: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Nginx {
+    fn start(dir: &Path, tar: &Path) -> Self {
+        let dir = tempfile::tempdir_in(dir).unwrap();
+        std::os::unix::fs::symlink(tar, dir.path().join("layer.tar")).unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap();
+        drop(free);
+        let configuration = format!(
+            "daemon off; master_process off; user root; error_log stderr crit; pid {0}/pid; events {{}}\n\
+             http {{ access_log off; client_body_temp_path {0}/a; proxy_temp_path {0}/b; fastcgi_temp_path {0}/c;\n\
+             uwsgi_temp_path {0}/d; scgi_temp_path {0}/e; server {{ listen {address}; root {0}; }} }}\n",
+            dir.path().display()
+        );
+        let file = dir.path().join("nginx.conf");
+        fs::write(&file, configuration).unwrap();
+        let process = Command::new("nginx").arg("-c").arg(&file).spawn().unwrap();
+        let server = Self {
+            process,
+            url: format!("http://{address}/layer.tar"),
+            _dir: dir,
+        };
+        let answers = || std::net::TcpStream::connect(address).is_ok();
+        wait_until("an answer of nginx", answers);
+        server
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- a daemon that is killed
+
+/// A program that reads a file to its end.
+struct Reader(Child);
+
+impl Reader {
+    fn start(file: &Path) -> Self {
+        let reader = Command::new("cat")
+            .arg(file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(reader)
+    }
+
+    /// How it ended, if it has.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().unwrap()
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `kill -9` of the daemon with reads in flight: they wait instead of failing, because the device can be recovered and its
+/// requests are issued again (`USER_RECOVERY`, `USER_RECOVERY_REISSUE`); `ps` says what happened, nothing is taken away that
+/// is in use, and then nothing is left: no device, no number, no file. Three times over, because a lost device would show in
+/// the next one's number.
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn a_killed_daemon_leaves_no_lost_device() {
+    on_ublk("a_killed_daemon_leaves_no_lost_device", 150, |dir| {
+        let work = tempfile::tempdir_in(dir).unwrap();
+        let tar = work.path().join("layer.tar");
+        let content = noise(4 << 20, 3);
+        let layer = RawTar::new().file(b"small", b"a word").file(b"big", &content).end();
+        fs::write(&tar, &layer.0).unwrap();
+        let devices: BTreeSet<String> = (0..3).map(|_| kill_while_reading(dir, &tar)).collect();
+        assert_eq!(devices.len(), 1, "a device was lost: {devices:?}");
+    });
+}
+
+/// Kills a daemon and cleans up; which device it was.
+fn kill_while_reading(dir: &Path, tar: &Path) -> String {
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", tar).unwrap();
+    let mut session = Session::below(dir, "ublk");
+    let mounted = session.mount(OsStr::new(&origin.url("/layer.tar")));
+    let device = device(&mounted);
+    let size = fs::metadata(mounted.join("big")).unwrap().size();
+    assert_eq!(size, 4 << 20);
+
+    // From now on no byte comes, so what is read next is in flight when the daemon dies.
+    let before = origin.counters().requests;
+    origin.set_faults(|_: &_| vec![Fault::Silence]);
+    let mut reader = Reader::start(&mounted.join("big"));
+    wait_until("a request", || origin.counters().requests > before);
+    let listed = ps(&session);
+    assert_eq!(
+        (&listed["device"], &listed["status"]),
+        (&device.clone().into(), &"serving".into())
+    );
+    let pid = listed["process"]["pid"].as_u64().unwrap();
+    succeed(Command::new("kill").args(["-9", &pid.to_string()]));
+    wait_until("the daemon's death", || ps(&session)["status"] == "dead");
+
+    // The kernel takes a moment to notice.
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(reader.ended(), None, "a read ended that nobody answered");
+    assert!(Path::new(&device).exists(), "the device is gone under its mount");
+    let refused = session.run(&["detach", &device]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{why}");
+    assert!(why.contains(mounted.to_str().unwrap()), "it does not say where: {why}");
+    let refused = session.run(&[OsStr::new("umount"), mounted.as_os_str()]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{why}");
+    assert!(
+        why.contains(&reader.0.id().to_string()),
+        "it does not say by whom: {why}"
+    );
+    assert_eq!(reader.ended(), None, "a refusal ended a read");
+
+    // The reader can be ended, but its read cannot: only taking the device down ends that.
+    drop(reader);
+    session.umount();
+    assert!(!is_mounted(&mounted));
+    assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+    assert_no_devices();
+    device
+}
+
+/// The only line of `tarblk ps`.
+fn ps(session: &Session) -> serde_json::Value {
+    let said = session.succeed(&["ps", "--json"]);
+    let mut listed: Vec<serde_json::Value> = serde_json::from_str(&said).unwrap();
+    assert_eq!(listed.len(), 1, "{said}");
+    listed.remove(0)
+}
