@@ -106,7 +106,7 @@ impl Simulation<'_> {
     fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
         let here = self.here.contains(&key);
         if here {
-            let mut chunk = [0; 32 << 10];
+            let mut chunk = vec![0; 32 << 10];
             let start = u64::from(key.index) * CHUNK_BYTES;
             let len = self.tar.read_at(&mut chunk, start).unwrap_or(0);
             show(&chunk[..len]);

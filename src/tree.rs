@@ -321,11 +321,8 @@ impl Tree {
         let mut links = 0;
         while let Some(part) = pending.pop() {
             match &part[..] {
-                b"" | b"." => continue,
-                b".." => {
-                    at = self.node(at).parent();
-                    continue;
-                }
+                b"" | b"." => {}
+                b".." => at = self.node(at).parent(),
                 name => {
                     let next = self.child(at, name)?;
                     if self.node(next).kind() != NodeKind::Symlink {

@@ -321,3 +321,29 @@ fn a_wide_directory_is_sorted() {
         Content::Whole(TarOffset(1234))
     );
 }
+
+#[test]
+fn paths_lead_through_links_and_stay_inside() {
+    let link = |path: &str, text: &str| Entry {
+        link: text.as_bytes().to_vec(),
+        ..entry(path, Kind::Symlink)
+    };
+    let tree = build(&[
+        file("usr/lib/x/libz.so.1.2", 1),
+        link("lib", "usr/lib"),
+        link("usr/lib/x/libz.so.1", "libz.so.1.2"),
+        link("usr/lib/x/up", "../../../../../lib/./x/libz.so.1"),
+        link("abs", "/lib/x/up"),
+        link("loop", "loop"),
+    ])
+    .unwrap();
+    let real = at(&tree, "usr/lib/x/libz.so.1.2").unwrap();
+    let from = at(&tree, "usr/lib/x").unwrap();
+    for path in ["/lib/x/libz.so.1", "libz.so.1", "./up", "/abs", "../x//libz.so.1.2"] {
+        assert_eq!(tree.resolve(from, path.as_bytes()), Some(real), "{path}");
+    }
+    for path in ["/loop", "/nothing", "libz.so.1/x", "/lib/x/libz.so.1.2/.."] {
+        assert_ne!(tree.resolve(from, path.as_bytes()), Some(real), "{path}");
+    }
+    assert_eq!(tree.resolve(from, b"/"), Some(NodeId::ROOT));
+}

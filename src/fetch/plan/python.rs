@@ -1,7 +1,7 @@
 //! What a compiled Python module imports. In: the module's path and bytes. Out: paths of the modules that its names may
 //! mean, for whoever knows which of them exist.
 //!
-//! A module's names stand in its code objects as short strings (CPython's `marshal.c`: type `z` or `Z`, one byte of length,
+//! A module's names stand in its code objects as short strings (`marshal.c` of `CPython`: type `z` or `Z`, one byte of length,
 //! ASCII), the names of imported modules among them. Which of the names are imports is not worked out: bytecode differs
 //! from version to version, and almost no other name is a file's. Pure, and only a hint.
 
