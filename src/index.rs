@@ -8,6 +8,7 @@
 //! without bound on what a tar or an index file says. What a header means is written at [`Parser`]; how the index file
 //! is laid out at [`mod@format`] and in docs/index-format.md.
 
+pub mod build;
 mod cold;
 mod digests;
 pub mod entry;
@@ -22,6 +23,7 @@ mod number;
 mod parser;
 mod pax;
 mod reader;
+mod rebuild;
 mod sink;
 mod sparse;
 mod summary;
@@ -36,6 +38,7 @@ pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub use reader::{Entries, Index, hot_len, is_index};
+pub use rebuild::{Payload, RebuildError, rebuild_tar};
 pub use sink::{Collector, Tee};
 pub use summary::Summary;
 pub use writer::IndexBuilder;

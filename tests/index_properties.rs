@@ -264,7 +264,7 @@ fn the_hot_part_alone_is_enough_but_for_what_is_cold() {
             .unwrap()
             .check(1, &vec![0; usize::try_from(len).unwrap() - 32768])
     );
-    assert!(!part.chunk_digests().unwrap().check(1, &[1; 32768]));
+    assert!(!part.chunk_digests().unwrap().check(1, &vec![1; 32768]));
 
     let windows = [vec![], vec![7; 32768], b"window".to_vec()];
     let cold = part.cold();

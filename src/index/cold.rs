@@ -103,7 +103,7 @@ struct Piece {
 struct Pieces {
     /// Where the first one begins in the file.
     start: u64,
-    pieces: Vec<Piece>,
+    each: Vec<Piece>,
     /// The bytes of all when decoded.
     decoded: u64,
 }
@@ -124,7 +124,7 @@ impl ColdDirectory {
     /// How many pieces a part has: of windows one for each span.
     #[must_use]
     pub fn pieces(&self, part: ColdPart) -> usize {
-        self.of(part).map_or(0, |pieces| pieces.pieces.len())
+        self.of(part).map_or(0, |pieces| pieces.each.len())
     }
 
     /// How many bytes a part has when decoded.
@@ -137,17 +137,17 @@ impl ColdDirectory {
     #[must_use]
     pub fn range(&self, part: ColdPart) -> Option<Range<u64>> {
         let pieces = self.of(part)?;
-        Some(pieces.start..pieces.pieces.last().map_or(pieces.start, |last| last.end))
+        Some(pieces.start..pieces.each.last().map_or(pieces.start, |last| last.end))
     }
 
     /// A piece of a part. Of [`ColdPart::Windows`] the one of span number `number`.
     #[must_use]
     pub fn piece(&self, part: ColdPart, number: usize) -> Option<ColdPiece> {
         let pieces = self.of(part)?;
-        let piece = pieces.pieces.get(number)?;
+        let piece = pieces.each.get(number)?;
         let start = match number.checked_sub(1) {
             None => pieces.start,
-            Some(before) => pieces.pieces.get(before)?.end,
+            Some(before) => pieces.each.get(before)?.end,
         };
         Some(ColdPiece {
             range: start..piece.end,
@@ -214,7 +214,7 @@ fn place(lens: &[u64], digests: &[u8], record: &SectionRecord) -> Option<Pieces>
     }
     (end == record.offset.checked_add(record.stored)?).then_some(Pieces {
         start: record.offset,
-        pieces,
+        each: pieces,
         decoded: record.decoded,
     })
 }

@@ -42,7 +42,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     pub fn open(bytes: B) -> Result<Self, IndexError> {
         let table = SectionTable::read(bytes.as_ref())?;
         let end = table.file_len;
-        Ok(Self::read(bytes, table, end)?)
+        Ok(Self::read(bytes, &table, end)?)
     }
 
     /// Opens an index of which only the hot part is here: the file's first [`hot_len`] bytes. Everything works but for what lies
@@ -53,11 +53,11 @@ impl<B: AsRef<[u8]>> Index<B> {
     pub fn open_hot(bytes: B) -> Result<Self, IndexError> {
         let table = SectionTable::read(bytes.as_ref())?;
         let end = table.hot_len;
-        Ok(Self::read(bytes, table, end)?)
+        Ok(Self::read(bytes, &table, end)?)
     }
 
     /// Opens what is here up to `end`.
-    fn read(bytes: B, table: SectionTable, end: u64) -> Result<Self, IndexFault> {
+    fn read(bytes: B, table: &SectionTable, end: u64) -> Result<Self, IndexFault> {
         let file = bytes.as_ref();
         match end.cmp(&len_u64(file.len())) {
             std::cmp::Ordering::Equal => {}
@@ -103,7 +103,7 @@ impl<B: AsRef<[u8]>> Index<B> {
             .map(|record| read_spans(section(file, record)?, record.decoded))
             .transpose()?;
         let cold = raw(format::COLD_DIRECTORY)?
-            .map(|directory| ColdDirectory::decode(directory, &table))
+            .map(|directory| ColdDirectory::decode(directory, table))
             .transpose()?
             .unwrap_or_default();
         let entries = *entries;

@@ -217,7 +217,9 @@ impl IndexBuilder {
         if !cold.is_empty() {
             let mut directory = Vec::new();
             varint::put(&mut directory, len_u64(cold.len()));
-            cold.iter().for_each(|part| part.describe(&mut directory));
+            for part in &cold {
+                part.describe(&mut directory);
+            }
             sections.push(raw(format::COLD_DIRECTORY, 0, directory));
         }
         sections.extend(cold.into_iter().map(Packed::section));
