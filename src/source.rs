@@ -8,6 +8,7 @@
 mod error;
 pub mod http;
 mod remote;
+mod stream;
 pub mod tls;
 
 use std::fmt;
@@ -20,6 +21,7 @@ use url::Url;
 pub use error::SourceError;
 pub use http::{HttpBlob, Patience, Validator};
 pub use remote::Tap;
+pub use stream::{BlobSink, stream};
 
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};

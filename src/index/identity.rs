@@ -16,6 +16,16 @@ pub enum Coding {
     Zstd,
 }
 
+impl std::fmt::Display for Coding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        })
+    }
+}
+
 /// The layer that an index was made from, as far as its maker knew it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LayerIdentity {
