@@ -6,7 +6,7 @@ use super::cold::ColdPart;
 use super::entry::Entry;
 use super::error::{IndexError, Quoted};
 use super::format;
-use super::identity::LayerIdentity;
+use super::identity::{LayerIdentity, hexadecimal};
 use super::len_u64;
 use super::reader::Index;
 use super::summary::Summary;
@@ -25,7 +25,11 @@ pub struct Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} in the index, {} in the layer", self.at, self.index, self.layer)
+        write!(
+            f,
+            "{}: {} in the index, {} in the layer",
+            self.at, self.index, self.layer
+        )
     }
 }
 
@@ -38,9 +42,7 @@ pub fn first_difference<A: AsRef<[u8]>, B: AsRef<[u8]>>(
     index: &Index<A>,
     layer: &Index<B>,
 ) -> Result<Option<Difference>, IndexError> {
-    if let Some(difference) = of_identity(index.identity(), layer.identity())
-        .or_else(|| of_lengths(index.summary(), layer.summary()))
-    {
+    if let Some(difference) = of_blob(index.identity(), layer.identity()) {
         return Ok(Some(difference));
     }
     if let Some(difference) = of_entries(index, layer)? {
@@ -59,7 +61,8 @@ pub fn first_difference<A: AsRef<[u8]>, B: AsRef<[u8]>>(
             return Ok(Some(difference));
         }
     }
-    Ok(None)
+    // These come last, because all that they say is that something differs.
+    Ok(of_digests(index.identity(), layer.identity()))
 }
 
 fn differ<T: PartialEq + fmt::Display>(at: impl FnOnce() -> String, index: &T, layer: &T) -> Option<Difference> {
@@ -70,7 +73,12 @@ fn differ<T: PartialEq + fmt::Display>(at: impl FnOnce() -> String, index: &T, l
     })
 }
 
-fn of_identity(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
+fn of_blob(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
+    differ(|| "the blob's compression".to_owned(), &index.coding, &layer.coding)
+        .or_else(|| differ(|| "the blob's length".to_owned(), &index.blob_len, &layer.blob_len))
+}
+
+fn of_digests(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
     let digest = |name: &str, index: &Option<String>, layer: &Option<String>| {
         let (index, layer) = (index.as_ref()?, layer.as_ref()?);
         // One of another algorithm cannot be compared.
@@ -79,22 +87,21 @@ fn of_identity(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Differenc
             .then(|| differ(|| name.to_owned(), index, layer))
             .flatten()
     };
-    differ(|| "the blob's compression".to_owned(), &index.coding, &layer.coding)
-        .or_else(|| differ(|| "the blob's length".to_owned(), &index.blob_len, &layer.blob_len))
-        .or_else(|| digest("the blob's digest", &index.blob_digest, &layer.blob_digest))
+    digest("the blob's digest", &index.blob_digest, &layer.blob_digest)
         .or_else(|| digest("the tar's digest", &index.diff_id, &layer.diff_id))
 }
 
-fn of_lengths(index: &Summary, layer: &Summary) -> Option<Difference> {
-    differ(|| "the tar's length".to_owned(), &index.tar_bytes, &layer.tar_bytes)
-}
-
 fn of_counts(index: &Summary, layer: &Summary) -> Option<Difference> {
-    (index != layer).then(|| Difference {
-        at: "the summary".to_owned(),
-        index: format!("{index:?}"),
-        layer: format!("{layer:?}"),
-    })
+    let marked = |summary: &Summary| if summary.end_marked { "there" } else { "missing" }.to_owned();
+    differ(|| "the tar's length".to_owned(), &index.tar_bytes, &layer.tar_bytes)
+        .or_else(|| differ(|| "the tar's end mark".to_owned(), &marked(index), &marked(layer)))
+        .or_else(|| {
+            (index != layer).then(|| Difference {
+                at: "the summary".to_owned(),
+                index: format!("{index:?}"),
+                layer: format!("{layer:?}"),
+            })
+        })
 }
 
 fn of_entries<A: AsRef<[u8]>, B: AsRef<[u8]>>(
@@ -130,31 +137,50 @@ fn of_entry(number: u64, index: &Entry, layer: &Entry) -> Difference {
     let debug = |what: &str, index: &dyn fmt::Debug, layer: &dyn fmt::Debug| {
         differ(|| at(what), &format!("{index:?}"), &format!("{layer:?}"))
     };
-    differ(|| format!("entry {number}, its name"), &shown_name(index), &shown_name(layer))
-        .or_else(|| differ(|| at("kind"), &index.kind, &layer.kind))
-        .or_else(|| differ(|| at("mode"), &format!("{:o}", index.mode), &format!("{:o}", layer.mode)))
-        .or_else(|| differ(|| at("uid"), &index.uid, &layer.uid))
-        .or_else(|| differ(|| at("gid"), &index.gid, &layer.gid))
-        .or_else(|| debug("time", &index.mtime, &layer.mtime))
-        .or_else(|| differ(|| at("size"), &index.size, &layer.size))
-        .or_else(|| differ(|| at("target"), &Quoted(&index.link).to_string(), &Quoted(&layer.link).to_string()))
-        .or_else(|| differ(|| at("headers' place"), &index.headers, &layer.headers))
-        .or_else(|| debug("attributes", &index.xattrs, &layer.xattrs))
-        .or_else(|| debug("segments", &index.segments, &layer.segments))
-        .unwrap_or_else(|| Difference {
-            at: at("device numbers"),
-            index: format!("{}/{}", index.device_major, index.device_minor),
-            layer: format!("{}/{}", layer.device_major, layer.device_minor),
-        })
+    differ(
+        || format!("entry {number}, its name"),
+        &shown_name(index),
+        &shown_name(layer),
+    )
+    .or_else(|| differ(|| at("kind"), &index.kind, &layer.kind))
+    .or_else(|| {
+        differ(
+            || at("mode"),
+            &format!("{:o}", index.mode),
+            &format!("{:o}", layer.mode),
+        )
+    })
+    .or_else(|| differ(|| at("uid"), &index.uid, &layer.uid))
+    .or_else(|| differ(|| at("gid"), &index.gid, &layer.gid))
+    .or_else(|| debug("time", &index.mtime, &layer.mtime))
+    .or_else(|| differ(|| at("size"), &index.size, &layer.size))
+    .or_else(|| {
+        differ(
+            || at("target"),
+            &Quoted(&index.link).to_string(),
+            &Quoted(&layer.link).to_string(),
+        )
+    })
+    .or_else(|| differ(|| at("headers' place"), &index.headers, &layer.headers))
+    .or_else(|| debug("attributes", &index.xattrs, &layer.xattrs))
+    .or_else(|| debug("segments", &index.segments, &layer.segments))
+    .unwrap_or_else(|| Difference {
+        at: at("device numbers"),
+        index: format!("{}/{}", index.device_major, index.device_minor),
+        layer: format!("{}/{}", layer.device_major, layer.device_minor),
+    })
 }
 
 fn of_chunks<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>) -> Option<Difference> {
     let (mine, theirs) = (index.chunk_digests()?, layer.chunk_digests()?);
-    let shown = |digest: Option<&[u8; 20]>| {
-        digest.map_or_else(|| "none".to_owned(), |digest| digest.iter().map(|byte| format!("{byte:02x}")).collect())
-    };
+    let shown = |digest: Option<&[u8; 20]>| digest.map_or_else(|| "none".to_owned(), |digest| hexadecimal(digest));
     (0..mine.len().max(theirs.len())).find_map(|number| {
-        let at = || format!("the digest of chunk {number} (byte {} of the tar)", number * CHUNK_BYTES);
+        let at = || {
+            format!(
+                "the digest of chunk {number} (byte {} of the tar)",
+                number * CHUNK_BYTES
+            )
+        };
         (mine.digest(number) != theirs.digest(number)).then(|| Difference {
             at: at(),
             index: shown(mine.digest(number)),
@@ -175,7 +201,11 @@ fn first_byte(name: &str, before: u64, index: &[u8], layer: &[u8]) -> Option<Dif
         return None;
     }
     let same = index.iter().zip(layer).take_while(|(a, b)| a == b).count();
-    let shown = |bytes: &[u8]| bytes.get(same).map_or_else(|| "its end".to_owned(), |byte| format!("{byte:#04x}"));
+    let shown = |bytes: &[u8]| {
+        bytes
+            .get(same)
+            .map_or_else(|| "its end".to_owned(), |byte| format!("{byte:#04x}"))
+    };
     Some(Difference {
         at: format!("{name}, byte {}", before.saturating_add(len_u64(same))),
         index: shown(index),

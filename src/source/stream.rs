@@ -15,11 +15,11 @@ const STRIDE: usize = 256 << 10;
 /// Takes a blob's next bytes.
 pub type BlobSink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), IndexError>;
 
-/// Hands all of the blob's bytes to `sink`, in order. Must not be called from within an asynchronous runtime.
+/// Hands all of the blob's bytes to `sink`, in order, and returns how many reads or requests that took. Must not be called from within an asynchronous runtime.
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; what `sink` returns, as a fault of the layer.
-pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Result<(), SourceError> {
+pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Result<u64, SourceError> {
     let name = blob.source.to_string();
     let mut sink = |bytes: &[u8]| {
         sink(bytes).map_err(|source| SourceError::Tar {
@@ -36,18 +36,23 @@ pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Resu
 /// The same sink with the room's own errors.
 type Named<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), SourceError>;
 
-fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<(), SourceError> {
+fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<u64, SourceError> {
     let bad = |source| SourceError::Tar {
         source_name: blob.source.to_string(),
         source,
     };
     let mut buffer = vec![0; STRIDE];
-    let mut at = 0;
+    let (mut at, mut reads) = (0, 0);
     while at < blob.len {
         let want = usize::try_from(blob.len - at).unwrap_or(usize::MAX).min(STRIDE);
         let got = match file.read_at(&mut buffer[..want], at) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            outcome => outcome.map_err(|source| bad(IndexError::Read { at: TarOffset(at), source }))?,
+            outcome => outcome.map_err(|source| {
+                bad(IndexError::Read {
+                    at: TarOffset(at),
+                    source,
+                })
+            })?,
         };
         if got == 0 {
             // Somebody cut the file while it was read.
@@ -58,18 +63,20 @@ fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<(), Sou
                 path: None,
             }));
         }
+        reads += 1;
         sink(&buffer[..got])?;
         at = at.saturating_add(u64::try_from(got).unwrap_or(u64::MAX));
     }
-    Ok(())
+    Ok(reads)
 }
 
 /// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
-async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> Result<(), SourceError> {
+async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> Result<u64, SourceError> {
     let requests = Requests::new(&blob.url, *patience)?;
     let mut tries = Tries::default();
-    let mut reached = 0;
+    let (mut reached, mut asked) = (0, 0);
     while reached < blob.len {
+        asked += 1;
         let answer = if blob.ranges {
             requests.range(blob, reached, blob.len - reached).await
         } else {
@@ -97,5 +104,5 @@ async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> R
             tries.failed(failure, &requests.patience).await?;
         }
     }
-    Ok(())
+    Ok(asked)
 }
