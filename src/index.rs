@@ -37,6 +37,7 @@ pub use compare::{Difference, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
+#[cfg(feature = "command")]
 pub(crate) use identity::hexadecimal;
 pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
