@@ -34,6 +34,7 @@ pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
 use crate::image::FileMap;
+use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use chunk::{FirstUse, pieces};
 use engine::Command;
@@ -92,7 +93,7 @@ pub struct FileLayer {
 /// A layer on a web server.
 #[derive(Clone)]
 pub struct HttpLayer {
-    /// Where it is, `http` or `https`. Redirects are followed at every read.
+    /// Where it is, `http` or `https`. Redirects are followed, and kept while they work.
     pub url: String,
     /// Its length in bytes; an answer that states another means that the layer has changed.
     pub size: u64,
@@ -100,6 +101,8 @@ pub struct HttpLayer {
     pub validator: Option<Validator>,
     /// Sent with every request; `Authorization` and `Cookie` to this URL's host only.
     pub headers: Vec<(String, String)>,
+    /// How it is asked for if it is a blob of a registry; then the URL and the headers are not used.
+    pub access: Option<Arc<BlobAccess>>,
 }
 
 impl fmt::Debug for HttpLayer {

@@ -304,6 +304,7 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
             Ok(bytes)
         }
         Source::Url(url) => Ok(source::http::get_whole(&url, MAX_INDEX_BYTES, patience)?),
+        Source::Image(_) => Err(failed(io::Error::other("it is an image, not an index"))),
     }
 }
 
@@ -319,6 +320,7 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
+        Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
@@ -338,6 +340,7 @@ fn full_name(source: &Source) -> String {
     match source {
         Source::Path(path) => path.display().to_string(),
         Source::Url(url) => url.to_string(),
+        Source::Image(name) => name.to_string(),
     }
 }
 
@@ -556,6 +559,7 @@ impl Layer {
                 size: len,
                 validator: validator.map(Into::into),
                 headers,
+                access: None,
             })),
         }
     }
@@ -586,6 +590,7 @@ fn http_layer(http: &source::HttpBlob) -> HttpLayer {
             .map(|value| ("Authorization".to_owned(), value.to_owned()))
             .into_iter()
             .collect(),
+        access: http.access.clone().map(Arc::new),
     }
 }
 

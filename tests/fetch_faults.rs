@@ -58,6 +58,7 @@ fn layer(origin: &Origin, path: &str) -> HttpLayer {
         size: u(SIZE),
         validator: None,
         headers: Vec::new(),
+        access: None,
     }
 }
 
