@@ -210,7 +210,9 @@ pub fn write_oci_layout(tars: &[Vec<u8>], dir: &Path) {
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
