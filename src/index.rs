@@ -10,6 +10,7 @@
 
 pub mod build;
 mod cold;
+mod compare;
 mod digests;
 pub mod entry;
 mod error;
@@ -32,9 +33,11 @@ pub mod walk;
 mod writer;
 
 pub use cold::{ColdDirectory, ColdPart, ColdPiece};
+pub use compare::{Difference, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
+pub(crate) use identity::hexadecimal;
 pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub use reader::{Entries, Index, hot_len, is_index};

@@ -10,6 +10,7 @@
 
 mod gather;
 mod kept;
+mod record;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -30,6 +31,7 @@ use crate::units::TarOffset;
 use gather::Gather;
 
 pub use kept::{Cache, default_cache_dir};
+pub use record::{Recording, record};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;

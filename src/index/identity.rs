@@ -16,6 +16,16 @@ pub enum Coding {
     Zstd,
 }
 
+impl std::fmt::Display for Coding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        })
+    }
+}
+
 /// The layer that an index was made from, as far as its maker knew it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LayerIdentity {
@@ -94,10 +104,15 @@ fn is_digest(text: &str) -> bool {
     })
 }
 
-/// The text of a SHA-256.
-pub(super) fn sha256_text(digest: &[u8; 32]) -> String {
+/// The text of a SHA-256, as OCI writes it.
+pub(crate) fn sha256_text(digest: &[u8; 32]) -> String {
+    format!("sha256:{}", hexadecimal(digest))
+}
+
+/// Bytes as digests are written.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
-    digest.iter().fold(String::from("sha256:"), |mut text, byte| {
+    bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
     })
