@@ -31,7 +31,7 @@ fn start(url: String, size: u64, options: FetchOptions) -> Fetcher {
         validator: None,
         headers: Vec::new(),
     };
-    Fetcher::start(vec![LayerSource::Http(layer)], options, None).expect("the fetcher starts")
+    Fetcher::start(vec![LayerSource::http(layer)], options, None).expect("the fetcher starts")
 }
 
 fn noise(len: u64) -> Vec<u8> {
