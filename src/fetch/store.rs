@@ -439,14 +439,14 @@ impl LayerCache {
         !self.is_poisoned() && (self.written.is_full() || together())
     }
 
-    /// Shows all of the layer, in order, until `show` says that it is enough. Waits for the disk.
-    pub(crate) fn read_whole(&self, show: &mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> {
+    /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. Waits for the disk.
+    pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, &[u8]) -> bool) -> io::Result<()> {
         let mut buffer = vec![0; to_usize(CHUNK_BYTES)];
         for index in 0..self.count {
             let held = &mut buffer[..to_usize(chunk_len(self.identity.size, index))];
             self.file_of(index)?
                 .read_exact_at(held, u64::from(index) * CHUNK_BYTES)?;
-            if !show(held) {
+            if !show(index, held) {
                 break;
             }
         }

@@ -134,15 +134,26 @@ impl Engine {
                     self.mark_checked(key);
                     return self.bring(key, bytes, false);
                 }
-                add(&self.shared.counters.chunks_wrong, 1);
                 "it is not what the index says".to_owned()
             }
             Err(error) => error.to_string(),
         };
-        let name = remote.origin.name();
-        log::warn!("cache of {name}: chunk {}: {why}; fetching it again", key.index);
-        cache.lost(key.index);
+        self.lose(remote, key, &why);
         self.fetch_again(key);
+    }
+
+    /// A chunk in the cache is no use.
+    pub(super) fn lose(&self, remote: &Remote, key: ChunkKey, why: &str) {
+        let Some(cache) = self.cache(key.layer) else { return };
+        if cache.has(key.index) {
+            add(&self.shared.counters.chunks_wrong, 1);
+            let name = remote.origin.name();
+            log::warn!(
+                "cache of {name}: chunk {}: {why}; it is fetched again when it is wanted",
+                key.index
+            );
+            cache.lost(key.index);
+        }
     }
 
     /// A chunk that lies in the cache was checked by this process.

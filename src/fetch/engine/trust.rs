@@ -159,19 +159,23 @@ impl Engine {
             return;
         }
         let (give, take) = tokio::sync::oneshot::channel();
-        let whole = Arc::clone(cache);
+        let (whole, check) = (Arc::clone(cache), remote.check.clone());
         let thread = std::thread::Builder::new()
             .name("tarblk-seal".to_owned())
             .spawn(move || {
                 // On Linux this is the thread's own; if it cannot be had, it is only less polite.
                 let _not_so_nice = rustix::process::nice(19);
                 let mut hash = Sha256::new();
-                let read = whole.read_whole(&mut |bytes| {
+                let mut wrong = None;
+                let read = whole.read_whole(&mut |index, bytes| {
                     hash.update(bytes);
-                    !give.is_closed()
+                    if check.as_ref().is_some_and(|check| !check.is_right(index, bytes)) {
+                        wrong = Some(index);
+                    }
+                    wrong.is_none() && !give.is_closed()
                 });
                 // The fetcher may be gone.
-                let _nobody_asks = give.send(read.map(|()| hash.finalize().into()));
+                let _nobody_asks = give.send(read.map(|()| (wrong, hash.finalize().into())));
             });
         if let Err(error) = thread {
             log::warn!("cannot check the whole layer: {error}");
@@ -182,7 +186,11 @@ impl Engine {
             let verdict = take.await;
             remote.sealing.set(false);
             match verdict {
-                Ok(Ok(tar)) => engine.judge_whole(&remote, layer, None, tar),
+                // What the disk spoiled is not the layer's fault.
+                Ok(Ok((Some(index), _))) => {
+                    engine.lose(&remote, ChunkKey { layer, index }, "it is not what the index says")
+                }
+                Ok(Ok((None, tar))) => engine.judge_whole(&remote, layer, None, tar),
                 Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", remote.origin.name()),
                 Err(_) => {}
             }
