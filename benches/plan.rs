@@ -290,7 +290,7 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
     let file = tempfile::tempfile()?;
     file.set_len(size)?;
     let start = Instant::now();
-    let layer = LayerSource::File(FileLayer {
+    let layer = LayerSource::file(FileLayer {
         path: "million.tar".into(),
         file: file.into(),
         size,

@@ -63,7 +63,7 @@ fn layer(origin: &Origin, path: &str) -> HttpLayer {
 }
 
 fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
-    Fetcher::start(vec![LayerSource::Http(layer)], options, None).unwrap()
+    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
 }
 
 fn served() -> (Origin, Arc<Vec<u8>>) {
