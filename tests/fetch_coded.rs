@@ -149,6 +149,7 @@ impl Made {
             size: u(self.blob.len()),
             validator: None,
             headers: Vec::new(),
+            access: None,
         };
         LayerSource {
             coding: Some(self.coded()),
@@ -519,6 +520,7 @@ fn windows_come_from_an_index_file_or_over_http() {
         size: u(cold.len()),
         validator: None,
         headers: Vec::new(),
+        access: None,
     };
     let with = |windows: Windows| LayerSource {
         coding: Some(Coded {
@@ -693,6 +695,7 @@ fn plain_layers_are_checked_as_well() {
             size: u(SIZE),
             validator: None,
             headers: Vec::new(),
+            access: None,
         })
     };
     origin.serve_blob("/tar", made.tar.as_slice());
