@@ -125,6 +125,8 @@ pub(super) struct Pending {
     pub(super) coming: bool,
     /// Whether it was asked for on suspicion and nobody has wanted it yet.
     pub(super) suspected: bool,
+    /// Whether nobody asked for it: it comes with something else.
+    pub(super) along: bool,
     /// Whether its first reader should wake the planner.
     pub(super) marker: bool,
 }
