@@ -8,8 +8,11 @@
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
 //! mark is never found there again.
 
+pub mod artifact;
+pub mod discover;
 mod gather;
 mod kept;
+pub mod publish;
 mod record;
 
 use std::fs::{self, File};
@@ -31,7 +34,7 @@ use crate::units::TarOffset;
 use gather::Gather;
 
 pub use kept::{Cache, default_cache_dir};
-pub use record::{Recording, record};
+pub use record::{Recording, coding_of, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -86,6 +89,12 @@ pub enum OpenError {
         name: String,
         /// What.
         cause: ImageError,
+    },
+    /// Nobody has published indexes of an image.
+    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    NoIndexes {
+        /// The image.
+        name: String,
     },
     /// A local layer is not what it was when its index was read.
     #[error("{0} changed while it was being attached; try again")]

@@ -189,6 +189,10 @@ pub struct IndexArgs {
     /// Read headers only: no digests.
     #[arg(long, conflicts_with = "full")]
     pub no_digests: bool,
+    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar: closer ones take more room and
+    /// save reading.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
+    pub spacing: u64,
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,

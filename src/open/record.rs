@@ -1,15 +1,18 @@
-//! An index of everything in a layer, made by reading all of it once. In: a layer that was found. Out: the index, with whatever
-//! digests and header bytes were asked for.
+//! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
+//! whatever digests, entry points and header bytes were asked for.
 
 use super::{IndexOrigin, OpenError, OpenOptions, Prepared, Watch, open_index};
-use crate::index::build::{Contents, Recorder};
-use crate::source::{self, Source};
+use crate::index::build::{BlobRecorder, Contents};
+use crate::layer::Coding;
+use crate::source::{self, LayerBlob, Patience, Source, SourceError};
 
 /// How a layer is recorded.
 #[derive(Clone, Copy, Debug)]
 pub struct Recording {
     /// What the index is to hold.
     pub contents: Contents,
+    /// The distance of entry points into a gzip layer, in bytes of the tar.
+    pub spacing: u64,
 }
 
 /// Finds a layer and reads all of it into an index.
@@ -23,18 +26,7 @@ pub fn record(
     watch: &mut dyn Watch,
 ) -> Result<Prepared, OpenError> {
     let blob = source::open(&Source::parse(text)?, &options.patience)?;
-    let bad_tar = |source| source::SourceError::Tar {
-        source_name: blob.source.to_string(),
-        source,
-    };
-    let mut recorder = Recorder::new(recording.contents);
-    let mut sink = |bytes: &[u8]| {
-        recorder.feed(bytes)?;
-        watch.headers(recorder.position().0, blob.len);
-        Ok(())
-    };
-    let reads = source::stream(&blob, &options.patience, &mut sink)?;
-    let bytes = recorder.finish().map_err(bad_tar)?.into_plain_index();
+    let (bytes, reads) = record_blob(&blob, recording, &options.patience, watch)?;
     let index = open_index(bytes, &blob.source.to_string())?;
     Ok(Prepared {
         origin: IndexOrigin::Read { reads, bytes: blob.len },
@@ -43,4 +35,39 @@ pub fn record(
         cache: options.cache.clone(),
         kept: None,
     })
+}
+
+/// Reads all of a layer's blob into an index file, and returns how many reads or requests that took.
+///
+/// # Errors
+/// [`OpenError::Source`]: what is wrong with the server, the compression or the tar.
+pub fn record_blob(
+    blob: &LayerBlob,
+    recording: &Recording,
+    patience: &Patience,
+    watch: &mut dyn Watch,
+) -> Result<(Vec<u8>, u64), OpenError> {
+    let bad_tar = |source| SourceError::Tar {
+        source_name: blob.source.to_string(),
+        source,
+    };
+    let coding = coding_of(blob, patience)?;
+    let mut recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
+    let mut sink = |bytes: &[u8]| {
+        recorder.feed(bytes)?;
+        watch.headers(recorder.blob_position(), blob.len);
+        Ok(())
+    };
+    let reads = source::stream(blob, patience, &mut sink)?;
+    let recorded = recorder.finish().map_err(bad_tar)?;
+    Ok((recorded.into_index(), reads))
+}
+
+/// How a layer's blob is compressed, by its first bytes.
+///
+/// # Errors
+/// [`OpenError::Source`] when they cannot be read.
+pub fn coding_of(blob: &LayerBlob, patience: &Patience) -> Result<Coding, OpenError> {
+    let start = source::first_bytes(blob, Coding::TELLING, patience)?;
+    Ok(Coding::of_bytes(&start))
 }
