@@ -128,7 +128,9 @@ pub struct WindowPlace {
 /// Says of a chunk, by its number and bytes, whether it is what the layer's index says. Called on any thread, for every
 /// chunk: whatever it needs is in memory.
 #[derive(Clone)]
-pub struct ChunkCheck(Arc<dyn Fn(u32, &[u8]) -> bool + Send + Sync>);
+pub struct ChunkCheck(Arc<IsRight>);
+
+type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
 
 impl ChunkCheck {
     /// Asks `is_right`.

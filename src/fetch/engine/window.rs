@@ -19,7 +19,7 @@ const LONGEST: u32 = 8 << 20;
 enum Place {
     Nowhere,
     Memory(Arc<Vec<Vec<u8>>>),
-    Index(Origin, Arc<[WindowPlace]>),
+    Index(Box<Origin>, Arc<[WindowPlace]>),
 }
 
 /// The windows of one layer.
@@ -41,9 +41,9 @@ impl WindowShelf {
                     file,
                     size: 0,
                 };
-                Place::Index(Origin::new(Blob::File(index))?, places)
+                Place::Index(Box::new(Origin::new(Blob::File(index))?), places)
             }
-            Windows::Http(layer, places) => Place::Index(Origin::new(Blob::Http(*layer))?, places),
+            Windows::Http(layer, places) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), places),
         };
         Ok(Self {
             place,
@@ -76,7 +76,7 @@ impl Engine {
     /// Window `n`, which has `len` bytes.
     pub(super) async fn window(
         &self,
-        shelf: &WindowShelf,
+        windows: &WindowShelf,
         n: usize,
         len: u32,
         demand: bool,
@@ -88,12 +88,12 @@ impl Engine {
         if len > LONGEST {
             return Err(wrong("is too long to be true"));
         }
-        if let Some(window) = shelf.find(n) {
+        if let Some(window) = windows.find(n) {
             return Ok(window);
         }
-        let window = match &shelf.place {
+        let window = match &windows.place {
             Place::Nowhere => return Err(wrong("is missing")),
-            Place::Memory(windows) => windows.get(n).cloned().unwrap_or_default(),
+            Place::Memory(all) => all.get(n).cloned().unwrap_or_default(),
             Place::Index(origin, places) => {
                 let place = places.get(n).copied().unwrap_or_default();
                 // A frame of what does not compress is a little longer than that.
@@ -110,8 +110,8 @@ impl Engine {
         if to_u64(window.len()) != u64::from(len) {
             return Err(wrong("has another length than the span table says"));
         }
-        if !matches!(shelf.place, Place::Memory(_)) {
-            shelf.keep(n, &window);
+        if !matches!(windows.place, Place::Memory(_)) {
+            windows.keep(n, &window);
         }
         Ok(window)
     }
