@@ -29,6 +29,7 @@ mod writer;
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
+pub(crate) use pax::base64_decoded;
 pub use reader::{Entries, Index, is_index};
 pub use sink::{Collector, Tee};
 pub use summary::Summary;

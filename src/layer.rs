@@ -14,10 +14,14 @@
 //! This room does no I/O and knows nothing of tar. It must never believe a length, give out more than the table or its limit says,
 //! keep more than a window and a buffer, or panic, whatever the blob holds.
 
+mod chunked;
+pub mod contents;
 mod decoder;
 mod error;
 mod gzip;
 mod indexer;
+mod json;
+mod stargz;
 mod stream;
 mod table;
 mod zstd;
