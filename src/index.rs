@@ -40,6 +40,7 @@ pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub(crate) use identity::hexadecimal;
 pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
+pub(crate) use pax::base64_decoded;
 pub use reader::{Entries, Index, hot_len, is_index};
 pub use rebuild::{Payload, RebuildError, rebuild_tar};
 pub use sink::{Collector, Tee};
