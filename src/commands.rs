@@ -12,6 +12,7 @@ mod generate;
 mod layer;
 pub mod output;
 mod ps;
+mod registry;
 mod replace;
 
 use std::process::ExitCode;
