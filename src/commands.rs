@@ -13,6 +13,7 @@ mod index;
 mod layer;
 pub mod output;
 mod ps;
+mod registry;
 mod replace;
 
 use std::process::ExitCode;
