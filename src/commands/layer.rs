@@ -25,7 +25,7 @@ use crate::source::{Place, without_secrets};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws the reading of headers, once it takes long enough to be noticed.
-struct Bar {
+pub(super) struct Bar {
     talk: Talk,
     drawn: Option<ProgressBar>,
     began: Instant,
@@ -35,7 +35,7 @@ struct Bar {
 const NOTICED: Duration = Duration::from_millis(300);
 
 impl Bar {
-    fn new(talk: Talk) -> Self {
+    pub(super) fn new(talk: Talk) -> Self {
         Self {
             talk,
             drawn: None,

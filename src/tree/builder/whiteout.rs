@@ -32,7 +32,6 @@
 //! directories that overlayfs need not merge (Linux's `ovl_get_inode`). Missing directories are 0755, root's, because
 //! their attributes are in a layer below: overlayfs then shows that, and not what the lower layer says.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 
 use super::check::{nanos, owner, too_much};
@@ -268,15 +267,5 @@ impl TreeBuilder {
         let xattrs = self.add_xattrs(old, &further).ok_or_else(|| too_much(entry))?;
         self.nodes[to_usize(directory)].xattrs = xattrs;
         Ok(())
-    }
-
-    /// The attributes that an entry may give.
-    pub(super) fn own_xattrs<'e>(&self, entry: &'e Entry) -> Cow<'e, [Xattr]> {
-        let orders = |xattr: &Xattr| xattr.name.starts_with(b"trusted.");
-        if self.mode == TreeMode::Plain || !entry.xattrs.iter().any(orders) {
-            return Cow::Borrowed(&entry.xattrs);
-        }
-        let own = entry.xattrs.iter().filter(|xattr| !orders(xattr));
-        Cow::Owned(own.cloned().collect())
     }
 }
