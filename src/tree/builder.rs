@@ -217,14 +217,14 @@ impl TreeBuilder {
             }
         }
         let known = self.names.find(parent, name);
-        let mut over_whiteout = false;
+        let mut replaces = false;
         if let Some(at) = known {
             let old = self.names.get(at).node;
             if old != NONE {
                 if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
                     return self.merge_directory(old, entry);
                 }
-                over_whiteout = self.is_whiteout(old);
+                replaces = true;
                 self.names.set_node(at, NONE);
                 self.forget_last_directory();
             }
@@ -233,7 +233,8 @@ impl TreeBuilder {
             Kind::Hardlink => self.hardlink_target(entry, parent, name)?,
             _ => self.make_node(entry, parent)?,
         };
-        if over_whiteout && entry.kind == Kind::Directory {
+        if replaces && entry.kind == Kind::Directory && self.mode == TreeMode::Overlay {
+            // What it replaces, a whiteout or anything else, hid what lower layers have there.
             self.make_opaque(node, entry)?;
         }
         let at = match known {
