@@ -68,6 +68,8 @@ pub enum Command {
     Index(IndexArgs),
     /// List what a layer holds.
     Ls(LsArgs),
+    /// Tell what differs between two layers, and what one would fetch for the other.
+    Diff(DiffArgs),
     /// Write a layer's whole filesystem image to a file.
     Image(ImageArgs),
     /// Offer a layer as a block device and print the device's path.
@@ -279,6 +281,33 @@ pub struct LsArgs {
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
+}
+
+/// Arguments of `tarblk diff`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prints a line for each path: + added, - removed, ~ changed and in what; then how many bytes of files the second
+one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: files of
+one size from different places may be equal, and are told of apart. The exit code says whether it worked, not whether
+there are differences.
+
+Examples:
+  tarblk diff old.tar new.tar
+  tarblk diff old.tarblk new.tarblk --json | jq -r 'select(.change == \"added\").after.path'"
+)]
+pub struct DiffArgs {
+    /// What was: a layer (path or URL of a tar), or an index made from one.
+    #[arg(value_name = "A", value_hint = ValueHint::FilePath)]
+    pub a: String,
+    /// What is.
+    #[arg(value_name = "B", value_hint = ValueHint::FilePath)]
+    pub b: String,
+    /// One JSON object a line, the totals last.
+    #[arg(long)]
+    pub json: bool,
+    /// List also files of which only nothing says that their content is the same.
+    #[arg(long, conflicts_with = "json")]
+    pub uncertain: bool,
 }
 
 /// Arguments of `tarblk image`.
