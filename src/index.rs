@@ -41,6 +41,7 @@ pub use identity::LayerIdentity;
 #[cfg(feature = "command")]
 pub(crate) use identity::hexadecimal;
 pub use parser::{EndOfArchive, Parser, looks_like_header};
+pub(crate) use pax::base64_decoded;
 pub use reader::{Entries, Index, hot_len, is_index};
 pub use rebuild::{Payload, RebuildError, rebuild_tar};
 pub use sink::{Collector, Tee};

@@ -35,7 +35,7 @@ use self::coded::CodedLayer;
 use self::disk::{LARGEST_BACKLOG, Writer};
 use self::origin::Origin;
 pub(crate) use self::request::Owed;
-use self::request::{Pending, Request, Waiting};
+use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, chunk_count, pieces, to_u64};
 use super::http::{Client, RemoteLayer};
 use super::link::Link;
@@ -481,10 +481,9 @@ impl Engine {
                 cached.push(key);
                 continue;
             }
-            if std::mem::take(&mut pending.suspected) {
+            if std::mem::take(&mut pending.why) == Why::Suspected {
                 paid += CHUNK_BYTES;
             }
-            pending.along = false;
             if remote.is_some_and(|remote| remote.streaming.get()) {
                 pending.coming = true;
             }
@@ -557,11 +556,15 @@ impl Engine {
             let Some(remote) = self.remote(layer) else { continue };
             if !remote.can_seek() {
                 self.start_stream(remote, layer, None);
-                of_one_layer.iter().for_each(|flight| self.leave_to_stream(*flight));
+                for flight in of_one_layer {
+                    self.leave_to_stream(*flight);
+                }
             } else if let Some(coded) = &remote.coded {
                 self.launch_coded(remote, coded, of_one_layer, demand);
             } else {
-                of_one_layer.iter().for_each(|flight| self.send_plain(*flight, demand));
+                for flight in of_one_layer {
+                    self.send_plain(*flight, demand);
+                }
             }
         }
     }
@@ -575,7 +578,7 @@ impl Engine {
             pending.marker =
                 flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
             if pending.waiters.is_empty() {
-                pending.suspected = true;
+                pending.why = Why::Suspected;
                 planner.suspected(CHUNK_BYTES);
                 add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
             } else {
@@ -598,14 +601,12 @@ impl Engine {
         if known.is_none() && self.shared.tier.holds(key) {
             return;
         }
-        let along = known.as_ref().is_none_or(|pending| pending.along);
+        let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
         let pending = known.unwrap_or_default();
-        let chunk = Arc::new(if pending.suspected {
-            Chunk::prefetched(bytes, pending.marker)
-        } else if along {
-            Chunk::along(bytes, pending.marker)
-        } else {
-            Chunk::demanded(bytes)
+        let chunk = Arc::new(match why {
+            Why::Wanted => Chunk::demanded(bytes),
+            Why::Suspected => Chunk::prefetched(bytes, pending.marker),
+            Why::Along => Chunk::along(bytes, pending.marker),
         });
         if let Some(old) = self.shared.tier.insert(key, chunk.clone())
             && old.wasted()
@@ -633,7 +634,7 @@ impl Engine {
             let Some(pending) = self.pending.borrow_mut().remove(&key) else {
                 continue;
             };
-            if pending.suspected {
+            if pending.why == Why::Suspected {
                 self.planner.borrow_mut().lost(CHUNK_BYTES);
             }
             for waiting in pending.waiters {

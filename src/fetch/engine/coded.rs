@@ -14,6 +14,7 @@ use super::course::{Course, Cut, Cutter};
 use super::flight::{Answer, Patience};
 use super::origin::Trouble;
 use super::partial::{Partials, Ranges, subtract};
+use super::request::Why;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
@@ -156,7 +157,7 @@ impl Landing {
                 let end = u64::from(index) * CHUNK_BYTES + to_u64(bytes.len());
                 self.advance(end);
                 add(&engine.shared.counters.bytes_decoded, to_u64(bytes.len()));
-                engine.found_right(remote, index);
+                Engine::found_right(remote, index);
                 engine.bring(ChunkKey { layer, index }, bytes, true);
             }
             Cut::Part { at, bytes } => {
@@ -266,11 +267,11 @@ impl Engine {
         if !pending.waiters.is_empty() {
             self.planner.borrow_mut().demanded(CHUNK_BYTES);
         } else if planned {
-            pending.suspected = true;
+            pending.why = Why::Suspected;
             self.planner.borrow_mut().suspected(CHUNK_BYTES);
             add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
         } else {
-            pending.along = true;
+            pending.why = Why::Along;
         }
     }
 
@@ -445,7 +446,7 @@ impl Engine {
             }
             waits.coming = false;
             if waits.waiters.is_empty() {
-                if waits.suspected {
+                if waits.why == Why::Suspected {
                     self.planner.borrow_mut().lost(CHUNK_BYTES);
                 }
                 pending.remove(&key);

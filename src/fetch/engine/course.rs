@@ -139,13 +139,11 @@ impl Course {
                 });
             });
         };
-        match &mut self.decoder {
-            Some(decoder) => decoder.feed(piece, &mut out).map_err(|error| error.to_string()),
-            None => {
-                out(piece);
-                Ok(())
-            }
+        if let Some(decoder) = &mut self.decoder {
+            return decoder.feed(piece, &mut out).map_err(|error| error.to_string());
         }
+        out(piece);
+        Ok(())
     }
 }
 

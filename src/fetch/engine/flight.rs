@@ -58,8 +58,6 @@ impl Patience {
                     why: std::sync::Arc::new(std::io::Error::new(error.kind(), error.to_string())),
                 });
             }
-            // Who tries again after that has decided so.
-            Trouble::Wrong(_) => Duration::ZERO,
             Trouble::Net(Failure::Changed(how)) => return Err(FetchError::Changed { url, how: how.clone() }),
             Trouble::Net(Failure::Suspect { why, status }) => {
                 self.wrong += 1;
@@ -76,7 +74,8 @@ impl Patience {
                 }
                 jittered(self.backoff)
             }
-            Trouble::Net(Failure::Away { stale: true, .. }) => Duration::ZERO,
+            // Who tries again after wrong bytes has decided so.
+            Trouble::Wrong(_) | Trouble::Net(Failure::Away { stale: true, .. }) => Duration::ZERO,
             Trouble::Net(Failure::Away { after, .. }) => after.unwrap_or_else(|| jittered(self.backoff)),
         };
         if !pause.is_zero() {

@@ -44,14 +44,14 @@ impl fmt::Display for Trouble {
 
 /// A blob, or an index file that holds windows.
 pub(super) enum Origin {
-    Http(RemoteLayer),
+    Http(Box<RemoteLayer>),
     File { path: PathBuf, file: File },
 }
 
 impl Origin {
     pub(super) fn new(blob: Blob) -> Result<Self, StartError> {
         Ok(match blob {
-            Blob::Http(layer) => Self::Http(RemoteLayer::new(&layer)?),
+            Blob::Http(layer) => Self::Http(Box::new(RemoteLayer::new(&layer)?)),
             Blob::File(FileLayer { path, file, .. }) => Self::File {
                 path,
                 file: file.into(),

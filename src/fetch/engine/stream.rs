@@ -15,6 +15,7 @@ use super::course::{Course, Cut, Cutter};
 use super::disk::LARGEST_BACKLOG;
 use super::flight::Patience;
 use super::origin::{Body, Trouble};
+use super::request::Why;
 use super::{Engine, Remote};
 use crate::fetch::FetchError;
 use crate::fetch::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, to_u64, to_usize};
@@ -240,7 +241,9 @@ impl Engine {
         }
         for key in again.clone() {
             if pending.get(&key).is_some_and(|pending| pending.waiters.is_empty())
-                && pending.remove(&key).is_some_and(|pending| pending.suspected)
+                && pending
+                    .remove(&key)
+                    .is_some_and(|pending| pending.why == Why::Suspected)
             {
                 self.planner.borrow_mut().lost(CHUNK_BYTES);
             }

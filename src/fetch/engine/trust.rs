@@ -13,7 +13,6 @@ use super::{Engine, Remote};
 use crate::fetch::FetchError;
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
-use crate::fetch::store::LayerCache;
 use crate::units::LayerId;
 
 impl Engine {
@@ -50,6 +49,7 @@ impl Engine {
             let (right, bytes) = engine.is_right(&remote, key.index, bytes).await;
             remote.checking.borrow_mut().remove(&key.index);
             if right {
+                Self::found_right(&remote, key.index);
                 engine.bring(key, bytes, true);
             } else if engine
                 .found_wrong(&remote, key, "it is not what the index says")
@@ -84,7 +84,7 @@ impl Engine {
     }
 
     /// A chunk came right.
-    pub(super) fn found_right(&self, remote: &Remote, index: u32) {
+    pub(super) fn found_right(remote: &Remote, index: u32) {
         if !remote.suspects.borrow().is_empty() {
             remote.suspects.borrow_mut().remove(&index);
         }
@@ -132,14 +132,9 @@ impl Engine {
             && !remote.sealing.get()
         {
             remote.passed.set(true);
-            self.seal_if_whole(remote, cache);
-        }
-    }
-
-    /// A layer that has passed is sealed once all of it is in the store.
-    fn seal_if_whole(&self, remote: &Remote, cache: &LayerCache) {
-        if remote.passed.get() && cache.is_whole() {
-            cache.seal();
+            if cache.is_whole() {
+                cache.seal();
+            }
         }
     }
 
@@ -188,7 +183,7 @@ impl Engine {
             match verdict {
                 // What the disk spoiled is not the layer's fault.
                 Ok(Ok((Some(index), _))) => {
-                    engine.lose(&remote, ChunkKey { layer, index }, "it is not what the index says")
+                    engine.lose(&remote, ChunkKey { layer, index }, "it is not what the index says");
                 }
                 Ok(Ok((None, tar))) => engine.judge_whole(&remote, layer, None, tar),
                 Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", remote.origin.name()),
