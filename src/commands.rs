@@ -14,6 +14,7 @@ mod index;
 mod layer;
 pub mod output;
 mod ps;
+mod publish;
 mod registry;
 mod replace;
 

@@ -3,15 +3,16 @@
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::index::{
-    ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError, IndexFault,
-    Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
+    ChunkDigests, ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError,
+    IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
 };
-use tarblk::layer::{Coding, Indexer};
+use tarblk::layer::{Coding, Indexer, Spans};
 use tarblk::units::{TarOffset, TarRange};
 
 /// A length as a position.
@@ -142,15 +143,13 @@ fn encode(entries: &[Entry], len: u64) -> Vec<u8> {
     builder(entries).finish(len, EndOfArchive::Marked)
 }
 
-/// Bytes of a tar that is nothing but long; not the same anywhere.
+/// Bytes of a tar that is nothing but long: words that come again and again, no two lines the same.
 fn made_up(len: u64) -> Vec<u8> {
-    let mut state = 7_u64;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            b'a' + (state >> 60).to_le_bytes()[0]
-        })
-        .collect()
+    let lines = (0_u64..).flat_map(|line| {
+        let other = line.wrapping_mul(6_364_136_223_846_793_005) >> 20;
+        format!("line {line} of a tar with {other:x} in it\n").into_bytes()
+    });
+    lines.take(usize::try_from(len).unwrap()).collect()
 }
 
 /// gzip's own program, which nobody here wrote. Every machine has it.
@@ -168,24 +167,35 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     })
 }
 
-/// An index with everything in it that a compressed layer's has, of at least `len` bytes, which are made up.
-fn encode_all(entries: &[Entry], len: u64) -> Vec<u8> {
-    let tar = made_up(len.max(200_000));
-    let blob = gzip(&tar);
-    let mut hasher = ChunkHasher::new();
-    let mut indexer = Indexer::new(Coding::Gzip, 32 << 10);
-    indexer.feed(&blob, &mut |tar| hasher.feed(tar)).unwrap();
-    let identity = LayerIdentity {
-        coding: Coding::Gzip,
-        blob_len: long(blob.len()),
-        blob_digest: Some(Digest::of(Algorithm::Sha256, &blob)),
-        diff_id: None,
-        spacing: 32 << 10,
-    };
-    let mut builder = builder(entries);
-    builder.identity(identity).chunk_digests(hasher.finish());
-    builder.spans(indexer.finish().unwrap());
-    builder.finish(long(tar.len()), EndOfArchive::Marked)
+/// How long the made up tar is.
+const MADE_UP: u64 = 600_000;
+
+/// What was noted of the made up tar while its blob was decoded, once for all tests.
+fn noted() -> &'static (LayerIdentity, ChunkDigests, Spans) {
+    static NOTED: OnceLock<(LayerIdentity, ChunkDigests, Spans)> = OnceLock::new();
+    NOTED.get_or_init(|| {
+        let blob = gzip(&made_up(MADE_UP));
+        let mut hasher = ChunkHasher::new();
+        let mut indexer = Indexer::new(Coding::Gzip, 32 << 10);
+        indexer.feed(&blob, &mut |tar| hasher.feed(tar)).unwrap();
+        let identity = LayerIdentity {
+            coding: Coding::Gzip,
+            blob_len: long(blob.len()),
+            blob_digest: Some(Digest::of(Algorithm::Sha256, &blob)),
+            diff_id: None,
+            spacing: 32 << 10,
+        };
+        (identity, hasher.finish(), indexer.finish().unwrap())
+    })
+}
+
+/// An index with everything in it that a compressed layer's has, of the made up tar and as many of the entries as fit it.
+fn encode_all(entries: &[Entry]) -> Vec<u8> {
+    let (identity, digests, spans) = noted().clone();
+    let fitting = entries.partition_point(|entry| entry.payload().end().0 <= MADE_UP);
+    let mut builder = builder(&entries[..fitting]);
+    builder.identity(identity).chunk_digests(digests).spans(spans);
+    builder.finish(MADE_UP, EndOfArchive::Marked)
 }
 
 fn decode(bytes: &[u8]) -> Result<Vec<Entry>, IndexError> {
@@ -214,8 +224,8 @@ proptest! {
 
     #[test]
     fn a_flipped_bit_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), bit in 0..8) {
-        let (entries, len) = placed(entries);
-        let mut bytes = encode_all(&entries, len);
+        let (entries, _) = placed(entries);
+        let mut bytes = encode_all(&entries);
         let hot = usize::try_from(hot_len(&bytes).unwrap().unwrap()).unwrap();
         let place = place.index(bytes.len());
         bytes[place] ^= 1_u8 << bit;
@@ -227,8 +237,8 @@ proptest! {
 
     #[test]
     fn a_cut_index_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), more in any::<bool>()) {
-        let (entries, len) = placed(entries);
-        let mut bytes = encode_all(&entries, len);
+        let (entries, _) = placed(entries);
+        let mut bytes = encode_all(&entries);
         if more {
             bytes.push(0);
         } else {
@@ -273,8 +283,8 @@ proptest! {
 
 #[test]
 fn the_hot_part_alone_is_enough_but_for_what_is_cold() {
-    let (entries, len) = placed(vec![(Entry::default(), 0, 100), (Entry::default(), 3, 1)]);
-    let bytes = encode_all(&entries, len);
+    let (entries, _) = placed(vec![(Entry::default(), 0, 100), (Entry::default(), 3, 1)]);
+    let bytes = encode_all(&entries);
     assert_eq!(hot_len(&bytes[..23]).unwrap(), None);
     let hot = hot_len(&bytes[..24]).unwrap().unwrap();
     let whole = Index::open(&bytes).unwrap();

@@ -214,7 +214,8 @@ Examples:
   tarblk index layer.tar                     summary only
   tarblk index layer.tar -o layer.tarblk
   tarblk index https://example.org/layer.tar -o layer.tarblk --json
-  tarblk index verify layer.tarblk https://example.org/layer.tar"
+  tarblk index verify layer.tarblk https://example.org/layer.tar
+  tarblk index push docker://registry.example.org/team/app:1.2"
 )]
 pub struct IndexArgs {
     /// The layer: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
@@ -250,6 +251,61 @@ pub struct IndexArgs {
 pub enum IndexAction {
     /// Make an index again from the layer and compare: the first difference is named.
     Verify(VerifyArgs),
+    /// Publish indexes of an image's layers beside it, for everybody who pulls it.
+    Push(PushArgs),
+    /// Publish for an image the indexes that another repository has of its layers.
+    Copy(CopyArgs),
+}
+
+/// Arguments of `tarblk index push`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Every layer is read once, whole. The image itself is not changed: its digest stays what it is.
+
+Examples:
+  tarblk index push docker://registry.example.org/team/app:1.2
+  tarblk index push docker://localhost:5000/app --json | jq -r .artifact"
+)]
+pub struct PushArgs {
+    /// The image, `docker://host/repository:tag`; its repository has to be writable.
+    #[arg(value_name = "IMAGE")]
+    pub image: String,
+    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
+    pub spacing: u64,
+    /// Make indexes also of layers that have one.
+    #[arg(long)]
+    pub anew: bool,
+    /// What was published as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Arguments of `tarblk index copy`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Copies indexes, not images: copy those first, with skopeo for example, which leaves indexes behind.
+
+Examples:
+  skopeo copy docker://registry.example.org/app:1.2 docker://mirror.example.org/app:1.2
+  tarblk index copy docker://registry.example.org/app:1.2 docker://mirror.example.org/app:1.2"
+)]
+pub struct CopyArgs {
+    /// An image whose layers have indexes, `docker://host/repository:tag`.
+    #[arg(value_name = "FROM")]
+    pub from: String,
+    /// The image that they are for; it may share all of its layers with the other one, or some.
+    #[arg(value_name = "TO")]
+    pub to: String,
+    /// What was published as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
 }
 
 /// Arguments of `tarblk index verify`.

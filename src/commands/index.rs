@@ -11,6 +11,7 @@ use super::Session;
 use super::cli::{IndexAction, IndexArgs, VerifyArgs};
 use super::layer::Bar;
 use super::output::{Table, print, println};
+use super::publish;
 use super::replace::replace;
 use crate::digest::Digest;
 use crate::index::build::Contents;
@@ -24,6 +25,8 @@ use crate::source::{self, Place, Source, without_secrets};
 pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     match (&args.action, &args.source) {
         (Some(IndexAction::Verify(args)), _) => verify(args, session),
+        (Some(IndexAction::Push(args)), _) => publish::push(args, session),
+        (Some(IndexAction::Copy(args)), _) => publish::copy(args, session),
         (None, Some(source)) => index(source, args, session),
         // The parser of the command line lets nobody come here.
         (None, None) => bail!("name a layer"),

@@ -11,8 +11,7 @@ use std::thread;
 use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, parse};
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
-use crate::fetch::WindowPlace;
-use crate::index::{self, ColdPart, Index, IndexError, IndexFault};
+use crate::index::{self, Index, IndexError, IndexFault};
 use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageName, Registry, Version};
 use crate::source::{self, Patience, SourceError};
 
@@ -262,25 +261,6 @@ pub fn is_pinned<B: AsRef<[u8]>>(index: &Index<B>, pin: &Digest) -> bool {
         .ok()
         .and_then(|len| index.as_bytes().get(..len));
     hot.is_some_and(|hot| pin.matches(hot)) || index.is_whole() && pin.matches(index.as_bytes())
-}
-
-/// Where an index's decoder windows lie, as the fetch room wants to know it: entry n belongs to span n.
-#[must_use]
-pub fn window_places<B: AsRef<[u8]>>(index: &Index<B>) -> Vec<WindowPlace> {
-    let spans = index.spans().map_or(0, crate::layer::SpanTable::len);
-    let place = |number| {
-        let piece = index.cold().piece(ColdPart::Windows, number)?;
-        Some(WindowPlace {
-            offset: piece.range.start,
-            len: u32::try_from(piece.range.end - piece.range.start).ok()?,
-            crc: piece.crc,
-        })
-    };
-    if index.cold().has(ColdPart::Windows) {
-        (0..spans).map(|number| place(number).unwrap_or_default()).collect()
-    } else {
-        Vec::new()
-    }
 }
 
 /// The digest by which an index is named where digests are SHA-256.

@@ -206,11 +206,7 @@ fn put_tag(registry: &Registry, listed: &Listed) -> Result<(), SourceError> {
 }
 
 /// Puts the image's artifact into the registry, when all of its layers have indexes.
-fn publish(
-    registry: &Registry,
-    image: &Image,
-    layers: Vec<LayerIndex>,
-) -> Result<Publication, OpenError> {
+fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Result<Publication, OpenError> {
     let listed: Option<Vec<Listed>> = layers.iter().map(|(_, _, listed)| listed.clone()).collect();
     let artifact = match listed {
         Some(listed) if !listed.is_empty() => {
@@ -259,7 +255,16 @@ pub fn copy(
             layers.push((layer.clone(), Published::Missing, None));
             continue;
         };
-        let index = whole_index(&there, &source_name, layer, &found.listed, options)?;
+        let index = match whole_index(&there, &source_name, layer, &found.listed, options) {
+            Ok(index) => index,
+            // Anybody may have put it there.
+            Err(error @ OpenError::Index { .. }) => {
+                log::warn!("{error}; not copied");
+                layers.push((layer.clone(), Published::Missing, None));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         // What the other manifest says of it is not passed on: this one says what the index says.
         let listed = list(&index, layer);
         if from.host == to.host && here.mount_blob(&listed.digest, from)? {

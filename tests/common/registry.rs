@@ -38,6 +38,8 @@ pub(crate) struct Rules {
     /// Whether the signed URL says when it ends.
     pub(crate) says_when: bool,
     pub(crate) referrers_api: bool,
+    /// Which digest `LazyPull-Digest` names with a blob; its own, if none.
+    pub(crate) lazy: HashMap<String, String>,
     /// Every blob is said to be gone.
     pub(crate) lost: bool,
     /// A header that every request must have.
@@ -53,6 +55,7 @@ impl Default for Rules {
             signed: None,
             says_when: true,
             referrers_api: true,
+            lazy: HashMap::new(),
             lost: false,
             wanted_header: None,
         }
@@ -424,8 +427,14 @@ fn get_blob(shared: &Shared, held: &mut Held, digest: &str) -> Answer {
     let Some(bytes) = held.blobs.get(digest).filter(|_| !held.rules.lost).cloned() else {
         return error(404, "BLOB_UNKNOWN");
     };
+    let lazy = held
+        .rules
+        .lazy
+        .get(digest)
+        .cloned()
+        .unwrap_or_else(|| digest.to_owned());
     let Some(life) = held.rules.signed else {
-        return answer(200, &[("LazyPull-Digest", digest)], &bytes);
+        return answer(200, &[("LazyPull-Digest", &lazy)], &bytes);
     };
     let signature = shared.counter.fetch_add(1, Ordering::Relaxed).to_string();
     held.signatures.insert(signature.clone(), Instant::now() + life);
@@ -435,7 +444,7 @@ fn get_blob(shared: &Shared, held: &mut Held, digest: &str) -> Answer {
         let date = now.strftime("%Y%m%dT%H%M%SZ");
         place = format!("{place}&X-Amz-Date={date}&X-Amz-Expires={}", life.as_secs());
     }
-    answer(307, &[("Location", &place), ("LazyPull-Digest", digest)], b"")
+    answer(307, &[("Location", &place), ("LazyPull-Digest", &lazy)], b"")
 }
 
 fn put_manifest(asked: &Asked, held: &mut Held, repository: &str, version: &str) -> Answer {

@@ -1,0 +1,146 @@
+//! `tarblk index push` and `tarblk index copy`: indexes in registries, for everybody who pulls the image.
+
+use anyhow::bail;
+use serde::Serialize;
+
+use super::Session;
+use super::cli::{CopyArgs, PushArgs};
+use super::layer::Bar;
+use super::output::{Table, Talk, print, println};
+use crate::digest::Digest;
+use crate::open::Watch;
+use crate::open::publish::{self, Publication, PublishWatch, Published};
+use crate::quantity::show_size;
+use crate::source::Source;
+use crate::source::registry::{ImageName, Reference};
+
+/// One bar after the other, a layer each.
+struct Bars {
+    talk: Talk,
+    bar: Bar,
+}
+
+impl Bars {
+    fn new(talk: Talk) -> Self {
+        let bar = Bar::new(talk);
+        Self { talk, bar }
+    }
+}
+
+impl Watch for Bars {
+    fn headers(&mut self, at: u64, len: u64) {
+        self.bar.headers(at, len);
+    }
+}
+
+impl PublishWatch for Bars {
+    fn layer(&mut self, number: usize, of: usize, layer: &Digest) {
+        self.bar = Bar::new(self.talk);
+        log::info!("layer {} of {of}: {layer}", number + 1);
+    }
+}
+
+/// The image in a registry that somebody typed.
+fn reference(text: &str) -> anyhow::Result<Reference> {
+    match Source::parse(text)? {
+        Source::Image(ImageName::Registry(reference)) => Ok(reference),
+        _ => bail!("{text} is no image in a registry; name it docker://host/repository:tag"),
+    }
+}
+
+/// `tarblk index push`.
+pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
+    let image = reference(&args.image)?;
+    let options = args.registry.options()?;
+    let mut bars = Bars::new(session.talk);
+    let publication = publish::push(&image, &options, args.spacing, args.anew, &mut bars)?;
+    drop(bars);
+    report(
+        &ImageName::Registry(image).to_string(),
+        &publication,
+        args.json,
+        session,
+    )
+}
+
+/// `tarblk index copy`.
+pub(super) fn copy(args: &CopyArgs, session: Session) -> anyhow::Result<()> {
+    let (from, to) = (reference(&args.from)?, reference(&args.to)?);
+    let options = args.registry.options()?;
+    let mut bars = Bars::new(session.talk);
+    let publication = publish::copy(&from, &to, &options, &mut bars)?;
+    drop(bars);
+    report(&ImageName::Registry(to).to_string(), &publication, args.json, session)
+}
+
+/// What `--json` says.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    image: &'a str,
+    manifest: &'a Digest,
+    artifact: Option<&'a Digest>,
+    layers: Vec<LayerReport<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct LayerReport<'a> {
+    layer: &'a Digest,
+    layer_bytes: u64,
+    published: Published,
+    index: Option<&'a Digest>,
+    index_bytes: Option<u64>,
+    hot_bytes: Option<u64>,
+    hot_digest: Option<&'a Digest>,
+}
+
+fn report(image: &str, publication: &Publication, json: bool, session: Session) -> anyhow::Result<()> {
+    if json {
+        let layers = publication.layers.iter().map(|(layer, published, listed)| {
+            let hot = listed.as_ref().and_then(|listed| listed.hot.as_ref());
+            LayerReport {
+                layer: &layer.descriptor.digest,
+                layer_bytes: layer.descriptor.size,
+                published: *published,
+                index: listed.as_ref().map(|listed| &listed.digest),
+                index_bytes: listed.as_ref().map(|listed| listed.size),
+                hot_bytes: hot.map(|(len, _)| *len),
+                hot_digest: hot.map(|(_, digest)| digest),
+            }
+        });
+        let report = Report {
+            image,
+            manifest: &publication.image,
+            artifact: publication.artifact.as_ref(),
+            layers: layers.collect(),
+        };
+        return println(serde_json::to_string_pretty(&report)?);
+    }
+    if session.talk.quiet {
+        return Ok(());
+    }
+    let mut table = Table::plain();
+    table.row(["image", image]);
+    table.row(["manifest", &publication.image.to_string()]);
+    for (layer, published, listed) in &publication.layers {
+        let what = match (published, listed) {
+            (Published::Missing, _) | (_, None) => "no index".to_owned(),
+            (published, Some(listed)) => {
+                let how = match published {
+                    Published::Made => "made",
+                    Published::Copied => "copied",
+                    Published::Kept | Published::Missing => "was there",
+                };
+                let hot = listed.hot.as_ref().map_or(0, |(len, _)| *len);
+                format!("index {how}, {}, {} of it hot", show_size(listed.size), show_size(hot))
+            }
+        };
+        let size = show_size(layer.descriptor.size);
+        table.row(["layer", &format!("{}, {size}: {what}", layer.descriptor.digest)]);
+    }
+    let artifact = match &publication.artifact {
+        Some(digest) => format!("{digest} (--index-digest pins it)"),
+        None => "none, because not every layer has an index".to_owned(),
+    };
+    table.row(["artifact", &artifact]);
+    print(table)
+}

@@ -1,0 +1,444 @@
+//! Indexes published beside images: made once, found in every way there is, believed only for the layer that they are of.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::rawtar::{RawTar, noise};
+use common::registry::TestRegistry;
+use tarblk::digest::{Algorithm, Digest};
+use tarblk::index::build::{BlobRecorder, Contents};
+use tarblk::index::{ColdPart, Index};
+use tarblk::layer::Coding;
+use tarblk::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
+use tarblk::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
+use tarblk::open::publish::{Publication, PublishWatch, Published, copy, push};
+use tarblk::open::{OpenError, Watch};
+use tarblk::source::registry::{
+    Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
+};
+use tarblk::source::{Patience, SourceError};
+
+const SPACING: u64 = 64 << 10;
+
+struct Silent;
+
+impl Watch for Silent {
+    fn headers(&mut self, _at: u64, _len: u64) {}
+}
+
+impl PublishWatch for Silent {
+    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
+}
+
+fn options() -> RegistryOptions {
+    let authfile = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-credentials.json");
+    std::fs::write(&authfile, "{}").unwrap();
+    RegistryOptions {
+        hosts_dir: "/nonexistent".into(),
+        keyring: Keyring {
+            given: None,
+            authfile: Some(authfile),
+        },
+        platform: Some("linux/amd64".parse().unwrap()),
+        patience: Patience {
+            tries: 2,
+            backoff: Duration::from_millis(10),
+            ..Patience::default()
+        },
+        ..RegistryOptions::default()
+    }
+}
+
+fn sha256(bytes: &[u8]) -> Digest {
+    Digest::of(Algorithm::Sha256, bytes)
+}
+
+fn gzip(tar: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("gzip")
+        .args(["-6", "-n"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || input.write_all(tar).unwrap());
+        child.wait_with_output().unwrap().stdout
+    })
+}
+
+/// A tar with a text of many lines in it and something that does not compress.
+fn tar(seed: u64) -> Vec<u8> {
+    let lines: String = (0..20_000).map(|n| format!("line {n} of layer {seed}\n")).collect();
+    RawTar::new()
+        .dir(b"etc/")
+        .file(b"etc/text", lines.as_bytes())
+        .file(b"etc/noise", &noise(100_000, seed))
+        .end()
+        .0
+}
+
+/// A layer: its tar and its blob.
+struct Layer {
+    tar: Vec<u8>,
+    blob: Vec<u8>,
+    media_type: &'static str,
+}
+
+impl Layer {
+    fn plain(seed: u64) -> Self {
+        let tar = tar(seed);
+        Self {
+            blob: tar.clone(),
+            tar,
+            media_type: "application/vnd.oci.image.layer.v1.tar",
+        }
+    }
+
+    fn gzip(seed: u64) -> Self {
+        let tar = tar(seed);
+        Self {
+            blob: gzip(&tar),
+            tar,
+            media_type: "application/vnd.oci.image.layer.v1.tar+gzip",
+        }
+    }
+
+    fn digest(&self) -> Digest {
+        sha256(&self.blob)
+    }
+
+    /// Its index as anybody makes it who has the blob.
+    fn index(&self) -> Vec<u8> {
+        let mut recorder = BlobRecorder::new(Coding::of_bytes(&self.blob), SPACING, Contents::FULL);
+        self.blob.chunks(10_000).for_each(|piece| recorder.feed(piece).unwrap());
+        recorder.finish().unwrap().into_index()
+    }
+
+    fn listed(&self) -> Listed {
+        list(&self.index(), &self.digest())
+    }
+}
+
+fn list(index: &[u8], layer: &Digest) -> Listed {
+    let open = Index::open(index).unwrap();
+    Listed {
+        layer: layer.clone(),
+        digest: sha256(index),
+        size: open.file_len(),
+        hot: Some((open.hot_len(), hot_digest(&open))),
+    }
+}
+
+/// Puts an image of these layers into a registry.
+fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer]) -> Reference {
+    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": sha256(bytes), "size": bytes.len() });
+    let diff_ids: Vec<_> = layers.iter().map(|layer| sha256(&layer.tar)).collect();
+    let rootfs = serde_json::json!({ "type": "layers", "diff_ids": diff_ids });
+    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "author": name, "rootfs": rootfs });
+    let config = config.to_string().into_bytes();
+    registry.put_blob(&config);
+    for layer in layers {
+        registry.put_blob(&layer.blob);
+    }
+    let listed: Vec<_> = layers
+        .iter()
+        .map(|layer| descriptor(&layer.blob, layer.media_type))
+        .collect();
+    let config = descriptor(&config, "application/vnd.oci.image.config.v1+json");
+    let manifest =
+        serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": listed });
+    registry.put_manifest(name, "latest", OCI_MANIFEST, manifest.to_string().as_bytes());
+    reference(registry, name)
+}
+
+fn reference(registry: &TestRegistry, name: &str) -> Reference {
+    Reference::parse(&format!("{}/{name}:latest", registry.host())).unwrap()
+}
+
+/// What a reader of the image does.
+struct Reader {
+    name: ImageName,
+    image: Image,
+    registry: Registry,
+}
+
+impl Reader {
+    fn new(reference: &Reference) -> Self {
+        let name = ImageName::Registry(reference.clone());
+        Self {
+            image: resolve(&name, &options()).unwrap(),
+            name,
+            registry: Registry::new(reference, &options()).unwrap(),
+        }
+    }
+
+    /// How each layer's index is found, and what fetching it brings.
+    fn find(&self, pin: Option<&Digest>) -> Vec<Option<(FoundBy, Result<Index<Vec<u8>>, OpenError>)>> {
+        let found = find_indexes(&self.registry, &self.image, pin).unwrap();
+        let fetch = |(layer, found): (_, Option<_>)| {
+            found.map(|found: tarblk::open::discover::FoundIndex| {
+                (found.by, fetch_hot(&self.name, layer, &found, &Patience::default()))
+            })
+        };
+        self.image.layers.iter().zip(found).map(fetch).collect()
+    }
+
+    /// The only layer's.
+    fn find_one(&self) -> Option<(FoundBy, Result<Index<Vec<u8>>, String>)> {
+        let found = self.find(None).pop().unwrap();
+        found.map(|(by, index)| (by, index.map_err(|error| error.to_string())))
+    }
+}
+
+fn pushed(image: &Reference) -> Publication {
+    push(image, &options(), SPACING, false, &mut Silent).unwrap()
+}
+
+fn outcomes(publication: &Publication) -> Vec<Published> {
+    publication.layers.iter().map(|(_, how, _)| *how).collect()
+}
+
+#[test]
+fn what_was_pushed_is_found_in_one_request_a_layer() {
+    let (one, two) = (Layer::gzip(1), Layer::plain(2));
+    let mut artifacts = Vec::new();
+    for api in [true, false] {
+        let registry = TestRegistry::start();
+        registry.rules(|rules| rules.referrers_api = api);
+        let image = put_image(&registry, "some/image", &[&one, &two]);
+        assert!(
+            Reader::new(&image)
+                .find(None)
+                .iter()
+                .flatten()
+                .all(|(by, index)| *by == FoundBy::Header && index.is_err())
+        );
+        let publication = pushed(&image);
+        assert_eq!(outcomes(&publication), [Published::Made; 2]);
+        artifacts.push(publication.artifact.clone().unwrap());
+
+        let reader = Reader::new(&image);
+        registry.take_log();
+        let found = reader.find(None);
+        let asked = registry.take_log();
+        for (found, layer) in found.iter().zip([&one, &two]) {
+            let (by, index) = found.as_ref().unwrap();
+            let index = index.as_ref().unwrap();
+            // The same as who makes it from the blob alone.
+            let (made, listed) = (layer.index(), layer.listed());
+            let made = Index::open(made).unwrap();
+            assert_eq!((*by, index.hot_digest()), (FoundBy::Image, made.hot_digest()));
+            assert!(is_pinned(index, &listed.hot.clone().unwrap().1) && is_pinned(&made, &listed.digest));
+            assert!(!is_pinned(index, &sha256(b"another")));
+            assert!(index.cold().has(ColdPart::Headers) && index.chunk_digests().is_some());
+            let path = format!("/v2/some/image/blobs/{}", listed.digest);
+            let requests: Vec<_> = asked.iter().filter(|asked| asked.path == path).collect();
+            assert_eq!(requests.len(), 1, "{requests:?}");
+            let range = format!("bytes=0-{}", index.hot_len() - 1);
+            assert_eq!(requests[0].headers["range"], range);
+        }
+        // Again it is all there, and nothing is read.
+        let again = pushed(&image);
+        assert_eq!(outcomes(&again), [Published::Kept; 2]);
+        assert_eq!(again.artifact, publication.artifact);
+        let layers = registry.take_log();
+        let blob = format!("/v2/some/image/blobs/{}", one.digest());
+        assert!(!layers.iter().any(|asked| asked.method == "GET" && asked.path == blob));
+        // Pinned, the registry is not asked what refers to the image.
+        let artifact = publication.artifact.unwrap();
+        registry.take_log();
+        assert!(
+            reader
+                .find(Some(&artifact))
+                .iter()
+                .all(|found| found.as_ref().unwrap().1.is_ok())
+        );
+        assert!(!registry.take_log().iter().any(|asked| asked.path.contains("referrers")));
+        let wrong = find_indexes(&reader.registry, &reader.image, Some(&sha256(b"another")));
+        assert!(wrong.unwrap_err().is_absence());
+        let manifest = find_indexes(&reader.registry, &reader.image, Some(&reader.image.manifest_digest));
+        assert!(manifest.unwrap_err().to_string().contains(ARTIFACT_TYPE));
+    }
+    assert_eq!(artifacts[0], artifacts[1], "nothing in it is of the place or the time");
+}
+
+#[test]
+fn images_that_share_a_layer_share_its_index() {
+    let registry = TestRegistry::start();
+    let (shared, own) = (Layer::gzip(3), Layer::gzip(4));
+    pushed(&put_image(&registry, "some/image", &[&shared]));
+    // Another manifest in the same repository, for which nobody published anything.
+    let reader = Reader::new(&put_image(&registry, "some/image", &[&shared, &own]));
+    let mut found = reader.find(None).into_iter();
+    let (by, index) = found.next().unwrap().unwrap();
+    assert_eq!(by, FoundBy::Layer);
+    assert_eq!(index.unwrap().identity().blob_digest, Some(shared.digest()));
+    assert!(found.next().unwrap().is_none_or(|(_, index)| index.is_err()));
+    // Publishing for that one uses it as well.
+    let publication = pushed(&reference(&registry, "some/image"));
+    assert_eq!(outcomes(&publication), [Published::Kept, Published::Made]);
+}
+
+#[test]
+fn a_header_of_the_layers_blob_leads_to_an_index() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(5);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    let index = registry.put_blob(&layer.index());
+    registry.rules(|rules| drop(rules.lazy.insert(layer.digest().to_string(), index.to_string())));
+    let (by, found) = Reader::new(&image).find_one().unwrap();
+    assert_eq!(by, FoundBy::Header);
+    assert_eq!(
+        found.unwrap().hot_digest(),
+        Index::open(layer.index()).unwrap().hot_digest()
+    );
+    // What it names is no index, or is not there.
+    registry.rules(|rules| {
+        drop(
+            rules
+                .lazy
+                .insert(layer.digest().to_string(), layer.digest().to_string()),
+        )
+    });
+    let said = Reader::new(&image).find_one().unwrap().1.unwrap_err();
+    assert!(said.contains("not a tarblk index"), "{said}");
+    registry.rules(|rules| {
+        drop(
+            rules
+                .lazy
+                .insert(layer.digest().to_string(), sha256(b"gone").to_string()),
+        )
+    });
+    assert!(Reader::new(&image).find_one().is_none());
+}
+
+#[test]
+fn indexes_that_lie_are_refused() {
+    let registry = TestRegistry::start();
+    let (layer, other) = (Layer::gzip(6), Layer::gzip(7));
+    let image = put_image(&registry, "some/image", &[&layer]);
+    let Version::Tag(tag) = layer_tag(&layer.digest()) else {
+        panic!("a tag")
+    };
+    let publish = |listed: &Listed, bytes: &[u8]| {
+        registry.put_blob_as(&listed.digest, bytes);
+        let manifest = artifact::manifest(std::slice::from_ref(listed), None);
+        registry.put_manifest("some/image", &tag, OCI_MANIFEST, &manifest);
+        let (by, index) = Reader::new(&image).find_one().unwrap();
+        assert_eq!(by, FoundBy::Layer);
+        index
+    };
+    let good = layer.index();
+    publish(&layer.listed(), &good).unwrap();
+    // Another layer's, whatever is written on it.
+    let said = publish(&list(&other.index(), &layer.digest()), &other.index()).unwrap_err();
+    assert!(said.contains("another layer"), "{said}");
+    // Of a tar of which nobody knows whose it is.
+    let mut unknown = tarblk::index::IndexBuilder::new();
+    let unknown = std::mem::take(&mut unknown).finish(0, tarblk::index::EndOfArchive::Marked);
+    let said = publish(&list(&unknown, &layer.digest()), &unknown).unwrap_err();
+    assert!(said.contains("another layer"), "{said}");
+    // A flipped bit in the hot part; cut short; longer than was said.
+    let mut flipped = good.clone();
+    flipped[300] ^= 1;
+    let said = publish(&layer.listed(), &flipped).unwrap_err();
+    assert!(said.contains("damaged"), "{said}");
+    let cut = Listed {
+        size: 200,
+        hot: None,
+        ..layer.listed()
+    };
+    let said = publish(&cut, &good[..200]).unwrap_err();
+    assert!(said.contains("cut short"), "{said}");
+    let longer = Listed {
+        size: layer.listed().size + 1,
+        ..layer.listed()
+    };
+    assert!(publish(&longer, &[&good[..], b"x"].concat()).is_err());
+    // Hot parts whose length is told wrong.
+    let short = Listed {
+        hot: Some((100, sha256(&good[..100]))),
+        ..layer.listed()
+    };
+    assert!(publish(&short, &good).is_err());
+    // A manifest of something else under the tag is as good as none.
+    registry.put_manifest("some/image", &tag, OCI_MANIFEST, b"{}");
+    assert!(
+        Reader::new(&image)
+            .find_one()
+            .is_none_or(|(by, index)| by == FoundBy::Header && index.is_err())
+    );
+}
+
+#[test]
+fn a_layer_that_is_not_what_the_manifest_says_is_not_published() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(8);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    let other = Layer::gzip(9);
+    let mut blob = other.blob.clone();
+    blob.resize(layer.blob.len(), 0);
+    registry.put_blob_as(&layer.digest(), &blob);
+    let refused = push(&image, &options(), SPACING, false, &mut Silent).unwrap_err();
+    assert!(
+        matches!(refused, OpenError::Index { .. } | OpenError::Source(_)),
+        "{refused}"
+    );
+    registry.take_log();
+    assert!(
+        Reader::new(&image)
+            .find(None)
+            .iter()
+            .flatten()
+            .all(|(_, index)| index.is_err())
+    );
+}
+
+#[test]
+fn indexes_are_copied_to_where_the_image_was_copied() {
+    let (origin, mirror) = (TestRegistry::start(), TestRegistry::start());
+    mirror.rules(|rules| rules.referrers_api = false);
+    let (one, two, three) = (Layer::gzip(10), Layer::plain(11), Layer::gzip(12));
+    let from = put_image(&origin, "some/image", &[&one, &two]);
+    let to = put_image(&mirror, "mirror/of/image", &[&one, &two]);
+    let refused = copy(&from, &to, &options(), &mut Silent).unwrap_err();
+    let said = refused.to_string();
+    assert!(
+        matches!(refused, OpenError::NoIndexes { .. } | OpenError::Index { .. }),
+        "{said}"
+    );
+    let made = pushed(&from);
+    let copied = copy(&from, &to, &options(), &mut Silent).unwrap();
+    assert_eq!(outcomes(&copied), [Published::Copied; 2]);
+    assert!(copied.artifact.is_some() && made.artifact.is_some());
+    for (by, index) in Reader::new(&to).find(None).into_iter().flatten() {
+        assert_eq!(by, FoundBy::Image);
+        index.unwrap();
+    }
+    // An image that shares one layer only, in the same registry: that one's index is taken, and no artifact is made.
+    let part = put_image(&origin, "other/image", &[&one, &three]);
+    let copied = copy(&from, &part, &options(), &mut Silent).unwrap();
+    assert_eq!(outcomes(&copied)[0], Published::Copied);
+    assert_eq!(
+        (outcomes(&copied)[1], copied.artifact.as_ref()),
+        (Published::Missing, None)
+    );
+    let (by, index) = Reader::new(&part).find(None).remove(0).unwrap();
+    assert_eq!(by, FoundBy::Layer);
+    index.unwrap();
+    // Then the missing one is made.
+    let publication = pushed(&part);
+    assert_eq!(outcomes(&publication), [Published::Kept, Published::Made]);
+    assert!(matches!(
+        copy(&from, &reference(&mirror, "absent"), &options(), &mut Silent),
+        Err(OpenError::Source(SourceError::Status { .. }))
+    ));
+}
