@@ -187,11 +187,13 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
     table.row(["index", &format!("{hot}{cold}, {per_entry} bytes an entry, {place}")]);
     table.row(["holds", &holds(report)]);
     if let Some(spans) = prepared.index.spans() {
-        let points = show_count(u64::try_from(spans.len())?);
-        table.row([
-            "entered at",
-            &format!("{points} places, about every {}", show_size(identity.spacing)),
-        ]);
+        let points = u64::try_from(spans.len())?;
+        let entered = if spans.seekable() {
+            format!("{} places, about every {}", show_count(points), show_size(summary.tar_bytes / points.max(1)))
+        } else {
+            "its beginning only: it was compressed in one piece".to_owned()
+        };
+        table.row(["entered at", &entered]);
     }
     table.row(["its digest", &format!("sha256:{}", report.hot_sha256)]);
     table.row([

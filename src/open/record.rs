@@ -59,8 +59,8 @@ pub fn record_blob(
         Ok(())
     };
     let reads = source::stream(blob, patience, &mut sink)?;
-    let recorded = recorder.finish().map_err(bad_tar)?;
-    Ok((recorded.into_index(), reads))
+    let whole = recorder.finish().map_err(bad_tar)?;
+    Ok((whole.into_index(), reads))
 }
 
 /// How a layer's blob is compressed, by its first bytes.
