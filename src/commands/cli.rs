@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::open::LayerChoice;
 use crate::quantity::{parse_rate, parse_size, parse_time};
 use crate::source::Secret;
 use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
@@ -99,7 +100,9 @@ pub enum Command {
 /// The layer, wherever it is.
 #[derive(Clone, Debug, Args)]
 pub struct SourceArgs {
-    /// An uncompressed tar: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
+    /// A layer: a tar, plain or compressed with gzip or zstd, as a path, a `file://` URL, or an `http(s)://` URL of a server
+    /// that answers Range. Or an image: `docker://HOST/NAME[:TAG|@DIGEST]` in a registry, `oci:DIR[:TAG|@DIGEST]` in a
+    /// directory.
     #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
     pub source: String,
 }
@@ -113,6 +116,9 @@ pub struct LayerArgs {
     /// A header index made by `tarblk index`, as a path or a URL: saves reading the headers.
     #[arg(long, value_name = "FILE|URL", value_hint = ValueHint::FilePath)]
     pub index: Option<String>,
+    /// One layer of an image alone, as overlayfs wants it among others: by its digest, or its number, the lowest being 1.
+    #[arg(long, value_name = "DIGEST|N")]
+    pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept [default: /var/cache/tarblk, or ~/.cache/tarblk for users].
     #[arg(long, value_name = "DIR", env = "TARBLK_CACHE", value_hint = ValueHint::DirPath)]
     pub cache: Option<PathBuf>,
@@ -278,6 +284,9 @@ pub struct LsArgs {
     /// BSD mtree form.
     #[arg(long)]
     pub mtree: bool,
+    /// One layer of an image alone: by its digest, or its number, the lowest being 1.
+    #[arg(long, value_name = "DIGEST|N")]
+    pub layer: Option<LayerChoice>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
