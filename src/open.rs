@@ -9,9 +9,12 @@
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
 //! mark is never found there again.
 
+pub mod artifact;
+pub mod discover;
 mod gather;
 mod kept;
 mod layer;
+pub mod publish;
 mod recipe;
 mod record;
 
@@ -24,18 +27,19 @@ use crate::digest::Digest;
 use crate::fetch::{self, store::StoreError};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{Index, IndexError, is_index};
-use crate::layer::{Coding, LayerError};
-use crate::source::registry::{Image, ImageName, LayerCoding, RegistryOptions};
-use crate::source::{self, LayerBlob, Patience, Source, SourceError, registry};
+use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::source::registry::{Image, ImageLayer, ImageName, Registry, RegistryOptions};
+use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
-use layer::Facts;
+use discover::FoundIndex;
+use layer::{Facts, Published};
 
+pub use discover::IndexChoice;
 pub use kept::{Cache, default_cache_dir};
 pub use layer::PreparedLayer;
 pub use recipe::{Fetching, Opened, Recipe, serve_here};
-pub use record::{Recording, coding_of, record};
+pub use record::{RecordedBlob, Recording, coding_of, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -92,24 +96,16 @@ pub enum OpenError {
         cause: ImageError,
     },
     /// A layer's bytes are not those that its image means.
-    #[error("{source_name}: the {what} of a layer is {found}, and the image says {expected}: it was damaged or exchanged")]
+    #[error("{source_name}: the {what} of a layer is {found} and has to be {expected}: it was damaged or exchanged")]
     Digest {
         /// The image or layer.
         source_name: String,
         /// Which digest: of the blob, or of the tar in it.
         what: &'static str,
-        /// What the image says.
+        /// What it has to be.
         expected: String,
         /// What came.
         found: String,
-    },
-    /// An index says of its layer's compression what makes no sense.
-    #[error("{name}: {cause}; make a new index with `tarblk index`")]
-    Spans {
-        /// The image or layer.
-        name: String,
-        /// What.
-        cause: LayerError,
     },
     /// The image has no such layer.
     #[error("{name} has no layer {wanted}: {has}")]
@@ -121,9 +117,15 @@ pub enum OpenError {
         /// What it has.
         has: String,
     },
-    /// One index was named for an image of several layers.
-    #[error("{0} has several layers, and --index names the index of one; name one layer with --layer")]
+    /// One layer is wanted of an image that has several.
+    #[error("{0} has several layers, and an index is of one; choose it with --layer")]
     OneIndex(String),
+    /// Nobody has published indexes of an image.
+    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    NoIndexes {
+        /// The image.
+        name: String,
+    },
     /// A local layer is not what it was when its index was read.
     #[error("{0} changed while it was being attached; try again")]
     Changed(String),
@@ -146,8 +148,10 @@ pub enum OpenError {
 /// How a layer or an image is opened.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
-    /// An index made beforehand, as a path or a URL; for one layer.
-    pub index: Option<String>,
+    /// Where indexes come from.
+    pub index: IndexChoice,
+    /// Which index, or which artifact with the indexes of an image, by digest; any other is refused.
+    pub index_digest: Option<Digest>,
     /// One layer of an image, as overlayfs wants it; all of them as one tree if none.
     pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept; nowhere if none.
@@ -177,7 +181,9 @@ impl std::str::FromStr for LayerChoice {
                 number => Ok(Self::Number(number)),
             };
         }
-        text.parse().map(Self::Digest).map_err(|error| format!("{error}; or a number from 1"))
+        text.parse()
+            .map(Self::Digest)
+            .map_err(|error| format!("{error}; or a number from 1"))
     }
 }
 
@@ -211,6 +217,11 @@ pub enum IndexOrigin {
     Given,
     /// It was in the cache directory.
     Kept,
+    /// Somebody has published it: its hot part had this many bytes.
+    Published {
+        /// How many.
+        bytes: u64,
+    },
     /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
     Read {
         /// How many.
@@ -241,8 +252,13 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     let source = Source::parse(text)?;
     let (layers, mode) = match (&source, &options.index) {
         (Source::Image(name), _) => prepare_image(name, options, watch)?,
-        (_, Some(index)) => (vec![prepare_with_index(&source, index, options)?], TreeMode::Plain),
-        (_, None) => {
+        (_, IndexChoice::Named(index)) => (vec![prepare_with_index(&source, index, options)?], TreeMode::Plain),
+        (_, IndexChoice::Require) => {
+            return Err(OpenError::NoIndexes {
+                name: source.to_string(),
+            });
+        }
+        (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
             let blob = source::open(&source, &options.patience)?;
             let found = vec![(blob, Facts::default())];
             (prepare_all(found, options, watch)?, TreeMode::Plain)
@@ -261,38 +277,101 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
-    let image = registry::resolve(name, &options.registry)?;
-    let (mode, chosen) = match &options.layer {
-        Some(choice) => (TreeMode::Overlay, vec![find_layer(&image, choice)?]),
-        None => (TreeMode::Merged, (0..image.layers.len()).collect()),
-    };
+    let mut image = registry::resolve(name, &options.registry)?;
+    let mut mode = TreeMode::Merged;
+    if let Some(choice) = &options.layer {
+        let chosen = find_layer(&image, choice)?;
+        image.layers = vec![image.layers.swap_remove(chosen)];
+        mode = TreeMode::Overlay;
+    }
+    if let IndexChoice::Named(index) = &options.index {
+        if image.layers.len() > 1 {
+            return Err(OpenError::OneIndex(image.name));
+        }
+        let index = named_index(index, options)?;
+        let layer = &image.layers[0];
+        let blob = source::open_layer(name, layer)?;
+        let layer = PreparedLayer::new(blob, &Facts::of(layer), index, IndexOrigin::Given, None)?;
+        return Ok((vec![layer], mode));
+    }
+    let published = published(name, &image, options)?;
     let mut found = Vec::new();
-    for at in chosen {
-        let layer = &image.layers[at];
+    for (layer, published) in image.layers.iter().zip(published) {
         let facts = Facts {
-            digest: Some(layer.descriptor.digest.clone()),
-            diff_id: layer.diff_id.clone(),
-            coding: Some(match layer.coding {
-                LayerCoding::Plain => Coding::Plain,
-                LayerCoding::Gzip => Coding::Gzip,
-                LayerCoding::Zstd => Coding::Zstd,
-            }),
+            published,
+            ..Facts::of(layer)
         };
         found.push((source::open_layer(name, layer)?, facts));
     }
-    let layers = match (&options.index, found.len()) {
-        (None, _) => prepare_all(found, options, watch)?,
-        (Some(index), 1) => {
-            let bytes = load_index(index, &options.patience)?;
-            let index = open_index(bytes, index)?;
-            let found = found.into_iter();
-            found
-                .map(|(blob, facts)| PreparedLayer::new(blob, &facts, index.clone(), IndexOrigin::Given, None))
-                .collect::<Result<_, _>>()?
-        }
-        (Some(_), _) => return Err(OpenError::OneIndex(image.name)),
+    Ok((prepare_all(found, options, watch)?, mode))
+}
+
+/// The published indexes of an image's layers, as far as they are wanted and there.
+fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Vec<Option<Published>>, OpenError> {
+    let none = || image.layers.iter().map(|_| None).collect();
+    let ImageName::Registry(reference) = name else {
+        return match options.index {
+            IndexChoice::Require => Err(OpenError::NoIndexes { name: name.to_string() }),
+            _ => Ok(none()),
+        };
     };
-    Ok((layers, mode))
+    let required = options.index == IndexChoice::Require || options.index_digest.is_some();
+    let kept = |layer: &ImageLayer| {
+        let cache = options.cache.as_ref()?;
+        cache.index(&layer.descriptor.digest.to_string())
+    };
+    let wanted = match options.index {
+        IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => false,
+        // What was read on this machine is as good, and here.
+        IndexChoice::Auto => required || image.layers.iter().any(|layer| kept(layer).is_none()),
+        IndexChoice::Require => true,
+    };
+    if !wanted {
+        return Ok(none());
+    }
+    let registry = Registry::new(reference, &options.registry)?;
+    let found = match discover::find_indexes(&registry, image, options.index_digest.as_ref()) {
+        Ok(found) => found,
+        // Without them the layers can still be read.
+        Err(error) if !required => {
+            log::warn!("cannot look for published indexes: {error}");
+            return Ok(none());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if required && found.iter().any(Option::is_none) {
+        return Err(OpenError::NoIndexes { name: name.to_string() });
+    }
+    // All at the same time.
+    let fetch = |(layer, found): (&ImageLayer, &Option<FoundIndex>)| match found {
+        None => Ok(None),
+        Some(found) => match discover::fetch_hot(name, layer, found, &options.patience) {
+            Ok(index) => {
+                let rest = source::open_registry_blob(name, &found.access)?;
+                Ok(match rest.place {
+                    Place::Http(rest) => Some(Published { index, rest: *rest }),
+                    Place::File(_) => None,
+                })
+            }
+            Err(error) if !required => {
+                log::warn!("{error}; going on without it");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        },
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = image
+            .layers
+            .iter()
+            .zip(&found)
+            .map(|pair| scope.spawn(move || fetch(pair)))
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    })
 }
 
 fn find_layer(image: &Image, choice: &LayerChoice) -> Result<usize, OpenError> {
@@ -351,7 +430,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
         (blob.join(), bytes)
     });
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let index = open_index(bytes?, name)?;
+    let index = pinned(open_index(bytes?, name)?, name, options)?;
     let expected = index.identity().blob_len;
     if expected != blob.len {
         return Err(OpenError::OtherLayer {
@@ -362,6 +441,23 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
         });
     }
     PreparedLayer::new(blob, &Facts::default(), index, IndexOrigin::Given, None)
+}
+
+/// An index that was named, and is the one that it has to be.
+fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    pinned(open_index(load_index(name, &options.patience)?, name)?, name, options)
+}
+
+fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    match &options.index_digest {
+        Some(pin) if !discover::is_pinned(&index, pin) => Err(OpenError::Digest {
+            source_name: source::without_secrets(name),
+            what: "index",
+            expected: pin.to_string(),
+            found: discover::hot_digest(&index).to_string(),
+        }),
+        _ => Ok(index),
+    }
 }
 
 /// Whether a disk has no more room.
@@ -410,15 +506,18 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
     }
-    let mut prepared = prepare(text, options, watch)?;
-    match (prepared.layers.pop(), prepared.layers.len()) {
-        (Some(layer), 0) => Ok(layer.index),
-        _ => Err(OpenError::OneIndex(prepared.name)),
-    }
+    Ok(prepare(text, options, watch)?.into_only()?.index)
 }
 
+/// Opens an index file, or the hot part of one.
 fn open_index(bytes: Vec<u8>, name: &str) -> Result<Index<Vec<u8>>, OpenError> {
-    Index::open(bytes).map_err(|cause| OpenError::Index {
+    let is_hot = hot_len(&bytes).is_ok_and(|hot| hot == u64::try_from(bytes.len()).ok());
+    let opened = if is_hot {
+        Index::open_hot(bytes)
+    } else {
+        Index::open(bytes)
+    };
+    opened.map_err(|cause| OpenError::Index {
         name: source::without_secrets(name),
         cause,
     })
@@ -471,18 +570,23 @@ impl Prepared {
         image_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
     }
 
-    /// The layer, if it is one alone and not a part of an image.
-    #[must_use]
-    pub fn only(&self) -> Option<&PreparedLayer> {
-        match &self.layers[..] {
-            [layer] => Some(layer),
-            _ => None,
+    /// The layer, if it is one alone.
+    ///
+    /// # Errors
+    /// [`OpenError::OneIndex`] when there are several.
+    pub fn into_only(mut self) -> Result<PreparedLayer, OpenError> {
+        match (self.layers.pop(), self.layers.len()) {
+            (Some(layer), 0) => Ok(layer),
+            _ => Err(OpenError::OneIndex(self.name)),
         }
     }
 
     /// How many bytes of files all layers store.
     #[must_use]
     pub fn payload_bytes(&self) -> u64 {
-        self.layers.iter().map(|layer| layer.index.summary().payload_bytes).sum()
+        self.layers
+            .iter()
+            .map(|layer| layer.index.summary().payload_bytes)
+            .sum()
     }
 }

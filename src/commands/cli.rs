@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
-use crate::open::LayerChoice;
+use crate::digest::Digest;
+use crate::open::{IndexChoice, LayerChoice};
 use crate::quantity::{parse_rate, parse_size, parse_time};
 use crate::source::Secret;
 use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
@@ -113,9 +114,14 @@ pub struct LayerArgs {
     /// The layer.
     #[command(flatten)]
     pub source: SourceArgs,
-    /// A header index made by `tarblk index`, as a path or a URL: saves reading the headers.
-    #[arg(long, value_name = "FILE|URL", value_hint = ValueHint::FilePath)]
-    pub index: Option<String>,
+    /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
+    /// registry, or is kept here, else it is made; `require`: only a published one will do; `ignore`: none that was published;
+    /// `build`: it is made anew from all of the layer.
+    #[arg(long, value_name = "FILE|URL|WORD", value_hint = ValueHint::FilePath, default_value = "auto", hide_default_value = true)]
+    pub index: IndexChoice,
+    /// Refuse every index but the one with this digest: of the index, or of an image's artifact with indexes.
+    #[arg(long, value_name = "DIGEST")]
+    pub index_digest: Option<Digest>,
     /// One layer of an image alone, as overlayfs wants it among others: by its digest, or its number, the lowest being 1.
     #[arg(long, value_name = "DIGEST|N")]
     pub layer: Option<LayerChoice>,
@@ -236,6 +242,10 @@ pub struct IndexArgs {
     /// Read headers only: no digests.
     #[arg(long, conflicts_with = "full")]
     pub no_digests: bool,
+    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar: closer ones take more room and
+    /// save reading.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
+    pub spacing: u64,
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,

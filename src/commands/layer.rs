@@ -71,6 +71,7 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     };
     let options = OpenOptions {
         index: args.index.clone(),
+        index_digest: args.index_digest.clone(),
         layer: args.layer.clone(),
         cache,
         registry: args.registry.options()?,

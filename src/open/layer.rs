@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Gather;
-use super::record::{Recording, record_blob};
 use super::recipe::http_layer;
-use super::{Cache, IndexOrigin, OpenError, OpenOptions, is_full, open_index};
+use super::record::{Recording, record_blob};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::{Store, StoreError};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder};
 use crate::layer::{Coding, SPACING};
+use crate::source::registry::{ImageLayer, LayerCoding};
 use crate::source::{self, HttpBlob, LayerBlob, Place, Source};
 use crate::units::TarOffset;
 
@@ -25,6 +26,33 @@ pub(super) struct Facts {
     pub(super) diff_id: Option<Digest>,
     /// How it is compressed; its first bytes say it, if nobody else does.
     pub(super) coding: Option<Coding>,
+    /// An index that somebody has published.
+    pub(super) published: Option<Published>,
+}
+
+impl Facts {
+    /// What an image says of a layer.
+    pub(super) fn of(layer: &ImageLayer) -> Self {
+        Self {
+            digest: Some(layer.descriptor.digest.clone()),
+            diff_id: layer.diff_id.clone(),
+            coding: Some(match layer.coding {
+                LayerCoding::Plain => Coding::Plain,
+                LayerCoding::Gzip => Coding::Gzip,
+                LayerCoding::Zstd => Coding::Zstd,
+            }),
+            published: None,
+        }
+    }
+}
+
+/// An index that somebody has published.
+#[derive(Clone, Debug)]
+pub(super) struct Published {
+    /// Its hot part.
+    pub(super) index: Index<Vec<u8>>,
+    /// Where all of it is.
+    pub(super) rest: HttpBlob,
 }
 
 /// A layer that was found, with its index.
@@ -59,21 +87,23 @@ impl PreparedLayer {
     ) -> Result<Self, OpenError> {
         let identity = index.identity();
         let (expected, found) = (identity.blob_len, blob.len);
-        let told = |text: &Option<String>| text.as_deref().and_then(|text| text.parse::<Digest>().ok());
-        let digest = told(&identity.blob_digest);
+        let digest = identity.blob_digest.clone();
         let other = digest.is_some() && facts.digest.is_some() && digest != facts.digest;
         if expected != found || other {
             return Err(OpenError::OtherLayer {
                 name: format!("of {}", blob.source),
                 expected,
-                source_name: facts.digest.as_ref().map_or_else(|| blob.source.to_string(), ToString::to_string),
+                source_name: facts
+                    .digest
+                    .as_ref()
+                    .map_or_else(|| blob.source.to_string(), ToString::to_string),
                 found,
             });
         }
         Ok(Self {
             coding: identity.coding,
             digest: facts.digest.clone().or(digest),
-            diff_id: facts.diff_id.clone().or_else(|| told(&identity.diff_id)),
+            diff_id: facts.diff_id.clone().or_else(|| identity.diff_id.clone()),
             blob,
             index,
             origin,
@@ -111,9 +141,16 @@ pub(super) fn prepare(
     options: &OpenOptions,
     reached: Reached<'_>,
 ) -> Result<PreparedLayer, OpenError> {
+    if let Some(Published { index, rest }) = &facts.published {
+        let origin = IndexOrigin::Published { bytes: index.hot_len() };
+        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
+        layer.rest = (!index.is_whole()).then(|| rest.clone());
+        return Ok(layer);
+    }
     let under = kept_under(&blob, facts);
     let cache = options.cache.as_ref();
-    if let (Some(cache), Some(under)) = (cache, &under)
+    if options.index != IndexChoice::Build
+        && let (Some(cache), Some(under)) = (cache, &under)
         && let Some((path, bytes)) = cache.index(under)
     {
         // Damaged, or of another version of this program: it is read again and replaced.
@@ -129,8 +166,8 @@ pub(super) fn prepare(
         None => super::record::coding_of(&blob, &options.patience)?,
     };
     let (bytes, origin) = match coding {
-        Coding::Plain => read_headers(&blob, facts, options, reached)?,
-        Coding::Gzip | Coding::Zstd => read_all(&blob, facts, options, reached)?,
+        Coding::Plain if options.index != IndexChoice::Build => read_headers(&blob, facts, options, reached)?,
+        Coding::Plain | Coding::Gzip | Coding::Zstd => read_all(&blob, coding, facts, options, reached)?,
     };
     let kept = match (cache, &under) {
         (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
@@ -178,6 +215,7 @@ fn read_headers(
 /// Reads all of a compressed layer once, into an index file; what comes out of it is put into the store.
 fn read_all(
     blob: &LayerBlob,
+    coding: Coding,
     facts: &Facts,
     options: &OpenOptions,
     reached: Reached<'_>,
@@ -190,7 +228,7 @@ fn read_all(
         Some(cache) => going_on_when_full(Store::open(cache.layers()).and_then(|store| store.fill()))?,
         None => None,
     };
-    let mut keep = |bytes: &[u8]| {
+    let mut keep = |_: TarOffset, bytes: &[u8]| {
         if let Some(open) = &mut filling
             && let Err(error) = open.push(bytes)
         {
@@ -198,28 +236,28 @@ fn read_all(
             filling = None;
         }
     };
-    let recorded = record_blob(blob, &recording, &options.patience, reached, &mut keep)?;
-    let wrong = |what: &'static str, expected: &Digest, found: &str| OpenError::Digest {
-        source_name: blob.source.to_string(),
-        what,
-        expected: expected.to_string(),
-        found: found.to_owned(),
-    };
+    let mut progress = |at| reached(at, blob.len);
+    let recorded = record_blob(blob, coding, &recording, &options.patience, &mut progress, &mut keep)?;
     let told = [
-        ("blob", &facts.digest, &recorded.blob_digest),
-        ("tar", &facts.diff_id, &recorded.diff_id),
+        ("blob", &facts.digest, &recorded.identity.blob_digest),
+        ("tar", &facts.diff_id, &recorded.identity.diff_id),
     ];
     for (what, expected, found) in told {
         if let (Some(expected), Some(found)) = (expected, found)
-            && expected.to_string().starts_with("sha256:")
-            && expected.to_string() != *found
+            && expected.algorithm() == found.algorithm()
+            && expected != found
         {
-            return Err(wrong(what, expected, found));
+            return Err(OpenError::Digest {
+                source_name: blob.source.to_string(),
+                what,
+                expected: expected.to_string(),
+                found: found.to_string(),
+            });
         }
     }
-    let name = facts.digest.as_ref().map(ToString::to_string).or(recorded.blob_digest);
+    let name = facts.digest.clone().or(recorded.identity.blob_digest);
     if let (Some(filling), Some(name)) = (filling, name) {
-        going_on_when_full(filling.finish(&name))?;
+        going_on_when_full(filling.finish(&name.to_string()))?;
     }
     let origin = IndexOrigin::Read {
         reads: recorded.reads,

@@ -21,7 +21,6 @@ use crate::fetch::{
 use crate::image::FileMap;
 use crate::image::ext4::Ext4Image;
 use crate::index::{ColdPart, Index};
-use crate::layer::SpanTable;
 use crate::source::registry::BlobAccess;
 use crate::source::{self, HttpBlob, Place, Source};
 use crate::tree::TreeMode;
@@ -320,8 +319,7 @@ impl Recipe {
                 windows,
                 [layer.digest, layer.diff_id],
                 identity,
-                &self.name,
-            )?);
+            ));
         }
         start(image, sources, self.store.as_deref(), &self.fetching)
     }
@@ -346,16 +344,11 @@ fn layer_source(
     windows: Windows,
     [digest, diff_id]: [Option<Digest>; 2],
     identity: Option<String>,
-    name: &str,
-) -> Result<LayerSource, OpenError> {
-    let table = index.spans().map(SpanTable::decode).transpose();
-    let table = table.map_err(|cause| OpenError::Spans {
-        name: name.to_owned(),
-        cause,
-    })?;
+) -> LayerSource {
+    let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
     let digests = index.chunk_digests().cloned();
-    Ok(LayerSource {
+    LayerSource {
         blob,
         coding: table.map(|table| Coded {
             table,
@@ -367,7 +360,7 @@ fn layer_source(
             tar: diff_id.and_then(|digest| digest.sha256()),
         },
         identity,
-    })
+    }
 }
 
 fn start(
@@ -392,9 +385,7 @@ fn start(
     {
         log::warn!("{error}");
     }
-    let secure = |layer: &LayerSource| {
-        matches!(&layer.blob, Blob::Http(http) if http.access.is_some() || http.url.starts_with("https:"))
-    };
+    let secure = |layer: &LayerSource| matches!(&layer.blob, Blob::Http(http) if http.access.is_some() || http.url.starts_with("https:"));
     let options = FetchOptions {
         memory_bytes: fetching.memory_bytes,
         connections: usize::from(fetching.connections),
@@ -428,7 +419,7 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
             None => Windows::Memory(Arc::new(all_windows(&layer.index, &prepared.name)?)),
         };
         let blob = blob_of(layer.blob.place, path, layer.blob.len);
-        sources.push(layer_source(blob, &layer.index, windows, digests, identity, &prepared.name)?);
+        sources.push(layer_source(blob, &layer.index, windows, digests, identity));
     }
     start(image, sources, store.as_deref(), fetching)
 }
