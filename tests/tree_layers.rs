@@ -180,7 +180,7 @@ fn a_hidden_root_is_umocis() {
 }
 
 /// Calls `check` with the tag, layout and layers of each image that shows one thing which layers do to each other.
-fn for_all_cases(check: &mut dyn FnMut(&str, &Path, &[Vec<u8>])) {
+fn for_all_cases(mut check: impl FnMut(&str, &Path, &[Vec<u8>])) {
     let Some(images) = unpacked::images("tree_layers") else {
         return;
     };
@@ -201,7 +201,7 @@ fn all_that_layers_do_to_each_other_is_umocis() {
     if !can_run(Against::Umoci) {
         return;
     }
-    for_all_cases(&mut |tag, layout, tars| {
+    for_all_cases(|tag, layout, tars| {
         let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         check_image_with_umoci(layout, tag, tars, work.path(), &mut |expected| {
             // containerd and overlayfs show a directory that is there for a whiteout only; umoci makes none.
@@ -233,7 +233,7 @@ fn all_that_layers_do_to_each_other_is_overlayfss() {
     if !can_run(Against::Overlayfs) {
         return;
     }
-    for_all_cases(&mut |tag, _, tars| {
+    for_all_cases(|tag, _, tars| {
         let alone = |tar: &Vec<u8>| feed(tar, &mut TreeBuilder::with_mode(TreeMode::Overlay));
         let error = tars.iter().find_map(|tar| alone(tar).err());
         assert_eq!(error.is_some(), LINKS_ACROSS.contains(&tag), "{tag}: {error:?}");
@@ -256,6 +256,25 @@ fn all_that_layers_do_to_each_other_is_overlayfss() {
         }
         assert_same(&found, &expected);
     });
+}
+
+#[test]
+#[ignore = "takes a minute; whole commands are compared on the same image"]
+fn a_real_image_is_umocis() {
+    if !can_run(Against::Umoci) {
+        return;
+    }
+    let Some(images) = unpacked::images("tree_layers") else {
+        return;
+    };
+    let layout = images.join("debian-python");
+    let layers = unpacked::layers(&layout, "plain");
+    let tars: Vec<_> = layers
+        .iter()
+        .map(|digest| fs::read(unpacked::blob(&layout, digest)).unwrap())
+        .collect();
+    let work = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    check_image_with_umoci(&layout, "plain", &tars, work.path(), &mut |_| {});
 }
 
 #[test]
