@@ -117,8 +117,8 @@ mod tests {
         let mut recorder = Recorder::new(contents);
         let mut builder = TreeBuilder::new();
         recorder.feed_into(tar, &mut builder).unwrap();
-        let recorded = recorder.finish().unwrap();
-        let index = Index::open(recorded.into_index(LayerIdentity::default(), None)).unwrap();
+        let made = recorder.finish().unwrap();
+        let index = Index::open(made.into_index(LayerIdentity::default(), None)).unwrap();
         (builder.finish(), LayerKnowledge::of(&index).unwrap())
     }
 
