@@ -306,8 +306,9 @@ pub struct LsArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Prints a line for each path: + added, - removed, ~ changed and in what; then how many bytes of files the second
-one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: files of
-one size from different places may be equal, and are told of apart. The exit code says whether it worked, not whether
+one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: whether
+files of one size from different layers are equal is known when both indexes hold digests of files (`tarblk index --full`),
+and otherwise told of apart. The exit code says whether it worked, not whether
 there are differences.
 
 Examples:
