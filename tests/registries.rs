@@ -228,7 +228,7 @@ fn other_programs_read_the_images() {
         assert_eq!(found["Layers"].as_array().unwrap().len(), 6, "{tag}");
     }
     // umoci checks every digest and diff_id on its way.
-    let root = unpacked::umoci_unpack(&layout, "latest", &work.path().join("debian"));
+    let root = unpacked::umoci_unpack(&layout, "latest", &work.path().join("debian")).root;
     assert!(root.join("opt/app/main.py").exists() && !root.join("etc/motd").exists());
     assert!(root.join("usr/lib/python3/dist-packages/numpy").is_dir());
     let layout = images.join("whiteouts");

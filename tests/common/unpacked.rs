@@ -1,8 +1,26 @@
 //! Images as `umoci unpack` unpacks them: what a mounted one has to be like.
+//!
+//! umoci follows the image-spec where containerd 1.6 with overlayfs, compared case by case on the layout `whiteouts`, does not:
+//!
+//! - containerd changes the time of a directory that gets or loses a name; umoci puts it back, as far as it can (below).
+//! - A directory that is whited out and made anew in one layer (`recreated`) still shows its old content in containerd.
+//! - A layer's opaque mark in the root (`opaque-root`) does nothing in containerd.
+//! - A whiteout in a directory that no lower layer has (`missing-parent`), and one beside an opaque mark
+//!   (`opaque-and-whiteout`), are listed by readdir in containerd's mounts, and cannot be opened.
+//! - Names that lead through links of lower layers (`whiteouts-through-links`, `out-of-the-root`) replace the links by
+//!   directories in containerd.
+//! - containerd refuses hard links to what only a lower layer has (`hard-link-down` and others).
+//!
+//! What umoci cannot be asked about: directories that no entry is for, and those that lose a name to an opaque mark further up
+//! (`opaque-last`), have the time of unpacking. [`Unpacked::implied`] lists them; of those only the existence is compared.
 
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
@@ -37,6 +55,11 @@ pub(crate) fn tags(layout: &Path) -> Vec<String> {
         .collect()
 }
 
+/// The same of a layout that may not have been made.
+pub(crate) fn tags_if_any(layout: &Path) -> Vec<String> {
+    if layout.exists() { tags(layout) } else { Vec::new() }
+}
+
 /// A layout's manifest with this tag, and its digest.
 pub(crate) fn manifest(layout: &Path, tag: &str) -> (String, Value) {
     let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
@@ -64,22 +87,60 @@ pub(crate) fn blob(layout: &Path, digest: &str) -> PathBuf {
     layout.join("blobs").join(digest.replace(':', "/"))
 }
 
-/// Unpacks an image into the directory `to`, which must not exist, and returns the root filesystem in there. umoci 0.4
-/// knows no zstd: where the layout has the same image without under `TAG-unpack`, that is unpacked.
-pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> PathBuf {
+/// An unpacked image.
+#[derive(Debug)]
+pub(crate) struct Unpacked {
+    /// Its root directory.
+    pub(crate) root: PathBuf,
+    /// Directories whose attributes are umoci's own doing, the empty path being the root.
+    pub(crate) implied: Vec<PathBuf>,
+}
+
+/// Unpacks an image into the directory `to`, which must not exist. umoci 0.4 knows no zstd: where the layout has the same
+/// image without under `TAG-unpack`, that is unpacked.
+pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> Unpacked {
     let without_zstd = format!("{tag}-unpack");
     let tag = if tags(layout).contains(&without_zstd) {
         &without_zstd
     } else {
         tag
     };
+    let began = SystemTime::now() - Duration::from_secs(1);
     let mut command = Command::new("umoci");
     command
         .args(["unpack", "--image"])
         .arg(format!("{}:{tag}", layout.display()))
         .arg(to);
     succeed(&mut command);
-    to.join("rootfs")
+    let root = to.join("rootfs");
+    let mut implied = Vec::new();
+    // Nothing in the images is as new as this.
+    super::tree::directories(&root, &mut |name, metadata| {
+        let time = metadata.modified().unwrap();
+        if time >= began || (name.as_os_str().is_empty() && time == SystemTime::UNIX_EPOCH) {
+            implied.push(name.to_owned());
+        }
+    });
+    Unpacked { root, implied }
+}
+
+/// The directories of a layer's tar that hold something and have no entry of their own, the empty path being the root: by GNU
+/// tar, which reads every coding.
+pub(crate) fn parents_without_entry(blob: &Path) -> Vec<PathBuf> {
+    let mut command = Command::new("tar");
+    let listed = succeed(command.args(["--quoting-style=literal", "-tf"]).arg(blob));
+    let (mut directories, mut parents) = (BTreeSet::new(), BTreeSet::new());
+    for line in listed.split(|&byte| byte == b'\n') {
+        let name: PathBuf = Path::new(OsStr::from_bytes(line))
+            .components()
+            .filter(|part| !matches!(part, Component::CurDir | Component::RootDir))
+            .collect();
+        parents.extend(name.ancestors().skip(1).map(Path::to_owned));
+        if line.ends_with(b"/") {
+            directories.insert(name);
+        }
+    }
+    parents.difference(&directories).cloned().collect()
 }
 
 /// Why nothing can be unpacked here, if so.

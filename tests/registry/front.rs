@@ -2,6 +2,7 @@
 //! whose signature is good for two seconds. Everything else passes through.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufReader, Read, Write as _};
@@ -119,6 +120,13 @@ impl Front {
     /// How `tarblk` writes an image of the registry behind it.
     pub(crate) fn image(&self, name: &str) -> String {
         format!("docker://{}/{name}", self.host())
+    }
+
+    /// What a command has to be told to get in with the credentials of the registry behind it.
+    pub(crate) fn arguments(&self, registry: &Registry) -> Vec<OsString> {
+        let file = registry.dir().join("front-auth.json");
+        std::fs::write(&file, super::auths(&self.host())).unwrap();
+        vec!["--authfile".into(), file.into(), "--plain-http".into()]
     }
 
     pub(crate) fn seen(&self) -> Seen {

@@ -8,6 +8,7 @@ pub(crate) mod http;
 pub(crate) mod keys;
 pub(crate) mod token;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -158,6 +159,24 @@ impl Registry {
     /// A file as `docker login` and `podman login` write it, with user and password of this registry.
     pub(crate) fn auth_file(&self) -> PathBuf {
         self.dir.path().join("auth.json")
+    }
+
+    /// What a command has to be told to get in: credentials, where they are wanted; that there is no TLS, or whom to trust.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = vec!["--authfile".into(), self.auth_file().into()];
+        if self.is_tls() {
+            // containerd's layout: a directory named after the host, with certificates in it.
+            let hosts = self.dir.path().join("hosts");
+            let host = hosts.join(self.host());
+            fs::create_dir_all(&host).unwrap();
+            for name in ["ca.crt", "client.cert", "client.key"] {
+                fs::copy(self.authority.path(name), host.join(name)).unwrap();
+            }
+            arguments.extend(["--hosts-dir".into(), hosts.into()]);
+        } else {
+            arguments.push("--plain-http".into());
+        }
+        arguments
     }
 
     pub(crate) fn tokens(&self) -> &TokenServer {
