@@ -34,13 +34,23 @@ fn oci(images: &Path, layout: &str, tag: &str) -> OsString {
 }
 
 /// Mounts an image and compares it with what umoci unpacked; each difference with the image's name before it.
-fn compare(session: &mut Session, what: &str, source: &OsString, options: &[OsString], expected: &Unpacked) -> Vec<String> {
+fn compare(
+    session: &mut Session,
+    what: &str,
+    source: &OsString,
+    options: &[OsString],
+    expected: &Unpacked,
+) -> Vec<String> {
     let mounted = match session.try_mount(source, options) {
         Ok(mounted) => mounted,
         Err(output) => return vec![format!("{what}: {}", String::from_utf8_lossy(&output.stderr).trim())],
     };
     let differences = tree::differences(&expected.root, &mounted, &expected.implied);
-    eprintln!("{what}: {} names, {} differences", tree::count(&mounted), differences.len());
+    eprintln!(
+        "{what}: {} names, {} differences",
+        tree::count(&mounted),
+        differences.len()
+    );
     session.umount();
     differences.into_iter().map(|line| format!("{what}: {line}")).collect()
 }
@@ -65,7 +75,13 @@ fn layers_do_to_each_other_what_umoci_makes_of_them() {
     let mut complaints = Vec::new();
     for tag in unpacked::tags(&layout) {
         let expected = umoci_unpack(&layout, &tag, &work.path().join(tag.as_str()));
-        complaints.extend(compare(&mut session, &tag, &oci(&images, "whiteouts", &tag), &[], &expected));
+        complaints.extend(compare(
+            &mut session,
+            &tag,
+            &oci(&images, "whiteouts", &tag),
+            &[],
+            &expected,
+        ));
     }
     none(&complaints);
     nothing_left(session);
@@ -84,8 +100,14 @@ fn every_coding_is_what_umoci_makes_of_it() {
     if npm.is_empty() {
         skip(NAME, "no npm image (npm was missing when the images were made)");
     }
-    let npm = npm.iter().filter(|tag| !tag.ends_with("-unpack")).map(|tag| ("npm", tag.as_str()));
-    for (name, tag) in [("debian-python", "latest"), ("debian-python", "estargz")].into_iter().chain(npm) {
+    let npm = npm
+        .iter()
+        .filter(|tag| !tag.ends_with("-unpack"))
+        .map(|tag| ("npm", tag.as_str()));
+    for (name, tag) in [("debian-python", "latest"), ("debian-python", "estargz")]
+        .into_iter()
+        .chain(npm)
+    {
         let place = work.path().join("unpacked");
         let expected = umoci_unpack(&images.join(name), tag, &place);
         let what = format!("{name}:{tag}");
@@ -119,7 +141,11 @@ impl Stack {
         fs::create_dir_all(&at).unwrap();
         let lower: Vec<_> = layers.iter().rev().map(|dir| dir.to_str().unwrap()).collect();
         let options = format!("ro,lowerdir={}", lower.join(":"));
-        common::succeed(Command::new("mount").args(["-t", "overlay", "overlay", "-o", &options]).arg(&at));
+        common::succeed(
+            Command::new("mount")
+                .args(["-t", "overlay", "overlay", "-o", &options])
+                .arg(&at),
+        );
         Self(at)
     }
 }
@@ -139,13 +165,19 @@ fn single_layers_under_overlayfs_are_the_whole() {
     let mut complaints = Vec::new();
     let tags = unpacked::tags(&images.join("whiteouts"));
     let alone = |tag: &&String| NOT_ALONE.iter().all(|(name, _)| name != tag);
-    let tags: Vec<_> = tags.iter().filter(alone).map(|tag| ("whiteouts", tag.as_str())).collect();
+    let tags: Vec<_> = tags
+        .iter()
+        .filter(alone)
+        .map(|tag| ("whiteouts", tag.as_str()))
+        .collect();
     for (name, tag) in tags.into_iter().chain([("debian-python", "distribution")]) {
         let layout = images.join(name);
         let mut expected = umoci_unpack(&layout, tag, &work.path().join(tag));
         // A directory that a layer does not describe has made-up attributes there, which hide the lower layer's.
         for digest in unpacked::layers(&layout, tag) {
-            expected.implied.extend(unpacked::parents_without_entry(&unpacked::blob(&layout, &digest)));
+            expected
+                .implied
+                .extend(unpacked::parents_without_entry(&unpacked::blob(&layout, &digest)));
         }
         let mut session = Session::new("loop");
         let source = oci(&images, name, tag);
@@ -195,7 +227,13 @@ fn registries_of_every_kind_give_the_same_image() {
         complaints.extend(compare(&mut session, &what, &docker, &registry.arguments(), &expected));
         let (digest, _) = unpacked::manifest(&images.join("whiteouts"), "types");
         let by_digest = registry.image(&format!("whiteouts@{digest}")).into();
-        complaints.extend(compare(&mut session, &what, &by_digest, &registry.arguments(), &expected));
+        complaints.extend(compare(
+            &mut session,
+            &what,
+            &by_digest,
+            &registry.arguments(),
+            &expected,
+        ));
         nothing_left(session);
     }
     none(&complaints);
@@ -231,7 +269,10 @@ fn refused(session: &mut Session, source: &OsString, options: &[OsString]) -> St
 fn one_line(what: &str, output: &Output) -> String {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{what}: {said}");
-    assert!(said.starts_with("tarblk: ") && said.lines().count() == 1, "{what}: {said}");
+    assert!(
+        said.starts_with("tarblk: ") && said.lines().count() == 1,
+        "{what}: {said}"
+    );
     said
 }
 
@@ -247,7 +288,7 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
     };
     let front = Front::start(&registry);
     let mut session = Session::new("loop");
-    let mounted = session.mount_with(&front.image("debian-python:latest").into(), &front.arguments(&registry));
+    let mounted = session.mount_with(front.image("debian-python:latest"), &front.arguments(&registry));
     let files = [
         "usr/bin/python3.11",
         "usr/lib/python3/dist-packages/numpy/__init__.py",
@@ -264,18 +305,29 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
     let seen = front.seen();
     assert_eq!(seen.leaks, 0, "credentials went to the storage: {seen:?}");
     assert!(seen.redirects >= 2 && seen.served >= 2, "{seen:?}");
-    assert!(registry.tokens().counts().0 >= 2, "one token was enough: nothing has been tested");
+    assert!(
+        registry.tokens().counts().0 >= 2,
+        "one token was enough: nothing has been tested"
+    );
     // What is not secret may be seen: nothing here is.
     let stats = session.succeed(&["stats", mounted.to_str().unwrap()]);
     let states: String = fs::read_dir("/run/tarblk")
         .into_iter()
         .flatten()
         .flatten()
-        .filter(|entry| entry.path().extension().is_some_and(|name| name == "json" || name == "log"))
+        .filter(|entry| {
+            entry
+                .path()
+                .extension()
+                .is_some_and(|name| name == "json" || name == "log")
+        })
         .map(|entry| fs::read_to_string(entry.path()).unwrap_or_default())
         .collect();
     for secret in [registry::PASSWORD, "X-Signature", "eyJ"] {
-        assert!(!stats.contains(secret) && !states.contains(secret), "{secret} can be seen");
+        assert!(
+            !stats.contains(secret) && !states.contains(secret),
+            "{secret} can be seen"
+        );
     }
     session.umount();
     nothing_left(session);
@@ -325,16 +377,27 @@ fn diff_tells_what_changed_and_what_it_costs() {
         let changed = lines.iter().filter(|line| line["change"].is_string());
         let path = |line: &Value| {
             let side = if line["after"].is_object() { "after" } else { "before" };
-            line[side]["path"].as_str().unwrap_or_default().trim_start_matches("./").to_owned()
+            line[side]["path"]
+                .as_str()
+                .unwrap_or_default()
+                .trim_start_matches("./")
+                .to_owned()
         };
-        changed.map(|line| format!("{} {}", line["change"].as_str().unwrap(), path(line))).collect()
+        changed
+            .map(|line| format!("{} {}", line["change"].as_str().unwrap(), path(line)))
+            .collect()
     };
     assert_eq!(changes(&diff("nothing", "nothing")), Vec::<String>::new());
     assert_eq!(changes(&diff("nothing", "file")), ["removed a/one"]);
     assert_eq!(changes(&diff("file", "nothing")), ["added a/one"]);
     assert_eq!(
         changes(&diff("nothing", "dir")),
-        ["removed a/sub", "removed a/sub/deep", "removed a/sub/deep/four", "removed a/sub/three"]
+        [
+            "removed a/sub",
+            "removed a/sub/deep",
+            "removed a/sub/deep/four",
+            "removed a/sub/three"
+        ]
     );
 }
 
@@ -351,12 +414,16 @@ fn a_pushed_index_is_found_and_spares_the_layers() {
     let mut session = Session::new("loop");
     let image = registry.image("debian-python:latest");
     let options = registry.arguments();
-    let push = [vec!["index".into(), "push".into(), image.clone().into()], options.clone()].concat();
+    let push = [
+        vec!["index".into(), "push".into(), image.clone().into()],
+        options.clone(),
+    ]
+    .concat();
     session.succeed(&push);
     session.empty_cache();
     let before = registry.requests().len();
     let required = [options, vec!["--index".into(), "require".into()]].concat();
-    let mounted = session.mount_with(&image.clone().into(), &required);
+    let mounted = session.mount_with(&image, &required);
     assert_eq!(
         fs::read(mounted.join("opt/app/main.py")).unwrap(),
         fs::read(expected.root.join("opt/app/main.py")).unwrap()
@@ -368,7 +435,13 @@ fn a_pushed_index_is_found_and_spares_the_layers() {
         assert!(!requests[before..].contains(&whole), "{whole}");
     }
     session.umount();
-    none(&compare(&mut session, "debian-python:latest", &image.into(), &required, &expected));
+    none(&compare(
+        &mut session,
+        "debian-python:latest",
+        &image.into(),
+        &required,
+        &expected,
+    ));
     nothing_left(session);
 }
 
@@ -398,7 +471,13 @@ fn images_that_lie_are_never_served() {
     let (layout, work) = (images.join("hostile"), scratch("hostile-"));
     let mut session = Session::new("loop");
     let honest = umoci_unpack(&layout, "honest", &work.path().join("honest"));
-    none(&compare(&mut session, "honest", &oci(&images, "hostile", "honest"), &[], &honest));
+    none(&compare(
+        &mut session,
+        "honest",
+        &oci(&images, "hostile", "honest"),
+        &[],
+        &honest,
+    ));
     // Damage is found while the headers are read, or when what is damaged is read; found it is.
     for tag in ["flipped", "flipped-plain", "flipped-zstd", "swapped", "short"] {
         let right = umoci_unpack(&layout, &format!("{tag}-whole"), &work.path().join(tag));
@@ -410,7 +489,15 @@ fn images_that_lie_are_never_served() {
             }
         }
     }
-    for tag in ["wrong-manifest", "wrong-config", "wrong-size", "missing-blob", "unknown-type", "foreign", "not-gzip"] {
+    for tag in [
+        "wrong-manifest",
+        "wrong-config",
+        "wrong-size",
+        "missing-blob",
+        "unknown-type",
+        "foreign",
+        "not-gzip",
+    ] {
         refused(&mut session, &oci(&images, "hostile", tag), &[]);
     }
     nothing_left(session);
@@ -446,13 +533,17 @@ fn a_blob_damaged_behind_a_good_index_is_found_out() {
     };
     let mut session = Session::new("loop");
     let image = registry.image("hostile:honest");
-    let push = [vec!["index".into(), "push".into(), image.clone().into()], registry.arguments()].concat();
+    let push = [
+        vec!["index".into(), "push".into(), image.clone().into()],
+        registry.arguments(),
+    ]
+    .concat();
     session.succeed(&push);
     session.empty_cache();
     let digest = unpacked::layers(&layout, "honest").remove(0);
     registry.flip(&digest, 200_000);
     let required = [registry.arguments(), vec!["--index".into(), "require".into()]].concat();
-    let mounted = session.mount_with(&image.into(), &required);
+    let mounted = session.mount_with(&image, &required);
     assert!(fails_or_right("honest", &right.root, &mounted) > 0, "nobody noticed");
     session.umount();
     nothing_left(session);
@@ -527,8 +618,12 @@ fn the_right_platform_is_taken() {
     let mut session = Session::new("loop");
     for (platform, has_numpy) in [("linux/amd64", true), ("linux/arm64", false)] {
         let options = ["--plain-http".into(), "--platform".into(), platform.into()];
-        let mounted = session.mount_with(&registry.image("debian-python:multi").into(), &options);
-        assert_eq!(mounted.join("usr/lib/python3/dist-packages/numpy").is_dir(), has_numpy, "{platform}");
+        let mounted = session.mount_with(registry.image("debian-python:multi"), &options);
+        assert_eq!(
+            mounted.join("usr/lib/python3/dist-packages/numpy").is_dir(),
+            has_numpy,
+            "{platform}"
+        );
         session.umount();
         assert!(!is_mounted(&mounted));
     }

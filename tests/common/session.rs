@@ -67,11 +67,13 @@ impl Session {
     }
 
     /// Mounts a layer or an image with options.
-    pub(crate) fn mount_with(&mut self, source: &OsStr, options: &[OsString]) -> PathBuf {
+    pub(crate) fn mount_with(&mut self, source: impl AsRef<OsStr>, options: &[OsString]) -> PathBuf {
+        let source = source.as_ref();
         match self.try_mount(source, options) {
             Ok(dir) => dir,
             Err(output) => panic!(
-                "tarblk mount {source:?} {options:?}: {}\n{}",
+                "tarblk mount {} {options:?}: {}\n{}",
+                source.display(),
                 output.status,
                 String::from_utf8_lossy(&output.stderr)
             ),
@@ -79,10 +81,10 @@ impl Session {
     }
 
     /// The same, where it may also fail.
-    pub(crate) fn try_mount(&mut self, source: &OsStr, options: &[OsString]) -> Result<PathBuf, Output> {
+    pub(crate) fn try_mount(&mut self, source: impl AsRef<OsStr>, options: &[OsString]) -> Result<PathBuf, Output> {
         let dir = self.dir().join(format!("mount-{}", self.mounted.len()));
         fs::create_dir_all(&dir).unwrap();
-        let mut arguments = vec![OsStr::new("mount"), source, dir.as_os_str()];
+        let mut arguments = vec![OsStr::new("mount"), source.as_ref(), dir.as_os_str()];
         arguments.extend([OsStr::new("--backend"), OsStr::new(self.backend)]);
         arguments.extend(options.iter().map(OsString::as_os_str));
         let output = self.run(&arguments);
