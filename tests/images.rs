@@ -445,6 +445,62 @@ fn a_pushed_index_is_found_and_spares_the_layers() {
     nothing_left(session);
 }
 
+#[test]
+#[ignore = "until an announced index is found"]
+fn an_announced_index_is_used() {
+    const NAME: &str = "an_announced_index_is_used";
+    let Some(images) = laboratory(NAME) else { return };
+    let work = scratch("announced-");
+    let expected = umoci_unpack(&images.join("hostile"), "honest", &work.path().join("unpacked"));
+    let Some(registry) = Registry::with(NAME, Access::Anonymous, &images, &["hostile:honest"]) else {
+        return;
+    };
+    let front = Front::start(&registry);
+    let mut session = Session::new("loop");
+    let index = session.dir().join("honest.tarblk");
+    session.succeed(&[
+        "index".into(),
+        oci(&images, "hostile", "honest"),
+        "-o".into(),
+        index.clone().into(),
+    ]);
+    let digest = registry.put_blob("hostile", &index);
+    front.announce(&unpacked::layers(&images.join("hostile"), "honest")[0], &digest);
+    session.empty_cache();
+    let options = ["--plain-http".into(), "--index".into(), "require".into()];
+    let image = front.image("hostile:honest").into();
+    none(&compare(&mut session, "hostile:honest", &image, &options, &expected));
+    nothing_left(session);
+}
+
+#[test]
+#[ignore = "until images can be mounted"]
+fn a_mirror_stands_for_a_registry_that_is_not_there() {
+    const NAME: &str = "a_mirror_stands_for_a_registry_that_is_not_there";
+    let Some(images) = laboratory(NAME) else { return };
+    let work = scratch("mirror-");
+    let expected = umoci_unpack(&images.join("whiteouts"), "types", &work.path().join("types"));
+    let Some(mirror) = Registry::with(NAME, Access::Tls, &images, &["whiteouts:types"]) else {
+        return;
+    };
+    // Nobody can look up a name below `invalid` (RFC 6761), and the first mirror does not answer.
+    let host = work.path().join("hosts/registry.invalid");
+    fs::create_dir_all(&host).unwrap();
+    let certificate = mirror.authority().path("ca.crt");
+    let table = format!(
+        "server = \"https://registry.invalid\"\n\
+         [host.\"http://127.0.0.1:9\"]\n  capabilities = [\"pull\", \"resolve\"]\n\
+         [host.\"{}\"]\n  capabilities = [\"pull\", \"resolve\"]\n  ca = {certificate:?}\n",
+        mirror.url(),
+    );
+    fs::write(host.join("hosts.toml"), table).unwrap();
+    let mut session = Session::new("loop");
+    let options = ["--hosts-dir".into(), work.path().join("hosts").into()];
+    let image = "docker://registry.invalid/whiteouts:types".into();
+    none(&compare(&mut session, "by a mirror", &image, &options, &expected));
+    nothing_left(session);
+}
+
 /// Reads every file of the right tree from the mounted one: each read fails or gives what is right. How many failed.
 fn fails_or_right(what: &str, right: &Path, mounted: &Path) -> usize {
     let mut failed = 0;

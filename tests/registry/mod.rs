@@ -223,6 +223,39 @@ impl Registry {
             .inspect(|tokens| tokens.set_lifetime(TOKEN_SECONDS));
     }
 
+    /// Puts a blob into a repository of a registry that asks for nothing; its digest.
+    pub(crate) fn put_blob(&self, repository: &str, content: &Path) -> String {
+        let digest = String::from_utf8(succeed(Command::new("sha256sum").arg(content))).unwrap();
+        let digest = format!("sha256:{}", &digest[..64]);
+        let start = format!("{}/v2/{repository}/blobs/uploads/", self.url());
+        let mut command = Command::new("curl");
+        command.args([
+            "-sf",
+            "-X",
+            "POST",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%header{location}",
+            &start,
+        ]);
+        let location = String::from_utf8(succeed(&mut command)).unwrap();
+        let mut command = Command::new("curl");
+        command.args([
+            "-sf",
+            "-X",
+            "PUT",
+            "-H",
+            "Content-Type: application/octet-stream",
+            "--data-binary",
+        ]);
+        command
+            .arg(format!("@{}", content.display()))
+            .arg(format!("{location}&digest={digest}"));
+        succeed(&mut command);
+        digest
+    }
+
     /// The file in which the registry keeps a blob.
     pub(crate) fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").expect("a sha256 digest");
