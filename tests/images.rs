@@ -52,7 +52,11 @@ fn compare(
         differences.len()
     );
     session.umount();
-    differences.into_iter().map(|line| format!("{what}: {line}")).collect()
+    differences
+        .into_iter()
+        .filter(|line| !unpacked::is_known(what, line))
+        .map(|line| format!("{what}: {line}"))
+        .collect()
 }
 
 fn none(complaints: &[String]) {
@@ -121,18 +125,6 @@ fn every_coding_is_what_umoci_makes_of_it() {
     nothing_left(session);
 }
 
-/// Cases in which one layer alone cannot be what it is above others.
-const NOT_ALONE: [(&str, &str); 8] = [
-    ("hard-link-down", "the link's target is in a lower layer"),
-    ("hard-link-to-new", "the link's target is in a lower layer"),
-    ("hard-link-to-link", "the link's target is in a lower layer"),
-    ("hard-link-target-gone", "the link's target is in a lower layer"),
-    ("through-links", "where the name leads to is in a lower layer"),
-    ("whiteouts-through-links", "where the name leads to is in a lower layer"),
-    ("out-of-the-root", "where the name leads to is in a lower layer"),
-    ("opaque-root", "overlayfs knows no opaque root"),
-];
-
 /// Overlayfs over directories, the lowest first; unmounted when dropped.
 struct Stack(PathBuf);
 
@@ -162,9 +154,12 @@ fn single_layers_under_overlayfs_are_the_whole() {
     const NAME: &str = "single_layers_under_overlayfs_are_the_whole";
     let Some(images) = laboratory(NAME) else { return };
     let work = scratch("stacks-");
+    if !unpacked::has_overlayfs() {
+        return skip(NAME, "this kernel has no overlayfs");
+    }
     let mut complaints = Vec::new();
     let tags = unpacked::tags(&images.join("whiteouts"));
-    let alone = |tag: &&String| NOT_ALONE.iter().all(|(name, _)| name != tag);
+    let alone = |tag: &&String| unpacked::NOT_ALONE.iter().all(|(name, _)| name != tag);
     let tags: Vec<_> = tags
         .iter()
         .filter(alone)
@@ -186,7 +181,10 @@ fn single_layers_under_overlayfs_are_the_whole() {
             .collect();
         let stack = Stack::mount(&layers, work.path().join(format!("{tag}-stack")));
         let differences = tree::differences(&expected.root, &stack.0, &expected.implied);
-        complaints.extend(differences.into_iter().map(|line| format!("{name}:{tag}: {line}")));
+        let unknown = differences
+            .into_iter()
+            .filter(|line| !unpacked::is_known(tag, line) && !unpacked::is_links_only(line));
+        complaints.extend(unknown.map(|line| format!("{name}:{tag}: {line}")));
         drop(stack);
         for _ in layers {
             session.umount();
@@ -311,7 +309,7 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
     );
     // What is not secret may be seen: nothing here is.
     let stats = session.succeed(&["stats", mounted.to_str().unwrap()]);
-    let states: String = fs::read_dir("/run/tarblk")
+    let kept: String = fs::read_dir("/run/tarblk")
         .into_iter()
         .flatten()
         .flatten()
@@ -325,7 +323,7 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
         .collect();
     for secret in [registry::PASSWORD, "X-Signature", "eyJ"] {
         assert!(
-            !stats.contains(secret) && !states.contains(secret),
+            !stats.contains(secret) && !kept.contains(secret),
             "{secret} can be seen"
         );
     }
@@ -344,7 +342,10 @@ fn ls_lists_the_merged_tree() {
     let tags = tags.iter().map(|tag| ("whiteouts", tag.as_str()));
     for (name, tag) in tags.chain([("debian-python", "latest")]) {
         let expected = umoci_unpack(&images.join(name), tag, &work.path().join(tag));
-        let expected: BTreeSet<PathBuf> = tree::names(&expected.root).into_iter().collect();
+        let mut expected: BTreeSet<PathBuf> = tree::names(&expected.root).into_iter().collect();
+        if tag == "missing-parent" {
+            expected.insert("none".into());
+        }
         let source = oci(&images, name, tag).into_string().unwrap();
         let found: BTreeSet<PathBuf> = session
             .succeed(&["ls", &source, "--json"])
@@ -537,7 +538,7 @@ fn images_that_lie_are_never_served() {
     // Damage is found while the headers are read, or when what is damaged is read; found it is.
     for tag in ["flipped", "flipped-plain", "flipped-zstd", "swapped", "short"] {
         let right = umoci_unpack(&layout, &format!("{tag}-whole"), &work.path().join(tag));
-        match session.try_mount(&oci(&images, "hostile", tag), &[]) {
+        match session.try_mount(oci(&images, "hostile", tag), &[]) {
             Err(output) => drop(one_line(tag, &output)),
             Ok(mounted) => {
                 assert!(fails_or_right(tag, &right.root, &mounted) > 0, "{tag}: nobody noticed");
@@ -566,7 +567,7 @@ fn whiteouts_of_nothing_remove_nothing() {
     let Some(images) = laboratory(NAME) else { return };
     let mut session = Session::new("loop");
     for tag in ["whiteout-of-dot", "whiteout-of-dots", "whiteout-of-nothing"] {
-        match session.try_mount(&oci(&images, "hostile", tag), &[]) {
+        match session.try_mount(oci(&images, "hostile", tag), &[]) {
             Err(output) => drop(one_line(tag, &output)),
             Ok(mounted) => {
                 assert_eq!(fs::read(mounted.join("data/text")).unwrap().len(), 60_000, "{tag}");

@@ -5,11 +5,13 @@
 //! - containerd changes the time of a directory that gets or loses a name; umoci puts it back, as far as it can (below).
 //! - A directory that is whited out and made anew in one layer (`recreated`) still shows its old content in containerd.
 //! - A layer's opaque mark in the root (`opaque-root`) does nothing in containerd.
-//! - A whiteout in a directory that no lower layer has (`missing-parent`), and one beside an opaque mark
-//!   (`opaque-and-whiteout`), are listed by readdir in containerd's mounts, and cannot be opened.
+//! - A whiteout beside an opaque mark (`opaque-and-whiteout`) is listed by readdir in containerd's mounts, and cannot be opened.
 //! - Names that lead through links of lower layers (`whiteouts-through-links`, `out-of-the-root`) replace the links by
 //!   directories in containerd.
 //! - containerd refuses hard links to what only a lower layer has (`hard-link-down` and others).
+//!
+//! In one thing containerd is followed: a whiteout in a directory that is not there (`missing-parent`) makes the directory, as
+//! any other entry would; umoci passes it over ([`is_known`]).
 //!
 //! What umoci cannot be asked about: directories that no entry is for, and those that lose a name to an opaque mark further up
 //! (`opaque-last`), have the time of unpacking. [`Unpacked::implied`] lists them; of those only the existence is compared.
@@ -141,6 +143,40 @@ pub(crate) fn parents_without_entry(blob: &Path) -> Vec<PathBuf> {
         }
     }
     parents.difference(&directories).cloned().collect()
+}
+
+/// Whether a difference, as `tree::differences` writes it, is one where umoci is not followed.
+pub(crate) fn is_known(tag: &str, difference: &str) -> bool {
+    tag == "missing-parent" && difference == "none: should not be there"
+}
+
+/// Whether nothing but a file's link count differs: overlayfs says how many names the file has in its layer, also when higher
+/// layers hide some of them.
+pub(crate) fn is_links_only(difference: &str) -> bool {
+    let what = difference.split_once(": ").map_or("", |(_, what)| what);
+    what.starts_with("link count is ") && !what.contains("; ")
+}
+
+/// Cases of the layout `whiteouts` in which one layer alone cannot be what it is above others.
+pub(crate) const NOT_ALONE: [(&str, &str); 8] = [
+    ("hard-link-down", "the link's target is in a lower layer"),
+    ("hard-link-to-new", "the link's target is in a lower layer"),
+    ("hard-link-to-link", "the link's target is in a lower layer"),
+    ("hard-link-target-gone", "the link's target is in a lower layer"),
+    ("through-links", "where the name leads to is in a lower layer"),
+    ("whiteouts-through-links", "where the name leads to is in a lower layer"),
+    ("out-of-the-root", "where the name leads to is in a lower layer"),
+    ("opaque-root", "overlayfs knows no opaque root"),
+];
+
+/// Whether this kernel has overlayfs, loaded now if it is a module.
+pub(crate) fn has_overlayfs() -> bool {
+    let known = || {
+        fs::read_to_string("/proc/filesystems")
+            .unwrap_or_default()
+            .contains("\toverlay\n")
+    };
+    known() || (Command::new("modprobe").arg("overlay").status().is_ok() && known())
 }
 
 /// Why nothing can be unpacked here, if so.
