@@ -80,7 +80,7 @@ fn check_image_with_umoci(
     known: &mut dyn FnMut(&mut Snapshot),
 ) {
     let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    let mut expected = snapshot(&unpacked::umoci_unpack(layout, tag, &work.join("bundle")));
+    let mut expected = snapshot(&unpacked::umoci_unpack(layout, tag, &work.join("bundle")).root);
     known(&mut expected);
     let found = mounted(TreeMode::Merged, tars, &work.join("image"));
     let found = snapshot(found.path());

@@ -22,7 +22,12 @@ impl LayerKnowledge {
     /// A damaged index.
     pub fn of<B: AsRef<[u8]>>(index: &Index<B>) -> Result<Self, IndexError> {
         let identity = index.identity();
-        let mut identities: Vec<String> = identity.diff_id.iter().chain(&identity.blob_digest).cloned().collect();
+        let mut identities: Vec<String> = identity
+            .diff_id
+            .iter()
+            .chain(&identity.blob_digest)
+            .map(ToString::to_string)
+            .collect();
         if let Some(chunks) = index.chunk_digests() {
             let mut all = Sha256::new();
             all.update(chunks.tar_len().to_le_bytes());
