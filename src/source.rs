@@ -157,6 +157,8 @@ pub struct LayerBlob {
     pub len: u64,
     /// Where its bytes are.
     pub place: Place,
+    /// The file that they are in, if they are in one; absolute.
+    pub path: Option<PathBuf>,
 }
 
 /// Where a layer's bytes are.
@@ -206,6 +208,7 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
                 source: source.clone(),
                 len: blob.len,
                 place: Place::Http(Box::new(blob)),
+                path: None,
             })
         }
         Source::Image(name) => Err(SourceError::Unusable {
@@ -227,6 +230,7 @@ pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, So
             source: Source::Image(image.clone()),
             len: access.size(),
             place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
+            path: None,
         }),
     }
 }
@@ -240,6 +244,7 @@ pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<Laye
         source: Source::Image(image.clone()),
         len: access.size(),
         place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
+        path: None,
     })
 }
 
@@ -267,6 +272,7 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
         source: source.clone(),
         len,
         place: Place::File(file),
+        path: Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())),
     })
 }
 

@@ -39,9 +39,16 @@ fn bad(registry: &Registry, arguments: &[&str]) -> String {
 fn verify(registry: &Registry, layout: &Path, layer: &Value) {
     let blob = unpacked::blob(layout, layer["layer"].as_str().unwrap());
     let index = registry.blob_file(layer["index"].as_str().unwrap());
-    let out = output(TARBLK, &["index".as_ref(), "verify".as_ref(), index.as_ref(), blob.as_ref()]);
+    let out = output(
+        TARBLK,
+        &["index".as_ref(), "verify".as_ref(), index.as_ref(), blob.as_ref()],
+    );
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success(), "{layer}: {}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "{layer}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     assert!(said.contains("the same to the last bit"), "{said}");
 }
 
@@ -71,21 +78,42 @@ fn indexes_are_pushed_and_copied() {
         // Another look finds all of it and publishes the same.
         let again = json(&registry, &["index", "push", &image]);
         assert_eq!(again["artifact"], pushed["artifact"]);
-        assert!(again["layers"].as_array().unwrap().iter().all(|layer| layer["published"] == "kept"));
+        assert!(
+            again["layers"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|layer| layer["published"] == "kept")
+        );
         // The manifest is what it was.
         assert_eq!(pushed["manifest"].as_str().unwrap(), unpacked::manifest(&layout, tag).0);
         // To another repository that has the image.
         let (from, to) = (image.clone(), registry.image(&format!("copy/of/{name}")));
         let skopeo = Command::new("skopeo")
-            .args(["copy", "--quiet", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"])
+            .args([
+                "copy",
+                "--quiet",
+                "--preserve-digests",
+                "--src-tls-verify=false",
+                "--dest-tls-verify=false",
+            ])
             .arg("--authfile")
             .arg(registry.auth_file())
             .args([&from, &to])
             .status();
         assert!(skopeo.unwrap().success());
         let copied = json(&registry, &["index", "copy", &from, &to]);
-        assert_eq!(copied["artifact"], pushed["artifact"], "the same image, the same indexes");
-        assert!(copied["layers"].as_array().unwrap().iter().all(|layer| layer["published"] == "copied"));
+        assert_eq!(
+            copied["artifact"], pushed["artifact"],
+            "the same image, the same indexes"
+        );
+        assert!(
+            copied["layers"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .all(|layer| layer["published"] == "copied")
+        );
     }
 }
 
@@ -103,7 +131,12 @@ fn of_images_that_lie_nothing_is_published() {
     let said = bad(&registry, &["index", "push", &image]);
     assert!(said.lines().count() == 1 && said.contains("whiteouts"), "{said}");
     let tags = registry.requests();
-    assert!(!tags.iter().any(|line| line.starts_with("PUT") && line.contains("tarblk-v1")), "{tags:?}");
+    assert!(
+        !tags
+            .iter()
+            .any(|line| line.starts_with("PUT") && line.contains("tarblk-v1")),
+        "{tags:?}"
+    );
     // What is no image in a registry, what is not there, and who may not write.
     for (arguments, expected) in [
         (["index", "push", "oci:nowhere"], "docker://"),

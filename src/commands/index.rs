@@ -17,7 +17,7 @@ use crate::digest::Digest;
 use crate::index::build::Contents;
 use crate::index::{ColdPart, EndOfArchive, Index, Summary, first_difference, hexadecimal};
 use crate::layer::Coding;
-use crate::open::{self, IndexOrigin, OpenOptions, Prepared, Recording};
+use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
 use crate::source::{self, Place, Source, without_secrets};
 
@@ -64,7 +64,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
             let spacing = args.spacing;
             open::record(source, &Recording { contents, spacing }, &options, &mut bar)?
         }
-        None => open::prepare(source, &options, &mut bar)?,
+        None => open::prepare(source, &options, &mut bar)?.into_only()?,
     };
     drop(bar);
     let took = began.elapsed();
@@ -77,7 +77,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     }
     let (requests, bytes_fetched) = match prepared.origin {
         IndexOrigin::Read { reads, bytes } => (reads, bytes),
-        IndexOrigin::Given | IndexOrigin::Kept => (0, 0),
+        IndexOrigin::Given | IndexOrigin::Kept | IndexOrigin::Published { .. } => (0, 0),
     };
     let index = &prepared.index;
     let identity = index.identity();
@@ -144,7 +144,12 @@ fn kinds(summary: &Summary) -> String {
 }
 
 /// The summary for a person.
-fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, took: Duration) -> anyhow::Result<()> {
+fn summarise(
+    report: &Report<'_>,
+    prepared: &PreparedLayer,
+    output: Option<&Path>,
+    took: Duration,
+) -> anyhow::Result<()> {
     let summary = report.summary;
     let whats = if matches!(prepared.blob.place, Place::Http(_)) {
         "requests"
@@ -189,7 +194,11 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
     if let Some(spans) = prepared.index.spans() {
         let points = u64::try_from(spans.len())?;
         let entered = if spans.seekable() {
-            format!("{} places, about every {}", show_count(points), show_size(summary.tar_bytes / points.max(1)))
+            format!(
+                "{} places, about every {}",
+                show_count(points),
+                show_size(summary.tar_bytes / points.max(1))
+            )
         } else {
             "its beginning only: it was compressed in one piece".to_owned()
         };
@@ -250,7 +259,7 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     let contents = contents_of(&index);
     let identity = index.identity();
     let prepared = if contents == Contents::ENTRIES && identity.coding == Coding::Plain {
-        open::prepare(&args.source, &options, &mut bar)?
+        open::prepare(&args.source, &options, &mut bar)?.into_only()?
     } else {
         let spacing = identity.spacing;
         open::record(&args.source, &Recording { contents, spacing }, &options, &mut bar)?

@@ -8,7 +8,7 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, record_blob};
+use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, coding_of, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};
@@ -169,12 +169,21 @@ fn push_made(
         contents: Contents::FULL,
         spacing,
     };
-    let (bytes, _) = record_blob(&blob, &recording, &options.patience, watch)?;
+    let coding = coding_of(&blob, &options.patience)?;
+    let mut reached = |at| watch.headers(at, blob.len);
+    let recorded = record_blob(
+        &blob,
+        coding,
+        &recording,
+        &options.patience,
+        &mut reached,
+        &mut |_, _| (),
+    )?;
     let bad = |cause: IndexError| OpenError::Index {
         name: format!("layer {} of {image}", layer.descriptor.digest),
         cause,
     };
-    let index = Index::open(bytes).map_err(bad)?;
+    let index = Index::open(recorded.index).map_err(bad)?;
     // The digest of what was read is the manifest's, or nothing is published.
     check_layer(&index, layer).map_err(bad)?;
     let listed = list(&index, layer);
