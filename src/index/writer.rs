@@ -138,7 +138,8 @@ impl IndexBuilder {
         }
     }
 
-    /// Says which layer it is of. Without it the index names a plain layer of unknown digest.
+    /// Says which layer it is of. Without it the index names a layer of unknown digest. Compression and length of the blob are
+    /// those of the span table if there is one, and a plain layer's length is the tar's, whatever is said here.
     pub fn identity(&mut self, identity: LayerIdentity) -> &mut Self {
         self.identity = identity;
         self
@@ -190,7 +191,9 @@ impl IndexBuilder {
         self.summary.end_marked = end == EndOfArchive::Marked;
         let digest: [u8; 32] = self.digest.finalize().into();
         let summary = format::encode_summary(&self.summary, &digest);
-        if self.identity.blob_len == 0 && self.identity.coding == Coding::Plain {
+        if let Some(table) = &self.spans {
+            (self.identity.coding, self.identity.blob_len) = (table.coding(), table.blob_len());
+        } else if self.identity.coding == Coding::Plain {
             self.identity.blob_len = tar_len;
         }
         let hot = |kind, flags, encoding, decoded| SectionRecord {
