@@ -30,6 +30,7 @@ fn start(url: String, size: u64, options: FetchOptions) -> Fetcher {
         size,
         validator: None,
         headers: Vec::new(),
+        access: None,
     };
     Fetcher::start(vec![LayerSource::http(layer)], options, None).expect("the fetcher starts")
 }

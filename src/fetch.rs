@@ -33,12 +33,13 @@ use rustls::ClientConfig;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use blob::{Blob, ChunkCheck, Coded, LayerSource, WholeDigests, WindowPlace, Windows};
+pub use blob::{Blob, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
 pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
 use crate::image::FileMap;
+use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use chunk::{FirstUse, pieces};
 use engine::Command;
@@ -88,7 +89,7 @@ pub struct FileLayer {
 /// A layer's blob on a web server.
 #[derive(Clone)]
 pub struct HttpLayer {
-    /// Where it is, `http` or `https`. Redirects are followed at every read.
+    /// Where it is, `http` or `https`. Redirects are followed, and kept while they work.
     pub url: String,
     /// Its length in bytes; an answer that states another means that the layer has changed.
     pub size: u64,
@@ -96,6 +97,8 @@ pub struct HttpLayer {
     pub validator: Option<Validator>,
     /// Sent with every request; `Authorization` and `Cookie` to this URL's host only.
     pub headers: Vec<(String, String)>,
+    /// How it is asked for if it is a blob of a registry; then the URL and the headers are not used.
+    pub access: Option<Arc<BlobAccess>>,
 }
 
 impl fmt::Debug for HttpLayer {

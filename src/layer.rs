@@ -14,10 +14,15 @@
 //! This room does no I/O and knows nothing of tar. It must never believe a length, give out more than the table or its limit says,
 //! keep more than a window and a buffer, or panic, whatever the blob holds.
 
+mod chunked;
+pub mod contents;
 mod decoder;
 mod error;
 mod gzip;
 mod indexer;
+mod json;
+mod stargz;
+mod stream;
 mod table;
 mod zstd;
 
@@ -107,31 +112,4 @@ impl std::fmt::Display for Coding {
 fn len_u64(len: usize) -> u64 {
     // On every platform that Linux runs on a usize fits; saturating keeps the function total.
     u64::try_from(len).unwrap_or(u64::MAX)
-}
-
-/// Ends a loop in which nothing happens. A decoder may go through a step or two without taking or giving a byte, when all it needs has been
-/// taken before; never through many.
-struct Idle {
-    coding: Coding,
-    steps: u8,
-}
-
-impl Idle {
-    const fn new(coding: Coding) -> Self {
-        Self { coding, steps: 0 }
-    }
-
-    fn step(&mut self, progress: bool) -> Result<(), LayerError> {
-        /// More than any decoder needs.
-        const PATIENCE: u8 = 16;
-        self.steps = if progress { 0 } else { self.steps + 1 };
-        if self.steps < PATIENCE {
-            return Ok(());
-        }
-        Err(LayerError::Corrupt {
-            coding: self.coding,
-            at: 0,
-            what: "its decoder does not go on",
-        })
-    }
 }

@@ -10,6 +10,7 @@
 
 mod gather;
 mod kept;
+mod record;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -30,6 +31,7 @@ use crate::units::TarOffset;
 use gather::Gather;
 
 pub use kept::{Cache, default_cache_dir};
+pub use record::{Recording, record};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -304,6 +306,7 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
             Ok(bytes)
         }
         Source::Url(url) => Ok(source::http::get_whole(&url, MAX_INDEX_BYTES, patience)?),
+        Source::Image(_) => Err(failed(io::Error::other("it is an image, not an index"))),
     }
 }
 
@@ -319,6 +322,7 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
+        Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
@@ -338,6 +342,7 @@ fn full_name(source: &Source) -> String {
     match source {
         Source::Path(path) => path.display().to_string(),
         Source::Url(url) => url.to_string(),
+        Source::Image(name) => name.to_string(),
     }
 }
 
@@ -556,6 +561,7 @@ impl Layer {
                 size: len,
                 validator: validator.map(Into::into),
                 headers,
+                access: None,
             })),
         }
     }
@@ -586,6 +592,7 @@ fn http_layer(http: &source::HttpBlob) -> HttpLayer {
             .map(|value| ("Authorization".to_owned(), value.to_owned()))
             .into_iter()
             .collect(),
+        access: http.access.clone().map(Arc::new),
     }
 }
 

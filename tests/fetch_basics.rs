@@ -78,6 +78,7 @@ fn over_http(url: String, size: usize) -> LayerSource {
         size: u64::try_from(size).unwrap(),
         validator: None,
         headers: Vec::new(),
+        access: None,
     })
 }
 

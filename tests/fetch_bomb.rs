@@ -45,6 +45,7 @@ fn a_bomb_takes_little_memory() {
             size,
             validator: None,
             headers: Vec::new(),
+            access: None,
         };
         let layer = LayerSource {
             coding: Some(Coded {

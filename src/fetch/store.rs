@@ -5,6 +5,7 @@
 //! chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 
+mod filling;
 mod map;
 
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
+pub use self::filling::Filling;
 pub(crate) use self::map::Bits;
 use self::map::Identity;
 use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_u64, to_usize};
@@ -372,12 +374,8 @@ impl LayerCache {
     }
 
     fn begin(data: &File, identity: &Identity) -> io::Result<()> {
-        let at = identity.size.next_multiple_of(TRAILER_BYTES);
         data.set_len(0)?;
-        data.set_len(at + TRAILER_BYTES)?;
-        let mut trailer = TRAILER_MAGIC.to_vec();
-        trailer.extend_from_slice(&identity.nonce);
-        data.write_all_at(&trailer, at)
+        Self::end_data(data, identity)
     }
 
     /// Where all chunks from `first` up to `end` are together in one file.

@@ -1,18 +1,21 @@
 //! Decoding from the beginning of a span.
 
-use super::gzip::{self, Members};
-use super::table::Begins;
-use super::zstd::Frames;
-use super::{Coding, Idle, LayerError, SpanTable};
+use super::gzip::Members;
+use super::stream::{Event, Idle, Stream};
+use super::table::{Begins, Layout};
+use super::{Coding, LayerError, SpanTable};
 use crate::units::TarOffset;
 
 /// The most that is given out at once, in bytes. A multiple of deflate's window, which is copied once each time.
 const PIECE: usize = 128 << 10;
+/// Less than so much may be missing at the end of a span that counts by its head only: a tar's padding.
+const PADDING: u64 = 512;
 
-/// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed bytes in any pieces.
+/// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed bytes
+/// in any pieces.
 ///
-/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It never gives more
-/// than the table says there is.
+/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It never
+/// gives more than the table says there is. Checksums are checked of whatever is decoded from its beginning to its end.
 #[derive(Debug)]
 pub struct Decoder {
     table: SpanTable,
@@ -22,6 +25,8 @@ pub struct Decoder {
     at: u64,
     /// Where to stop, in bytes of the tar.
     until: u64,
+    /// Where to change from one span to the next, when only their heads count.
+    heads: Option<Heads>,
 }
 
 #[derive(Debug)]
@@ -33,15 +38,27 @@ enum State {
         bits: u8,
         window: Vec<u8>,
     },
-    Gzip(Members),
-    Zstd(Frames),
+    Stream(Stream),
+    /// On the way to byte `to` of the blob.
+    Skip {
+        at: u64,
+        to: u64,
+    },
     /// Nothing more is given.
     Done,
 }
 
+/// The span that is being decoded.
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    span: usize,
+    /// Where it ends, in bytes of the tar.
+    end: u64,
+}
+
 impl Decoder {
-    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty when that is 0). The
-    /// first byte to be fed is the first of [`super::Span::blob`].
+    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty when
+    /// that is 0). The first byte to be fed is the first of [`super::Span::blob`].
     ///
     /// # Errors
     /// When there is no such span, the history has the wrong length, or there is no memory.
@@ -59,16 +76,19 @@ impl Decoder {
         }
         let state = match (table.coding(), begin.begins) {
             (Coding::Plain, _) => State::Plain,
-            (Coding::Zstd, _) => State::Zstd(Frames::at_frame(begin.blob.start)?),
-            (Coding::Gzip, Begins::Whole) => State::Gzip(Members::at_member(begin.blob.start)?),
             (Coding::Gzip, Begins::Block) if begin.bits == 0 => {
-                State::Gzip(Members::at_block(begin.blob.start, 0, 0, window)?)
+                State::Stream(Stream::Gzip(Members::at_block(begin.blob.start, 0, 0, window)?))
             }
             (Coding::Gzip, Begins::Block) => State::Enter {
                 at: begin.blob.start,
                 bits: begin.bits,
                 window: window.to_vec(),
             },
+            (coding, _) => State::Stream(Stream::at_unit(coding, begin.blob.start)?),
+        };
+        let heads = Heads {
+            span,
+            end: begin.tar.end().0,
         };
         Ok(Self {
             table: table.clone(),
@@ -76,6 +96,7 @@ impl Decoder {
             output: Vec::new(),
             at: begin.tar.start.0,
             until: table.tar_len(),
+            heads: (table.layout() == Layout::Heads).then_some(heads),
         })
     }
 
@@ -98,7 +119,8 @@ impl Decoder {
         self.at >= self.until || matches!(self.state, State::Done)
     }
 
-    /// Takes compressed bytes, which follow those of the call before, and gives what they decode to, in order and in pieces of any size.
+    /// Takes compressed bytes, which follow those of the call before, and gives what they decode to, in order and in pieces
+    /// of any size.
     ///
     /// # Errors
     /// When they are no continuation of what came before. The decoder is of no use afterwards.
@@ -115,20 +137,16 @@ impl Decoder {
             let Some((first, rest)) = input.split_first() else {
                 return Ok(());
             };
-            self.state = State::Gzip(Members::at_block(at + 1, 8 - bits, first >> bits, window)?);
+            let members = Members::at_block(at + 1, 8 - bits, first >> bits, window)?;
+            self.state = State::Stream(Stream::Gzip(members));
             input = rest;
         }
-        if self.output.is_empty() && !matches!(self.state, State::Plain | State::Done) {
-            self.output.resize(PIECE, 0);
-        }
         let mut idle = Idle::new(self.table.coding());
-        loop {
-            let left = usize::try_from(self.until.saturating_sub(self.at)).unwrap_or(usize::MAX);
-            if left == 0 {
-                return Ok(());
-            }
-            let room = left.min(PIECE);
-            let (consumed, produced, more) = match &mut self.state {
+        while self.at < self.until {
+            let end = self.heads.map_or(self.until, |heads| heads.end.min(self.until));
+            let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
+            match &mut self.state {
+                State::Enter { .. } | State::Done => return Ok(()),
                 State::Plain => {
                     let given = &input[..left.min(input.len())];
                     self.at += super::len_u64(given.len());
@@ -137,27 +155,85 @@ impl Decoder {
                     }
                     return Ok(());
                 }
-                State::Gzip(members) if members.is_trailing() => return Ok(()),
-                State::Gzip(members) => {
-                    let step = members.step(input, &mut self.output[..room], false)?;
-                    (step.consumed, step.produced, step.event != gzip::Event::None)
+                State::Skip { at, to } => {
+                    let skipped = super::len_u64(input.len()).min(to.saturating_sub(*at));
+                    input = input
+                        .get(usize::try_from(skipped).unwrap_or(usize::MAX)..)
+                        .unwrap_or_default();
+                    *at += skipped;
+                    if at < to {
+                        return Ok(());
+                    }
+                    self.state = State::Stream(Stream::at_unit(self.table.coding(), *to)?);
                 }
-                State::Zstd(frames) => {
-                    let step = frames.step(input, &mut self.output[..room])?;
-                    (step.consumed, step.produced, frames.has_more())
+                State::Stream(stream) if stream.is_trailing() => return Ok(()),
+                State::Stream(stream) => {
+                    if self.output.is_empty() {
+                        self.output.resize(PIECE, 0);
+                    }
+                    let room = left.min(PIECE);
+                    let step = stream.step(input, &mut self.output[..room], false)?;
+                    input = &input[step.consumed..];
+                    if step.produced > 0 {
+                        self.at += super::len_u64(step.produced);
+                        out(&self.output[..step.produced]);
+                    }
+                    let ended = step.event == Event::End;
+                    if let Some(heads) = self.heads.filter(|heads| ended || self.at == heads.end) {
+                        self.next_head(heads, out)?;
+                        continue;
+                    }
+                    // A full buffer may hide more; without input nothing else can come.
+                    if input.is_empty() && !step.may_go_on(room) {
+                        return Ok(());
+                    }
+                    idle.step(step)?;
                 }
-                State::Enter { .. } | State::Done => return Ok(()),
-            };
-            input = &input[consumed..];
-            if produced > 0 {
-                self.at += super::len_u64(produced);
-                out(&self.output[..produced]);
             }
-            // A full buffer may hide more; without input nothing else can come.
-            if input.is_empty() && produced < room && !more {
-                return Ok(());
-            }
-            idle.step(consumed + produced > 0)?;
         }
+        Ok(())
+    }
+
+    /// A span's head has come, or what it is the head of has ended: goes on to where the next span begins.
+    fn next_head(&mut self, heads: Heads, out: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
+        let State::Stream(stream) = &self.state else {
+            return Ok(());
+        };
+        let (coding, position) = (stream.coding(), stream.position());
+        let missing = heads.end.saturating_sub(self.at);
+        if missing >= PADDING {
+            return Err(LayerError::Corrupt {
+                coding,
+                at: position,
+                what: "less comes out of it than the layer's table of contents says",
+            });
+        }
+        let wanted = missing.min(self.until - self.at);
+        if wanted > 0 {
+            self.at += wanted;
+            out(&[0; 512][..usize::try_from(wanted).unwrap_or(0)]);
+        }
+        let span = heads.span + 1;
+        if span >= self.table.len() {
+            self.state = State::Done;
+            return Ok(());
+        }
+        let next = self.table.span(span);
+        if position > next.blob.start {
+            return Err(LayerError::Corrupt {
+                coding,
+                at: position,
+                what: "the layer's table of contents has a file begin inside of another",
+            });
+        }
+        self.state = State::Skip {
+            at: position,
+            to: next.blob.start,
+        };
+        self.heads = Some(Heads {
+            span,
+            end: next.tar.end().0,
+        });
+        Ok(())
     }
 }

@@ -8,6 +8,7 @@ pub(super) mod inflate;
 pub(super) mod tracer;
 
 use self::inflate::{Inflate, Stop};
+use super::stream::{Event, Step};
 use super::{Coding, LayerError};
 
 /// The first two bytes of a member.
@@ -17,37 +18,6 @@ const FEXTRA: u8 = 1 << 2;
 const FNAME: u8 = 1 << 3;
 const FCOMMENT: u8 = 1 << 4;
 const RESERVED: u8 = 0xe0;
-
-/// What happened at the end of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Event {
-    /// Nothing of note: more input is needed, or more room for output.
-    None,
-    /// The header of a member that began at byte `at` of the blob has been read.
-    Member { at: u64 },
-    /// A block ended that is not its member's last; `bits` of the last consumed byte belong to what follows.
-    Block { bits: u8 },
-    /// A member ended, its checksum with it.
-    MemberEnd,
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Step {
-    pub(super) consumed: usize,
-    pub(super) produced: usize,
-    pub(super) event: Event,
-}
-
-impl Step {
-    const fn took(consumed: usize) -> Self {
-        Self {
-            consumed,
-            produced: 0,
-            event: Event::None,
-        }
-    }
-}
 
 /// Reads members.
 #[derive(Debug)]
@@ -154,7 +124,7 @@ impl Members {
                         Step {
                             consumed,
                             produced: 0,
-                            event: Event::Member { at: self.began },
+                            event: Event::Begin { at: self.began },
                         }
                     }
                 }
@@ -171,7 +141,7 @@ impl Members {
                     Step {
                         consumed,
                         produced: 0,
-                        event: Event::MemberEnd,
+                        event: Event::End,
                     }
                 } else {
                     Step::took(consumed)

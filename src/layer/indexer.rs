@@ -2,10 +2,9 @@
 
 use super::gzip::inflate::WINDOW;
 use super::gzip::tracer::Tracer;
-use super::gzip::{self, Members};
+use super::stream::{Event, Idle, Stream};
 use super::table::{Begins, Layout, Point};
-use super::zstd::{self, Frames};
-use super::{Coding, Idle, LayerError, SpanTable};
+use super::{Coding, LayerError, SpanTable};
 use crate::units::TarOffset;
 
 /// About how many bytes of the tar lie between two places to begin from, if nobody says otherwise.
@@ -38,7 +37,9 @@ pub struct Indexer {
     blob: u64,
     points: Vec<Point>,
     windows: Vec<Vec<u8>>,
-    state: State,
+    coding: Coding,
+    /// What decodes it, once the first bytes have come; nothing for a plain layer.
+    stream: Option<Stream>,
     /// History, then what is decoded.
     buffer: Vec<u8>,
     /// How much of `buffer` is filled.
@@ -49,14 +50,6 @@ pub struct Indexer {
     last: u8,
     /// Finds out what the last point needs of its history.
     tracer: Option<Box<Tracer>>,
-}
-
-#[derive(Debug)]
-enum State {
-    Begin(Coding),
-    Plain,
-    Gzip(Members),
-    Zstd(Frames),
 }
 
 impl Indexer {
@@ -70,7 +63,8 @@ impl Indexer {
             blob: 0,
             points: Vec::new(),
             windows: Vec::new(),
-            state: State::Begin(coding),
+            coding,
+            stream: None,
             buffer: Vec::new(),
             filled: 0,
             history: 0,
@@ -104,26 +98,17 @@ impl Indexer {
     /// When the blob is damaged, needs what this program does not give, or unpacks to more than the limit. The indexer is of no use afterwards.
     pub fn feed(&mut self, blob: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
         self.blob += super::len_u64(blob.len());
-        if let State::Begin(coding) = self.state {
-            self.state = match coding {
-                Coding::Plain => State::Plain,
-                Coding::Gzip => State::Gzip(Members::at_member(0)?),
-                Coding::Zstd => State::Zstd(Frames::at_frame(0)?),
-            };
-            if coding != Coding::Plain {
-                self.buffer.resize(WINDOW + PIECE, 0);
-            }
+        if self.coding == Coding::Plain {
+            self.tar += super::len_u64(blob.len());
+            self.within_limit()?;
+            sink(blob);
+            return Ok(());
         }
-        match &self.state {
-            State::Begin(_) | State::Plain => {
-                self.tar += super::len_u64(blob.len());
-                self.within_limit()?;
-                sink(blob);
-                Ok(())
-            }
-            State::Gzip(_) => self.feed_gzip(blob, sink),
-            State::Zstd(_) => self.feed_zstd(blob, sink),
+        if self.stream.is_none() {
+            self.stream = Some(Stream::at_unit(self.coding, 0)?);
+            self.buffer.resize(WINDOW + PIECE, 0);
         }
+        self.unpack(blob, sink)
     }
 
     /// The table, once the whole blob has been fed.
@@ -131,23 +116,19 @@ impl Indexer {
     /// # Errors
     /// When the blob ends in the middle of something.
     pub fn finish(mut self) -> Result<Spans, LayerError> {
-        let (coding, end) = match &self.state {
-            State::Begin(Coding::Plain) | State::Plain => {
-                return Ok(Spans {
-                    table: SpanTable::plain(self.blob),
-                    windows: Vec::new(),
-                });
-            }
-            State::Begin(coding) => {
-                return Err(LayerError::Truncated {
-                    coding: *coding,
-                    at: 0,
-                    what: "a header",
-                });
-            }
-            State::Gzip(members) => (Coding::Gzip, members.end()?),
-            State::Zstd(frames) => (Coding::Zstd, frames.end()?),
+        let coding = self.coding;
+        if coding == Coding::Plain {
+            return Ok(Spans {
+                table: SpanTable::plain(self.blob),
+                windows: Vec::new(),
+            });
+        }
+        let nothing = LayerError::Truncated {
+            coding,
+            at: 0,
+            what: "a header",
         };
+        let end = self.stream.as_ref().ok_or(nothing)?.end()?;
         self.settle();
         // What begins where nothing follows (BGZF's empty last member) is no place to begin from.
         let useful = self.points.partition_point(|point| point.tar < self.tar);
@@ -205,25 +186,24 @@ impl Indexer {
         Ok(())
     }
 
-    fn feed_gzip(&mut self, mut input: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
-        let mut idle = Idle::new(Coding::Gzip);
+    fn unpack(&mut self, mut input: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
+        let Some(stream) = &self.stream else { return Ok(()) };
+        let mut idle = Idle::new(stream.coding());
         loop {
             self.make_room();
             let free = self.buffer.len() - self.filled;
             // Stopping at blocks costs time, so it is done only from where the next point may lie. One byte before that: whether
             // a block's end that falls on the last byte has been passed depends on the input at hand.
-            let before = self.spacing - 1 - self.since_point().unwrap_or(0).min(self.spacing - 1);
+            let before = (self.spacing - 1).saturating_sub(self.since_point().unwrap_or(0));
             let at_blocks = before == 0;
             let room = if at_blocks {
                 free
             } else {
                 usize::try_from(before).map_or(free, |before| before.min(free))
             };
-            let State::Gzip(members) = &mut self.state else {
-                return Ok(());
-            };
-            let step = members.step(input, &mut self.buffer[self.filled..self.filled + room], at_blocks)?;
-            let position = members.position();
+            let Some(stream) = &mut self.stream else { return Ok(()) };
+            let step = stream.step(input, &mut self.buffer[self.filled..self.filled + room], at_blocks)?;
+            let position = stream.position();
             let (taken, rest) = input.split_at(step.consumed);
             self.last = taken.last().copied().unwrap_or(self.last);
             if self.tracer.as_mut().is_some_and(|tracer| !tracer.feed(taken)) {
@@ -231,23 +211,23 @@ impl Indexer {
             }
             self.give(step.produced, sink)?;
             match step.event {
-                gzip::Event::None => {}
-                gzip::Event::Member { at } => {
+                Event::None => {}
+                Event::Begin { at } => {
                     self.history = 0;
                     self.whole_point(at);
                 }
-                gzip::Event::Block { bits } => {
+                Event::Block { bits } => {
                     if self.since_point().is_some_and(|since| since >= self.spacing) {
                         self.block_point(position, bits)?;
                     }
                 }
-                gzip::Event::MemberEnd => self.settle(),
+                Event::End => self.settle(),
             }
             input = rest;
-            if input.is_empty() && step.produced < room && step.event == gzip::Event::None {
+            if input.is_empty() && !step.may_go_on(room) {
                 return Ok(());
             }
-            idle.step(step.consumed + step.produced > 0 || step.event != gzip::Event::None)?;
+            idle.step(step)?;
         }
     }
 
@@ -278,28 +258,6 @@ impl Indexer {
         if let (Some(point), Some(place)) = (self.points.last_mut(), self.windows.last_mut()) {
             point.window = u16::try_from(window.len()).unwrap_or(u16::MAX);
             *place = window;
-        }
-    }
-
-    fn feed_zstd(&mut self, mut input: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
-        let mut idle = Idle::new(Coding::Zstd);
-        loop {
-            self.make_room();
-            let free = self.buffer.len() - self.filled;
-            let State::Zstd(frames) = &mut self.state else {
-                return Ok(());
-            };
-            let step = frames.step(input, &mut self.buffer[self.filled..])?;
-            let more = frames.has_more();
-            self.give(step.produced, sink)?;
-            if let zstd::Event::Frame { at } = step.event {
-                self.whole_point(at);
-            }
-            input = &input[step.consumed..];
-            if input.is_empty() && step.produced < free && !more {
-                return Ok(());
-            }
-            idle.step(step.consumed + step.produced > 0)?;
         }
     }
 }

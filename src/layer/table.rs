@@ -183,6 +183,10 @@ impl SpanTable {
         self.layout == Layout::Everything
     }
 
+    pub(super) const fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// The number of the span that holds a byte of the tar; of the last one when there is no such byte.
     #[must_use]
     pub fn span_at(&self, tar: TarOffset) -> usize {

@@ -5,6 +5,7 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
+use super::stream::{Event, Step};
 use super::{Coding, LayerError};
 
 /// A frame's first four bytes.
@@ -16,23 +17,6 @@ const WINDOW_LOG: u32 = 27;
 const MAX_WINDOW: u64 = 1 << WINDOW_LOG;
 /// The longest frame header: magic, descriptor, window, dictionary, content size.
 const MAX_HEADER: usize = 18;
-
-/// What happened at the end of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Event {
-    /// Nothing of note.
-    None,
-    /// A frame that began at byte `at` of the blob is about to be decoded.
-    Frame { at: u64 },
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Step {
-    pub(super) consumed: usize,
-    pub(super) produced: usize,
-    pub(super) event: Event,
-}
 
 /// Reads frames.
 pub(super) struct Frames {
@@ -97,6 +81,11 @@ impl Frames {
         })
     }
 
+    /// Position of the next input byte in the blob.
+    pub(super) const fn position(&self) -> u64 {
+        self.at
+    }
+
     /// Where the last frame ended, if this is between frames.
     pub(super) fn end(&self) -> Result<u64, LayerError> {
         let truncated = |what| LayerError::Truncated {
@@ -115,11 +104,7 @@ impl Frames {
     /// Decodes some of `input` into `output`, up to the next thing of note. Takes all of the input before it asks for more, and gives
     /// all that is there before it says that there is nothing.
     pub(super) fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Step, LayerError> {
-        let mut step = Step {
-            consumed: 0,
-            produced: 0,
-            event: Event::None,
-        };
+        let mut step = Step::took(0);
         match &mut self.stage {
             Stage::Skip { left } => {
                 let taken = super::len_u64(input.len()).min(*left);
@@ -163,6 +148,7 @@ impl Frames {
                 step.consumed = consumed;
                 step.produced = produced;
                 if ended {
+                    step.event = Event::End;
                     self.began = self.at + super::len_u64(consumed);
                     self.stage = Stage::header();
                 }
@@ -170,11 +156,6 @@ impl Frames {
         }
         self.at += super::len_u64(step.consumed);
         Ok(step)
-    }
-
-    /// Whether a step makes sense although there is no input.
-    pub(super) const fn has_more(&self) -> bool {
-        matches!(self.stage, Stage::Replay { .. })
     }
 
     fn begin(&mut self, bytes: [u8; MAX_HEADER], have: usize) -> Result<Event, LayerError> {
@@ -200,7 +181,7 @@ impl Frames {
                     from: 0,
                     to: have,
                 };
-                return Ok(Event::Frame { at });
+                return Ok(Event::Begin { at });
             }
             Header::Dictionary => {
                 return Err(LayerError::Unsupported {

@@ -17,7 +17,7 @@ use crate::fetch::stats::add;
 use crate::units::{TarOffset, TarRange};
 
 /// Wrong answers and refusals in a row before a read fails.
-const PATIENCE_WITH_WRONG: u32 = 4;
+const PATIENCE_WITH_WRONG: u32 = 6;
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 
