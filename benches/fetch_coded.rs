@@ -103,6 +103,7 @@ impl Layer {
             size: u(self.gzip.len()),
             validator: None,
             headers: Vec::new(),
+            access: None,
         };
         LayerSource {
             coding: Some(self.coded()),
@@ -117,6 +118,7 @@ impl Layer {
             size: u(self.tar.len()),
             validator: None,
             headers: Vec::new(),
+            access: None,
         })
     }
 }
