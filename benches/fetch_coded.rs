@@ -168,13 +168,13 @@ fn random(layer: &Layer) {
                     times.push(asked.elapsed());
                     assert!(slices.iter().map(|slice| u(slice.len())).sum::<u64>() == len);
                 }
-                let stats = fetcher.stats();
+                let done = fetcher.stats();
                 println!(
                     "random {:>2} KiB, {rtt_ms:>2} ms, {name:>13}: {}; {} KiB fetched and {} requests for 100 reads",
                     len >> 10,
                     Runs::us(&times),
-                    stats.bytes_fetched >> 10,
-                    stats.requests,
+                    done.bytes_fetched >> 10,
+                    done.requests,
                 );
             }
         }
@@ -195,7 +195,7 @@ fn read_through(fetcher: &Fetcher, size: u64, depth: usize) {
         sum += slices
             .iter()
             .map(|slice| u64::from(slice[slice.len() / 2]))
-            .sum::<u64>()
+            .sum::<u64>();
     };
     for at in (0..size).step_by(128 << 10) {
         let asked = range(at, (128 << 10).min(size - at));
