@@ -751,11 +751,11 @@ fn layers_of_all_kinds_are_read_side_by_side() {
             .concat();
         assert!(bytes == expected, "wrong bytes at {start} of layers {n} and {n} + 1");
     }
-    let stats = fetcher.stats();
+    let done = fetcher.stats();
     assert_eq!(
-        (stats.read_errors, stats.in_flight, stats.layers_poisoned),
+        (done.read_errors, done.in_flight, done.layers_poisoned),
         (0, 0, 0),
-        "{stats:?}"
+        "{done:?}"
     );
 }
 
