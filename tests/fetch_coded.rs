@@ -16,7 +16,7 @@ use tarblk::fetch::{
     Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
     LayerSource, Located, Slice, WholeDigests, Windows,
 };
-use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder};
+use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::layer::{Coding, Indexer, Spans};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
@@ -485,6 +485,11 @@ fn an_index_of_another_layer_is_no_use() {
 /// An index with nothing but windows, and where they lie in it.
 fn cold_part(spans: &Spans) -> (Vec<u8>, ColdDirectory) {
     let mut builder = IndexBuilder::new();
+    builder.identity(LayerIdentity {
+        coding: spans.table.coding(),
+        blob_len: spans.table.blob_len(),
+        ..LayerIdentity::default()
+    });
     builder.spans(spans.clone());
     let bytes = builder.finish(spans.table.tar_len(), EndOfArchive::Marked);
     let directory = Index::open(bytes.as_slice()).unwrap().cold().clone();
