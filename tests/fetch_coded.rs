@@ -16,7 +16,7 @@ use tarblk::fetch::{
     Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
     LayerSource, Located, Slice, WholeDigests, Windows,
 };
-use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder};
+use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::layer::{Coding, Indexer, Spans};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
@@ -485,6 +485,11 @@ fn an_index_of_another_layer_is_no_use() {
 /// An index with nothing but windows, and where they lie in it.
 fn cold_part(spans: &Spans) -> (Vec<u8>, ColdDirectory) {
     let mut builder = IndexBuilder::new();
+    builder.identity(LayerIdentity {
+        coding: spans.table.coding(),
+        blob_len: spans.table.blob_len(),
+        ..LayerIdentity::default()
+    });
     builder.spans(spans.clone());
     let bytes = builder.finish(spans.table.tar_len(), EndOfArchive::Marked);
     let directory = Index::open(bytes.as_slice()).unwrap().cold().clone();
@@ -706,4 +711,70 @@ fn plain_layers_are_checked_as_well() {
         let error = read(&fetcher, 2_000_000, 10).map(|_| ()).unwrap_err();
         assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
     }
+}
+
+#[test]
+fn layers_of_all_kinds_are_read_side_by_side() {
+    let mades: Vec<Made> = WAYS.iter().map(|way| make(*way)).collect();
+    let origin = Origin::start().unwrap();
+    let mut layers = Vec::new();
+    for (n, made) in mades.iter().enumerate() {
+        origin.serve_blob(&format!("/blob/{n}"), made.blob.as_slice());
+        let mut layer = made.over_http(&origin);
+        if let Blob::Http(http) = &mut layer.blob {
+            http.url = origin.url(&format!("/blob/{n}"));
+        }
+        layer.identity = Some(format!("sha256:{n}"));
+        layers.push(layer);
+    }
+    let menu = vec![
+        Fault::ResetWithin(30_000),
+        Fault::Status(503, Some(0)),
+        Fault::Delay(Duration::from_millis(20)),
+    ];
+    origin.set_faults(at_random(5, 200, menu));
+    let dir = tempfile::tempdir().unwrap();
+    let options = FetchOptions {
+        store: Some(Store::open(dir.path()).unwrap()),
+        ..quick()
+    };
+    let fetcher = Fetcher::start(layers, options, None).unwrap();
+    let mut state = 9u64;
+    for n in 0..80 {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let start = usize::try_from(state >> 33).unwrap() % (SIZE - 50_000);
+        // One read of several layers at once, as the device asks for a block that has files of more than one.
+        let of = |n: usize| LayerRange {
+            layer: LayerId(u32::try_from(n % WAYS.len()).unwrap()),
+            ..range(start, 50_000)
+        };
+        let bytes = joined(&fetcher.read_blocking(vec![of(n), of(n + 1)]).unwrap());
+        let expected = [n, n + 1]
+            .map(|n| &mades[n % WAYS.len()].tar[start..start + 50_000])
+            .concat();
+        assert!(bytes == expected, "wrong bytes at {start} of layers {n} and {n} + 1");
+    }
+    let done = fetcher.stats();
+    assert_eq!(
+        (done.read_errors, done.in_flight, done.layers_poisoned),
+        (0, 0, 0),
+        "{done:?}"
+    );
+}
+
+#[test]
+fn a_stream_under_way_ends_with_the_fetcher() {
+    let made = make(Way::OneFrame);
+    let origin = made.served();
+    origin.set_faults(|_: &_| vec![Fault::SlowBody(50_000)]);
+    let fetcher = start(made.over_http(&origin), quick());
+    let waiting = {
+        let fetcher = fetcher.clone();
+        std::thread::spawn(move || fetcher.read_blocking(vec![range(SIZE - 10, 10)]).map(|_| ()))
+    };
+    std::thread::sleep(Duration::from_millis(300));
+    fetcher.shutdown();
+    assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
 }

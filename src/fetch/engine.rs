@@ -5,7 +5,7 @@
 //! it, as far as the link has room, flies what the planner thinks is next. Everything here runs on one thread and never
 //! blocks it: files and sockets go through its ring, decoding and digests to worker threads.
 //!
-//! Parts: `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
+//! Parts: `remote` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
 //! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
 //! (files and the store), `trust` (what is believed).
 
@@ -15,13 +15,14 @@ mod disk;
 mod flight;
 mod origin;
 mod partial;
+mod remote;
 mod request;
 mod stream;
 mod trust;
 mod window;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -31,24 +32,19 @@ use smallvec::SmallVec;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use self::coded::CodedLayer;
-use self::disk::{LARGEST_BACKLOG, Writer};
+use self::disk::LARGEST_BACKLOG;
 use self::origin::Origin;
+use self::remote::{Remote, take_in};
 pub(crate) use self::request::Owed;
 use self::request::{Pending, Request, Waiting, Why};
-use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, chunk_count, pieces, to_u64};
-use super::http::{Client, RemoteLayer};
+use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
+use super::http::Client;
 use super::link::Link;
 use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
 use super::stats::add;
-use super::store::LayerCache;
 use super::tier::Tier;
-use super::{
-    Blob, Brought, ChunkCheck, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError,
-    WholeDigests,
-};
+use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
 use crate::image::FileMap;
-use crate::layer::Coding;
 use crate::units::LayerId;
 
 /// A flight is at most this long; longer stretches fly side by side.
@@ -68,76 +64,6 @@ pub(crate) enum Command {
         asked: Instant,
     },
     Shutdown(mpsc::Sender<()>),
-}
-
-/// A layer that has to be brought, as the fetch thread sees it.
-struct Remote {
-    origin: Origin,
-    /// The tar's length.
-    size: u64,
-    /// None: the blob is the tar.
-    coded: Option<CodedLayer>,
-    check: Option<ChunkCheck>,
-    whole: WholeDigests,
-    writer: Writer,
-    /// Whether the layer is being read from end to end.
-    streaming: Cell<bool>,
-    /// Whether that has ended well: what comes out of the blob is what it has to be.
-    passed: Cell<bool>,
-    /// Whether what the store holds is being digested.
-    sealing: Cell<bool>,
-    warned: Cell<bool>,
-    /// Chunks that are being checked, and chunks that were wrong once.
-    checking: RefCell<HashSet<u32>>,
-    suspects: RefCell<HashSet<u32>>,
-}
-
-impl Remote {
-    fn new(source: LayerSource) -> Result<Self, StartError> {
-        let size = source.size();
-        Ok(Self {
-            origin: Origin::new(source.blob)?,
-            size,
-            coded: source.coding.map(CodedLayer::new).transpose()?,
-            check: source.digests,
-            whole: source.whole,
-            writer: Writer::default(),
-            streaming: Cell::new(false),
-            passed: Cell::new(false),
-            sealing: Cell::new(false),
-            warned: Cell::new(false),
-            checking: RefCell::default(),
-            suspects: RefCell::default(),
-        })
-    }
-
-    fn is_local(&self) -> bool {
-        matches!(self.origin, Origin::File { .. })
-    }
-
-    /// Whether a read can do without what lies before it.
-    fn can_seek(&self) -> bool {
-        self.coded.as_ref().is_none_or(|coded| coded.table.seekable())
-    }
-
-    /// Whether tar space is the tar, byte for byte, so that its digest means something.
-    fn is_whole_tar(&self) -> bool {
-        self.coded.as_ref().is_none_or(|coded| coded.table.is_whole_tar())
-    }
-
-    /// The blob's length.
-    fn blob_size(&self) -> u64 {
-        self.coded.as_ref().map_or(self.size, |coded| coded.table.blob_len())
-    }
-
-    /// All its chunks.
-    fn all(&self, layer: LayerId) -> Stretch {
-        Stretch {
-            layer,
-            first: 0,
-            end: chunk_count(self.size).unwrap_or(u32::MAX),
-        }
-    }
 }
 
 struct Engine {
@@ -213,60 +139,6 @@ pub(crate) fn start(
         Ok(Err(error)) => Err(StartError::Thread(error)),
         Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
     }
-}
-
-/// What both sides see of a layer, and what the fetch thread has to know if it has to be brought.
-fn take_in(
-    layer: usize,
-    mut source: LayerSource,
-    options: &FetchOptions,
-) -> Result<(SharedLayer, Option<LayerSource>), StartError> {
-    let size = source.size();
-    if chunk_count(size).is_none() {
-        return Err(StartError::TooLong { layer, size });
-    }
-    if let Some(coded) = &source.coding {
-        let (said, found) = (coded.table.blob_len(), source.blob.size());
-        if said != found {
-            return Err(StartError::OtherBlob { layer, said, found });
-        }
-        if coded.table.coding() == Coding::Plain {
-            source.coding = None;
-        }
-    }
-    let as_it_is = source.coding.is_none() && source.digests.is_none();
-    let brought = Brought::new(size, source.digests.is_some());
-    match &source.blob {
-        Blob::File(_) if as_it_is => {
-            let Blob::File(local) = source.blob else {
-                unreachable!("it is a file")
-            };
-            let shared = SharedLayer::Local {
-                path: local.path,
-                file: local.file,
-                size,
-            };
-            return Ok((shared, None));
-        }
-        Blob::File(local) if source.coding.is_none() => {
-            let own = local.file.try_clone()?;
-            // It was empty: nobody else has it yet.
-            drop(brought.cache.set(Arc::new(LayerCache::borrowed(own.into(), size))));
-        }
-        blob => {
-            if let Blob::Http(http) = blob {
-                // Checked here, made again on the thread: what lives there cannot move between threads.
-                RemoteLayer::new(http)?;
-            }
-            if let Some(store) = &options.store {
-                match store.of(&source) {
-                    Ok(found) => drop(brought.cache.set(found)),
-                    Err(error) => log::warn!("{error}; going on without a cache"),
-                }
-            }
-        }
-    }
-    Ok((SharedLayer::Brought(brought), Some(source)))
 }
 
 impl Engine {

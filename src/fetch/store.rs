@@ -7,6 +7,7 @@
 
 mod filling;
 mod map;
+mod seeder;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -23,7 +24,8 @@ use sha2::{Digest, Sha256};
 pub use self::filling::Filling;
 pub(crate) use self::map::Bits;
 use self::map::Identity;
-use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_u64, to_usize};
+pub use self::seeder::Seeder;
+use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
 use super::{Blob, HttpLayer, LayerSource};
 use crate::units::TarOffset;
 
@@ -76,6 +78,8 @@ pub struct LayerCache {
     sealed: AtomicBool,
     /// Whether it was found to be something else: nothing in it is believed any more.
     poisoned: AtomicBool,
+    /// Whether it is the layer's own file.
+    borrowed: bool,
     committing: Mutex<()>,
 }
 
@@ -320,8 +324,9 @@ impl LayerCache {
             key: [0; 32],
             nonce: nonce(),
         };
-        let cache = Self::assemble(identity, count, file, all, None, None);
-        cache.full.store(true, Ordering::Relaxed);
+        let mut cache = Self::assemble(identity, count, file, all, None, None);
+        cache.full = AtomicBool::new(true);
+        cache.borrowed = true;
         cache
     }
 
@@ -344,6 +349,7 @@ impl LayerCache {
             full: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
             poisoned: AtomicBool::new(false),
+            borrowed: false,
             committing: Mutex::default(),
         }
     }
@@ -461,6 +467,11 @@ impl LayerCache {
         if !self.sealed.swap(true, Ordering::Relaxed) {
             self.dirty.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Whether it is a layer's own file in the place of a cache.
+    pub(crate) fn is_borrowed(&self) -> bool {
+        self.borrowed
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {
@@ -586,54 +597,6 @@ impl LayerCache {
             // Only trimming suffers when the time cannot be set.
             let _untrimmed = map.set_modified(std::time::SystemTime::now());
         }
-    }
-}
-
-/// Puts bytes that pass by into a cache, chunk after chunk, however they are cut.
-#[derive(Debug)]
-pub struct Seeder {
-    cache: Arc<LayerCache>,
-    /// Where `held` begins: always the start of a chunk.
-    at: TarOffset,
-    held: Vec<u8>,
-}
-
-impl Seeder {
-    /// A seeder for `cache`.
-    #[must_use]
-    pub fn new(cache: Arc<LayerCache>) -> Self {
-        Self {
-            cache,
-            at: TarOffset(0),
-            held: Vec::new(),
-        }
-    }
-
-    /// Takes the layer's bytes from `at` on. They need not follow what came before; then what was incomplete is forgotten.
-    ///
-    /// # Errors
-    /// When a chunk cannot be written; then nothing more is, and going on is harmless.
-    pub fn push(&mut self, at: TarOffset, mut bytes: &[u8]) -> Result<(), StoreError> {
-        if at != self.at.plus(to_u64(self.held.len())) || self.held.is_empty() {
-            self.held.clear();
-            self.at = TarOffset(at.0.next_multiple_of(CHUNK_BYTES));
-            let skipped = to_usize(self.at.since(at)).min(bytes.len());
-            bytes = &bytes[skipped..];
-        }
-        self.held.extend_from_slice(bytes);
-        let end = self.at.plus(to_u64(self.held.len()));
-        let whole = if end.0 >= self.cache.identity.size {
-            self.held.len()
-        } else {
-            to_usize(to_u64(self.held.len()) / CHUNK_BYTES * CHUNK_BYTES)
-        };
-        if whole == 0 {
-            return Ok(());
-        }
-        let written = self.cache.put(self.at, &self.held[..whole]);
-        self.held.drain(..whole);
-        self.at = self.at.plus(to_u64(whole));
-        written
     }
 }
 

@@ -176,7 +176,7 @@ impl Engine {
             return true;
         }
         let behind = self.backlog.get() > LARGEST_BACKLOG && !even_if_behind;
-        if behind || !cache.takes_more() {
+        if behind || !cache.takes_more() || self.stopping.get() {
             return false;
         }
         remote.writer.queued.borrow_mut().insert(key.index, chunk.clone());

@@ -43,7 +43,9 @@ impl Engine {
         tokio_uring::spawn(async move {
             let Streaming(engine, remote, layer) = &guard;
             if let Err(error) = engine.stream(remote, *layer, first).await {
-                log::warn!("{error}");
+                if !matches!(error, FetchError::Stopped) {
+                    log::warn!("{error}");
+                }
                 engine.give_up(remote.all(*layer), &error);
             }
         });
@@ -64,11 +66,13 @@ impl Engine {
             let before = course.as_ref().map_or(0, |course: &Course| course.blob_at);
             let trouble = match self.stream_on(remote, layer, &mut course, &wrong, first.take()).await {
                 Ok(()) => {
+                    remote.suspects.borrow_mut().clear();
                     if let Some((blob, tar)) = course.and_then(Course::digests) {
                         self.judge_whole(remote, layer, Some(blob), tar);
                     }
                     return Ok(());
                 }
+                Err(_) if self.stopping.get() => return Err(FetchError::Stopped),
                 Err(trouble) => trouble,
             };
             add(&self.shared.counters.errors, 1);
@@ -93,9 +97,6 @@ impl Engine {
                     why: trouble.to_string(),
                 };
                 self.expire(remote.all(layer), Duration::MAX, &late);
-            }
-            if self.stopping.get() {
-                return Err(FetchError::Stopped);
             }
             log::warn!("{name}: {trouble}; reading on in {pause:.1?}");
             sleep(pause).await;
@@ -150,6 +151,9 @@ impl Engine {
                     };
                 }
             };
+            if self.stopping.get() {
+                return Err(Trouble::Wrong("the fetcher was shut down".to_owned()));
+            }
             self.note_arrival(remote, to_u64(piece.len()));
             let skipped = to_usize(skip).min(piece.len());
             skip -= to_u64(skipped);

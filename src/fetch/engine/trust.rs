@@ -141,7 +141,7 @@ impl Engine {
     /// After something was written: when the layer is complete, its tar is digested in the background, once.
     pub(super) fn judge_if_whole(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId) {
         let Some(cache) = self.cache(layer) else { return };
-        if cache.is_sealed() || cache.is_poisoned() || !cache.is_whole() {
+        if cache.is_sealed() || cache.is_borrowed() || cache.is_poisoned() || !cache.is_whole() {
             return;
         }
         if remote.passed.get() {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::fetch::Validator;
+use crate::fetch::chunk::to_u64;
 
 const SIZE: u64 = 10 * CHUNK_BYTES + 777;
 const NONE: [u32; 0] = [];
