@@ -2,6 +2,7 @@
 //! storage of its own origin, on loopback. It checks every request as a strict registry would and keeps what it was asked.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -104,11 +105,11 @@ type Tls = Option<Arc<rustls::ServerConfig>>;
 
 impl TestRegistry {
     pub(crate) fn start() -> Self {
-        Self::start_with(None)
+        Self::start_with(&None)
     }
 
     /// With a TLS configuration for the registry itself.
-    pub(crate) fn start_with(tls: Tls) -> Self {
+    pub(crate) fn start_with(tls: &Tls) -> Self {
         let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         let addresses = [0, 1].map(|at| listeners[at].local_addr().unwrap());
         let scheme = if tls.is_some() { "https" } else { "http" };
@@ -303,7 +304,7 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
             answer.body.len()
         );
         for (name, value) in &answer.headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
+            let _infallible = write!(head, "{name}: {value}\r\n");
         }
         head.push_str("\r\n");
         let stream = stream.get_mut();

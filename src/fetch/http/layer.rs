@@ -46,7 +46,7 @@ impl Spot {
         })
     }
 
-    fn of(located: Located) -> Result<Self, String> {
+    fn of(located: &Located) -> Result<Self, String> {
         Ok(Self {
             trust: located.trust.clone(),
             located: Some(located.clone()),
@@ -92,20 +92,19 @@ struct Moving {
 
 impl RemoteLayer {
     pub(crate) fn new(layer: &HttpLayer) -> Result<Self, StartError> {
-        let place = match &layer.access {
-            Some(access) => Place::Registry(Box::new(Moving {
+        let place = if let Some(access) = &layer.access {
+            Place::Registry(Box::new(Moving {
                 access: access.clone(),
                 spot: RefCell::default(),
                 doubted: Cell::new(false),
                 finding: tokio::sync::Mutex::new(()),
-            })),
-            None => {
-                let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
-                    url: without_secrets(&layer.url),
-                    why,
-                })?;
-                Place::Fixed(Rc::new(spot))
-            }
+            }))
+        } else {
+            let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
+                url: without_secrets(&layer.url),
+                why,
+            })?;
+            Place::Fixed(Rc::new(spot))
         };
         Ok(Self {
             name: match &layer.access {
@@ -158,7 +157,7 @@ impl RemoteLayer {
         if located.is_err() {
             moving.doubted.set(doubted);
         }
-        let spot = Rc::new(Spot::of(located.map_err(failure)?).map_err(Failure::suspect)?);
+        let spot = Rc::new(Spot::of(&located.map_err(|error| failure(&error))?).map_err(Failure::suspect)?);
         *moving.spot.borrow_mut() = Some(spot.clone());
         Ok(spot)
     }
@@ -200,14 +199,15 @@ impl Moving {
 }
 
 /// What a failure to find the blob means for those who want its bytes.
-fn failure(error: SourceError) -> Failure {
+fn failure(error: &SourceError) -> Failure {
     match error {
         SourceError::Unreachable { .. } | SourceError::WrongAnswer { .. } => Failure::away(error.to_string()),
         _ => Failure::Suspect {
             why: error.to_string(),
-            status: Some(match &error {
-                error if error.is_absence() => hyper::StatusCode::NOT_FOUND,
-                _ => hyper::StatusCode::FORBIDDEN,
+            status: Some(if error.is_absence() {
+                hyper::StatusCode::NOT_FOUND
+            } else {
+                hyper::StatusCode::FORBIDDEN
             }),
         },
     }
