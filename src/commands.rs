@@ -8,7 +8,9 @@ mod attach;
 mod bench;
 mod cli;
 mod demo;
+mod diff;
 mod generate;
+mod index;
 mod layer;
 pub mod output;
 mod ps;
@@ -69,8 +71,9 @@ pub fn main() -> ExitCode {
 /// Runs one command.
 fn run(command: &Command, session: Session) -> anyhow::Result<()> {
     match command {
-        Command::Index(args) => layer::index(args, session),
+        Command::Index(args) => index::run(args, session),
         Command::Ls(args) => layer::ls(args, session),
+        Command::Diff(args) => diff::diff(args, session),
         Command::Image(args) => layer::image(args, session),
         Command::Attach(args) => attach::attach(args, session),
         Command::Mount(args) => attach::mount(args, session),

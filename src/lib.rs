@@ -5,11 +5,13 @@
 //! fetches ranges of the layer only when the kernel reads them.
 //!
 //! The rooms, in the order data walks through them (docs/ARCHITECTURE.md is the tour):
-//! `source` → [`index`] → [`tree`] → [`image`] → [`fetch`] → `device` → mount, bench and the command.
+//! `source` → [`layer`] → [`index`] → [`tree`] → [`image`] → [`fetch`] → `device` → mount, bench and the command.
 
+pub mod diff;
 pub mod digest;
 pub mod image;
 pub mod index;
+pub mod layer;
 pub mod tree;
 pub mod units;
 

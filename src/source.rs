@@ -13,6 +13,7 @@ mod net;
 pub mod registry;
 mod remote;
 mod secret;
+mod stream;
 pub mod tls;
 
 use std::fmt;
@@ -27,6 +28,7 @@ pub use error::SourceError;
 pub use http::{HttpBlob, Patience, Validator};
 pub use remote::Tap;
 pub use secret::Secret;
+pub use stream::{BlobSink, stream};
 
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};

@@ -41,7 +41,7 @@ fn usage_is_told_from_failure() {
     lab.bad(&["attach", "layer.tar", "--backend", "nbd"], 2);
     lab.bad(&["-q", "-v", "ps"], 2);
     for command in [
-        "index", "ls", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
+        "index", "ls", "diff", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
     ] {
         assert!(lab.good(&[command, "--help"]).contains("Usage: tarblk"), "{command}");
     }
@@ -50,7 +50,7 @@ fn usage_is_told_from_failure() {
 #[test]
 fn index_counts_and_writes() {
     let lab = Lab::new();
-    let summary = lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let summary = lab.good(&["index", "layer.tar", "-o", "layer.tarblk", "--no-digests"]);
     assert!(summary.contains("6: 2 files, 3 directories, 1 symlinks"), "{summary}");
     let json = lab.json(&["index", "layer.tar", "--json"]);
     assert_eq!((json["entries"].as_u64(), json["files"].as_u64()), (Some(6), Some(2)));
@@ -73,6 +73,77 @@ fn index_counts_and_writes() {
         fs::read(lab.path("layer.tarblk")).unwrap()
     );
     assert!(!lab.path("cache").exists(), "index keeps nothing");
+}
+
+#[test]
+fn an_index_of_everything_is_verified_against_its_layer() {
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    // Digests by default of what is here, and of what is far away when that is wanted; the same from both places.
+    let checked = lab.good(&["index", "layer.tar", "-o", "checked.tarblk"]);
+    assert!(checked.contains("digests of 92 chunks"), "{checked}");
+    let full = lab.good(&["index", "layer.tar", "-o", "full.tarblk", "--full"]);
+    assert!(full.contains("of every file") && full.contains("exact tar"), "{full}");
+    lab.good(&["index", &url, "-o", "far.tarblk", "--full"]);
+    assert_eq!(
+        fs::read(lab.path("far.tarblk")).unwrap(),
+        fs::read(lab.path("full.tarblk")).unwrap()
+    );
+    let headers = lab.good(&["index", &url, "-o", "headers.tarblk"]);
+    assert!(headers.contains("no digests"), "{headers}");
+    for index in ["checked.tarblk", "full.tarblk", "headers.tarblk"] {
+        for layer in ["layer.tar", &url] {
+            let said = lab.good(&["index", "verify", index, layer]);
+            assert!(said.contains("the same to the last bit"), "{said}");
+            assert_eq!(said.contains("no digests"), index == "headers.tarblk", "{said}");
+        }
+    }
+    // A byte of content, a byte of a header, a byte that nobody reads.
+    let tar = fs::read(lab.path("layer.tar")).unwrap();
+    let change = |at: usize, to: u8| {
+        let mut other = tar.clone();
+        assert_ne!(other[at], to);
+        other[at] = to;
+        fs::write(lab.path("other.tar"), other).unwrap();
+    };
+    let content = tar.windows(13).position(|bytes| bytes == b"hello, world\n").unwrap();
+    change(content, b'J');
+    let said = lab.bad(&["index", "verify", "full.tarblk", "other.tar"], 1);
+    assert!(said.contains("the digest of chunk 0 (byte 0 of the tar)"), "{said}");
+    lab.good(&["index", "verify", "headers.tarblk", "other.tar"]);
+    let json = lab.json(&["index", "verify", "headers.tarblk", "other.tar", "--json"]);
+    assert_eq!((&json["equal"], &json["chunk_digests"]), (&true.into(), &0.into()));
+    change(tar.len() - 1024 - 512 - 1, 1);
+    let said = lab.bad(&["index", "verify", "checked.tarblk", "other.tar"], 1);
+    assert!(
+        said.contains("the digest of chunk 91 (byte 2981888 of the tar)"),
+        "{said}"
+    );
+    // An entry of another name, and of another mode.
+    let header = tar.windows(9).position(|bytes| bytes == b"etc/hello").unwrap();
+    let with_checksum = |at: usize, to: u8| {
+        let mut other = tar.clone();
+        other[at] = to;
+        other[header + 148..header + 156].fill(b' ');
+        let sum: u32 = other[header..header + 512].iter().map(|byte| u32::from(*byte)).sum();
+        other[header + 148..header + 155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        fs::write(lab.path("other.tar"), other).unwrap();
+        lab.bad(&["index", "verify", "headers.tarblk", "other.tar"], 1)
+    };
+    let said = with_checksum(header + 4, b'j');
+    let name = "entry 3, its name: 'etc/hello' in the index, 'etc/jello' in the layer";
+    assert!(said.contains(name), "{said}");
+    let said = with_checksum(header + 104, b'7');
+    assert!(
+        said.contains("entry 3 ('etc/hello'), its mode: 644 in the index, 744 in the layer"),
+        "{said}"
+    );
+    let said = lab.bad(&["index", "verify", "layer.tar", "layer.tar"], 1);
+    assert!(said.contains("not a tarblk index"), "{said}");
+    assert!(lab.bad(&["index", "verify", "full.tarblk"], 2).contains("SOURCE"));
+    assert!(lab.bad(&["index"], 2).contains("SOURCE"));
 }
 
 #[test]
@@ -99,6 +170,56 @@ fn ls_lists_layers_and_indexes_alike() {
     );
     assert!(lab.good(&["ls", "layer.tar", "--mtree"]).starts_with("#mtree\n"));
     lab.bad(&["ls", "layer.tar", "--mtree", "--json"], 2);
+}
+
+#[test]
+fn diff_tells_what_changed() {
+    let lab = Lab::new();
+    let write = |name: &str, mode, entries: &[(&str, &str)]| {
+        let mut tar = tar::Builder::new(File::create(lab.path(name)).unwrap());
+        for (path, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(u64::try_from(content.len()).unwrap());
+            header.set_mode(mode);
+            header.set_mtime(7);
+            tar.append_data(&mut header, path, content.as_bytes()).unwrap();
+        }
+        tar.into_inner().unwrap();
+    };
+    write("old.tar", 0o644, &[("a", "1"), ("d/gone", "x"), ("same-size", "old")]);
+    write("new.tar", 0o600, &[("a", "22"), ("d/new", "yyy"), ("same-size", "new")]);
+    write("newer.tar", 0o644, &[("a", "1"), ("d/gone", "x"), ("same-size", "new")]);
+    lab.good(&["index", "new.tar", "-o", "new.tarblk"]);
+    for new in ["new.tar", "new.tarblk"] {
+        let told = lab.good(&["diff", "old.tar", new]);
+        let lines: Vec<_> = told.lines().collect();
+        assert_eq!(lines[0], "~ a  mode 0644 to 0600, 1 to 2 bytes");
+        assert_eq!((lines[1], lines[2]), ("- d/gone", "+ d/new"));
+        assert_eq!(lines[3], "~ same-size  mode 0644 to 0600, content?");
+        assert_eq!(lines[4], "1 added, 1 removed, 2 changed");
+        assert!(lines[5].starts_with("8 B of files") && lines.len() == 6, "{told}");
+    }
+    let told = lab.good(&["diff", "old.tar", "newer.tar"]);
+    assert!(
+        told.starts_with("0 added, 0 removed, 0 changed; 3 of the same size may"),
+        "{told}"
+    );
+    let told = lab.good(&["diff", "old.tar", "newer.tar", "--uncertain"]);
+    assert!(told.starts_with("~ a  content?\n~ d/gone  content?\n"), "{told}");
+    let json = lab.good(&["diff", "old.tar", "new.tar", "--json"]);
+    let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines[0]["aspects"], serde_json::json!(["mode", "size"]));
+    assert_eq!(
+        (&lines[0]["before"]["size"], &lines[0]["after"]["size"]),
+        (&1.into(), &2.into())
+    );
+    assert_eq!(
+        (&lines[1]["change"], &lines[1]["before"]["path"]),
+        (&"removed".into(), &"d/gone".into())
+    );
+    assert_eq!(lines[4]["totals"]["fetch_bytes"], 8);
+    lab.bad(&["diff", "old.tar"], 2);
+    assert!(lab.bad(&["diff", "old.tar", "missing.tar"], 1).contains("missing.tar"));
 }
 
 #[test]

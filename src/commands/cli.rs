@@ -68,6 +68,8 @@ pub enum Command {
     Index(IndexArgs),
     /// List what a layer holds.
     Ls(LsArgs),
+    /// Tell what differs between two layers, and what one would fetch for the other.
+    Diff(DiffArgs),
     /// Write a layer's whole filesystem image to a file.
     Image(ImageArgs),
     /// Offer a layer as a block device and print the device's path.
@@ -201,23 +203,63 @@ pub enum BackendArg {
 
 /// Arguments of `tarblk index`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    subcommand_value_name = "ACTION",
+    after_help = "Of a local layer whose index is written everything is read, so that the index can check every byte; of a layer
+on a server only headers are, because everything else costs a download.
+
+Examples:
   tarblk index layer.tar                     summary only
   tarblk index layer.tar -o layer.tarblk
-  tarblk index https://example.org/layer.tar -o layer.tarblk --json")]
+  tarblk index https://example.org/layer.tar -o layer.tarblk --json
+  tarblk index verify layer.tarblk https://example.org/layer.tar"
+)]
 pub struct IndexArgs {
-    /// The layer.
-    #[command(flatten)]
-    pub source: SourceArgs,
+    /// The layer: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath, required = true)]
+    pub source: Option<String>,
     /// Write the index to this file.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: Option<PathBuf>,
+    /// Read everything, and put all into the index that it can hold: digests of chunks and of files, and the header bytes, with
+    /// which the exact tar can be rebuilt.
+    #[arg(long)]
+    pub full: bool,
+    /// Read headers only: no digests.
+    #[arg(long, conflicts_with = "full")]
+    pub no_digests: bool,
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
+    /// What else can be done with indexes.
+    #[command(subcommand)]
+    pub action: Option<IndexAction>,
+}
+
+/// What can be done with indexes besides making them.
+#[derive(Debug, Subcommand)]
+pub enum IndexAction {
+    /// Make an index again from the layer and compare: the first difference is named.
+    Verify(VerifyArgs),
+}
+
+/// Arguments of `tarblk index verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The index: a path or a URL.
+    #[arg(value_name = "INDEX", value_hint = ValueHint::FilePath)]
+    pub index: String,
+    /// The layer that it is said to be of.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
+    /// The outcome as JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `tarblk ls`.
@@ -239,6 +281,33 @@ pub struct LsArgs {
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
+}
+
+/// Arguments of `tarblk diff`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prints a line for each path: + added, - removed, ~ changed and in what; then how many bytes of files the second
+one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: files of
+one size from different places may be equal, and are told of apart. The exit code says whether it worked, not whether
+there are differences.
+
+Examples:
+  tarblk diff old.tar new.tar
+  tarblk diff old.tarblk new.tarblk --json | jq -r 'select(.change == \"added\").after.path'"
+)]
+pub struct DiffArgs {
+    /// What was: a layer (path or URL of a tar), or an index made from one.
+    #[arg(value_name = "A", value_hint = ValueHint::FilePath)]
+    pub a: String,
+    /// What is.
+    #[arg(value_name = "B", value_hint = ValueHint::FilePath)]
+    pub b: String,
+    /// One JSON object a line, the totals last.
+    #[arg(long)]
+    pub json: bool,
+    /// List also files of which only nothing says that their content is the same.
+    #[arg(long, conflicts_with = "json")]
+    pub uncertain: bool,
 }
 
 /// Arguments of `tarblk image`.

@@ -257,7 +257,7 @@ fn url_decoded(mut text: &[u8]) -> Vec<u8> {
 }
 
 /// The standard alphabet, padded or not; libarchive writes it without.
-fn base64_decoded(text: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn base64_decoded(text: &[u8]) -> Option<Vec<u8>> {
     let text = text.trim_ascii_end();
     let text = text
         .strip_suffix(b"==")

@@ -7,6 +7,7 @@ pub(crate) mod rawtar;
 pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod tree;
+pub(crate) mod unpacked;
 
 use std::ffi::OsStr;
 use std::fs;

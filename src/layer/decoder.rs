@@ -1,0 +1,239 @@
+//! Decoding from the beginning of a span.
+
+use super::gzip::Members;
+use super::stream::{Event, Idle, Stream};
+use super::table::{Begins, Layout};
+use super::{Coding, LayerError, SpanTable};
+use crate::units::TarOffset;
+
+/// The most that is given out at once, in bytes. A multiple of deflate's window, which is copied once each time.
+const PIECE: usize = 128 << 10;
+/// Less than so much may be missing at the end of a span that counts by its head only: a tar's padding.
+const PADDING: u64 = 512;
+
+/// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed bytes
+/// in any pieces.
+///
+/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It never
+/// gives more than the table says there is. Checksums are checked of whatever is decoded from its beginning to its end.
+#[derive(Debug)]
+pub struct Decoder {
+    table: SpanTable,
+    state: State,
+    output: Vec<u8>,
+    /// The next byte to be given.
+    at: u64,
+    /// Where to stop, in bytes of the tar.
+    until: u64,
+    /// Where to change from one span to the next, when only their heads count.
+    heads: Option<Heads>,
+}
+
+#[derive(Debug)]
+enum State {
+    Plain,
+    /// The first byte of the blob decides how gzip is entered, because a part of it may belong to what comes before.
+    Enter {
+        at: u64,
+        bits: u8,
+        window: Vec<u8>,
+    },
+    Stream(Stream),
+    /// On the way to byte `to` of the blob.
+    Skip {
+        at: u64,
+        to: u64,
+    },
+    /// Nothing more is given.
+    Done,
+}
+
+/// The span that is being decoded.
+#[derive(Clone, Copy, Debug)]
+struct Heads {
+    span: usize,
+    /// Where it ends, in bytes of the tar.
+    end: u64,
+}
+
+impl Decoder {
+    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty when
+    /// that is 0). The first byte to be fed is the first of [`super::Span::blob`].
+    ///
+    /// # Errors
+    /// When there is no such span, the history has the wrong length, or there is no memory.
+    pub fn start(table: &SpanTable, span: usize, window: &[u8]) -> Result<Self, LayerError> {
+        if span >= table.len() {
+            return Err(LayerError::NoSpan(span));
+        }
+        let begin = table.span(span);
+        if u32::try_from(window.len()) != Ok(begin.window) {
+            return Err(LayerError::History {
+                at: begin.tar.start,
+                found: window.len(),
+                needs: begin.window,
+            });
+        }
+        let state = match (table.coding(), begin.begins) {
+            (Coding::Plain, _) => State::Plain,
+            (Coding::Gzip, Begins::Block) if begin.bits == 0 => {
+                State::Stream(Stream::Gzip(Members::at_block(begin.blob.start, 0, 0, window)?))
+            }
+            (Coding::Gzip, Begins::Block) => State::Enter {
+                at: begin.blob.start,
+                bits: begin.bits,
+                window: window.to_vec(),
+            },
+            (coding, _) => State::Stream(Stream::at_unit(coding, begin.blob.start)?),
+        };
+        let heads = Heads {
+            span,
+            end: begin.tar.end().0,
+        };
+        Ok(Self {
+            table: table.clone(),
+            state,
+            output: Vec::new(),
+            at: begin.tar.start.0,
+            until: table.tar_len(),
+            heads: (table.layout() == Layout::Heads).then_some(heads),
+        })
+    }
+
+    /// Makes it stop before byte `end` of the tar: nothing from there on is given, however much is fed.
+    #[must_use]
+    pub fn until(mut self, end: TarOffset) -> Self {
+        self.until = self.until.min(end.0);
+        self
+    }
+
+    /// The position in the tar of the next byte that it will give.
+    #[must_use]
+    pub const fn position(&self) -> TarOffset {
+        TarOffset(self.at)
+    }
+
+    /// Whether it has given all that it will: the rest of the blob need not be fed.
+    #[must_use]
+    pub const fn is_done(&self) -> bool {
+        self.at >= self.until || matches!(self.state, State::Done)
+    }
+
+    /// Takes compressed bytes, which follow those of the call before, and gives what they decode to, in order and in pieces
+    /// of any size.
+    ///
+    /// # Errors
+    /// When they are no continuation of what came before. The decoder is of no use afterwards.
+    pub fn feed(&mut self, input: &[u8], out: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
+        let outcome = self.decode(input, out);
+        if outcome.is_err() {
+            self.state = State::Done;
+        }
+        outcome
+    }
+
+    fn decode(&mut self, mut input: &[u8], out: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
+        if let State::Enter { at, bits, window } = &self.state {
+            let Some((first, rest)) = input.split_first() else {
+                return Ok(());
+            };
+            let members = Members::at_block(at + 1, 8 - bits, first >> bits, window)?;
+            self.state = State::Stream(Stream::Gzip(members));
+            input = rest;
+        }
+        let mut idle = Idle::new(self.table.coding());
+        while self.at < self.until {
+            let end = self.heads.map_or(self.until, |heads| heads.end.min(self.until));
+            let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
+            match &mut self.state {
+                State::Enter { .. } | State::Done => return Ok(()),
+                State::Plain => {
+                    let given = &input[..left.min(input.len())];
+                    self.at += super::len_u64(given.len());
+                    if !given.is_empty() {
+                        out(given);
+                    }
+                    return Ok(());
+                }
+                State::Skip { at, to } => {
+                    let skipped = super::len_u64(input.len()).min(to.saturating_sub(*at));
+                    input = input
+                        .get(usize::try_from(skipped).unwrap_or(usize::MAX)..)
+                        .unwrap_or_default();
+                    *at += skipped;
+                    if at < to {
+                        return Ok(());
+                    }
+                    self.state = State::Stream(Stream::at_unit(self.table.coding(), *to)?);
+                }
+                State::Stream(stream) if stream.is_trailing() => return Ok(()),
+                State::Stream(stream) => {
+                    if self.output.is_empty() {
+                        self.output.resize(PIECE, 0);
+                    }
+                    let room = left.min(PIECE);
+                    let step = stream.step(input, &mut self.output[..room], false)?;
+                    input = &input[step.consumed..];
+                    if step.produced > 0 {
+                        self.at += super::len_u64(step.produced);
+                        out(&self.output[..step.produced]);
+                    }
+                    let ended = step.event == Event::End;
+                    if let Some(heads) = self.heads.filter(|heads| ended || self.at == heads.end) {
+                        self.next_head(heads, out)?;
+                        continue;
+                    }
+                    // A full buffer may hide more; without input nothing else can come.
+                    if input.is_empty() && !step.may_go_on(room) {
+                        return Ok(());
+                    }
+                    idle.step(step)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A span's head has come, or what it is the head of has ended: goes on to where the next span begins.
+    fn next_head(&mut self, heads: Heads, out: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
+        let State::Stream(stream) = &self.state else {
+            return Ok(());
+        };
+        let (coding, position) = (stream.coding(), stream.position());
+        let missing = heads.end.saturating_sub(self.at);
+        if missing >= PADDING {
+            return Err(LayerError::Corrupt {
+                coding,
+                at: position,
+                what: "less comes out of it than the layer's table of contents says",
+            });
+        }
+        let wanted = missing.min(self.until - self.at);
+        if wanted > 0 {
+            self.at += wanted;
+            out(&[0; 512][..usize::try_from(wanted).unwrap_or(0)]);
+        }
+        let span = heads.span + 1;
+        if span >= self.table.len() {
+            self.state = State::Done;
+            return Ok(());
+        }
+        let next = self.table.span(span);
+        if position > next.blob.start {
+            return Err(LayerError::Corrupt {
+                coding,
+                at: position,
+                what: "the layer's table of contents has a file begin inside of another",
+            });
+        }
+        self.state = State::Skip {
+            at: position,
+            to: next.blob.start,
+        };
+        self.heads = Some(Heads {
+            span,
+            end: next.tar.end().0,
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,102 @@
+//! Everything that can be wrong with a compressed layer or with the table that says where it can be entered.
+
+use super::Coding;
+use crate::units::TarOffset;
+
+/// Why a layer cannot be decoded. Positions are bytes in the blob, unless they are called bytes of the tar.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// The compressed bytes are not what their format allows.
+    #[error("the {coding} layer is damaged at byte {at}: {what}")]
+    Corrupt {
+        /// How the layer is compressed.
+        coding: Coding,
+        /// Where in the blob.
+        at: u64,
+        /// What is wrong.
+        what: &'static str,
+    },
+
+    /// The compressed bytes are legal, but of a kind that no container layer should have.
+    #[error("the {coding} layer cannot be read at byte {at}: {what}")]
+    Unsupported {
+        /// How the layer is compressed.
+        coding: Coding,
+        /// Where in the blob.
+        at: u64,
+        /// What it has.
+        what: &'static str,
+    },
+
+    /// The blob ends in the middle of something.
+    #[error("the {coding} layer is cut short: it ends at byte {at}, in the middle of {what}")]
+    Truncated {
+        /// How the layer is compressed.
+        coding: Coding,
+        /// The blob's length.
+        at: u64,
+        /// What is incomplete.
+        what: &'static str,
+    },
+
+    /// What came out is not what the format's own checksum says.
+    #[error("the {coding} layer is damaged before byte {at}: its {what} is wrong")]
+    Checksum {
+        /// How the layer is compressed.
+        coding: Coding,
+        /// Where in the blob the checksum ends.
+        at: u64,
+        /// Which checksum.
+        what: &'static str,
+    },
+
+    /// Decoding would take more memory for history than this program gives.
+    #[error("the {coding} layer at byte {at} needs a window of {needs} bytes, more than the {limit} that are accepted")]
+    Window {
+        /// How the layer is compressed.
+        coding: Coding,
+        /// Where in the blob.
+        at: u64,
+        /// How many bytes of history it asks for.
+        needs: u64,
+        /// The most that is accepted.
+        limit: u64,
+    },
+
+    /// More comes out of it than was agreed to.
+    #[error("the layer unpacks to more than {limit} bytes (at byte {at} of it): refused")]
+    TooLong {
+        /// Where in the blob.
+        at: u64,
+        /// The most that was accepted, in bytes of the tar.
+        limit: u64,
+    },
+
+    /// A decoder was not given the history that its span needs.
+    #[error("the history for decoding from byte {at} of the tar is {found} bytes long instead of {needs}")]
+    History {
+        /// Where the span begins in the tar.
+        at: TarOffset,
+        /// How long the history that came is.
+        found: usize,
+        /// How long it has to be.
+        needs: u32,
+    },
+
+    /// A span that the table does not have.
+    #[error("the layer has no span {0}")]
+    NoSpan(usize),
+
+    /// The table of spans cannot be used.
+    #[error("the layer's table of spans makes no sense: {0}")]
+    Table(&'static str),
+
+    /// The layer's own table of contents, or its footer, cannot be used.
+    #[error("the layer's table of contents cannot be used: {0}")]
+    Contents(String),
+
+    /// There is no memory for a decoder.
+    #[error("no memory for a {0} decoder")]
+    Memory(Coding),
+}

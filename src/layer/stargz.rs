@@ -1,0 +1,102 @@
+//! eStargz (and its forerunner CRFS): where its table of contents is and how it is packed.
+//!
+//! The blob ends with an empty gzip member of 51 bytes whose extra field names the byte at which another member begins; what that one holds is the
+//! end of the tar, of which `stargz.index.json` is the last entry. The older form of the footer is 47 bytes long, because its
+//! extra field is no proper subfield. Described in containerd's stargz-snapshotter, docs/estargz.md.
+
+use std::ops::Range;
+
+use super::contents::{Format, MAX_JSON, Place, wrong};
+use super::json::Own;
+use super::{Coding, Indexer, LayerError};
+use crate::index::{Entry, EntrySink, IndexError, Parser};
+use crate::units::TarOffset;
+
+/// The annotation with the digest of the JSON.
+pub(super) const DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
+/// The name that the table of contents has in the tar.
+const NAME: &[u8] = b"stargz.index.json";
+
+const FOOTER: usize = 51;
+const OLD_FOOTER: usize = 47;
+
+/// What a blob's last bytes say if they are such a footer.
+pub(super) fn footer(tail: &[u8], blob_len: u64) -> Option<Place> {
+    let last = |len: usize| tail.len().checked_sub(len).and_then(|from| tail.get(from..));
+    let (footer_len, offset) = last(FOOTER)
+        .and_then(|bytes| Some((FOOTER, extra(bytes, b"\x1a\0SG\x16\0")?)))
+        .or_else(|| last(OLD_FOOTER).and_then(|bytes| Some((OLD_FOOTER, extra(bytes, b"\x16\0")?))))?;
+    let end = blob_len.checked_sub(super::len_u64(footer_len))?;
+    Some(Place {
+        format: Format::Stargz,
+        blob: offset..end,
+        json_len: None,
+    })
+}
+
+/// The number in the extra field of a gzip member: ten bytes of header, the field's length and name, then `%016xSTARGZ`.
+fn extra(member: &[u8], field: &[u8]) -> Option<u64> {
+    let rest = member
+        .strip_prefix(b"\x1f\x8b\x08\x04")?
+        .get(6..)?
+        .strip_prefix(field)?;
+    let digits = rest
+        .get(..16)
+        .filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))?;
+    rest[16..].starts_with(b"STARGZ").then_some(())?;
+    u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
+}
+
+/// The member at the end, unpacked, and where the JSON lies in it.
+pub(super) fn unpack(stored: &[u8]) -> Result<(Vec<u8>, Range<usize>), LayerError> {
+    let mut member = Vec::new();
+    let mut indexer = Indexer::new(Coding::Gzip, u64::MAX).limit(MAX_JSON);
+    for piece in stored.chunks(64 << 10) {
+        indexer.feed(piece, &mut |bytes| member.extend_from_slice(bytes))?;
+    }
+    indexer.finish()?;
+    let entry = find(&member)?;
+    let payload = entry.payload();
+    let range = usize::try_from(payload.start.0)
+        .ok()
+        .zip(usize::try_from(payload.end().0).ok());
+    let (from, to) = range.ok_or_else(|| wrong("it is too long"))?;
+    if to > member.len() {
+        return Err(wrong("it is cut short"));
+    }
+    Ok((member, from..to))
+}
+
+/// The table of contents as a file of the layer: it is one, and whoever unpacks the layer gets it.
+pub(super) fn own_entry(member: &[u8], blob: u64) -> Result<Own, LayerError> {
+    let entry = find(member)?;
+    Ok(Own {
+        inner: entry.payload().start.0,
+        entry,
+        blob,
+    })
+}
+
+/// The entry of the table of contents in the last member.
+fn find(member: &[u8]) -> Result<Entry, LayerError> {
+    /// Keeps the entry with the right name.
+    struct Finder(Option<Entry>);
+    impl EntrySink for Finder {
+        fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+            if entry.path == NAME {
+                self.0 = Some(entry.clone());
+            }
+            Ok(())
+        }
+    }
+    let mut finder = Finder(None);
+    let mut parser = Parser::new();
+    let outcome = parser
+        .feed(TarOffset(0), member, &mut finder)
+        .and_then(|()| parser.finish(TarOffset(super::len_u64(member.len()))));
+    match (outcome, finder.0) {
+        (Ok(_), Some(entry)) => Ok(entry),
+        (Ok(_), None) => Err(wrong("there is no stargz.index.json where the footer says")),
+        (Err(error), _) => Err(wrong(error.to_string())),
+    }
+}
