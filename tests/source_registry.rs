@@ -120,6 +120,7 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
         deadline,
         memory_bytes: 256 << 10,
         prefetch: false,
+        head_deadline: Duration::from_secs(1),
         ..FetchOptions::default()
     };
     Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
@@ -410,36 +411,33 @@ fn mirrors_are_asked_first_and_may_die() {
         mirror.host(),
         mirror.host()
     );
-    let options = hosts(dir.path(), "registry.example", &text);
-    let image = find("docker://registry.example/some/image:v1", &options).unwrap();
-    assert!(origin.take_log().is_empty());
-    assert!(
-        mirror
-            .take_log()
-            .iter()
-            .all(|asked| asked.query.contains("ns=registry.example"))
-    );
-    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
-    read_for(&fetcher, &layer, Duration::from_millis(500));
-    assert!(origin.take_log().is_empty());
-    // It loses the blob: nobody notices.
-    mirror.rules(|rules| rules.lost = true);
-    read_for(&fetcher, &layer, Duration::from_millis(500));
-    let log = origin.take_log();
-    assert!(!log.is_empty() && log.iter().all(|asked| !asked.headers.contains_key("x-team")));
-    assert_eq!(fetcher.stats().errors, 0);
-    fetcher.shutdown();
-    // It dies altogether.
-    mirror.rules(|rules| rules.lost = false);
-    let image = find(
-        "docker://registry.example/some/image:v1",
-        &hosts(dir.path(), "registry.example", &text),
-    )
-    .unwrap();
-    let fetcher = self::fetcher(&access(&image, 0), Duration::from_secs(20));
-    read_for(&fetcher, &layer, Duration::from_millis(300));
-    mirror.stop();
-    read_for(&fetcher, &layer, Duration::from_millis(1500));
+    // It loses the blob; it says nothing any more; it is gone. Each time for another registry, which knows nothing of before.
+    for ill in ["lost", "silent", "gone"] {
+        let registry = format!("{ill}.example");
+        let options = hosts(dir.path(), &registry, &text);
+        let image = find(&format!("docker://{registry}/some/image:v1"), &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
+        read_for(&fetcher, &layer, Duration::from_millis(300));
+        assert!(origin.take_log().is_empty(), "{ill}");
+        let ours = |asked: &common::registry::Asked| asked.query.contains(&format!("ns={registry}"));
+        let served = |asked: &common::registry::Asked| asked.status == 206 && ours(asked);
+        assert!(mirror.take_log().iter().any(served), "{ill}");
+        match ill {
+            "lost" => mirror.rules(|rules| rules.lost = true),
+            "silent" => mirror.rules(|rules| (rules.lost, rules.silent) = (false, true)),
+            _ => mirror.stop(),
+        }
+        read_for(&fetcher, &layer, Duration::from_millis(1500));
+        let log = origin.take_log();
+        assert!(log.iter().any(|asked| asked.status == 206), "{ill}");
+        assert!(log.iter().all(|asked| !asked.headers.contains_key("x-team")), "{ill}");
+        if ill == "lost" {
+            assert_eq!(fetcher.stats().errors, 0);
+        }
+        fetcher.shutdown();
+        drop((image, fetcher));
+        mirror.rules(|rules| (rules.lost, rules.silent) = (false, false));
+    }
     // Tags are not asked of those that may not resolve them.
     origin.take_log();
     let options = hosts(dir.path(), "other.example", &text.replace(", \"resolve\"", ""));

@@ -41,6 +41,8 @@ pub(crate) struct Rules {
     pub(crate) referrers_api: bool,
     /// Every blob is said to be gone.
     pub(crate) lost: bool,
+    /// Requests are read and never answered.
+    pub(crate) silent: bool,
     /// A header that every request must have.
     pub(crate) wanted_header: Option<(String, String)>,
 }
@@ -55,6 +57,7 @@ impl Default for Rules {
             says_when: true,
             referrers_api: true,
             lost: false,
+            silent: false,
             wanted_header: None,
         }
     }
@@ -278,6 +281,9 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
             .unwrap_or(0);
         let mut body = vec![0; len];
         stream.read_exact(&mut body)?;
+        while lock(&shared.held).rules.silent && !shared.stopping.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(20));
+        }
         let mut asked = Asked {
             method,
             path: path.to_owned(),

@@ -155,6 +155,14 @@ impl BlobAccess {
         self.session.order(Need::Pull).len() > 1
     }
 
+    /// Notes that the endpoint which `failed` leads to is down or too busy: if there are others, they are asked first for a
+    /// while.
+    pub fn avoid(&self, failed: &Located) {
+        if self.has_alternatives() {
+            self.session.avoid(failed.at);
+        }
+    }
+
     /// A request that should work, on any runtime. `stale` is what was given before and no longer works: then it is found out
     /// by asking whether its credentials or its endpoint are at fault, and the answer has been seen to work. Without `stale`
     /// nothing is asked as long as what is known holds.

@@ -161,8 +161,13 @@ impl Session {
         if self.spec.endpoints.len() > 1 {
             let name = shown_url(&self.spec.endpoints[at].base);
             log::info!("{name}: {}; asking others for {DOWN:?}", failure.error);
-            lock(&self.hosts[at].state).down = Some(Instant::now());
+            self.avoid(at);
         }
+    }
+
+    /// Others are asked first for a while.
+    pub(super) fn avoid(&self, at: usize) {
+        lock(&self.hosts[at].state).down = Some(Instant::now());
     }
 
     /// The client for an endpoint.
@@ -463,9 +468,9 @@ impl Session {
         let client = self.client(at, realm.scheme() == "https")?;
         let asked = SystemTime::now();
         let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
-        pairs.push(("scope", scope));
         let request = if let Login::Identity(secret) = login {
             pairs.extend([
+                ("scope", scope),
                 ("grant_type", "refresh_token"),
                 ("client_id", "tarblk"),
                 ("refresh_token", secret.reveal()),
@@ -479,6 +484,7 @@ impl Session {
                 .body(form)
         } else {
             let mut url = realm.clone();
+            pairs.extend(scope.split(' ').map(|one| ("scope", one)));
             url.query_pairs_mut().extend_pairs(pairs);
             if let Login::Password { user, .. } = login {
                 url.query_pairs_mut().append_pair("account", user);
