@@ -791,3 +791,48 @@ fn proxies_of_the_environment_are_used_everywhere() {
     );
     assert!(!output.status.success() && !text.contains("wrong-secret"), "{text}");
 }
+
+#[test]
+fn a_plain_layer_is_walked_where_it_lies() {
+    use tarblk::source;
+    let registry = TestRegistry::start();
+    let mut tar = tar::Builder::new(Vec::new());
+    for number in 0..200_u32 {
+        let content = noise(usize::try_from(number * 37 % 20_000).unwrap(), u64::from(number));
+        let mut header = tar::Header::new_ustar();
+        header.set_size(u64::try_from(content.len()).unwrap());
+        header.set_mode(0o644);
+        tar.append_data(&mut header, format!("dir/file{number}"), content.as_slice())
+            .unwrap();
+    }
+    let layer = tar.into_inner().unwrap();
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(60));
+        rules.signed = Some(Duration::from_secs(60));
+    });
+    let name = ImageName::parse(&registry.name("some/image:v1")).unwrap();
+    let image = resolve(&name, &options()).unwrap();
+    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
+    assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
+    assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
+    let mut builder = tarblk::index::IndexBuilder::new();
+    let walked = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap();
+    let index = tarblk::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
+    assert_eq!(index.summary().files, 200);
+    let log = registry.take_log();
+    // The redirect is kept: storage is asked, the registry once or twice.
+    assert!(log.iter().filter(|asked| asked.status == 307).count() < 4);
+    assert!(
+        log.iter()
+            .all(|asked| !asked.storage || !asked.headers.contains_key("authorization"))
+    );
+    // What is not there is an error that says so.
+    put_image(&registry, "v2", &[(&noise(2000, 11), PLAIN)]);
+    let image = resolve(&ImageName::parse(&registry.name("some/image:v2")).unwrap(), &options()).unwrap();
+    registry.rules(|rules| rules.lost = true);
+    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
+    let mut builder = tarblk::index::IndexBuilder::new();
+    let error = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
+}

@@ -296,3 +296,41 @@ impl Holder {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+
+    use super::challenge::Challenge;
+    use super::*;
+
+    proptest! {
+        /// What strangers say never does more than make an error.
+        #[test]
+        fn nothing_that_is_read_panics(text in "\\PC{0,200}", kind in prop::sample::select(vec![OCI_INDEX, OCI_MANIFEST, ""])) {
+            drop(Manifest::parse(text.as_bytes(), kind));
+            drop(ImageConfig::parse(text.clone().into_bytes(), Digest::of(crate::digest::Algorithm::Sha256, b""), 1));
+            drop(ImageName::parse(&text));
+            drop(ImageName::parse(&format!("docker://{text}")));
+            drop(ImageName::parse(&format!("oci:{text}")));
+            drop(text.parse::<Platform>());
+            drop(LayerCoding::of(&text));
+            for text in [text.clone(), format!("Bearer realm={text}"), format!("Basic x=\"{text}\", Bearer {text}")] {
+                if let Ok(value) = HeaderValue::from_str(&text) {
+                    let mut headers = HeaderMap::new();
+                    headers.insert(WWW_AUTHENTICATE, value);
+                    drop(Challenge::of(&headers));
+                }
+            }
+        }
+
+        /// Names that are understood are understood again when they are shown.
+        #[test]
+        fn names_survive_being_shown(name in "([a-z0-9]{1,8}(\\.[a-z]{1,4})?(:[0-9]{1,5})?/)?[a-z0-9]{1,8}([._-][a-z0-9]{1,4})?(/[a-z]{1,5})?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,12})?") {
+            if let Ok(name) = ImageName::parse(&format!("docker://{name}")) {
+                prop_assert_eq!(ImageName::parse(&name.to_string()), Ok(name));
+            }
+        }
+    }
+}
