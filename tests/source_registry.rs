@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 mod common;
+mod scripted;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::registry::{Door, TestRegistry};
+use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
 use tarblk::source::registry::{
@@ -419,8 +420,8 @@ fn mirrors_are_asked_first_and_may_die() {
         let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
         read_for(&fetcher, &layer, Duration::from_millis(300));
         assert!(origin.take_log().is_empty(), "{ill}");
-        let ours = |asked: &common::registry::Asked| asked.query.contains(&format!("ns={registry}"));
-        let served = |asked: &common::registry::Asked| asked.status == 206 && ours(asked);
+        let ours = |asked: &Asked| asked.query.contains(&format!("ns={registry}"));
+        let served = |asked: &Asked| asked.status == 206 && ours(asked);
         assert!(mirror.take_log().iter().any(served), "{ill}");
         match ill {
             "lost" => mirror.rules(|rules| rules.lost = true),

@@ -4,7 +4,6 @@
 
 pub(crate) mod corpus;
 pub(crate) mod rawtar;
-pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;

@@ -1,6 +1,8 @@
 //! A registry that a test can script: the distribution API as far as it is used here, with a token server and an object
 //! storage of its own origin, on loopback. It checks every request as a strict registry would and keeps what it was asked.
 
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -27,6 +29,7 @@ pub(crate) enum Door {
 }
 
 /// What a test may change at any time.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Debug)]
 pub(crate) struct Rules {
     pub(crate) door: Door,
