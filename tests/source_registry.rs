@@ -837,3 +837,42 @@ fn a_plain_layer_is_walked_where_it_lies() {
     let error = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
 }
+
+#[test]
+fn passwords_that_change_are_looked_up_again() {
+    let registry = TestRegistry::start();
+    let layer = noise(4 << 20, 12);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    let dir = common::scratch("auth");
+    let path = dir.path().join("auth.json");
+    let keep = |pair: &str| {
+        let (user, password) = pair.split_once(':').unwrap();
+        let auths = serde_json::json!({ "auths": { registry.host(): { "username": user, "password": password } } });
+        std::fs::write(&path, auths.to_string()).unwrap();
+    };
+    let mut options = options();
+    options.keyring.authfile = Some(path.clone());
+    for (door, user) in [("basic", None), ("token", Some(()))] {
+        let change = |pair: &str| {
+            keep(pair);
+            registry.rules(|rules| match user {
+                None => rules.door = Door::Basic(pair.to_owned()),
+                Some(()) => {
+                    rules.door = Door::Token(Duration::from_secs(1));
+                    rules.token_user = Some(pair.to_owned());
+                }
+            });
+        };
+        change("me:first");
+        // Another repository each time, which knows nothing of before.
+        let repository = format!("{door}/image");
+        let manifest = manifest_of(&config_of("amd64", &[&layer]), &[(&layer, PLAIN)]);
+        registry.put_manifest(&repository, "v1", OCI_MANIFEST, &manifest);
+        let image = find(&registry.name(&format!("{repository}:v1")), &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(5));
+        read_for(&fetcher, &layer, Duration::from_millis(300));
+        change("me:second");
+        read_for(&fetcher, &layer, Duration::from_millis(1500));
+        assert_eq!(fetcher.stats().errors, 0, "{door}");
+    }
+}
