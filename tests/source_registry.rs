@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 mod common;
+mod scripted;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::registry::{Door, TestRegistry};
+use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
 use tarblk::source::registry::{
@@ -120,6 +121,7 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
         deadline,
         memory_bytes: 256 << 10,
         prefetch: false,
+        head_deadline: Duration::from_secs(1),
         ..FetchOptions::default()
     };
     Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
@@ -145,7 +147,7 @@ fn read_for(fetcher: &Fetcher, layer: &[u8], lasting: Duration) -> u32 {
                     let dice = noise(1 << 16, reader + 1);
                     while began.elapsed() < lasting {
                         let at = usize::from(dice[reads % dice.len()]) * (layer.len() - 5000) / 256;
-                        let bytes = read(fetcher, at as u64, 5000).unwrap();
+                        let bytes = read(fetcher, u64::try_from(at).unwrap(), 5000).unwrap();
                         assert_eq!(bytes, layer[at..at + 5000], "at {at}");
                         reads += 1;
                         std::thread::sleep(Duration::from_millis(5));
@@ -410,36 +412,33 @@ fn mirrors_are_asked_first_and_may_die() {
         mirror.host(),
         mirror.host()
     );
-    let options = hosts(dir.path(), "registry.example", &text);
-    let image = find("docker://registry.example/some/image:v1", &options).unwrap();
-    assert!(origin.take_log().is_empty());
-    assert!(
-        mirror
-            .take_log()
-            .iter()
-            .all(|asked| asked.query.contains("ns=registry.example"))
-    );
-    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
-    read_for(&fetcher, &layer, Duration::from_millis(500));
-    assert!(origin.take_log().is_empty());
-    // It loses the blob: nobody notices.
-    mirror.rules(|rules| rules.lost = true);
-    read_for(&fetcher, &layer, Duration::from_millis(500));
-    let log = origin.take_log();
-    assert!(!log.is_empty() && log.iter().all(|asked| !asked.headers.contains_key("x-team")));
-    assert_eq!(fetcher.stats().errors, 0);
-    fetcher.shutdown();
-    // It dies altogether.
-    mirror.rules(|rules| rules.lost = false);
-    let image = find(
-        "docker://registry.example/some/image:v1",
-        &hosts(dir.path(), "registry.example", &text),
-    )
-    .unwrap();
-    let fetcher = self::fetcher(&access(&image, 0), Duration::from_secs(20));
-    read_for(&fetcher, &layer, Duration::from_millis(300));
-    mirror.stop();
-    read_for(&fetcher, &layer, Duration::from_millis(1500));
+    // It loses the blob; it says nothing any more; it is gone. Each time for another registry, which knows nothing of before.
+    for ill in ["lost", "silent", "gone"] {
+        let registry = format!("{ill}.example");
+        let options = hosts(dir.path(), &registry, &text);
+        let image = find(&format!("docker://{registry}/some/image:v1"), &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
+        read_for(&fetcher, &layer, Duration::from_millis(300));
+        assert!(origin.take_log().is_empty(), "{ill}");
+        let ours = |asked: &Asked| asked.query.contains(&format!("ns={registry}"));
+        let served = |asked: &Asked| asked.status == 206 && ours(asked);
+        assert!(mirror.take_log().iter().any(served), "{ill}");
+        match ill {
+            "lost" => mirror.rules(|rules| rules.lost = true),
+            "silent" => mirror.rules(|rules| (rules.lost, rules.silent) = (false, true)),
+            _ => mirror.stop(),
+        }
+        read_for(&fetcher, &layer, Duration::from_millis(1500));
+        let log = origin.take_log();
+        assert!(log.iter().any(|asked| asked.status == 206), "{ill}");
+        assert!(log.iter().all(|asked| !asked.headers.contains_key("x-team")), "{ill}");
+        if ill == "lost" {
+            assert_eq!(fetcher.stats().errors, 0);
+        }
+        fetcher.shutdown();
+        drop((image, fetcher));
+        mirror.rules(|rules| (rules.lost, rules.silent) = (false, false));
+    }
     // Tags are not asked of those that may not resolve them.
     origin.take_log();
     let options = hosts(dir.path(), "other.example", &text.replace(", \"resolve\"", ""));
@@ -497,7 +496,7 @@ fn things_are_pushed_and_found_again() {
         let entry = Descriptor {
             media_type: OCI_MANIFEST.into(),
             digest: Digest::of(Algorithm::Sha256, &bytes),
-            size: bytes.len() as u64,
+            size: u64::try_from(bytes.len()).unwrap(),
             annotations: [("a".to_owned(), "b".to_owned())].into(),
             artifact_type: Some(kind.into()),
             platform: None,
@@ -565,6 +564,7 @@ fn a_layout_is_read_and_checked() {
     std::fs::write(blob(&layer_digest), &layer[1..]).unwrap();
     let error = find(&name(":one"), &options()).unwrap_err().to_string();
     assert!(error.contains("999 bytes"), "{error}");
+    std::fs::write(blob(&layer_digest), &layer).unwrap();
     std::fs::write(blob(&config_digest), vec![b' '; config.len()]).unwrap();
     assert!(matches!(
         find(&name(":one"), &options()).unwrap_err(),
@@ -577,4 +577,303 @@ fn a_layout_is_read_and_checked() {
             .to_string()
             .contains("2.0.0")
     );
+}
+
+/// A certificate authority and what it signed, in PEM files.
+struct Certificates {
+    dir: tempfile::TempDir,
+}
+
+impl Certificates {
+    fn make() -> Self {
+        let dir = common::scratch("certificates");
+        let script = "set -e; cd \"$1\"
+            new() { openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout $1.key -subj /CN=$1 \"$2\" -out $3; }
+            new ca -x509 ca.pem
+            printf 'subjectAltName=IP:127.0.0.1,DNS:localhost' >server.ext
+            printf 'extendedKeyUsage=clientAuth' >client.ext
+            for who in server client; do
+                new $who -batch $who.csr
+                openssl x509 -req -in $who.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile $who.ext -out $who.pem
+            done";
+        common::succeed(
+            std::process::Command::new("sh")
+                .args(["-c", script, "sh"])
+                .arg(dir.path()),
+        );
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A server that wants to see a client certificate, if `strict`.
+    fn server(&self, strict: bool) -> Arc<rustls::ServerConfig> {
+        use rustls::pki_types::pem::PemObject;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let builder = if strict {
+            let mut roots = rustls::RootCertStore::empty();
+            roots
+                .add(CertificateDer::from_pem_file(self.path("ca.pem")).unwrap())
+                .unwrap();
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+            builder.with_client_cert_verifier(verifier.build().unwrap())
+        } else {
+            builder.with_no_client_auth()
+        };
+        let chain = vec![CertificateDer::from_pem_file(self.path("server.pem")).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(self.path("server.key")).unwrap();
+        Arc::new(builder.with_single_cert(chain, key).unwrap())
+    }
+}
+
+#[test]
+fn private_authorities_and_client_certificates_are_used_everywhere() {
+    if !common::have("openssl") {
+        return common::skip("private_authorities", "openssl is not installed");
+    }
+    let certificates = Certificates::make();
+    let registry = TestRegistry::start_with(&Some(certificates.server(true)));
+    let layer = noise(4 << 20, 9);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| rules.door = Door::Token(Duration::from_secs(2)));
+    let name = registry.name("some/image:v1");
+    // Nobody said whom to believe.
+    let error = find(&name, &options()).unwrap_err().to_string();
+    assert!(error.contains("certificate"), "{error}");
+    let dir = common::scratch("hosts");
+    let ca = certificates.path("ca.pem");
+    let host = registry.host();
+    let only_ca = format!("server = \"https://{host}\"\nca = {:?}\n", ca.display());
+    let error = find(&name, &hosts(dir.path(), &host, &only_ca))
+        .unwrap_err()
+        .to_string();
+    assert!(!error.contains("not valid"), "{error}");
+    let text = format!(
+        "{only_ca}client = [[{:?}, {:?}]]\n",
+        certificates.path("client.pem").display(),
+        certificates.path("client.key").display()
+    );
+    let image = find(&name, &hosts(dir.path(), &host, &text)).unwrap();
+    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(10));
+    read_for(&fetcher, &layer, Duration::from_secs(3));
+    assert_eq!(fetcher.stats().errors, 0);
+    // The directory of certificates that Docker has, too.
+    let dir = common::scratch("certs.d");
+    let place = dir.path().join(&host);
+    std::fs::create_dir_all(&place).unwrap();
+    for (from, to) in [
+        ("ca.pem", "ca.crt"),
+        ("client.pem", "client.cert"),
+        ("client.key", "client.key"),
+    ] {
+        std::fs::copy(certificates.path(from), place.join(to)).unwrap();
+    }
+    let mut options = options();
+    options.hosts_dir = dir.path().to_owned();
+    find(&name, &options).unwrap();
+}
+
+/// A proxy that opens tunnels for those who know its password, and counts them.
+fn proxy(password: &'static str) -> (std::net::SocketAddr, Arc<std::sync::atomic::AtomicU32>) {
+    use std::io::{BufRead, BufReader, Write, copy};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicU32, Ordering};
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let opened = Arc::new(AtomicU32::new(0));
+    let counter = opened.clone();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (Ok(mut client), counter) = (client, counter.clone()) else {
+                continue;
+            };
+            std::thread::spawn(move || {
+                let mut reader = BufReader::new(client.try_clone().unwrap());
+                let mut head = Vec::new();
+                loop {
+                    let mut line = String::new();
+                    reader.read_line(&mut line).unwrap();
+                    if line.trim().is_empty() {
+                        break;
+                    }
+                    head.push(line.trim().to_owned());
+                }
+                let Some(target) = head[0].strip_prefix("CONNECT ").and_then(|rest| rest.split(' ').next()) else {
+                    return;
+                };
+                let wanted = format!("proxy-authorization: basic {password}");
+                if !head.iter().any(|line| line.eq_ignore_ascii_case(&wanted)) {
+                    let _ =
+                        client.write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n");
+                    return;
+                }
+                let mut server = TcpStream::connect(target).unwrap();
+                client
+                    .write_all(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    .unwrap();
+                counter.fetch_add(1, Ordering::SeqCst);
+                let (mut back, mut there) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let answers = std::thread::spawn(move || copy(&mut server, &mut back));
+                let _ = copy(&mut reader, &mut there);
+                let _ = there.shutdown(std::net::Shutdown::Both);
+                let _ = answers.join();
+            });
+        }
+    });
+    (address, opened)
+}
+
+#[test]
+fn proxies_of_the_environment_are_used_everywhere() {
+    use std::sync::atomic::Ordering;
+    const INSIDE: &str = "TARBLK_TEST_BEHIND_PROXY";
+    if let Ok(told) = std::env::var(INSIDE) {
+        // In a process of its own, whose environment names the proxy.
+        let (host, dir) = told.split_once(' ').unwrap();
+        let mut options = options();
+        options.hosts_dir = dir.into();
+        let image = find(&format!("docker://{host}/some/image:v1"), &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(10));
+        assert_eq!(read(&fetcher, 0, 300_000).unwrap(), noise(300_000, 10));
+        return;
+    }
+    if !common::have("openssl") {
+        return common::skip("proxies_of_the_environment", "openssl is not installed");
+    }
+    let certificates = Certificates::make();
+    let registry = TestRegistry::start_with(&Some(certificates.server(false)));
+    put_image(&registry, "v1", &[(&noise(300_000, 10), PLAIN)]);
+    let dir = common::scratch("hosts");
+    let host = format!("localhost:{}", registry.port());
+    let text = format!(
+        "server = \"https://{host}\"\nca = {:?}\n",
+        certificates.path("ca.pem").display()
+    );
+    hosts(dir.path(), &host, &text);
+    // me:secret
+    let (address, opened) = proxy("bWU6c2VjcmV0");
+    let run = |proxy: &str, without: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "proxies_of_the_environment_are_used_everywhere",
+                "--nocapture",
+            ])
+            .env(INSIDE, format!("{host} {}", dir.path().display()))
+            .env("HTTPS_PROXY", proxy)
+            .env("NO_PROXY", without)
+            .env_remove("https_proxy")
+            .env_remove("no_proxy")
+            .output()
+            .unwrap()
+    };
+    let output = run(&format!("http://me:secret@{address}"), "");
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{text}");
+    // Two clients: one that finds the image, one that fetches its bytes.
+    assert!(opened.swap(0, Ordering::SeqCst) >= 2);
+    let output = run(&format!("http://me:secret@{address}"), "localhost");
+    assert!(output.status.success() && opened.load(Ordering::SeqCst) == 0);
+    let output = run(&format!("http://me:wrong-secret@{address}"), "");
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(!output.status.success() && !text.contains("wrong-secret"), "{text}");
+}
+
+#[test]
+fn a_plain_layer_is_walked_where_it_lies() {
+    use tarblk::source;
+    let registry = TestRegistry::start();
+    let mut tar = tar::Builder::new(Vec::new());
+    for number in 0..200_u32 {
+        let content = noise(usize::try_from(number * 37 % 20_000).unwrap(), u64::from(number));
+        let mut header = tar::Header::new_ustar();
+        header.set_size(u64::try_from(content.len()).unwrap());
+        header.set_mode(0o644);
+        tar.append_data(&mut header, format!("dir/file{number}"), content.as_slice())
+            .unwrap();
+    }
+    let layer = tar.into_inner().unwrap();
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(60));
+        rules.signed = Some(Duration::from_secs(60));
+    });
+    let name = ImageName::parse(&registry.name("some/image:v1")).unwrap();
+    let image = resolve(&name, &options()).unwrap();
+    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
+    assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
+    assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
+    let mut builder = tarblk::index::IndexBuilder::new();
+    let walked = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap();
+    let index = tarblk::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
+    assert_eq!(index.summary().files, 200);
+    let log = registry.take_log();
+    // The redirect is kept: storage is asked, the registry once or twice.
+    assert!(log.iter().filter(|asked| asked.status == 307).count() < 4);
+    assert!(
+        log.iter()
+            .all(|asked| !asked.storage || !asked.headers.contains_key("authorization"))
+    );
+    // What is not there is an error that says so.
+    put_image(&registry, "v2", &[(&noise(2000, 11), PLAIN)]);
+    let image = resolve(&ImageName::parse(&registry.name("some/image:v2")).unwrap(), &options()).unwrap();
+    registry.rules(|rules| rules.lost = true);
+    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
+    let mut builder = tarblk::index::IndexBuilder::new();
+    let error = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
+}
+
+#[test]
+fn passwords_that_change_are_looked_up_again() {
+    let registry = TestRegistry::start();
+    let layer = noise(4 << 20, 12);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    let dir = common::scratch("auth");
+    let path = dir.path().join("auth.json");
+    let keep = |pair: &str| {
+        let (user, password) = pair.split_once(':').unwrap();
+        let auths = serde_json::json!({ "auths": { registry.host(): { "username": user, "password": password } } });
+        std::fs::write(&path, auths.to_string()).unwrap();
+    };
+    let mut options = options();
+    options.keyring.authfile = Some(path.clone());
+    for door in ["basic", "token"] {
+        let change = |pair: &str| {
+            keep(pair);
+            registry.rules(|rules| {
+                if door == "basic" {
+                    rules.door = Door::Basic(pair.to_owned());
+                } else {
+                    rules.door = Door::Token(Duration::from_secs(1));
+                    rules.token_user = Some(pair.to_owned());
+                }
+            });
+        };
+        change("me:first");
+        // Another repository each time, which knows nothing of before.
+        let repository = format!("{door}/image");
+        let manifest = manifest_of(&config_of("amd64", &[&layer]), &[(&layer, PLAIN)]);
+        registry.put_manifest(&repository, "v1", OCI_MANIFEST, &manifest);
+        let image = find(&registry.name(&format!("{repository}:v1")), &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(5));
+        read_for(&fetcher, &layer, Duration::from_millis(300));
+        change("me:second");
+        read_for(&fetcher, &layer, Duration::from_millis(1500));
+        assert_eq!(fetcher.stats().errors, 0, "{door}");
+    }
 }

@@ -189,6 +189,8 @@ fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Att
         .map_err(failed("write a log"))?;
     let mut child = Command::new(&launcher.program)
         .args(&launcher.arguments)
+        // What it needs of that it is told through the pipe; a process's environment is there to be read all its life.
+        .env_remove("TARBLK_CREDS")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(log_file)

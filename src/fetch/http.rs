@@ -173,7 +173,7 @@ impl Client {
                 Err(failure) => {
                     layer.forget_target(&url);
                     if url == spot.url && !matches!(failure, Failure::Away { stale: true, .. }) {
-                        layer.doubt();
+                        layer.doubt(&spot);
                     }
                     return Err(failure);
                 }
@@ -232,7 +232,7 @@ impl Client {
                     drain(body, lease, self.options.stall_deadline);
                     layer.forget_target(&url);
                     if url == spot.url {
-                        layer.doubt();
+                        layer.doubt(&spot);
                     }
                     let after = after.map(|wanted| wanted.min(LONGEST_RETRY_AFTER));
                     return Err(Failure::Away {

@@ -12,7 +12,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// Until when to use `url`, of which somebody told us just `now`.
 ///
 /// Known are AWS's and Google's signatures (`X-Amz-Date` with `X-Amz-Expires`, the same with `X-Goog-`), the older form of
-/// both and CloudFront's (`Expires`, seconds since 1970), and Azure's (`se`, a time). A time that is over already means that
+/// both and `CloudFront`'s (`Expires`, seconds since 1970), and Azure's (`se`, a time). A time that is over already means that
 /// one of the clocks is wrong; then nothing is known.
 #[must_use]
 pub fn of_url(url: &Url, now: SystemTime) -> Option<SystemTime> {
@@ -33,7 +33,7 @@ pub fn of_url(url: &Url, now: SystemTime) -> Option<SystemTime> {
         .or_else(|| SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(value("Expires")?.parse().ok()?)))
         .or_else(|| Some(value("se")?.parse::<Timestamp>().ok()?.into()))?;
     let left = end.duration_since(now).ok().filter(|left| !left.is_zero())?;
-    now.checked_add(left - (left / 10).min(MARGIN))
+    now.checked_add(left.saturating_sub((left / 10).min(MARGIN)))
 }
 
 #[cfg(test)]

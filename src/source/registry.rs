@@ -5,15 +5,17 @@
 //! they are read, and their sizes are bounded. Layers are checked by whoever reads them.
 //!
 //! Parts: `reference` (names), `hosts` (which servers), `credentials` and `challenge` (logging in), `session` (requests),
-//! `access` (a blob's bytes, now and later), `client` (reading and writing for those who may wait), `manifest`, `oci_layout`.
+//! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for those who may wait), `manifest`, `oci_layout`.
 
 mod access;
+mod answer;
 mod challenge;
 mod client;
 mod credentials;
 mod hosts;
 mod manifest;
 mod oci_layout;
+mod redirect;
 mod reference;
 mod session;
 
@@ -105,52 +107,71 @@ pub enum BlobPlace {
 /// # Errors
 /// [`SourceError`], in one line that names the image, the cause and what to do.
 pub fn resolve(name: &ImageName, options: &RegistryOptions) -> Result<Image, SourceError> {
-    let place = match name {
-        ImageName::Registry(reference) => Holder::Registry(Registry::new(reference, options)?),
-        ImageName::Layout(layout) => Holder::Layout(Layout::open(&layout.dir)?),
-    };
+    let found = find(name, options)?;
+    let config = found.config()?;
+    Ok(found.with(config))
+}
+
+/// An image whose manifest is here and whose configuration is not: what needs only the digests of its layers can be done
+/// while [`config`](Self::config) waits for that.
+#[derive(Debug)]
+pub struct Found {
+    name: ImageName,
+    manifest_digest: Digest,
+    layers: Vec<(Descriptor, LayerCoding, BlobPlace)>,
+    config: Descriptor,
+    holder: Holder,
+    wanted: Platform,
+    insisted: bool,
+}
+
+/// Finds an image's manifest, through indexes if need be: in one request, or two. See [`resolve`].
+///
+/// # Errors
+/// [`SourceError`].
+pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, SourceError> {
     let bad = |why: String| SourceError::Image {
         name: name.to_string(),
         why,
     };
     let wanted = options.platform.clone().unwrap_or_else(Platform::here);
-    let mut fetched = match (&place, name) {
-        (Holder::Registry(registry), ImageName::Registry(reference)) => registry.manifest(&reference.version)?,
-        (Holder::Layout(layout), ImageName::Layout(name)) => place.manifest(&layout.find(name)?)?,
-        _ => unreachable!("the place was made from the name"),
+    let (holder, mut fetched) = match name {
+        ImageName::Registry(reference) => {
+            let registry = Registry::new(reference, options)?;
+            let fetched = registry.manifest(&reference.version)?;
+            (Holder::Registry(registry), fetched)
+        }
+        ImageName::Layout(name) => {
+            let layout = Layout::open(&name.dir)?;
+            let descriptor = layout.find(name)?;
+            let holder = Holder::Layout(layout);
+            let fetched = holder.manifest(&descriptor)?;
+            (holder, fetched)
+        }
     };
     for _ in 0..DEEPEST_INDEX {
         match Manifest::parse(&fetched.bytes, &fetched.media_type).map_err(bad)? {
             Manifest::Index(manifests) => {
                 let chosen = manifest::choose(&manifests, &wanted).map_err(bad)?;
-                fetched = place.manifest(chosen)?;
+                fetched = holder.manifest(chosen)?;
             }
             Manifest::Image { config, layers } => {
-                let json = place.small(&config, "configuration", LONGEST_CONFIG)?;
-                let config = ImageConfig::parse(json, config.digest, layers.len()).map_err(bad)?;
-                if !config.serves(&wanted) {
-                    if options.platform.is_some() {
-                        return Err(bad(format!("the image is for {}, not for {wanted}", config.platform)));
-                    }
-                    log::warn!("{name}: the image is for {}; this machine is {wanted}", config.platform);
-                }
-                let layers = layers.into_iter().zip(&config.diff_ids).enumerate();
-                let layers = layers.map(|(number, (descriptor, diff_id))| {
+                let count = layers.len();
+                let layers = layers.into_iter().enumerate().map(|(number, descriptor)| {
                     let coding = LayerCoding::of(&descriptor.media_type)
-                        .map_err(|why| bad(format!("layer {} of {} {why}", number + 1, config.diff_ids.len())))?;
-                    Ok(ImageLayer {
-                        place: place.blob(&descriptor)?,
-                        coding,
-                        diff_id: Some(diff_id.clone()),
-                        descriptor,
-                    })
+                        .map_err(|why| bad(format!("layer {} of {count} {why}", number + 1)))?;
+                    let place = holder.blob(&descriptor)?;
+                    Ok((descriptor, coding, place))
                 });
                 let layers = layers.collect::<Result<_, SourceError>>()?;
-                return Ok(Image {
-                    name: name.to_string(),
+                return Ok(Found {
+                    name: name.clone(),
                     manifest_digest: fetched.digest,
                     layers,
                     config,
+                    holder,
+                    wanted,
+                    insisted: options.platform.is_some(),
                 });
             }
         }
@@ -158,7 +179,78 @@ pub fn resolve(name: &ImageName, options: &RegistryOptions) -> Result<Image, Sou
     Err(bad("indexes within indexes without end".to_owned()))
 }
 
+impl Found {
+    /// Of the image's own manifest.
+    #[must_use]
+    pub const fn manifest_digest(&self) -> &Digest {
+        &self.manifest_digest
+    }
+
+    /// What the manifest says of its layers, the lowest first.
+    #[must_use]
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = &Descriptor> {
+        self.layers.iter().map(|(descriptor, ..)| descriptor)
+    }
+
+    /// The repository that holds it, if it is in a registry.
+    #[must_use]
+    pub const fn registry(&self) -> Option<&Registry> {
+        match &self.holder {
+            Holder::Registry(registry) => Some(registry),
+            Holder::Layout(_) => None,
+        }
+    }
+
+    /// Brings the configuration, and compares it with what was wanted.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn config(&self) -> Result<ImageConfig, SourceError> {
+        let bad = |why: String| SourceError::Image {
+            name: self.name.to_string(),
+            why,
+        };
+        let json = self.holder.small(&self.config, "configuration", LONGEST_CONFIG)?;
+        let config = ImageConfig::parse(json, self.config.digest.clone(), self.layers.len()).map_err(bad)?;
+        if !config.serves(&self.wanted) {
+            if self.insisted {
+                return Err(bad(format!(
+                    "the image is for {}, not for {}",
+                    config.platform, self.wanted
+                )));
+            }
+            log::warn!(
+                "{}: the image is for {}; this machine is {}",
+                self.name,
+                config.platform,
+                self.wanted
+            );
+        }
+        Ok(config)
+    }
+
+    /// The whole image, with its configuration.
+    #[must_use]
+    pub fn with(self, config: ImageConfig) -> Image {
+        let layers = self.layers.into_iter().enumerate();
+        Image {
+            name: self.name.to_string(),
+            manifest_digest: self.manifest_digest,
+            layers: layers
+                .map(|(number, (descriptor, coding, place))| ImageLayer {
+                    descriptor,
+                    coding,
+                    diff_id: config.diff_ids.get(number).cloned(),
+                    place,
+                })
+                .collect(),
+            config,
+        }
+    }
+}
+
 /// Where an image's parts are.
+#[derive(Debug)]
 enum Holder {
     Registry(Registry),
     Layout(Layout),
@@ -202,5 +294,43 @@ impl Holder {
             Self::Registry(registry) => BlobPlace::Registry(registry.blob(&descriptor.digest, descriptor.size)),
             Self::Layout(layout) => BlobPlace::File(layout.path(descriptor)?),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
+
+    use super::challenge::Challenge;
+    use super::*;
+
+    proptest! {
+        /// What strangers say never does more than make an error.
+        #[test]
+        fn nothing_that_is_read_panics(text in "\\PC{0,200}", kind in prop::sample::select(vec![OCI_INDEX, OCI_MANIFEST, ""])) {
+            drop(Manifest::parse(text.as_bytes(), kind));
+            drop(ImageConfig::parse(text.clone().into_bytes(), Digest::of(crate::digest::Algorithm::Sha256, b""), 1));
+            drop(ImageName::parse(&text));
+            drop(ImageName::parse(&format!("docker://{text}")));
+            drop(ImageName::parse(&format!("oci:{text}")));
+            drop(text.parse::<Platform>());
+            drop(LayerCoding::of(&text));
+            for text in [text.clone(), format!("Bearer realm={text}"), format!("Basic x=\"{text}\", Bearer {text}")] {
+                if let Ok(value) = HeaderValue::from_str(&text) {
+                    let mut headers = HeaderMap::new();
+                    headers.insert(WWW_AUTHENTICATE, value);
+                    drop(Challenge::of(&headers));
+                }
+            }
+        }
+
+        /// Names that are understood are understood again when they are shown.
+        #[test]
+        fn names_survive_being_shown(name in "([a-z0-9]{1,8}(\\.[a-z]{1,4})?(:[0-9]{1,5})?/)?[a-z0-9]{1,8}([._-][a-z0-9]{1,4})?(/[a-z]{1,5})?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,12})?") {
+            if let Ok(name) = ImageName::parse(&format!("docker://{name}")) {
+                prop_assert_eq!(ImageName::parse(&name.to_string()), Ok(name));
+            }
+        }
     }
 }

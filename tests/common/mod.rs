@@ -5,7 +5,6 @@
 pub(crate) mod corpus;
 pub(crate) mod images;
 pub(crate) mod rawtar;
-pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;

@@ -1,7 +1,7 @@
 //! Where a layer is right now. In: a fixed URL, or a blob of a registry whose tokens and endpoints change. Out: the spot to
 //! ask next, and names fit for messages and for the store.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -46,7 +46,7 @@ impl Spot {
         })
     }
 
-    fn of(located: Located) -> Result<Self, String> {
+    fn of(located: &Located) -> Result<Self, String> {
         Ok(Self {
             trust: located.trust.clone(),
             located: Some(located.clone()),
@@ -84,28 +84,24 @@ enum Place {
 struct Moving {
     access: Arc<BlobAccess>,
     spot: RefCell<Option<Rc<Spot>>>,
-    /// The spot failed in a way that another endpoint may not.
-    doubted: Cell<bool>,
     /// Held by whoever finds it, so that the others wait for the answer.
     finding: tokio::sync::Mutex<()>,
 }
 
 impl RemoteLayer {
     pub(crate) fn new(layer: &HttpLayer) -> Result<Self, StartError> {
-        let place = match &layer.access {
-            Some(access) => Place::Registry(Box::new(Moving {
+        let place = if let Some(access) = &layer.access {
+            Place::Registry(Box::new(Moving {
                 access: access.clone(),
                 spot: RefCell::default(),
-                doubted: Cell::new(false),
                 finding: tokio::sync::Mutex::new(()),
-            })),
-            None => {
-                let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
-                    url: without_secrets(&layer.url),
-                    why,
-                })?;
-                Place::Fixed(Rc::new(spot))
-            }
+            }))
+        } else {
+            let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
+                url: without_secrets(&layer.url),
+                why,
+            })?;
+            Place::Fixed(Rc::new(spot))
         };
         Ok(Self {
             name: match &layer.access {
@@ -150,25 +146,21 @@ impl RemoteLayer {
         if let Some(spot) = moving.current(stale) {
             return Ok(spot);
         }
-        let doubted = moving.doubted.take();
-        let old = moving.spot.borrow().clone();
-        let old = old.filter(|_| stale.is_some() || doubted);
-        let old = old.as_ref().and_then(|spot| spot.located.as_ref());
+        let old = stale.and_then(|spot| spot.located.as_ref());
         let located = moving.access.locate(old).await;
-        if located.is_err() {
-            moving.doubted.set(doubted);
-        }
-        let spot = Rc::new(Spot::of(located.map_err(failure)?).map_err(Failure::suspect)?);
+        let spot = Rc::new(Spot::of(&located.map_err(|error| failure(&error))?).map_err(Failure::suspect)?);
         *moving.spot.borrow_mut() = Some(spot.clone());
         Ok(spot)
     }
 
-    /// Next time another endpoint may be asked, if there is one.
-    pub(crate) fn doubt(&self) {
+    /// The spot does not answer, or not now: next time another endpoint is asked, if there is one.
+    pub(crate) fn doubt(&self, spot: &Rc<Spot>) {
         if let Place::Registry(moving) = &self.place
             && moving.access.has_alternatives()
+            && let Some(located) = &spot.located
         {
-            moving.doubted.set(true);
+            moving.access.avoid(located);
+            moving.spot.borrow_mut().take_if(|kept| Rc::ptr_eq(kept, spot));
         }
     }
 
@@ -194,20 +186,21 @@ impl RemoteLayer {
 impl Moving {
     fn current(&self, stale: Option<&Rc<Spot>>) -> Option<Rc<Spot>> {
         let spot = self.spot.borrow().clone()?;
-        let known_bad = stale.is_some_and(|stale| Rc::ptr_eq(stale, &spot)) || self.doubted.get();
+        let known_bad = stale.is_some_and(|stale| Rc::ptr_eq(stale, &spot));
         (spot.holds() && !known_bad).then_some(spot)
     }
 }
 
 /// What a failure to find the blob means for those who want its bytes.
-fn failure(error: SourceError) -> Failure {
+fn failure(error: &SourceError) -> Failure {
     match error {
         SourceError::Unreachable { .. } | SourceError::WrongAnswer { .. } => Failure::away(error.to_string()),
         _ => Failure::Suspect {
             why: error.to_string(),
-            status: Some(match &error {
-                error if error.is_absence() => hyper::StatusCode::NOT_FOUND,
-                _ => hyper::StatusCode::FORBIDDEN,
+            status: Some(if error.is_absence() {
+                hyper::StatusCode::NOT_FOUND
+            } else {
+                hyper::StatusCode::FORBIDDEN
             }),
         },
     }

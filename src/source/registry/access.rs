@@ -10,7 +10,8 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use super::session::{Grant, Need, Session, Spec, State, lock, refusal};
+use super::answer::refusal;
+use super::session::{Grant, Need, Session, Spec, State, lock};
 use crate::digest::Digest;
 use crate::source::http::Failure;
 use crate::source::tls::Trust;
@@ -154,6 +155,14 @@ impl BlobAccess {
         self.session.order(Need::Pull).len() > 1
     }
 
+    /// Notes that the endpoint which `failed` leads to is down or too busy: if there are others, they are asked first for a
+    /// while.
+    pub fn avoid(&self, failed: &Located) {
+        if self.has_alternatives() {
+            self.session.avoid(failed.at);
+        }
+    }
+
     /// A request that should work, on any runtime. `stale` is what was given before and no longer works: then it is found out
     /// by asking whether its credentials or its endpoint are at fault, and the answer has been seen to work. Without `stale`
     /// nothing is asked as long as what is known holds.
@@ -171,7 +180,7 @@ impl BlobAccess {
             && let Some(&at) = order.first()
             && self.session.is_known(at)
         {
-            let url = self.url(at).await?;
+            let url = self.session.url(at, &self.what());
             match self.session.grant(at, Need::Pull, &url, None).await {
                 Ok(grant) => return Ok(self.located(at, &url, &grant)),
                 Err(failure) if order.len() == 1 => return Err(failure),
@@ -202,17 +211,15 @@ impl BlobAccess {
         })
     }
 
-    async fn url(&self, at: usize) -> Result<Url, Failure> {
-        self.session.url(at, &format!("blobs/{}", self.digest)).await
+    /// What to ask an endpoint for.
+    fn what(&self) -> String {
+        format!("blobs/{}", self.digest)
     }
 
     /// Asks an endpoint for one byte: the cheapest request that means the same as the ones to come.
     async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<Located, Failure> {
-        let url = self.url(at).await?;
-        let (response, grant) = self
-            .session
-            .send(at, Need::Pull, &url, stale, &ranged("bytes=0-0"))
-            .await?;
+        let make = ranged("bytes=0-0");
+        let (url, response, grant) = self.session.ask(at, Need::Pull, &self.what(), stale, &make).await?;
         let status = response.status();
         if status.is_success() || status.is_redirection() || status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(self.located(at, &url, &grant));
@@ -270,8 +277,7 @@ impl BlobAccess {
         at: usize,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<Response, Failure> {
-        let url = self.url(at).await?;
-        let (response, grant) = self.session.send(at, Need::Pull, &url, None, make).await?;
+        let (url, response, grant) = self.session.ask(at, Need::Pull, &self.what(), None, make).await?;
         let (response, led_to) = self.session.chase(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
             let place = led_to.unwrap_or(url);

@@ -94,7 +94,7 @@ impl TokenAnswer {
         let life = Duration::from_secs(life.min(LONGEST_LIFE));
         Some(Token {
             secret: Secret::new(text),
-            until: asked + (life - (life / 10).min(MARGIN)),
+            until: asked + life.saturating_sub((life / 10).min(MARGIN)),
         })
     }
 }
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(life(r#"{"token":"a","expires_in":0}"#), Some(Duration::from_secs(54)));
         assert_eq!(
             life(r#"{"token":"a","expires_in":18446744073709551615}"#),
-            Some(Duration::from_secs(LONGEST_LIFE) - MARGIN)
+            Some(Duration::from_secs(LONGEST_LIFE - MARGIN.as_secs()))
         );
         assert_eq!(life(r#"{"token":"a\nb"}"#), None);
         assert_eq!(life("{}"), None);

@@ -10,10 +10,11 @@ use url::Url;
 
 use super::RegistryOptions;
 use super::access::BlobAccess;
+use super::answer::{body, refusal};
 use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
-use super::session::{Grant, Need, Session, Spec, body, refusal};
+use super::session::{Need, Session, Spec};
 use crate::digest::{Algorithm, Digest};
 use crate::source::http::{Failure, Tries};
 use crate::source::{SourceError, net, shown_url};
@@ -122,8 +123,7 @@ impl Registry {
         what: &str,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Url, Response), Failure> {
-        let url = self.session.url(at, what).await?;
-        let (response, grant) = self.session.send(at, need, &url, None, make).await?;
+        let (url, response, grant) = self.session.ask(at, need, what, None, make).await?;
         let (response, _) = self.session.chase(at, &url, response, &grant, make).await?;
         Ok((url, response))
     }
@@ -214,8 +214,7 @@ impl Registry {
         self.ask(need, async |at| {
             let make = |client: &Client, url: Url| client.head(url);
             let what = format!("blobs/{digest}");
-            let url = self.session.url(at, &what).await?;
-            let (first, grant) = self.session.send(at, need, &url, None, &make).await?;
+            let (url, first, grant) = self.session.ask(at, need, &what, None, &make).await?;
             // What the registry itself says counts too, when it sends us elsewhere for the bytes.
             let mut headers = first.headers().clone();
             let (response, _) = self.session.chase(at, &url, first, &grant, &make).await?;
@@ -244,19 +243,19 @@ impl Registry {
         }
         let bytes = bytes::Bytes::copy_from_slice(bytes);
         self.ask(Need::Push, async |at| {
-            let url = self.session.url(at, "blobs/uploads/").await?;
-            let (response, grant) = self.post(at, &url).await?;
+            let (url, response) = self.post(at, "blobs/uploads/").await?;
             let place = match response.status() {
                 StatusCode::ACCEPTED => upload_place(&url, response.headers())?,
                 _ => return self.refused(&url, response).await,
             };
-            self.put_blob(at, &url, place, &grant, digest, bytes.clone()).await
+            self.put_blob(at, &url, place, digest, bytes.clone()).await
         })
     }
 
-    async fn post(&self, at: usize, url: &Url) -> Result<(Response, Grant), Failure> {
+    async fn post(&self, at: usize, what: &str) -> Result<(Url, Response), Failure> {
         let make = |client: &Client, url: Url| client.post(url).header(CONTENT_LENGTH, 0);
-        self.session.send(at, Need::Push, url, None, &make).await
+        let (url, response, _) = self.session.ask(at, Need::Push, what, None, &make).await?;
+        Ok((url, response))
     }
 
     /// Sends the bytes to where an upload was opened. Credentials go along only if that is the registry itself.
@@ -265,7 +264,6 @@ impl Registry {
         at: usize,
         own: &Url,
         mut place: Url,
-        grant: &Grant,
         digest: &Digest,
         bytes: bytes::Bytes,
     ) -> Result<(), Failure> {
@@ -277,7 +275,6 @@ impl Registry {
                 .body(bytes.clone())
         };
         let response = if place.origin() == own.origin() {
-            let _ = grant;
             self.session.send(at, Need::Push, &place, None, &make).await?.0
         } else {
             self.session.ask_target(at, &place, &make).await?
@@ -295,11 +292,11 @@ impl Registry {
     /// [`SourceError`].
     pub fn mount_blob(&self, digest: &Digest, from: &Reference) -> Result<bool, SourceError> {
         self.ask(Need::Push, async |at| {
-            let mut url = self.session.url(at, "blobs/uploads/").await?;
-            url.query_pairs_mut()
+            let mut query = url::form_urlencoded::Serializer::new(String::new());
+            query
                 .append_pair("mount", &digest.to_string())
                 .append_pair("from", &from.repository);
-            let (response, _) = self.post(at, &url).await?;
+            let (url, response) = self.post(at, &format!("blobs/uploads/?{}", query.finish())).await?;
             match response.status() {
                 StatusCode::CREATED => Ok(true),
                 // An upload was opened instead; it is left to the registry to forget it.
@@ -326,8 +323,8 @@ impl Registry {
             let (media_type, body) = (media_type.to_owned(), body.clone());
             let make =
                 move |client: &Client, url: Url| client.put(url).header(CONTENT_TYPE, &media_type).body(body.clone());
-            let url = self.session.url(at, &format!("manifests/{version}")).await?;
-            let (response, _) = self.session.send(at, Need::Push, &url, None, &make).await?;
+            let what = format!("manifests/{version}");
+            let (url, response, _) = self.session.ask(at, Need::Push, &what, None, &make).await?;
             if response.status() != StatusCode::CREATED {
                 return self.refused(&url, response).await;
             }
@@ -365,7 +362,7 @@ impl Registry {
                 .headers()
                 .get(CONTENT_TYPE)
                 .and_then(|value| value.to_str().ok());
-            if !kind.is_some_and(|kind| kind.split(';').next().unwrap_or_default().trim() == OCI_INDEX) {
+            if kind.is_none_or(|kind| kind.split(';').next().unwrap_or_default().trim() != OCI_INDEX) {
                 return Ok(None);
             }
             let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;

@@ -1,8 +1,8 @@
 //! Credentials where people keep them. In: a registry's host and repository. Out: how to log in there, if anybody said.
 //!
 //! Read, in this order: what was given on the command line; `--authfile` or `REGISTRY_AUTH_FILE`, which then are the only
-//! file; containers' `auth.json` ($XDG_RUNTIME_DIR/containers, then $XDG_CONFIG_HOME/containers); Docker's `config.json`
-//! ($DOCKER_CONFIG, else ~/.docker). In each file a helper for the host goes first, then `auths`, then the helper for all
+//! file; containers' `auth.json` (`$XDG_RUNTIME_DIR/containers`, then `$XDG_CONFIG_HOME/containers`); Docker's `config.json`
+//! (`$DOCKER_CONFIG`, else `~/.docker`). In each file a helper for the host goes first, then `auths`, then the helper for all
 //! (containers-auth.json(5), and docker-credential-helpers for what a helper says). A file is never written, and what is in
 //! it never shown.
 
@@ -152,7 +152,8 @@ struct AuthFile {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Auth {
-    auth: String,
+    #[serde(rename = "auth")]
+    pair: String,
     username: String,
     password: String,
     identitytoken: String,
@@ -251,9 +252,9 @@ impl Auth {
         if !self.identitytoken.is_empty() {
             return Ok(Some(Login::Identity(Secret::new(self.identitytoken.clone()))));
         }
-        if !self.auth.is_empty() {
+        if !self.pair.is_empty() {
             let bytes = STANDARD
-                .decode(self.auth.trim())
+                .decode(self.pair.trim())
                 .map_err(|_| "auth is not base64".to_owned())?;
             let text = String::from_utf8(bytes).map_err(|_| "auth is not text".to_owned())?;
             return Login::parse(text.trim_end_matches('\0')).map(Some);
@@ -348,8 +349,8 @@ mod tests {
             .unwrap()
     }
 
-    fn password(user: &str, password: &str) -> Option<Login> {
-        Some(Login::password(user, password))
+    fn password(user: &str, password: &str) -> Login {
+        Login::password(user, password)
     }
 
     #[test]
@@ -364,11 +365,11 @@ mod tests {
             "bearer.example": {"registrytoken": "short"},
             "empty.example": {}
         }, "HttpHeaders": {"X": "y"}}"#;
-        assert_eq!(login(file, "docker.io", "library/debian"), password("a", "b"));
-        assert_eq!(login(file, "quay.io", "other/x"), password("c", "d"));
-        assert_eq!(login(file, "quay.io", "team/x/y"), password("e", "f"));
-        assert_eq!(login(file, "quay.io", "teams"), password("c", "d"));
-        assert_eq!(login(file, "localhost:5000", "x"), password("u", "p:w"));
+        assert_eq!(login(file, "docker.io", "library/debian"), Some(password("a", "b")));
+        assert_eq!(login(file, "quay.io", "other/x"), Some(password("c", "d")));
+        assert_eq!(login(file, "quay.io", "team/x/y"), Some(password("e", "f")));
+        assert_eq!(login(file, "quay.io", "teams"), Some(password("c", "d")));
+        assert_eq!(login(file, "localhost:5000", "x"), Some(password("u", "p:w")));
         assert_eq!(
             login(file, "token.example", "x"),
             Some(Login::Identity(Secret::new("long".into())))

@@ -24,6 +24,7 @@ const LONGEST_FILE: u64 = 1 << 20;
 const MOST_MIRRORS: usize = 32;
 
 /// One server that answers for a registry.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Endpoint {
     /// What repositories' names are put behind, with a slash at its end: `https://registry-1.docker.io/v2/`.

@@ -339,7 +339,7 @@ pub(super) fn choose<'a>(manifests: &'a [Descriptor], wanted: &Platform) -> Resu
 }
 
 /// What an image's configuration says that matters here.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct ImageConfig {
     /// For which machines.
     pub platform: Platform,
@@ -349,6 +349,17 @@ pub struct ImageConfig {
     pub digest: Digest,
     /// The JSON as it is.
     pub json: Vec<u8>,
+}
+
+impl fmt::Debug for ImageConfig {
+    /// Without the JSON: people put secrets into their images' environments.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ImageConfig")
+            .field("platform", &self.platform)
+            .field("diff_ids", &self.diff_ids)
+            .field("digest", &self.digest)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ImageConfig {

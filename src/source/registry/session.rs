@@ -12,11 +12,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::answer::{LONGEST_ANSWER, body, explanation, refusal};
 use super::challenge::{Challenge, Token, TokenAnswer};
 use super::credentials::{Keyring, Login};
 use super::hosts::Endpoint;
@@ -26,10 +27,6 @@ use crate::source::{SourceError, net, shown_url};
 
 /// An endpoint that failed is not asked first again for this long.
 const DOWN: Duration = Duration::from_secs(60);
-/// No token server's or error's answer is longer.
-const LONGEST_ANSWER: u64 = 256 << 10;
-/// Registry, storage, region, object: four hops are seen in the wild.
-const MOST_REDIRECTS: usize = 8;
 
 /// What a request needs to be allowed to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,8 +161,13 @@ impl Session {
         if self.spec.endpoints.len() > 1 {
             let name = shown_url(&self.spec.endpoints[at].base);
             log::info!("{name}: {}; asking others for {DOWN:?}", failure.error);
-            lock(&self.hosts[at].state).down = Some(Instant::now());
+            self.avoid(at);
         }
+    }
+
+    /// Others are asked first for a while.
+    pub(super) fn avoid(&self, at: usize) {
+        lock(&self.hosts[at].state).down = Some(Instant::now());
     }
 
     /// The client for an endpoint.
@@ -178,57 +180,56 @@ impl Session {
     }
 
     /// The URL of something in the repository: `manifests/latest`.
-    pub(super) async fn url(&self, at: usize, what: &str) -> Result<Url, Failure> {
+    pub(super) fn url(&self, at: usize, what: &str) -> Url {
         let endpoint = &self.spec.endpoints[at];
-        let base = self.base(at).await?;
-        let path = format!("{}{}/{what}", base.path(), self.spec.repository);
-        let mut url = base;
-        let (path, query) = path
+        let mut url = lock(&self.hosts[at].state)
+            .base
+            .clone()
+            .unwrap_or_else(|| endpoint.base.clone());
+        let (what, query) = what
             .split_once('?')
-            .map_or((path.as_str(), None), |(path, query)| (path, Some(query)));
-        url.set_path(path);
+            .map_or((what, None), |(what, query)| (what, Some(query)));
+        url.set_path(&format!("{}{}/{what}", url.path(), self.spec.repository));
         url.set_query(query);
         if let Some(registry) = &endpoint.stands_for {
             url.query_pairs_mut().append_pair("ns", registry);
         }
-        Ok(url)
+        url
     }
 
-    /// Where the endpoint is. On this machine registries with and without TLS are found at the same kind of address: one
-    /// request, without credentials, tells which it is.
-    async fn base(&self, at: usize) -> Result<Url, Failure> {
-        let endpoint = &self.spec.endpoints[at];
-        if !endpoint.scheme_unknown {
-            return Ok(endpoint.base.clone());
-        }
-        let host = &self.hosts[at];
-        let _alone = host.entering.lock().await;
-        if let Some(base) = lock(&host.state).base.clone() {
-            return Ok(base);
-        }
-        let plain = endpoint.base.clone();
-        let answer = self.exchange(&plain, self.client(at, false)?.get(plain.clone())).await;
-        let speaks_tls = match &answer {
-            // What servers answer to plain HTTP on their TLS port.
-            Ok(response) => response.status() == StatusCode::BAD_REQUEST,
-            Err(failure) if failure.not_http => true,
-            Err(_) => return answer.map(|_| plain),
-        };
-        let mut base = plain;
-        if speaks_tls && base.set_scheme("https").is_err() {
-            return Err(Failure::passing(&base, "it speaks neither HTTP nor HTTPS"));
-        }
-        if let Ok(response) = &answer
-            && !speaks_tls
-        {
-            self.learn(at, response.headers(), response.status());
-            // What it says of scopes here is not about the repository.
-            if let Some(Challenge::Bearer { scope, .. }) = &mut lock(&host.state).challenge {
-                *scope = None;
+    /// Asks an endpoint for something in the repository; see [`send`](Self::send). Also returns the URL that was asked.
+    ///
+    /// On this machine registries with and without TLS are found at the same kind of address. The first request tells which it
+    /// is: it holds no credentials, because nobody has asked for them yet.
+    pub(super) async fn ask(
+        &self,
+        at: usize,
+        need: Need,
+        what: &str,
+        stale: Option<HeaderValue>,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<(Url, Response, Grant), Failure> {
+        loop {
+            let url = self.url(at, what);
+            let unsure = self.spec.endpoints[at].scheme_unknown && lock(&self.hosts[at].state).base.is_none();
+            let answer = self.send(at, need, &url, stale.clone(), make).await;
+            if unsure {
+                let speaks_tls = match &answer {
+                    // What servers answer to plain HTTP on their TLS port.
+                    Ok((response, _)) => response.status() == StatusCode::BAD_REQUEST,
+                    Err(failure) => failure.not_http,
+                };
+                let mut base = self.spec.endpoints[at].base.clone();
+                if speaks_tls && base.set_scheme("https").is_ok() {
+                    lock(&self.hosts[at].state).base = Some(base);
+                    continue;
+                }
+                if answer.is_ok() {
+                    lock(&self.hosts[at].state).base = Some(base);
+                }
             }
+            return answer.map(|(response, grant)| (url, response, grant));
         }
-        lock(&host.state).base = Some(base.clone());
-        Ok(base)
     }
 
     /// Notes what an answer says about how to be let in.
@@ -243,7 +244,7 @@ impl Session {
     }
 
     /// Sends a request with a deadline. `shown` is for messages.
-    async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, Failure> {
+    pub(super) async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, Failure> {
         let patience = &self.spec.patience;
         match tokio::time::timeout(patience.connect + patience.stall, request.send()).await {
             Ok(Ok(response)) => Ok(response),
@@ -348,17 +349,17 @@ impl Session {
 
     /// What is kept and not known to be stale. Nothing at all is what is needed where nobody asked for more.
     fn kept(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, Failure> {
-        let state = lock(&self.hosts[at].state);
-        let kept = match &state.challenge {
+        let known = lock(&self.hosts[at].state);
+        let kept = match &known.challenge {
             None => Some(Grant::default()),
-            Some(Challenge::Basic) => match &state.login {
+            Some(Challenge::Basic) => match &known.login {
                 Some(login) => basic(login)?.map(|authorization| Grant {
                     authorization: Some(authorization),
                     ..Grant::default()
                 }),
                 None => None,
             },
-            Some(Challenge::Bearer { .. }) => match state.tokens.get(&self.scope(need)) {
+            Some(Challenge::Bearer { .. }) => match known.tokens.get(&self.scope(need)) {
                 Some(token) if SystemTime::now() < token.until => Some(Grant {
                     authorization: Some(bearer(&token.secret)?),
                     until: Some(token.until),
@@ -367,7 +368,7 @@ impl Session {
                 _ => None,
             },
         };
-        Ok(kept.filter(|grant| state.challenge.is_none() || grant.authorization.as_ref() != stale))
+        Ok(kept.filter(|grant| known.challenge.is_none() || grant.authorization.as_ref() != stale))
     }
 
     fn scope(&self, need: Need) -> String {
@@ -467,9 +468,9 @@ impl Session {
         let client = self.client(at, realm.scheme() == "https")?;
         let asked = SystemTime::now();
         let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
-        pairs.push(("scope", scope));
         let request = if let Login::Identity(secret) = login {
             pairs.extend([
+                ("scope", scope),
                 ("grant_type", "refresh_token"),
                 ("client_id", "tarblk"),
                 ("refresh_token", secret.reveal()),
@@ -483,6 +484,7 @@ impl Session {
                 .body(form)
         } else {
             let mut url = realm.clone();
+            pairs.extend(scope.split(' ').map(|one| ("scope", one)));
             url.query_pairs_mut().extend_pairs(pairs);
             if let Login::Password { user, .. } = login {
                 url.query_pairs_mut().append_pair("account", user);
@@ -516,71 +518,6 @@ impl Session {
         answer
             .token(asked)
             .ok_or_else(|| Failure::wrong(realm, "an answer with no token in it"))
-    }
-
-    /// Follows the redirects of an answer to a GET. `Authorization` and the endpoint's headers stay with its own origin.
-    /// Also returns where it ended, if that is elsewhere.
-    pub(super) async fn chase(
-        &self,
-        at: usize,
-        from: &Url,
-        mut response: Response,
-        grant: &Grant,
-        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Response, Option<Url>), Failure> {
-        let mut url = from.clone();
-        for _ in 0..MOST_REDIRECTS {
-            if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
-                return Ok((response, Some(url).filter(|url| url != from)));
-            }
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let next = location.and_then(|location| url.join(location).ok());
-            let next = next.ok_or_else(|| Failure::wrong(&url, "a redirect that leads nowhere"))?;
-            if url.scheme() == "https" && next.scheme() != "https" {
-                return Err(Failure::wrong(&url, "a redirect from https to plain http"));
-            }
-            url = next;
-            let own = url.origin() == from.origin();
-            let mut request = make(&self.client_for(at, own, &url)?, url.clone());
-            if own {
-                for (name, value) in self.spec.endpoints[at].headers() {
-                    request = request.header(name, value);
-                }
-                if let Some(value) = &grant.authorization {
-                    request = request.header(AUTHORIZATION, value.clone());
-                }
-            }
-            response = self.exchange(&url, request).await?;
-        }
-        Err(Failure::wrong(from, "redirects without end"))
-    }
-
-    /// The endpoint's client for its own origin, and one that shows nothing to others.
-    fn client_for(&self, at: usize, own: bool, url: &Url) -> Result<Client, SourceError> {
-        static STRANGERS: OnceLock<Client> = OnceLock::new();
-        let secure = url.scheme() == "https";
-        if own {
-            return self.client(at, secure);
-        }
-        if let Some(client) = STRANGERS.get() {
-            return Ok(client.clone());
-        }
-        let client = net::client(&crate::source::tls::Trust::default(), secure, &self.spec.patience)?;
-        if secure {
-            return Ok(STRANGERS.get_or_init(|| client).clone());
-        }
-        Ok(client)
-    }
-
-    /// Asks where a redirect has led before.
-    pub(super) async fn ask_target(
-        &self,
-        at: usize,
-        url: &Url,
-        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<Response, Failure> {
-        self.exchange(url, make(&self.client_for(at, false, url)?, url.clone()))
-            .await
     }
 }
 
@@ -616,89 +553,4 @@ fn sensitive(text: &str) -> Result<HeaderValue, Failure> {
     })?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-/// Reads a whole body that is not longer than `most`.
-pub(super) async fn body(
-    url: &Url,
-    mut response: Response,
-    most: u64,
-    patience: &Patience,
-) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let too_long = || Failure::wrong(url, format!("more than {most} bytes"));
-    if response.content_length().is_some_and(|len| len > most) {
-        return Err(too_long());
-    }
-    loop {
-        let piece = tokio::time::timeout(patience.stall, response.chunk()).await;
-        let piece = piece.map_err(|_| Failure::passing(url, "the server stopped sending"))?;
-        match piece.map_err(|error| classify(url, &error))? {
-            Some(piece) => bytes.extend_from_slice(&piece),
-            None => return Ok(bytes),
-        }
-        if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
-            return Err(too_long());
-        }
-    }
-}
-
-/// What a registry or token server says went wrong (distribution specification, "Error Codes"; RFC 6749, section 5.2).
-async fn explanation(response: Response, patience: &Patience) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Errors {
-        #[serde(default)]
-        errors: Vec<Error>,
-        #[serde(default)]
-        details: String,
-        #[serde(default)]
-        error_description: String,
-    }
-    #[derive(Deserialize)]
-    struct Error {
-        #[serde(default)]
-        code: String,
-        #[serde(default)]
-        message: String,
-    }
-    let url = response.url().clone();
-    let bytes = body(&url, response, LONGEST_ANSWER, patience).await.ok()?;
-    let said: Errors = serde_json::from_slice(&bytes).ok()?;
-    let text = match said.errors.into_iter().next() {
-        Some(error) if error.message.is_empty() => error.code,
-        Some(error) => format!("{} ({})", error.message, error.code),
-        None if said.error_description.is_empty() => said.details,
-        None => said.error_description,
-    };
-    // A stranger's text, in one line of ours.
-    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
-    Some(text).filter(|text| !text.is_empty())
-}
-
-/// What an answer means that brings nothing.
-pub(super) async fn refusal(url: &Url, response: Response, patience: &Patience) -> Failure {
-    let status = response.status();
-    let retry_after = response
-        .headers()
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
-    let passing = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
-        || matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
-        );
-    let said = explanation(response, patience).await;
-    let said = said.map_or_else(|| status.to_string(), |said| format!("{status}: {said}"));
-    if passing {
-        return Failure::passing(url, format!("the server says {said}")).after(retry_after.map(Duration::from_secs));
-    }
-    let advice = match status {
-        StatusCode::NOT_FOUND | StatusCode::GONE => "; check the name and the tag",
-        _ => "",
-    };
-    Failure::lasting(SourceError::Status {
-        url: shown_url(url),
-        status: said,
-        advice,
-    })
 }

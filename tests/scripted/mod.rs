@@ -1,7 +1,10 @@
 //! A registry that a test can script: the distribution API as far as it is used here, with a token server and an object
 //! storage of its own origin, on loopback. It checks every request as a strict registry would and keeps what it was asked.
 
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
 use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +29,7 @@ pub(crate) enum Door {
 }
 
 /// What a test may change at any time.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Debug)]
 pub(crate) struct Rules {
     pub(crate) door: Door,
@@ -42,6 +46,8 @@ pub(crate) struct Rules {
     pub(crate) lazy: HashMap<String, String>,
     /// Every blob is said to be gone.
     pub(crate) lost: bool,
+    /// Requests are read and never answered.
+    pub(crate) silent: bool,
     /// A header that every request must have.
     pub(crate) wanted_header: Option<(String, String)>,
 }
@@ -57,6 +63,7 @@ impl Default for Rules {
             referrers_api: true,
             lazy: HashMap::new(),
             lost: false,
+            silent: false,
             wanted_header: None,
         }
     }
@@ -107,11 +114,11 @@ type Tls = Option<Arc<rustls::ServerConfig>>;
 
 impl TestRegistry {
     pub(crate) fn start() -> Self {
-        Self::start_with(None)
+        Self::start_with(&None)
     }
 
     /// With a TLS configuration for the registry itself.
-    pub(crate) fn start_with(tls: Tls) -> Self {
+    pub(crate) fn start_with(tls: &Tls) -> Self {
         let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         let addresses = [0, 1].map(|at| listeners[at].local_addr().unwrap());
         let scheme = if tls.is_some() { "https" } else { "http" };
@@ -280,6 +287,9 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
             .unwrap_or(0);
         let mut body = vec![0; len];
         stream.read_exact(&mut body)?;
+        while lock(&shared.held).rules.silent && !shared.stopping.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(20));
+        }
         let mut asked = Asked {
             method,
             path: path.to_owned(),
@@ -306,7 +316,7 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
             answer.body.len()
         );
         for (name, value) in &answer.headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
+            let _infallible = write!(head, "{name}: {value}\r\n");
         }
         head.push_str("\r\n");
         let stream = stream.get_mut();
