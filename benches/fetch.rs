@@ -30,8 +30,9 @@ fn start(url: String, size: u64, options: FetchOptions) -> Fetcher {
         size,
         validator: None,
         headers: Vec::new(),
+        access: None,
     };
-    Fetcher::start(vec![LayerSource::Http(layer)], options, None).expect("the fetcher starts")
+    Fetcher::start(vec![LayerSource::http(layer)], options, None).expect("the fetcher starts")
 }
 
 fn noise(len: u64) -> Vec<u8> {

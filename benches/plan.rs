@@ -5,7 +5,7 @@
 //! take turns; times and memory are those of whole processes.
 //!
 //! Always: an index of 1,000,000 entries that it makes, from the file to a planned image, and how long a metadata block
-//! takes to fill; then, as root, from a planned image to a mounted one.
+//! takes to fill; the same as ten layers that hide some of each other; then, as root, from a planned image to a mounted one.
 
 #![allow(
     clippy::as_conversions,
@@ -18,6 +18,7 @@ mod support;
 use std::fs::{self, File};
 use std::hint::black_box;
 use std::io::Read as _;
+use std::ops::Range;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -31,11 +32,12 @@ use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, Origin};
 use tarblk::index::{Entry, EntrySink as _, Index, IndexBuilder, Kind, Segment, Timestamp, walk};
 use tarblk::mount::mount_device;
-use tarblk::tree::TreeBuilder;
-use tarblk::units::TarOffset;
+use tarblk::tree::{TreeBuilder, TreeMode};
+use tarblk::units::{LayerId, TarOffset};
 
 const RUNS: usize = 15;
 const ENTRIES: u32 = 1_000_000;
+const LAYERS: u32 = 10;
 
 /// `mkfs.erofs` has `--tar=i` since 1.7; the figure to beat is of this version.
 const RIVAL_VERSION: (u32, u32) = (1, 9);
@@ -46,8 +48,15 @@ fn main() -> Outcome<()> {
     let args = support::arguments();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["layer", layer, index] => return know_layer(layer, index),
-        ["make", path] => return Ok(fs::write(path, make_index()?)?),
-        ["planned", index] => return planned(index),
+        ["make", path] => return Ok(fs::write(path, make_index(0..ENTRIES)?)?),
+        ["make-layers", path] => return make_layers(path),
+        ["planned", index] => return planned(TreeMode::Plain, &[index.to_owned()]),
+        ["planned-layers", path] => {
+            return planned(
+                TreeMode::Merged,
+                &(0..LAYERS).map(|layer| layer_path(path, layer)).collect::<Vec<_>>(),
+            );
+        }
         ["mounted", index, dir] => return mounted(index, dir),
         [] => {}
         [layer] => compare(layer, "mkfs.erofs")?,
@@ -192,17 +201,10 @@ fn million() -> Outcome<()> {
         "1,000,000 entries in an index file of {:.1} MB; a process a run",
         fs::metadata(path)?.len() as f64 / 1e6
     );
-    let runs: Vec<[f64; 6]> = (0..RUNS).map(|_| child(&["planned", path])).collect::<Result<_, _>>()?;
-    let show = |name: &str, field: usize, unit| {
-        let values = runs.iter().map(|run| run[field]).collect();
-        println!("  {name:<22} {}", Runs::new(values, unit));
-    };
-    show("index file + tree", 0, "ms");
-    show("image plan", 1, "ms");
-    show("planned", 2, "ms");
-    show("  peak memory", 3, "MB");
-    show("a metadata block", 4, "us");
-    show("image", 5, "MB");
+    show_planned("planned", path)?;
+    child::<0>(&["make-layers", path])?;
+    println!("  the same in {LAYERS} layers:");
+    show_planned("planned-layers", path)?;
 
     if !rustix::process::geteuid().is_root() {
         eprintln!("SKIP: from planned to mounted: needs root");
@@ -226,11 +228,29 @@ fn million() -> Outcome<()> {
     Ok(())
 }
 
+fn show_planned(mode: &str, path: &str) -> Outcome<()> {
+    let runs: Vec<[f64; 6]> = (0..RUNS).map(|_| child(&[mode, path])).collect::<Result<_, _>>()?;
+    let show = |name: &str, field: usize, unit| {
+        let values = runs.iter().map(|run| run[field]).collect();
+        println!("  {name:<22} {}", Runs::new(values, unit));
+    };
+    show("index file + tree", 0, "ms");
+    show("image plan", 1, "ms");
+    show("planned", 2, "ms");
+    show("  peak memory", 3, "MB");
+    show("a metadata block", 4, "us");
+    show("image", 5, "MB");
+    Ok(())
+}
+
 /// From the index file to a planned image, measured in this process; prints the numbers for the parent.
-fn planned(path: &str) -> Outcome<()> {
+fn planned(mode: TreeMode, paths: &[String]) -> Outcome<()> {
     let start = Instant::now();
-    let mut builder = TreeBuilder::new();
-    Index::open(fs::read(path)?)?.replay(&mut builder)?;
+    let mut builder = TreeBuilder::with_mode(mode);
+    for (layer, path) in (0..).zip(paths) {
+        builder.begin_layer(LayerId(layer))?;
+        Index::open(fs::read(path)?)?.replay(&mut builder)?;
+    }
     let tree = builder.finish();
     let tree_time = start.elapsed();
     let image = Ext4Image::plan(tree, &Ext4Options::default())?;
@@ -270,7 +290,7 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
     let file = tempfile::tempfile()?;
     file.set_len(size)?;
     let start = Instant::now();
-    let layer = LayerSource::File(FileLayer {
+    let layer = LayerSource::file(FileLayer {
         path: "million.tar".into(),
         file: file.into(),
         size,
@@ -317,11 +337,29 @@ fn child<const N: usize>(args: &[&str]) -> Outcome<[f64; N]> {
 }
 
 /// A big but ordinary layer: packages of a few directories with a dozen small files each, some links.
-fn make_index() -> Outcome<Vec<u8>> {
+/// With numbers that do not begin at 0, a layer that hides every tenth package of the one before and goes on in others.
+fn make_index(numbers: Range<u32>) -> Outcome<Vec<u8>> {
     let mut builder = IndexBuilder::new();
     let mut at = 0;
     let mut entry = Entry::default();
-    for number in 0..ENTRIES {
+    for package in (numbers.start.saturating_sub(ENTRIES / LAYERS)..numbers.start)
+        .step_by(250)
+        .map(|n| n / 250)
+    {
+        let modules = "srv/app/node_modules";
+        entry.clear();
+        entry.headers.start = TarOffset(at);
+        entry.headers.len = 512;
+        at += 512;
+        entry.path = match package % 10 {
+            0 => format!("{modules}/.wh.package-{package}"),
+            1 => format!("{modules}/package-{package}/lib/.wh..wh..opq"),
+            _ => format!("{modules}/package-{package}/lib/part2/more.js"),
+        }
+        .into_bytes();
+        builder.entry(&entry)?;
+    }
+    for number in numbers {
         let (package, within) = (number / 250, number % 250);
         let directory = format!("srv/app/node_modules/package-{package}/lib/part{}", within / 25);
         entry.clear();
@@ -361,6 +399,19 @@ fn make_index() -> Outcome<Vec<u8>> {
         builder.entry(&entry)?;
     }
     Ok(builder.finish(at + 1024, tarblk::index::EndOfArchive::Marked))
+}
+
+fn layer_path(path: &str, layer: u32) -> String {
+    format!("{path}.{layer}")
+}
+
+/// The million as layers, an index file each.
+fn make_layers(path: &str) -> Outcome<()> {
+    let each = ENTRIES / LAYERS;
+    for layer in 0..LAYERS {
+        fs::write(layer_path(path, layer), make_index(layer * each..(layer + 1) * each)?)?;
+    }
+    Ok(())
 }
 
 /// `VmHWM`, in MB.

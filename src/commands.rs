@@ -9,6 +9,7 @@ mod bench;
 mod cli;
 mod demo;
 mod generate;
+mod index;
 mod layer;
 pub mod output;
 mod ps;
@@ -68,7 +69,7 @@ pub fn main() -> ExitCode {
 /// Runs one command.
 fn run(command: &Command, session: Session) -> anyhow::Result<()> {
     match command {
-        Command::Index(args) => layer::index(args, session),
+        Command::Index(args) => index::run(args, session),
         Command::Ls(args) => layer::ls(args, session),
         Command::Image(args) => layer::image(args, session),
         Command::Attach(args) => attach::attach(args, session),

@@ -5,9 +5,13 @@
 //! that answer the kernel only look ([`Fetcher::locate`]) or leave a request ([`Fetcher::read`]); neither ever blocks. This
 //! room knows nothing of inodes: what it needs to know of files it asks a [`FileMap`].
 //!
-//! Parts: `chunk` (the unit), `tier` (what is in memory), `engine` (the fetch thread: one flight a chunk), `http` (ranges
-//! over connections), `stats`.
+//! A blob may be compressed: what is fetched are ranges of the blob, what is handed out are ranges of the tar that comes out
+//! of it. What a layer's index vouches for is checked before anybody sees it.
+//!
+//! Parts: `blob` (what a layer is), `chunk` (the unit), `tier` (what is in memory), `engine` (the fetch thread: one flight a
+//! chunk), `http` (ranges over connections), `stats`.
 
+mod blob;
 mod chunk;
 mod engine;
 mod http;
@@ -29,17 +33,19 @@ use rustls::ClientConfig;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
+pub use blob::{Blob, ChunkCheck, Coded, LayerSource, WholeDigests, WindowPlace, Windows};
 pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
 use crate::image::FileMap;
+use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use chunk::{FirstUse, pieces};
 use engine::Command;
 use plan::Stretch;
 use stats::{Counters, add};
-use store::{LayerCache, Store};
+use store::{Bits, LayerCache, Store};
 use tier::Tier;
 
 /// Where a range of a layer is right now.
@@ -69,16 +75,7 @@ pub struct LayerRange {
     pub range: TarRange,
 }
 
-/// A layer whose bytes this room brings. The uncompressed tar lies there as it is: tar space is its byte space.
-#[derive(Debug)]
-pub enum LayerSource {
-    /// A local file.
-    File(FileLayer),
-    /// On a web server that answers Range requests.
-    Http(HttpLayer),
-}
-
-/// A layer in a local file.
+/// A layer's blob in a local file.
 #[derive(Debug)]
 pub struct FileLayer {
     /// For messages.
@@ -89,10 +86,10 @@ pub struct FileLayer {
     pub size: u64,
 }
 
-/// A layer on a web server.
+/// A layer's blob on a web server.
 #[derive(Clone)]
 pub struct HttpLayer {
-    /// Where it is, `http` or `https`. Redirects are followed at every read.
+    /// Where it is, `http` or `https`. Redirects are followed, and kept while they work.
     pub url: String,
     /// Its length in bytes; an answer that states another means that the layer has changed.
     pub size: u64,
@@ -100,6 +97,8 @@ pub struct HttpLayer {
     pub validator: Option<Validator>,
     /// Sent with every request; `Authorization` and `Cookie` to this URL's host only.
     pub headers: Vec<(String, String)>,
+    /// How it is asked for if it is a blob of a registry; then the URL and the headers are not used.
+    pub access: Option<Arc<BlobAccess>>,
 }
 
 impl fmt::Debug for HttpLayer {
@@ -109,17 +108,6 @@ impl fmt::Debug for HttpLayer {
             .field("size", &self.size)
             .field("validator", &self.validator)
             .finish_non_exhaustive()
-    }
-}
-
-impl LayerSource {
-    /// Its length in bytes.
-    #[must_use]
-    pub fn size(&self) -> u64 {
-        match self {
-            Self::File(layer) => layer.size,
-            Self::Http(layer) => layer.size,
-        }
     }
 }
 
@@ -220,6 +208,16 @@ pub enum StartError {
         /// Its length in bytes.
         size: u64,
     },
+    /// A layer's index was made of another blob.
+    #[error("layer {layer} is {found} bytes long, but its index is of a blob of {said}: it belongs to another layer")]
+    OtherBlob {
+        /// Which.
+        layer: usize,
+        /// The blob's length in bytes, by the index.
+        said: u64,
+        /// Its length.
+        found: u64,
+    },
     /// The machine's certificates cannot be used.
     #[error("no certificate authority to check https servers with: {why}; install ca-certificates")]
     Certificates {
@@ -293,6 +291,14 @@ pub enum FetchError {
         /// What was asked for.
         range: TarRange,
     },
+    /// The layer is not what it has to be: nothing more is read of it.
+    #[error("{name}: {why}; the layer or its index is damaged or forged, and nothing more is read of it")]
+    Poisoned {
+        /// Without secrets.
+        name: String,
+        /// What was found.
+        why: String,
+    },
     /// The fetcher was shut down.
     #[error("the fetcher was shut down")]
     Stopped,
@@ -310,6 +316,7 @@ impl FetchError {
             Self::Deadline { .. } => libc::ETIMEDOUT,
             Self::File { why, .. } => why.raw_os_error().unwrap_or(libc::EIO),
             Self::OutOfRange { .. } => libc::EINVAL,
+            Self::Poisoned { .. } => libc::EIO,
             Self::Stopped => libc::ESHUTDOWN,
         }
     }
@@ -318,22 +325,51 @@ impl FetchError {
 /// What the threads that ask and the fetch thread both see of a layer.
 #[derive(Debug)]
 pub(crate) enum SharedLayer {
-    Local {
-        path: PathBuf,
-        file: OwnedFd,
-        size: u64,
-    },
-    Remote {
-        size: u64,
-        /// Set at the start, or once a layer has to be streamed.
-        cache: OnceLock<Arc<LayerCache>>,
-    },
+    /// Lies in a file as it is, and nobody asks for it to be checked.
+    Local { path: PathBuf, file: OwnedFd, size: u64 },
+    /// Has to be brought: fetched, decoded or checked.
+    Brought(Brought),
+}
+
+/// A layer that has to be brought.
+#[derive(Debug)]
+pub(crate) struct Brought {
+    /// The tar's length.
+    size: u64,
+    /// Set at the start, or once the layer has to be streamed.
+    cache: OnceLock<Arc<LayerCache>>,
+    /// The chunks in the cache that this process has checked; none when they cannot be checked.
+    checked: Option<Bits>,
+    /// Set once, when the layer is found out.
+    poison: OnceLock<FetchError>,
+}
+
+impl Brought {
+    fn new(size: u64, is_checked: bool) -> Self {
+        let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
+        Self {
+            size,
+            cache: OnceLock::new(),
+            checked: is_checked.then(|| Bits::new(count)),
+            poison: OnceLock::new(),
+        }
+    }
+
+    /// The file in which all chunks from `first` up to `end` are together and may be believed.
+    fn find(&self, first: u32, end: u32) -> Option<RawFd> {
+        let believed = self.checked.as_ref().is_none_or(|checked| checked.has_all(first, end));
+        if !believed || self.poison.get().is_some() {
+            return None;
+        }
+        self.cache.get()?.find(first, end)
+    }
 }
 
 impl SharedLayer {
     fn size(&self) -> u64 {
         match self {
-            Self::Local { size, .. } | Self::Remote { size, .. } => *size,
+            Self::Local { size, .. } => *size,
+            Self::Brought(layer) => layer.size,
         }
     }
 }
@@ -435,12 +471,15 @@ impl Fetcher {
                 add(&counters.bytes_disk, asked.range.len);
                 Located::File(file.as_raw_fd(), asked.range.start.0)
             }
-            Some(SharedLayer::Remote { cache, .. }) => {
+            Some(SharedLayer::Brought(layer)) => {
+                if layer.poison.get().is_some() {
+                    return Located::Elsewhere;
+                }
                 if let Some(slices) = self.locate_in_memory(asked) {
                     return Located::Memory(slices);
                 }
                 let stretch = Stretch::of(asked.layer, asked.range);
-                match cache.get().and_then(|cache| cache.find(stretch.first, stretch.end)) {
+                match layer.find(stretch.first, stretch.end) {
                     Some(file) => {
                         add(&counters.reads, 1);
                         add(&counters.bytes_disk, asked.range.len);
@@ -455,22 +494,21 @@ impl Fetcher {
     fn locate_in_memory(&self, asked: LayerRange) -> Option<Slices> {
         let shared = &*self.shared;
         let mut slices = Slices::new();
-        let (mut paid, mut wake) = (0, false);
+        let (mut paid, mut first_use, mut wake) = (0, false, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
             let Some(chunk) = shared.tier.get(key) else {
                 slices.clear();
                 break;
             };
-            match chunk.touch() {
-                FirstUse::No => {}
-                first => {
-                    paid += chunk::to_u64(chunk.bytes().len());
-                    wake |= first == FirstUse::Marker;
-                }
+            let first = chunk.touch();
+            first_use |= first != FirstUse::No;
+            wake |= matches!(first, FirstUse::Yes { marker: true, .. });
+            if matches!(first, FirstUse::Yes { suspected: true, .. }) {
+                paid += chunk::to_u64(chunk.bytes().len());
             }
             slices.push(Slice::new(chunk, from, len));
         }
-        if paid > 0 {
+        if first_use {
             add(&shared.counters.prefetched_used, paid);
             shared.note_touch(Touch { asked, paid }, wake);
         }

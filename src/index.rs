@@ -8,17 +8,23 @@
 //! without bound on what a tar or an index file says. What a header means is written at [`Parser`]; how the index file
 //! is laid out at [`mod@format`] and in docs/index-format.md.
 
+pub mod build;
+mod cold;
+mod compare;
+mod digests;
 pub mod entry;
 mod error;
 pub mod format;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod header;
+mod identity;
 pub mod listing;
 mod number;
 mod parser;
 mod pax;
 mod reader;
+mod rebuild;
 mod sink;
 mod sparse;
 mod summary;
@@ -26,11 +32,17 @@ mod varint;
 pub mod walk;
 mod writer;
 
+pub use cold::{ColdDirectory, ColdPart, ColdPiece};
+pub use compare::{Difference, first_difference};
+pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
+pub(crate) use identity::hexadecimal;
+pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub(crate) use pax::base64_decoded;
-pub use reader::{Entries, Index, is_index};
+pub use reader::{Entries, Index, hot_len, is_index};
+pub use rebuild::{Payload, RebuildError, rebuild_tar};
 pub use sink::{Collector, Tee};
 pub use summary::Summary;
 pub use writer::IndexBuilder;

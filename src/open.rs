@@ -10,6 +10,7 @@
 
 mod gather;
 mod kept;
+mod record;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -20,7 +21,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::fetch::store::{Store, StoreError};
-use crate::fetch::{self, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource};
+use crate::fetch::{self, Blob, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource};
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::image::{FileMap, ImageError};
 use crate::index::{Index, IndexBuilder, IndexError, is_index};
@@ -30,6 +31,7 @@ use crate::units::TarOffset;
 use gather::Gather;
 
 pub use kept::{Cache, default_cache_dir};
+pub use record::{Recording, record};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -304,6 +306,7 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
             Ok(bytes)
         }
         Source::Url(url) => Ok(source::http::get_whole(&url, MAX_INDEX_BYTES, patience)?),
+        Source::Image(_) => Err(failed(io::Error::other("it is an image, not an index"))),
     }
 }
 
@@ -319,6 +322,7 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
+        Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
@@ -338,6 +342,7 @@ fn full_name(source: &Source) -> String {
     match source {
         Source::Path(path) => path.display().to_string(),
         Source::Url(url) => url.to_string(),
+        Source::Image(name) => name.to_string(),
     }
 }
 
@@ -551,11 +556,12 @@ impl Layer {
                 len,
                 validator,
                 headers,
-            } => Ok(LayerSource::Http(HttpLayer {
+            } => Ok(LayerSource::http(HttpLayer {
                 url,
                 size: len,
                 validator: validator.map(Into::into),
                 headers,
+                access: None,
             })),
         }
     }
@@ -565,13 +571,13 @@ fn layer_source(blob: LayerBlob) -> LayerSource {
     match blob.place {
         Place::File(file) => {
             let path = PathBuf::from(blob.source.to_string());
-            LayerSource::File(FileLayer {
+            LayerSource::file(FileLayer {
                 path,
                 file: file.into(),
                 size: blob.len,
             })
         }
-        Place::Http(http) => LayerSource::Http(http_layer(&http)),
+        Place::Http(http) => LayerSource::http(http_layer(&http)),
     }
 }
 
@@ -586,6 +592,7 @@ fn http_layer(http: &source::HttpBlob) -> HttpLayer {
             .map(|value| ("Authorization".to_owned(), value.to_owned()))
             .into_iter()
             .collect(),
+        access: http.access.clone().map(Arc::new),
     }
 }
 
@@ -595,8 +602,8 @@ fn start(
     store: Option<&Path>,
     fetching: &Fetching,
 ) -> Result<Opened, OpenError> {
-    let store = match (&layer, store) {
-        (LayerSource::Http(_), Some(dir)) => match Store::open(dir) {
+    let store = match (&layer.blob, store) {
+        (Blob::Http(_), Some(dir)) => match Store::open(dir) {
             Ok(store) => Some(store),
             Err(error) if is_full(&error.source) => {
                 log::warn!("{error}; going on without a cache");
@@ -611,7 +618,7 @@ fn start(
     {
         log::warn!("{error}");
     }
-    let secure = matches!(&layer, LayerSource::Http(http) if http.url.starts_with("https:"));
+    let secure = matches!(&layer.blob, Blob::Http(http) if http.url.starts_with("https:"));
     let options = FetchOptions {
         memory_bytes: fetching.memory_bytes,
         connections: usize::from(fetching.connections),

@@ -1,13 +1,19 @@
-//! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`. Out: a [`LayerBlob`]: how long the layer is, how
-//! to tell that it is still the same, how to read ranges of it; and a walk over its headers that suits the place ([`walk`]).
+//! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`, or an image's name. Out: a [`LayerBlob`]: how
+//! long the layer is, how to tell that it is still the same, how to read ranges of it; and a walk over its headers that suits
+//! the place ([`walk`]). Images have several layers: [`registry::resolve`] finds them, [`open_layer`] opens one.
 //!
 //! This room must never keep a secret in anything that is printed: passwords and query strings (signatures live there) are
 //! left out of every message and every `Debug`. It waits for nothing without a deadline, and it never gives the header
 //! parser a byte from another place than it says.
 
 mod error;
+pub mod expiry;
 pub mod http;
+mod net;
+pub mod registry;
 mod remote;
+mod secret;
+mod stream;
 pub mod tls;
 
 use std::fmt;
@@ -15,11 +21,14 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use registry::{BlobPlace, ImageLayer, ImageName};
 use url::Url;
 
 pub use error::SourceError;
 pub use http::{HttpBlob, Patience, Validator};
 pub use remote::Tap;
+pub use secret::Secret;
+pub use stream::{BlobSink, stream};
 
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};
@@ -31,6 +40,8 @@ pub enum Source {
     Path(PathBuf),
     /// A file on a web server, `http` or `https`.
     Url(Url),
+    /// An image in a registry or a layout, `docker://` or `oci:`.
+    Image(ImageName),
 }
 
 impl Source {
@@ -43,12 +54,20 @@ impl Source {
             source_name: without_secrets(text),
             why,
         };
+        if ImageName::is_meant(text) {
+            return ImageName::parse(text).map(Self::Image).map_err(unusable);
+        }
         let Some((scheme, _)) = text.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
             return match text.split_once(':') {
                 _ if text.is_empty() => Err(unusable("the name is empty".to_owned())),
-                Some(("oci" | "docker-archive" | "oci-archive", _)) if !Path::new(text).exists() => Err(unusable(
-                    "images cannot be read yet; name one layer: a path or an http(s) URL of a tar".to_owned(),
-                )),
+                Some(("docker-archive" | "oci-archive" | "docker-daemon" | "containers-storage" | "dir", _))
+                    if !Path::new(text).exists() =>
+                {
+                    Err(unusable(
+                        "images are read from docker://host/repository:tag or oci:directory:tag; skopeo copies others there"
+                            .to_owned(),
+                    ))
+                }
                 _ => Ok(Self::Path(PathBuf::from(text))),
             };
         };
@@ -66,7 +85,7 @@ impl Source {
                 Ok(Self::Path(path))
             }
             other => Err(unusable(format!(
-                "{other}:// is not supported; use a path, file://, http:// or https://"
+                "{other}:// is not supported; use a path, file://, http://, https://, docker:// or oci:"
             ))),
         }
     }
@@ -78,6 +97,7 @@ impl fmt::Display for Source {
         match self {
             Self::Path(path) => path.display().fmt(f),
             Self::Url(url) => f.write_str(&shown_url(url)),
+            Self::Image(name) => name.fmt(f),
         }
     }
 }
@@ -164,7 +184,11 @@ impl LayerBlob {
                     meta.mtime_nsec()
                 ))
             }
-            Place::Http(blob) => blob.validator.as_ref().map(ToString::to_string),
+            // What has a digest cannot become something else.
+            Place::Http(blob) => match &blob.access {
+                Some(access) => Some(access.digest().to_string()),
+                None => blob.validator.as_ref().map(ToString::to_string),
+            },
         }
     }
 }
@@ -184,6 +208,26 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
                 place: Place::Http(Box::new(blob)),
             })
         }
+        Source::Image(name) => Err(SourceError::Unusable {
+            source_name: name.to_string(),
+            why: "it is an image of several layers, and one layer is needed here".to_owned(),
+        }),
+    }
+}
+
+/// Opens one layer of an image that was resolved. The blob is as the registry holds it: compressed, if
+/// [`ImageLayer::coding`] says so. No server is asked.
+///
+/// # Errors
+/// [`SourceError::File`] for a layer of a layout that cannot be opened.
+pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, SourceError> {
+    match &layer.place {
+        BlobPlace::File(path) => open_file(&Source::Image(image.clone()), path),
+        BlobPlace::Registry(access) => Ok(LayerBlob {
+            source: Source::Image(image.clone()),
+            len: access.size(),
+            place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
+        }),
     }
 }
 
@@ -253,11 +297,14 @@ mod tests {
             Source::Path("/a/b c.tar".into())
         );
         assert!(matches!(Source::parse("HTTP://host/x").unwrap(), Source::Url(_)));
+        assert_eq!(shown("docker://alpine"), "docker://docker.io/library/alpine:latest");
+        assert_eq!(shown("oci:dir:tag"), "oci:dir:tag");
         for bad in [
             "",
             "ftp://host/x",
-            "docker://alpine",
-            "oci:dir",
+            "docker://UPPER",
+            "oci:",
+            "oci-archive:a.tar",
             "http://",
             "file://host/x",
         ] {

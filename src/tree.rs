@@ -1,6 +1,7 @@
-//! One directory tree. In: a layer's entries in the tar's order. Out: an arena of nodes, each directory's names sorted.
+//! One directory tree. In: the entries of one or more layers, each in its tar's order. Out: an arena of nodes, each
+//! directory's names sorted.
 //!
-//! [`TreeBuilder`] applies the rules by which containerd unpacks a layer; [`Tree`] is what is left in the end, laid out
+//! [`TreeBuilder`] applies the rules by which containerd unpacks layers; [`Tree`] is what is left in the end, laid out
 //! breadth first. This room knows nothing of blocks or inode numbers, never recurses (a path may be thousands of names
 //! deep) and never follows a path above the root.
 //!
@@ -19,7 +20,7 @@ mod path;
 mod table;
 mod xattrs;
 
-pub use builder::TreeBuilder;
+pub use builder::{TreeBuilder, TreeMode};
 pub use error::TreeError;
 pub use xattrs::{XattrSetId, Xattrs};
 
@@ -166,7 +167,7 @@ impl Node {
         }
     }
 
-    /// How many links: names, or for a directory 2 and its subdirectories. Zero for what the tar itself replaced.
+    /// How many links: names, or for a directory 2 and its subdirectories. Zero for what was replaced or hidden.
     #[must_use]
     pub const fn links(&self) -> u32 {
         self.links
@@ -237,7 +238,7 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// How many nodes the arena has, those included that the tar itself replaced (their [`Node::links`] is zero).
+    /// How many nodes the arena has, those included that were replaced or hidden (their [`Node::links`] is zero).
     #[must_use]
     pub fn node_count(&self) -> u32 {
         u32::try_from(self.nodes.len()).unwrap_or(u32::MAX)

@@ -9,6 +9,9 @@ use std::fmt;
 /// 4 KiB sectors, and the kernel's page is the unit it asks in.
 pub const BLOCK_SIZE: u64 = 4096;
 
+/// The length of a chunk, in bytes of tar space; a layer's last one is shorter. Layers are fetched, verified and kept by the chunk.
+pub const CHUNK_BYTES: u64 = 32 << 10;
+
 /// A position in the uncompressed tar, in bytes from its first byte.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TarOffset(pub u64);

@@ -50,7 +50,7 @@ fn usage_is_told_from_failure() {
 #[test]
 fn index_counts_and_writes() {
     let lab = Lab::new();
-    let summary = lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let summary = lab.good(&["index", "layer.tar", "-o", "layer.tarblk", "--no-digests"]);
     assert!(summary.contains("6: 2 files, 3 directories, 1 symlinks"), "{summary}");
     let json = lab.json(&["index", "layer.tar", "--json"]);
     assert_eq!((json["entries"].as_u64(), json["files"].as_u64()), (Some(6), Some(2)));
@@ -73,6 +73,77 @@ fn index_counts_and_writes() {
         fs::read(lab.path("layer.tarblk")).unwrap()
     );
     assert!(!lab.path("cache").exists(), "index keeps nothing");
+}
+
+#[test]
+fn an_index_of_everything_is_verified_against_its_layer() {
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    // Digests by default of what is here, and of what is far away when that is wanted; the same from both places.
+    let checked = lab.good(&["index", "layer.tar", "-o", "checked.tarblk"]);
+    assert!(checked.contains("digests of 92 chunks"), "{checked}");
+    let full = lab.good(&["index", "layer.tar", "-o", "full.tarblk", "--full"]);
+    assert!(full.contains("of every file") && full.contains("exact tar"), "{full}");
+    lab.good(&["index", &url, "-o", "far.tarblk", "--full"]);
+    assert_eq!(
+        fs::read(lab.path("far.tarblk")).unwrap(),
+        fs::read(lab.path("full.tarblk")).unwrap()
+    );
+    let headers = lab.good(&["index", &url, "-o", "headers.tarblk"]);
+    assert!(headers.contains("no digests"), "{headers}");
+    for index in ["checked.tarblk", "full.tarblk", "headers.tarblk"] {
+        for layer in ["layer.tar", &url] {
+            let said = lab.good(&["index", "verify", index, layer]);
+            assert!(said.contains("the same to the last bit"), "{said}");
+            assert_eq!(said.contains("no digests"), index == "headers.tarblk", "{said}");
+        }
+    }
+    // A byte of content, a byte of a header, a byte that nobody reads.
+    let tar = fs::read(lab.path("layer.tar")).unwrap();
+    let change = |at: usize, to: u8| {
+        let mut other = tar.clone();
+        assert_ne!(other[at], to);
+        other[at] = to;
+        fs::write(lab.path("other.tar"), other).unwrap();
+    };
+    let content = tar.windows(13).position(|bytes| bytes == b"hello, world\n").unwrap();
+    change(content, b'J');
+    let said = lab.bad(&["index", "verify", "full.tarblk", "other.tar"], 1);
+    assert!(said.contains("the digest of chunk 0 (byte 0 of the tar)"), "{said}");
+    lab.good(&["index", "verify", "headers.tarblk", "other.tar"]);
+    let json = lab.json(&["index", "verify", "headers.tarblk", "other.tar", "--json"]);
+    assert_eq!((&json["equal"], &json["chunk_digests"]), (&true.into(), &0.into()));
+    change(tar.len() - 1024 - 512 - 1, 1);
+    let said = lab.bad(&["index", "verify", "checked.tarblk", "other.tar"], 1);
+    assert!(
+        said.contains("the digest of chunk 91 (byte 2981888 of the tar)"),
+        "{said}"
+    );
+    // An entry of another name, and of another mode.
+    let header = tar.windows(9).position(|bytes| bytes == b"etc/hello").unwrap();
+    let with_checksum = |at: usize, to: u8| {
+        let mut other = tar.clone();
+        other[at] = to;
+        other[header + 148..header + 156].fill(b' ');
+        let sum: u32 = other[header..header + 512].iter().map(|byte| u32::from(*byte)).sum();
+        other[header + 148..header + 155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        fs::write(lab.path("other.tar"), other).unwrap();
+        lab.bad(&["index", "verify", "headers.tarblk", "other.tar"], 1)
+    };
+    let said = with_checksum(header + 4, b'j');
+    let name = "entry 3, its name: 'etc/hello' in the index, 'etc/jello' in the layer";
+    assert!(said.contains(name), "{said}");
+    let said = with_checksum(header + 104, b'7');
+    assert!(
+        said.contains("entry 3 ('etc/hello'), its mode: 644 in the index, 744 in the layer"),
+        "{said}"
+    );
+    let said = lab.bad(&["index", "verify", "layer.tar", "layer.tar"], 1);
+    assert!(said.contains("not a tarblk index"), "{said}");
+    assert!(lab.bad(&["index", "verify", "full.tarblk"], 2).contains("SOURCE"));
+    assert!(lab.bad(&["index"], 2).contains("SOURCE"));
 }
 
 #[test]

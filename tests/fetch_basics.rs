@@ -73,11 +73,12 @@ fn serve(data: Arc<Vec<u8>>) -> String {
 }
 
 fn over_http(url: String, size: usize) -> LayerSource {
-    LayerSource::Http(HttpLayer {
+    LayerSource::http(HttpLayer {
         url,
         size: u64::try_from(size).unwrap(),
         validator: None,
         headers: Vec::new(),
+        access: None,
     })
 }
 
@@ -91,7 +92,7 @@ fn a_local_file_is_located_and_read() {
         file: file.into(),
         size: u64::try_from(data.len()).unwrap(),
     };
-    let fetcher = Fetcher::start(vec![LayerSource::File(layer)], FetchOptions::default(), None).unwrap();
+    let fetcher = Fetcher::start(vec![LayerSource::file(layer)], FetchOptions::default(), None).unwrap();
     assert!(matches!(fetcher.locate(range(4096, 10)), Located::File(_, 4096)));
     let slices = fetcher
         .read_blocking(vec![range(512, 2_500_000), range(0, 3), range(3_000_000, 1)])
@@ -118,7 +119,7 @@ fn a_file_that_shrank_is_an_error() {
         file: file.into(),
         size: 200,
     };
-    let fetcher = Fetcher::start(vec![LayerSource::File(layer)], FetchOptions::default(), None).unwrap();
+    let fetcher = Fetcher::start(vec![LayerSource::file(layer)], FetchOptions::default(), None).unwrap();
     assert!(matches!(
         fetcher.read_blocking(vec![range(50, 100)]),
         Err(FetchError::File { .. })

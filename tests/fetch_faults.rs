@@ -58,11 +58,12 @@ fn layer(origin: &Origin, path: &str) -> HttpLayer {
         size: u(SIZE),
         validator: None,
         headers: Vec::new(),
+        access: None,
     }
 }
 
 fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
-    Fetcher::start(vec![LayerSource::Http(layer)], options, None).unwrap()
+    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
 }
 
 fn served() -> (Origin, Arc<Vec<u8>>) {
@@ -127,9 +128,10 @@ fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
 fn survives(menu: Vec<Fault>) {
     let (origin, data) = served();
     let name = format!("{menu:?}");
-    origin.set_faults(at_random(7, 250, menu));
+    // Rare enough that one request does not meet six wrong answers in a row, whatever order requests come in.
+    origin.set_faults(at_random(7, 120, menu));
     let fetcher = start(layer(&origin, "/layer.tar"), quick());
-    hammer(&fetcher, &data, 12);
+    hammer(&fetcher, &data, 24);
     let stats = fetcher.stats();
     assert!(stats.errors > 0, "no failure of {name} was counted: {stats:?}");
     assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{name}: {stats:?}");

@@ -4,8 +4,8 @@
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use tarblk::index::{
-    Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError, IndexFault, Kind, Parser, Segment,
-    Timestamp, Xattr, is_index,
+    ChunkHasher, Coding, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError,
+    IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
 };
 use tarblk::units::{TarOffset, TarRange};
 
@@ -125,11 +125,37 @@ fn placed(entries: Vec<(Entry, u64, u64)>) -> (Vec<Entry>, u64) {
     (entries, at)
 }
 
-fn encode(entries: &[Entry], len: u64) -> Vec<u8> {
+fn builder(entries: &[Entry]) -> IndexBuilder {
     let mut builder = IndexBuilder::new();
     for entry in entries {
         builder.entry(entry).unwrap();
     }
+    builder
+}
+
+fn encode(entries: &[Entry], len: u64) -> Vec<u8> {
+    builder(entries).finish(len, EndOfArchive::Marked)
+}
+
+/// An index with everything in it that a compressed layer's has; the tar's bytes are made up.
+fn encode_all(entries: &[Entry], len: u64) -> Vec<u8> {
+    let mut hasher = ChunkHasher::new();
+    for at in (0..len).step_by(1 << 20) {
+        hasher.feed(&vec![
+            u8::try_from(at >> 20 & 0xff).unwrap();
+            usize::try_from((len - at).min(1 << 20)).unwrap()
+        ]);
+    }
+    let mut builder = builder(entries);
+    let identity = LayerIdentity {
+        coding: Coding::Gzip,
+        blob_len: len / 3,
+        blob_digest: Some(format!("sha256:{}", "ab".repeat(32))),
+        diff_id: None,
+        spacing: 1 << 20,
+    };
+    builder.identity(identity).chunk_digests(hasher.finish());
+    builder.spans(b"spans".to_vec(), [vec![], vec![7; 32768], b"window".to_vec()]);
     builder.finish(len, EndOfArchive::Marked)
 }
 
@@ -160,23 +186,28 @@ proptest! {
     #[test]
     fn a_flipped_bit_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), bit in 0..8) {
         let (entries, len) = placed(entries);
-        let mut bytes = encode(&entries, len);
+        let mut bytes = encode_all(&entries, len);
+        let hot = usize::try_from(hot_len(&bytes).unwrap().unwrap()).unwrap();
         let place = place.index(bytes.len());
         bytes[place] ^= 1_u8 << bit;
         let outcome = Index::open(&bytes);
         prop_assert!(matches!(outcome, Err(IndexError::Index(_))), "bit {} of byte {}", bit, place);
+        let outcome = Index::open_hot(&bytes[..hot]);
+        prop_assert_eq!(outcome.is_err(), place < hot, "bit {} of byte {}", bit, place);
     }
 
     #[test]
     fn a_cut_index_is_noticed(entries in vec(any_entry(), 1..30), place in any::<prop::sample::Index>(), more in any::<bool>()) {
         let (entries, len) = placed(entries);
-        let mut bytes = encode(&entries, len);
+        let mut bytes = encode_all(&entries, len);
         if more {
             bytes.push(0);
         } else {
             bytes.truncate(place.index(bytes.len()));
         }
         prop_assert!(matches!(Index::open(&bytes), Err(IndexError::Index(_))));
+        let hot = hot_len(&bytes).unwrap_or_default().and_then(|len| usize::try_from(len).ok());
+        prop_assert_eq!(Index::open_hot(&bytes).is_ok(), hot == Some(bytes.len()));
     }
 
     #[test]
@@ -209,6 +240,53 @@ proptest! {
             prop_assert_eq!(&tar[start..start + content.len()], content.as_slice());
         }
     }
+}
+
+#[test]
+fn the_hot_part_alone_is_enough_but_for_what_is_cold() {
+    let (entries, len) = placed(vec![(Entry::default(), 0, 100), (Entry::default(), 3, 1)]);
+    let bytes = encode_all(&entries, len);
+    assert_eq!(hot_len(&bytes[..23]).unwrap(), None);
+    let hot = hot_len(&bytes[..24]).unwrap().unwrap();
+    let whole = Index::open(&bytes).unwrap();
+    let part = Index::open_hot(&bytes[..usize::try_from(hot).unwrap()]).unwrap();
+    assert!(whole.is_whole() && !part.is_whole());
+    whole.verify().unwrap();
+    part.verify().unwrap();
+    let mut all = Collector::default();
+    part.replay(&mut all).unwrap();
+    assert_eq!(all.0, entries);
+    assert_eq!((part.hot_digest(), part.hot_len()), (whole.hot_digest(), hot));
+    assert_eq!((part.identity(), part.spans()), (whole.identity(), Some(&b"spans"[..])));
+    assert_eq!(part.identity().coding, Coding::Gzip);
+    assert!(
+        part.chunk_digests()
+            .unwrap()
+            .check(1, &vec![0; usize::try_from(len).unwrap() - 32768])
+    );
+    assert!(!part.chunk_digests().unwrap().check(1, &vec![1; 32768]));
+
+    let windows = [vec![], vec![7; 32768], b"window".to_vec()];
+    let cold = part.cold();
+    assert_eq!(cold.pieces(ColdPart::Windows), windows.len());
+    for (number, window) in windows.iter().enumerate() {
+        assert_eq!(
+            whole.cold_piece(ColdPart::Windows, number).unwrap().as_ref(),
+            Some(window)
+        );
+        assert!(part.cold_piece(ColdPart::Windows, number).is_err() || window.is_empty());
+        // What a range request brings.
+        let piece = cold.piece(ColdPart::Windows, number).unwrap();
+        let range = usize::try_from(piece.range.start).unwrap()..usize::try_from(piece.range.end).unwrap();
+        assert_eq!(&piece.open(&bytes[range.clone()]).unwrap(), window);
+        if !window.is_empty() {
+            let mut damaged = bytes[range].to_vec();
+            damaged[3] ^= 1;
+            assert!(piece.open(&damaged).is_err() && piece.open(&damaged[1..]).is_err());
+        }
+    }
+    assert!(cold.piece(ColdPart::Windows, 3).is_none() && cold.piece(ColdPart::Headers, 0).is_none());
+    assert!(!cold.has(ColdPart::Headers) && cold.has(ColdPart::Windows));
 }
 
 #[test]
@@ -254,31 +332,45 @@ fn other_versions_and_other_files_are_told_apart() {
     assert_eq!(open(&bytes[..20]), IndexFault::Truncated);
 }
 
-/// Sections that a later version may add.
+/// A section that a later version may add, hot (behind the other hot ones) or cold (at the end).
 fn with_section(bytes: &[u8], flags: u16) -> Vec<u8> {
     let count = usize::from(bytes[10]);
-    let table_end = 16 + 40 * count;
+    let table_end = 24 + 40 * count;
     let extra = b"something new";
-    let mut table: Vec<u8> = bytes[16..table_end].to_vec();
-    for record in table.chunks_mut(40) {
-        let offset = u64::from_le_bytes(record[8..16].try_into().unwrap()) + 40;
-        record[8..16].copy_from_slice(&offset.to_le_bytes());
+    let hot = flags & 2 == 0;
+    let hot_len = u64::from_le_bytes(bytes[16..24].try_into().unwrap());
+    let place = if hot { hot_len } else { long(bytes.len()) };
+    let mut records: Vec<Vec<u8>> = bytes[24..table_end].chunks(40).map(<[u8]>::to_vec).collect();
+    let mut number = 0;
+    for record in &mut records {
+        let offset = u64::from_le_bytes(record[8..16].try_into().unwrap());
+        let before = offset < place;
+        number += usize::from(before);
+        let moved = offset + 40 + if before { 0 } else { long(extra.len()) };
+        record[8..16].copy_from_slice(&moved.to_le_bytes());
     }
-    table.extend(77_u32.to_le_bytes());
-    table.extend(flags.to_le_bytes());
-    table.extend(0_u16.to_le_bytes());
-    table.extend((long(bytes.len()) + 40).to_le_bytes());
-    table.extend(long(extra.len()).to_le_bytes());
-    table.extend(long(extra.len()).to_le_bytes());
-    table.extend(crc32c::crc32c(extra).to_le_bytes());
-    table.extend([0; 4]);
+    let mut new = 77_u32.to_le_bytes().to_vec();
+    new.extend(flags.to_le_bytes());
+    new.extend(0_u16.to_le_bytes());
+    new.extend((place + 40).to_le_bytes());
+    new.extend(long(extra.len()).to_le_bytes());
+    new.extend(long(extra.len()).to_le_bytes());
+    new.extend(crc32c::crc32c(extra).to_le_bytes());
+    new.extend([0; 4]);
+    records.insert(number, new);
     let mut file = bytes[..12].to_vec();
     file[10] += 1;
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &table);
+    let mut rest = (hot_len + 40 + if hot { long(extra.len()) } else { 0 })
+        .to_le_bytes()
+        .to_vec();
+    rest.extend(records.concat());
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &rest);
     file.extend(crc.to_le_bytes());
-    file.extend(table);
-    file.extend(&bytes[table_end..]);
+    file.extend(rest);
+    let place = usize::try_from(place).unwrap();
+    file.extend(&bytes[table_end..place]);
     file.extend(extra);
+    file.extend(&bytes[place..]);
     file
 }
 
@@ -286,12 +378,14 @@ fn with_section(bytes: &[u8], flags: u16) -> Vec<u8> {
 fn unknown_sections_are_passed_over_unless_required() {
     let (entries, len) = placed(vec![(Entry::default(), 0, 1)]);
     let bytes = encode(&entries, len);
-    assert_eq!(decode(&with_section(&bytes, 0)).unwrap(), entries);
-    let fault = Index::open(with_section(&bytes, 1)).unwrap_err();
-    assert!(
-        matches!(fault, IndexError::Index(IndexFault::UnknownSection(77))),
-        "{fault}"
-    );
+    for flags in [0, 2] {
+        assert_eq!(decode(&with_section(&bytes, flags)).unwrap(), entries);
+        let fault = Index::open(with_section(&bytes, flags | 1)).unwrap_err();
+        assert!(
+            matches!(fault, IndexError::Index(IndexFault::UnknownSection(77))),
+            "{fault}"
+        );
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Any entries whatever -> tree -> image: never a panic, the pieces of any range always as long as the range, the same
+//! Any entries whatever, in any layers -> tree -> image: never a panic, the pieces of any range always as long as the range, the same
 //! pieces block by block as at once, and every metadata block can be filled.
 
 #![no_main]
@@ -10,13 +10,15 @@ use libfuzzer_sys::fuzz_target;
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage, FileMap, Origin, Piece};
 use tarblk::index::{Entry, Kind, Segment, Timestamp, Xattr};
-use tarblk::tree::TreeBuilder;
+use tarblk::tree::{TreeBuilder, TreeMode};
 use tarblk::units::{LayerId, TarOffset};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
     entries: Vec<RawEntry>,
     ranges: Vec<(u64, u16)>,
+    /// What the entries are: a plain tar, layers to merge, one layer for overlayfs.
+    mode: u8,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -33,6 +35,8 @@ struct RawEntry {
     segments: Vec<(u64, u64, u64)>,
     /// How often the entry comes, under different names: big directories from small inputs.
     repeat: u8,
+    /// Begins a layer, if the tree has several.
+    begins: bool,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -44,11 +48,24 @@ enum RawPath {
 
 impl RawPath {
     fn bytes(&self) -> Vec<u8> {
-        const PARTS: [&[u8]; 8] = [b"a", b"b", b"c", b"..", b".", b"", b"name", &[b'n'; 200]];
+        const PARTS: [&[u8]; 12] = [
+            b"a",
+            b"b",
+            b"c",
+            b"..",
+            b".",
+            b"",
+            b"name",
+            &[b'n'; 200],
+            b".wh.a",
+            b".wh.b",
+            b".wh..wh..opq",
+            b".wh.",
+        ];
         match self {
             Self::Bytes(bytes) => bytes.clone(),
             Self::Parts(parts) => {
-                parts.iter().map(|part| PARTS[usize::from(*part) % 8]).collect::<Vec<_>>().join(&b'/')
+                parts.iter().map(|part| PARTS[usize::from(*part) % PARTS.len()]).collect::<Vec<_>>().join(&b'/')
             }
         }
     }
@@ -118,8 +135,14 @@ fn normal(pieces: &[Piece]) -> Vec<Piece> {
 }
 
 fuzz_target!(|input: Input| {
-    let mut builder = TreeBuilder::new();
+    let mode = [TreeMode::Plain, TreeMode::Merged, TreeMode::Overlay][usize::from(input.mode) % 3];
+    let mut builder = TreeBuilder::with_mode(mode);
+    let mut layer = 0;
     for raw in &input.entries {
+        if raw.begins && mode == TreeMode::Merged {
+            layer += 1;
+            builder.begin_layer(LayerId(layer)).expect("layers in order");
+        }
         let mut entry = raw.entry();
         for number in 0..=raw.repeat {
             if builder.push(&entry).is_err() {

@@ -79,6 +79,9 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
             };
             BenchSource::Local { path, link }
         }
+        Source::Image(_) => {
+            return Err(UsageError("bench measures one layer: a path or a URL of a tar".into()).into());
+        }
         Source::Url(_) => {
             if args.rtt.is_some() || args.rate.is_some() {
                 return Err(

@@ -162,18 +162,58 @@ pub enum BackendArg {
 
 /// Arguments of `tarblk index`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    subcommand_value_name = "ACTION",
+    after_help = "Of a local layer whose index is written everything is read, so that the index can check every byte; of a layer
+on a server only headers are, because everything else costs a download.
+
+Examples:
   tarblk index layer.tar                     summary only
   tarblk index layer.tar -o layer.tarblk
-  tarblk index https://example.org/layer.tar -o layer.tarblk --json")]
+  tarblk index https://example.org/layer.tar -o layer.tarblk --json
+  tarblk index verify layer.tarblk https://example.org/layer.tar"
+)]
 pub struct IndexArgs {
-    /// The layer.
-    #[command(flatten)]
-    pub source: SourceArgs,
+    /// The layer: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath, required = true)]
+    pub source: Option<String>,
     /// Write the index to this file.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: Option<PathBuf>,
+    /// Read everything, and put all into the index that it can hold: digests of chunks and of files, and the header bytes, with
+    /// which the exact tar can be rebuilt.
+    #[arg(long)]
+    pub full: bool,
+    /// Read headers only: no digests.
+    #[arg(long, conflicts_with = "full")]
+    pub no_digests: bool,
     /// The summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// What else can be done with indexes.
+    #[command(subcommand)]
+    pub action: Option<IndexAction>,
+}
+
+/// What can be done with indexes besides making them.
+#[derive(Debug, Subcommand)]
+pub enum IndexAction {
+    /// Make an index again from the layer and compare: the first difference is named.
+    Verify(VerifyArgs),
+}
+
+/// Arguments of `tarblk index verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The index: a path or a URL.
+    #[arg(value_name = "INDEX", value_hint = ValueHint::FilePath)]
+    pub index: String,
+    /// The layer that it is said to be of.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
+    /// The outcome as JSON.
     #[arg(long)]
     pub json: bool,
 }

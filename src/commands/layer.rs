@@ -1,31 +1,28 @@
-//! `tarblk index`, `ls` and `image`: what a layer holds, without a device; and opening a layer with its progress shown.
+//! `tarblk ls` and `image`: what a layer holds, without a device; and opening a layer with its progress shown.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::ProgressBar;
-use serde::Serialize;
 
 use super::Session;
-use super::cli::{ImageArgs, IndexArgs, LayerArgs, LsArgs};
-use super::output::{Table, Talk, print, println, write_out};
+use super::cli::{ImageArgs, LayerArgs, LsArgs};
+use super::output::{Talk, write_out};
 use super::replace::replace;
 use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
 use crate::index::listing::{self, Format, ListingError};
-use crate::index::{EndOfArchive, Summary};
-use crate::open::{self, Cache, Fetching, IndexOrigin, OpenOptions, Opened, Prepared, Watch};
-use crate::quantity::{show_count, show_size, show_time};
+use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, Watch};
+use crate::quantity::show_size;
 use crate::source::{Place, without_secrets};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws the reading of headers, once it takes long enough to be noticed.
-struct Bar {
+pub(super) struct Bar {
     talk: Talk,
     drawn: Option<ProgressBar>,
     began: Instant,
@@ -35,7 +32,7 @@ struct Bar {
 const NOTICED: Duration = Duration::from_millis(300);
 
 impl Bar {
-    fn new(talk: Talk) -> Self {
+    pub(super) fn new(talk: Talk) -> Self {
         Self {
             talk,
             drawn: None,
@@ -80,126 +77,6 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
         &options,
         &mut Bar::new(session.talk),
     )?)
-}
-
-/// What `index --json` says.
-#[derive(Debug, Serialize)]
-struct Report<'a> {
-    source: String,
-    #[serde(flatten)]
-    summary: &'a Summary,
-    index_bytes: u64,
-    requests: u64,
-    bytes_fetched: u64,
-    seconds: f64,
-    content_sha256: String,
-}
-
-/// `tarblk index`.
-pub(super) fn index(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
-    let began = Instant::now();
-    let prepared = open::prepare(
-        &args.source.source,
-        &OpenOptions::default(),
-        &mut Bar::new(session.talk),
-    )?;
-    let took = began.elapsed();
-    let bytes = prepared.index.as_bytes();
-    if let Some(path) = &args.output {
-        replace(path, |file| {
-            let written = file.write_all(bytes);
-            written.with_context(|| format!("cannot write {}", path.display()))
-        })?;
-    }
-    let (requests, bytes_fetched) = match prepared.origin {
-        IndexOrigin::Read { reads, bytes } => (reads, bytes),
-        IndexOrigin::Given | IndexOrigin::Kept => (0, 0),
-    };
-    let report = Report {
-        source: prepared.blob.source.to_string(),
-        summary: prepared.index.summary(),
-        index_bytes: u64::try_from(bytes.len())?,
-        requests,
-        bytes_fetched,
-        seconds: took.as_secs_f64(),
-        content_sha256: hexadecimal(prepared.index.content_digest()),
-    };
-    if args.json {
-        return println(serde_json::to_string_pretty(&report)?);
-    }
-    if session.talk.quiet {
-        Ok(())
-    } else {
-        summarise(&report, &prepared, args.output.as_deref(), took)
-    }
-}
-
-/// Bytes as digests are written.
-fn hexadecimal(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-/// The summary for a person.
-fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, took: Duration) -> anyhow::Result<()> {
-    let summary = report.summary;
-    let kinds = [
-        (summary.files, "files"),
-        (summary.directories, "directories"),
-        (summary.symlinks, "symlinks"),
-        (summary.hardlinks, "hard links"),
-        (summary.devices, "devices"),
-        (summary.fifos, "fifos"),
-    ];
-    let kinds: Vec<_> = kinds
-        .iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, kind)| format!("{} {kind}", show_count(*n)))
-        .collect();
-    let whats = if matches!(prepared.blob.place, Place::Http(_)) {
-        "requests"
-    } else {
-        "reads"
-    };
-    let per_entry = report.index_bytes.checked_div(summary.entries).unwrap_or(0);
-    let mut table = Table::plain();
-    table.row(["layer", &format!("{}, {}", report.source, show_size(summary.tar_bytes))]);
-    table.row([
-        "entries",
-        &format!("{}: {}", show_count(summary.entries), kinds.join(", ")),
-    ]);
-    table.row([
-        "payload",
-        &format!(
-            "{} stored for {} of files",
-            show_size(summary.payload_bytes),
-            show_size(summary.file_bytes)
-        ),
-    ]);
-    let place = output.map_or_else(
-        || "not written (-o FILE writes it)".to_owned(),
-        |path| format!("written to {}", path.display()),
-    );
-    table.row([
-        "index",
-        &format!("{}, {per_entry} bytes an entry, {place}", show_size(report.index_bytes)),
-    ]);
-    table.row([
-        "cost",
-        &format!(
-            "{} {whats}, {} read, {}",
-            show_count(report.requests),
-            show_size(report.bytes_fetched),
-            show_time(took)
-        ),
-    ]);
-    if prepared.index.end() == EndOfArchive::Missing {
-        table.row(["warning", "the tar's end is not marked: it may be cut short"]);
-    }
-    print(table)
 }
 
 /// `tarblk ls`.

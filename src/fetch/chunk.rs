@@ -40,14 +40,6 @@ impl ChunkKey {
     pub(crate) fn start(self) -> TarOffset {
         TarOffset(u64::from(self.index) * CHUNK_BYTES)
     }
-
-    /// The chunk `n` further on.
-    pub(crate) fn plus(self, n: u32) -> Self {
-        Self {
-            layer: self.layer,
-            index: self.index.saturating_add(n),
-        }
-    }
 }
 
 /// How many chunks a layer of `size` bytes has, when they can be numbered.
@@ -78,6 +70,8 @@ const USED: u8 = 2;
 const PREFETCHED: u8 = 4;
 /// The planner wants to hear at once when this one is first read.
 const MARKER: u8 = 8;
+/// Nobody asked for it: it came with what was asked for, and cost nothing of its own.
+const ALONG: u8 = 16;
 
 /// Immutable bytes in memory with the marks that the memory tier and the planner keep on them.
 pub(crate) struct Chunk {
@@ -98,10 +92,13 @@ impl fmt::Debug for Chunk {
 pub(crate) enum FirstUse {
     /// It had been read before, or demanded from the start.
     No,
-    /// It had been prefetched and now pays.
-    Prefetched,
-    /// The same, and the planner asked to be told at once.
-    Marker,
+    /// It came before anybody needed it.
+    Yes {
+        /// It was fetched on suspicion, which now pays; else it came along with what was asked for.
+        suspected: bool,
+        /// The planner asked to be told at once.
+        marker: bool,
+    },
 }
 
 impl Chunk {
@@ -119,6 +116,13 @@ impl Chunk {
         }
     }
 
+    pub(crate) fn along(bytes: Vec<u8>, marker: bool) -> Self {
+        Self {
+            bytes,
+            marks: AtomicU8::new(if marker { ALONG | MARKER } else { ALONG }),
+        }
+    }
+
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -130,10 +134,12 @@ impl Chunk {
             return FirstUse::No;
         }
         let before = self.marks.fetch_or(RECENT | USED, Ordering::Relaxed);
-        match (before & USED, before & MARKER) {
-            (0, 0) => FirstUse::Prefetched,
-            (0, _) => FirstUse::Marker,
-            _ => FirstUse::No,
+        if before & USED != 0 {
+            return FirstUse::No;
+        }
+        FirstUse::Yes {
+            suspected: before & PREFETCHED != 0,
+            marker: before & MARKER != 0,
         }
     }
 
@@ -244,11 +250,19 @@ mod tests {
     fn a_first_use_is_told_once() {
         let chunk = Chunk::prefetched(vec![0; 8], true);
         assert!(chunk.wasted());
-        assert_eq!(chunk.touch(), FirstUse::Marker);
+        let first = FirstUse::Yes {
+            suspected: true,
+            marker: true,
+        };
+        assert_eq!(chunk.touch(), first);
         assert_eq!(chunk.touch(), FirstUse::No);
         assert!(!chunk.wasted());
         assert!(chunk.cool());
         assert!(!chunk.cool());
+        assert_eq!(chunk.touch(), FirstUse::No);
+        let chunk = Chunk::along(vec![0; 8], false);
+        assert!(!chunk.wasted());
+        assert!(matches!(chunk.touch(), FirstUse::Yes { suspected: false, .. }));
         assert_eq!(chunk.touch(), FirstUse::No);
     }
 

@@ -3,34 +3,52 @@
 //! A read is cut into chunks. A chunk that is neither here nor on its way gets a flight; whoever asks for it while it flies
 //! waits for the same flight. Waiters are told as chunks land, not when a flight ends. Demand always flies at once; behind
 //! it, as far as the link has room, flies what the planner thinks is next. Everything here runs on one thread and never
-//! blocks it: files and sockets go through its ring.
+//! blocks it: files and sockets go through its ring, decoding and digests to worker threads.
+//!
+//! Parts: `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
+//! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
+//! (files and the store), `trust` (what is believed).
 
+mod coded;
+mod course;
 mod disk;
 mod flight;
+mod origin;
+mod partial;
 mod request;
+mod stream;
+mod trust;
+mod window;
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::rc::Rc;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
-use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use self::coded::CodedLayer;
 use self::disk::{LARGEST_BACKLOG, Writer};
+use self::origin::Origin;
 pub(crate) use self::request::Owed;
-use self::request::{Pending, Request, Waiting};
+use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, chunk_count, pieces, to_u64};
 use super::http::{Client, RemoteLayer};
 use super::link::Link;
 use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
 use super::stats::add;
+use super::store::LayerCache;
 use super::tier::Tier;
-use super::{FetchError, FetchOptions, HttpLayer, LayerRange, LayerSource, Shared, SharedLayer, StartError};
+use super::{
+    Blob, Brought, ChunkCheck, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError,
+    WholeDigests,
+};
 use crate::image::FileMap;
+use crate::layer::Coding;
 use crate::units::LayerId;
 
 /// A flight is at most this long; longer stretches fly side by side.
@@ -52,14 +70,74 @@ pub(crate) enum Command {
     Shutdown(mpsc::Sender<()>),
 }
 
-/// A layer on a server, as the fetch thread sees it.
+/// A layer that has to be brought, as the fetch thread sees it.
 struct Remote {
-    layer: RemoteLayer,
+    origin: Origin,
+    /// The tar's length.
+    size: u64,
+    /// None: the blob is the tar.
+    coded: Option<CodedLayer>,
+    check: Option<ChunkCheck>,
+    whole: WholeDigests,
     writer: Writer,
-    /// Whether the layer is being read from end to end because its server knows no ranges.
+    /// Whether the layer is being read from end to end.
     streaming: Cell<bool>,
-    stream_ended: Notify,
+    /// Whether that has ended well: what comes out of the blob is what it has to be.
+    passed: Cell<bool>,
+    /// Whether what the store holds is being digested.
+    sealing: Cell<bool>,
     warned: Cell<bool>,
+    /// Chunks that are being checked, and chunks that were wrong once.
+    checking: RefCell<HashSet<u32>>,
+    suspects: RefCell<HashSet<u32>>,
+}
+
+impl Remote {
+    fn new(source: LayerSource) -> Result<Self, StartError> {
+        let size = source.size();
+        Ok(Self {
+            origin: Origin::new(source.blob)?,
+            size,
+            coded: source.coding.map(CodedLayer::new).transpose()?,
+            check: source.digests,
+            whole: source.whole,
+            writer: Writer::default(),
+            streaming: Cell::new(false),
+            passed: Cell::new(false),
+            sealing: Cell::new(false),
+            warned: Cell::new(false),
+            checking: RefCell::default(),
+            suspects: RefCell::default(),
+        })
+    }
+
+    fn is_local(&self) -> bool {
+        matches!(self.origin, Origin::File { .. })
+    }
+
+    /// Whether a read can do without what lies before it.
+    fn can_seek(&self) -> bool {
+        self.coded.as_ref().is_none_or(|coded| coded.table.seekable())
+    }
+
+    /// Whether tar space is the tar, byte for byte, so that its digest means something.
+    fn is_whole_tar(&self) -> bool {
+        self.coded.as_ref().is_none_or(|coded| coded.table.is_whole_tar())
+    }
+
+    /// The blob's length.
+    fn blob_size(&self) -> u64 {
+        self.coded.as_ref().map_or(self.size, |coded| coded.table.blob_len())
+    }
+
+    /// All its chunks.
+    fn all(&self, layer: LayerId) -> Stretch {
+        Stretch {
+            layer,
+            first: 0,
+            end: chunk_count(self.size).unwrap_or(u32::MAX),
+        }
+    }
 }
 
 struct Engine {
@@ -77,6 +155,8 @@ struct Engine {
     prefetching: Cell<usize>,
     /// Bytes that wait to be written to caches.
     backlog: Cell<u64>,
+    /// Who may decode or digest: as many at once as there are CPUs.
+    workers: Arc<Semaphore>,
     stopping: Cell<bool>,
 }
 
@@ -84,7 +164,7 @@ struct Engine {
 struct Parts {
     shared: Arc<Shared>,
     options: FetchOptions,
-    remotes: Vec<Option<HttpLayer>>,
+    remotes: Vec<Option<LayerSource>>,
     files: Option<Arc<dyn FileMap>>,
 }
 
@@ -101,34 +181,9 @@ pub(crate) fn start(
     let mut shared_layers = Vec::new();
     let mut remotes = Vec::new();
     for (layer, source) in layers.into_iter().enumerate() {
-        let size = source.size();
-        if chunk_count(size).is_none() {
-            return Err(StartError::TooLong { layer, size });
-        }
-        match source {
-            LayerSource::File(local) => {
-                shared_layers.push(SharedLayer::Local {
-                    path: local.path,
-                    file: local.file,
-                    size,
-                });
-                remotes.push(None);
-            }
-            LayerSource::Http(remote) => {
-                // Checked here, made again on the thread: what lives there cannot move between threads.
-                RemoteLayer::new(&remote)?;
-                let cache = OnceLock::new();
-                if let Some(store) = &options.store {
-                    match store.layer(&remote) {
-                        // It was empty: nobody else has it yet.
-                        Ok(found) => drop(cache.set(found)),
-                        Err(error) => log::warn!("{error}; going on without a cache"),
-                    }
-                }
-                shared_layers.push(SharedLayer::Remote { size, cache });
-                remotes.push(Some(remote));
-            }
-        }
+        let (shared, remote) = take_in(layer, source, &options)?;
+        shared_layers.push(shared);
+        remotes.push(remote);
     }
     let (commands, inbox) = unbounded_channel();
     let shared = Arc::new(Shared::new(shared_layers, Tier::new(options.memory_bytes)));
@@ -160,6 +215,60 @@ pub(crate) fn start(
     }
 }
 
+/// What both sides see of a layer, and what the fetch thread has to know if it has to be brought.
+fn take_in(
+    layer: usize,
+    mut source: LayerSource,
+    options: &FetchOptions,
+) -> Result<(SharedLayer, Option<LayerSource>), StartError> {
+    let size = source.size();
+    if chunk_count(size).is_none() {
+        return Err(StartError::TooLong { layer, size });
+    }
+    if let Some(coded) = &source.coding {
+        let (said, found) = (coded.table.blob_len(), source.blob.size());
+        if said != found {
+            return Err(StartError::OtherBlob { layer, said, found });
+        }
+        if coded.table.coding() == Coding::Plain {
+            source.coding = None;
+        }
+    }
+    let as_it_is = source.coding.is_none() && source.digests.is_none();
+    let brought = Brought::new(size, source.digests.is_some());
+    match &source.blob {
+        Blob::File(_) if as_it_is => {
+            let Blob::File(local) = source.blob else {
+                unreachable!("it is a file")
+            };
+            let shared = SharedLayer::Local {
+                path: local.path,
+                file: local.file,
+                size,
+            };
+            return Ok((shared, None));
+        }
+        Blob::File(local) if source.coding.is_none() => {
+            let own = local.file.try_clone()?;
+            // It was empty: nobody else has it yet.
+            drop(brought.cache.set(Arc::new(LayerCache::borrowed(own.into(), size))));
+        }
+        blob => {
+            if let Blob::Http(http) = blob {
+                // Checked here, made again on the thread: what lives there cannot move between threads.
+                RemoteLayer::new(http)?;
+            }
+            if let Some(store) = &options.store {
+                match store.of(&source) {
+                    Ok(found) => drop(brought.cache.set(found)),
+                    Err(error) => log::warn!("{error}; going on without a cache"),
+                }
+            }
+        }
+    }
+    Ok((SharedLayer::Brought(brought), Some(source)))
+}
+
 impl Engine {
     fn new(parts: Parts) -> Rc<Self> {
         let Parts {
@@ -168,15 +277,8 @@ impl Engine {
             remotes,
             files,
         } = parts;
-        let remote = |layer: &HttpLayer| {
-            Some(Rc::new(Remote {
-                layer: RemoteLayer::new(layer).ok()?,
-                writer: Writer::default(),
-                streaming: Cell::new(false),
-                stream_ended: Notify::new(),
-                warned: Cell::new(false),
-            }))
-        };
+        // Whatever could be wrong with them was found before.
+        let remote = |source: LayerSource| Remote::new(source).ok().map(Rc::new);
         // More ahead of a reader than this would push out of memory what it has not read yet.
         let largest_window = (options.memory_bytes / 4).max(CHUNK_BYTES);
         let defaults = PlanOptions::default();
@@ -187,7 +289,7 @@ impl Engine {
         let sizes = shared.layers.iter().map(SharedLayer::size).collect();
         Rc::new(Self {
             client: Client::new(&options, shared.counters.clone()),
-            remotes: remotes.iter().map(|layer| layer.as_ref().and_then(remote)).collect(),
+            remotes: remotes.into_iter().map(|source| source.and_then(remote)).collect(),
             pending: RefCell::default(),
             gap: plan.gap,
             planner: RefCell::new(Planner::new(files, sizes, plan)),
@@ -195,6 +297,9 @@ impl Engine {
             outstanding: Cell::new(0),
             prefetching: Cell::new(0),
             backlog: Cell::new(0),
+            workers: Arc::new(Semaphore::new(
+                std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+            )),
             stopping: Cell::new(false),
             shared,
             options,
@@ -203,9 +308,7 @@ impl Engine {
 
     async fn run(self: Rc<Self>, mut inbox: UnboundedReceiver<Command>) {
         const AT_ONCE: usize = 64;
-        for remote in self.remotes.iter().flatten() {
-            self.client.warm(&remote.layer, WARM_CONNECTIONS);
-        }
+        self.set_out();
         let mut batch = Vec::with_capacity(AT_ONCE);
         let mut told = None;
         while told.is_none() {
@@ -247,6 +350,22 @@ impl Engine {
         }
     }
 
+    /// What is done before anybody asks: connections are opened, and what has to be read from end to end is begun.
+    fn set_out(self: &Rc<Self>) {
+        for (layer, remote) in (0..).map(LayerId).zip(&self.remotes) {
+            let Some(remote) = remote else { continue };
+            if let Origin::Http(http) = &remote.origin {
+                self.client.warm(http, WARM_CONNECTIONS);
+            }
+            let is_whole = || self.cache(layer).is_some_and(|cache| cache.is_whole());
+            if !remote.can_seek() && remote.size > 0 && !is_whole() {
+                self.start_stream(remote, layer, None);
+            } else {
+                self.judge_if_whole(remote, layer);
+            }
+        }
+    }
+
     /// Fails what still waits.
     fn stop(&self) {
         self.stopping.set(true);
@@ -260,6 +379,21 @@ impl Engine {
         self.remotes.get(usize::try_from(layer.0).ok()?)?.as_ref()
     }
 
+    fn brought(&self, layer: LayerId) -> Option<&Brought> {
+        match self.shared.layers.get(usize::try_from(layer.0).ok()?)? {
+            SharedLayer::Brought(layer) => Some(layer),
+            SharedLayer::Local { .. } => None,
+        }
+    }
+
+    /// Whether a chunk is in the store, or about to be.
+    fn is_kept(&self, key: ChunkKey) -> bool {
+        self.cache(key.layer).is_some_and(|cache| cache.has(key.index))
+            || self
+                .remote(key.layer)
+                .is_some_and(|remote| remote.writer.queued(key.index).is_some())
+    }
+
     /// Where a chunk is.
     fn look(&self, key: ChunkKey) -> Presence {
         if let Some(pending) = self.pending.borrow().get(&key) {
@@ -269,9 +403,13 @@ impl Engine {
                 Presence::Absent
             };
         }
-        let cached = || self.cache(key.layer).is_some_and(|cache| cache.has(key.index));
-        if self.remote(key.layer).is_none() || self.shared.tier.holds(key) || cached() {
+        let Some(remote) = self.remote(key.layer) else {
+            return Presence::Here;
+        };
+        if self.shared.tier.holds(key) || self.is_kept(key) {
             Presence::Here
+        } else if remote.streaming.get() {
+            Presence::Coming
         } else {
             Presence::Absent
         }
@@ -298,20 +436,30 @@ impl Engine {
                     return;
                 }
                 Some(SharedLayer::Local { .. }) => self.read_local(&request, *asked),
-                Some(SharedLayer::Remote { .. }) => self.join(&request, *asked, now, cached),
+                Some(SharedLayer::Brought(layer)) => {
+                    if let Some(error) = layer.poison.get() {
+                        request.end(Err(error.clone()));
+                        return;
+                    }
+                    self.join(&request, *asked, now, cached);
+                }
             }
         }
         request.ready();
     }
 
-    /// Adds the slots of a remote range to `request`.
+    /// Adds the slots of a range that has to be brought to `request`.
     fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
-        let (mut waits, mut paid) = (false, 0);
+        let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
-            if let Some(chunk) = self.shared.tier.get(key) {
-                if chunk.touch() != FirstUse::No {
-                    paid += to_u64(chunk.bytes().len());
+            let remote = self.remote(key.layer);
+            let waiting_to_be_written = || remote.and_then(|remote| remote.writer.queued(key.index));
+            if let Some(chunk) = self.shared.tier.get(key).or_else(waiting_to_be_written) {
+                match chunk.touch() {
+                    FirstUse::Yes { suspected: true, .. } => paid += to_u64(chunk.bytes().len()),
+                    FirstUse::Yes { .. } => found_first = true,
+                    FirstUse::No => {}
                 }
                 add(&counters.bytes_memory, len);
                 request.push(Slice::new(chunk, from, len));
@@ -333,8 +481,11 @@ impl Engine {
                 cached.push(key);
                 continue;
             }
-            if std::mem::take(&mut pending.suspected) {
+            if std::mem::take(&mut pending.why) == Why::Suspected {
                 paid += CHUNK_BYTES;
+            }
+            if remote.is_some_and(|remote| remote.streaming.get()) {
+                pending.coming = true;
             }
             add(&counters.bytes_network, len);
             waits = true;
@@ -344,7 +495,7 @@ impl Engine {
         planner.paid(paid);
         if waits {
             planner.miss(asked.layer, asked.range, &|key| self.look(key), now);
-        } else if paid > 0 {
+        } else if paid > 0 || found_first {
             planner.hit(asked.layer, asked.range, &|key| self.look(key));
         }
     }
@@ -373,9 +524,7 @@ impl Engine {
         if stretches.is_empty() {
             return;
         }
-        for flight in merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)) {
-            self.send(flight, true);
-        }
+        self.send(&merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
     }
 
     /// Sends what is likely next, as far as the link has room behind what was asked for.
@@ -387,20 +536,40 @@ impl Engine {
                 || self.backlog.get() > LARGEST_BACKLOG / 2
                 || self.prefetching.get() >= (self.options.connections / 2).max(1)
                 || self.stopping.get()
-                || !self.options.prefetch
-                || self.remotes.iter().flatten().any(|remote| remote.streaming.get());
+                || !self.options.prefetch;
             if no_room {
                 return;
             }
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
             let next = self.planner.borrow_mut().next(most, &|key| self.look(key));
             let Some(flight) = next else { return };
-            self.prefetching.set(self.prefetching.get() + 1);
-            self.send(flight, false);
+            self.send(&[flight], false);
         }
     }
 
-    fn send(self: &Rc<Self>, flight: Stretch, demand: bool) {
+    /// Sends flights for stretches that are absent.
+    fn send(self: &Rc<Self>, flights: &[Stretch], demand: bool) {
+        for of_one_layer in flights.chunk_by(|a, b| a.layer == b.layer) {
+            let Some(layer) = of_one_layer.first().map(|flight| flight.layer) else {
+                continue;
+            };
+            let Some(remote) = self.remote(layer) else { continue };
+            if !remote.can_seek() {
+                self.start_stream(remote, layer, None);
+                for flight in of_one_layer {
+                    self.leave_to_stream(*flight);
+                }
+            } else if let Some(coded) = &remote.coded {
+                self.launch_coded(remote, coded, of_one_layer, demand);
+            } else {
+                for flight in of_one_layer {
+                    self.send_plain(*flight, demand);
+                }
+            }
+        }
+    }
+
+    fn send_plain(self: &Rc<Self>, flight: Stretch, demand: bool) {
         let mut planner = self.planner.borrow_mut();
         let mut all = self.pending.borrow_mut();
         for key in flight.keys() {
@@ -409,12 +578,15 @@ impl Engine {
             pending.marker =
                 flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
             if pending.waiters.is_empty() {
-                pending.suspected = true;
+                pending.why = Why::Suspected;
                 planner.suspected(CHUNK_BYTES);
                 add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
             } else {
                 planner.demanded(CHUNK_BYTES);
             }
+        }
+        if !demand {
+            self.prefetching.set(self.prefetching.get() + 1);
         }
         self.outstanding.set(self.outstanding.get() + flight.bytes());
         tokio_uring::spawn(self.clone().fly(flight, demand));
@@ -422,11 +594,19 @@ impl Engine {
 
     /// A chunk has come, by a flight or from the cache: it goes to memory, to everybody who waits for it, and to the cache.
     fn bring(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>, keep: bool) {
-        let pending = self.pending.borrow_mut().remove(&key).unwrap_or_default();
-        let chunk = Arc::new(if pending.suspected {
-            Chunk::prefetched(bytes, pending.marker)
-        } else {
-            Chunk::demanded(bytes)
+        if self.brought(key.layer).is_none_or(|layer| layer.poison.get().is_some()) {
+            return;
+        }
+        let known = self.pending.borrow_mut().remove(&key);
+        if known.is_none() && self.shared.tier.holds(key) {
+            return;
+        }
+        let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
+        let pending = known.unwrap_or_default();
+        let chunk = Arc::new(match why {
+            Why::Wanted => Chunk::demanded(bytes),
+            Why::Suspected => Chunk::prefetched(bytes, pending.marker),
+            Why::Along => Chunk::along(bytes, pending.marker),
         });
         if let Some(old) = self.shared.tier.insert(key, chunk.clone())
             && old.wasted()
@@ -444,32 +624,17 @@ impl Engine {
             .landed(key, &|key, show| self.peek(key, show), &mut now);
         self.launch(&now);
         if keep {
-            self.keep(key, chunk, false);
+            let _in_memory_anyway = self.keep(key, chunk, false);
         }
-    }
-
-    /// A chunk has come by, whether somebody wants it or not: to memory only if somebody does, and to the cache.
-    fn bring_from_stream(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
-        let pending = self.pending.borrow_mut().remove(&key);
-        let chunk = Arc::new(Chunk::demanded(bytes));
-        if let Some(pending) = pending {
-            drop(self.shared.tier.insert(key, chunk.clone()));
-            for waiting in pending.waiters {
-                waiting
-                    .request
-                    .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
-            }
-        }
-        self.keep(key, chunk, true);
     }
 
     /// Chunks that will not come: whoever waits for one is told.
     fn give_up(&self, stretch: Stretch, error: &FetchError) {
-        for key in stretch.keys() {
+        for key in self.pending_of(stretch) {
             let Some(pending) = self.pending.borrow_mut().remove(&key) else {
                 continue;
             };
-            if pending.suspected {
+            if pending.why == Why::Suspected {
                 self.planner.borrow_mut().lost(CHUNK_BYTES);
             }
             for waiting in pending.waiters {
@@ -481,11 +646,12 @@ impl Engine {
     /// Fails the reads that would have waited past the deadline after another `pause`.
     fn expire(&self, stretch: Stretch, pause: Duration, error: &FetchError) {
         let mut late = Vec::new();
-        for key in stretch.keys() {
+        for key in self.pending_of(stretch) {
             if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
-                let (stay, go): (SmallVec<_>, SmallVec<_>) = std::mem::take(&mut pending.waiters)
-                    .into_iter()
-                    .partition(|waiting| waiting.request.asked.elapsed() + pause <= self.options.deadline);
+                let (stay, go): (SmallVec<_>, SmallVec<_>) =
+                    std::mem::take(&mut pending.waiters).into_iter().partition(|waiting| {
+                        waiting.request.asked.elapsed().saturating_add(pause) <= self.options.deadline
+                    });
                 pending.waiters = stay;
                 late.extend(go);
             }
@@ -493,6 +659,16 @@ impl Engine {
         for waiting in late {
             waiting.request.end(Err(error.clone()));
         }
+    }
+
+    /// The chunks of `stretch` that are not here and that somebody waits for, or that are on their way.
+    fn pending_of(&self, stretch: Stretch) -> Vec<ChunkKey> {
+        let all = self.pending.borrow();
+        if all.len() > usize::try_from(stretch.count()).unwrap_or(usize::MAX) {
+            return stretch.keys().filter(|key| all.contains_key(key)).collect();
+        }
+        let within = |key: &&ChunkKey| key.layer == stretch.layer && (stretch.first..stretch.end).contains(&key.index);
+        all.keys().filter(within).copied().collect()
     }
 
     fn anybody_waits(&self, stretch: Stretch) -> bool {

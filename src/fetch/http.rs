@@ -4,7 +4,9 @@
 //! response head was checked against the range asked for ([`answer`]), and never more bytes than that.
 
 pub(crate) mod answer;
+mod layer;
 pub(crate) mod pool;
+mod proxy;
 pub(crate) mod stream;
 
 use std::cell::RefCell;
@@ -17,21 +19,23 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
-use hyper::header::{self, HeaderName, HeaderValue};
+use hyper::header;
 use hyper::{Request, StatusCode};
 use rustls::ClientConfig;
 use tokio::time::timeout;
 use url::Url;
 
-use self::answer::{Asked, Validator, Verdict, judge};
+use self::answer::{Asked, Verdict, judge};
+use self::layer::Spot;
+pub(crate) use self::layer::{RemoteLayer, stable_name, without_secrets};
 use self::pool::{Host, HostKey, Lease};
+use self::proxy::Proxies;
+use super::FetchOptions;
 use super::stats::{Counters, add};
-use super::{FetchOptions, HttpLayer, StartError};
+use crate::source::tls::{self, Trust};
 
 /// Registry → storage → region → object: four hops are seen in the wild; more is a loop.
 const MOST_REDIRECTS: usize = 8;
-/// How long a redirect's target is used without asking the original again. Signed URLs live at least some minutes.
-const REDIRECT_KEPT: Duration = Duration::from_secs(60);
 /// We never wait longer than this because a server says so.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
 
@@ -78,141 +82,11 @@ impl fmt::Display for Failure {
     }
 }
 
-/// A layer on a server.
-pub(crate) struct RemoteLayer {
-    url: Url,
-    headers: Vec<(HeaderName, HeaderValue)>,
-    pub(crate) size: u64,
-    validator: Option<Validator>,
-    /// Where the last redirect led, and when.
-    target: RefCell<Option<(Instant, Url)>>,
-}
-
-impl RemoteLayer {
-    pub(crate) fn new(layer: &HttpLayer) -> Result<Self, StartError> {
-        let bad = |why: String| StartError::Url {
-            url: without_secrets(&layer.url),
-            why,
-        };
-        let url = Url::parse(&layer.url).map_err(|e| bad(e.to_string()))?;
-        HostKey::of(&url).ok_or_else(|| bad("only http:// and https:// can be fetched".to_owned()))?;
-        let mut headers = Vec::new();
-        for (name, value) in &layer.headers {
-            let name = HeaderName::from_bytes(name.as_bytes()).map_err(|e| bad(format!("header {name:?}: {e}")))?;
-            let mut value = HeaderValue::from_str(value).map_err(|e| bad(format!("value of header {name}: {e}")))?;
-            value.set_sensitive(true);
-            headers.push((name, value));
-        }
-        Ok(Self {
-            url,
-            headers,
-            size: layer.size,
-            validator: layer.validator.clone(),
-            target: RefCell::default(),
-        })
-    }
-
-    /// For messages.
-    pub(crate) fn name(&self) -> String {
-        without_secrets(self.url.as_str())
-    }
-
-    fn current(&self) -> Url {
-        match &*self.target.borrow() {
-            Some((when, url)) if when.elapsed() < REDIRECT_KEPT => url.clone(),
-            _ => self.url.clone(),
-        }
-    }
-
-    fn forget_target(&self) -> bool {
-        self.target.borrow_mut().take().is_some()
-    }
-}
-
-/// A URL fit for messages and logs: no password, no signed query.
-pub(crate) fn without_secrets(url: &str) -> String {
-    match Url::parse(url) {
-        Ok(mut parsed) => {
-            let query = parsed.query().is_some();
-            parsed.set_query(None);
-            parsed.set_fragment(None);
-            // These fail only for URLs that cannot hold them.
-            let _cannot_have_one = parsed.set_password(None);
-            let _cannot_have_one = parsed.set_username("");
-            if query {
-                format!("{parsed}?…")
-            } else {
-                parsed.to_string()
-            }
-        }
-        Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
-    }
-}
-
-/// What of a URL stays the same when passwords and signatures change: the store's name for it. Everything else of the
-/// query stays, because it may be what tells one layer from another.
-pub(crate) fn stable_name(url: &str) -> String {
-    const SIGNATURES: [&str; 17] = [
-        "signature",
-        "expires",
-        "key-pair-id",
-        "policy",
-        "sig",
-        "se",
-        "sp",
-        "st",
-        "sv",
-        "sr",
-        "spr",
-        "skoid",
-        "sktid",
-        "skt",
-        "ske",
-        "token",
-        "access_token",
-    ];
-    let Ok(mut parsed) = Url::parse(url) else {
-        return url.to_owned();
-    };
-    let passing = |name: &str| {
-        let name = name.to_ascii_lowercase();
-        name.starts_with("x-amz-") || name.starts_with("x-goog-") || SIGNATURES.contains(&name.as_str())
-    };
-    let kept: Vec<(String, String)> = parsed
-        .query_pairs()
-        .filter(|(name, _)| !passing(name))
-        .map(|(a, b)| (a.into(), b.into()))
-        .collect();
-    parsed.set_query(None);
-    if !kept.is_empty() {
-        parsed.query_pairs_mut().extend_pairs(kept);
-    }
-    parsed.set_fragment(None);
-    // These fail only for URLs that cannot hold them.
-    let _cannot_have_one = parsed.set_password(None);
-    let _cannot_have_one = parsed.set_username("");
-    parsed.to_string()
-}
-
-impl HostKey {
-    fn of(url: &Url) -> Option<Self> {
-        let tls = match url.scheme() {
-            "http" => false,
-            "https" => true,
-            _ => return None,
-        };
-        Some(Self {
-            tls,
-            host: url.host_str()?.to_owned(),
-            port: url.port_or_known_default()?,
-        })
-    }
-}
-
 /// All hosts' pools and how to talk to them. Lives on the fetch thread.
 pub(crate) struct Client {
     hosts: RefCell<HashMap<HostKey, Rc<Host>>>,
     tls: Option<Arc<ClientConfig>>,
+    proxies: Proxies,
     options: FetchOptions,
     counters: Arc<Counters>,
 }
@@ -239,41 +113,53 @@ impl Client {
         Self {
             hosts: RefCell::default(),
             tls: options.tls.clone(),
+            proxies: Proxies::default(),
             options: options.clone(),
             counters,
         }
     }
 
-    fn host(&self, url: &Url) -> Result<Rc<Host>, Failure> {
-        let key = HostKey::of(url).ok_or_else(|| Failure::suspect("redirected to something that is not http"))?;
-        if key.tls && self.tls.is_none() {
-            return Err(Failure::suspect("https is needed and no TLS configuration was given"));
+    /// The pool for a URL's host, as it is believed to be that host.
+    fn host(&self, url: &Url, trust: &Trust) -> Result<Rc<Host>, Failure> {
+        let key =
+            HostKey::of(url, trust).ok_or_else(|| Failure::suspect("redirected to something that is not http"))?;
+        if let Some(host) = self.hosts.borrow().get(&key) {
+            return Ok(host.clone());
         }
-        let tls = if key.tls { self.tls.clone() } else { None };
-        let mut hosts = self.hosts.borrow_mut();
-        let host = hosts.entry(key.clone()).or_insert_with(|| {
-            Host::new(
-                key,
-                tls,
-                self.options.connections,
-                self.options.connect_deadline,
-                self.counters.clone(),
-            )
-        });
-        Ok(host.clone())
+        let tls = match &self.tls {
+            _ if !key.tls => None,
+            Some(given) if *trust == Trust::default() => Some(given.clone()),
+            _ => Some(tls::client_config_for(trust).map_err(|error| Failure::suspect(error.to_string()))?),
+        };
+        let proxy = self.proxies.of(url).map_err(Failure::suspect)?;
+        let host = Host::new(
+            key.clone(),
+            tls,
+            proxy,
+            self.options.connections,
+            self.options.connect_deadline,
+            self.counters.clone(),
+        );
+        self.hosts.borrow_mut().insert(key, host.clone());
+        Ok(host)
     }
 
     /// Opens a few connections ahead of the first read.
     pub(crate) fn warm(&self, layer: &RemoteLayer, count: usize) {
-        if let Ok(host) = self.host(&layer.url) {
+        if let Some((url, trust)) = layer.first_host()
+            && let Ok(host) = self.host(&url, &trust)
+        {
             host.warm(count);
         }
     }
 
-    /// Sends one GET for `len` bytes from `start` on, follows redirects, and comes back with the checked head.
+    /// Sends one GET for `len` bytes from `start` on, follows redirects, asks again for what has expired, and comes back with
+    /// the checked head.
     pub(crate) async fn get(&self, layer: &RemoteLayer, start: u64, len: u64, demand: bool) -> Result<Reply, Failure> {
-        let mut url = layer.current();
-        let mut redirected = url != layer.url;
+        let mut kept = layer.target();
+        let mut spot = layer.spot(None).await?;
+        let mut url = kept.clone().unwrap_or_else(|| spot.url.clone());
+        let mut renewed = false;
         for _ in 0..=MOST_REDIRECTS {
             let asked = Asked {
                 start,
@@ -281,19 +167,21 @@ impl Client {
                 size: layer.size,
                 validator: layer.validator.as_ref(),
             };
-            let mut lease = self
-                .host(&url)?
-                .take(demand)
-                .await
-                .map_err(|e| Failure::away(e.to_string()))?;
-            let request = Self::request(layer, &url, asked)?;
             let sent = Instant::now();
-            let response = self.send(layer, &mut lease, request).await?;
-            let (head, body) = response.into_parts();
+            let (head, body, lease) = match self.exchange(&spot, &url, asked, demand).await {
+                Ok(answer) => answer,
+                Err(failure) => {
+                    layer.forget_target(&url);
+                    if url == spot.url && !matches!(failure, Failure::Away { stale: true, .. }) {
+                        layer.doubt();
+                    }
+                    return Err(failure);
+                }
+            };
             match judge(&head, asked) {
                 verdict @ (Verdict::Partial | Verdict::Whole) => {
-                    if redirected && layer.target.borrow().is_none() {
-                        *layer.target.borrow_mut() = Some((Instant::now(), url));
+                    if url != spot.url && kept.is_none() {
+                        layer.keep_target(url);
                     }
                     let whole = verdict == Verdict::Whole;
                     return Ok(Reply {
@@ -312,21 +200,27 @@ impl Client {
                 Verdict::Redirect(to) => {
                     let next = url
                         .join(&to)
-                        .map_err(|e| Failure::suspect(format!("redirected to {to:?}: {e}")))?;
+                        .map_err(|e| Failure::suspect(format!("redirected to {:?}: {e}", without_secrets(&to))))?;
                     if url.scheme() == "https" && next.scheme() != "https" {
                         return Err(Failure::suspect("redirected from https to plain http"));
                     }
                     drain(body, lease, self.options.stall_deadline);
                     url = next;
-                    redirected = true;
                 }
                 Verdict::Refused(status) => {
                     let refusal = format!("{} answered {status}", without_secrets(url.as_str()));
                     drain(body, lease, self.options.stall_deadline);
-                    if layer.forget_target() {
+                    if let Some(target) = kept.take() {
                         // The signature in the redirect's URL has run out: ask the original for a new one.
-                        url = layer.url.clone();
-                        redirected = false;
+                        layer.forget_target(&target);
+                        url = spot.url.clone();
+                        continue;
+                    }
+                    if layer.can_move() && url == spot.url && !renewed {
+                        // The token has run out, or a mirror has lost the blob.
+                        renewed = true;
+                        spot = layer.spot(Some(&spot)).await?;
+                        url = spot.url.clone();
                         continue;
                     }
                     return Err(Failure::Suspect {
@@ -336,7 +230,10 @@ impl Client {
                 }
                 Verdict::Later { status, after } => {
                     drain(body, lease, self.options.stall_deadline);
-                    layer.forget_target();
+                    layer.forget_target(&url);
+                    if url == spot.url {
+                        layer.doubt();
+                    }
                     let after = after.map(|wanted| wanted.min(LONGEST_RETRY_AFTER));
                     return Err(Failure::Away {
                         why: format!("{} answered {status}", without_secrets(url.as_str())),
@@ -346,19 +243,36 @@ impl Client {
                 }
                 Verdict::Changed(how) => return Err(Failure::Changed(how)),
                 Verdict::Wrong(why) => {
-                    layer.forget_target();
+                    layer.forget_target(&url);
                     return Err(Failure::suspect(format!("{}: {why}", without_secrets(url.as_str()))));
                 }
             }
         }
-        layer.forget_target();
+        layer.forget_target(&url);
         Err(Failure::suspect(format!("more than {MOST_REDIRECTS} redirects")))
+    }
+
+    /// One request to `url`, with the spot's credentials if it is the spot's origin.
+    async fn exchange(
+        &self,
+        spot: &Spot,
+        url: &Url,
+        asked: Asked<'_>,
+        demand: bool,
+    ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Failure> {
+        let own = url.origin() == spot.url.origin();
+        let elsewhere = Trust::default();
+        let host = self.host(url, if own { &spot.trust } else { &elsewhere })?;
+        let mut lease = host.take(demand).await.map_err(|e| Failure::away(e.to_string()))?;
+        let request = Self::request(spot, url, own, &host, asked)?;
+        let response = self.send(&mut lease, request).await?;
+        let (head, body) = response.into_parts();
+        Ok((head, body, lease))
     }
 
     /// Sends `request` and waits for the head of its answer.
     async fn send(
         &self,
-        layer: &RemoteLayer,
         lease: &mut Lease,
         request: Request<Empty<Bytes>>,
     ) -> Result<hyper::Response<Incoming>, Failure> {
@@ -374,19 +288,26 @@ impl Client {
                 after: None,
                 stale,
             }),
-            Err(_) => {
-                // A redirect's target that no longer answers is not asked again.
-                layer.forget_target();
-                Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline)))
-            }
+            Err(_) => Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline))),
         }
     }
 
-    fn request(layer: &RemoteLayer, url: &Url, asked: Asked<'_>) -> Result<Request<Empty<Bytes>>, Failure> {
-        let path = &url[url::Position::BeforePath..url::Position::AfterQuery];
-        let host = &url[url::Position::BeforeHost..url::Position::AfterPort];
+    fn request(
+        spot: &Spot,
+        url: &Url,
+        own: bool,
+        host: &Host,
+        asked: Asked<'_>,
+    ) -> Result<Request<Empty<Bytes>>, Failure> {
+        let forwarder = host.forwarder();
+        // A proxy that forwards has to be told the whole URL.
+        let path = match forwarder {
+            Some(_) => &url[url::Position::BeforeScheme..url::Position::AfterQuery],
+            None => &url[url::Position::BeforePath..url::Position::AfterQuery],
+        };
+        let authority = &url[url::Position::BeforeHost..url::Position::AfterPort];
         let mut request = Request::get(path)
-            .header(header::HOST, host)
+            .header(header::HOST, authority)
             .header(header::USER_AGENT, concat!("tarblk/", env!("CARGO_PKG_VERSION")))
             .header(header::ACCEPT_ENCODING, "identity")
             .header(
@@ -398,10 +319,13 @@ impl Client {
         {
             request = request.header(header::IF_RANGE, validator.value());
         }
-        let same_host = HostKey::of(url) == HostKey::of(&layer.url);
-        for (name, value) in &layer.headers {
-            // Credentials are for the host they were given for, not for where it sends us.
-            if same_host || !(name == header::AUTHORIZATION || name == header::COOKIE) {
+        if let Some(value) = forwarder.and_then(|proxy| proxy.authorization.as_ref()) {
+            request = request.header(header::PROXY_AUTHORIZATION, value);
+        }
+        for (name, value) in &spot.headers {
+            // Credentials are for the host they were given for, not for where it sends us; a registry's other headers too.
+            let secret = name == header::AUTHORIZATION || name == header::COOKIE || spot.is_of_registry();
+            if own || !secret {
                 request = request.header(name, value);
             }
         }
@@ -498,29 +422,5 @@ impl Reply {
                 Err(_) => return Err(Failure::away("the body does not end")),
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn messages_hold_no_secrets() {
-        assert_eq!(
-            without_secrets("https://me:word@host/a/b?X-Amz-Signature=1#f"),
-            "https://host/a/b?…"
-        );
-        assert_eq!(without_secrets("http://host:81/a"), "http://host:81/a");
-        assert!(!without_secrets("http://[broken/?secret=1").contains("secret"));
-    }
-
-    #[test]
-    fn a_name_survives_a_new_signature_and_nothing_else() {
-        let name = stable_name("https://u:p@host/layer?blob=7&X-Amz-Signature=1&X-Amz-Date=2");
-        assert_eq!(name, stable_name("https://host/layer?blob=7&X-Amz-Signature=3"));
-        assert_ne!(name, stable_name("https://host/layer?blob=8&X-Amz-Signature=1"));
-        assert_ne!(name, stable_name("https://host/layer2?blob=7"));
-        assert!(!name.contains(':') || !name.contains("u:p"));
     }
 }

@@ -167,6 +167,14 @@ counters! {
     prefetched_unused,
     /// Bytes written to the store.
     bytes_stored,
+    /// Bytes of tar that came out of decoders, what came along included.
+    bytes_decoded,
+    /// Chunks checked against the digests of an index.
+    chunks_checked,
+    /// Of those, chunks that were wrong, and compressed bytes that could not be decoded: counted each time.
+    chunks_wrong,
+    /// Layers that were found out: not what they have to be, and read no more.
+    layers_poisoned,
 }
 
 /// Adds without ordering: counters only.

@@ -5,6 +5,7 @@
 //! chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 
+mod filling;
 mod map;
 
 use std::collections::HashMap;
@@ -19,9 +20,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
-use self::map::{Bits, Identity};
-use super::HttpLayer;
+pub use self::filling::Filling;
+pub(crate) use self::map::Bits;
+use self::map::Identity;
 use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_u64, to_usize};
+use super::{Blob, HttpLayer, LayerSource};
 use crate::units::TarOffset;
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
@@ -69,6 +72,10 @@ pub struct LayerCache {
     /// Bytes written since the map was.
     dirty: AtomicU64,
     full: AtomicBool,
+    /// Whether the whole was checked and is what it has to be.
+    sealed: AtomicBool,
+    /// Whether it was found to be something else: nothing in it is believed any more.
+    poisoned: AtomicBool,
     committing: Mutex<()>,
 }
 
@@ -82,6 +89,16 @@ fn key_of(layer: &HttpLayer) -> [u8; 32] {
     if let Some(validator) = &layer.validator {
         hash.update(validator.value().as_bytes());
     }
+    hash.finalize().into()
+}
+
+/// The same for a layer whose content has a name of its own, or whose tar is not the blob.
+fn key_of_tar(name: &str, tar_len: u64) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(b"tarblk layer 2\0");
+    hash.update(name.as_bytes());
+    hash.update([0]);
+    hash.update(tar_len.to_le_bytes());
     hash.finalize().into()
 }
 
@@ -120,21 +137,50 @@ impl Store {
         }))
     }
 
-    /// The cache of `layer`; the same one as long as somebody in this process holds it. A layer without a validator has a
-    /// cache that goes with the process: after a restart nobody could tell whether it is still the same layer.
+    /// The cache of a plain layer on a server; the same one as long as somebody in this process holds it. A layer without a
+    /// validator has a cache that goes with the process: after a restart nobody could tell whether it is still the same
+    /// layer.
     ///
     /// # Errors
     /// When its files can neither be opened nor made.
     pub fn layer(&self, layer: &HttpLayer) -> Result<Arc<LayerCache>, StoreError> {
-        let key = key_of(layer);
+        self.cache(key_of(layer), layer.size, layer.validator.is_some())
+    }
+
+    /// The cache of any layer whose content has a name, `identity`, and whose tar is `tar_len` bytes long. The name is as
+    /// for [`LayerSource::identity`].
+    ///
+    /// # Errors
+    /// When its files can neither be opened nor made.
+    pub fn named(&self, identity: &str, tar_len: u64) -> Result<Arc<LayerCache>, StoreError> {
+        self.cache(key_of_tar(identity, tar_len), tar_len, true)
+    }
+
+    /// The cache of `layer`, by the best name that it has.
+    pub(crate) fn of(&self, layer: &LayerSource) -> Result<Arc<LayerCache>, StoreError> {
+        let size = layer.size();
+        match (&layer.identity, &layer.blob) {
+            (Some(identity), _) => self.named(identity, size),
+            (None, Blob::Http(http)) if layer.coding.is_none() => self.layer(http),
+            (None, Blob::Http(http)) if http.validator.is_some() => self.named(&hex(&key_of(http)), size),
+            (None, _) => Ok(Arc::new(LayerCache::temporary(&self.dir, size)?)),
+        }
+    }
+
+    fn cache(&self, key: [u8; 32], size: u64, stays: bool) -> Result<Arc<LayerCache>, StoreError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cache) = open.get(&key).and_then(Weak::upgrade) {
+        if let Some(cache) = open
+            .get(&key)
+            .and_then(Weak::upgrade)
+            .filter(|cache| !cache.is_poisoned())
+        {
             return Ok(cache);
         }
         open.retain(|_, cache| cache.strong_count() > 0);
-        let cache = Arc::new(match layer.validator {
-            Some(_) => LayerCache::open(&self.dir, key, layer.size)?,
-            None => LayerCache::temporary(&self.dir, layer.size)?,
+        let cache = Arc::new(if stays {
+            LayerCache::open(&self.dir, key, size)?
+        } else {
+            LayerCache::temporary(&self.dir, size)?
         });
         open.insert(key, Arc::downgrade(&cache));
         Ok(cache)
@@ -194,7 +240,7 @@ impl LayerCache {
                 .open(&path)
                 .map_err(StoreError::new(&path, "open"))?;
             if flock(&data, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let others = Self::believed(&data, &map_path, key, size, count).map(|(_, bits)| (data, bits));
+                let others = Self::believed(&data, &map_path, key, size, count).map(|(_, _, bits)| (data, bits));
                 return Self::nameless(dir, key, size, others);
             }
             // Somebody may have deleted it between our opening and our locking: then the lock is on a file without a name.
@@ -202,8 +248,9 @@ impl LayerCache {
             if fs::metadata(&path).map_or(true, |named| (named.dev(), named.ino()) != (ours.dev(), ours.ino())) {
                 continue;
             }
-            if let Some((identity, written)) = Self::believed(&data, &map_path, key, size, count) {
+            if let Some((identity, sealed, written)) = Self::believed(&data, &map_path, key, size, count) {
                 let cache = Self::assemble(identity, count, data, written, Some(map_path), None);
+                cache.sealed.store(sealed, Ordering::Relaxed);
                 cache.mark_used();
                 return Ok(cache);
             }
@@ -263,6 +310,21 @@ impl LayerCache {
         Self::nameless(dir, [0; 32], layer_size, None)
     }
 
+    /// A layer's own file in the place of a cache: everything is in it, and nothing is ever written.
+    pub(crate) fn borrowed(file: File, size: u64) -> Self {
+        let count = chunk_count(size).unwrap_or(u32::MAX);
+        let all = Bits::new(count);
+        (0..count).for_each(|index| all.set(index));
+        let identity = Identity {
+            size,
+            key: [0; 32],
+            nonce: nonce(),
+        };
+        let cache = Self::assemble(identity, count, file, all, None, None);
+        cache.full.store(true, Ordering::Relaxed);
+        cache
+    }
+
     fn assemble(
         identity: Identity,
         count: u32,
@@ -280,12 +342,14 @@ impl LayerCache {
             others,
             dirty: AtomicU64::new(0),
             full: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
+            poisoned: AtomicBool::new(false),
             committing: Mutex::default(),
         }
     }
 
     /// What map and data say together, when they fit.
-    fn believed(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, Bits)> {
+    fn believed(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, bool, Bits)> {
         let at = size.next_multiple_of(TRAILER_BYTES);
         if data.metadata().ok()?.len() != at + TRAILER_BYTES {
             return None;
@@ -305,20 +369,20 @@ impl LayerCache {
         let longest = u64::from(count).div_ceil(8) + 4096;
         let mut bytes = Vec::new();
         File::open(map).ok()?.take(longest).read_to_end(&mut bytes).ok()?;
-        Some((identity, map::decode(&bytes, &identity, count)?))
+        let (sealed, bits) = map::decode(&bytes, &identity, count)?;
+        Some((identity, sealed, bits))
     }
 
     fn begin(data: &File, identity: &Identity) -> io::Result<()> {
-        let at = identity.size.next_multiple_of(TRAILER_BYTES);
         data.set_len(0)?;
-        data.set_len(at + TRAILER_BYTES)?;
-        let mut trailer = TRAILER_MAGIC.to_vec();
-        trailer.extend_from_slice(&identity.nonce);
-        data.write_all_at(&trailer, at)
+        Self::end_data(data, identity)
     }
 
     /// Where all chunks from `first` up to `end` are together in one file.
     pub(crate) fn find(&self, first: u32, end: u32) -> Option<RawFd> {
+        if self.is_poisoned() {
+            return None;
+        }
         if self.written.has_all(first, end) {
             return Some(self.data.as_raw_fd());
         }
@@ -362,6 +426,61 @@ impl LayerCache {
     /// Whether writing still makes sense.
     pub(crate) fn takes_more(&self) -> bool {
         !self.full.load(Ordering::Relaxed)
+    }
+
+    /// Whether all of the layer is here.
+    pub(crate) fn is_whole(&self) -> bool {
+        let together = || {
+            let others = self.others.as_ref();
+            others.is_some_and(|(_, bits)| bits.count_set() > 0) && (0..self.count).all(|index| self.has(index))
+        };
+        !self.is_poisoned() && (self.written.is_full() || together())
+    }
+
+    /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. Waits for the disk.
+    pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, &[u8]) -> bool) -> io::Result<()> {
+        let mut buffer = vec![0; to_usize(CHUNK_BYTES)];
+        for index in 0..self.count {
+            let held = &mut buffer[..to_usize(chunk_len(self.identity.size, index))];
+            self.file_of(index)?
+                .read_exact_at(held, u64::from(index) * CHUNK_BYTES)?;
+            if !show(index, held) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the whole was checked.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Relaxed)
+    }
+
+    /// The whole is here and was checked: the map says so from its next writing on.
+    pub(crate) fn seal(&self) {
+        if !self.sealed.swap(true, Ordering::Relaxed) {
+            self.dirty.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// What is here is not the layer: it is forgotten, here and on disk, and never believed again. A data file that is
+    /// another process's stays, and so do the descriptors that readers hold.
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+        self.full.store(true, Ordering::Relaxed);
+        let Some(map) = &self.map_path else { return };
+        let _no_map_is_written_now = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in [map.clone(), map.with_extension("data")] {
+            if let Err(error) = fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                log::warn!("{}: cannot remove a poisoned cache: {error}", path.display());
+            }
+        }
     }
 
     /// Writing failed with `why`; nothing more is written.
@@ -422,6 +541,9 @@ impl LayerCache {
     pub fn commit(&self) -> Result<(), StoreError> {
         let Some(path) = &self.map_path else { return Ok(()) };
         let _one_at_a_time = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_poisoned() {
+            return Ok(());
+        }
         let dirty = self.dirty.swap(0, Ordering::Relaxed);
         if dirty == 0 {
             return Ok(());
@@ -433,7 +555,7 @@ impl LayerCache {
 
     fn commit_to(&self, path: &Path) -> Result<(), StoreError> {
         // The bits are taken before the data is made durable: those set meanwhile wait for the next time.
-        let bytes = map::encode(&self.identity, &self.written);
+        let bytes = map::encode(&self.identity, self.is_sealed(), &self.written);
         self.data
             .sync_data()
             .map_err(StoreError::new(path, "sync the data of"))?;

@@ -1,9 +1,9 @@
 //! The index file's layout: what the writer and the reader share. docs/index-format.md describes it for everybody else.
 //!
 //! ```text
-//! prologue   magic, version, number of sections, checksum of prologue and table
+//! prologue   magic, version, number of sections, checksum of prologue and table, length of the hot part
 //! table      one record a section: kind, flags, encoding, place, sizes, checksum
-//! sections   back to back, what every reader needs first
+//! sections   back to back: first the hot ones, which every reader needs, then the cold ones, read by range
 //! ```
 //!
 //! All fixed-width numbers are little-endian. Entries are kept in batches, a column for each property, the columns of all
@@ -11,6 +11,7 @@
 
 use super::entry::{Kind, Xattr};
 use super::error::IndexFault;
+use super::len_u64;
 use super::summary::Summary;
 
 /// How an index file begins. The high bit and the line ends tell of transfers that took it for text.
@@ -19,8 +20,12 @@ pub const MAGIC: [u8; 8] = *b"\x89tbi\r\n\x1a\n";
 /// The version that this program writes and reads.
 pub const VERSION: u16 = 1;
 
-/// Prologue: magic, version, section count, CRC-32C.
-pub(super) const PROLOGUE: usize = 16;
+/// Prologue: magic, version, section count, CRC-32C, length of the hot part.
+pub(super) const PROLOGUE: usize = 24;
+/// Where the checksum of prologue and table lies in the prologue; it covers everything but itself.
+pub(super) const CRC_AT: usize = 12;
+/// No hot part is longer: more than a hundred million entries. What says it is longer is not read.
+pub(super) const MAX_HOT: u64 = 1 << 30;
 /// A record of the section table.
 pub(super) const RECORD: usize = 40;
 /// More sections than these no version of the format will have.
@@ -29,13 +34,52 @@ pub(super) const MAX_SECTIONS: usize = 64;
 /// Section kinds.
 pub(super) const SUMMARY: u32 = 1;
 pub(super) const ENTRIES: u32 = 2;
+pub(super) const LAYER: u32 = 3;
+pub(super) const CHUNK_DIGESTS: u32 = 4;
+pub(super) const SPANS: u32 = 5;
+pub(super) const COLD_DIRECTORY: u32 = 6;
+pub(super) const WINDOWS: u32 = 16;
+pub(super) const PAYLOAD_DIGESTS: u32 = 17;
+pub(super) const HEADERS: u32 = 18;
 
 /// A reader that does not know a section with this flag must not use the file.
 pub(super) const REQUIRED: u16 = 1;
+/// A section that is not part of the hot part.
+pub(super) const COLD: u16 = 2;
 
 /// Section encodings.
 pub(super) const RAW: u16 = 0;
 pub(super) const ZSTD: u16 = 1;
+/// Pieces, each a zstd frame of its own, which the cold directory lists.
+pub(super) const ZSTD_PIECES: u16 = 2;
+
+/// How many bytes of a SHA-256 are kept of chunks and of the cold part's pieces: 160 bits, which nobody finds a second
+/// input for.
+pub(super) const DIGEST: usize = 20;
+/// How many bytes a piece of the header bytes has before compression, all but the last; and what no piece exceeds.
+pub(super) const PIECE: usize = 1 << 20;
+/// A piece of payload digests is this long, all but the last.
+pub(super) const DIGESTS_PIECE: usize = 64 << 10;
+/// Decoded span tables are not longer than this.
+pub(super) const MAX_SPANS: u64 = 256 << 20;
+/// The longest text in the layer section.
+pub(super) const MAX_TEXT: u64 = 512;
+
+/// What a section is called in messages.
+pub(super) fn section_name(kind: u32) -> &'static str {
+    match kind {
+        SUMMARY => "summary",
+        ENTRIES => "entry table",
+        LAYER => "layer section",
+        CHUNK_DIGESTS => "table of chunk digests",
+        SPANS => "span table",
+        COLD_DIRECTORY => "cold directory",
+        WINDOWS => "decoder windows",
+        PAYLOAD_DIGESTS => "payload digests",
+        HEADERS => "header bytes",
+        _ => "section",
+    }
+}
 
 /// A batch is closed when it has this many entries …
 pub(super) const BATCH_ENTRIES: usize = 2048;
@@ -210,6 +254,114 @@ impl<'a> Fields<'a> {
     pub(super) fn u64(&mut self) -> Result<u64, IndexFault> {
         self.array().map(|bytes| u64::from_le_bytes(*bytes))
     }
+}
+
+/// The section table, checked.
+#[derive(Clone, Debug)]
+pub(super) struct SectionTable {
+    pub(super) records: Vec<SectionRecord>,
+    /// Where the cold part begins.
+    pub(super) hot_len: u64,
+    /// How long the whole file is.
+    pub(super) file_len: u64,
+}
+
+/// How long the hot part is, from the prologue; `None` when that has not come yet. Only the magic and the version are checked.
+pub(super) fn hot_len(prefix: &[u8]) -> Result<Option<u64>, IndexFault> {
+    let known = prefix.len().min(MAGIC.len());
+    if prefix[..known] != MAGIC[..known] {
+        return Err(IndexFault::Magic);
+    }
+    let Some(prologue) = prefix.first_chunk::<PROLOGUE>() else {
+        return Ok(None);
+    };
+    let mut fields = Fields(&prologue[MAGIC.len()..]);
+    let version = fields.u16()?;
+    if version != VERSION {
+        let known = VERSION;
+        return Err(IndexFault::Version { found: version, known });
+    }
+    let (_count, _crc, hot) = (fields.u16()?, fields.u32()?, fields.u64()?);
+    if hot > MAX_HOT {
+        return Err(IndexFault::TooLarge("hot part"));
+    }
+    Ok(Some(hot))
+}
+
+impl SectionTable {
+    /// Reads it from the file's first bytes and checks it: known version, right checksum, sections one behind the other, the
+    /// hot ones first, none of them twice.
+    pub(super) fn read(file: &[u8]) -> Result<Self, IndexFault> {
+        let hot = hot_len(file)?.ok_or(IndexFault::Truncated)?;
+        let mut fields = Fields(&file[MAGIC.len()..]);
+        let (_version, count, crc) = (fields.u16()?, usize::from(fields.u16()?), fields.u32()?);
+        if count > MAX_SECTIONS {
+            return Err(IndexFault::TooLarge("section table"));
+        }
+        let table_end = PROLOGUE + count * RECORD;
+        let table = file.get(CRC_AT + 4..table_end).ok_or(IndexFault::Truncated)?;
+        if crc32c::crc32c_append(crc32c::crc32c(&file[..CRC_AT]), table) != crc {
+            return Err(IndexFault::Checksum("section table"));
+        }
+        let records: Vec<_> = file[PROLOGUE..table_end]
+            .chunks_exact(RECORD)
+            .map(SectionRecord::decode)
+            .collect::<Result<_, _>>()?;
+        let fault = IndexFault::Malformed("section table");
+        let (mut end, mut hot_end) = (len_u64(table_end), len_u64(table_end));
+        for (number, record) in records.iter().enumerate() {
+            if record.offset != end || records[..number].iter().any(|before| before.kind == record.kind) {
+                return Err(fault);
+            }
+            let behind_cold = hot_end != end;
+            end = end.checked_add(record.stored).ok_or(fault)?;
+            if record.flags & COLD == 0 {
+                if behind_cold {
+                    return Err(fault);
+                }
+                hot_end = end;
+            }
+        }
+        if hot_end != hot {
+            return Err(fault);
+        }
+        Ok(Self {
+            records,
+            hot_len: hot,
+            file_len: end,
+        })
+    }
+}
+
+/// Puts a file together from its sections, hot ones first, working out places and checksums.
+pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
+    let table_end = PROLOGUE + sections.len() * RECORD;
+    let mut offset = len_u64(table_end);
+    let mut hot = offset;
+    let mut table = Vec::new();
+    for (record, bytes) in sections.iter_mut() {
+        record.offset = offset;
+        record.stored = len_u64(bytes.len());
+        record.crc = crc32c::crc32c(bytes);
+        record.encode(&mut table);
+        offset += record.stored;
+        if record.flags & COLD == 0 {
+            hot = offset;
+        }
+    }
+    let mut file = Vec::with_capacity(usize::try_from(offset).unwrap_or(0));
+    file.extend_from_slice(&MAGIC);
+    file.extend_from_slice(&VERSION.to_le_bytes());
+    file.extend_from_slice(&u16::try_from(sections.len()).unwrap_or(u16::MAX).to_le_bytes());
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &hot.to_le_bytes());
+    let crc = crc32c::crc32c_append(crc, &table);
+    file.extend_from_slice(&crc.to_le_bytes());
+    file.extend_from_slice(&hot.to_le_bytes());
+    file.extend_from_slice(&table);
+    for (_, bytes) in sections {
+        file.append(bytes);
+    }
+    file
 }
 
 /// The summary section: counts, the end mark, and the SHA-256 of the decoded entries.

@@ -1,8 +1,9 @@
 //! A way past the checksums of index files, for those who look for faults behind them.
 
 use super::format::{self, SectionRecord};
+use super::identity::LayerIdentity;
+use super::len_u64;
 use super::summary::Summary;
-use super::{len_u64, writer};
 
 /// An index file with right checksums around an entry table that may be anything: the first two bytes are the number of
 /// entries, the next four the tar's length, the rest is the table before compression.
@@ -25,8 +26,10 @@ pub fn index_around(data: &[u8]) -> Vec<u8> {
         decoded,
         ..SectionRecord::default()
     };
-    writer::assemble(&mut [
+    let layer = LayerIdentity::default().encode();
+    format::assemble(&mut [
         (record(format::SUMMARY, format::RAW, len_u64(summary.len())), summary),
         (record(format::ENTRIES, format::ZSTD, len_u64(table.len())), entries),
+        (record(format::LAYER, format::RAW, len_u64(layer.len())), layer),
     ])
 }

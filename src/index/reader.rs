@@ -1,62 +1,123 @@
-//! Reading an index file. In: its bytes, from anybody. Out: the summary and the entries, streamed from the compressed section
-//! batch by batch, or a fault. What is wrong with a file is found before a length in it is believed.
+//! Reading an index file. In: its bytes, or only those of its hot part, from anybody. Out: the summary, the layer's identity, the
+//! entries (streamed from the compressed section batch by batch), chunk digests, the span table, and where the cold part's
+//! pieces lie; or a fault. What is wrong with a file is found before a length in it is believed.
 
-use std::io::Read;
+mod entries;
 
 use sha2::{Digest, Sha256};
 
-use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+use super::cold::{ColdDirectory, ColdPart, decompress};
+use super::digests::ChunkDigests;
+use super::entry::EntrySink;
 use super::error::{IndexError, IndexFault};
-use super::format::{self, Columns, Fields, SectionRecord};
+use super::format::{self, SectionRecord, SectionTable};
+use super::identity::LayerIdentity;
+use super::len_u64;
 use super::parser::EndOfArchive;
 use super::summary::Summary;
-use super::varint::Cursor;
-use super::writer::{Owner, State};
-use super::{TAR_BLOCK, align_up, len_u64};
-use crate::units::{TarOffset, TarRange};
 
-/// An index file in memory, its structure and checksums already verified.
+pub use entries::Entries;
+
+/// An index file in memory, all of it or its hot part, structure and checksums already verified.
 #[derive(Clone, Debug)]
 pub struct Index<B> {
     bytes: B,
     summary: Summary,
     digest: [u8; 32],
     entries: SectionRecord,
+    identity: LayerIdentity,
+    chunk_digests: Option<ChunkDigests>,
+    spans: Option<Vec<u8>>,
+    cold: ColdDirectory,
+    hot_len: u64,
+    file_len: u64,
 }
 
 impl<B: AsRef<[u8]>> Index<B> {
-    /// Opens an index file: checks magic, version, section table and every section's checksum. The entries themselves are
+    /// Opens a whole index file: checks magic, version, section table and every section's checksum. The entries themselves are
     /// checked when they are read.
     ///
     /// # Errors
     /// [`IndexError::Index`] with what is wrong.
     pub fn open(bytes: B) -> Result<Self, IndexError> {
+        let table = SectionTable::read(bytes.as_ref())?;
+        let end = table.file_len;
+        Ok(Self::read(bytes, &table, end)?)
+    }
+
+    /// Opens an index of which only the hot part is here: the file's first [`hot_len`] bytes. Everything works but for what lies
+    /// in the cold part, whose pieces [`cold`](Self::cold) tells how to find and to check.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] with what is wrong.
+    pub fn open_hot(bytes: B) -> Result<Self, IndexError> {
+        let table = SectionTable::read(bytes.as_ref())?;
+        let end = table.hot_len;
+        Ok(Self::read(bytes, &table, end)?)
+    }
+
+    /// Opens what is here up to `end`.
+    fn read(bytes: B, table: &SectionTable, end: u64) -> Result<Self, IndexFault> {
         let file = bytes.as_ref();
-        let (mut summary, mut entries) = (None, None);
-        for record in section_table(file)? {
-            let body = section(file, &record)?;
-            let name = match record.kind {
-                format::SUMMARY => "summary",
-                format::ENTRIES => "entry table",
-                _ => "section",
-            };
-            if crc32c::crc32c(body) != record.crc {
-                return Err(IndexFault::Checksum(name).into());
-            }
-            match record.kind {
-                format::SUMMARY if record.encoding == format::RAW => summary = Some(format::decode_summary(body)?),
-                format::ENTRIES if record.encoding == format::ZSTD => entries = Some(record),
-                _ if record.flags & format::REQUIRED != 0 => return Err(IndexFault::UnknownSection(record.kind).into()),
-                _ => {}
+        match end.cmp(&len_u64(file.len())) {
+            std::cmp::Ordering::Equal => {}
+            std::cmp::Ordering::Greater => return Err(IndexFault::Truncated),
+            std::cmp::Ordering::Less => return Err(IndexFault::Malformed("end (something follows it)")),
+        }
+        let here = |record: &&SectionRecord| record.flags & format::COLD == 0 || end == table.file_len;
+        for record in table.records.iter().filter(here) {
+            if crc32c::crc32c(section(file, record)?) != record.crc {
+                return Err(IndexFault::Checksum(format::section_name(record.kind)));
             }
         }
-        let (summary, digest) = summary.ok_or(IndexFault::Malformed("section table (no summary)"))?;
-        let entries = entries.ok_or(IndexFault::Malformed("section table (no entries)"))?;
+        for record in &table.records {
+            let known = match (record.kind, record.flags & format::COLD != 0) {
+                (format::SUMMARY | format::LAYER | format::CHUNK_DIGESTS | format::COLD_DIRECTORY, false) => {
+                    record.encoding == format::RAW
+                }
+                (format::ENTRIES | format::SPANS, false) => record.encoding == format::ZSTD,
+                (format::WINDOWS | format::HEADERS, true) => record.encoding == format::ZSTD_PIECES,
+                (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
+                _ => false,
+            };
+            if !known && record.flags & format::REQUIRED != 0 {
+                return Err(IndexFault::UnknownSection(record.kind));
+            }
+        }
+        let find = |kind, encoding| {
+            let mut records = table.records.iter();
+            records
+                .find(|record| record.kind == kind && record.encoding == encoding && record.flags & format::COLD == 0)
+        };
+        let raw = |kind| find(kind, format::RAW).map(|record| section(file, record)).transpose();
+        let missing = |what| IndexFault::Malformed(what);
+        let (summary, digest) =
+            format::decode_summary(raw(format::SUMMARY)?.ok_or(missing("section table (no summary)"))?)?;
+        let entries = find(format::ENTRIES, format::ZSTD).ok_or(missing("section table (no entries)"))?;
+        let identity = raw(format::LAYER)?.ok_or(missing("section table (no layer)"))?;
+        let identity = LayerIdentity::decode(identity)?;
+        let chunk_digests = raw(format::CHUNK_DIGESTS)?
+            .map(|digests| ChunkDigests::decode(digests, summary.tar_bytes))
+            .transpose()?;
+        let spans = find(format::SPANS, format::ZSTD)
+            .map(|record| read_spans(section(file, record)?, record.decoded))
+            .transpose()?;
+        let cold = raw(format::COLD_DIRECTORY)?
+            .map(|directory| ColdDirectory::decode(directory, table))
+            .transpose()?
+            .unwrap_or_default();
+        let entries = *entries;
         Ok(Self {
             bytes,
             summary,
             digest,
             entries,
+            identity,
+            chunk_digests,
+            spans,
+            cold,
+            hot_len: table.hot_len,
+            file_len: table.file_len,
         })
     }
 
@@ -82,6 +143,73 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
     }
 
+    /// The layer that it was made from, as far as its maker knew it. What it says is for whoever uses the index to compare.
+    #[must_use]
+    pub fn identity(&self) -> &LayerIdentity {
+        &self.identity
+    }
+
+    /// The digests of the tar's chunks, if the index has them.
+    #[must_use]
+    pub fn chunk_digests(&self) -> Option<&ChunkDigests> {
+        self.chunk_digests.as_ref()
+    }
+
+    /// The encoded table of places where decoding can begin, if the layer is compressed.
+    #[must_use]
+    pub fn spans(&self) -> Option<&[u8]> {
+        self.spans.as_deref()
+    }
+
+    /// What lies in the cold part, and where.
+    #[must_use]
+    pub fn cold(&self) -> &ColdDirectory {
+        &self.cold
+    }
+
+    /// A piece of the cold part, if it is in memory and the index has it.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] when only the hot part is here, or the piece is damaged.
+    pub fn cold_piece(&self, part: ColdPart, number: usize) -> Result<Option<Vec<u8>>, IndexError> {
+        let Some(piece) = self.cold.piece(part, number) else {
+            return Ok(None);
+        };
+        let range = usize::try_from(piece.range.start)
+            .ok()
+            .zip(usize::try_from(piece.range.end).ok());
+        let stored = range.and_then(|(start, end)| self.as_bytes().get(start..end));
+        piece.open(stored.ok_or(IndexFault::Truncated)?).map(Some)
+    }
+
+    /// How many bytes of the file are its hot part.
+    #[must_use]
+    pub fn hot_len(&self) -> u64 {
+        self.hot_len
+    }
+
+    /// How long the whole file is.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.file_len
+    }
+
+    /// Whether the cold part is here as well.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        len_u64(self.as_bytes().len()) == self.file_len
+    }
+
+    /// SHA-256 of the hot part: whoever trusts it can trust all of the index, because the hot part has a digest of every piece of
+    /// the cold part.
+    #[must_use]
+    pub fn hot_digest(&self) -> [u8; 32] {
+        let hot = usize::try_from(self.hot_len)
+            .ok()
+            .and_then(|len| self.as_bytes().get(..len));
+        Sha256::digest(hot.unwrap_or_default()).into()
+    }
+
     /// SHA-256 of the decoded entry table: equal for equal layers, whichever version of zstd compressed the table. The
     /// checksums were verified, this digest only by [`verify`](Self::verify).
     #[must_use]
@@ -89,7 +217,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         &self.digest
     }
 
-    /// The file's bytes.
+    /// The file's bytes, as far as they are here.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         self.bytes.as_ref()
@@ -116,20 +244,32 @@ impl<B: AsRef<[u8]>> Index<B> {
         Ok(())
     }
 
-    /// Reads everything and compares the digest.
+    /// Reads everything that is here and compares the digests.
     ///
     /// # Errors
-    /// [`IndexError::Index`] when the table makes no sense or has another digest.
+    /// [`IndexError::Index`] when the table makes no sense or has another digest, or a piece of the cold part is damaged.
     pub fn verify(&self) -> Result<(), IndexError> {
-        let mut entries = self.entries()?;
-        entries.stream.digest = Some(Sha256::new());
-        while entries.next_entry()?.is_some() {}
-        let digest: Option<[u8; 32]> = entries.stream.digest.map(|digest| digest.finalize().into());
-        if digest != Some(self.digest) {
+        if self.entries()?.read_to_end()? != self.digest {
             return Err(IndexFault::Checksum("entry table").into());
+        }
+        if self.is_whole() {
+            for part in ColdPart::ALL {
+                for number in 0..self.cold.pieces(part) {
+                    self.cold_piece(part, number)?;
+                }
+            }
         }
         Ok(())
     }
+}
+
+/// How long the hot part of the index is that begins with `prefix`: so many bytes from its beginning are what
+/// [`Index::open_hot`] takes. `None` when `prefix` is too short to tell (24 bytes are enough).
+///
+/// # Errors
+/// [`IndexError::Index`] when it is no index, one of another version, or says that it is longer than 1 GiB.
+pub fn hot_len(prefix: &[u8]) -> Result<Option<u64>, IndexError> {
+    Ok(format::hot_len(prefix)?)
 }
 
 /// Whether a file that begins with these bytes is an index (eight of them are enough).
@@ -138,47 +278,12 @@ pub fn is_index(start: &[u8]) -> bool {
     start.starts_with(&format::MAGIC)
 }
 
-/// The section table, checked: known version, right checksum, sections one behind the other up to the file's end.
-fn section_table(file: &[u8]) -> Result<Vec<SectionRecord>, IndexFault> {
-    if !is_index(file) {
-        return Err(IndexFault::Magic);
+fn read_spans(frame: &[u8], decoded: u64) -> Result<Vec<u8>, IndexFault> {
+    if decoded > format::MAX_SPANS {
+        return Err(IndexFault::TooLarge("span table"));
     }
-    let mut fields = Fields(&file[format::MAGIC.len()..]);
-    let version = fields.u16()?;
-    if version != format::VERSION {
-        return Err(IndexFault::Version {
-            found: version,
-            known: format::VERSION,
-        });
-    }
-    let count = usize::from(fields.u16()?);
-    let crc = fields.u32()?;
-    if count > format::MAX_SECTIONS {
-        return Err(IndexFault::TooLarge("section table"));
-    }
-    let table_end = format::PROLOGUE + count * format::RECORD;
-    let table = file.get(format::PROLOGUE..table_end).ok_or(IndexFault::Truncated)?;
-    if crc32c::crc32c_append(crc32c::crc32c(&file[..format::PROLOGUE - 4]), table) != crc {
-        return Err(IndexFault::Checksum("section table"));
-    }
-    let records: Vec<_> = table
-        .chunks_exact(format::RECORD)
-        .map(SectionRecord::decode)
-        .collect::<Result<_, _>>()?;
-    let mut end = len_u64(table_end);
-    for record in &records {
-        if record.offset != end {
-            return Err(IndexFault::Malformed("section table"));
-        }
-        end = end
-            .checked_add(record.stored)
-            .ok_or(IndexFault::Malformed("section table"))?;
-    }
-    match end.cmp(&len_u64(file.len())) {
-        std::cmp::Ordering::Equal => Ok(records),
-        std::cmp::Ordering::Greater => Err(IndexFault::Truncated),
-        std::cmp::Ordering::Less => Err(IndexFault::Malformed("end (something follows it)")),
-    }
+    let spans = decompress(frame, decoded).filter(|spans| len_u64(spans.len()) == decoded);
+    spans.ok_or(IndexFault::Malformed("span table"))
 }
 
 fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {
@@ -187,440 +292,4 @@ fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], Index
     file.get(start..)
         .and_then(|rest| rest.get(..len))
         .ok_or(IndexFault::Truncated)
-}
-
-/// The entry table while it is decoded: a bounded reader that may digest what passes.
-struct Stream<'a> {
-    frame: zstd::stream::read::Decoder<'static, &'a [u8]>,
-    left: u64,
-    digest: Option<Sha256>,
-}
-
-impl Stream<'_> {
-    /// Appends exactly `len` bytes. Grows as bytes really come, not by what was announced.
-    fn read(&mut self, len: u64, out: &mut Vec<u8>) -> Result<(), IndexFault> {
-        self.left = self
-            .left
-            .checked_sub(len)
-            .ok_or(IndexFault::Malformed("entry table (its length)"))?;
-        let before = out.len();
-        let got = (&mut self.frame).take(len).read_to_end(out);
-        if got.ok().map(len_u64) != Some(len) {
-            return Err(IndexFault::Malformed("entry table (compression)"));
-        }
-        if let Some(digest) = &mut self.digest {
-            digest.update(&out[before..]);
-        }
-        Ok(())
-    }
-
-    fn number(&mut self) -> Result<u64, IndexFault> {
-        let mut bytes = Vec::with_capacity(10);
-        loop {
-            self.read(1, &mut bytes)?;
-            if bytes.last().is_none_or(|last| last & 0x80 == 0) || bytes.len() == 10 {
-                return Cursor::new(&bytes).number();
-            }
-        }
-    }
-}
-
-/// The entries of an index, lent one at a time.
-pub struct Entries<'a> {
-    stream: Stream<'a>,
-    summary: Summary,
-    batch: Vec<u8>,
-    /// Where each column continues in `batch`, and where it ends.
-    columns: Columns<(usize, usize)>,
-    in_batch: u64,
-    done: u64,
-    ended: bool,
-    state: State,
-    owners: Vec<Owner>,
-    xattr_sets: XattrSets,
-    entry: Entry,
-}
-
-impl std::fmt::Debug for Entries<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Entries")
-            .field("done", &self.done)
-            .field("of", &self.summary.entries)
-            .finish_non_exhaustive()
-    }
-}
-
-impl<'a> Entries<'a> {
-    fn new(body: &'a [u8], decoded: u64, summary: Summary) -> Result<Self, IndexError> {
-        let unusable = |_| IndexFault::Malformed("entry table (compression)");
-        let mut frame = zstd::stream::read::Decoder::with_buffer(body)
-            .map_err(unusable)?
-            .single_frame();
-        frame.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
-        Ok(Self {
-            stream: Stream {
-                frame,
-                left: decoded,
-                digest: None,
-            },
-            summary,
-            batch: Vec::new(),
-            columns: Columns::default(),
-            in_batch: 0,
-            done: 0,
-            ended: false,
-            state: State::default(),
-            owners: Vec::new(),
-            xattr_sets: XattrSets::default(),
-            entry: Entry::default(),
-        })
-    }
-
-    /// The next entry, valid until the one after it is asked for; `None` behind the last.
-    ///
-    /// # Errors
-    /// [`IndexError::Index`] when the table makes no sense. Nothing is to be had from it after that.
-    pub fn next_entry(&mut self) -> Result<Option<&Entry>, IndexError> {
-        if self.in_batch == 0 && !self.ended {
-            self.open_batch()?;
-        }
-        if self.ended {
-            return Ok(None);
-        }
-        self.decode()?;
-        self.in_batch -= 1;
-        self.done += 1;
-        if self.in_batch == 0 && self.columns.each_mut().iter().any(|(at, end)| at != end) {
-            return Err(IndexFault::Malformed("entry table (a column is too long)").into());
-        }
-        Ok(Some(&self.entry))
-    }
-
-    fn open_batch(&mut self) -> Result<(), IndexFault> {
-        self.in_batch = self.stream.number()?;
-        if self.in_batch == 0 {
-            self.ended = true;
-            if self.done != self.summary.entries || self.stream.left != 0 {
-                return Err(IndexFault::Malformed("entry table (not as many entries as announced)"));
-            }
-            return Ok(());
-        }
-        if self.in_batch > len_u64(format::BATCH_ENTRIES) || self.in_batch > self.summary.entries - self.done {
-            return Err(IndexFault::Malformed("entry table (more entries than announced)"));
-        }
-        let mut end = 0_u64;
-        for place in self.columns.each_mut() {
-            let start = end;
-            end = end.saturating_add(self.stream.number()?);
-            if end > format::MAX_BATCH {
-                return Err(IndexFault::TooLarge("entry table"));
-            }
-            let position = |at| usize::try_from(at).map_err(|_| IndexFault::TooLarge("entry table"));
-            *place = (position(start)?, position(end)?);
-        }
-        self.batch.clear();
-        self.stream.read(end, &mut self.batch)
-    }
-
-    fn decode(&mut self) -> Result<(), IndexFault> {
-        let mut columns = Columns::<Cursor<'_>>::default();
-        for (cursor, (at, end)) in columns.each_mut().into_iter().zip(self.columns.each_mut()) {
-            *cursor = Cursor::new(&self.batch[*at..*end]);
-        }
-        let tag = columns.tags.byte()?;
-        if tag & format::TAG_UNUSED != 0 {
-            return Err(IndexFault::Malformed("entry table (a tag)"));
-        }
-        let kind = format::KINDS.get(usize::from(tag & format::TAG_KIND));
-        let entry = &mut self.entry;
-        entry.clear();
-        entry.kind = *kind.ok_or(IndexFault::Malformed("entry table (a kind)"))?;
-
-        let owner = read_owner(&mut columns, &mut self.owners)?;
-        (entry.mode, entry.uid, entry.gid) = (owner.mode, owner.uid, owner.gid);
-        entry.mtime = read_time(&mut columns, &mut self.state)?;
-
-        let (shared, fresh) = (columns.shared.number()?, columns.fresh.number()?);
-        front_decode(&mut self.state.path, shared, columns.names.bytes(fresh)?)?;
-        entry.path.extend_from_slice(&self.state.path);
-        if entry.kind == Kind::File {
-            entry.size = columns.sizes.number()?;
-            if entry.size > i64::MAX.unsigned_abs() {
-                return Err(IndexFault::Malformed("entry table (a size)"));
-            }
-        }
-        if matches!(entry.kind, Kind::Symlink | Kind::Hardlink) {
-            let (shared, fresh) = (columns.links.number()?, columns.links.number()?);
-            front_decode(&mut self.state.link, shared, columns.links.bytes(fresh)?)?;
-            entry.link.extend_from_slice(&self.state.link);
-        }
-        let rare = &mut columns.rare;
-        entry.headers = self.state.usual_headers();
-        if tag & format::TAG_PLACED != 0 {
-            entry.headers = read_place(rare, self.state.next)?;
-        }
-        if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
-            let mut number =
-                || u32::try_from(rare.number()?).map_err(|_| IndexFault::Malformed("entry table (a device number)"));
-            (entry.device_major, entry.device_minor) = (number()?, number()?);
-        }
-        if tag & format::TAG_XATTRS != 0 {
-            read_xattrs(rare, &mut self.xattr_sets, &mut entry.xattrs)?;
-        }
-        if tag & format::TAG_SPARSE != 0 {
-            read_segments(rare, entry)?;
-        } else if entry.size > 0 {
-            entry.segments.push(Segment {
-                file_offset: 0,
-                tar_offset: entry.headers.end(),
-                len: entry.size,
-            });
-        }
-        let end = entry.payload().end();
-        if end.0 > self.summary.tar_bytes {
-            return Err(IndexFault::Malformed("entry table (content beyond the tar's end)"));
-        }
-        self.state.next = TarOffset(align_up(end.0));
-
-        let consumed = columns.each_mut().map(|cursor| cursor.remaining());
-        for ((at, end), rest) in self.columns.each_mut().into_iter().zip(consumed) {
-            *at = *end - rest;
-        }
-        Ok(())
-    }
-}
-
-/// The sets of attributes that have numbers.
-#[derive(Debug, Default)]
-struct XattrSets {
-    known: Vec<Vec<Xattr>>,
-    weight: usize,
-}
-
-fn read_owner(columns: &mut Columns<Cursor<'_>>, known: &mut Vec<Owner>) -> Result<Owner, IndexFault> {
-    let number = columns.owners.number()?;
-    if let Some(owner) = usize::try_from(number).ok().and_then(|number| known.get(number)) {
-        return Ok(*owner);
-    }
-    let fields = &mut columns.new_owners;
-    let mode = u16::try_from(fields.number()?).ok().filter(|mode| *mode <= 0o7777);
-    let mode = mode.ok_or(IndexFault::Malformed("entry table (a mode)"))?;
-    let owner = Owner {
-        mode,
-        uid: fields.number()?,
-        gid: fields.number()?,
-    };
-    if number != len_u64(known.len()) {
-        return Err(IndexFault::Malformed("entry table (an owner's number)"));
-    }
-    if known.len() < format::MAX_OWNERS {
-        known.push(owner);
-    }
-    Ok(owner)
-}
-
-fn read_time(columns: &mut Columns<Cursor<'_>>, state: &mut State) -> Result<Timestamp, IndexFault> {
-    let fault = IndexFault::Malformed("entry table (a time)");
-    let place = usize::try_from(columns.times.number()?).map_err(|_| fault)?;
-    if let Some(time) = state.times.recall(place) {
-        return Ok(time);
-    }
-    if place != format::RECENT_TIMES {
-        return Err(fault);
-    }
-    let secs = state.times.newest.wrapping_add(columns.new_times.signed()?);
-    let nanos = u32::try_from(columns.new_times.number()?)
-        .ok()
-        .filter(|nanos| *nanos < 1_000_000_000)
-        .ok_or(fault)?;
-    let time = Timestamp { secs, nanos };
-    state.times.remember(time);
-    Ok(time)
-}
-
-/// Keeps the first `shared` bytes and appends the fresh ones.
-fn front_decode(text: &mut Vec<u8>, shared: u64, fresh: &[u8]) -> Result<(), IndexFault> {
-    let shared = usize::try_from(shared).ok().filter(|shared| *shared <= text.len());
-    text.truncate(shared.ok_or(IndexFault::Malformed("entry table (a name)"))?);
-    text.extend_from_slice(fresh);
-    Ok(())
-}
-
-fn read_place(rare: &mut Cursor<'_>, next: TarOffset) -> Result<TarRange, IndexFault> {
-    let mut blocks = || {
-        let bytes = rare
-            .number()?
-            .checked_mul(TAR_BLOCK)
-            .filter(|bytes| *bytes <= i64::MAX.unsigned_abs());
-        bytes.ok_or(IndexFault::Malformed("entry table (a place)"))
-    };
-    Ok(TarRange::new(next.plus(blocks()?), blocks()?))
-}
-
-fn read_xattrs(rare: &mut Cursor<'_>, sets: &mut XattrSets, out: &mut Vec<Xattr>) -> Result<(), IndexFault> {
-    let fault = IndexFault::Malformed("entry table (attributes)");
-    let number = rare.number()?;
-    if let Some(set) = usize::try_from(number).ok().and_then(|number| sets.known.get(number)) {
-        out.extend_from_slice(set);
-        return Ok(());
-    }
-    if number != len_u64(sets.known.len()) {
-        return Err(fault);
-    }
-    for _ in 0..rare.number()? {
-        let len = rare.number()?;
-        let name = rare.bytes(len)?.to_vec();
-        let len = rare.number()?;
-        let value = rare.bytes(len)?.to_vec();
-        out.push(Xattr { name, value });
-    }
-    if out.is_empty() || !out.is_sorted_by(|a, b| a.name < b.name) {
-        return Err(fault);
-    }
-    let weight = sets.weight + format::xattr_weight(out);
-    if sets.known.len() < format::MAX_XATTR_SETS && weight <= format::MAX_XATTR_WEIGHT {
-        sets.weight = weight;
-        sets.known.push(out.clone());
-    }
-    Ok(())
-}
-
-fn read_segments(rare: &mut Cursor<'_>, entry: &mut Entry) -> Result<(), IndexFault> {
-    let fault = IndexFault::Malformed("entry table (segments)");
-    let mut end = 0_u64;
-    let mut tar_offset = entry.headers.end();
-    for _ in 0..rare.number()? {
-        let file_offset = end.checked_add(rare.number()?).ok_or(fault)?;
-        let len = rare.number()?;
-        end = file_offset
-            .checked_add(len)
-            .filter(|end| *end <= entry.size)
-            .ok_or(fault)?;
-        if len == 0 {
-            return Err(fault);
-        }
-        entry.segments.push(Segment {
-            file_offset,
-            tar_offset,
-            len,
-        });
-        tar_offset = tar_offset.plus(len);
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::index::Collector;
-    use crate::index::fuzzing::index_around;
-
-    /// Reads a table of `entries` entries of a tar of 4 GiB: the fault, if there is one.
-    fn read(entries: u8, table: &[u8]) -> Result<Vec<Entry>, IndexFault> {
-        let data = [&[entries, 0, 0, 0, 0, 0xff][..], table].concat();
-        let mut all = Collector::default();
-        let index = Index::open(index_around(&data)).unwrap();
-        match index.replay(&mut all) {
-            Ok(()) => Ok(all.0),
-            Err(IndexError::Index(fault)) => Err(fault),
-            Err(other) => panic!("{other}"),
-        }
-    }
-
-    /// A batch of one entry: a directory `d` of root's, mode 0, at second 0, with these changes to its columns.
-    fn batch(change: impl Fn(&mut Columns<Vec<u8>>)) -> Vec<u8> {
-        let mut columns = Columns {
-            tags: vec![1],
-            owners: vec![0],
-            new_owners: vec![0, 0, 0],
-            shared: vec![0],
-            fresh: vec![1],
-            names: b"d".to_vec(),
-            times: vec![0],
-            ..Columns::default()
-        };
-        change(&mut columns);
-        let mut table = vec![1];
-        for column in columns.each_mut() {
-            table.push(u8::try_from(column.len()).unwrap());
-        }
-        for column in columns.each_mut() {
-            table.append(column);
-        }
-        table.push(0);
-        table
-    }
-
-    #[test]
-    fn a_table_made_by_hand_is_read() {
-        let entries = read(1, &batch(|_| {})).unwrap();
-        assert_eq!((entries[0].kind, &entries[0].path[..]), (Kind::Directory, &b"d"[..]));
-        let file = read(1, &batch(|c| (c.tags, c.sizes) = (vec![0], vec![5]))).unwrap();
-        assert_eq!(
-            file[0].segments,
-            [Segment {
-                file_offset: 0,
-                tar_offset: TarOffset(512),
-                len: 5
-            }]
-        );
-    }
-
-    #[test]
-    fn tables_that_make_no_sense_are_faults() {
-        type Change = fn(&mut Columns<Vec<u8>>);
-        let changes: [(&str, Change); 19] = [
-            ("no kind", |c| c.tags = vec![7]),
-            ("unused tag bits", |c| c.tags = vec![0x81]),
-            ("a column too long", |c| c.names.push(b'x')),
-            ("a column too short", |c| c.fresh = vec![2]),
-            ("more shared than there is", |c| c.shared = vec![1]),
-            ("an owner out of turn", |c| c.owners = vec![5]),
-            ("a mode of thirteen bits", |c| c.new_owners = vec![0x80, 0x40, 0, 0]),
-            ("a time that is not there", |c| c.times = vec![33]),
-            ("too many nanoseconds", |c| {
-                (c.times, c.new_times) = (vec![32], vec![0, 0x80, 0x94, 0xeb, 0xdc, 0x03]);
-            }),
-            ("attributes out of turn", |c| (c.tags, c.rare) = (vec![0x21], vec![3])),
-            ("a set of no attributes", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 0]);
-            }),
-            ("the same attribute twice", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 2, 1, b'a', 0, 1, b'a', 0]);
-            }),
-            ("an endless attribute", |c| {
-                (c.tags, c.rare) = (vec![0x21], vec![0, 1, 0xff, 0xff, 0xff, 0xff, 0x0f]);
-            }),
-            ("a segment beyond the size", |c| {
-                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 2, 4]);
-            }),
-            ("a segment of no bytes", |c| {
-                (c.tags, c.sizes, c.rare) = (vec![0x10], vec![5], vec![1, 0, 0]);
-            }),
-            ("a wide device number", |c| {
-                (c.tags, c.rare) = (vec![4], vec![0xff, 0xff, 0xff, 0xff, 0x10, 0]);
-            }),
-            ("content beyond the tar", |c| {
-                (c.tags, c.sizes) = (vec![0], vec![0x80, 0x80, 0x80, 0x80, 0x20]);
-            }),
-            ("a huge size", |c| {
-                (c.tags, c.sizes) = (vec![0], vec![0xff; 9].into_iter().chain([1]).collect());
-            }),
-            ("a place beyond the tar", |c| {
-                (c.tags, c.rare) = (vec![0x09], vec![0xff, 0xff, 0xff, 0xff, 0x0f, 1]);
-            }),
-        ];
-        for (what, change) in changes {
-            let fault = read(1, &batch(change));
-            assert!(matches!(fault, Err(IndexFault::Malformed(_))), "{what}: {fault:?}");
-        }
-        let one = batch(|_| {});
-        assert!(read(2, &one).is_err(), "fewer entries than announced");
-        assert!(read(0, &one).is_err(), "more entries than announced");
-        assert!(read(1, &one[..one.len() - 1]).is_err(), "no end");
-        assert!(read(1, &[&one[..], &[0]].concat()).is_err(), "something behind the end");
-        assert!(read(1, &[]).is_err());
-        let huge = [&[1, 0xff, 0xff, 0xff, 0xff, 0x0f][..], &[0; 10]].concat();
-        assert_eq!(read(1, &huge), Err(IndexFault::TooLarge("entry table")));
-    }
 }

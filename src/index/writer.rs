@@ -6,9 +6,12 @@ use std::io::Write;
 
 use sha2::{Digest, Sha256};
 
+use super::cold::{ColdPart, Packed};
+use super::digests::ChunkDigests;
 use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 use super::error::IndexError;
-use super::format::{self, Columns, SectionRecord};
+use super::format::{self, Columns, SectionRecord, assemble};
+use super::identity::{Coding, LayerIdentity};
 use super::parser::EndOfArchive;
 use super::summary::Summary;
 use super::{TAR_BLOCK, align_up, len_u64, varint};
@@ -30,6 +33,11 @@ pub struct IndexBuilder {
     xattr_sets: HashMap<Vec<Xattr>, u64>,
     xattr_weight: usize,
     owners: HashMap<Owner, u64>,
+    identity: LayerIdentity,
+    chunk_digests: Option<ChunkDigests>,
+    spans: Option<Vec<u8>>,
+    /// Windows, payload digests, header bytes: those that there are, in this order.
+    cold: [Option<Packed>; 3],
 }
 
 impl std::fmt::Debug for IndexBuilder {
@@ -122,7 +130,41 @@ impl IndexBuilder {
             xattr_sets: HashMap::new(),
             xattr_weight: 0,
             owners: HashMap::new(),
+            identity: LayerIdentity::default(),
+            chunk_digests: None,
+            spans: None,
+            cold: [None, None, None],
         }
+    }
+
+    /// Says which layer it is of. Without it the index names a plain layer of unknown digest.
+    pub fn identity(&mut self, identity: LayerIdentity) -> &mut Self {
+        self.identity = identity;
+        self
+    }
+
+    /// Adds the digests of the tar's chunks.
+    pub fn chunk_digests(&mut self, digests: ChunkDigests) -> &mut Self {
+        self.chunk_digests = Some(digests);
+        self
+    }
+
+    /// Adds the table of places where decoding can begin, and what of the tar a decoder must know to begin at each of them:
+    /// one window for each span, empty where it needs none.
+    pub fn spans(&mut self, table: Vec<u8>, windows: impl IntoIterator<Item = impl AsRef<[u8]>>) -> &mut Self {
+        let mut packed = Packed::new(ColdPart::Windows);
+        for window in windows {
+            packed.push(window.as_ref());
+        }
+        self.spans = Some(table);
+        self.cold(packed)
+    }
+
+    /// Adds a part of the cold part.
+    pub(super) fn cold(&mut self, packed: Packed) -> &mut Self {
+        let slot = packed.part().slot();
+        self.cold[slot] = Some(packed);
+        self
     }
 
     /// What came in so far.
@@ -144,17 +186,44 @@ impl IndexBuilder {
         self.summary.end_marked = end == EndOfArchive::Marked;
         let digest: [u8; 32] = self.digest.finalize().into();
         let summary = format::encode_summary(&self.summary, &digest);
-        let required = |kind, encoding, decoded| SectionRecord {
+        if self.identity.blob_len == 0 && self.identity.coding == Coding::Plain {
+            self.identity.blob_len = tar_len;
+        }
+        let hot = |kind, flags, encoding, decoded| SectionRecord {
             kind,
-            flags: format::REQUIRED,
+            flags,
             encoding,
             decoded,
             ..SectionRecord::default()
         };
-        assemble(&mut [
-            (required(format::SUMMARY, format::RAW, len_u64(summary.len())), summary),
-            (required(format::ENTRIES, format::ZSTD, self.decoded), entries),
-        ])
+        let raw = |kind, flags, bytes: Vec<u8>| (hot(kind, flags, format::RAW, len_u64(bytes.len())), bytes);
+        let mut sections = vec![
+            raw(format::SUMMARY, format::REQUIRED, summary),
+            (
+                hot(format::ENTRIES, format::REQUIRED, format::ZSTD, self.decoded),
+                entries,
+            ),
+            raw(format::LAYER, format::REQUIRED, self.identity.encode()),
+        ];
+        if let Some(digests) = &self.chunk_digests {
+            sections.push(raw(format::CHUNK_DIGESTS, 0, digests.encode()));
+        }
+        if let Some(spans) = &self.spans {
+            let frame = zstd::bulk::compress(spans, LEVEL).expect("memory for compression");
+            let record = hot(format::SPANS, format::REQUIRED, format::ZSTD, len_u64(spans.len()));
+            sections.push((record, frame));
+        }
+        let cold: Vec<_> = self.cold.into_iter().flatten().collect();
+        if !cold.is_empty() {
+            let mut directory = Vec::new();
+            varint::put(&mut directory, len_u64(cold.len()));
+            for part in &cold {
+                part.describe(&mut directory);
+            }
+            sections.push(raw(format::COLD_DIRECTORY, 0, directory));
+        }
+        sections.extend(cold.into_iter().map(Packed::section));
+        assemble(&mut sections)
     }
 
     fn put_batch_head(&mut self, bytes: &[u8]) {
@@ -373,29 +442,4 @@ fn check(entry: &Entry, next: TarOffset) -> Result<(), &'static str> {
 
 fn common_prefix(a: &[u8], b: &[u8]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
-/// Puts a file together from its sections, working out places and checksums.
-pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
-    let table_end = format::PROLOGUE + sections.len() * format::RECORD;
-    let mut offset = len_u64(table_end);
-    let mut table = Vec::new();
-    for (record, bytes) in sections.iter_mut() {
-        record.offset = offset;
-        record.stored = len_u64(bytes.len());
-        record.crc = crc32c::crc32c(bytes);
-        record.encode(&mut table);
-        offset += record.stored;
-    }
-    let mut file = Vec::with_capacity(usize::try_from(offset).unwrap_or(0));
-    file.extend_from_slice(&format::MAGIC);
-    file.extend_from_slice(&format::VERSION.to_le_bytes());
-    file.extend_from_slice(&u16::try_from(sections.len()).unwrap_or(u16::MAX).to_le_bytes());
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &table);
-    file.extend_from_slice(&crc.to_le_bytes());
-    file.extend_from_slice(&table);
-    for (_, bytes) in sections {
-        file.append(bytes);
-    }
-    file
 }

@@ -77,6 +77,7 @@ mod tests {
             size,
             validator: Some(Validator::ETag("\"1\"".into())),
             headers: Vec::new(),
+            access: None,
         };
         let cache = store.layer(&layer).unwrap();
         let mut gather = Gather::new(Arc::clone(&cache));

@@ -66,6 +66,48 @@ pub enum SourceError {
         /// Which URL.
         url: String,
     },
+    /// An image is not what it should be, or is not there for this machine.
+    #[error("{name}: {why}")]
+    Image {
+        /// Which image, or part of it.
+        name: String,
+        /// What is wrong and what to do.
+        why: String,
+    },
+    /// Bytes are not those that a digest names.
+    #[error("{name}: the {what} is not the one with digest {expected}: it is damaged or was tampered with")]
+    Digest {
+        /// Where they came from.
+        name: String,
+        /// What they should be.
+        what: &'static str,
+        /// The digest.
+        expected: String,
+    },
+    /// A registry or its token server does not let us in.
+    #[error("{name}: access denied: {why}; log in with a tool that keeps credentials, or use --creds or --authfile")]
+    Denied {
+        /// Whom we asked.
+        name: String,
+        /// What it said.
+        why: String,
+    },
+    /// Credentials cannot be found out.
+    #[error("cannot use credentials from {place}: {why}")]
+    Credentials {
+        /// The file or program.
+        place: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A `hosts.toml` cannot be used.
+    #[error("cannot use {}: {why}", path.display())]
+    Hosts {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// TLS or the runtime cannot be set up.
     #[error("cannot set up {what}: {why}")]
     Setup {
@@ -86,5 +128,13 @@ impl std::fmt::Display for Tries {
         } else {
             Ok(())
         }
+    }
+}
+
+impl SourceError {
+    /// Whether a server said that what was asked for is not there.
+    #[must_use]
+    pub fn is_absence(&self) -> bool {
+        matches!(self, Self::Status { status, .. } if status.starts_with("404") || status.starts_with("410"))
     }
 }

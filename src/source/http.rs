@@ -7,17 +7,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue,
     LAST_MODIFIED, RANGE, RETRY_AFTER,
 };
 use reqwest::{Client, Response, StatusCode};
+use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::registry::BlobAccess;
 use super::{SourceError, shown_url, tls};
 
 /// How long to wait, and how often to try.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Patience {
     /// For a connection, TLS included.
     pub connect: Duration,
@@ -108,6 +112,8 @@ pub struct HttpBlob {
     pub ranges: bool,
     /// Tells whether it is still the same, where the server says.
     pub validator: Option<Validator>,
+    /// How it is asked for, if it is a blob of a registry: then [`url`](Self::url) is only its name.
+    pub access: Option<BlobAccess>,
 }
 
 impl fmt::Debug for HttpBlob {
@@ -122,10 +128,31 @@ impl fmt::Debug for HttpBlob {
 }
 
 impl HttpBlob {
+    /// A blob of a registry. Registries that store blobs answer ranges; whether this one does shows when it is asked.
+    pub(super) fn of_registry(access: &BlobAccess) -> Result<Self, SourceError> {
+        let name = format!("https://{}", access.name());
+        let url = Url::parse(&name).map_err(|error| SourceError::Unusable {
+            source_name: access.name(),
+            why: error.to_string(),
+        })?;
+        Ok(Self {
+            resolved: url.clone(),
+            url,
+            authorization: None,
+            len: access.size(),
+            ranges: true,
+            validator: None,
+            access: Some(access.clone()),
+        })
+    }
+
     /// The URL for messages.
     #[must_use]
     pub fn name(&self) -> String {
-        shown_url(&self.url)
+        match &self.access {
+            Some(access) => access.name(),
+            None => shown_url(&self.url),
+        }
     }
 }
 
@@ -136,12 +163,25 @@ pub(super) struct Failure {
     pub(super) error: SourceError,
     /// Whether another try may succeed.
     pub(super) passing: bool,
+    /// Whether what answered does not speak HTTP, at least not here.
+    pub(super) not_http: bool,
     /// How long the server wishes to be left alone.
     wait: Option<Duration>,
 }
 
+impl From<SourceError> for Failure {
+    fn from(error: SourceError) -> Self {
+        Self::lasting(error)
+    }
+}
+
 impl Failure {
-    fn passing(url: &Url, why: impl Into<String>) -> Self {
+    pub(super) fn after(mut self, wait: Option<Duration>) -> Self {
+        self.wait = wait;
+        self
+    }
+
+    pub(super) fn passing(url: &Url, why: impl Into<String>) -> Self {
         let error = SourceError::Unreachable {
             url: shown_url(url),
             why: why.into(),
@@ -150,20 +190,22 @@ impl Failure {
         Self {
             error,
             passing: true,
+            not_http: false,
             wait: None,
         }
     }
 
-    fn lasting(error: SourceError) -> Self {
+    pub(super) fn lasting(error: SourceError) -> Self {
         Self {
             error,
             passing: false,
+            not_http: false,
             wait: None,
         }
     }
 
     /// An answer that contradicts the question. One bad machine behind a balancer can send it, so it is tried again.
-    fn wrong(url: &Url, why: impl Into<String>) -> Self {
+    pub(super) fn wrong(url: &Url, why: impl Into<String>) -> Self {
         let error = SourceError::WrongAnswer {
             url: shown_url(url),
             why: why.into(),
@@ -171,6 +213,7 @@ impl Failure {
         Self {
             error,
             passing: true,
+            not_http: false,
             wait: None,
         }
     }
@@ -233,6 +276,27 @@ impl Requests {
         Ok(Self { client, patience })
     }
 
+    /// Asks for a range of a blob, wherever it is known to be.
+    async fn get_of(&self, blob: &HttpBlob, range: &str) -> Result<Response, Failure> {
+        if let Some(access) = &blob.access {
+            return access.get(range.to_owned()).await;
+        }
+        let authorization = blob
+            .authorization
+            .as_ref()
+            .filter(|_| blob.resolved.origin() == blob.url.origin());
+        let response = self.get(&blob.resolved, authorization, range).await?;
+        let expired = matches!(
+            response.status(),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
+        );
+        if expired && blob.resolved != blob.url {
+            // Signed URLs expire; the one that was named leads to a new one.
+            return self.get(&blob.url, blob.authorization.as_ref(), range).await;
+        }
+        Ok(response)
+    }
+
     async fn get(&self, url: &Url, authorization: Option<&HeaderValue>, range: &str) -> Result<Response, Failure> {
         let mut request = self
             .client
@@ -254,19 +318,7 @@ impl Requests {
     pub(super) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, Failure> {
         let end = start.saturating_add(len).min(blob.len);
         let range = format!("bytes={start}-{}", end.saturating_sub(1));
-        let authorization = blob
-            .authorization
-            .as_ref()
-            .filter(|_| blob.resolved.origin() == blob.url.origin());
-        let mut response = self.get(&blob.resolved, authorization, &range).await?;
-        let expired = matches!(
-            response.status(),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
-        );
-        if expired && blob.resolved != blob.url {
-            // Signed URLs expire; the one that was named leads to a new one.
-            response = self.get(&blob.url, blob.authorization.as_ref(), &range).await?;
-        }
+        let response = self.get_of(blob, &range).await?;
         let status = response.status();
         if status == StatusCode::OK && start == 0 && end == blob.len {
             // Everything was asked for and everything comes.
@@ -291,7 +343,10 @@ impl Requests {
 
     /// Asks for the whole layer as one stream, of a server that answers no ranges.
     pub(super) async fn whole(&self, blob: &HttpBlob) -> Result<Body, Failure> {
-        let response = self.get(&blob.url, blob.authorization.as_ref(), "bytes=0-").await?;
+        let response = match &blob.access {
+            Some(access) => access.get("bytes=0-".to_owned()).await?,
+            None => self.get(&blob.url, blob.authorization.as_ref(), "bytes=0-").await?,
+        };
         match response.status() {
             StatusCode::OK => check_length(blob, response.headers(), blob.len)?,
             StatusCode::PARTIAL_CONTENT => check_range(blob, response.headers(), 0, blob.len)?,
@@ -339,7 +394,7 @@ impl Body {
     }
 }
 
-fn classify(url: &Url, error: &reqwest::Error) -> Failure {
+pub(super) fn classify(url: &Url, error: &reqwest::Error) -> Failure {
     let why = cause(error);
     if error.is_redirect() || error.is_builder() {
         return Failure::lasting(SourceError::WrongAnswer {
@@ -355,6 +410,7 @@ fn classify(url: &Url, error: &reqwest::Error) -> Failure {
     let mut failure = Failure::passing(url, why.as_str());
     // What certificates say does not change by trying again.
     failure.passing = !why.contains("certificate");
+    failure.not_http = !error.is_connect() && !error.is_timeout();
     failure
 }
 
@@ -462,6 +518,7 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failur
         authorization,
         len,
         ranges,
+        access: None,
     })
 }
 
@@ -478,7 +535,7 @@ fn split_credentials(named: &Url) -> (Url, Option<HeaderValue>) {
     let mut pair = decode(named.username());
     pair.push(b':');
     pair.extend(decode(named.password().unwrap_or_default()));
-    let mut value = HeaderValue::from_str(&format!("Basic {}", base64(&pair))).ok();
+    let mut value = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(&pair))).ok();
     if let Some(value) = &mut value {
         value.set_sensitive(true);
     }
@@ -499,22 +556,6 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
                 out.push(*first);
                 rest = tail;
             }
-        }
-    }
-    out
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let mut bits = 0_u32;
-        for place in 0..3 {
-            bits = bits << 8 | u32::from(group.get(place).copied().unwrap_or(0));
-        }
-        for place in 0..4 {
-            let letter = ALPHABET[usize::try_from(bits >> (18 - 6 * place) & 63).unwrap_or(0)];
-            out.push(if place <= group.len() { char::from(letter) } else { '=' });
         }
     }
     out
@@ -607,7 +648,7 @@ fn refused(url: &Url, response: &Response) -> Failure {
 }
 
 /// The innermost cause of an error, which says most. reqwest's own message is left out: it holds the URL with its secrets.
-fn cause(error: &reqwest::Error) -> String {
+pub(super) fn cause(error: &reqwest::Error) -> String {
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
     let mut last = None;
     while let Some(error) = cause {
@@ -633,10 +674,6 @@ mod tests {
         let value = value.unwrap();
         assert_eq!(value.to_str().unwrap(), "Basic dXNAZXI6cDp3");
         assert!(value.is_sensitive());
-        assert_eq!(base64(b""), "");
-        assert_eq!(base64(b"a"), "YQ==");
-        assert_eq!(base64(b"ab"), "YWI=");
-        assert_eq!(base64(b"abc"), "YWJj");
     }
 
     #[test]

@@ -1,16 +1,17 @@
 //! From entries to a tree, by containerd's rules (`pkg/archive/tar.go`, its `applyNaive` and `createTarFile`):
 //!
 //! - Paths are cleaned, and no `..` leads above the root. Links on the way to an entry's directory are followed, inside the
-//!   root only, at most 255 of them. Their own texts are cleaned before they are followed, as `fs.RootPath` does.
+//!   root only, at most 255 of them. Their own texts are cleaned before they are followed, as `fs.RootPath` does. In a merged
+//!   tree these may be links of lower layers: `lib/x` over `lib -> usr/lib` is `usr/lib/x`.
 //! - A directory over a directory brings its attributes and leaves the content. Anything else over anything is an unlink
 //!   and a new node: a hard link made before keeps the old one, a directory goes with all it holds.
 //! - A hard link names what its target is at that moment. Attributes in the link's own entry are not applied (GNU tar's
-//!   rule; containerd chowns the shared inode again, to what is in practice the same owner).
+//!   rule, and umoci's; containerd chowns the shared inode again, to what is in practice the same owner).
 //! - Missing directories are made: 0755, root's, with the time of the entry that needed them (containerd and GNU tar: now,
 //!   which no image that is to be the same everywhere can use).
-//! - Whiteouts are plain entries here; what they do to lower layers is not this builder's business.
 //!
-//! One rule is not containerd's: it ignores the root's own entry, here (as in GNU tar) its attributes are the root's.
+//! One rule is not containerd's: it ignores the root's own entry, here (as in GNU tar and umoci) its attributes are the
+//! root's. What whiteouts do, and what differs between layers, is told in the module `whiteout`.
 
 use std::ops::Range;
 
@@ -19,9 +20,15 @@ use super::names::{self, Dirent};
 use super::path;
 use super::table::{NONE, Name, NameTable};
 use super::xattrs::{XattrSetId, XattrTable};
-use super::{LINK_TEXT_MAX, NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
-use crate::index::{Entry, EntrySink, IndexError, Kind, Segment, Timestamp, Xattr};
+use super::{NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
+use crate::index::{Entry, EntrySink, IndexError, Kind, Segment, Xattr};
 use crate::units::{LayerId, to_usize};
+
+mod check;
+mod whiteout;
+
+use check::{check, last_of_each, nanos, owner, too_much};
+use whiteout::{Layers, Whiteout};
 
 /// Links that may be followed on the way to one entry: containerd's number.
 const LINKS_MAX: u32 = 255;
@@ -33,12 +40,25 @@ const LINK_PARTS_MAX: usize = 8192;
 const MADE_MAX: u64 = 1_000_000;
 /// See [`MADE_MAX`].
 const MADE_PER_ENTRY: u64 = 32;
-/// The longest value of an extended attribute, in bytes: the kernel's `XATTR_SIZE_MAX`.
-const XATTR_VALUE_MAX: usize = 65_536;
+
+/// What the entries are, and so what whiteouts among them mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TreeMode {
+    /// A tar like any other: whiteouts are the files they are.
+    #[default]
+    Plain,
+    /// Layers of an image, the lowest first: whiteouts hide what lower layers have, and are not there themselves.
+    Merged,
+    /// One layer as overlayfs wants it among others: whiteouts become 0/0 character devices, opaque directories get
+    /// `trusted.overlay.opaque`, directories with whiteouts in them `trusted.overlay.origin`.
+    Overlay,
+}
 
 /// Takes entries in the tar's order and makes them a [`Tree`].
 pub struct TreeBuilder {
+    mode: TreeMode,
     layer: u16,
+    layers: Layers,
     nodes: Vec<Node>,
     names: NameTable,
     segments: Vec<Segment>,
@@ -90,9 +110,15 @@ impl EntrySink for TreeBuilder {
 }
 
 impl TreeBuilder {
-    /// A tree with nothing but its root: 0755, root's, of 1970 until the first entry comes.
+    /// A [plain](TreeMode::Plain) tree with nothing but its root: 0755, root's, of 1970 until the first entry comes.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_mode(TreeMode::Plain)
+    }
+
+    /// The same, for entries that are to be understood as `mode` says.
+    #[must_use]
+    pub fn with_mode(mode: TreeMode) -> Self {
         let root = Node {
             mtime_secs: 0,
             detail: pair(NONE, 0),
@@ -108,7 +134,9 @@ impl TreeBuilder {
             scattered: false,
         };
         Self {
+            mode,
             layer: 0,
+            layers: Layers::default(),
             nodes: vec![root],
             names: NameTable::new(),
             segments: Vec::new(),
@@ -129,14 +157,28 @@ impl TreeBuilder {
         self.names.reserve(entries);
     }
 
-    /// The layer that the coming entries' content is in; layer 0 until this is called.
+    /// Begins a layer: the coming entries' content is in it. Until this is called they belong to layer 0.
     ///
     /// # Errors
-    /// [`TreeError::TooMuch`] past 65,536 layers.
-    pub fn layer(&mut self, layer: LayerId) -> Result<(), TreeError> {
-        self.layer = u16::try_from(layer.0).map_err(|_| TreeError::TooMuch {
+    /// [`TreeError::LayerOrder`] unless layers come in the order of their numbers, each once, and in a tree for overlayfs
+    /// one alone; [`TreeError::TooMuch`] past 65,535 layers.
+    pub fn begin_layer(&mut self, layer: LayerId) -> Result<(), TreeError> {
+        let number = u16::try_from(layer.0).ok().filter(|&number| number < u16::MAX);
+        let number = number.ok_or_else(|| TreeError::TooMuch {
             path: format!("layer {}", layer.0),
         })?;
+        let first = self.root_is_untouched && !self.layers.begun;
+        if !first && (number <= self.layer || self.mode == TreeMode::Overlay) {
+            return Err(TreeError::LayerOrder {
+                layer: layer.0,
+                last: self.layer.into(),
+            });
+        }
+        self.layer = number;
+        self.layers.begin();
+        if first {
+            self.nodes[0].layer = number;
+        }
         Ok(())
     }
 
@@ -152,6 +194,9 @@ impl TreeBuilder {
             self.nodes[0].mtime_secs = entry.mtime.secs;
             self.nodes[0].mtime_nanos = entry.mtime.nanos;
         }
+        if self.mode != TreeMode::Plain && whiteout::is_aufs_own(&entry.path) {
+            return Ok(());
+        }
         let Some((parent, name)) = self.place(entry)? else {
             if entry.kind == Kind::Directory {
                 self.merge_directory(0, entry)?;
@@ -164,13 +209,21 @@ impl TreeBuilder {
                 len: name.len(),
             });
         }
+        if self.mode != TreeMode::Plain {
+            self.touch(parent);
+            if let Some(whiteout) = Whiteout::of(name) {
+                return self.whiteout(whiteout, parent, entry);
+            }
+        }
         let known = self.names.find(parent, name);
+        let mut over_whiteout = false;
         if let Some(at) = known {
             let old = self.names.get(at).node;
             if old != NONE {
                 if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
                     return self.merge_directory(old, entry);
                 }
+                over_whiteout = self.is_whiteout(old);
                 self.names.set_node(at, NONE);
                 self.forget_last_directory();
             }
@@ -179,14 +232,23 @@ impl TreeBuilder {
             Kind::Hardlink => self.hardlink_target(entry, parent, name)?,
             _ => self.make_node(entry, parent)?,
         };
-        match known {
-            Some(at) => self.names.set_node(at, node),
+        if over_whiteout && entry.kind == Kind::Directory {
+            self.make_opaque(node, entry)?;
+        }
+        let at = match known {
+            Some(at) => {
+                self.names.set_node(at, node);
+                at
+            }
             None => self.add_name(parent, name, node).ok_or_else(|| too_much(entry))?,
+        };
+        if self.mode != TreeMode::Plain && self.nodes[to_usize(node)].layer != self.layer {
+            self.layers.linked.insert(at);
         }
         Ok(())
     }
 
-    /// Ends the build. What the tar itself replaced stays in the arena without links and without a name.
+    /// Ends the build. What was replaced or hidden stays in the arena without links and without a name.
     #[must_use]
     pub fn finish(mut self) -> Tree {
         self.names.stop_finding();
@@ -306,6 +368,14 @@ impl TreeBuilder {
             }
             match self.nodes[to_usize(node)].kind() {
                 NodeKind::Directory => directory = node,
+                NodeKind::CharDevice if self.is_whiteout(node) => {
+                    if !make {
+                        return Ok(Walk::Missing);
+                    }
+                    // Hidden and there again: the new one must not show what the old one had.
+                    directory = self.make_missing(directory, found, &part, path, entry)?;
+                    self.make_opaque(directory, entry)?;
+                }
                 NodeKind::Symlink => {
                     links += 1;
                     let (start, len) = unpair(self.nodes[to_usize(node)].detail);
@@ -355,6 +425,9 @@ impl TreeBuilder {
             mtime: entry.mtime,
             ..Entry::default()
         };
+        if self.mode != TreeMode::Plain {
+            self.touch(parent);
+        }
         let node = self.make_node(&implicit, parent).map_err(|_| too_much(entry))?;
         if let Some(at) = found {
             self.names.set_node(at, node);
@@ -378,9 +451,14 @@ impl TreeBuilder {
 
     /// What a hard link names: looked up after the link's own name was cleared, as when unpacking.
     fn hardlink_target(&mut self, entry: &Entry, parent: u32, name: &[u8]) -> Result<u32, TreeError> {
-        let missing = || TreeError::HardlinkMissing {
-            path: show(&entry.path),
-            target: show(&entry.link),
+        let overlay = self.mode == TreeMode::Overlay;
+        let missing = || {
+            let (path, target) = (show(&entry.path), show(&entry.link));
+            if overlay {
+                TreeError::HardlinkBelow { path, target }
+            } else {
+                TreeError::HardlinkMissing { path, target }
+            }
         };
         let to_directory = || TreeError::HardlinkToDirectory {
             path: show(&entry.path),
@@ -404,7 +482,7 @@ impl TreeBuilder {
         }
         let found = self.names.find(directory, target_name);
         let node = found.map_or(NONE, |at| self.names.get(at).node);
-        if node == NONE {
+        if node == NONE || self.is_whiteout(node) {
             return Err(missing());
         }
         if self.nodes[to_usize(node)].is_directory() {
@@ -413,21 +491,21 @@ impl TreeBuilder {
         Ok(node)
     }
 
-    /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those it has.
+    /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those that the same
+    /// layer gave it and replace those of lower layers.
     fn merge_directory(&mut self, node: u32, entry: &Entry) -> Result<(), TreeError> {
-        let old = self.nodes[to_usize(node)].xattrs;
-        let xattrs = if entry.xattrs.is_empty() {
-            old
+        let same_layer = self.nodes[to_usize(node)].layer == self.layer;
+        let xattrs = if same_layer {
+            let old = self.nodes[to_usize(node)].xattrs;
+            let own = self.own_xattrs(entry);
+            self.add_xattrs(old, &own).ok_or_else(|| too_much(entry))?
         } else {
-            let mut all = Vec::new();
-            all.extend(self.xattrs.get(old).map(|(name, value)| Xattr {
-                name: name.to_vec(),
-                value: value.to_vec(),
-            }));
-            all.extend_from_slice(&entry.xattrs);
-            self.xattrs.intern(&last_of_each(all)).ok_or_else(|| too_much(entry))?
+            self.intern(entry)?
         };
         let (uid, gid) = owner(entry)?;
+        if self.mode != TreeMode::Plain {
+            self.touch(node);
+        }
         let layer = self.layer;
         let node = &mut self.nodes[to_usize(node)];
         node.mode = type_bits::DIRECTORY | (entry.mode & 0o7777);
@@ -440,14 +518,29 @@ impl TreeBuilder {
         Ok(())
     }
 
+    /// A set with further attributes; one with the name of an old one replaces it.
+    fn add_xattrs(&mut self, old: XattrSetId, further: &[Xattr]) -> Option<XattrSetId> {
+        if further.is_empty() {
+            return Some(old);
+        }
+        let mut all = Vec::new();
+        all.extend(self.xattrs.get(old).map(|(name, value)| Xattr {
+            name: name.to_vec(),
+            value: value.to_vec(),
+        }));
+        all.extend_from_slice(further);
+        self.xattrs.intern(&last_of_each(all))
+    }
+
     fn intern(&mut self, entry: &Entry) -> Result<XattrSetId, TreeError> {
         if entry.xattrs.is_empty() {
             return Ok(XattrSetId::EMPTY);
         }
-        let set = if entry.xattrs.is_sorted_by(|a, b| a.name < b.name) {
-            self.xattrs.intern(&entry.xattrs)
+        let own = self.own_xattrs(entry);
+        let set = if own.is_sorted_by(|a, b| a.name < b.name) {
+            self.xattrs.intern(&own)
         } else {
-            self.xattrs.intern(&last_of_each(entry.xattrs.clone()))
+            self.xattrs.intern(&last_of_each(own.into_owned()))
         };
         set.ok_or_else(|| too_much(entry))
     }
@@ -483,6 +576,7 @@ impl TreeBuilder {
             }
             Kind::Directory => {
                 detail = pair(NONE, 0);
+                place = self.new_directory_place();
                 type_bits::DIRECTORY
             }
             Kind::Symlink => {
@@ -522,91 +616,16 @@ impl TreeBuilder {
         Ok(number)
     }
 
-    /// Adds a name to a directory.
-    fn add_name(&mut self, parent: u32, name: &[u8], node: u32) -> Option<()> {
+    /// Adds a name to a directory; returns its number.
+    fn add_name(&mut self, parent: u32, name: &[u8], node: u32) -> Option<u32> {
         let directory = &mut self.nodes[to_usize(parent)];
         let next = unpair(directory.detail).0;
-        directory.detail = pair(self.names.add(parent, name, node, next)?, 0);
-        Some(())
+        let at = self.names.add(parent, name, node, next)?;
+        directory.detail = pair(at, 0);
+        Some(at)
     }
 
     fn forget_last_directory(&mut self) {
         self.last_directory_node = NONE;
     }
-}
-
-fn too_much(entry: &Entry) -> TreeError {
-    TreeError::TooMuch {
-        path: show(&entry.path),
-    }
-}
-
-/// Owner and group as Linux has them: -1 is not an owner, it is what `chown` leaves alone.
-fn owner(entry: &Entry) -> Result<(u32, u32), TreeError> {
-    let id = |id: u64| u32::try_from(id).ok().filter(|&id| id != u32::MAX);
-    id(entry.uid).zip(id(entry.gid)).ok_or_else(|| TreeError::Owner {
-        path: show(&entry.path),
-        uid: entry.uid,
-        gid: entry.gid,
-    })
-}
-
-/// The attributes by name; where several have one name, the last of them.
-fn last_of_each(mut xattrs: Vec<Xattr>) -> Vec<Xattr> {
-    xattrs.reverse();
-    xattrs.sort_by(|a, b| a.name.cmp(&b.name));
-    xattrs.dedup_by(|a, b| a.name == b.name);
-    xattrs
-}
-
-fn nanos(time: Timestamp) -> u32 {
-    time.nanos.min(999_999_999)
-}
-
-/// What can be said of an entry without knowing the tree.
-fn check(entry: &Entry) -> Result<(), TreeError> {
-    let path = || show(&entry.path);
-    if entry.path.contains(&0) {
-        return Err(TreeError::Nul { path: path() });
-    }
-    match entry.kind {
-        Kind::Symlink | Kind::Hardlink if entry.link.contains(&0) => return Err(TreeError::Nul { path: path() }),
-        Kind::Symlink if entry.link.is_empty() || entry.link.len() > LINK_TEXT_MAX => {
-            return Err(TreeError::LinkText {
-                path: path(),
-                len: entry.link.len(),
-            });
-        }
-        Kind::File => {
-            let mut end = 0;
-            for segment in &entry.segments {
-                let fits = segment.len > 0
-                    && segment.file_offset >= end
-                    && segment.tar_offset.0.checked_add(segment.len).is_some()
-                    && segment
-                        .file_offset
-                        .checked_add(segment.len)
-                        .is_some_and(|end| end <= entry.size);
-                if !fits {
-                    return Err(TreeError::Segments {
-                        path: path(),
-                        size: entry.size,
-                    });
-                }
-                end = segment.file_offset + segment.len;
-            }
-        }
-        _ => {}
-    }
-    for xattr in &entry.xattrs {
-        let name_fits = (1..=255).contains(&xattr.name.len()) && !xattr.name.contains(&0);
-        if !name_fits || xattr.value.len() > XATTR_VALUE_MAX {
-            return Err(TreeError::Xattr {
-                path: path(),
-                name: show(&xattr.name),
-                len: xattr.value.len(),
-            });
-        }
-    }
-    Ok(())
 }

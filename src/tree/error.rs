@@ -35,13 +35,37 @@ pub enum TreeError {
         /// The entry.
         path: String,
     },
-    /// A hard link whose target the layer does not have (any more).
-    #[error("{path}: hard link to {target}, which this layer does not have before it")]
+    /// A hard link whose target is not there (any more).
+    #[error("{path}: hard link to {target}, which no entry before it makes: the layer contradicts itself")]
     HardlinkMissing {
         /// The entry.
         path: String,
         /// The target as recorded.
         target: String,
+    },
+    /// A hard link to a file that, if anything, a lower layer has, while this layer is to stand alone.
+    #[error(
+        "{path}: hard link to {target}, which is in no entry before it but perhaps in a lower layer: no single layer can hold such a link; use the whole image"
+    )]
+    HardlinkBelow {
+        /// The entry.
+        path: String,
+        /// The target as recorded.
+        target: String,
+    },
+    /// A whiteout that hides no name, or the directory that it is in or above.
+    #[error("{path}: a whiteout without the name that it hides: the layer is damaged or not made by a sane program")]
+    Whiteout {
+        /// The entry.
+        path: String,
+    },
+    /// Layers that do not come from the lowest up, or a second one where there can be one only. A mistake of the caller.
+    #[error("layer {layer} after layer {last}: layers go into a tree in order, and for overlayfs one alone")]
+    LayerOrder {
+        /// The layer that was begun.
+        layer: u32,
+        /// The one before it.
+        last: u32,
     },
     /// A hard link to its own path.
     #[error("{path}: hard link to itself")]

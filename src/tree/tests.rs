@@ -3,6 +3,8 @@
 use super::*;
 use crate::index::{Entry, Kind, Xattr};
 
+mod layers;
+
 /// An entry with a mode and time of its own, so that it can be told apart.
 fn entry(path: &str, kind: Kind) -> Entry {
     Entry {
@@ -212,12 +214,12 @@ fn hard_links() {
     .unwrap();
     assert_eq!(at(&tree, "s"), at(&tree, "s2"));
     assert_eq!(tree.node(at(&tree, "deep/er").unwrap()).links(), 3);
-    assert!(error(&[link("a", Kind::Hardlink, "b")]).contains("a: hard link to b, which this layer does not have"));
-    assert!(error(&[link("a", Kind::Hardlink, "b/c")]).contains("does not have"));
+    assert!(error(&[link("a", Kind::Hardlink, "b")]).contains("a: hard link to b, which no entry before it makes"));
+    assert!(error(&[link("a", Kind::Hardlink, "b/c")]).contains("no entry before it"));
     assert!(error(&[file("a", 1), link("./a", Kind::Hardlink, "/a")]).contains("itself"));
     assert!(error(&[dir("d"), link("a", Kind::Hardlink, "d")]).contains("is a directory"));
     assert!(error(&[link("a", Kind::Hardlink, "/")]).contains("is a directory"));
-    assert!(error(&[file("d/f", 1), link("d", Kind::Hardlink, "d/f")]).contains("does not have"));
+    assert!(error(&[file("d/f", 1), link("d", Kind::Hardlink, "d/f")]).contains("no entry before it"));
 }
 
 #[test]

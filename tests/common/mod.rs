@@ -6,6 +6,7 @@ pub(crate) mod corpus;
 pub(crate) mod rawtar;
 pub(crate) mod session;
 pub(crate) mod tree;
+pub(crate) mod unpacked;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -16,6 +16,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
@@ -295,11 +296,21 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let status = Command::new("umount").arg(self.directory.path()).status();
-        if !status.is_ok_and(|status| status.success()) {
-            eprintln!("could not unmount {}", self.directory.path().display());
-        }
+        unmount(self.directory.path());
     }
+}
+
+/// Unmounts. Whoever looks through all mounts at that moment (another test's mount(8)) keeps one busy for a blink.
+pub fn unmount(path: &Path) {
+    for _ in 0..50 {
+        let output = Command::new("umount").arg(path).output();
+        if output.is_ok_and(|output| output.status.success()) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let detached = Command::new("umount").arg("-l").arg(path).status();
+    eprintln!("{} stays busy, so it was only detached: {detached:?}", path.display());
 }
 
 /// GNU tar's extraction of a tar.

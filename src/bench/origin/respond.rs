@@ -147,6 +147,15 @@ fn spoilt_answer(request: &Request, faults: &[Fault], shared: &Shared) -> (Answe
             Fault::ShortBody(missing) => spoil.cut = Some(answer.len().saturating_sub(*missing)),
             Fault::LongBody(extra) => spoil.extra = *extra,
             Fault::SlowBody(rate) => spoil.slow = Some((*rate).max(1)),
+            Fault::Damage(at) => {
+                if let Some(Body::Blob(bytes)) = &mut answer.body
+                    && let Some(byte) = usize::try_from(*at)
+                        .ok()
+                        .and_then(|at| Arc::make_mut(bytes).get_mut(at))
+                {
+                    *byte ^= 0x10;
+                }
+            }
             Fault::WrongRange(_) | Fault::ShortRange(_) | Fault::WholeBody | Fault::ChangedTag => {}
         }
     }

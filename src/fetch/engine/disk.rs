@@ -1,7 +1,7 @@
 //! What the fetch thread does with files: reads of local layers, reads of cached chunks, and writing chunks behind.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,6 +39,8 @@ const COMMIT_DELAY: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub(super) struct Writer {
     queue: RefCell<VecDeque<(u32, Arc<Chunk>)>>,
+    /// Those and the ones that are being written, by number: until they are in the file they are read from here.
+    queued: RefCell<HashMap<u32, Arc<Chunk>>>,
     running: Cell<bool>,
     commit_due: Cell<bool>,
     drained: Notify,
@@ -47,6 +49,11 @@ pub(super) struct Writer {
 impl Writer {
     pub(super) fn is_idle(&self) -> bool {
         !self.running.get()
+    }
+
+    /// A chunk that is not in the file yet.
+    pub(super) fn queued(&self, index: u32) -> Option<Arc<Chunk>> {
+        self.queued.borrow().get(&index).cloned()
     }
 
     /// Resolves after the next batch was written.
@@ -99,58 +106,86 @@ impl Engine {
             .map_err(fail)
     }
 
-    /// Brings cached chunks to memory. What cannot be read back is fetched again.
+    /// Brings cached chunks to memory. What cannot be read back, or is not what it has to be, is fetched again.
     pub(super) fn read_cached(self: &Rc<Self>, keys: Vec<ChunkKey>) {
         for key in keys {
-            let engine = self.clone();
-            tokio_uring::spawn(async move {
-                let Some((remote, cache)) = engine
-                    .remote(key.layer)
-                    .and_then(|r| Some((r, engine.cache(key.layer)?)))
-                else {
-                    return;
-                };
-                let len = to_usize(chunk_len(remote.layer.size, key.index));
-                let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
-                match read.await {
-                    Ok(bytes) => engine.bring(key, bytes, false),
-                    Err(error) => {
-                        log::warn!(
-                            "cache of {}: chunk {}: {error}; fetching it again",
-                            remote.layer.name(),
-                            key.index
-                        );
-                        cache.lost(key.index);
-                        if let Some(pending) = engine.pending.borrow_mut().get_mut(&key) {
-                            pending.coming = false;
-                        }
-                        engine.launch(&[key.into()]);
-                    }
+            tokio_uring::spawn(self.clone().read_cached_chunk(key));
+        }
+    }
+
+    async fn read_cached_chunk(self: Rc<Self>, key: ChunkKey) {
+        let Some(remote) = self.remote(key.layer) else { return };
+        if let Some(chunk) = remote.writer.queued(key.index) {
+            self.bring(key, chunk.bytes().to_vec(), false);
+            return;
+        }
+        let Some(cache) = self.cache(key.layer) else { return };
+        let len = to_usize(chunk_len(remote.size, key.index));
+        let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
+        let trusted = self
+            .brought(key.layer)
+            .and_then(|layer| layer.checked.as_ref())
+            .is_none_or(|checked| checked.has(key.index));
+        let why = match read.await {
+            Ok(bytes) if trusted => return self.bring(key, bytes, false),
+            Ok(bytes) => {
+                let (right, bytes) = self.is_right(remote, key.index, bytes).await;
+                if right {
+                    self.mark_checked(key);
+                    return self.bring(key, bytes, false);
                 }
-            });
+                "it is not what the index says".to_owned()
+            }
+            Err(error) => error.to_string(),
+        };
+        self.lose(remote, key, &why);
+        self.fetch_again(key);
+    }
+
+    /// A chunk in the cache is no use.
+    pub(super) fn lose(&self, remote: &Remote, key: ChunkKey, why: &str) {
+        let Some(cache) = self.cache(key.layer) else { return };
+        if cache.has(key.index) {
+            add(&self.shared.counters.chunks_wrong, 1);
+            let name = remote.origin.name();
+            log::warn!(
+                "cache of {name}: chunk {}: {why}; it is fetched again when it is wanted",
+                key.index
+            );
+            cache.lost(key.index);
+        }
+    }
+
+    /// A chunk that lies in the cache was checked by this process.
+    fn mark_checked(&self, key: ChunkKey) {
+        if let Some(checked) = self.brought(key.layer).and_then(|layer| layer.checked.as_ref()) {
+            checked.set(key.index);
         }
     }
 
     pub(super) fn cache(&self, layer: crate::units::LayerId) -> Option<&Arc<LayerCache>> {
-        match self.shared.layers.get(usize::try_from(layer.0).ok()?)? {
-            SharedLayer::Remote { cache, .. } => cache.get(),
-            SharedLayer::Local { .. } => None,
-        }
+        self.brought(layer)?.cache.get()
     }
 
-    /// Leaves a chunk to be written to the cache, if there is one that takes it.
-    pub(super) fn keep(self: &Rc<Self>, key: ChunkKey, chunk: Arc<Chunk>, even_if_behind: bool) {
-        let Some(remote) = self.remote(key.layer) else { return };
-        let Some(cache) = self.cache(key.layer) else { return };
-        let behind = self.backlog.get() > LARGEST_BACKLOG && !even_if_behind;
-        if behind || !cache.takes_more() || cache.has(key.index) {
-            return;
+    /// Leaves a chunk to be written to the cache, if there is one that takes it; says whether it is there or will be.
+    pub(super) fn keep(self: &Rc<Self>, key: ChunkKey, chunk: Arc<Chunk>, even_if_behind: bool) -> bool {
+        let (Some(remote), Some(cache)) = (self.remote(key.layer), self.cache(key.layer)) else {
+            return false;
+        };
+        if cache.has(key.index) || remote.writer.queued(key.index).is_some() {
+            return true;
         }
+        let behind = self.backlog.get() > LARGEST_BACKLOG && !even_if_behind;
+        if behind || !cache.takes_more() {
+            return false;
+        }
+        remote.writer.queued.borrow_mut().insert(key.index, chunk.clone());
         self.backlog.set(self.backlog.get() + to_u64(chunk.bytes().len()));
         remote.writer.queue.borrow_mut().push_back((key.index, chunk));
         if !remote.writer.running.replace(true) {
             tokio_uring::spawn(self.clone().write_behind(key));
         }
+        true
     }
 
     /// Writes what is queued for the layer of `key` until nothing is.
@@ -191,12 +226,20 @@ impl Engine {
             self.backlog.set(self.backlog.get().saturating_sub(bytes));
             match written {
                 Ok(()) => {
-                    indexes.for_each(|index| cache.wrote(index));
+                    for index in indexes.clone() {
+                        self.mark_checked(ChunkKey {
+                            layer: key.layer,
+                            index,
+                        });
+                        cache.wrote(index);
+                    }
                     add(&self.shared.counters.bytes_stored, bytes);
                     Self::commit_later(remote, cache);
                 }
                 Err(error) => cache.stop_writing(&error),
             }
+            indexes.for_each(|index| drop(remote.writer.queued.borrow_mut().remove(&index)));
+            self.judge_if_whole(remote, key.layer);
             remote.writer.drained.notify_waiters();
         }
         remote.writer.running.set(false);
@@ -234,8 +277,8 @@ impl Engine {
             }
         }
         for layer in &self.shared.layers {
-            if let SharedLayer::Remote { cache, .. } = layer
-                && let Some(cache) = cache.get()
+            if let SharedLayer::Brought(layer) = layer
+                && let Some(cache) = layer.cache.get()
             {
                 commit(cache.clone()).await;
             }

@@ -1,33 +1,93 @@
 //! One flight: a stretch of chunks by one request at a time, until all have landed or the patience of those who wait is
-//! at an end.
+//! at an end. Here the blob is the tar; `coded` has the flights of compressed layers.
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::disk::LARGEST_BACKLOG;
+use super::origin::{Body, Trouble};
 use super::{Engine, Remote};
+use crate::fetch::FetchError;
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64, to_usize};
-use crate::fetch::http::{Failure, Reply};
+use crate::fetch::http::Failure;
 use crate::fetch::plan::Stretch;
 use crate::fetch::stats::add;
-use crate::fetch::store::LayerCache;
-use crate::fetch::{FetchError, SharedLayer};
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::units::{TarOffset, TarRange};
 
 /// Wrong answers and refusals in a row before a read fails.
-const PATIENCE_WITH_WRONG: u32 = 4;
+const PATIENCE_WITH_WRONG: u32 = 6;
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 
 /// What one request came to.
-enum Answer {
+pub(super) enum Answer {
     Complete,
-    /// The server sends the whole layer whatever is asked.
-    Whole(Reply),
+    /// The server sends the whole blob whatever is asked.
+    Whole(Body),
+}
+
+/// How often and how long something is tried again.
+pub(super) struct Patience {
+    backoff: Duration,
+    wrong: u32,
+}
+
+impl Patience {
+    pub(super) const fn new() -> Self {
+        Self {
+            backoff: FIRST_BACKOFF,
+            wrong: 0,
+        }
+    }
+
+    /// How long to wait before the next try, or why there is none.
+    pub(super) fn pause(
+        &mut self,
+        trouble: &Trouble,
+        remote: &Remote,
+        range: TarRange,
+    ) -> Result<Duration, FetchError> {
+        let url = remote.origin.name();
+        let pause = match trouble {
+            Trouble::File(error) => {
+                return Err(FetchError::File {
+                    path: url.into(),
+                    range,
+                    why: std::sync::Arc::new(std::io::Error::new(error.kind(), error.to_string())),
+                });
+            }
+            Trouble::Net(Failure::Changed(how)) => return Err(FetchError::Changed { url, how: how.clone() }),
+            Trouble::Net(Failure::Suspect { why, status }) => {
+                self.wrong += 1;
+                if self.wrong >= PATIENCE_WITH_WRONG {
+                    let why = why.clone();
+                    return Err(match status {
+                        Some(status) => FetchError::Refused {
+                            url,
+                            why,
+                            status: status.as_u16(),
+                        },
+                        None => FetchError::WrongAnswer { url, range, why },
+                    });
+                }
+                jittered(self.backoff)
+            }
+            // Who tries again after wrong bytes has decided so.
+            Trouble::Wrong(_) | Trouble::Net(Failure::Away { stale: true, .. }) => Duration::ZERO,
+            Trouble::Net(Failure::Away { after, .. }) => after.unwrap_or_else(|| jittered(self.backoff)),
+        };
+        if !pause.is_zero() {
+            self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+        }
+        Ok(pause)
+    }
+
+    /// Something came: whatever goes wrong next is another matter.
+    pub(super) const fn renew(&mut self) {
+        *self = Self::new();
+    }
 }
 
 /// However a flight ends, nobody is left waiting for it.
@@ -93,12 +153,12 @@ impl Engine {
     }
 
     async fn pursue(self: &Rc<Self>, remote: &Rc<Remote>, landing: &Landing) -> Result<(), FetchError> {
-        let counters = &self.shared.counters;
-        let (mut backoff, mut wrong) = (FIRST_BACKOFF, 0);
+        let mut patience = Patience::new();
         loop {
             if remote.streaming.get() {
-                remote.stream_ended.notified().await;
-                self.collect(landing);
+                self.leave_to_stream(landing.rest());
+                landing.advance(landing.stretch.end);
+                return Ok(());
             }
             let before = landing.next.get();
             if !landing
@@ -109,86 +169,72 @@ impl Engine {
                 landing.advance(landing.stretch.end);
                 return Ok(());
             }
-            let failure = match self.attempt(remote, landing).await {
+            let trouble = match self.attempt(remote, landing).await {
                 Ok(Answer::Complete) => return Ok(()),
-                Ok(Answer::Whole(_)) if remote.streaming.get() => continue,
-                Ok(Answer::Whole(reply)) => match self.stream(remote, landing.stretch.layer, reply).await {
-                    Ok(()) => {
-                        self.collect(landing);
-                        continue;
-                    }
-                    Err(failure) => failure,
-                },
-                Err(failure) => failure,
-            };
-            add(&counters.errors, 1);
-            if landing.next.get() > before {
-                (backoff, wrong) = (FIRST_BACKOFF, 0);
-            }
-            let rest = landing.rest();
-            let url = remote.layer.name();
-            let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
-            let pause = match &failure {
-                Failure::Changed(how) => return Err(FetchError::Changed { url, how: how.clone() }),
-                Failure::Suspect { why, status } => {
-                    wrong += 1;
-                    if wrong >= PATIENCE_WITH_WRONG {
-                        let why = why.clone();
-                        return Err(match status {
-                            Some(status) => FetchError::Refused {
-                                url,
-                                why,
-                                status: status.as_u16(),
-                            },
-                            None => FetchError::WrongAnswer { url, range, why },
-                        });
-                    }
-                    jittered(backoff)
+                Ok(Answer::Whole(body)) => {
+                    self.start_stream(remote, landing.stretch.layer, Some(body));
+                    continue;
                 }
-                Failure::Away { stale: true, .. } => Duration::ZERO,
-                Failure::Away { after, .. } => after.unwrap_or_else(|| jittered(backoff)),
+                Err(trouble) => trouble,
             };
-            let after = self.options.deadline;
-            let late = FetchError::Deadline {
-                url: url.clone(),
-                range,
-                after,
-                why: failure.to_string(),
-            };
-            self.expire(rest, pause, &late);
-            if !self.anybody_waits(rest) {
-                // Nobody has asked for it yet: whoever does starts afresh.
-                log::debug!("{url}: bytes {range}: {failure}; not wanted enough to ask again");
-                return Err(late);
+            if landing.next.get() > before {
+                patience.renew();
             }
-            if !pause.is_zero() {
-                log::warn!("{url}: bytes {range}: {failure}; asking again in {pause:.1?}");
-                sleep(pause).await;
-                backoff = (backoff * 2).min(LONGEST_BACKOFF);
-            }
-            add(&counters.retries, 1);
+            self.be_patient(remote, landing.rest(), &mut patience, &trouble).await?;
         }
     }
 
+    /// After something went wrong with `rest`: waits until it is time for another try. An error, when nobody has the
+    /// patience for that.
+    pub(super) async fn be_patient(
+        self: &Rc<Self>,
+        remote: &Remote,
+        rest: Stretch,
+        patience: &mut Patience,
+        trouble: &Trouble,
+    ) -> Result<(), FetchError> {
+        let counters = &self.shared.counters;
+        add(&counters.errors, 1);
+        let url = remote.origin.name();
+        let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
+        let pause = patience.pause(trouble, remote, range)?;
+        let late = FetchError::Deadline {
+            url: url.clone(),
+            range,
+            after: self.options.deadline,
+            why: trouble.to_string(),
+        };
+        self.expire(rest, pause, &late);
+        if !self.anybody_waits(rest) {
+            // Nobody has asked for it yet: whoever does starts afresh.
+            log::debug!("{url}: bytes {range}: {trouble}; not wanted enough to ask again");
+            return Err(late);
+        }
+        if !pause.is_zero() {
+            log::warn!("{url}: bytes {range}: {trouble}; asking again in {pause:.1?}");
+            sleep(pause).await;
+        }
+        add(&counters.retries, 1);
+        Ok(())
+    }
+
     /// One request for what is left of a flight.
-    async fn attempt(self: &Rc<Self>, remote: &Remote, landing: &Landing) -> Result<Answer, Failure> {
+    async fn attempt(self: &Rc<Self>, remote: &Remote, landing: &Landing) -> Result<Answer, Trouble> {
         let Stretch { layer, end, .. } = landing.stretch;
-        let size = remote.layer.size;
+        let size = remote.size;
         let start = u64::from(landing.next.get()) * CHUNK_BYTES;
         let stop = (u64::from(end) * CHUNK_BYTES).min(size);
-        let mut reply = self
-            .client
-            .get(&remote.layer, start, stop.saturating_sub(start), landing.demand)
+        let mut body = remote
+            .origin
+            .get(&self.client, start, stop.saturating_sub(start), landing.demand)
             .await?;
-        if reply.whole {
-            return Ok(Answer::Whole(reply));
+        if body.is_whole() {
+            return Ok(Answer::Whole(body));
         }
-        self.link.borrow_mut().head(Instant::now(), reply.head_took);
+        self.note_head(&body);
         let mut chunk = Vec::new();
-        while let Some(mut data) = reply.next().await? {
-            let len = to_u64(data.len());
-            add(&self.shared.counters.bytes_fetched, len);
-            self.link.borrow_mut().arrived(Instant::now(), len);
+        while let Some(mut data) = body.next().await? {
+            self.note_arrival(remote, to_u64(data.len()));
             while !data.is_empty() {
                 let key = ChunkKey {
                     layer,
@@ -202,7 +248,7 @@ impl Engine {
                 chunk.extend_from_slice(&part);
                 if chunk.len() == whole {
                     landing.advance(key.index + 1);
-                    self.bring(key, std::mem::take(&mut chunk), true);
+                    self.bring_checked(key, std::mem::take(&mut chunk));
                 }
             }
             self.pump();
@@ -210,93 +256,20 @@ impl Engine {
         Ok(Answer::Complete)
     }
 
-    /// Reads the whole layer as it comes, once, because the server knows no ranges.
-    async fn stream(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId, reply: Reply) -> Result<(), Failure> {
-        struct Streaming(Rc<Remote>);
-        impl Drop for Streaming {
-            fn drop(&mut self) {
-                self.0.streaming.set(false);
-                self.0.stream_ended.notify_waiters();
-            }
-        }
-        remote.streaming.set(true);
-        let _ended = Streaming(remote.clone());
-        self.make_room_for_stream(remote, layer);
-        self.stream_through(remote, layer, reply).await
-    }
-
-    async fn stream_through(
-        self: &Rc<Self>,
-        remote: &Rc<Remote>,
-        layer: LayerId,
-        mut reply: Reply,
-    ) -> Result<(), Failure> {
-        let mut key = ChunkKey { layer, index: 0 };
-        let mut chunk = Vec::new();
-        while let Some(mut data) = reply.next().await? {
-            add(&self.shared.counters.bytes_fetched, to_u64(data.len()));
-            while !data.is_empty() {
-                let whole = to_usize(chunk_len(remote.layer.size, key.index));
-                let part = data.split_to(data.len().min(whole.saturating_sub(chunk.len())));
-                chunk.extend_from_slice(&part);
-                if chunk.len() == whole {
-                    self.bring_from_stream(key, std::mem::replace(&mut chunk, Vec::with_capacity(whole)));
-                    key = key.plus(1);
-                }
-            }
-            // The stream is as fast as the disk: what it does not keep would have to be streamed again.
-            while self.backlog.get() > LARGEST_BACKLOG && !remote.writer.is_idle() {
-                remote.writer.progress().await;
-            }
-        }
-        while !remote.writer.is_idle() {
-            remote.writer.progress().await;
-        }
-        Ok(())
-    }
-
-    fn make_room_for_stream(&self, remote: &Remote, layer: LayerId) {
-        let url = remote.layer.name();
-        if !remote.warned.replace(true) {
-            log::warn!(
-                "{url}: the server answers 200 to a Range: reading all {} bytes once, in order",
-                remote.layer.size
-            );
-        }
-        let shared = usize::try_from(layer.0).ok().and_then(|at| self.shared.layers.get(at));
-        if let Some(SharedLayer::Remote { cache, size }) = shared
-            && cache.get().is_none()
-        {
-            match LayerCache::temporary(&std::env::temp_dir(), *size) {
-                // Nobody else sets it: this is the only thread that does.
-                Ok(temporary) => drop(cache.set(Arc::new(temporary))),
-                Err(error) => log::warn!("{url}: no place to keep what is streamed: {error}"),
-            }
+    /// Learns from the time that an answer's head took.
+    pub(super) fn note_head(&self, body: &Body) {
+        if let Some(took) = body.head_took() {
+            self.link.borrow_mut().head(Instant::now(), took);
         }
     }
 
-    /// After a stream: what it brought is taken from where it lies now.
-    fn collect(self: &Rc<Self>, landing: &Landing) {
-        let stretch = landing.stretch;
-        let cached: Vec<ChunkKey> = stretch
-            .keys()
-            .filter(|key| self.pending.borrow().contains_key(key))
-            .filter(|key| self.cache(key.layer).is_some_and(|cache| cache.has(key.index)))
-            .collect();
-        self.read_cached(cached.clone());
-        let mut next = landing.next.get();
-        while next < stretch.end
-            && (cached.contains(&ChunkKey {
-                layer: stretch.layer,
-                index: next,
-            }) || !self.pending.borrow().contains_key(&ChunkKey {
-                layer: stretch.layer,
-                index: next,
-            }))
-        {
-            next += 1;
+    /// Counts bytes of a blob that came, and learns from when they came.
+    pub(super) fn note_arrival(&self, remote: &Remote, len: u64) {
+        if remote.is_local() {
+            return;
         }
-        landing.advance(next);
+        add(&self.shared.counters.bytes_fetched, len);
+        self.link.borrow_mut().arrived(Instant::now(), len);
     }
 }
 

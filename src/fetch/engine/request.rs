@@ -117,14 +117,25 @@ pub(super) struct Waiting {
     pub(super) len: u64,
 }
 
+/// Why a chunk comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Somebody wants it.
+    #[default]
+    Wanted,
+    /// It was asked for on suspicion and nobody has wanted it yet.
+    Suspected,
+    /// It comes with something else, and nobody has wanted it yet.
+    Along,
+}
+
 /// A chunk that is not here, and whom it is for.
 #[derive(Default)]
 pub(super) struct Pending {
     pub(super) waiters: SmallVec<[Waiting; 1]>,
     /// Whether a flight or a disk read brings it.
     pub(super) coming: bool,
-    /// Whether it was asked for on suspicion and nobody has wanted it yet.
-    pub(super) suspected: bool,
+    pub(super) why: Why,
     /// Whether its first reader should wake the planner.
     pub(super) marker: bool,
 }

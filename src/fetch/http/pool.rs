@@ -19,9 +19,12 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use url::Url;
 
+use super::proxy::Proxy;
 use super::stream::UringStream;
 use crate::fetch::stats::{Counters, add};
+use crate::source::tls::Trust;
 
 /// How long a host's addresses are believed. Short enough for a moved service, long enough to be off the hot path.
 const ADDRESSES_KEPT: Duration = Duration::from_secs(60);
@@ -36,12 +39,31 @@ pub(crate) struct HostKey {
     pub(crate) tls: bool,
     pub(crate) host: String,
     pub(crate) port: u16,
+    /// Connections made with one trust are not lent to those who ask for another.
+    trust: Trust,
+}
+
+impl HostKey {
+    pub(crate) fn of(url: &Url, trust: &Trust) -> Option<Self> {
+        let tls = match url.scheme() {
+            "http" => false,
+            "https" => true,
+            _ => return None,
+        };
+        Some(Self {
+            tls,
+            host: url.host_str()?.to_owned(),
+            port: url.port_or_known_default()?,
+            trust: trust.clone(),
+        })
+    }
 }
 
 /// One host's pool. Lives on the fetch thread.
 pub(crate) struct Host {
     key: HostKey,
     tls: Option<Arc<ClientConfig>>,
+    proxy: Option<Proxy>,
     most: usize,
     connect_deadline: Duration,
     counters: Arc<Counters>,
@@ -109,6 +131,7 @@ impl Host {
     pub(crate) fn new(
         key: HostKey,
         tls: Option<Arc<ClientConfig>>,
+        proxy: Option<Proxy>,
         most: usize,
         connect_deadline: Duration,
         counters: Arc<Counters>,
@@ -116,6 +139,7 @@ impl Host {
         Rc::new(Self {
             key,
             tls,
+            proxy,
             most: most.max(1),
             connect_deadline,
             counters,
@@ -245,8 +269,36 @@ impl Host {
         Err(last)
     }
 
+    /// The proxy that requests are sent to as they are, if it is one that forwards: for plain HTTP.
+    pub(crate) fn forwarder(&self) -> Option<&Proxy> {
+        self.proxy.as_ref().filter(|_| !self.key.tls)
+    }
+
     async fn connect_to(&self, address: SocketAddr) -> io::Result<SendRequest<Empty<Bytes>>> {
         let stream = UringStream::connect(address).await?;
+        match &self.proxy {
+            None => self.secured(stream).await,
+            Some(proxy) if proxy.tls => self.through(proxy, proxy.secured(stream).await?).await,
+            Some(proxy) => self.through(proxy, stream).await,
+        }
+    }
+
+    /// Goes on through a proxy that `stream` leads to.
+    async fn through<S>(&self, proxy: &Proxy, mut stream: S) -> io::Result<SendRequest<Empty<Bytes>>>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,
+    {
+        if self.key.tls {
+            proxy.tunnel(&mut stream, &self.key.host, self.key.port).await?;
+        }
+        self.secured(stream).await
+    }
+
+    /// Speaks TLS, where that is wanted, and then HTTP.
+    async fn secured<S>(&self, stream: S) -> io::Result<SendRequest<Empty<Bytes>>>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,
+    {
         let Some(config) = &self.tls else {
             return Self::handshake(stream).await;
         };
@@ -282,7 +334,11 @@ impl Host {
         {
             return Ok(addresses.clone());
         }
-        let (host, port) = (self.key.host.trim_matches(['[', ']']).to_owned(), self.key.port);
+        let (host, port) = match &self.proxy {
+            Some(proxy) => (proxy.host.as_str(), proxy.port),
+            None => (self.key.host.as_str(), self.key.port),
+        };
+        let host = host.trim_matches(['[', ']']).to_owned();
         let looking = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
         let addresses = match timeout(self.connect_deadline, looking).await {
             Ok(Ok(found)) => found?,

@@ -5,11 +5,12 @@
 //! | bytes | what |
 //! |---|---|
 //! | 8 | `TARBLKMP` |
-//! | 4 | version, 1 |
+//! | 4 | version, 2 |
 //! | 4 | bytes in a chunk |
 //! | 8 | bytes in the layer |
 //! | 32 | the layer's key |
 //! | 16 | the data file's nonce |
+//! | 4 | 1 when the whole layer is there and was checked against its digest, else 0 |
 //! | count / 8, rounded up | one bit a chunk, the lowest first; bits past the last are zero |
 //! | 4 | CRC-32C of all before it |
 
@@ -18,14 +19,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::fetch::chunk::{CHUNK_BYTES, to_usize};
 
 const MAGIC: &[u8; 8] = b"TARBLKMP";
-const VERSION: u32 = 1;
-const HEAD: usize = 8 + 4 + 4 + 8 + 32 + 16;
+const VERSION: u32 = 2;
+const HEAD: usize = 8 + 4 + 4 + 8 + 32 + 16 + 4;
 
 /// One bit a chunk, set by one thread while others look.
 #[derive(Debug)]
 pub(crate) struct Bits {
     words: Box<[AtomicU64]>,
     count: u32,
+    /// How many are set.
+    set: AtomicU64,
 }
 
 impl Bits {
@@ -34,6 +37,7 @@ impl Bits {
         Self {
             words: words.collect(),
             count,
+            set: AtomicU64::new(0),
         }
     }
 
@@ -54,22 +58,29 @@ impl Bits {
     pub(crate) fn set(&self, index: u32) {
         let (word, bit) = Self::place(index);
         if index < self.count {
-            self.words[word].fetch_or(bit, Ordering::Release);
+            let before = self.words[word].fetch_or(bit, Ordering::Release);
+            if before & bit == 0 {
+                self.set.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
 
     pub(crate) fn clear(&self, index: u32) {
         let (word, bit) = Self::place(index);
         if index < self.count {
-            self.words[word].fetch_and(!bit, Ordering::Release);
+            let before = self.words[word].fetch_and(!bit, Ordering::Release);
+            if before & bit != 0 {
+                self.set.fetch_sub(1, Ordering::Relaxed);
+            }
         }
     }
 
     pub(crate) fn count_set(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
-            .sum()
+        self.set.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.count_set() >= u64::from(self.count)
     }
 
     fn to_bytes(&self) -> Vec<u8> {
@@ -90,7 +101,9 @@ impl Bits {
         for (word, bytes) in bits.words.iter().zip(bytes.chunks(8)) {
             let mut padded = [0; 8];
             padded[..bytes.len()].copy_from_slice(bytes);
-            word.store(u64::from_le_bytes(padded), Ordering::Relaxed);
+            let held = u64::from_le_bytes(padded);
+            word.store(held, Ordering::Relaxed);
+            bits.set.fetch_add(held.count_ones().into(), Ordering::Relaxed);
         }
         let past_the_end = (count..count.next_multiple_of(64)).any(|index| {
             let (word, bit) = Self::place(index);
@@ -114,7 +127,7 @@ pub(crate) struct Identity {
 }
 
 /// The map file's bytes.
-pub(crate) fn encode(identity: &Identity, bits: &Bits) -> Vec<u8> {
+pub(crate) fn encode(identity: &Identity, sealed: bool, bits: &Bits) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEAD + bits.words.len() * 8 + 4);
     out.extend_from_slice(MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
@@ -122,23 +135,27 @@ pub(crate) fn encode(identity: &Identity, bits: &Bits) -> Vec<u8> {
     out.extend_from_slice(&identity.size.to_le_bytes());
     out.extend_from_slice(&identity.key);
     out.extend_from_slice(&identity.nonce);
+    out.extend_from_slice(&u32::from(sealed).to_le_bytes());
     out.extend_from_slice(&bits.to_bytes());
     let sum = crc32c::crc32c(&out);
     out.extend_from_slice(&sum.to_le_bytes());
     out
 }
 
-/// Reads a map file for a layer of `count` chunks. `None` for anything that is not exactly a map for `identity`.
-pub(crate) fn decode(bytes: &[u8], identity: &Identity, count: u32) -> Option<Bits> {
+/// Reads a map file for a layer of `count` chunks: whether it is sealed, and its chunks. `None` for anything that is not
+/// exactly a map for `identity`.
+pub(crate) fn decode(bytes: &[u8], identity: &Identity, count: u32) -> Option<(bool, Bits)> {
     let (body, sum) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
     if crc32c::crc32c(body).to_le_bytes() != sum {
         return None;
     }
-    let expected = encode(identity, &Bits::new(0));
     let (head, bits) = body.split_at_checked(HEAD)?;
-    (head == &expected[..HEAD])
-        .then(|| Bits::from_bytes(count, bits))
-        .flatten()
+    let is = |sealed| head == &encode(identity, sealed, &Bits::new(0))[..HEAD];
+    let sealed = is(true);
+    if !sealed && !is(false) {
+        return None;
+    }
+    Some((sealed, Bits::from_bytes(count, bits)?))
 }
 
 #[cfg(test)]
@@ -161,7 +178,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let back = decode(&encode(&IDENTITY, &some()), &IDENTITY, 100).unwrap();
+        assert!(decode(&encode(&IDENTITY, true, &some()), &IDENTITY, 100).unwrap().0);
+        let (sealed, back) = decode(&encode(&IDENTITY, false, &some()), &IDENTITY, 100).unwrap();
+        assert!(!sealed);
         let set: Vec<u32> = (0..200).filter(|index| back.has(*index)).collect();
         assert_eq!(set, [0, 5, 63, 64, 99]);
         assert_eq!(back.count_set(), 5);
@@ -171,7 +190,7 @@ mod tests {
 
     #[test]
     fn nothing_else_is_believed() {
-        let good = encode(&IDENTITY, &some());
+        let good = encode(&IDENTITY, false, &some());
         for at in 0..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 1;
@@ -200,7 +219,7 @@ mod tests {
     fn bits_past_the_last_chunk_are_refused() {
         let wide = Bits::new(104);
         wide.set(102);
-        let bytes = encode(&IDENTITY, &wide);
+        let bytes = encode(&IDENTITY, false, &wide);
         assert!(decode(&bytes, &IDENTITY, 104).is_some());
         assert!(decode(&bytes, &IDENTITY, 100).is_none());
     }

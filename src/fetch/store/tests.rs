@@ -10,6 +10,7 @@ fn layer() -> HttpLayer {
         size: SIZE,
         validator: Some(Validator::ETag("\"1\"".to_owned())),
         headers: Vec::new(),
+        access: None,
     }
 }
 

@@ -1,0 +1,262 @@
+//! `tarblk index`: what a layer holds, as a file; and `index verify`, whether such a file says the truth.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use serde::Serialize;
+
+use super::Session;
+use super::cli::{IndexAction, IndexArgs, VerifyArgs};
+use super::layer::Bar;
+use super::output::{Table, print, println};
+use super::replace::replace;
+use crate::index::build::Contents;
+use crate::index::{ColdPart, EndOfArchive, Index, Summary, first_difference, hexadecimal};
+use crate::open::{self, IndexOrigin, OpenOptions, Prepared, Recording};
+use crate::quantity::{show_count, show_size, show_time};
+use crate::source::{Place, Source, without_secrets};
+
+/// `tarblk index` and what is below it.
+pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
+    match (&args.action, &args.source) {
+        (Some(IndexAction::Verify(args)), _) => verify(args, session),
+        (None, Some(source)) => index(source, args, session),
+        // The parser of the command line lets nobody come here.
+        (None, None) => bail!("name a layer"),
+    }
+}
+
+/// What `index --json` says.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    source: String,
+    #[serde(flatten)]
+    summary: &'a Summary,
+    index_bytes: u64,
+    hot_bytes: u64,
+    requests: u64,
+    bytes_fetched: u64,
+    seconds: f64,
+    /// The layer's blob and tar, when all of them was read.
+    blob_digest: Option<&'a str>,
+    diff_id: Option<&'a str>,
+    chunk_digests: u64,
+    payload_digests: bool,
+    header_bytes_kept: bool,
+    content_sha256: String,
+    hot_sha256: String,
+}
+
+/// Makes an index.
+fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let mut bar = Bar::new(session.talk);
+    let options = OpenOptions::default();
+    let near = matches!(Source::parse(source)?, Source::Path(_));
+    let whole = if args.full {
+        Some(Contents::FULL)
+    } else if near && args.output.is_some() && !args.no_digests {
+        Some(Contents::CHECKED)
+    } else {
+        None
+    };
+    let prepared = match whole {
+        Some(contents) => open::record(source, &Recording { contents }, &options, &mut bar)?,
+        None => open::prepare(source, &options, &mut bar)?,
+    };
+    drop(bar);
+    let took = began.elapsed();
+    let bytes = prepared.index.as_bytes();
+    if let Some(path) = &args.output {
+        replace(path, |file| {
+            let written = file.write_all(bytes);
+            written.with_context(|| format!("cannot write {}", path.display()))
+        })?;
+    }
+    let (requests, bytes_fetched) = match prepared.origin {
+        IndexOrigin::Read { reads, bytes } => (reads, bytes),
+        IndexOrigin::Given | IndexOrigin::Kept => (0, 0),
+    };
+    let index = &prepared.index;
+    let identity = index.identity();
+    let report = Report {
+        source: prepared.blob.source.to_string(),
+        summary: index.summary(),
+        index_bytes: index.file_len(),
+        hot_bytes: index.hot_len(),
+        requests,
+        bytes_fetched,
+        seconds: took.as_secs_f64(),
+        blob_digest: identity.blob_digest.as_deref(),
+        diff_id: identity.diff_id.as_deref(),
+        chunk_digests: index.chunk_digests().map_or(0, crate::index::ChunkDigests::len),
+        payload_digests: index.cold().has(ColdPart::PayloadDigests),
+        header_bytes_kept: index.cold().has(ColdPart::Headers),
+        content_sha256: hexadecimal(index.content_digest()),
+        hot_sha256: hexadecimal(&index.hot_digest()),
+    };
+    if args.json {
+        return println(serde_json::to_string_pretty(&report)?);
+    }
+    if session.talk.quiet {
+        Ok(())
+    } else {
+        summarise(&report, &prepared, args.output.as_deref(), took)
+    }
+}
+
+/// The kinds of entries that there are, and how many.
+fn kinds(summary: &Summary) -> String {
+    let kinds = [
+        (summary.files, "files"),
+        (summary.directories, "directories"),
+        (summary.symlinks, "symlinks"),
+        (summary.hardlinks, "hard links"),
+        (summary.devices, "devices"),
+        (summary.fifos, "fifos"),
+    ];
+    let kinds: Vec<_> = kinds
+        .iter()
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, kind)| format!("{} {kind}", show_count(*n)))
+        .collect();
+    kinds.join(", ")
+}
+
+/// The summary for a person.
+fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, took: Duration) -> anyhow::Result<()> {
+    let summary = report.summary;
+    let whats = if matches!(prepared.blob.place, Place::Http(_)) {
+        "requests"
+    } else {
+        "reads"
+    };
+    let mut table = Table::plain();
+    table.row(["layer", &format!("{}, {}", report.source, show_size(summary.tar_bytes))]);
+    if let Some(digest) = report.blob_digest {
+        table.row(["digest", digest]);
+    }
+    table.row([
+        "entries",
+        &format!("{}: {}", show_count(summary.entries), kinds(summary)),
+    ]);
+    table.row([
+        "payload",
+        &format!(
+            "{} stored for {} of files",
+            show_size(summary.payload_bytes),
+            show_size(summary.file_bytes)
+        ),
+    ]);
+    let place = output.map_or_else(
+        || "not written (-o FILE writes it)".to_owned(),
+        |path| format!("written to {}", path.display()),
+    );
+    let per_entry = report.hot_bytes.checked_div(summary.entries).unwrap_or(0);
+    let cold = match report.index_bytes - report.hot_bytes {
+        0 => String::new(),
+        cold => format!(" and {} read when needed", show_size(cold)),
+    };
+    let hot = show_size(report.hot_bytes);
+    table.row(["index", &format!("{hot}{cold}, {per_entry} bytes an entry, {place}")]);
+    table.row(["holds", &holds(report)]);
+    table.row(["its digest", &format!("sha256:{}", report.hot_sha256)]);
+    table.row([
+        "cost",
+        &format!(
+            "{} {whats}, {} read, {}",
+            show_count(report.requests),
+            show_size(report.bytes_fetched),
+            show_time(took)
+        ),
+    ]);
+    if prepared.index.end() == EndOfArchive::Missing {
+        table.row(["warning", "the tar's end is not marked: it may be cut short"]);
+    }
+    print(table)
+}
+
+/// What an index holds besides entries, or why it does not.
+fn holds(report: &Report<'_>) -> String {
+    if report.chunk_digests == 0 {
+        return "no digests, because only headers were read (--full reads everything)".to_owned();
+    }
+    let mut holds = format!("digests of {} chunks", show_count(report.chunk_digests));
+    for (has, what) in [
+        (report.payload_digests, ", of every file"),
+        (report.header_bytes_kept, ", and all that the exact tar takes"),
+    ] {
+        if has {
+            holds.push_str(what);
+        }
+    }
+    holds
+}
+
+/// What `index verify --json` says.
+#[derive(Debug, Serialize)]
+struct Verdict<'a> {
+    index: String,
+    source: String,
+    equal: bool,
+    identical: bool,
+    difference: Option<String>,
+    chunk_digests: u64,
+    diff_id: Option<&'a str>,
+}
+
+/// Makes the index of a layer again and compares.
+fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
+    let options = OpenOptions::default();
+    let name = without_secrets(&args.index);
+    let index = Index::open(open::load_index(&args.index, &options.patience)?).with_context(|| name.clone())?;
+    index.verify().with_context(|| name.clone())?;
+    let mut bar = Bar::new(session.talk);
+    let contents = contents_of(&index);
+    let prepared = if contents == Contents::ENTRIES {
+        open::prepare(&args.source, &options, &mut bar)?
+    } else {
+        open::record(&args.source, &Recording { contents }, &options, &mut bar)?
+    };
+    drop(bar);
+    let difference = first_difference(&index, &prepared.index)?;
+    let verdict = Verdict {
+        index: name.clone(),
+        source: prepared.blob.source.to_string(),
+        equal: difference.is_none(),
+        identical: index.as_bytes() == prepared.index.as_bytes(),
+        difference: difference.as_ref().map(ToString::to_string),
+        chunk_digests: index.chunk_digests().map_or(0, crate::index::ChunkDigests::len),
+        diff_id: prepared.index.identity().diff_id.as_deref(),
+    };
+    if args.json {
+        println(serde_json::to_string_pretty(&verdict)?)?;
+    }
+    if let Some(difference) = difference {
+        bail!("{name} is not the index of {}: {difference}", verdict.source);
+    }
+    if !args.json && !session.talk.quiet {
+        let how = match (verdict.identical, verdict.chunk_digests > 0) {
+            (true, true) => "made again, it is the same to the last bit",
+            (true, false) => {
+                "made again from the headers, it is the same to the last bit; it has no digests of content"
+            }
+            (false, true) => "made again, it holds the same, compressed otherwise or by another version",
+            (false, false) => "what it holds is what the headers say; it has no digests of content",
+        };
+        println(format!("{name} is the index of {}: {how}", verdict.source))?;
+    }
+    Ok(())
+}
+
+/// What an index holds, so that the same can be made again.
+fn contents_of(index: &Index<Vec<u8>>) -> Contents {
+    Contents {
+        chunk_digests: index.chunk_digests().is_some(),
+        diff_id: index.identity().diff_id.is_some(),
+        payload_digests: index.cold().has(ColdPart::PayloadDigests),
+        headers: index.cold().has(ColdPart::Headers),
+    }
+}

@@ -1,0 +1,169 @@
+//! What the fetcher is told of a layer: where its blob lies, how the tar comes out of it, and what it has to be.
+//!
+//! Everything here is data; nothing is read until a fetcher starts.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::{FileLayer, HttpLayer};
+use crate::layer::SpanTable;
+
+/// A layer whose bytes this room brings.
+#[derive(Debug)]
+pub struct LayerSource {
+    /// Where the blob is.
+    pub blob: Blob,
+    /// How the tar comes out of the blob. Without it the blob is the tar: tar space is its byte space.
+    pub coding: Option<Coded>,
+    /// What each chunk has to be. With it no chunk is handed out that was not checked by this process.
+    pub digests: Option<ChunkCheck>,
+    /// What the whole has to be, checked once the whole has passed by or lies in the store.
+    pub whole: WholeDigests,
+    /// The store's name for the layer: layers of the same name share what is kept. It has to stay the same as long as the
+    /// layer's content does, and no longer: a blob's digest is the best. Without it a layer on a server is named by its URL
+    /// and validator, and what is kept of others goes with the process.
+    pub identity: Option<String>,
+}
+
+impl LayerSource {
+    /// A plain tar in a file, taken as it is.
+    #[must_use]
+    pub fn file(layer: FileLayer) -> Self {
+        Blob::File(layer).into()
+    }
+
+    /// A plain tar on a web server, taken as it is.
+    #[must_use]
+    pub fn http(layer: HttpLayer) -> Self {
+        Blob::Http(layer).into()
+    }
+
+    /// The tar's length in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match &self.coding {
+            Some(coded) => coded.table.tar_len(),
+            None => self.blob.size(),
+        }
+    }
+}
+
+impl From<Blob> for LayerSource {
+    fn from(blob: Blob) -> Self {
+        Self {
+            blob,
+            coding: None,
+            digests: None,
+            whole: WholeDigests::default(),
+            identity: None,
+        }
+    }
+}
+
+/// Where a blob is.
+#[derive(Debug)]
+pub enum Blob {
+    /// In a local file.
+    File(FileLayer),
+    /// On a web server that answers Range requests.
+    Http(HttpLayer),
+}
+
+impl Blob {
+    /// Its length in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::File(layer) => layer.size,
+            Self::Http(layer) => layer.size,
+        }
+    }
+}
+
+/// How a tar comes out of a blob.
+#[derive(Clone, Debug)]
+pub struct Coded {
+    /// Where decoding can begin.
+    pub table: SpanTable,
+    /// Where the history lies that decoding from there needs.
+    pub windows: Windows,
+}
+
+/// Where the decoder windows of a span table are: entry n belongs to span n.
+#[derive(Clone)]
+pub enum Windows {
+    /// No span needs one.
+    None,
+    /// In memory, as they are.
+    Memory(Arc<Vec<Vec<u8>>>),
+    /// In a local index file.
+    File(Arc<OwnedFd>, Arc<[WindowPlace]>),
+    /// In an index behind HTTP, fetched by range when one is needed.
+    Http(Box<HttpLayer>, Arc<[WindowPlace]>),
+}
+
+impl fmt::Debug for Windows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("None"),
+            Self::Memory(windows) => write!(f, "Memory({})", windows.len()),
+            Self::File(file, places) => write!(f, "File({file:?}, {})", places.len()),
+            Self::Http(layer, places) => write!(f, "Http({layer:?}, {})", places.len()),
+        }
+    }
+}
+
+/// Where one window lies in an index: a zstd frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowPlace {
+    /// Its first byte, from the beginning of the index.
+    pub offset: u64,
+    /// The frame's length in bytes; 0 where the span needs no window.
+    pub len: u32,
+    /// CRC-32C of the frame.
+    pub crc: u32,
+}
+
+/// Says of a chunk, by its number and bytes, whether it is what the layer's index says. Called on any thread, for every
+/// chunk: whatever it needs is in memory.
+#[derive(Clone)]
+pub struct ChunkCheck(Arc<IsRight>);
+
+type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
+
+impl ChunkCheck {
+    /// Asks `is_right`.
+    #[must_use]
+    pub fn new(is_right: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(is_right))
+    }
+
+    /// Whether `bytes` are chunk `index`.
+    #[must_use]
+    pub fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+        (self.0)(index, bytes)
+    }
+}
+
+impl fmt::Debug for ChunkCheck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ChunkCheck")
+    }
+}
+
+/// SHA-256 of a whole layer, as far as somebody vouches for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WholeDigests {
+    /// Of the blob as it lies on the server: the digest in the manifest.
+    pub blob: Option<[u8; 32]>,
+    /// Of the tar that comes out of it: the diffID in the image's configuration.
+    pub tar: Option<[u8; 32]>,
+}
+
+impl WholeDigests {
+    /// Whether nobody vouches for anything.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.blob.is_none() && self.tar.is_none()
+    }
+}

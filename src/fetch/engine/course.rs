@@ -1,0 +1,215 @@
+//! The way from a blob's bytes to chunks. In: compressed bytes as they come. Out: chunks, checked where they can be, and at
+//! both ends what is less than a chunk.
+//!
+//! A course runs on worker threads, one piece at a time, and hands over what comes out through a short channel: however much
+//! a few bytes unpack to, no more than that waits in memory.
+
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+
+use super::Engine;
+use crate::fetch::ChunkCheck;
+use crate::fetch::chunk::{CHUNK_BYTES, chunk_len, to_u64, to_usize};
+use crate::layer::Decoder;
+
+/// Chunks between a worker and the fetch thread.
+const CUTS_ON_THE_WAY: usize = 32;
+
+/// A piece of tar space that came out.
+#[derive(Debug)]
+pub(super) enum Cut {
+    /// A whole chunk, and whether it is what it has to be; `true` where nobody can tell.
+    Whole { index: u32, bytes: Vec<u8>, right: bool },
+    /// Less than a chunk, from this tar position on: the end or the beginning of one.
+    Part { at: u64, bytes: Vec<u8> },
+}
+
+/// Cuts a run of tar bytes into chunks.
+#[derive(Debug)]
+pub(super) struct Cutter {
+    /// The tar's length.
+    size: u64,
+    /// Where the next byte lies.
+    at: u64,
+    /// What lies before is not wanted.
+    begin: u64,
+    /// What lies from here on is not wanted.
+    to: u64,
+    held: Vec<u8>,
+}
+
+impl Cutter {
+    /// For bytes that come from `at` on, of which those from `begin` to `to` are wanted.
+    pub(super) fn new(size: u64, at: u64, begin: u64, to: u64) -> Self {
+        Self {
+            size,
+            at,
+            begin,
+            to: to.min(size),
+            held: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, mut bytes: &[u8], give: &mut dyn FnMut(u64, u32, Vec<u8>)) {
+        let unwanted = to_usize(self.begin.saturating_sub(self.at)).min(bytes.len());
+        self.at += to_u64(unwanted);
+        bytes = &bytes[unwanted..];
+        while !bytes.is_empty() && self.at < self.to {
+            let index = u32::try_from(self.at / CHUNK_BYTES).unwrap_or(u32::MAX);
+            let start = u64::from(index) * CHUNK_BYTES;
+            let stop = (start + chunk_len(self.size, index)).min(self.to);
+            if self.held.capacity() == 0 {
+                self.held.reserve_exact(to_usize(stop - self.at));
+            }
+            let take = to_usize(stop - self.at).min(bytes.len());
+            self.held.extend_from_slice(&bytes[..take]);
+            bytes = &bytes[take..];
+            self.at += to_u64(take);
+            if self.at == stop {
+                let held = std::mem::take(&mut self.held);
+                give(stop - to_u64(held.len()), index, held);
+            }
+        }
+    }
+}
+
+/// What a flight keeps from one request to the next.
+pub(super) struct Course {
+    /// None: the blob is the tar.
+    decoder: Option<Decoder>,
+    /// The next byte of the blob.
+    pub(super) blob_at: u64,
+    cutter: Cutter,
+    check: Option<ChunkCheck>,
+    /// Digests of blob and tar, for a course that begins at their beginning.
+    hashes: Option<Box<(Sha256, Sha256)>>,
+}
+
+impl Course {
+    pub(super) fn new(decoder: Option<Decoder>, blob_at: u64, cutter: Cutter, check: Option<ChunkCheck>) -> Self {
+        Self {
+            decoder,
+            blob_at,
+            cutter,
+            check,
+            hashes: None,
+        }
+    }
+
+    /// Digests all that comes by.
+    pub(super) fn hashing(mut self) -> Self {
+        self.hashes = Some(Box::default());
+        self
+    }
+
+    /// Where the next byte that comes out lies.
+    pub(super) fn tar_at(&self) -> u64 {
+        self.cutter.at
+    }
+
+    /// The digests of blob and tar, once all has come by.
+    pub(super) fn digests(self) -> Option<([u8; 32], [u8; 32])> {
+        let (blob, tar) = *self.hashes?;
+        Some((blob.finalize().into(), tar.finalize().into()))
+    }
+
+    /// Takes the blob's next bytes.
+    fn feed(&mut self, piece: &[u8], give: &mut dyn FnMut(Cut)) -> Result<(), String> {
+        self.blob_at += to_u64(piece.len());
+        let size = self.cutter.size;
+        let (cutter, check) = (&mut self.cutter, self.check.as_ref());
+        let (mut blob_hash, mut tar_hash) = match self.hashes.as_deref_mut() {
+            Some((blob, tar)) => (Some(blob), Some(tar)),
+            None => (None, None),
+        };
+        if let Some(hash) = &mut blob_hash {
+            hash.update(piece);
+        }
+        let mut out = |bytes: &[u8]| {
+            if let Some(hash) = &mut tar_hash {
+                hash.update(bytes);
+            }
+            cutter.push(bytes, &mut |at, index, bytes| {
+                give(if to_u64(bytes.len()) == chunk_len(size, index) {
+                    let right = check.is_none_or(|check| check.is_right(index, &bytes));
+                    Cut::Whole { index, bytes, right }
+                } else {
+                    Cut::Part { at, bytes }
+                });
+            });
+        };
+        if let Some(decoder) = &mut self.decoder {
+            return decoder.feed(piece, &mut out).map_err(|error| error.to_string());
+        }
+        out(piece);
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// Sends a piece through a course on a worker thread; `land` gets what comes out, in order. The course comes back
+    /// unless it broke.
+    pub(super) async fn feed(
+        &self,
+        mut course: Course,
+        piece: Bytes,
+        mut land: impl AsyncFnMut(Cut),
+    ) -> Result<Course, String> {
+        // The semaphore is never closed; without a permit it would only be busier.
+        let permit = self.workers.clone().acquire_owned().await.ok();
+        let (give, mut take) = mpsc::channel(CUTS_ON_THE_WAY);
+        let job = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            let fed = course.feed(&piece, &mut |cut| {
+                // Nobody listens any more: what comes out is dropped.
+                let _gone = give.blocking_send(cut);
+            });
+            fed.map(|()| course)
+        });
+        while let Some(cut) = take.recv().await {
+            land(cut).await;
+        }
+        job.await
+            .unwrap_or_else(|error| Err(format!("the decoder ended: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cuts `at..` of a tar of `size` bytes in pieces of `step`, and returns what came out as ranges.
+    fn cut(size: u64, at: u64, begin: u64, to: u64, step: usize) -> Vec<(u64, u64)> {
+        let content: Vec<u8> = (0..size).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let mut cutter = Cutter::new(size, at, begin, to);
+        let mut out = Vec::new();
+        for piece in content[to_usize(at)..].chunks(step) {
+            cutter.push(piece, &mut |at, index, bytes| {
+                let end = at + to_u64(bytes.len());
+                assert_eq!(bytes, content[to_usize(at)..to_usize(end)]);
+                assert_eq!(u64::from(index), at / CHUNK_BYTES);
+                out.push((at, end));
+            });
+        }
+        out
+    }
+
+    #[test]
+    fn chunks_are_cut_whatever_the_pieces() {
+        const C: u64 = CHUNK_BYTES;
+        let size = 3 * C + 100;
+        for step in [1000, 65_537, 1 << 20] {
+            assert_eq!(
+                cut(size, 0, 0, size, step),
+                [(0, C), (C, 2 * C), (2 * C, 3 * C), (3 * C, size)]
+            );
+            assert_eq!(
+                cut(size, 10, 10, 2 * C + 5, step),
+                [(10, C), (C, 2 * C), (2 * C, 2 * C + 5)]
+            );
+            assert_eq!(cut(size, 10, C + 7, 2 * C, step), [(C + 7, 2 * C)]);
+            assert_eq!(cut(size, 0, 0, 0, step), []);
+        }
+    }
+}

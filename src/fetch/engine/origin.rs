@@ -1,0 +1,128 @@
+//! Where a blob's bytes come from, whatever that is. In: a range of the blob. Out: its bytes in pieces.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::fetch::chunk::{to_u64, to_usize};
+use crate::fetch::http::{Client, Failure, RemoteLayer, Reply};
+use crate::fetch::{Blob, FileLayer, StartError};
+
+/// A local blob is read in pieces of this.
+const PIECE: u64 = 256 << 10;
+
+/// Why an attempt came to nothing.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The network or the server.
+    Net(Failure),
+    /// The local file.
+    File(io::Error),
+    /// The bytes came, and are not what they have to be.
+    Wrong(String),
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        Self::Net(failure)
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Net(failure) => failure.fmt(f),
+            Self::File(error) => error.fmt(f),
+            Self::Wrong(why) => f.write_str(why),
+        }
+    }
+}
+
+/// A blob, or an index file that holds windows.
+pub(super) enum Origin {
+    Http(Box<RemoteLayer>),
+    File { path: PathBuf, file: File },
+}
+
+impl Origin {
+    pub(super) fn new(blob: Blob) -> Result<Self, StartError> {
+        Ok(match blob {
+            Blob::Http(layer) => Self::Http(Box::new(RemoteLayer::new(&layer)?)),
+            Blob::File(FileLayer { path, file, .. }) => Self::File {
+                path,
+                file: file.into(),
+            },
+        })
+    }
+
+    /// For messages.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Http(layer) => layer.name(),
+            Self::File { path, .. } => path.display().to_string(),
+        }
+    }
+
+    /// Asks for `len` bytes from `start` on; `len` is not zero.
+    pub(super) async fn get(&self, client: &Client, start: u64, len: u64, demand: bool) -> Result<Body, Trouble> {
+        match self {
+            Self::Http(layer) => Ok(Body::Http(client.get(layer, start, len, demand).await?)),
+            Self::File { file, .. } => {
+                let own = file.try_clone().map_err(Trouble::File)?;
+                Ok(Body::File {
+                    file: tokio_uring::fs::File::from_std(own),
+                    at: start,
+                    left: len,
+                })
+            }
+        }
+    }
+}
+
+/// What was asked for, as it comes.
+pub(super) enum Body {
+    Http(Reply),
+    File {
+        file: tokio_uring::fs::File,
+        at: u64,
+        left: u64,
+    },
+}
+
+impl Body {
+    /// Whether it is the whole blob and not the range.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Http(reply) if reply.whole)
+    }
+
+    /// From asking to the answer's head, when that says something about a network.
+    pub(super) fn head_took(&self) -> Option<Duration> {
+        match self {
+            Self::Http(reply) => Some(reply.head_took),
+            Self::File { .. } => None,
+        }
+    }
+
+    /// The next bytes; none when all that was asked for has come.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Trouble> {
+        match self {
+            Self::Http(reply) => Ok(reply.next().await?),
+            Self::File { left: 0, .. } => Ok(None),
+            Self::File { file, at, left } => {
+                let len = PIECE.min(*left);
+                let (result, buffer) = file.read_exact_at(Vec::with_capacity(to_usize(len)), *at).await;
+                result.map_err(Trouble::File)?;
+                if to_u64(buffer.len()) != len {
+                    return Err(Trouble::File(io::ErrorKind::UnexpectedEof.into()));
+                }
+                *at += len;
+                *left -= len;
+                Ok(Some(buffer.into()))
+            }
+        }
+    }
+}

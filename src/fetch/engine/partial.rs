@@ -1,0 +1,135 @@
+//! Chunks that come in pieces, because they lie across the border of two flights. In: pieces. Out: whole chunks.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use crate::fetch::chunk::{to_u64, to_usize};
+
+/// So many are kept although nobody waits for them: 8 MiB at most.
+const MOST_IDLE: usize = 256;
+
+/// Parts of a line.
+pub(super) type Ranges = SmallVec<[Range<u64>; 4]>;
+
+/// Takes `away` from each of `ranges`.
+pub(super) fn subtract(ranges: &mut Ranges, away: &Range<u64>) {
+    let mut rest = Ranges::new();
+    for range in ranges.drain(..) {
+        for part in [
+            range.start..range.end.min(away.start),
+            range.start.max(away.end)..range.end,
+        ] {
+            if part.start < part.end {
+                rest.push(part);
+            }
+        }
+    }
+    *ranges = rest;
+}
+
+#[derive(Debug)]
+struct Partial {
+    bytes: Vec<u8>,
+    /// What is not there yet, counted from the chunk's start.
+    lacking: Ranges,
+}
+
+/// The unfinished chunks of one layer.
+#[derive(Debug, Default)]
+pub(super) struct Partials {
+    chunks: HashMap<u32, Partial>,
+    /// The oldest first; may name some that are finished.
+    order: VecDeque<u32>,
+}
+
+impl Partials {
+    /// Takes `bytes`, which lie `from` bytes into chunk `index`, whose length is `len`. The chunk, if that completes it.
+    /// `needed` says which unfinished chunks must not be forgotten.
+    pub(super) fn add(
+        &mut self,
+        index: u32,
+        len: u64,
+        from: u64,
+        bytes: &[u8],
+        needed: &dyn Fn(u32) -> bool,
+    ) -> Option<Vec<u8>> {
+        if !self.chunks.contains_key(&index) {
+            self.make_room(needed);
+            self.order.push_back(index);
+        }
+        let partial = self.chunks.entry(index).or_insert_with(|| Partial {
+            bytes: vec![0; to_usize(len)],
+            lacking: std::iter::once(0..len).collect(),
+        });
+        let to = from.saturating_add(to_u64(bytes.len()));
+        partial
+            .bytes
+            .get_mut(to_usize(from)..to_usize(to))?
+            .copy_from_slice(bytes);
+        subtract(&mut partial.lacking, &(from..to));
+        if !partial.lacking.is_empty() {
+            return None;
+        }
+        self.order.retain(|other| *other != index);
+        self.chunks.remove(&index).map(|whole| whole.bytes)
+    }
+
+    /// What is not there of chunk `index` of `len` bytes, counted from its start.
+    pub(super) fn lacking(&self, index: u32, len: u64) -> Ranges {
+        match self.chunks.get(&index) {
+            Some(partial) => partial.lacking.clone(),
+            None => std::iter::once(0..len).collect(),
+        }
+    }
+
+    fn make_room(&mut self, needed: &dyn Fn(u32) -> bool) {
+        if self.chunks.len() < MOST_IDLE {
+            return;
+        }
+        if let Some(place) = self.order.iter().position(|index| !needed(*index))
+            && let Some(index) = self.order.remove(place)
+        {
+            self.chunks.remove(&index);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lacking(partials: &Partials, index: u32, len: u64) -> Vec<(u64, u64)> {
+        let ranges = partials.lacking(index, len);
+        ranges.into_iter().map(|range| (range.start, range.end)).collect()
+    }
+
+    #[test]
+    fn pieces_in_any_order_make_a_chunk() {
+        let content: Vec<u8> = (0..100).collect();
+        let pieces: [Range<usize>; 4] = [50..80, 0..20, 70..100, 15..50];
+        let mut partials = Partials::default();
+        for (n, piece) in pieces.iter().enumerate() {
+            let whole = partials.add(7, 100, to_u64(piece.start), &content[piece.clone()], &|_| false);
+            assert_eq!(whole.is_some(), n == 3);
+            if let Some(whole) = whole {
+                assert_eq!(whole, content);
+            }
+        }
+        assert_eq!(lacking(&partials, 7, 100), [(0, 100)]);
+        assert!(partials.add(7, 100, 90, &[0; 20], &|_| false).is_none(), "too long");
+    }
+
+    #[test]
+    fn what_nobody_needs_is_forgotten() {
+        let mut partials = Partials::default();
+        for index in 0..2 * u32::try_from(MOST_IDLE).unwrap() {
+            assert!(partials.add(index, 10, 0, &[1], &|index| index < 5).is_none());
+        }
+        assert_eq!(partials.chunks.len(), MOST_IDLE);
+        assert_eq!(lacking(&partials, 3, 10), [(1, 10)]);
+        assert_eq!(lacking(&partials, 5, 10), [(0, 10)]);
+        assert_eq!(lacking(&partials, 511, 10), [(1, 10)]);
+    }
+}

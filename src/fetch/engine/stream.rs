@@ -1,0 +1,275 @@
+//! A layer read from end to end: because its server knows no ranges, or because its blob can only be decoded from the
+//! beginning. In: the blob, as it comes. Out: all chunks, to those who wait for them and to the store.
+//!
+//! Readers of what the stream has not passed wait for it; what it has passed lies in the store, or in a file without a name
+//! where there is no store. A broken connection is resumed where it broke, with the decoder as it was.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use super::course::{Course, Cut, Cutter};
+use super::disk::LARGEST_BACKLOG;
+use super::flight::Patience;
+use super::origin::{Body, Trouble};
+use super::request::Why;
+use super::{Engine, Remote};
+use crate::fetch::FetchError;
+use crate::fetch::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, to_u64, to_usize};
+use crate::fetch::plan::Stretch;
+use crate::fetch::stats::add;
+use crate::fetch::store::LayerCache;
+use crate::layer::Decoder;
+use crate::units::{LayerId, TarOffset, TarRange};
+
+impl Engine {
+    /// Starts reading a layer from end to end, unless that is under way. `first` is an answer that has the whole blob.
+    pub(super) fn start_stream(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId, first: Option<Body>) {
+        struct Streaming(Rc<Engine>, Rc<Remote>, LayerId);
+        impl Drop for Streaming {
+            fn drop(&mut self) {
+                self.1.streaming.set(false);
+                self.0.after_stream(self.2);
+            }
+        }
+        if remote.streaming.replace(true) {
+            return;
+        }
+        self.make_room_for_stream(remote, layer);
+        let guard = Streaming(self.clone(), remote.clone(), layer);
+        tokio_uring::spawn(async move {
+            let Streaming(engine, remote, layer) = &guard;
+            if let Err(error) = engine.stream(remote, *layer, first).await {
+                log::warn!("{error}");
+                engine.give_up(remote.all(*layer), &error);
+            }
+        });
+    }
+
+    async fn stream(
+        self: &Rc<Self>,
+        remote: &Rc<Remote>,
+        layer: LayerId,
+        mut first: Option<Body>,
+    ) -> Result<(), FetchError> {
+        let mut patience = Patience::new();
+        let mut course = None;
+        let wrong = Cell::new(None);
+        // When something last came.
+        let mut alive = Instant::now();
+        loop {
+            let before = course.as_ref().map_or(0, |course: &Course| course.blob_at);
+            let trouble = match self.stream_on(remote, layer, &mut course, &wrong, first.take()).await {
+                Ok(()) => {
+                    if let Some((blob, tar)) = course.and_then(Course::digests) {
+                        self.judge_whole(remote, layer, Some(blob), tar);
+                    }
+                    return Ok(());
+                }
+                Err(trouble) => trouble,
+            };
+            add(&self.shared.counters.errors, 1);
+            if let Trouble::Wrong(why) = &trouble {
+                // From the beginning, once more.
+                course = None;
+                let index = wrong.take().unwrap_or(0);
+                self.found_wrong(remote, ChunkKey { layer, index }, why)?;
+            }
+            if course.as_ref().map_or(0, |course| course.blob_at) > before {
+                patience.renew();
+                alive = Instant::now();
+            }
+            let range = TarRange::new(TarOffset(0), remote.size);
+            let pause = patience.pause(&trouble, remote, range)?;
+            let name = remote.origin.name();
+            if alive.elapsed().saturating_add(pause) > self.options.deadline {
+                let late = FetchError::Deadline {
+                    url: name.clone(),
+                    range,
+                    after: self.options.deadline,
+                    why: trouble.to_string(),
+                };
+                self.expire(remote.all(layer), Duration::MAX, &late);
+            }
+            if self.stopping.get() {
+                return Err(FetchError::Stopped);
+            }
+            log::warn!("{name}: {trouble}; reading on in {pause:.1?}");
+            sleep(pause).await;
+            add(&self.shared.counters.retries, 1);
+        }
+    }
+
+    /// One request for what is left of the blob.
+    async fn stream_on(
+        self: &Rc<Self>,
+        remote: &Rc<Remote>,
+        layer: LayerId,
+        kept: &mut Option<Course>,
+        wrong: &Cell<Option<u32>>,
+        first: Option<Body>,
+    ) -> Result<(), Trouble> {
+        let mut course = match kept.take() {
+            Some(course) => course,
+            None => Self::course_of_all(remote)?,
+        };
+        let (start, blob_len) = (course.blob_at, remote.blob_size());
+        let asked = match first {
+            Some(body) => Ok(body),
+            None if start == blob_len => {
+                *kept = Some(course);
+                return Ok(());
+            }
+            None => remote.origin.get(&self.client, start, blob_len - start, true).await,
+        };
+        let mut body = match asked {
+            Ok(body) => body,
+            Err(trouble) => {
+                *kept = Some(course);
+                return Err(trouble);
+            }
+        };
+        self.note_head(&body);
+        // A server that knows no ranges begins at the beginning.
+        let mut skip = if body.is_whole() { start } else { 0 };
+        let mut next = body.next().await;
+        loop {
+            let mut piece = match next {
+                Ok(Some(piece)) => piece,
+                ended => {
+                    let short = course.tar_at() < remote.size;
+                    *kept = Some(course);
+                    ended?;
+                    return if short {
+                        Err(Trouble::Wrong("the blob holds less than its index says".to_owned()))
+                    } else {
+                        Ok(())
+                    };
+                }
+            };
+            self.note_arrival(remote, to_u64(piece.len()));
+            let skipped = to_usize(skip).min(piece.len());
+            skip -= to_u64(skipped);
+            let feeding = self.feed(course, piece.split_off(skipped), async |cut| match cut {
+                Cut::Whole {
+                    index, right: false, ..
+                } => {
+                    wrong.set(wrong.take().or(Some(index)));
+                }
+                Cut::Whole { index, bytes, .. } if wrong.get().is_none() => {
+                    self.bring_from_stream(remote, ChunkKey { layer, index }, bytes);
+                    // The stream is as fast as the disk: what is not kept would have to be streamed again.
+                    while self.backlog.get() > LARGEST_BACKLOG && !remote.writer.is_idle() {
+                        remote.writer.progress().await;
+                    }
+                }
+                _ => {}
+            });
+            let (fed, following) = tokio::join!(feeding, body.next());
+            course = fed.map_err(Trouble::Wrong)?;
+            if let Some(index) = wrong.get() {
+                return Err(Trouble::Wrong(format!("chunk {index} is not what the index says")));
+            }
+            next = following;
+        }
+    }
+
+    /// From the first byte to the last.
+    fn course_of_all(remote: &Remote) -> Result<Course, Trouble> {
+        let decoder = match &remote.coded {
+            Some(coded) => {
+                Some(Decoder::start(&coded.table, 0, &[]).map_err(|error| Trouble::Wrong(error.to_string()))?)
+            }
+            None => None,
+        };
+        let cutter = Cutter::new(remote.size, 0, 0, remote.size);
+        let course = Course::new(decoder, 0, cutter, remote.check.clone());
+        Ok(if remote.whole.is_empty() {
+            course
+        } else {
+            course.hashing()
+        })
+    }
+
+    /// A chunk has come by, whether somebody wants it or not: to memory if somebody does, and to the store.
+    fn bring_from_stream(self: &Rc<Self>, remote: &Rc<Remote>, key: ChunkKey, bytes: Vec<u8>) {
+        self.count_checked(remote);
+        let pending = self.pending.borrow_mut().remove(&key);
+        let chunk = Arc::new(Chunk::demanded(bytes));
+        let kept = self.keep(key, chunk.clone(), true);
+        let wanted = pending.as_ref().is_some_and(|pending| !pending.waiters.is_empty());
+        if wanted || !kept {
+            drop(self.shared.tier.insert(key, chunk.clone()));
+        }
+        for waiting in pending.into_iter().flat_map(|pending| pending.waiters) {
+            waiting
+                .request
+                .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
+        }
+    }
+
+    /// What a flight does not bring: the stream does, or has.
+    pub(super) fn leave_to_stream(self: &Rc<Self>, stretch: Stretch) {
+        let mut cached = Vec::new();
+        for key in stretch.keys() {
+            if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
+                pending.coming = true;
+                cached.push(key);
+            }
+        }
+        cached.retain(|key| self.is_kept(*key));
+        self.read_cached(cached);
+    }
+
+    /// The stream is at an end: who came too late finds it in the store, or makes the layer be read again.
+    fn after_stream(self: &Rc<Self>, layer: LayerId) {
+        if self.stopping.get() {
+            return;
+        }
+        let (mut cached, mut again) = (Vec::new(), Vec::new());
+        let mut pending = self.pending.borrow_mut();
+        for (key, pending) in pending.iter_mut().filter(|(key, _)| key.layer == layer) {
+            if self.is_kept(*key) {
+                cached.push(*key);
+            } else {
+                pending.coming = false;
+                again.push(*key);
+            }
+        }
+        for key in again.clone() {
+            if pending.get(&key).is_some_and(|pending| pending.waiters.is_empty())
+                && pending
+                    .remove(&key)
+                    .is_some_and(|pending| pending.why == Why::Suspected)
+            {
+                self.planner.borrow_mut().lost(CHUNK_BYTES);
+            }
+        }
+        again.retain(|key| pending.contains_key(key));
+        drop(pending);
+        self.read_cached(cached);
+        self.launch(&again.into_iter().map(Stretch::from).collect::<Vec<_>>());
+    }
+
+    fn make_room_for_stream(&self, remote: &Remote, layer: LayerId) {
+        let name = remote.origin.name();
+        if remote.can_seek() && !remote.warned.replace(true) {
+            log::warn!(
+                "{name}: the server answers 200 to a Range: reading all {} bytes once, in order",
+                remote.blob_size()
+            );
+        }
+        if let Some(shared) = self.brought(layer)
+            && shared.cache.get().is_none()
+        {
+            match LayerCache::temporary(&std::env::temp_dir(), shared.size) {
+                // Nobody else sets it: this is the only thread that does.
+                Ok(temporary) => drop(shared.cache.set(Arc::new(temporary))),
+                Err(error) => log::warn!("{name}: no place to keep what is streamed: {error}"),
+            }
+        }
+    }
+}

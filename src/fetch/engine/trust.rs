@@ -1,0 +1,194 @@
+//! What is believed. In: chunks that somebody vouches for, and digests of whole layers. Out: chunks that are right; of a
+//! layer that is wrong twice, nothing any more.
+//!
+//! A chunk is checked before anybody sees it, on a worker thread. A wrong one is fetched once more; wrong again, it is the
+//! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the store holds of it is forgotten.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::{Engine, Remote};
+use crate::fetch::FetchError;
+use crate::fetch::chunk::ChunkKey;
+use crate::fetch::stats::add;
+use crate::units::LayerId;
+
+impl Engine {
+    pub(super) fn count_checked(&self, remote: &Remote) {
+        if remote.check.is_some() {
+            add(&self.shared.counters.chunks_checked, 1);
+        }
+    }
+
+    /// Whether `bytes` are the chunk, and the bytes again.
+    pub(super) async fn is_right(&self, remote: &Remote, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
+        let Some(check) = remote.check.clone() else {
+            return (true, bytes);
+        };
+        self.count_checked(remote);
+        let permit = self.workers.clone().acquire_owned().await.ok();
+        let job = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            (check.is_right(index, &bytes), bytes)
+        });
+        job.await.unwrap_or_default()
+    }
+
+    /// A chunk has come as it is; it is brought once it was checked.
+    pub(super) fn bring_checked(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
+        let Some(remote) = self.remote(key.layer) else { return };
+        if remote.check.is_none() {
+            self.bring(key, bytes, true);
+            return;
+        }
+        remote.checking.borrow_mut().insert(key.index);
+        let (engine, remote) = (self.clone(), remote.clone());
+        tokio_uring::spawn(async move {
+            let (right, bytes) = engine.is_right(&remote, key.index, bytes).await;
+            remote.checking.borrow_mut().remove(&key.index);
+            if right {
+                Self::found_right(&remote, key.index);
+                engine.bring(key, bytes, true);
+            } else if engine
+                .found_wrong(&remote, key, "it is not what the index says")
+                .is_ok()
+            {
+                engine.fetch_again(key);
+            }
+        });
+    }
+
+    /// Fetches a chunk that was lost on its way, if somebody waits for it.
+    pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
+        if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
+            pending.coming = false;
+        }
+        self.launch(&[key.into()]);
+    }
+
+    /// Something about a chunk was wrong. Fine for the first time: it is to be fetched once more. The second time the layer
+    /// is poisoned, which is the error.
+    pub(super) fn found_wrong(self: &Rc<Self>, remote: &Remote, key: ChunkKey, why: &str) -> Result<(), FetchError> {
+        add(&self.shared.counters.chunks_wrong, 1);
+        if let Some(error) = self.poison_of(key.layer) {
+            return Err(error);
+        }
+        let name = remote.origin.name();
+        if remote.suspects.borrow_mut().insert(key.index) {
+            log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
+            return Ok(());
+        }
+        Err(self.poison(key.layer, &format!("chunk {} was wrong twice: {why}", key.index)))
+    }
+
+    /// A chunk came right.
+    pub(super) fn found_right(remote: &Remote, index: u32) {
+        if !remote.suspects.borrow().is_empty() {
+            remote.suspects.borrow_mut().remove(&index);
+        }
+    }
+
+    pub(super) fn poison_of(&self, layer: LayerId) -> Option<FetchError> {
+        self.brought(layer)?.poison.get().cloned()
+    }
+
+    /// Gives up a layer for good: whoever waits for it and whoever will is told why.
+    pub(super) fn poison(self: &Rc<Self>, layer: LayerId, why: &str) -> FetchError {
+        let name = self
+            .remote(layer)
+            .map_or_else(String::new, |remote| remote.origin.name());
+        let error = FetchError::Poisoned {
+            name,
+            why: why.to_owned(),
+        };
+        let Some(shared) = self.brought(layer) else {
+            return error;
+        };
+        if shared.poison.set(error.clone()).is_ok() {
+            log::error!("{error}");
+            add(&self.shared.counters.layers_poisoned, 1);
+            if let Some(cache) = shared.cache.get() {
+                cache.poison();
+            }
+        }
+        if let Some(remote) = self.remote(layer) {
+            self.give_up(remote.all(layer), &error);
+        }
+        error
+    }
+
+    /// The whole layer has passed by: is it what it has to be?
+    pub(super) fn judge_whole(self: &Rc<Self>, remote: &Remote, layer: LayerId, blob: Option<[u8; 32]>, tar: [u8; 32]) {
+        let differs = |expected: Option<[u8; 32]>, found| expected.is_some_and(|expected| expected != found);
+        let blob_known = blob.is_some() && remote.whole.blob.is_some();
+        if blob.is_some_and(|blob| differs(remote.whole.blob, blob)) {
+            self.poison(layer, "the blob's SHA-256 is not the manifest's");
+        } else if remote.is_whole_tar() && differs(remote.whole.tar, tar) {
+            self.poison(layer, "the tar's SHA-256 is not the image's diffID");
+        } else if (blob_known || (remote.is_whole_tar() && remote.whole.tar.is_some()))
+            && let Some(cache) = self.cache(layer)
+            && !remote.sealing.get()
+        {
+            remote.passed.set(true);
+            if cache.is_whole() {
+                cache.seal();
+            }
+        }
+    }
+
+    /// After something was written: when the layer is complete, its tar is digested in the background, once.
+    pub(super) fn judge_if_whole(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId) {
+        let Some(cache) = self.cache(layer) else { return };
+        if cache.is_sealed() || cache.is_poisoned() || !cache.is_whole() {
+            return;
+        }
+        if remote.passed.get() {
+            cache.seal();
+            return;
+        }
+        // A stream under way will say so itself.
+        let asked = remote.whole.tar.is_some() && remote.is_whole_tar() && !remote.streaming.get();
+        if !asked || remote.sealing.replace(true) {
+            return;
+        }
+        let (give, take) = tokio::sync::oneshot::channel();
+        let (whole, check) = (Arc::clone(cache), remote.check.clone());
+        let thread = std::thread::Builder::new()
+            .name("tarblk-seal".to_owned())
+            .spawn(move || {
+                // On Linux this is the thread's own; if it cannot be had, it is only less polite.
+                let _not_so_nice = rustix::process::nice(19);
+                let mut hash = Sha256::new();
+                let mut wrong = None;
+                let read = whole.read_whole(&mut |index, bytes| {
+                    hash.update(bytes);
+                    if check.as_ref().is_some_and(|check| !check.is_right(index, bytes)) {
+                        wrong = Some(index);
+                    }
+                    wrong.is_none() && !give.is_closed()
+                });
+                // The fetcher may be gone.
+                let _nobody_asks = give.send(read.map(|()| (wrong, hash.finalize().into())));
+            });
+        if let Err(error) = thread {
+            log::warn!("cannot check the whole layer: {error}");
+            return;
+        }
+        let (engine, remote) = (self.clone(), remote.clone());
+        tokio_uring::spawn(async move {
+            let verdict = take.await;
+            remote.sealing.set(false);
+            match verdict {
+                // What the disk spoiled is not the layer's fault.
+                Ok(Ok((Some(index), _))) => {
+                    engine.lose(&remote, ChunkKey { layer, index }, "it is not what the index says");
+                }
+                Ok(Ok((None, tar))) => engine.judge_whole(&remote, layer, None, tar),
+                Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", remote.origin.name()),
+                Err(_) => {}
+            }
+        });
+    }
+}

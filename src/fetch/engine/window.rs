@@ -1,0 +1,136 @@
+//! The history that a decoder needs to begin in the middle. In: a span's number. Out: its window, from memory, from a local
+//! index file or from the cold part of an index behind HTTP.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::Engine;
+use super::origin::{Origin, Trouble};
+use crate::fetch::chunk::{to_u64, to_usize};
+use crate::fetch::stats::add;
+use crate::fetch::{Blob, FileLayer, StartError, WindowPlace, Windows};
+
+/// So many windows stay in memory: 2 MiB of gzip's 32 KiB.
+const MOST_KEPT: usize = 64;
+/// No window is longer: gzip's have 32 KiB, and no more than zstd's usual 8 MiB is believed.
+const LONGEST: u32 = 8 << 20;
+
+enum Place {
+    Nowhere,
+    Memory(Arc<Vec<Vec<u8>>>),
+    Index(Box<Origin>, Arc<[WindowPlace]>),
+}
+
+/// The windows of one layer.
+pub(super) struct WindowShelf {
+    place: Place,
+    /// The latest used first.
+    kept: RefCell<VecDeque<(usize, Vec<u8>)>>,
+}
+
+impl WindowShelf {
+    pub(super) fn new(windows: Windows) -> Result<Self, StartError> {
+        let place = match windows {
+            Windows::None => Place::Nowhere,
+            Windows::Memory(windows) => Place::Memory(windows),
+            Windows::File(file, places) => {
+                let file = file.try_clone().map_err(StartError::Thread)?;
+                let index = FileLayer {
+                    path: "the index".into(),
+                    file,
+                    size: 0,
+                };
+                Place::Index(Box::new(Origin::new(Blob::File(index))?), places)
+            }
+            Windows::Http(layer, places) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), places),
+        };
+        Ok(Self {
+            place,
+            kept: RefCell::default(),
+        })
+    }
+
+    /// Window `n` may be damaged: it is read again the next time.
+    pub(super) fn forget(&self, n: usize) {
+        self.kept.borrow_mut().retain(|(number, _)| *number != n);
+    }
+
+    fn find(&self, n: usize) -> Option<Vec<u8>> {
+        let mut kept = self.kept.borrow_mut();
+        let place = kept.iter().position(|(number, _)| *number == n)?;
+        let found = kept.remove(place)?;
+        let window = found.1.clone();
+        kept.push_front(found);
+        Some(window)
+    }
+
+    fn keep(&self, n: usize, window: &[u8]) {
+        let mut kept = self.kept.borrow_mut();
+        kept.push_front((n, window.to_vec()));
+        kept.truncate(MOST_KEPT);
+    }
+}
+
+impl Engine {
+    /// Window `n`, which has `len` bytes.
+    pub(super) async fn window(
+        &self,
+        windows: &WindowShelf,
+        n: usize,
+        len: u32,
+        demand: bool,
+    ) -> Result<Vec<u8>, Trouble> {
+        let wrong = |why: &str| Trouble::Wrong(format!("decoder window {n} of the index {why}"));
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        if len > LONGEST {
+            return Err(wrong("is too long to be true"));
+        }
+        if let Some(window) = windows.find(n) {
+            return Ok(window);
+        }
+        let window = match &windows.place {
+            Place::Nowhere => return Err(wrong("is missing")),
+            Place::Memory(all) => all.get(n).cloned().unwrap_or_default(),
+            Place::Index(origin, places) => {
+                let place = places.get(n).copied().unwrap_or_default();
+                // A frame of what does not compress is a little longer than that.
+                if place.len == 0 || place.len > len.saturating_add(len / 8 + 1024) {
+                    return Err(wrong("is missing"));
+                }
+                let frame = self.frame(origin, place, demand).await?;
+                if crc32c::crc32c(&frame) != place.crc {
+                    return Err(wrong("is damaged"));
+                }
+                zstd::bulk::decompress(&frame, to_usize(len.into())).map_err(|_| wrong("cannot be unpacked"))?
+            }
+        };
+        if to_u64(window.len()) != u64::from(len) {
+            return Err(wrong("has another length than the span table says"));
+        }
+        if !matches!(windows.place, Place::Memory(_)) {
+            windows.keep(n, &window);
+        }
+        Ok(window)
+    }
+
+    async fn frame(&self, origin: &Origin, place: WindowPlace, demand: bool) -> Result<Vec<u8>, Trouble> {
+        let len = to_usize(place.len.into());
+        let mut body = origin.get(&self.client, place.offset, place.len.into(), demand).await?;
+        let mut skip = if body.is_whole() { place.offset } else { 0 };
+        let mut frame = Vec::with_capacity(len);
+        while let Some(piece) = body.next().await? {
+            add(&self.shared.counters.bytes_fetched, to_u64(piece.len()));
+            let skipped = to_usize(skip).min(piece.len());
+            skip -= to_u64(skipped);
+            let piece = &piece[skipped..];
+            frame.extend_from_slice(&piece[..piece.len().min(len - frame.len())]);
+            if frame.len() == len && body.is_whole() {
+                break;
+            }
+        }
+        Ok(frame)
+    }
+}

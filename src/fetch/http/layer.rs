@@ -1,0 +1,303 @@
+//! Where a layer is right now. In: a fixed URL, or a blob of a registry whose tokens and endpoints change. Out: the spot to
+//! ask next, and names fit for messages and for the store.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use hyper::header::{HeaderName, HeaderValue};
+use url::Url;
+
+use super::Failure;
+use super::answer::Validator;
+use super::pool::HostKey;
+use crate::fetch::{HttpLayer, StartError};
+use crate::source::registry::{BlobAccess, Located};
+use crate::source::tls::Trust;
+use crate::source::{SourceError, expiry};
+
+/// A URL and what is sent there.
+pub(crate) struct Spot {
+    pub(crate) url: Url,
+    /// For this URL's origin; credentials among them.
+    pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
+    pub(crate) trust: Trust,
+    /// Where it came from, if it can be had anew.
+    located: Option<Located>,
+}
+
+impl Spot {
+    fn new(url: &str, headers: &[(String, String)]) -> Result<Self, String> {
+        let url = Url::parse(url).map_err(|error| error.to_string())?;
+        HostKey::of(&url, &Trust::default()).ok_or("only http:// and https:// can be fetched")?;
+        let mut parsed = Vec::new();
+        for (name, value) in headers {
+            let name = HeaderName::from_bytes(name.as_bytes()).map_err(|e| format!("header {name:?}: {e}"))?;
+            let mut value = HeaderValue::from_str(value).map_err(|e| format!("value of header {name}: {e}"))?;
+            value.set_sensitive(true);
+            parsed.push((name, value));
+        }
+        Ok(Self {
+            url,
+            headers: parsed,
+            trust: Trust::default(),
+            located: None,
+        })
+    }
+
+    fn of(located: Located) -> Result<Self, String> {
+        Ok(Self {
+            trust: located.trust.clone(),
+            located: Some(located.clone()),
+            ..Self::new(&located.url, &located.headers)?
+        })
+    }
+
+    /// Whether all its headers are for its own origin only.
+    pub(crate) fn is_of_registry(&self) -> bool {
+        self.located.is_some()
+    }
+
+    fn holds(&self) -> bool {
+        let until = self.located.as_ref().and_then(|located| located.expires);
+        until.is_none_or(|until| SystemTime::now() < until)
+    }
+}
+
+/// A layer on a server.
+pub(crate) struct RemoteLayer {
+    name: String,
+    pub(crate) size: u64,
+    pub(crate) validator: Option<Validator>,
+    place: Place,
+    /// Where the last redirect led, and until when that works.
+    target: RefCell<Option<(Url, Option<SystemTime>)>>,
+}
+
+enum Place {
+    Fixed(Rc<Spot>),
+    Registry(Box<Moving>),
+}
+
+/// A place that has to be found again from time to time.
+struct Moving {
+    access: Arc<BlobAccess>,
+    spot: RefCell<Option<Rc<Spot>>>,
+    /// The spot failed in a way that another endpoint may not.
+    doubted: Cell<bool>,
+    /// Held by whoever finds it, so that the others wait for the answer.
+    finding: tokio::sync::Mutex<()>,
+}
+
+impl RemoteLayer {
+    pub(crate) fn new(layer: &HttpLayer) -> Result<Self, StartError> {
+        let place = match &layer.access {
+            Some(access) => Place::Registry(Box::new(Moving {
+                access: access.clone(),
+                spot: RefCell::default(),
+                doubted: Cell::new(false),
+                finding: tokio::sync::Mutex::new(()),
+            })),
+            None => {
+                let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
+                    url: without_secrets(&layer.url),
+                    why,
+                })?;
+                Place::Fixed(Rc::new(spot))
+            }
+        };
+        Ok(Self {
+            name: match &layer.access {
+                Some(access) => access.name(),
+                None => without_secrets(&layer.url),
+            },
+            size: layer.size,
+            validator: layer.validator.clone(),
+            place,
+            target: RefCell::default(),
+        })
+    }
+
+    /// For messages.
+    pub(crate) fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    /// Whom the first request will go to, as far as that is known.
+    pub(crate) fn first_host(&self) -> Option<(Url, Trust)> {
+        match &self.place {
+            Place::Fixed(spot) => Some((spot.url.clone(), spot.trust.clone())),
+            Place::Registry(moving) => moving.access.first_host(),
+        }
+    }
+
+    /// Whether a spot that refuses can be had anew.
+    pub(crate) fn can_move(&self) -> bool {
+        matches!(self.place, Place::Registry(_))
+    }
+
+    /// The spot to ask. `stale` is one that has just refused.
+    pub(crate) async fn spot(&self, stale: Option<&Rc<Spot>>) -> Result<Rc<Spot>, Failure> {
+        let moving = match &self.place {
+            Place::Fixed(spot) => return Ok(spot.clone()),
+            Place::Registry(moving) => moving,
+        };
+        if let Some(spot) = moving.current(stale) {
+            return Ok(spot);
+        }
+        let _alone = moving.finding.lock().await;
+        if let Some(spot) = moving.current(stale) {
+            return Ok(spot);
+        }
+        let doubted = moving.doubted.take();
+        let old = moving.spot.borrow().clone();
+        let old = old.filter(|_| stale.is_some() || doubted);
+        let old = old.as_ref().and_then(|spot| spot.located.as_ref());
+        let located = moving.access.locate(old).await;
+        if located.is_err() {
+            moving.doubted.set(doubted);
+        }
+        let spot = Rc::new(Spot::of(located.map_err(failure)?).map_err(Failure::suspect)?);
+        *moving.spot.borrow_mut() = Some(spot.clone());
+        Ok(spot)
+    }
+
+    /// Next time another endpoint may be asked, if there is one.
+    pub(crate) fn doubt(&self) {
+        if let Place::Registry(moving) = &self.place
+            && moving.access.has_alternatives()
+        {
+            moving.doubted.set(true);
+        }
+    }
+
+    /// Where a redirect led before, if that should still work.
+    pub(crate) fn target(&self) -> Option<Url> {
+        let target = self.target.borrow();
+        let (url, until) = target.as_ref()?;
+        until.is_none_or(|until| SystemTime::now() < until).then(|| url.clone())
+    }
+
+    /// Keeps where a redirect led: for as long as it says, or until it fails.
+    pub(crate) fn keep_target(&self, url: Url) {
+        let until = expiry::of_url(&url, SystemTime::now());
+        *self.target.borrow_mut() = Some((url, until));
+    }
+
+    /// Forgets it, if it is still this one. Others may have found a new one meanwhile.
+    pub(crate) fn forget_target(&self, url: &Url) {
+        self.target.borrow_mut().take_if(|(kept, _)| kept == url);
+    }
+}
+
+impl Moving {
+    fn current(&self, stale: Option<&Rc<Spot>>) -> Option<Rc<Spot>> {
+        let spot = self.spot.borrow().clone()?;
+        let known_bad = stale.is_some_and(|stale| Rc::ptr_eq(stale, &spot)) || self.doubted.get();
+        (spot.holds() && !known_bad).then_some(spot)
+    }
+}
+
+/// What a failure to find the blob means for those who want its bytes.
+fn failure(error: SourceError) -> Failure {
+    match error {
+        SourceError::Unreachable { .. } | SourceError::WrongAnswer { .. } => Failure::away(error.to_string()),
+        _ => Failure::Suspect {
+            why: error.to_string(),
+            status: Some(match &error {
+                error if error.is_absence() => hyper::StatusCode::NOT_FOUND,
+                _ => hyper::StatusCode::FORBIDDEN,
+            }),
+        },
+    }
+}
+
+/// A URL fit for messages and logs: no password, no signed query.
+pub(crate) fn without_secrets(url: &str) -> String {
+    match Url::parse(url) {
+        Ok(mut parsed) => {
+            let query = parsed.query().is_some();
+            parsed.set_query(None);
+            parsed.set_fragment(None);
+            // These fail only for URLs that cannot hold them.
+            let _cannot_have_one = parsed.set_password(None);
+            let _cannot_have_one = parsed.set_username("");
+            if query {
+                format!("{parsed}?…")
+            } else {
+                parsed.to_string()
+            }
+        }
+        Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
+    }
+}
+
+/// What of a URL stays the same when passwords and signatures change: the store's name for it. Everything else of the
+/// query stays, because it may be what tells one layer from another.
+pub(crate) fn stable_name(url: &str) -> String {
+    const SIGNATURES: [&str; 17] = [
+        "signature",
+        "expires",
+        "key-pair-id",
+        "policy",
+        "sig",
+        "se",
+        "sp",
+        "st",
+        "sv",
+        "sr",
+        "spr",
+        "skoid",
+        "sktid",
+        "skt",
+        "ske",
+        "token",
+        "access_token",
+    ];
+    let Ok(mut parsed) = Url::parse(url) else {
+        return url.to_owned();
+    };
+    let passing = |name: &str| {
+        let name = name.to_ascii_lowercase();
+        name.starts_with("x-amz-") || name.starts_with("x-goog-") || SIGNATURES.contains(&name.as_str())
+    };
+    let kept: Vec<(String, String)> = parsed
+        .query_pairs()
+        .filter(|(name, _)| !passing(name))
+        .map(|(a, b)| (a.into(), b.into()))
+        .collect();
+    parsed.set_query(None);
+    if !kept.is_empty() {
+        parsed.query_pairs_mut().extend_pairs(kept);
+    }
+    parsed.set_fragment(None);
+    // These fail only for URLs that cannot hold them.
+    let _cannot_have_one = parsed.set_password(None);
+    let _cannot_have_one = parsed.set_username("");
+    parsed.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_hold_no_secrets() {
+        assert_eq!(
+            without_secrets("https://me:word@host/a/b?X-Amz-Signature=1#f"),
+            "https://host/a/b?…"
+        );
+        assert_eq!(without_secrets("http://host:81/a"), "http://host:81/a");
+        assert!(!without_secrets("http://[broken/?secret=1").contains("secret"));
+    }
+
+    #[test]
+    fn a_name_survives_a_new_signature_and_nothing_else() {
+        let name = stable_name("https://u:p@host/layer?blob=7&X-Amz-Signature=1&X-Amz-Date=2");
+        assert_eq!(name, stable_name("https://host/layer?blob=7&X-Amz-Signature=3"));
+        assert_ne!(name, stable_name("https://host/layer?blob=8&X-Amz-Signature=1"));
+        assert_ne!(name, stable_name("https://host/layer2?blob=7"));
+        assert!(!name.contains(':') || !name.contains("u:p"));
+    }
+}

@@ -1,0 +1,240 @@
+//! A whole layer that passes by before anybody knows how long it is. In: the tar's bytes from the first on. Out: a layer in
+//! the store that holds all of them, or nothing.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use rustix::fs::{FlockOperation, flock};
+
+use super::map::{self, Bits, Identity};
+use super::{LayerCache, Store, StoreError, hex, key_of_tar, nonce};
+use crate::fetch::chunk::{chunk_count, to_u64};
+
+/// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
+const SYNC_DISTANCE: u64 = 32 << 20;
+
+/// See the module. Dropped before its end it leaves nothing.
+#[derive(Debug)]
+pub struct Filling {
+    store: Arc<Store>,
+    file: tempfile::NamedTempFile,
+    len: u64,
+    unsynced: u64,
+    syncer: Syncer,
+}
+
+/// A thread that waits for the disk while the layer goes on coming. Ends when dropped.
+#[derive(Debug)]
+struct Syncer {
+    orders: Option<SyncSender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Syncer {
+    fn start(file: &File) -> io::Result<Self> {
+        let file = file.try_clone()?;
+        let (orders, inbox) = sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("tarblk-sync".to_owned())
+            .spawn(move || {
+                while inbox.recv().is_ok() {
+                    // What could not be synced here fails again, and is told, at the end.
+                    let _told_later = file.sync_data();
+                }
+            })?;
+        Ok(Self {
+            orders: Some(orders),
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether it was free to take the order.
+    fn order(&self) -> bool {
+        self.orders.as_ref().is_some_and(|orders| orders.try_send(()).is_ok())
+    }
+}
+
+impl Drop for Syncer {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            // It cannot panic; if it did, the last sync would still say whether the bytes are there.
+            let _ended = thread.join();
+        }
+    }
+}
+
+impl Store {
+    /// Begins to take a layer in from its first byte, without knowing its length.
+    ///
+    /// # Errors
+    /// When no file can be made.
+    pub fn fill(self: &Arc<Self>) -> Result<Filling, StoreError> {
+        let failed = StoreError::new(&self.dir, "make a file in it");
+        let file = tempfile::Builder::new()
+            .prefix("filling-")
+            .suffix(".part")
+            .tempfile_in(&self.dir)
+            .map_err(failed)?;
+        let syncer = Syncer::start(file.as_file()).map_err(StoreError::new(file.path(), "start writing"))?;
+        Ok(Filling {
+            store: Arc::clone(self),
+            file,
+            len: 0,
+            unsynced: 0,
+            syncer,
+        })
+    }
+}
+
+impl Filling {
+    /// Takes the tar's next bytes.
+    ///
+    /// # Errors
+    /// When they cannot be written; then this is of no more use.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        let written = self.file.as_file_mut().write_all(bytes);
+        written.map_err(|error| self.failed("write", error))?;
+        self.len += to_u64(bytes.len());
+        self.unsynced += to_u64(bytes.len());
+        if self.unsynced >= SYNC_DISTANCE && self.syncer.order() {
+            self.unsynced = 0;
+        }
+        Ok(())
+    }
+
+    /// How many bytes it has taken.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has taken none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// All of the layer has come: from now on the store has it under `identity`, as [`Store::named`] takes it. Does nothing
+    /// when another process has that layer open, which then goes on with what it has.
+    ///
+    /// # Errors
+    /// When the disk does not keep it.
+    pub fn finish(self, identity: &str) -> Result<(), StoreError> {
+        let size = self.len;
+        let Some(count) = chunk_count(size) else {
+            return Ok(());
+        };
+        let key = key_of_tar(identity, size);
+        let path = self.store.dir.join(format!("{}.data", hex(&key)));
+        let taken =
+            File::open(&path).is_ok_and(|other| flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
+        if taken {
+            return Ok(());
+        }
+        let nonce = nonce();
+        let identity = Identity { size, key, nonce };
+        let data = self.file.as_file();
+        let ended = LayerCache::end_data(data, &identity).and_then(|()| data.sync_data());
+        ended.map_err(|error| self.failed("finish", error))?;
+        let bits = Bits::new(count);
+        (0..count).for_each(|index| bits.set(index));
+        let map_path = path.with_extension("map");
+        // The old map goes first: it must never speak of the new data, nor the new map of the old.
+        match fs::remove_file(&map_path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::new(&map_path, "remove the old map")(error));
+            }
+            _ => {}
+        }
+        let map = map::encode(&identity, false, &bits);
+        self.file
+            .persist(&path)
+            .map_err(|error| StoreError::new(&path, "put the layer in its place")(error.error))?;
+        let temporary = map_path.with_extension(format!("map.{}", std::process::id()));
+        let write = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(&map)?;
+            file.sync_data()?;
+            fs::rename(&temporary, &map_path)
+        };
+        write().map_err(StoreError::new(&map_path, "write"))
+    }
+
+    fn failed(&self, doing: &'static str, error: io::Error) -> StoreError {
+        let path: PathBuf = self.file.path().to_owned();
+        StoreError::new(&path, doing)(error)
+    }
+}
+
+impl LayerCache {
+    /// Puts the block behind a whole layer's bytes that ties them to their map.
+    pub(super) fn end_data(data: &File, identity: &Identity) -> io::Result<()> {
+        let at = identity.size.next_multiple_of(super::TRAILER_BYTES);
+        data.set_len(at + super::TRAILER_BYTES)?;
+        let mut trailer = super::TRAILER_MAGIC.to_vec();
+        trailer.extend_from_slice(&identity.nonce);
+        data.write_all_at(&trailer, at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fetch::CHUNK_BYTES;
+
+    #[test]
+    fn what_was_filled_is_there_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let bytes: Vec<u8> = (0..5 * CHUNK_BYTES + 77)
+            .map(|n| u8::try_from(n % 251).unwrap())
+            .collect();
+        let mut filling = store.fill().unwrap();
+        for piece in bytes.chunks(10_007) {
+            filling.push(piece).unwrap();
+        }
+        let len = filling.len();
+        filling.finish("sha256:abc").unwrap();
+        let cache = store.named("sha256:abc", len).unwrap();
+        assert!(cache.is_whole());
+        let mut back = Vec::new();
+        cache
+            .read_whole(&mut |_, chunk| {
+                back.extend_from_slice(chunk);
+                true
+            })
+            .unwrap();
+        assert!(back == bytes);
+        drop(cache);
+        assert_eq!(store.named("sha256:other", len).unwrap().bytes_held(), 0);
+    }
+
+    #[test]
+    fn what_was_not_finished_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let mut filling = store.fill().unwrap();
+        filling.push(b"half").unwrap();
+        drop(filling);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_layer_that_is_open_stays_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let open = store.named("sha256:abc", 4).unwrap();
+        let mut filling = store.fill().unwrap();
+        filling.push(b"full").unwrap();
+        filling.finish("sha256:abc").unwrap();
+        assert_eq!(open.bytes_held(), 0);
+        drop(open);
+        assert_eq!(store.named("sha256:abc", 4).unwrap().bytes_held(), 0);
+    }
+}

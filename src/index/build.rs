@@ -1,0 +1,285 @@
+//! Everything an index can hold, from one pass over the tar. In: the tar's bytes in order, in pieces of any size. Out: entries
+//! as they complete, and at the end an index with chunk digests, payload digests and header bytes.
+//!
+//! What is kept in memory is what the index will hold, compressed as it comes; never payload.
+
+use std::collections::VecDeque;
+
+use sha2::{Digest, Sha256};
+
+use super::cold::{ColdPart, Packer};
+use super::digests::ChunkHasher;
+use super::entry::{Entry, EntrySink};
+use super::error::IndexError;
+use super::identity::{Coding, LayerIdentity, sha256_text};
+use super::parser::{EndOfArchive, Parser};
+use super::summary::Summary;
+use super::writer::IndexBuilder;
+use super::{format, len_u64};
+use crate::units::{TarOffset, TarRange};
+
+/// Header bytes that take more than this compressed are not kept: the tar of an enemy, or one with other things behind its end.
+const MAX_HEADERS: usize = 256 << 20;
+
+/// How many bytes are worked on at once, so that all who look at them find them in the nearest cache.
+const STRIDE: usize = 32 << 10;
+
+/// What an index holds besides the entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a part of its own")]
+pub struct Contents {
+    /// The digest of each chunk, with which every fetched byte is checked.
+    pub chunk_digests: bool,
+    /// The digest of the whole tar, which image configurations call diff ID.
+    pub diff_id: bool,
+    /// The digest of each file's stored bytes.
+    pub payload_digests: bool,
+    /// All that is no file's stored bytes, so that the exact tar can be rebuilt.
+    pub headers: bool,
+}
+
+impl Contents {
+    /// All of it.
+    pub const FULL: Self = Self {
+        chunk_digests: true,
+        diff_id: true,
+        payload_digests: true,
+        headers: true,
+    };
+    /// What checking every byte takes, and no more.
+    pub const CHECKED: Self = Self {
+        payload_digests: false,
+        headers: false,
+        ..Self::FULL
+    };
+    /// The entries alone.
+    pub const ENTRIES: Self = Self {
+        chunk_digests: false,
+        diff_id: false,
+        payload_digests: false,
+        headers: false,
+    };
+}
+
+/// Makes an index from a tar that streams by.
+#[derive(Debug)]
+pub struct Recorder {
+    parser: Parser,
+    builder: IndexBuilder,
+    at: u64,
+    chunks: Option<ChunkHasher>,
+    tar: Option<Sha256>,
+    split: Option<Split>,
+}
+
+/// Tells payload from all else.
+#[derive(Debug)]
+struct Split {
+    /// Stored bytes of files that are known and have not passed, in the tar's order.
+    payloads: VecDeque<TarRange>,
+    headers: Option<Packer>,
+    digests: Option<(Sha256, Packer)>,
+}
+
+impl Split {
+    /// Takes the bytes at `at`, whose entries are known.
+    fn feed(&mut self, mut at: u64, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let payload = self.payloads.front().copied();
+            let until = |position: u64| usize::try_from(position.saturating_sub(at)).unwrap_or(usize::MAX);
+            let (inside, len) = match payload {
+                None => (false, bytes.len()),
+                Some(payload) if payload.start.0 > at => (false, until(payload.start.0).min(bytes.len())),
+                Some(payload) => (true, until(payload.end().0).min(bytes.len())),
+            };
+            let (head, rest) = bytes.split_at(len);
+            if inside {
+                if let Some((digest, _)) = &mut self.digests {
+                    digest.update(head);
+                }
+            } else if let Some(headers) = &mut self.headers {
+                headers.feed(head);
+                if headers.stored_len() > MAX_HEADERS {
+                    self.headers = None;
+                }
+            }
+            at = at.saturating_add(len_u64(len));
+            bytes = rest;
+            if payload.is_some_and(|payload| payload.end().0 == at) {
+                self.payloads.pop_front();
+                if let Some((digest, packer)) = &mut self.digests {
+                    packer.feed(&digest.finalize_reset());
+                }
+            }
+        }
+    }
+}
+
+/// Where entries go: into the index, to whoever else wants them, and their payload's place to the splitter.
+struct Spread<'a> {
+    builder: &'a mut IndexBuilder,
+    also: &'a mut dyn EntrySink,
+    payloads: Option<&'a mut VecDeque<TarRange>>,
+}
+
+impl EntrySink for Spread<'_> {
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+        self.builder.entry(entry)?;
+        if let Some(payloads) = &mut self.payloads {
+            let payload = entry.payload();
+            if !payload.is_empty() {
+                payloads.push_back(payload);
+            }
+        }
+        self.also.entry(entry)
+    }
+}
+
+impl Recorder {
+    /// At the tar's beginning.
+    #[must_use]
+    pub fn new(contents: Contents) -> Self {
+        let headers = contents.headers.then(|| Packer::new(ColdPart::Headers, format::PIECE));
+        let digests = contents.payload_digests.then(|| {
+            (
+                Sha256::new(),
+                Packer::new(ColdPart::PayloadDigests, format::DIGESTS_PIECE),
+            )
+        });
+        Self {
+            parser: Parser::new(),
+            builder: IndexBuilder::new(),
+            at: 0,
+            chunks: contents.chunk_digests.then(ChunkHasher::new),
+            tar: contents.diff_id.then(Sha256::new),
+            split: (headers.is_some() || digests.is_some()).then(|| Split {
+                payloads: VecDeque::new(),
+                headers,
+                digests,
+            }),
+        }
+    }
+
+    /// Takes the tar's next bytes.
+    ///
+    /// # Errors
+    /// What is wrong with the tar.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), IndexError> {
+        self.feed_into(bytes, &mut None::<IndexBuilder>)
+    }
+
+    /// Takes the tar's next bytes and hands the entries that they complete to `also`.
+    ///
+    /// # Errors
+    /// What is wrong with the tar; what `also` returns.
+    pub fn feed_into(&mut self, bytes: &[u8], also: &mut dyn EntrySink) -> Result<(), IndexError> {
+        for piece in bytes.chunks(STRIDE) {
+            let mut sink = Spread {
+                builder: &mut self.builder,
+                also,
+                payloads: self.split.as_mut().map(|split| &mut split.payloads),
+            };
+            self.parser.feed(TarOffset(self.at), piece, &mut sink)?;
+            if let Some(chunks) = &mut self.chunks {
+                chunks.feed(piece);
+            }
+            if let Some(tar) = &mut self.tar {
+                tar.update(piece);
+            }
+            if let Some(split) = &mut self.split {
+                split.feed(self.at, piece);
+            }
+            self.at = self.at.saturating_add(len_u64(piece.len()));
+        }
+        Ok(())
+    }
+
+    /// How much of the tar has passed.
+    #[must_use]
+    pub fn position(&self) -> TarOffset {
+        TarOffset(self.at)
+    }
+
+    /// Whether the mark has passed that ends the tar: no entry will follow.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.parser.wants().is_none()
+    }
+
+    /// Ends the tar.
+    ///
+    /// # Errors
+    /// [`IndexError::Truncated`] when it stops in the middle of something, [`IndexError::NotATar`].
+    pub fn finish(mut self) -> Result<Recorded, IndexError> {
+        let end = self.parser.finish(TarOffset(self.at))?;
+        if let Some(chunks) = self.chunks {
+            self.builder.chunk_digests(chunks.finish());
+        }
+        if let Some(split) = self.split {
+            if let Some((_, digests)) = split.digests {
+                self.builder.cold(digests.finish());
+            }
+            if let Some(headers) = split.headers {
+                self.builder.cold(headers.finish());
+            }
+        }
+        Ok(Recorded {
+            builder: self.builder,
+            tar_len: self.at,
+            end,
+            diff_id: self.tar.map(|tar| sha256_text(&tar.finalize().into())),
+        })
+    }
+}
+
+/// A tar that has passed, whole.
+#[derive(Debug)]
+pub struct Recorded {
+    builder: IndexBuilder,
+    tar_len: u64,
+    end: EndOfArchive,
+    diff_id: Option<String>,
+}
+
+impl Recorded {
+    /// What the layer holds.
+    #[must_use]
+    pub fn summary(&self) -> &Summary {
+        self.builder.summary()
+    }
+
+    /// The tar's length in bytes.
+    #[must_use]
+    pub fn tar_len(&self) -> u64 {
+        self.tar_len
+    }
+
+    /// The tar's digest (`sha256:…`), if it was asked for.
+    #[must_use]
+    pub fn diff_id(&self) -> Option<&str> {
+        self.diff_id.as_deref()
+    }
+
+    /// The index of a plain layer, which is its own blob.
+    #[must_use]
+    pub fn into_plain_index(self) -> Vec<u8> {
+        let identity = LayerIdentity {
+            coding: Coding::Plain,
+            blob_len: self.tar_len,
+            blob_digest: self.diff_id.clone(),
+            ..LayerIdentity::default()
+        };
+        self.into_index(identity, None)
+    }
+
+    /// The index. Of `identity` the diff ID is filled in. `spans` are an encoded span table and a window for each span.
+    #[must_use]
+    pub fn into_index(mut self, identity: LayerIdentity, spans: Option<(Vec<u8>, Vec<Vec<u8>>)>) -> Vec<u8> {
+        let diff_id = self.diff_id.or(identity.diff_id);
+        self.builder.identity(LayerIdentity { diff_id, ..identity });
+        if let Some((table, windows)) = spans {
+            self.builder.spans(table, windows);
+        }
+        self.builder.finish(self.tar_len, self.end)
+    }
+}

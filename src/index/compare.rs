@@ -1,0 +1,237 @@
+//! What an index says, compared with what another one of the same layer says. In: two indexes. Out: the first difference, named.
+
+use std::fmt;
+
+use super::cold::ColdPart;
+use super::entry::Entry;
+use super::error::{IndexError, Quoted};
+use super::format;
+use super::identity::{LayerIdentity, hexadecimal};
+use super::len_u64;
+use super::reader::Index;
+use super::summary::Summary;
+use crate::units::CHUNK_BYTES;
+
+/// Where an index is not what its layer makes of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Which part of the index, and where in it.
+    pub at: String,
+    /// What the index says there.
+    pub index: String,
+    /// What the layer says.
+    pub layer: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {} in the index, {} in the layer",
+            self.at, self.index, self.layer
+        )
+    }
+}
+
+/// What an index claims, compared with one that was just made from the layer and has at least the same parts. What the index
+/// does not claim (digests that it does not have) is no difference. `None` when everything is the same.
+///
+/// # Errors
+/// [`IndexError::Index`] when one of the two cannot be read.
+pub fn first_difference<A: AsRef<[u8]>, B: AsRef<[u8]>>(
+    index: &Index<A>,
+    layer: &Index<B>,
+) -> Result<Option<Difference>, IndexError> {
+    if let Some(difference) = of_blob(index.identity(), layer.identity()) {
+        return Ok(Some(difference));
+    }
+    if let Some(difference) = of_entries(index, layer)? {
+        return Ok(Some(difference));
+    }
+    if let Some(difference) = of_counts(index.summary(), layer.summary())
+        .or_else(|| of_chunks(index, layer))
+        .or_else(|| of_spans(index, layer))
+    {
+        return Ok(Some(difference));
+    }
+    for part in ColdPart::ALL {
+        if index.cold().has(part)
+            && let Some(difference) = of_part(part, index, layer)?
+        {
+            return Ok(Some(difference));
+        }
+    }
+    // These come last, because all that they say is that something differs.
+    Ok(of_digests(index.identity(), layer.identity()))
+}
+
+fn differ<T: PartialEq + fmt::Display>(at: impl FnOnce() -> String, index: &T, layer: &T) -> Option<Difference> {
+    (index != layer).then(|| Difference {
+        at: at(),
+        index: index.to_string(),
+        layer: layer.to_string(),
+    })
+}
+
+fn of_blob(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
+    differ(|| "the blob's compression".to_owned(), &index.coding, &layer.coding)
+        .or_else(|| differ(|| "the blob's length".to_owned(), &index.blob_len, &layer.blob_len))
+}
+
+fn of_digests(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
+    let digest = |name: &str, index: &Option<String>, layer: &Option<String>| {
+        let (index, layer) = (index.as_ref()?, layer.as_ref()?);
+        // One of another algorithm cannot be compared.
+        let algorithm = |text: &str| text.split(':').next().map(str::to_owned);
+        (algorithm(index) == algorithm(layer))
+            .then(|| differ(|| name.to_owned(), index, layer))
+            .flatten()
+    };
+    digest("the blob's digest", &index.blob_digest, &layer.blob_digest)
+        .or_else(|| digest("the tar's digest", &index.diff_id, &layer.diff_id))
+}
+
+fn of_counts(index: &Summary, layer: &Summary) -> Option<Difference> {
+    let marked = |summary: &Summary| if summary.end_marked { "there" } else { "missing" }.to_owned();
+    differ(|| "the tar's length".to_owned(), &index.tar_bytes, &layer.tar_bytes)
+        .or_else(|| differ(|| "the tar's end mark".to_owned(), &marked(index), &marked(layer)))
+        .or_else(|| {
+            (index != layer).then(|| Difference {
+                at: "the summary".to_owned(),
+                index: format!("{index:?}"),
+                layer: format!("{layer:?}"),
+            })
+        })
+}
+
+fn of_entries<A: AsRef<[u8]>, B: AsRef<[u8]>>(
+    index: &Index<A>,
+    layer: &Index<B>,
+) -> Result<Option<Difference>, IndexError> {
+    let (mut mine, mut theirs) = (index.entries()?, layer.entries()?);
+    for number in 0_u64.. {
+        match (mine.next_entry()?, theirs.next_entry()?) {
+            (None, None) => break,
+            (Some(mine), Some(theirs)) if mine == theirs => {}
+            (Some(mine), Some(theirs)) => return Ok(Some(of_entry(number, mine, theirs))),
+            (mine, theirs) => {
+                let shown = |entry: Option<&Entry>| entry.map_or_else(|| "none".to_owned(), shown_name);
+                return Ok(Some(Difference {
+                    at: format!("entry {number}"),
+                    index: shown(mine),
+                    layer: shown(theirs),
+                }));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn shown_name(entry: &Entry) -> String {
+    Quoted(&entry.path).to_string()
+}
+
+/// Two entries that are not the same: the first thing that differs.
+fn of_entry(number: u64, index: &Entry, layer: &Entry) -> Difference {
+    let at = |what: &str| format!("entry {number} ({}), its {what}", Quoted(&layer.path));
+    let debug = |what: &str, index: &dyn fmt::Debug, layer: &dyn fmt::Debug| {
+        differ(|| at(what), &format!("{index:?}"), &format!("{layer:?}"))
+    };
+    differ(
+        || format!("entry {number}, its name"),
+        &shown_name(index),
+        &shown_name(layer),
+    )
+    .or_else(|| differ(|| at("kind"), &index.kind, &layer.kind))
+    .or_else(|| {
+        differ(
+            || at("mode"),
+            &format!("{:o}", index.mode),
+            &format!("{:o}", layer.mode),
+        )
+    })
+    .or_else(|| differ(|| at("uid"), &index.uid, &layer.uid))
+    .or_else(|| differ(|| at("gid"), &index.gid, &layer.gid))
+    .or_else(|| debug("time", &index.mtime, &layer.mtime))
+    .or_else(|| differ(|| at("size"), &index.size, &layer.size))
+    .or_else(|| {
+        differ(
+            || at("target"),
+            &Quoted(&index.link).to_string(),
+            &Quoted(&layer.link).to_string(),
+        )
+    })
+    .or_else(|| differ(|| at("headers' place"), &index.headers, &layer.headers))
+    .or_else(|| debug("attributes", &index.xattrs, &layer.xattrs))
+    .or_else(|| debug("segments", &index.segments, &layer.segments))
+    .unwrap_or_else(|| Difference {
+        at: at("device numbers"),
+        index: format!("{}/{}", index.device_major, index.device_minor),
+        layer: format!("{}/{}", layer.device_major, layer.device_minor),
+    })
+}
+
+fn of_chunks<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>) -> Option<Difference> {
+    let (mine, theirs) = (index.chunk_digests()?, layer.chunk_digests()?);
+    let shown = |digest: Option<&[u8; 20]>| digest.map_or_else(|| "none".to_owned(), |digest| hexadecimal(digest));
+    (0..mine.len().max(theirs.len())).find_map(|number| {
+        let at = || {
+            format!(
+                "the digest of chunk {number} (byte {} of the tar)",
+                number * CHUNK_BYTES
+            )
+        };
+        (mine.digest(number) != theirs.digest(number)).then(|| Difference {
+            at: at(),
+            index: shown(mine.digest(number)),
+            layer: shown(theirs.digest(number)),
+        })
+    })
+}
+
+fn of_spans<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>) -> Option<Difference> {
+    let mine = index.spans()?;
+    let theirs = layer.spans().unwrap_or_default();
+    first_byte("the span table", 0, mine, theirs)
+}
+
+/// The first byte that is another one.
+fn first_byte(name: &str, before: u64, index: &[u8], layer: &[u8]) -> Option<Difference> {
+    if index == layer {
+        return None;
+    }
+    let same = index.iter().zip(layer).take_while(|(a, b)| a == b).count();
+    let shown = |bytes: &[u8]| {
+        bytes
+            .get(same)
+            .map_or_else(|| "its end".to_owned(), |byte| format!("{byte:#04x}"))
+    };
+    Some(Difference {
+        at: format!("{name}, byte {}", before.saturating_add(len_u64(same))),
+        index: shown(index),
+        layer: shown(layer),
+    })
+}
+
+fn of_part<A: AsRef<[u8]>, B: AsRef<[u8]>>(
+    part: ColdPart,
+    index: &Index<A>,
+    layer: &Index<B>,
+) -> Result<Option<Difference>, IndexError> {
+    let name = format::section_name(part.kind());
+    let mut before = 0;
+    for number in 0..index.cold().pieces(part).max(layer.cold().pieces(part)) {
+        let mine = index.cold_piece(part, number)?.unwrap_or_default();
+        let theirs = layer.cold_piece(part, number)?.unwrap_or_default();
+        let difference = if part == ColdPart::Windows {
+            first_byte(&format!("the window of span {number}"), 0, &mine, &theirs)
+        } else {
+            first_byte(&format!("the {name}"), before, &mine, &theirs)
+        };
+        if difference.is_some() {
+            return Ok(difference);
+        }
+        before = before.saturating_add(len_u64(mine.len()));
+    }
+    Ok(None)
+}

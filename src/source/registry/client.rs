@@ -1,0 +1,451 @@
+//! A repository to read from and write to, for callers that may wait (distribution specification 1.1). Every answer is
+//! bounded, and what has a digest is checked against it before anybody sees it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LOCATION};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use url::Url;
+
+use super::RegistryOptions;
+use super::access::BlobAccess;
+use super::hosts;
+use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
+use super::reference::{Reference, Version, check_tag};
+use super::session::{Grant, Need, Session, Spec, body, refusal};
+use crate::digest::{Algorithm, Digest};
+use crate::source::http::{Failure, Tries};
+use crate::source::{SourceError, net, shown_url};
+
+/// One repository of a registry. Cheap to clone. Its methods wait: they are not for threads that run a runtime.
+#[derive(Clone)]
+pub struct Registry {
+    session: Arc<Session>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Registry({})", self.session.name())
+    }
+}
+
+/// A manifest as it was delivered.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// Its JSON.
+    pub bytes: Vec<u8>,
+    /// What the registry calls it.
+    pub media_type: String,
+    /// Of the bytes, checked.
+    pub digest: Digest,
+}
+
+/// What a registry says of a blob without sending it.
+#[derive(Clone, Debug)]
+pub struct BlobHead {
+    /// Its length in bytes.
+    pub size: u64,
+    /// All header fields.
+    pub headers: HeaderMap,
+}
+
+impl BlobHead {
+    /// A header field as text.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+}
+
+impl Registry {
+    /// The repository of `reference`. Asks nobody yet, but reads the files that say whom to ask.
+    ///
+    /// # Errors
+    /// [`SourceError::Hosts`].
+    pub fn new(reference: &Reference, options: &RegistryOptions) -> Result<Self, SourceError> {
+        let spec = Spec {
+            host: reference.host.clone(),
+            repository: reference.repository.clone(),
+            endpoints: hosts::endpoints(&reference.host, &options.hosts_dir, options.plain_http)?,
+            keyring: options.keyring.clone(),
+            patience: options.patience,
+        };
+        Ok(Self {
+            session: Session::shared(spec, None),
+        })
+    }
+
+    /// For messages: registry and repository.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.session.name()
+    }
+
+    /// How to ask for one of its blobs later.
+    #[must_use]
+    pub fn blob(&self, digest: &Digest, size: u64) -> BlobAccess {
+        BlobAccess::new(self.session.clone(), digest.clone(), size)
+    }
+
+    /// Asks one endpoint after the other, and all of them again where that may help.
+    fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, Failure>) -> Result<T, SourceError> {
+        net::wait(async {
+            let mut tries = Tries::default();
+            loop {
+                let mut last = None;
+                for at in self.session.order(need) {
+                    match question(at).await {
+                        Ok(answer) => return Ok(answer),
+                        Err(failure) => {
+                            self.session.set_down(at, &failure);
+                            last = Some(failure);
+                        }
+                    }
+                }
+                let failure = last.unwrap_or_else(|| {
+                    Failure::lasting(SourceError::Unusable {
+                        source_name: self.name(),
+                        why: "none of the configured hosts may be asked for this".to_owned(),
+                    })
+                });
+                tries.failed(failure, &self.session.spec.patience).await?;
+            }
+        })
+    }
+
+    /// A GET or HEAD, with redirects followed.
+    async fn get(
+        &self,
+        at: usize,
+        need: Need,
+        what: &str,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<(Url, Response), Failure> {
+        let url = self.session.url(at, what).await?;
+        let (response, grant) = self.session.send(at, need, &url, None, make).await?;
+        let (response, _) = self.session.chase(at, &url, response, &grant, make).await?;
+        Ok((url, response))
+    }
+
+    async fn refused<T>(&self, url: &Url, response: Response) -> Result<T, Failure> {
+        Err(refusal(url, response, &self.session.spec.patience).await)
+    }
+
+    /// Brings a manifest or an index, checked against its digest.
+    ///
+    /// # Errors
+    /// [`SourceError`]; [`SourceError::Status`] when there is none.
+    pub fn manifest(&self, version: &Version) -> Result<Fetched, SourceError> {
+        let need = match version {
+            Version::Tag(_) => Need::Resolve,
+            Version::Digest(_) => Need::Pull,
+        };
+        self.ask(need, async |at| self.manifest_from(at, need, version).await)
+    }
+
+    async fn manifest_from(&self, at: usize, need: Need, version: &Version) -> Result<Fetched, Failure> {
+        let kinds = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].join(", ");
+        let make = move |client: &Client, url: Url| client.get(url).header(ACCEPT, &kinds);
+        let (url, response) = self.get(at, need, &format!("manifests/{version}"), &make).await?;
+        if response.status() != StatusCode::OK {
+            return self.refused(&url, response).await;
+        }
+        let text = |name: &str| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .map(str::to_owned)
+        };
+        let media_type = text("content-type").unwrap_or_default();
+        let stated = text("docker-content-digest").and_then(|digest| digest.parse::<Digest>().ok());
+        let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
+        let expected = match version {
+            Version::Digest(digest) => Some(digest.clone()),
+            Version::Tag(_) => stated,
+        };
+        let algorithm = expected.as_ref().map_or(Algorithm::Sha256, Digest::algorithm);
+        let digest = Digest::of(algorithm, &bytes);
+        match expected {
+            Some(expected) if expected != digest => Err(wrong_digest(&url, "manifest", &expected)),
+            _ => Ok(Fetched {
+                bytes,
+                media_type,
+                digest,
+            }),
+        }
+    }
+
+    /// Brings a small blob, whole, of exactly this size, checked against its digest.
+    ///
+    /// # Errors
+    /// [`SourceError`]; also when `size` is more than `most` bytes.
+    pub fn small_blob(&self, digest: &Digest, size: u64, most: u64) -> Result<Vec<u8>, SourceError> {
+        if size > most {
+            return Err(SourceError::Image {
+                name: format!("{}@{digest}", self.name()),
+                why: format!("it is {size} bytes long, and no more than {most} can be used"),
+            });
+        }
+        self.ask(Need::Pull, async |at| {
+            let make = |client: &Client, url: Url| client.get(url);
+            let (url, response) = self.get(at, Need::Pull, &format!("blobs/{digest}"), &make).await?;
+            if response.status() != StatusCode::OK {
+                return self.refused(&url, response).await;
+            }
+            let bytes = body(&url, response, size, &self.session.spec.patience).await?;
+            if !u64::try_from(bytes.len()).is_ok_and(|len| len == size) || !digest.matches(&bytes) {
+                return Err(wrong_digest(&url, "blob", digest));
+            }
+            Ok(bytes)
+        })
+    }
+
+    /// What the registry says of a blob: its length, and headers such as `LazyPull-Digest`. None if it is not there.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn head_blob(&self, digest: &Digest) -> Result<Option<BlobHead>, SourceError> {
+        self.head_blob_as(Need::Pull, digest)
+    }
+
+    fn head_blob_as(&self, need: Need, digest: &Digest) -> Result<Option<BlobHead>, SourceError> {
+        self.ask(need, async |at| {
+            let make = |client: &Client, url: Url| client.head(url);
+            let what = format!("blobs/{digest}");
+            let url = self.session.url(at, &what).await?;
+            let (first, grant) = self.session.send(at, need, &url, None, &make).await?;
+            // What the registry itself says counts too, when it sends us elsewhere for the bytes.
+            let mut headers = first.headers().clone();
+            let (response, _) = self.session.chase(at, &url, first, &grant, &make).await?;
+            match response.status() {
+                StatusCode::OK => {}
+                StatusCode::NOT_FOUND => return Ok(None),
+                _ => return self.refused(&url, response).await,
+            }
+            let size = response.headers().get(CONTENT_LENGTH);
+            let size = size.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+            let size = size.ok_or_else(|| Failure::wrong(&url, "no length of a blob"))?;
+            for (name, value) in response.headers() {
+                headers.insert(name.clone(), value.clone());
+            }
+            Ok(Some(BlobHead { size, headers }))
+        })
+    }
+
+    /// Puts a blob into the repository, unless it is there.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn push_blob(&self, digest: &Digest, bytes: &[u8]) -> Result<(), SourceError> {
+        if self.head_blob_as(Need::Push, digest)?.is_some() {
+            return Ok(());
+        }
+        let bytes = bytes::Bytes::copy_from_slice(bytes);
+        self.ask(Need::Push, async |at| {
+            let url = self.session.url(at, "blobs/uploads/").await?;
+            let (response, grant) = self.post(at, &url).await?;
+            let place = match response.status() {
+                StatusCode::ACCEPTED => upload_place(&url, response.headers())?,
+                _ => return self.refused(&url, response).await,
+            };
+            self.put_blob(at, &url, place, &grant, digest, bytes.clone()).await
+        })
+    }
+
+    async fn post(&self, at: usize, url: &Url) -> Result<(Response, Grant), Failure> {
+        let make = |client: &Client, url: Url| client.post(url).header(CONTENT_LENGTH, 0);
+        self.session.send(at, Need::Push, url, None, &make).await
+    }
+
+    /// Sends the bytes to where an upload was opened. Credentials go along only if that is the registry itself.
+    async fn put_blob(
+        &self,
+        at: usize,
+        own: &Url,
+        mut place: Url,
+        grant: &Grant,
+        digest: &Digest,
+        bytes: bytes::Bytes,
+    ) -> Result<(), Failure> {
+        place.query_pairs_mut().append_pair("digest", &digest.to_string());
+        let make = move |client: &Client, url: Url| {
+            client
+                .put(url)
+                .header(CONTENT_TYPE, "application/octet-stream")
+                .body(bytes.clone())
+        };
+        let response = if place.origin() == own.origin() {
+            let _ = grant;
+            self.session.send(at, Need::Push, &place, None, &make).await?.0
+        } else {
+            self.session.ask_target(at, &place, &make).await?
+        };
+        match response.status() {
+            StatusCode::CREATED => Ok(()),
+            _ => self.refused(&place, response).await,
+        }
+    }
+
+    /// Takes a blob over from another repository of the same registry, without moving bytes. False where the registry does
+    /// not do that.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn mount_blob(&self, digest: &Digest, from: &Reference) -> Result<bool, SourceError> {
+        self.ask(Need::Push, async |at| {
+            let mut url = self.session.url(at, "blobs/uploads/").await?;
+            url.query_pairs_mut()
+                .append_pair("mount", &digest.to_string())
+                .append_pair("from", &from.repository);
+            let (response, _) = self.post(at, &url).await?;
+            match response.status() {
+                StatusCode::CREATED => Ok(true),
+                // An upload was opened instead; it is left to the registry to forget it.
+                StatusCode::ACCEPTED => Ok(false),
+                _ => self.refused(&url, response).await,
+            }
+        })
+    }
+
+    /// Puts a manifest under a tag or its digest. Returns whether the registry took note of its `subject`: if not, it has no
+    /// referrers API, and the fallback tag is needed ([`push_referrer`](Self::push_referrer) does both).
+    ///
+    /// # Errors
+    /// [`SourceError`]; [`SourceError::Digest`] when the registry took it under another digest.
+    pub fn push_manifest(&self, version: &Version, media_type: &str, bytes: &[u8]) -> Result<bool, SourceError> {
+        if let Version::Tag(tag) = version {
+            check_tag(tag).map_err(|why| SourceError::Unusable {
+                source_name: self.name(),
+                why,
+            })?;
+        }
+        let body = bytes::Bytes::copy_from_slice(bytes);
+        self.ask(Need::Push, async |at| {
+            let (media_type, body) = (media_type.to_owned(), body.clone());
+            let make =
+                move |client: &Client, url: Url| client.put(url).header(CONTENT_TYPE, &media_type).body(body.clone());
+            let url = self.session.url(at, &format!("manifests/{version}")).await?;
+            let (response, _) = self.session.send(at, Need::Push, &url, None, &make).await?;
+            if response.status() != StatusCode::CREATED {
+                return self.refused(&url, response).await;
+            }
+            let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+            if let Some(taken) = header("docker-content-digest").and_then(|digest| digest.parse::<Digest>().ok())
+                && !taken.matches(bytes)
+            {
+                return Err(wrong_digest(&url, "manifest that was pushed", &taken));
+            }
+            Ok(header("oci-subject").is_some())
+        })
+    }
+
+    /// The manifests that name `subject`, of this artifact type only if one is given: by the referrers API, or from the
+    /// fallback tag where the registry has none.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, SourceError> {
+        let by_api = self.ask(Need::Pull, async |at| {
+            let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
+            let mut what = format!("referrers/{subject}");
+            if let Some(kind) = artifact_type {
+                let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
+                what = format!("{what}?artifactType={kind}");
+            }
+            let (url, response) = self.get(at, Need::Pull, &what, &make).await?;
+            match response.status() {
+                StatusCode::OK => {}
+                // Some registries answer an unknown path so; and some with a page for people.
+                StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED => return Ok(None),
+                _ => return self.refused(&url, response).await,
+            }
+            let kind = response
+                .headers()
+                .get(CONTENT_TYPE)
+                .and_then(|value| value.to_str().ok());
+            if !kind.is_some_and(|kind| kind.split(';').next().unwrap_or_default().trim() == OCI_INDEX) {
+                return Ok(None);
+            }
+            let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
+            Ok(Some(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?))
+        })?;
+        let listed = match by_api {
+            Some(listed) => listed,
+            None => self.fallback(subject)?,
+        };
+        Ok(listed
+            .into_iter()
+            .filter(|descriptor| artifact_type.is_none_or(|kind| descriptor.artifact_type.as_deref() == Some(kind)))
+            .collect())
+    }
+
+    /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema").
+    fn fallback(&self, subject: &Digest) -> Result<Vec<Descriptor>, SourceError> {
+        match self.manifest(&fallback_tag(subject)) {
+            Ok(fetched) => listed(&fetched.bytes).map_err(|why| SourceError::Image {
+                name: format!("{}:{}", self.name(), fallback_tag(subject)),
+                why,
+            }),
+            Err(error) if error.is_absence() => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a manifest that has a `subject` under its digest, and into the fallback tag's list where the registry has no
+    /// referrers API. `entry` describes it there.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn push_referrer(&self, subject: &Digest, entry: &Descriptor, bytes: &[u8]) -> Result<(), SourceError> {
+        let version = Version::Digest(entry.digest.clone());
+        if self.push_manifest(&version, &entry.media_type, bytes)? {
+            return Ok(());
+        }
+        let mut listed = self.fallback(subject)?;
+        if listed.iter().any(|known| known.digest == entry.digest) {
+            return Ok(());
+        }
+        listed.push(entry.clone());
+        let index = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed });
+        let index = index.to_string().into_bytes();
+        self.push_manifest(&fallback_tag(subject), OCI_INDEX, &index).map(drop)
+    }
+}
+
+fn fallback_tag(subject: &Digest) -> Version {
+    let tag: String = format!("{}-{}", subject.algorithm().name(), subject.hex())
+        .chars()
+        .take(128)
+        .collect();
+    Version::Tag(tag)
+}
+
+fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        #[serde(default)]
+        manifests: Option<Vec<Descriptor>>,
+    }
+    let index: Index = serde_json::from_slice(bytes).map_err(|error| format!("a list that makes no sense: {error}"))?;
+    Ok(index.manifests.unwrap_or_default())
+}
+
+fn upload_place(url: &Url, headers: &HeaderMap) -> Result<Url, Failure> {
+    let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
+    let place = location.and_then(|location| url.join(location).ok());
+    let place = place.ok_or_else(|| Failure::wrong(url, "no place to upload to"))?;
+    if url.scheme() == "https" && place.scheme() != "https" {
+        return Err(Failure::wrong(url, "a place to upload to without TLS"));
+    }
+    Ok(place)
+}
+
+fn wrong_digest(url: &Url, what: &'static str, expected: &Digest) -> Failure {
+    Failure::lasting(SourceError::Digest {
+        name: shown_url(url),
+        what,
+        expected: expected.to_string(),
+    })
+}

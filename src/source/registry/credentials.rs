@@ -1,0 +1,429 @@
+//! Credentials where people keep them. In: a registry's host and repository. Out: how to log in there, if anybody said.
+//!
+//! Read, in this order: what was given on the command line; `--authfile` or `REGISTRY_AUTH_FILE`, which then are the only
+//! file; containers' `auth.json` ($XDG_RUNTIME_DIR/containers, then $XDG_CONFIG_HOME/containers); Docker's `config.json`
+//! ($DOCKER_CONFIG, else ~/.docker). In each file a helper for the host goes first, then `auths`, then the helper for all
+//! (containers-auth.json(5), and docker-credential-helpers for what a helper says). A file is never written, and what is in
+//! it never shown.
+
+use std::collections::HashMap;
+use std::env;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+
+use crate::source::SourceError;
+use crate::source::secret::Secret;
+
+/// What Docker Hub is called in credential files and by helpers.
+const HUB_KEY: &str = "https://index.docker.io/v1/";
+/// No credentials file is longer.
+const LONGEST_FILE: u64 = 4 << 20;
+/// No helper says more.
+const LONGEST_ANSWER: u64 = 256 << 10;
+/// A helper may have to ask a cloud, but not a person.
+const HELPER_DEADLINE: Duration = Duration::from_secs(20);
+/// A user name that says: the secret is an identity token.
+const IS_TOKEN: &str = "<token>";
+
+/// How to log in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Login {
+    /// Not at all.
+    #[default]
+    Anonymous,
+    /// With a user's name and password.
+    Password {
+        /// The user.
+        user: String,
+        /// The password.
+        password: Secret,
+    },
+    /// With a token that a token server exchanges for others.
+    Identity(Secret),
+    /// With a token that the registry itself takes.
+    Bearer(Secret),
+}
+
+impl Login {
+    /// `user:password` as it was typed.
+    ///
+    /// # Errors
+    /// When there is no user. The message does not quote what there is.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let text = text.trim_end_matches(['\r', '\n']);
+        match text.split_once(':') {
+            Some((user, password)) if !user.is_empty() => Ok(Self::password(user, password)),
+            _ => Err("credentials are written user:password".to_owned()),
+        }
+    }
+
+    fn password(user: &str, password: &str) -> Self {
+        if user == IS_TOKEN {
+            return Self::Identity(Secret::new(password.to_owned()));
+        }
+        Self::Password {
+            user: user.to_owned(),
+            password: Secret::new(password.to_owned()),
+        }
+    }
+}
+
+/// Where to look for credentials; kept, so that they can be looked up again when they no longer work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keyring {
+    /// For the registry that was named, whatever files say.
+    pub given: Option<Login>,
+    /// The only file to look into.
+    pub authfile: Option<PathBuf>,
+}
+
+impl Keyring {
+    /// How to log in at `host` (with its port, if it is not the usual one) for `repository`. Waits for helpers, with a
+    /// deadline: not for a thread that must not.
+    ///
+    /// # Errors
+    /// [`SourceError::Credentials`] when the file that was named cannot be used, or a helper that a file names fails.
+    pub fn login(&self, host: &str, repository: &str) -> Result<Login, SourceError> {
+        let named = self.authfile.clone().or_else(|| path_of("REGISTRY_AUTH_FILE"));
+        if let Some(path) = named {
+            let file = AuthFile::read(&path).map_err(|why| failed(path.display().to_string(), why))?;
+            return Ok(file.login(host, repository)?.unwrap_or_default());
+        }
+        for path in usual_files() {
+            match AuthFile::read(&path) {
+                Ok(file) => {
+                    if let Some(login) = file.login(host, repository)? {
+                        return Ok(login);
+                    }
+                }
+                Err(_) if !path.exists() => {}
+                Err(why) => log::warn!("{}: {why}; its credentials are not used", path.display()),
+            }
+        }
+        Ok(Login::Anonymous)
+    }
+}
+
+fn failed(place: String, why: String) -> SourceError {
+    SourceError::Credentials { place, why }
+}
+
+fn path_of(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+}
+
+fn usual_files() -> Vec<PathBuf> {
+    let home = path_of("HOME");
+    let runtime = path_of("XDG_RUNTIME_DIR").map_or_else(
+        || PathBuf::from(format!("/run/containers/{}", rustix::process::getuid().as_raw())),
+        |dir| dir.join("containers"),
+    );
+    let config = path_of("XDG_CONFIG_HOME").or_else(|| Some(home.as_ref()?.join(".config")));
+    let docker = path_of("DOCKER_CONFIG").or_else(|| Some(home.as_ref()?.join(".docker")));
+    [
+        Some(runtime.join("auth.json")),
+        config.map(|dir| dir.join("containers/auth.json")),
+        docker.map(|dir| dir.join("config.json")),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Docker's `config.json` and containers' `auth.json`: the same format, with more in it than is read here.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct AuthFile {
+    auths: HashMap<String, Auth>,
+    creds_store: Option<String>,
+    cred_helpers: HashMap<String, String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Auth {
+    auth: String,
+    username: String,
+    password: String,
+    identitytoken: String,
+    registrytoken: String,
+}
+
+/// What a helper answers.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct HelperAnswer {
+    #[serde(default)]
+    username: String,
+    secret: String,
+}
+
+impl AuthFile {
+    fn read(path: &Path) -> Result<Self, String> {
+        let file = File::open(path).map_err(|error| error.to_string())?;
+        if !file.metadata().is_ok_and(|meta| meta.is_file()) {
+            return Err("it is not a regular file".to_owned());
+        }
+        let mut bytes = Vec::new();
+        file.take(LONGEST_FILE)
+            .read_to_end(&mut bytes)
+            .map_err(|error| error.to_string())?;
+        Self::parse(&bytes)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, String> {
+        // The parser's own message can quote what it found there.
+        serde_json::from_slice(bytes).map_err(|error| {
+            format!(
+                "not a credentials file: line {}, column {}",
+                error.line(),
+                error.column()
+            )
+        })
+    }
+
+    fn login(&self, host: &str, repository: &str) -> Result<Option<Login>, SourceError> {
+        let mut names = vec![format!("{host}/{repository}")];
+        while let Some((shorter, _)) = names.last().and_then(|name| name.rsplit_once('/')) {
+            let shorter = shorter.to_owned();
+            names.push(shorter);
+        }
+        for name in &names {
+            let helper = self.cred_helpers.iter().find(|(key, _)| normal(key) == *name);
+            if let Some((key, helper)) = helper
+                && let Some(login) = ask_helper(helper, key)?
+            {
+                return Ok(Some(login));
+            }
+        }
+        for name in &names {
+            let found = self.auths.iter().filter(|(key, _)| normal(key) == *name);
+            for (key, auth) in found {
+                if let Some(login) = auth.login().map_err(|why| failed(format!("the entry {key}"), why))? {
+                    return Ok(Some(login));
+                }
+            }
+        }
+        let Some(helper) = self.creds_store.as_ref().filter(|helper| !helper.is_empty()) else {
+            return Ok(None);
+        };
+        let key = if host == "docker.io" { HUB_KEY } else { host };
+        ask_helper(helper, key)
+    }
+}
+
+/// A key of `auths` without scheme and API version, Docker Hub's names made one.
+fn normal(key: &str) -> String {
+    let key = key
+        .strip_prefix("https://")
+        .or_else(|| key.strip_prefix("http://"))
+        .unwrap_or(key);
+    let key = key.trim_end_matches('/');
+    let key = key
+        .strip_suffix("/v1")
+        .or_else(|| key.strip_suffix("/v2"))
+        .unwrap_or(key);
+    let (host, rest) = key
+        .split_once('/')
+        .map_or((key, None), |(host, rest)| (host, Some(rest)));
+    let host = match host {
+        "index.docker.io" | "registry-1.docker.io" => "docker.io",
+        host => host,
+    };
+    rest.map_or_else(|| host.to_owned(), |rest| format!("{host}/{rest}"))
+}
+
+impl Auth {
+    fn login(&self) -> Result<Option<Login>, String> {
+        if !self.registrytoken.is_empty() {
+            return Ok(Some(Login::Bearer(Secret::new(self.registrytoken.clone()))));
+        }
+        if !self.identitytoken.is_empty() {
+            return Ok(Some(Login::Identity(Secret::new(self.identitytoken.clone()))));
+        }
+        if !self.auth.is_empty() {
+            let bytes = STANDARD
+                .decode(self.auth.trim())
+                .map_err(|_| "auth is not base64".to_owned())?;
+            let text = String::from_utf8(bytes).map_err(|_| "auth is not text".to_owned())?;
+            return Login::parse(text.trim_end_matches('\0')).map(Some);
+        }
+        if self.username.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Login::password(&self.username, &self.password)))
+    }
+}
+
+/// Asks `docker-credential-HELPER get` for `key`. No login if it has none.
+fn ask_helper(helper: &str, key: &str) -> Result<Option<Login>, SourceError> {
+    let program = format!("docker-credential-{helper}");
+    if !helper.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_.".contains(&c)) {
+        return Err(failed(
+            format!("{program:?}"),
+            "it is not the name of a program".to_owned(),
+        ));
+    }
+    let answer = run_helper(&program, key, HELPER_DEADLINE).map_err(|why| failed(program.clone(), why))?;
+    let Some(answer) = answer else { return Ok(None) };
+    let answer: HelperAnswer =
+        serde_json::from_slice(&answer).map_err(|_| failed(program, "its answer makes no sense".to_owned()))?;
+    Ok(match (answer.username.as_str(), answer.secret) {
+        ("", _) => None,
+        (user, secret) => Some(Login::password(user, &secret)),
+    })
+}
+
+/// What a helper wrote, or nothing if it knows no credentials.
+fn run_helper(program: &str, key: &str, deadline: Duration) -> Result<Option<Vec<u8>>, String> {
+    struct Ended(Child);
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            // It may have ended by itself.
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let child = Command::new(program)
+        .arg("get")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("cannot run it: {error}"))?;
+    let mut child = Ended(child);
+    if let Some(mut stdin) = child.0.stdin.take() {
+        // One that does not listen says so by its exit status.
+        let _ = stdin.write_all(key.as_bytes());
+    }
+    let stdout = child.0.stdout.take();
+    let (tell, told) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let read = stdout.map_or(Ok(0), |out| out.take(LONGEST_ANSWER).read_to_end(&mut bytes));
+        // Whoever gave up waiting does not listen.
+        let _ = tell.send(read.map(|_| bytes));
+    });
+    let bytes = told
+        .recv_timeout(deadline)
+        .map_err(|_| format!("it did not answer in {deadline:.0?}"))?
+        .map_err(|error| format!("cannot read its answer: {error}"))?;
+    let began = std::time::Instant::now();
+    let status = loop {
+        match child.0.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if began.elapsed() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            Ok(None) => return Err("it does not end".to_owned()),
+            Err(error) => return Err(error.to_string()),
+        }
+    };
+    if status.success() {
+        return Ok(Some(bytes));
+    }
+    // Helpers say on standard output why they failed; there are no secrets in this one sentence.
+    if String::from_utf8_lossy(&bytes).contains("credentials not found") {
+        return Ok(None);
+    }
+    Err(format!("it failed ({status})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn login(file: &str, host: &str, repository: &str) -> Option<Login> {
+        AuthFile::parse(file.as_bytes())
+            .unwrap()
+            .login(host, repository)
+            .unwrap()
+    }
+
+    fn password(user: &str, password: &str) -> Option<Login> {
+        Some(Login::password(user, password))
+    }
+
+    #[test]
+    fn the_most_specific_entry_counts() {
+        // a:b, c:d, e:f
+        let file = r#"{"auths": {
+            "https://index.docker.io/v1/": {"auth": "YTpi"},
+            "quay.io": {"auth": "Yzpk"},
+            "quay.io/team": {"auth": "ZTpm"},
+            "localhost:5000": {"username": "u", "password": "p:w"},
+            "token.example": {"auth": "YTpi", "identitytoken": "long"},
+            "bearer.example": {"registrytoken": "short"},
+            "empty.example": {}
+        }, "HttpHeaders": {"X": "y"}}"#;
+        assert_eq!(login(file, "docker.io", "library/debian"), password("a", "b"));
+        assert_eq!(login(file, "quay.io", "other/x"), password("c", "d"));
+        assert_eq!(login(file, "quay.io", "team/x/y"), password("e", "f"));
+        assert_eq!(login(file, "quay.io", "teams"), password("c", "d"));
+        assert_eq!(login(file, "localhost:5000", "x"), password("u", "p:w"));
+        assert_eq!(
+            login(file, "token.example", "x"),
+            Some(Login::Identity(Secret::new("long".into())))
+        );
+        assert_eq!(
+            login(file, "bearer.example", "x"),
+            Some(Login::Bearer(Secret::new("short".into())))
+        );
+        assert_eq!(login(file, "empty.example", "x"), None);
+        assert_eq!(login(file, "elsewhere", "x"), None);
+    }
+
+    #[test]
+    fn broken_files_are_not_quoted() {
+        for bad in [
+            "secret",
+            r#"{"auths": {"h": {"auth": secret}}}"#,
+            r#"{"auths": {"h": "secret"}}"#,
+        ] {
+            let why = AuthFile::parse(bad.as_bytes()).err().unwrap();
+            assert!(!why.contains("secret"), "{why}");
+        }
+        let file = AuthFile::parse(br#"{"auths": {"h": {"auth": "c2VjcmV0"}}}"#).unwrap();
+        let error = file.login("h", "x").unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("secret"));
+        let shown = format!("{:?}", Login::parse("me:secret").unwrap());
+        assert!(shown.contains("me") && !shown.contains("secret"));
+    }
+
+    #[test]
+    fn helpers_have_a_deadline_and_plain_names() {
+        let error = ask_helper("../x", "host").unwrap_err().to_string();
+        assert!(error.contains("not the name of a program"), "{error}");
+        let error = ask_helper("there-is-no-such-helper", "host").unwrap_err().to_string();
+        assert!(error.contains("cannot run it"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let script = |name: &str, text: &str| {
+            use std::os::unix::fs::PermissionsExt;
+            let path = dir.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let long = Duration::from_secs(20);
+        let echo = script("echo", "cat; test \"$1\" = get");
+        assert_eq!(run_helper(&echo, "a key", long).unwrap().unwrap(), b"a key");
+        let none = script("none", "echo 'credentials not found in native keychain'; exit 1");
+        assert_eq!(run_helper(&none, "k", long).unwrap(), None);
+        let fails = script("fails", "exit 3");
+        assert!(run_helper(&fails, "k", long).is_err());
+        let hangs = script("hangs", "exec sleep 60");
+        assert!(
+            run_helper(&hangs, "k", Duration::from_millis(50))
+                .unwrap_err()
+                .contains("did not answer")
+        );
+    }
+}

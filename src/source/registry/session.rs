@@ -1,0 +1,694 @@
+//! Requests to one repository, wherever its registry's endpoints are. In: what to ask. Out: the answer, after whatever
+//! logging in it took.
+//!
+//! A session knows how each endpoint wants to be asked and keeps the tokens, which all layers of a repository share: one
+//! refresh, however many requests found out that it is needed. Credentials go to the endpoint they belong to and to the
+//! token server it names, never to where a redirect leads.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
+use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use super::challenge::{Challenge, Token, TokenAnswer};
+use super::credentials::{Keyring, Login};
+use super::hosts::Endpoint;
+use crate::source::http::{Failure, Patience, classify};
+use crate::source::secret::Secret;
+use crate::source::{SourceError, net, shown_url};
+
+/// An endpoint that failed is not asked first again for this long.
+const DOWN: Duration = Duration::from_secs(60);
+/// No token server's or error's answer is longer.
+const LONGEST_ANSWER: u64 = 256 << 10;
+/// Registry, storage, region, object: four hops are seen in the wild.
+const MOST_REDIRECTS: usize = 8;
+
+/// What a request needs to be allowed to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Read by digest.
+    Pull,
+    /// Find out what a tag means.
+    Resolve,
+    /// Write.
+    Push,
+}
+
+/// What a session is made of; goes to another process as it is.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct Spec {
+    /// The registry as it was named.
+    pub(super) host: String,
+    pub(super) repository: String,
+    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) keyring: Keyring,
+    pub(super) patience: Patience,
+}
+
+/// See the module.
+pub(super) struct Session {
+    pub(super) spec: Spec,
+    hosts: Vec<Host>,
+}
+
+#[derive(Default)]
+struct Host {
+    client: OnceLock<Client>,
+    state: Mutex<State>,
+    /// Held by whoever finds out how to get in, so that the others wait for it.
+    entering: tokio::sync::Mutex<()>,
+}
+
+/// What is known of an endpoint.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub(super) struct State {
+    /// Whether it was asked anything: then no challenge means that none is needed.
+    asked: bool,
+    /// Its base, once it is known whether it speaks TLS.
+    base: Option<Url>,
+    challenge: Option<Challenge>,
+    login: Option<Login>,
+    tokens: HashMap<String, Token>,
+    #[serde(skip)]
+    down: Option<Instant>,
+}
+
+/// Permission for a request.
+#[derive(Clone, Default)]
+pub(super) struct Grant {
+    pub(super) authorization: Option<HeaderValue>,
+    pub(super) until: Option<SystemTime>,
+    /// Whether it was given just now.
+    fresh: bool,
+}
+
+impl Session {
+    /// The session of `spec`; the same one as long as somebody in this process holds it.
+    pub(super) fn shared(spec: Spec, states: Option<Vec<State>>) -> Arc<Self> {
+        static SESSIONS: OnceLock<Mutex<HashMap<String, Weak<Session>>>> = OnceLock::new();
+        let key = serde_json::to_string(&spec).unwrap_or_default();
+        let mut sessions = lock(SESSIONS.get_or_init(Mutex::default));
+        if let Some(session) = sessions.get(&key).and_then(Weak::upgrade) {
+            return session;
+        }
+        sessions.retain(|_, session| session.strong_count() > 0);
+        let mut states = states.unwrap_or_default().into_iter();
+        let hosts = spec.endpoints.iter().map(|_| Host {
+            state: Mutex::new(states.next().unwrap_or_default()),
+            ..Host::default()
+        });
+        let session = Arc::new(Self {
+            hosts: hosts.collect(),
+            spec,
+        });
+        sessions.insert(key, Arc::downgrade(&session));
+        session
+    }
+
+    /// What another process has to know.
+    pub(super) fn states(&self) -> Vec<State> {
+        self.hosts.iter().map(|host| lock(&host.state).clone()).collect()
+    }
+
+    /// For messages.
+    pub(super) fn name(&self) -> String {
+        format!("{}/{}", self.spec.host, self.spec.repository)
+    }
+
+    /// The endpoints that may be asked for this, those that failed lately last.
+    pub(super) fn order(&self, need: Need) -> Vec<usize> {
+        let able = |endpoint: &Endpoint| match need {
+            Need::Pull => endpoint.pull,
+            Need::Resolve => endpoint.resolve,
+            Need::Push => endpoint.push,
+        };
+        let able = self
+            .spec
+            .endpoints
+            .iter()
+            .enumerate()
+            .filter(|(_, endpoint)| able(endpoint));
+        let (up, down): (Vec<_>, Vec<_>) = able.map(|(at, _)| at).partition(|at| !self.is_down(*at));
+        up.into_iter().chain(down).collect()
+    }
+
+    fn is_down(&self, at: usize) -> bool {
+        lock(&self.hosts[at].state)
+            .down
+            .is_some_and(|since| since.elapsed() < DOWN)
+    }
+
+    /// Whether it is known how to ask this endpoint.
+    pub(super) fn is_known(&self, at: usize) -> bool {
+        lock(&self.hosts[at].state).asked
+    }
+
+    /// An endpoint's base, if it is known without asking.
+    pub(super) fn known_base(&self, at: usize) -> Option<Url> {
+        let endpoint = self.spec.endpoints.get(at)?;
+        if endpoint.scheme_unknown {
+            return lock(&self.hosts[at].state).base.clone();
+        }
+        Some(endpoint.base.clone())
+    }
+
+    pub(super) fn set_down(&self, at: usize, failure: &Failure) {
+        if self.spec.endpoints.len() > 1 {
+            let name = shown_url(&self.spec.endpoints[at].base);
+            log::info!("{name}: {}; asking others for {DOWN:?}", failure.error);
+            lock(&self.hosts[at].state).down = Some(Instant::now());
+        }
+    }
+
+    /// The client for an endpoint.
+    pub(super) fn client(&self, at: usize, secure: bool) -> Result<Client, SourceError> {
+        if let Some(client) = self.hosts[at].client.get() {
+            return Ok(client.clone());
+        }
+        let client = net::client(&self.spec.endpoints[at].trust, secure, &self.spec.patience)?;
+        Ok(self.hosts[at].client.get_or_init(|| client).clone())
+    }
+
+    /// The URL of something in the repository: `manifests/latest`.
+    pub(super) async fn url(&self, at: usize, what: &str) -> Result<Url, Failure> {
+        let endpoint = &self.spec.endpoints[at];
+        let base = self.base(at).await?;
+        let path = format!("{}{}/{what}", base.path(), self.spec.repository);
+        let mut url = base;
+        let (path, query) = path
+            .split_once('?')
+            .map_or((path.as_str(), None), |(path, query)| (path, Some(query)));
+        url.set_path(path);
+        url.set_query(query);
+        if let Some(registry) = &endpoint.stands_for {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        Ok(url)
+    }
+
+    /// Where the endpoint is. On this machine registries with and without TLS are found at the same kind of address: one
+    /// request, without credentials, tells which it is.
+    async fn base(&self, at: usize) -> Result<Url, Failure> {
+        let endpoint = &self.spec.endpoints[at];
+        if !endpoint.scheme_unknown {
+            return Ok(endpoint.base.clone());
+        }
+        let host = &self.hosts[at];
+        let _alone = host.entering.lock().await;
+        if let Some(base) = lock(&host.state).base.clone() {
+            return Ok(base);
+        }
+        let plain = endpoint.base.clone();
+        let answer = self.exchange(&plain, self.client(at, false)?.get(plain.clone())).await;
+        let speaks_tls = match &answer {
+            // What servers answer to plain HTTP on their TLS port.
+            Ok(response) => response.status() == StatusCode::BAD_REQUEST,
+            Err(failure) if failure.not_http => true,
+            Err(_) => return answer.map(|_| plain),
+        };
+        let mut base = plain;
+        if speaks_tls && base.set_scheme("https").is_err() {
+            return Err(Failure::passing(&base, "it speaks neither HTTP nor HTTPS"));
+        }
+        if let Ok(response) = &answer
+            && !speaks_tls
+        {
+            self.learn(at, response.headers(), response.status());
+        }
+        lock(&host.state).base = Some(base.clone());
+        Ok(base)
+    }
+
+    /// Notes what an answer says about how to be let in.
+    fn learn(&self, at: usize, headers: &HeaderMap, status: StatusCode) {
+        let mut state = lock(&self.hosts[at].state);
+        state.asked = true;
+        if status == StatusCode::UNAUTHORIZED
+            && let Some(challenge) = Challenge::of(headers)
+        {
+            state.challenge = Some(challenge);
+        }
+    }
+
+    /// Sends a request with a deadline. `shown` is for messages.
+    async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, Failure> {
+        let patience = &self.spec.patience;
+        match tokio::time::timeout(patience.connect + patience.stall, request.send()).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(classify(shown, &error)),
+            Err(_) => Err(Failure::passing(shown, "the server does not answer")),
+        }
+    }
+
+    /// Sends a request to an endpoint, logging in as far as it asks for that. Any status that is not a refusal comes back;
+    /// redirects are not followed. `stale` is an `Authorization` that is known not to work any more.
+    pub(super) async fn send(
+        &self,
+        at: usize,
+        need: Need,
+        url: &Url,
+        stale: Option<HeaderValue>,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<(Response, Grant), Failure> {
+        let endpoint = &self.spec.endpoints[at];
+        let client = self.client(at, url.scheme() == "https")?;
+        let mut stale = stale;
+        loop {
+            let grant = self.grant(at, need, url, stale.as_ref()).await?;
+            let mut request = make(&client, url.clone());
+            for (name, value) in endpoint.headers() {
+                request = request.header(name, value);
+            }
+            if let Some(value) = &grant.authorization {
+                request = request.header(AUTHORIZATION, value.clone());
+            }
+            let response = self.exchange(url, request).await?;
+            let status = response.status();
+            self.learn(at, response.headers(), status);
+            let refused = status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN;
+            if !refused {
+                return Ok((response, grant));
+            }
+            // Refused without having shown anything: show what there is. Refused what was kept: get it anew. Refused what is
+            // new: that is the answer.
+            let next = match grant.authorization {
+                Some(_) if grant.fresh => None,
+                None if status == StatusCode::FORBIDDEN || lock(&self.hosts[at].state).challenge.is_none() => None,
+                None if stale.is_some() => None,
+                authorization => Some(authorization),
+            };
+            match next {
+                Some(authorization) => stale = authorization.or(Some(HeaderValue::from_static(""))),
+                None => return Err(self.denied(url, response).await),
+            }
+        }
+    }
+
+    async fn denied(&self, url: &Url, response: Response) -> Failure {
+        let status = response.status();
+        let why = explanation(response, &self.spec.patience).await;
+        Failure::lasting(SourceError::Denied {
+            name: shown_url(url),
+            why: why.unwrap_or_else(|| status.to_string()),
+        })
+    }
+
+    /// What is needed for a request, from what is kept if that is good enough.
+    pub(super) async fn grant(
+        &self,
+        at: usize,
+        need: Need,
+        url: &Url,
+        stale: Option<&HeaderValue>,
+    ) -> Result<Grant, Failure> {
+        let host = &self.hosts[at];
+        if let Some(grant) = self.kept(at, need, stale)? {
+            return Ok(grant);
+        }
+        let _alone = host.entering.lock().await;
+        // Whoever was here before may have brought it.
+        if let Some(grant) = self.kept(at, need, stale)? {
+            return Ok(grant);
+        }
+        let before = lock(&host.state).login.clone();
+        let login = match before.clone() {
+            Some(login) => login,
+            None => self.look_up(at).await?,
+        };
+        match self.enter(at, need, url, &login, stale).await {
+            Err(failure) if before.is_some() && matches!(failure.error, SourceError::Denied { .. }) => {
+                // Helpers hand out passwords that expire, and people change files.
+                let again = self.look_up(at).await?;
+                if again == login {
+                    return Err(failure);
+                }
+                self.enter(at, need, url, &again, stale).await
+            }
+            other => other,
+        }
+    }
+
+    /// What is kept and not known to be stale. Nothing at all is what is needed where nobody asked for more.
+    fn kept(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, Failure> {
+        let state = lock(&self.hosts[at].state);
+        let kept = match &state.challenge {
+            None => Some(Grant::default()),
+            Some(Challenge::Basic) => match &state.login {
+                Some(login) => basic(login)?.map(|authorization| Grant {
+                    authorization: Some(authorization),
+                    ..Grant::default()
+                }),
+                None => None,
+            },
+            Some(Challenge::Bearer { .. }) => match state.tokens.get(&self.scope(need)) {
+                Some(token) if SystemTime::now() < token.until => Some(Grant {
+                    authorization: Some(bearer(&token.secret)?),
+                    until: Some(token.until),
+                    fresh: false,
+                }),
+                _ => None,
+            },
+        };
+        Ok(kept.filter(|grant| state.challenge.is_none() || grant.authorization.as_ref() != stale))
+    }
+
+    fn scope(&self, need: Need) -> String {
+        let actions = match need {
+            Need::Pull | Need::Resolve => "pull",
+            Need::Push => "pull,push",
+        };
+        format!("repository:{}:{actions}", self.spec.repository)
+    }
+
+    /// Looks up how to log in, on a thread that may wait for helpers.
+    async fn look_up(&self, at: usize) -> Result<Login, Failure> {
+        let endpoint = &self.spec.endpoints[at];
+        // What was given is for the registry that was named, not for whoever stands in for it.
+        if let (Some(login), None) = (&self.spec.keyring.given, &endpoint.stands_for) {
+            lock(&self.hosts[at].state).login = Some(login.clone());
+            return Ok(login.clone());
+        }
+        let host = if endpoint.stands_for.is_none() {
+            self.spec.host.clone()
+        } else {
+            endpoint.host()
+        };
+        let (keyring, repository) = (self.spec.keyring.clone(), self.spec.repository.clone());
+        let looking = tokio::task::spawn_blocking(move || keyring.login(&host, &repository)).await;
+        let login = looking.map_err(|error| {
+            Failure::lasting(SourceError::Setup {
+                what: "the search for credentials",
+                why: error.to_string(),
+            })
+        })?;
+        let login = login.map_err(Failure::lasting)?;
+        lock(&self.hosts[at].state).login = Some(login.clone());
+        Ok(login)
+    }
+
+    /// Gets what the endpoint's challenge asks for.
+    async fn enter(
+        &self,
+        at: usize,
+        need: Need,
+        url: &Url,
+        login: &Login,
+        stale: Option<&HeaderValue>,
+    ) -> Result<Grant, Failure> {
+        let denied = |why: &str| {
+            Failure::lasting(SourceError::Denied {
+                name: shown_url(url),
+                why: why.to_owned(),
+            })
+        };
+        let challenge = lock(&self.hosts[at].state).challenge.clone();
+        let granted = |authorization, until| Grant {
+            authorization: Some(authorization),
+            until,
+            fresh: true,
+        };
+        match (challenge, login) {
+            (None, _) => Ok(Grant::default()),
+            (Some(_), Login::Bearer(token)) => match bearer(token)? {
+                same if Some(&same) == stale => Err(denied("the token from the credentials file does not work")),
+                authorization => Ok(granted(authorization, None)),
+            },
+            (Some(Challenge::Basic), Login::Password { .. }) => match basic(login)? {
+                Some(authorization) if Some(&authorization) != stale => Ok(granted(authorization, None)),
+                _ => Err(denied("the registry does not take this user and password")),
+            },
+            (Some(Challenge::Basic), _) => Err(denied("the registry wants a user and a password")),
+            (Some(Challenge::Bearer { realm, service, scope }), login) => {
+                if url.scheme() == "https" && realm.scheme() != "https" {
+                    return Err(denied("its token server does not speak TLS"));
+                }
+                let wanted = self.scope(need);
+                // A mirror may call the repository by another name than we do; only for pulling is its word enough.
+                let scope = scope.filter(|scope| {
+                    need != Need::Push || scope.rsplit(':').next().is_some_and(|actions| actions.contains("push"))
+                });
+                let scope = scope.unwrap_or_else(|| wanted.clone());
+                let token = self.token(at, &realm, service.as_deref(), &scope, login).await?;
+                let authorization = bearer(&token.secret)?;
+                let until = Some(token.until);
+                lock(&self.hosts[at].state).tokens.insert(wanted, token);
+                Ok(granted(authorization, until))
+            }
+        }
+    }
+
+    /// Asks a token server: by GET for users and for nobody, by POST with an identity token.
+    async fn token(
+        &self,
+        at: usize,
+        realm: &Url,
+        service: Option<&str>,
+        scope: &str,
+        login: &Login,
+    ) -> Result<Token, Failure> {
+        let client = self.client(at, realm.scheme() == "https")?;
+        let asked = SystemTime::now();
+        let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
+        pairs.push(("scope", scope));
+        let request = if let Login::Identity(secret) = login {
+            pairs.extend([
+                ("grant_type", "refresh_token"),
+                ("client_id", "tarblk"),
+                ("refresh_token", secret.reveal()),
+            ]);
+            let form = url::form_urlencoded::Serializer::new(String::new())
+                .extend_pairs(pairs)
+                .finish();
+            client
+                .post(realm.clone())
+                .header(reqwest::header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+                .body(form)
+        } else {
+            let mut url = realm.clone();
+            url.query_pairs_mut().extend_pairs(pairs);
+            if let Login::Password { user, .. } = login {
+                url.query_pairs_mut().append_pair("account", user);
+            }
+            let request = client.get(url);
+            match basic(login)? {
+                Some(value) => request.header(AUTHORIZATION, value),
+                None => request,
+            }
+        };
+        let response = self.exchange(realm, request).await?;
+        let status = response.status();
+        if !status.is_success() {
+            if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+                return Err(refusal(realm, response, &self.spec.patience).await);
+            }
+            let why = explanation(response, &self.spec.patience).await;
+            let why = why.unwrap_or_else(|| format!("the token server says {status}"));
+            return Err(Failure::lasting(SourceError::Denied {
+                name: shown_url(realm),
+                why,
+            }));
+        }
+        let bytes = body(realm, response, LONGEST_ANSWER, &self.spec.patience).await?;
+        let answer: TokenAnswer =
+            serde_json::from_slice(&bytes).map_err(|_| Failure::wrong(realm, "an answer with no token in it"))?;
+        if !answer.refresh_token.is_empty() && matches!(login, Login::Identity(_)) {
+            let login = Login::Identity(Secret::new(answer.refresh_token.clone()));
+            lock(&self.hosts[at].state).login = Some(login);
+        }
+        answer
+            .token(asked)
+            .ok_or_else(|| Failure::wrong(realm, "an answer with no token in it"))
+    }
+
+    /// Follows the redirects of an answer to a GET. `Authorization` and the endpoint's headers stay with its own origin.
+    /// Also returns where it ended, if that is elsewhere.
+    pub(super) async fn chase(
+        &self,
+        at: usize,
+        from: &Url,
+        mut response: Response,
+        grant: &Grant,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<(Response, Option<Url>), Failure> {
+        let mut url = from.clone();
+        for _ in 0..MOST_REDIRECTS {
+            if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
+                return Ok((response, Some(url).filter(|url| url != from)));
+            }
+            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let next = location.and_then(|location| url.join(location).ok());
+            let next = next.ok_or_else(|| Failure::wrong(&url, "a redirect that leads nowhere"))?;
+            if url.scheme() == "https" && next.scheme() != "https" {
+                return Err(Failure::wrong(&url, "a redirect from https to plain http"));
+            }
+            url = next;
+            let own = url.origin() == from.origin();
+            let mut request = make(&self.client_for(at, own, &url)?, url.clone());
+            if own {
+                for (name, value) in self.spec.endpoints[at].headers() {
+                    request = request.header(name, value);
+                }
+                if let Some(value) = &grant.authorization {
+                    request = request.header(AUTHORIZATION, value.clone());
+                }
+            }
+            response = self.exchange(&url, request).await?;
+        }
+        Err(Failure::wrong(from, "redirects without end"))
+    }
+
+    /// The endpoint's client for its own origin, and one that shows nothing to others.
+    fn client_for(&self, at: usize, own: bool, url: &Url) -> Result<Client, SourceError> {
+        static STRANGERS: OnceLock<Client> = OnceLock::new();
+        let secure = url.scheme() == "https";
+        if own {
+            return self.client(at, secure);
+        }
+        if let Some(client) = STRANGERS.get() {
+            return Ok(client.clone());
+        }
+        let client = net::client(&crate::source::tls::Trust::default(), secure, &self.spec.patience)?;
+        if secure {
+            return Ok(STRANGERS.get_or_init(|| client).clone());
+        }
+        Ok(client)
+    }
+
+    /// Asks where a redirect has led before.
+    pub(super) async fn ask_target(
+        &self,
+        at: usize,
+        url: &Url,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<Response, Failure> {
+        self.exchange(url, make(&self.client_for(at, false, url)?, url.clone()))
+            .await
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Session({})", self.name())
+    }
+}
+
+/// A lock that outlives a panicking holder: what is behind these locks is valid at every step.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn basic(login: &Login) -> Result<Option<HeaderValue>, Failure> {
+    let Login::Password { user, password } = login else {
+        return Ok(None);
+    };
+    let pair = STANDARD.encode(format!("{user}:{}", password.reveal()));
+    sensitive(&format!("Basic {pair}")).map(Some)
+}
+
+fn bearer(token: &Secret) -> Result<HeaderValue, Failure> {
+    sensitive(&format!("Bearer {}", token.reveal()))
+}
+
+fn sensitive(text: &str) -> Result<HeaderValue, Failure> {
+    let mut value = HeaderValue::from_str(text).map_err(|_| {
+        Failure::lasting(SourceError::Credentials {
+            place: "the credentials".to_owned(),
+            why: "they hold characters that cannot be sent".to_owned(),
+        })
+    })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Reads a whole body that is not longer than `most`.
+pub(super) async fn body(
+    url: &Url,
+    mut response: Response,
+    most: u64,
+    patience: &Patience,
+) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let too_long = || Failure::wrong(url, format!("more than {most} bytes"));
+    if response.content_length().is_some_and(|len| len > most) {
+        return Err(too_long());
+    }
+    loop {
+        let piece = tokio::time::timeout(patience.stall, response.chunk()).await;
+        let piece = piece.map_err(|_| Failure::passing(url, "the server stopped sending"))?;
+        match piece.map_err(|error| classify(url, &error))? {
+            Some(piece) => bytes.extend_from_slice(&piece),
+            None => return Ok(bytes),
+        }
+        if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
+            return Err(too_long());
+        }
+    }
+}
+
+/// What a registry or token server says went wrong (distribution specification, "Error Codes"; RFC 6749, section 5.2).
+async fn explanation(response: Response, patience: &Patience) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Errors {
+        #[serde(default)]
+        errors: Vec<Error>,
+        #[serde(default)]
+        details: String,
+        #[serde(default)]
+        error_description: String,
+    }
+    #[derive(Deserialize)]
+    struct Error {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        message: String,
+    }
+    let url = response.url().clone();
+    let bytes = body(&url, response, LONGEST_ANSWER, patience).await.ok()?;
+    let said: Errors = serde_json::from_slice(&bytes).ok()?;
+    let text = match said.errors.into_iter().next() {
+        Some(error) if error.message.is_empty() => error.code,
+        Some(error) => format!("{} ({})", error.message, error.code),
+        None if said.error_description.is_empty() => said.details,
+        None => said.error_description,
+    };
+    // A stranger's text, in one line of ours.
+    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+    Some(text).filter(|text| !text.is_empty())
+}
+
+/// What an answer means that brings nothing.
+pub(super) async fn refusal(url: &Url, response: Response, patience: &Patience) -> Failure {
+    let status = response.status();
+    let retry_after = response
+        .headers()
+        .get(RETRY_AFTER)
+        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let passing = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
+        || matches!(
+            status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
+        );
+    let said = explanation(response, patience).await;
+    let said = said.map_or_else(|| status.to_string(), |said| format!("{status}: {said}"));
+    if passing {
+        return Failure::passing(url, format!("the server says {said}")).after(retry_after.map(Duration::from_secs));
+    }
+    let advice = match status {
+        StatusCode::NOT_FOUND | StatusCode::GONE => "; check the name and the tag",
+        _ => "",
+    };
+    Failure::lasting(SourceError::Status {
+        url: shown_url(url),
+        status: said,
+        advice,
+    })
+}

@@ -1,0 +1,716 @@
+//! The fetcher on compressed layers: the plain file's bytes, whatever the coding, whatever the server does; and never a byte
+//! that is not what an index vouches for.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+use tarblk::bench::origin::{Fault, Origin, Request, at_random};
+use tarblk::fetch::store::Store;
+use tarblk::fetch::{
+    Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
+    LayerSource, Located, Slice, WholeDigests, WindowPlace, Windows,
+};
+use tarblk::layer::{Coding, Indexer, Spans};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+const SIZE: usize = 5_000_321;
+const SPACING: u64 = 200_000;
+
+fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+/// Something between text and noise: compresses to about a third.
+fn content(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut bytes = Vec::with_capacity(len + 64);
+    while bytes.len() < len {
+        match random() % 5 {
+            0 => bytes.extend_from_slice(&random().to_le_bytes()),
+            1 if bytes.len() > 40_000 => {
+                let from = bytes.len() - 1 - usize::try_from(random() % 30_000).unwrap();
+                let again = bytes[from..bytes.len().min(from + 50)].to_vec();
+                bytes.extend_from_slice(&again);
+            }
+            _ => bytes.extend_from_slice(b"a line that comes often\n"),
+        }
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Runs a compressor as a filter.
+fn through(command: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new(command[0])
+        .args(&command[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{} is needed: {error}", command[0]));
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let feeder = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    feeder.join().unwrap().unwrap();
+    assert!(output.status.success());
+    output.stdout
+}
+
+/// One of the ways in which layers are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// One member.
+    Gzip,
+    /// Many members.
+    Members,
+    /// Many frames.
+    Frames,
+    /// One frame: it cannot be entered in the middle.
+    OneFrame,
+}
+
+const WAYS: [Way; 4] = [Way::Gzip, Way::Members, Way::Frames, Way::OneFrame];
+
+/// A layer, compressed and indexed.
+struct Made {
+    tar: Arc<Vec<u8>>,
+    blob: Arc<Vec<u8>>,
+    spans: Spans,
+}
+
+fn indexed(coding: Coding, blob: &[u8]) -> Spans {
+    let mut indexer = Indexer::new(coding, SPACING);
+    for piece in blob.chunks(100_000) {
+        indexer.feed(piece, &mut |_| {}).unwrap();
+    }
+    indexer.finish().unwrap()
+}
+
+fn make(way: Way) -> Made {
+    make_of(way, content(SIZE))
+}
+
+fn make_of(way: Way, tar: Vec<u8>) -> Made {
+    let pieces = |command: &[&str]| tar.chunks(333_333).flat_map(|piece| through(command, piece)).collect();
+    let (coding, blob): (_, Vec<u8>) = match way {
+        Way::Gzip => (Coding::Gzip, through(&["gzip", "-6n"], &tar)),
+        Way::Members => (Coding::Gzip, pieces(&["gzip", "-6n"])),
+        Way::Frames => (Coding::Zstd, pieces(&["zstd", "-q", "-c"])),
+        Way::OneFrame => (Coding::Zstd, through(&["zstd", "-q", "-c"], &tar)),
+    };
+    let spans = indexed(coding, &blob);
+    assert_eq!(spans.table.seekable(), way != Way::OneFrame);
+    Made {
+        tar: Arc::new(tar),
+        blob: Arc::new(blob),
+        spans,
+    }
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+impl Made {
+    fn coded(&self) -> Coded {
+        Coded {
+            table: self.spans.table.clone(),
+            windows: Windows::Memory(Arc::new(self.spans.windows.clone())),
+        }
+    }
+
+    fn check(&self) -> ChunkCheck {
+        let chunk = usize::try_from(CHUNK_BYTES).unwrap();
+        let digests: Vec<[u8; 32]> = self.tar.chunks(chunk).map(sha256).collect();
+        ChunkCheck::new(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
+    }
+
+    fn whole(&self) -> WholeDigests {
+        WholeDigests {
+            blob: Some(sha256(&self.blob)),
+            tar: Some(sha256(&self.tar)),
+        }
+    }
+
+    fn over_http(&self, origin: &Origin) -> LayerSource {
+        let http = HttpLayer {
+            url: origin.url("/blob"),
+            size: u(self.blob.len()),
+            validator: None,
+            headers: Vec::new(),
+            access: None,
+        };
+        LayerSource {
+            coding: Some(self.coded()),
+            digests: Some(self.check()),
+            whole: self.whole(),
+            identity: Some("sha256:test".to_owned()),
+            ..Blob::Http(http).into()
+        }
+    }
+
+    fn in_a_file(&self, path: &Path) -> LayerSource {
+        std::fs::write(path, self.blob.as_slice()).unwrap();
+        let file = FileLayer {
+            path: path.to_owned(),
+            file: File::open(path).unwrap().into(),
+            size: u(self.blob.len()),
+        };
+        LayerSource {
+            coding: Some(self.coded()),
+            digests: Some(self.check()),
+            whole: self.whole(),
+            ..Blob::File(file).into()
+        }
+    }
+
+    fn served(&self) -> Origin {
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", self.blob.as_slice());
+        origin
+    }
+}
+
+fn range(start: usize, len: usize) -> LayerRange {
+    LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(u(start)), u(len)),
+    }
+}
+
+fn joined(slices: &[Slice]) -> Vec<u8> {
+    slices.iter().flat_map(|slice| slice.to_vec()).collect()
+}
+
+fn quick() -> FetchOptions {
+    FetchOptions {
+        connect_deadline: Duration::from_millis(500),
+        head_deadline: Duration::from_millis(500),
+        stall_deadline: Duration::from_millis(500),
+        slowest_body: 16 << 10,
+        deadline: Duration::from_secs(60),
+        memory_bytes: 1 << 20,
+        ..FetchOptions::default()
+    }
+}
+
+fn start(layer: LayerSource, options: FetchOptions) -> Fetcher {
+    Fetcher::start(vec![layer], options, None).unwrap()
+}
+
+fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
+    Ok(match fetcher.locate(range(start, len)) {
+        Located::Memory(slices) => joined(&slices),
+        Located::File(fd, at) => {
+            let path = PathBuf::from(format!("/proc/self/fd/{fd}"));
+            let mut bytes = vec![0; len];
+            std::os::unix::fs::FileExt::read_exact_at(&File::open(path).unwrap(), &mut bytes, at).unwrap();
+            bytes
+        }
+        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
+    })
+}
+
+/// Four readers at random places.
+fn hammer(fetcher: &Fetcher, tar: &Arc<Vec<u8>>, reads: usize) {
+    let readers: Vec<_> = (0..4u64)
+        .map(|seed| {
+            let (fetcher, tar) = (fetcher.clone(), tar.clone());
+            std::thread::spawn(move || {
+                let mut state = seed * 77 + 1;
+                let mut random = |below: usize| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    usize::try_from(state >> 33).unwrap() % below
+                };
+                for _ in 0..reads {
+                    let start = random(tar.len());
+                    let len = (1 + random(200_000)).min(tar.len() - start);
+                    let bytes = read(&fetcher, start, len).unwrap();
+                    assert!(bytes == tar[start..start + len], "wrong bytes at {start}+{len}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.join().unwrap();
+    }
+}
+
+#[test]
+fn every_way_reads_as_the_plain_file() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        let fetcher = start(made.over_http(&origin), quick());
+        hammer(&fetcher, &made.tar, 15);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.read_errors, stats.in_flight, stats.chunks_wrong),
+            (0, 0, 0),
+            "{way:?}: {stats:?}"
+        );
+        assert!(
+            stats.chunks_checked > 0 && stats.bytes_decoded + stats.bytes_stored > 0,
+            "{way:?}: {stats:?}"
+        );
+    }
+}
+
+#[test]
+fn local_blobs_read_as_the_plain_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for way in WAYS {
+        let made = make(way);
+        let fetcher = start(made.in_a_file(&dir.path().join(format!("{way:?}"))), quick());
+        hammer(&fetcher, &made.tar, 15);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.read_errors, stats.in_flight, stats.chunks_wrong),
+            (0, 0, 0),
+            "{way:?}: {stats:?}"
+        );
+        assert_eq!((stats.requests, stats.bytes_fetched), (0, 0), "{way:?}: {stats:?}");
+    }
+}
+
+#[test]
+fn a_failing_server_costs_time_and_no_bytes() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        let menu = vec![
+            Fault::ResetBefore,
+            Fault::ResetWithin(10_000),
+            Fault::ShortBody(3000),
+            Fault::LongBody(4096),
+            Fault::Status(500, None),
+            Fault::Status(429, Some(0)),
+            Fault::WrongRange(512),
+            Fault::ShortRange(512),
+            Fault::Delay(Duration::from_millis(20)),
+            Fault::Silence,
+            Fault::SlowBody(4000),
+        ];
+        origin.set_faults(at_random(11, 350, menu));
+        let dir = tempfile::tempdir().unwrap();
+        let options = || FetchOptions {
+            store: Some(Store::open(dir.path()).unwrap()),
+            ..quick()
+        };
+        let fetcher = start(made.over_http(&origin), options());
+        hammer(&fetcher, &made.tar, 15);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.read_errors, stats.in_flight, stats.layers_poisoned),
+            (0, 0, 0),
+            "{way:?}: {stats:?}"
+        );
+        if way != Way::OneFrame {
+            assert!(stats.errors > 0 && stats.retries > 0, "{way:?}: {stats:?}");
+        }
+        fetcher.shutdown();
+        drop(fetcher);
+        // What was kept meanwhile is right as well, and is not fetched again.
+        origin.clear_faults();
+        let fetcher = start(made.over_http(&origin), options());
+        assert!(
+            read(&fetcher, 0, SIZE).unwrap() == *made.tar,
+            "{way:?}: the store has wrong bytes"
+        );
+        assert!(
+            fetcher.stats().bytes_fetched < u(made.blob.len()),
+            "{way:?}: nothing was kept"
+        );
+    }
+}
+
+#[test]
+fn a_server_without_ranges_is_streamed_once() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        origin.set_ranges(false);
+        let fetcher = start(made.over_http(&origin), quick());
+        hammer(&fetcher, &made.tar, 12);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.read_errors, stats.in_flight, stats.layers_poisoned),
+            (0, 0, 0),
+            "{way:?}: {stats:?}"
+        );
+        assert!(stats.requests <= 24, "{way:?}: {stats:?}");
+    }
+}
+
+/// A blob with one byte changed, where every reader comes by.
+fn damaged(made: &Made) -> Vec<u8> {
+    let mut blob = made.blob.to_vec();
+    let middle = blob.len() / 2;
+    blob[middle] ^= 0x10;
+    blob
+}
+
+#[test]
+fn a_flipped_byte_is_never_served() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", damaged(&made));
+        let dir = tempfile::tempdir().unwrap();
+        let options = FetchOptions {
+            store: Some(Store::open(dir.path()).unwrap()),
+            ..quick()
+        };
+        let fetcher = start(made.over_http(&origin), options.clone());
+        let mut failed = None;
+        for at in (0..SIZE).step_by(100_000) {
+            let len = 100_000.min(SIZE - at);
+            match read(&fetcher, at, len) {
+                Ok(bytes) => assert!(bytes == made.tar[at..at + len], "{way:?}: wrong bytes at {at}"),
+                Err(error) => failed = Some(error),
+            }
+        }
+        let error = failed.unwrap_or_else(|| panic!("{way:?}: nobody noticed"));
+        assert!(matches!(error, FetchError::Poisoned { .. }), "{way:?}: {error}");
+        assert_eq!(error.errno(), libc::EIO);
+        let stats = fetcher.stats();
+        assert!(
+            stats.chunks_wrong >= 2 && stats.layers_poisoned == 1,
+            "{way:?}: {stats:?}"
+        );
+        assert!(
+            matches!(fetcher.locate(range(0, 10)), Located::Elsewhere),
+            "{way:?}: it is still believed"
+        );
+        assert!(read(&fetcher, 0, 10).is_err(), "{way:?}: it is still read");
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().count(),
+            0,
+            "{way:?}: the store still has it"
+        );
+        fetcher.shutdown();
+        drop(fetcher);
+        // The right blob afterwards is read as if nothing had been.
+        origin.serve_blob("/blob", made.blob.as_slice());
+        let fetcher = start(made.over_http(&origin), options);
+        assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar);
+    }
+}
+
+#[test]
+fn damage_on_the_way_is_repaired_by_asking_again() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        let middle = u(made.blob.len() / 2);
+        let times = AtomicU32::new(0);
+        origin.set_faults(move |request: &Request| {
+            let over_it = request.header("range").is_some_and(|range| {
+                let (first, last) = range.trim_start_matches("bytes=").split_once('-').unwrap();
+                (first.parse().unwrap()..=last.parse().unwrap()).contains(&middle)
+            });
+            if over_it && times.fetch_add(1, Ordering::Relaxed) == 0 {
+                vec![Fault::Damage(middle)]
+            } else {
+                Vec::new()
+            }
+        });
+        let fetcher = start(made.over_http(&origin), quick());
+        assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar, "{way:?}: wrong bytes");
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.chunks_wrong, stats.layers_poisoned),
+            (1, 0),
+            "{way:?}: {stats:?}"
+        );
+    }
+}
+
+#[test]
+fn an_index_of_another_layer_is_no_use() {
+    let made = make(Way::Gzip);
+    let mut others = made.tar.to_vec();
+    others.rotate_left(1_234_567);
+    let other = make_of(Way::Gzip, others);
+    let origin = other.served();
+    // The lengths differ: that is seen at once.
+    let layer = LayerSource {
+        coding: Some(made.coded()),
+        ..other.over_http(&origin)
+    };
+    assert_ne!(made.blob.len(), other.blob.len());
+    let error = Fetcher::start(vec![layer], quick(), None).unwrap_err();
+    assert!(error.to_string().contains("belongs to another layer"), "{error}");
+    // They do not: then its places are nonsense, and nothing is believed.
+    let mut fitted = other.blob.to_vec();
+    fitted.resize(made.blob.len(), 0);
+    origin.serve_blob("/blob", fitted);
+    let fetcher = start(made.over_http(&origin), quick());
+    for at in [0, SIZE / 2, SIZE - 4096] {
+        let error = read(&fetcher, at, 4096).map(|_| ()).unwrap_err();
+        assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+    }
+    // Without digests only what cannot be decoded is seen. It must end, one way or the other.
+    let layer = LayerSource {
+        digests: None,
+        ..made.over_http(&origin)
+    };
+    let fetcher = start(layer, quick());
+    for at in (0..SIZE).step_by(500_000) {
+        match read(&fetcher, at, 4096) {
+            Ok(bytes) => assert_eq!(bytes.len(), 4096.min(SIZE - at)),
+            Err(error) => assert!(matches!(error, FetchError::Poisoned { .. }), "{error}"),
+        }
+        if SIZE - at < 4096 + 500_000 {
+            break;
+        }
+    }
+}
+
+/// The cold part of an index: windows as zstd frames, and where they lie.
+fn cold_part(spans: &Spans) -> (Vec<u8>, Arc<[WindowPlace]>) {
+    let mut cold = b"something in front".to_vec();
+    let place = |window: &Vec<u8>| {
+        if window.is_empty() {
+            return WindowPlace::default();
+        }
+        let frame = through(&["zstd", "-q", "-c"], window);
+        let place = WindowPlace {
+            offset: u(cold.len()),
+            len: u32::try_from(frame.len()).unwrap(),
+            crc: crc32c::crc32c(&frame),
+        };
+        cold.extend_from_slice(&frame);
+        place
+    };
+    let places = spans.windows.iter().map(place).collect();
+    (cold, places)
+}
+
+#[test]
+fn windows_come_from_an_index_file_or_over_http() {
+    let made = make(Way::Gzip);
+    let (cold, places) = cold_part(&made.spans);
+    let origin = made.served();
+    origin.serve_blob("/index", cold.as_slice());
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("index"), &cold).unwrap();
+    let file = Windows::File(
+        Arc::new(File::open(dir.path().join("index")).unwrap().into()),
+        places.clone(),
+    );
+    let index = HttpLayer {
+        url: origin.url("/index"),
+        size: u(cold.len()),
+        validator: None,
+        headers: Vec::new(),
+        access: None,
+    };
+    let with = |windows: Windows| LayerSource {
+        coding: Some(Coded {
+            table: made.spans.table.clone(),
+            windows,
+        }),
+        ..made.over_http(&origin)
+    };
+    for windows in [file, Windows::Http(Box::new(index.clone()), places.clone())] {
+        let fetcher = start(with(windows), quick());
+        hammer(&fetcher, &made.tar, 15);
+        assert_eq!(fetcher.stats().chunks_wrong, 0);
+    }
+    origin.set_ranges(false);
+    let fetcher = start(with(Windows::Http(Box::new(index.clone()), places.clone())), quick());
+    hammer(&fetcher, &made.tar, 5);
+    origin.set_ranges(true);
+    // A damaged window is noticed before it is used.
+    let mut damaged = cold.clone();
+    for place in places.iter().filter(|place| place.len > 0) {
+        damaged[usize::try_from(place.offset).unwrap() + 20] ^= 1;
+    }
+    origin.serve_blob("/index", damaged);
+    let fetcher = start(with(Windows::Http(Box::new(index), places)), quick());
+    let error = read(&fetcher, SIZE - 50_000, 4096).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("window"), "{error}");
+    assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+}
+
+#[test]
+fn what_one_process_kept_another_uses_and_checks() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        let dir = tempfile::tempdir().unwrap();
+        let options = || FetchOptions {
+            store: Some(Store::open(dir.path()).unwrap()),
+            prefetch: false,
+            ..quick()
+        };
+        let fetcher = start(made.over_http(&origin), options());
+        assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar);
+        fetcher.shutdown();
+        drop(fetcher);
+        // Another URL, the same identity: nothing is asked for.
+        drop(origin);
+        let origin = Origin::start().unwrap();
+        let fetcher = start(made.over_http(&origin), options());
+        assert!(
+            matches!(fetcher.locate(range(0, 4096)), Located::Elsewhere),
+            "{way:?}: not checked yet"
+        );
+        assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar, "{way:?}");
+        assert!(matches!(
+            fetcher.locate(range(1_000_000, 4096)),
+            Located::File(..) | Located::Memory(_)
+        ));
+        let stats = fetcher.stats();
+        assert_eq!((stats.bytes_fetched, stats.read_errors), (0, 0), "{way:?}: {stats:?}");
+        assert!(stats.chunks_checked >= 150, "{way:?}: {stats:?}");
+        fetcher.shutdown();
+        drop(fetcher);
+        // Somebody meddles with what is kept: it is noticed, and fetched again.
+        let data = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let data = data
+            .into_iter()
+            .find(|path| path.extension().is_some_and(|kind| kind == "data"))
+            .unwrap();
+        let file = File::options().write(true).open(&data).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"forged", 1_234_567).unwrap();
+        let origin = made.served();
+        let fetcher = start(made.over_http(&origin), options());
+        assert!(
+            read(&fetcher, 0, SIZE).unwrap() == *made.tar,
+            "{way:?}: a forged chunk was believed"
+        );
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.chunks_wrong, stats.layers_poisoned),
+            (1, 0),
+            "{way:?}: {stats:?}"
+        );
+        assert!(stats.bytes_fetched > 0, "{way:?}: {stats:?}");
+    }
+}
+
+/// Waits until `what` is so; a minute at most.
+fn until(what: impl Fn() -> bool) -> bool {
+    (0..600).any(|_| {
+        let is_so = what();
+        if !is_so {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        is_so
+    })
+}
+
+/// Whether the map in a store's directory says that its layer is whole and checked.
+fn is_sealed(dir: &Path) -> bool {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let map = entries
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|kind| kind == "map"));
+    map.and_then(|map| std::fs::read(map).ok())
+        .is_some_and(|map| map[72..76] == [1, 0, 0, 0])
+}
+
+#[test]
+fn a_whole_layer_is_checked_against_its_own_digest() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = made.served();
+        let dir = tempfile::tempdir().unwrap();
+        let options = || FetchOptions {
+            store: Some(Store::open(dir.path()).unwrap()),
+            ..quick()
+        };
+        // No chunk digests: only the whole can say so.
+        let layer = |whole| LayerSource {
+            digests: None,
+            whole,
+            ..made.over_http(&origin)
+        };
+        let fetcher = start(layer(made.whole()), options());
+        assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar);
+        assert!(until(|| is_sealed(dir.path())), "{way:?}: it is not sealed");
+        fetcher.shutdown();
+        drop(fetcher);
+        std::fs::remove_dir_all(dir.path()).unwrap();
+        std::fs::create_dir(dir.path()).unwrap();
+        let another = WholeDigests {
+            blob: (way == Way::OneFrame).then_some([1; 32]),
+            tar: (way != Way::OneFrame).then_some([1; 32]),
+        };
+        let fetcher = start(layer(another), options());
+        let _right_until_it_is_found_out = read(&fetcher, 0, SIZE);
+        assert!(
+            until(|| fetcher.stats().layers_poisoned == 1),
+            "{way:?}: it is not found out"
+        );
+        let error = read(&fetcher, 0, 4096).map(|_| ()).unwrap_err();
+        assert!(matches!(error, FetchError::Poisoned { .. }), "{way:?}: {error}");
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().count(),
+            0,
+            "{way:?}: the store still has it"
+        );
+    }
+}
+
+#[test]
+fn plain_layers_are_checked_as_well() {
+    let made = make(Way::Gzip);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("layer.tar");
+    std::fs::write(&path, made.tar.as_slice()).unwrap();
+    let local = || LayerSource {
+        digests: Some(made.check()),
+        ..LayerSource::file(FileLayer {
+            path: path.clone(),
+            file: File::open(&path).unwrap().into(),
+            size: u(SIZE),
+        })
+    };
+    let origin = Origin::start().unwrap();
+    let remote = || LayerSource {
+        digests: Some(made.check()),
+        ..LayerSource::http(HttpLayer {
+            url: origin.url("/tar"),
+            size: u(SIZE),
+            validator: None,
+            headers: Vec::new(),
+            access: None,
+        })
+    };
+    origin.serve_blob("/tar", made.tar.as_slice());
+    for layer in [local(), remote()] {
+        let fetcher = start(layer, quick());
+        hammer(&fetcher, &made.tar, 15);
+        let stats = fetcher.stats();
+        assert!(stats.chunks_checked > 0 && stats.chunks_wrong == 0, "{stats:?}");
+    }
+    let mut forged = made.tar.to_vec();
+    forged[2_000_000] ^= 1;
+    std::fs::write(&path, &forged).unwrap();
+    origin.serve_blob("/tar", forged);
+    for layer in [local(), remote()] {
+        let fetcher = start(layer, quick());
+        assert!(read(&fetcher, 500_000, 4096).unwrap() == made.tar[500_000..504_096]);
+        let error = read(&fetcher, 2_000_000, 10).map(|_| ()).unwrap_err();
+        assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+    }
+}

@@ -1,0 +1,1 @@
+"""How tools/test-images makes images."""
