@@ -24,6 +24,8 @@ mod json;
 mod stargz;
 mod stream;
 mod table;
+#[cfg(test)]
+mod tests;
 mod zstd;
 
 pub use decoder::Decoder;

@@ -3,6 +3,9 @@
 //! Nothing is kept but the entry at hand. What is accepted is bounded in depth (by the JSON reader), in the number of entries and in the
 //! number of attributes an entry has.
 
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 use std::fmt;
 
