@@ -8,11 +8,13 @@ mod attach;
 mod bench;
 mod cli;
 mod demo;
+mod diff;
 mod generate;
 mod index;
 mod layer;
 pub mod output;
 mod ps;
+mod registry;
 mod replace;
 
 use std::process::ExitCode;
@@ -71,6 +73,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
     match command {
         Command::Index(args) => index::run(args, session),
         Command::Ls(args) => layer::ls(args, session),
+        Command::Diff(args) => diff::diff(args, session),
         Command::Image(args) => layer::image(args, session),
         Command::Attach(args) => attach::attach(args, session),
         Command::Mount(args) => attach::mount(args, session),

@@ -7,6 +7,7 @@
 //! The rooms, in the order data walks through them (docs/ARCHITECTURE.md is the tour):
 //! `source` → [`layer`] → [`index`] → [`tree`] → [`image`] → [`fetch`] → `device` → mount, bench and the command.
 
+pub mod diff;
 pub mod digest;
 pub mod image;
 pub mod index;

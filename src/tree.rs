@@ -15,6 +15,7 @@ use crate::units::{LayerId, TarOffset, to_usize};
 
 mod builder;
 mod error;
+pub mod listing;
 mod names;
 mod path;
 mod table;

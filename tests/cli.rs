@@ -41,7 +41,7 @@ fn usage_is_told_from_failure() {
     lab.bad(&["attach", "layer.tar", "--backend", "nbd"], 2);
     lab.bad(&["-q", "-v", "ps"], 2);
     for command in [
-        "index", "ls", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
+        "index", "ls", "diff", "image", "attach", "mount", "umount", "ps", "stats", "detach", "bench", "demo",
     ] {
         assert!(lab.good(&[command, "--help"]).contains("Usage: tarblk"), "{command}");
     }
@@ -170,6 +170,56 @@ fn ls_lists_layers_and_indexes_alike() {
     );
     assert!(lab.good(&["ls", "layer.tar", "--mtree"]).starts_with("#mtree\n"));
     lab.bad(&["ls", "layer.tar", "--mtree", "--json"], 2);
+}
+
+#[test]
+fn diff_tells_what_changed() {
+    let lab = Lab::new();
+    let write = |name: &str, mode, entries: &[(&str, &str)]| {
+        let mut tar = tar::Builder::new(File::create(lab.path(name)).unwrap());
+        for (path, content) in entries {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(u64::try_from(content.len()).unwrap());
+            header.set_mode(mode);
+            header.set_mtime(7);
+            tar.append_data(&mut header, path, content.as_bytes()).unwrap();
+        }
+        tar.into_inner().unwrap();
+    };
+    write("old.tar", 0o644, &[("a", "1"), ("d/gone", "x"), ("same-size", "old")]);
+    write("new.tar", 0o600, &[("a", "22"), ("d/new", "yyy"), ("same-size", "new")]);
+    write("newer.tar", 0o644, &[("a", "1"), ("d/gone", "x"), ("same-size", "new")]);
+    lab.good(&["index", "new.tar", "-o", "new.tarblk"]);
+    for new in ["new.tar", "new.tarblk"] {
+        let told = lab.good(&["diff", "old.tar", new]);
+        let lines: Vec<_> = told.lines().collect();
+        assert_eq!(lines[0], "~ a  mode 0644 to 0600, 1 to 2 bytes");
+        assert_eq!((lines[1], lines[2]), ("- d/gone", "+ d/new"));
+        assert_eq!(lines[3], "~ same-size  mode 0644 to 0600, content?");
+        assert_eq!(lines[4], "1 added, 1 removed, 2 changed");
+        assert!(lines[5].starts_with("8 B of files") && lines.len() == 6, "{told}");
+    }
+    let told = lab.good(&["diff", "old.tar", "newer.tar"]);
+    assert!(
+        told.starts_with("0 added, 0 removed, 0 changed; 3 of the same size may"),
+        "{told}"
+    );
+    let told = lab.good(&["diff", "old.tar", "newer.tar", "--uncertain"]);
+    assert!(told.starts_with("~ a  content?\n~ d/gone  content?\n"), "{told}");
+    let json = lab.good(&["diff", "old.tar", "new.tar", "--json"]);
+    let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines[0]["aspects"], serde_json::json!(["mode", "size"]));
+    assert_eq!(
+        (&lines[0]["before"]["size"], &lines[0]["after"]["size"]),
+        (&1.into(), &2.into())
+    );
+    assert_eq!(
+        (&lines[1]["change"], &lines[1]["before"]["path"]),
+        (&"removed".into(), &"d/gone".into())
+    );
+    assert_eq!(lines[4]["totals"]["fetch_bytes"], 8);
+    lab.bad(&["diff", "old.tar"], 2);
+    assert!(lab.bad(&["diff", "old.tar", "missing.tar"], 1).contains("missing.tar"));
 }
 
 #[test]

@@ -14,8 +14,9 @@ use tarblk::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::fetch::store::Store;
 use tarblk::fetch::{
     Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
-    LayerSource, Located, Slice, WholeDigests, WindowPlace, Windows,
+    LayerSource, Located, Slice, WholeDigests, Windows,
 };
+use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder};
 use tarblk::layer::{Coding, Indexer, Spans};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
@@ -481,24 +482,15 @@ fn an_index_of_another_layer_is_no_use() {
     }
 }
 
-/// The cold part of an index: windows as zstd frames, and where they lie.
-fn cold_part(spans: &Spans) -> (Vec<u8>, Arc<[WindowPlace]>) {
-    let mut cold = b"something in front".to_vec();
-    let place = |window: &Vec<u8>| {
-        if window.is_empty() {
-            return WindowPlace::default();
-        }
-        let frame = through(&["zstd", "-q", "-c"], window);
-        let place = WindowPlace {
-            offset: u(cold.len()),
-            len: u32::try_from(frame.len()).unwrap(),
-            crc: crc32c::crc32c(&frame),
-        };
-        cold.extend_from_slice(&frame);
-        place
-    };
-    let places = spans.windows.iter().map(place).collect();
-    (cold, places)
+/// An index with nothing but windows, and where they lie in it.
+fn cold_part(spans: &Spans) -> (Vec<u8>, ColdDirectory) {
+    let mut table = Vec::new();
+    spans.table.encode(&mut table);
+    let mut builder = IndexBuilder::new();
+    builder.spans(table, &spans.windows);
+    let bytes = builder.finish(spans.table.tar_len(), EndOfArchive::Marked);
+    let directory = Index::open(bytes.as_slice()).unwrap().cold().clone();
+    (bytes, directory)
 }
 
 #[test]
@@ -538,8 +530,11 @@ fn windows_come_from_an_index_file_or_over_http() {
     origin.set_ranges(true);
     // A damaged window is noticed before it is used.
     let mut damaged = cold.clone();
-    for place in places.iter().filter(|place| place.len > 0) {
-        damaged[usize::try_from(place.offset).unwrap() + 20] ^= 1;
+    for n in 0..places.pieces(ColdPart::Windows) {
+        let range = places.piece(ColdPart::Windows, n).unwrap().range;
+        if !range.is_empty() {
+            damaged[usize::try_from(range.start).unwrap() + 10] ^= 1;
+        }
     }
     origin.serve_blob("/index", damaged);
     let fetcher = start(with(Windows::Http(Box::new(index), places)), quick());

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, FileMap as _, Origin};
 use tarblk::index::{Entry, Kind, Segment, Timestamp, Xattr};
-use tarblk::tree::{Content, NodeId, NodeKind, Tree, TreeBuilder, TreeMode};
+use tarblk::tree::{Content, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeMode};
 use tarblk::units::{LayerId, TarOffset};
 
 /// One entry of a layer.
@@ -395,7 +395,73 @@ fn cases() -> u32 {
     let cases = std::env::var("PROPTEST_CASES")
         .ok()
         .and_then(|cases| cases.parse().ok());
-    cases.unwrap_or(1000)
+    cases.unwrap_or(500)
+}
+
+/// What is in one directory of a stack of trees, as overlayfs sees it: directories of that name, the highest first, down to
+/// an opaque one or something else.
+type Merged = Vec<(usize, NodeId)>;
+
+/// What overlayfs shows of single layers, the highest last: by path the layer and node that its attributes come from.
+fn stacked(trees: &[Tree]) -> BTreeMap<Vec<u8>, (usize, NodeId)> {
+    let is_whiteout = |layer: usize, id| {
+        let node: &Node = trees[layer].node(id);
+        node.kind() == NodeKind::CharDevice && node.device() == (0, 0)
+    };
+    let is_opaque = |layer: usize, id| {
+        let tree: &Tree = &trees[layer];
+        tree.xattrs(tree.node(id).xattr_set())
+            .any(|found| found == (b"trusted.overlay.opaque", b"y"))
+    };
+    // Marks on roots are not looked at, so these layers have none.
+    let roots: Merged = (0..trees.len()).rev().map(|layer| (layer, NodeId::ROOT)).collect();
+    let mut found = BTreeMap::from([(Vec::new(), roots[0])]);
+    let mut pending: Vec<(Vec<u8>, Merged)> = vec![(Vec::new(), roots)];
+    while let Some((path, directories)) = pending.pop() {
+        let names: BTreeSet<&[u8]> = directories
+            .iter()
+            .flat_map(|&(layer, id)| trees[layer].children(id).map(|child| child.name))
+            .collect();
+        for name in names {
+            let mut merged = Merged::new();
+            for &(layer, id) in &directories {
+                let Some(id) = trees[layer].child(id, name) else {
+                    continue;
+                };
+                let directory = trees[layer].node(id).is_directory();
+                if directory || merged.is_empty() && !is_whiteout(layer, id) {
+                    merged.push((layer, id));
+                }
+                if !directory || is_opaque(layer, id) {
+                    break;
+                }
+            }
+            let Some(&(layer, id)) = merged.first() else { continue };
+            let path = if path.is_empty() {
+                name.to_vec()
+            } else {
+                [&path[..], name].join(&b'/')
+            };
+            found.insert(path.clone(), (layer, id));
+            if trees[layer].node(id).is_directory() {
+                pending.push((path, merged));
+            }
+        }
+    }
+    found
+}
+
+/// Every directory with a whiteout is marked, so that the kernel does not list the whiteout.
+fn check_marks(tree: &Tree) {
+    for (id, node) in tree.nodes().filter(|(_, node)| node.is_directory() && node.links() > 0) {
+        let whiteouts = tree
+            .children(id)
+            .any(|child| tree.node(child.node).kind() == NodeKind::CharDevice);
+        let marked = tree
+            .xattrs(node.xattr_set())
+            .any(|found| found == (b"trusted.overlay.origin", b""));
+        assert!(marked || !whiteouts, "{}", String::from_utf8_lossy(&tree.path(id)));
+    }
 }
 
 proptest! {
@@ -422,5 +488,49 @@ proptest! {
         let tree = builder.finish();
         check_tree(&tree, &model);
         check_image(&Ext4Image::plan(tree, &Ext4Options::default()).unwrap());
+    }
+
+    #[test]
+    fn single_layers_stacked_are_the_merged_tree(
+        layers in prop::collection::vec(prop::collection::vec(op(), 0..25), 1..5),
+    ) {
+        let mut model = Model::new();
+        let mut merged = TreeBuilder::with_mode(TreeMode::Merged);
+        let mut trees = Vec::new();
+        for (number, ops) in (0_u32..).zip(layers) {
+            // Links across layers are errors, and overlayfs does not heed an opaque root.
+            let possible = |op: &Op| match op.what {
+                What::Link(_) => false,
+                What::Directory => true,
+                _ => !op.path.is_empty(),
+            };
+            let mut ops: Vec<_> = ops.into_iter().filter(possible).enumerate().collect();
+            model.apply(number, &mut ops);
+            merged.begin_layer(LayerId(number)).unwrap();
+            let mut alone = TreeBuilder::with_mode(TreeMode::Overlay);
+            alone.begin_layer(LayerId(number)).unwrap();
+            for (at, op) in &ops {
+                merged.push(&op.entry(*at)).unwrap();
+                alone.push(&op.entry(*at)).unwrap();
+            }
+            let tree = alone.finish();
+            check_marks(&tree);
+            trees.push(tree);
+        }
+        let merged = merged.finish();
+        let (found, expected) = (stacked(&trees), names(&merged));
+        prop_assert!(found.keys().eq(expected.keys()), "{:?}\n{:?}", found.keys(), expected.keys());
+        for (path, (layer, id)) in found {
+            let (one, other) = (trees[layer].node(id), merged.node(expected[&path]));
+            let path = String::from_utf8_lossy(&path);
+            prop_assert_eq!(one.kind(), other.kind(), "{}", path);
+            if !one.is_directory() {
+                prop_assert_eq!((one.layer(), one.mtime(), one.uid()), (other.layer(), other.mtime(), other.uid()), "{}", path);
+                let contents = (trees[layer].content(id), merged.content(expected[path.as_bytes()]));
+                prop_assert_eq!(contents.0, contents.1, "{}", path);
+            } else if one.layer() == other.layer() {
+                prop_assert_eq!((one.mode(), one.uid()), (other.mode(), other.uid()), "{}", path);
+            }
+        }
     }
 }

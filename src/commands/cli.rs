@@ -7,6 +7,8 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::quantity::{parse_rate, parse_size, parse_time};
+use crate::source::Secret;
+use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
 
 /// A container layer as a block device, before it has been downloaded.
 ///
@@ -66,6 +68,8 @@ pub enum Command {
     Index(IndexArgs),
     /// List what a layer holds.
     Ls(LsArgs),
+    /// Tell what differs between two layers, and what one would fetch for the other.
+    Diff(DiffArgs),
     /// Write a layer's whole filesystem image to a file.
     Image(ImageArgs),
     /// Offer a layer as a block device and print the device's path.
@@ -118,6 +122,43 @@ pub struct LayerArgs {
     /// Disk space for fetched bytes; layers unused longest go first.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16GiB")]
     pub cache_size: u64,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// How registries are talked to.
+#[derive(Clone, Debug, Args)]
+pub struct RegistryArgs {
+    /// Which image of a list for several platforms, as linux/arm64 or linux/arm/v7 [default: Linux on this processor].
+    #[arg(long, help_heading = "Registry options", value_name = "OS/ARCH[/VARIANT]")]
+    pub platform: Option<Platform>,
+    /// Credentials for the registry, or the file they are in. What is typed here can be seen by `ps`: better is a file, the
+    /// environment's `TARBLK_CREDS`, or what `docker login`, `podman login` and `skopeo login` keep, which is found by itself.
+    #[arg(
+        long,
+        help_heading = "Registry options",
+        value_name = "USER:PASSWORD|@FILE",
+        env = "TARBLK_CREDS",
+        hide_env_values = true,
+        value_parser = hidden
+    )]
+    pub creds: Option<Secret>,
+    /// The only file with credentials to look into [default: containers' auth.json, then Docker's config.json].
+    #[arg(long, help_heading = "Registry options", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub authfile: Option<PathBuf>,
+    /// Speak HTTP without TLS to the registry. On this machine's own addresses it is found out which it speaks.
+    #[arg(long, help_heading = "Registry options")]
+    pub plain_http: bool,
+    /// Directories of containerd's `hosts.toml`, with mirrors, certificates and headers.
+    #[arg(long, help_heading = "Registry options", value_name = "DIR", default_value = DEFAULT_HOSTS_DIR, value_hint = ValueHint::DirPath)]
+    pub hosts_dir: PathBuf,
+}
+
+/// Never fails: a message about it would quote it.
+#[allow(clippy::unnecessary_wraps)]
+fn hidden(text: &str) -> Result<Secret, std::convert::Infallible> {
+    Ok(Secret::new(text.to_owned()))
 }
 
 /// How a device fetches.
@@ -192,6 +233,9 @@ pub struct IndexArgs {
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
     /// What else can be done with indexes.
     #[command(subcommand)]
     pub action: Option<IndexAction>,
@@ -234,6 +278,36 @@ pub struct LsArgs {
     /// BSD mtree form.
     #[arg(long)]
     pub mtree: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Arguments of `tarblk diff`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prints a line for each path: + added, - removed, ~ changed and in what; then how many bytes of files the second
+one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: files of
+one size from different places may be equal, and are told of apart. The exit code says whether it worked, not whether
+there are differences.
+
+Examples:
+  tarblk diff old.tar new.tar
+  tarblk diff old.tarblk new.tarblk --json | jq -r 'select(.change == \"added\").after.path'"
+)]
+pub struct DiffArgs {
+    /// What was: a layer (path or URL of a tar), or an index made from one.
+    #[arg(value_name = "A", value_hint = ValueHint::FilePath)]
+    pub a: String,
+    /// What is.
+    #[arg(value_name = "B", value_hint = ValueHint::FilePath)]
+    pub b: String,
+    /// One JSON object a line, the totals last.
+    #[arg(long)]
+    pub json: bool,
+    /// List also files of which only nothing says that their content is the same.
+    #[arg(long, conflicts_with = "json")]
+    pub uncertain: bool,
 }
 
 /// Arguments of `tarblk image`.

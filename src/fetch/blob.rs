@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{FileLayer, HttpLayer};
+use crate::index::ColdDirectory;
 use crate::layer::SpanTable;
 
 /// A layer whose bytes this room brings.
@@ -98,9 +99,9 @@ pub enum Windows {
     /// In memory, as they are.
     Memory(Arc<Vec<Vec<u8>>>),
     /// In a local index file.
-    File(Arc<OwnedFd>, Arc<[WindowPlace]>),
+    File(Arc<OwnedFd>, ColdDirectory),
     /// In an index behind HTTP, fetched by range when one is needed.
-    Http(Box<HttpLayer>, Arc<[WindowPlace]>),
+    Http(Box<HttpLayer>, ColdDirectory),
 }
 
 impl fmt::Debug for Windows {
@@ -108,21 +109,10 @@ impl fmt::Debug for Windows {
         match self {
             Self::None => f.write_str("None"),
             Self::Memory(windows) => write!(f, "Memory({})", windows.len()),
-            Self::File(file, places) => write!(f, "File({file:?}, {})", places.len()),
-            Self::Http(layer, places) => write!(f, "Http({layer:?}, {})", places.len()),
+            Self::File(file, _) => write!(f, "File({file:?})"),
+            Self::Http(layer, _) => write!(f, "Http({layer:?})"),
         }
     }
-}
-
-/// Where one window lies in an index: a zstd frame.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct WindowPlace {
-    /// Its first byte, from the beginning of the index.
-    pub offset: u64,
-    /// The frame's length in bytes; 0 where the span needs no window.
-    pub len: u32,
-    /// CRC-32C of the frame.
-    pub crc: u32,
 }
 
 /// Says of a chunk, by its number and bytes, whether it is what the layer's index says. Called on any thread, for every

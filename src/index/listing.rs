@@ -4,8 +4,8 @@
 //! Names may hold any byte but NUL. Plain lines escape what a terminal must not see, mtree encodes as vis(3) does, JSON says
 //! what is not UTF-8 a second time in base64.
 
-mod mtree;
-mod text;
+pub(crate) mod mtree;
+pub(crate) mod text;
 
 use std::io::{self, Write};
 
@@ -52,13 +52,14 @@ pub fn write<B: AsRef<[u8]>>(index: &Index<B>, format: Format, out: &mut dyn Wri
     while let Some(entry) = entries.next_entry()? {
         match format {
             Format::Plain => plain(entry, out)?,
-            _ => json(entry, out)?,
+            _ => json(&Line::of(entry), out)?,
         }
     }
     Ok(out.flush()?)
 }
 
-fn plain(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
+/// Writes an entry as a plain line.
+pub(crate) fn plain(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
     let size = match entry.kind {
         Kind::CharDevice | Kind::BlockDevice => format!("{},{}", entry.device_major, entry.device_minor),
         _ => entry.size.to_string(),
@@ -80,8 +81,8 @@ fn plain(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
 }
 
 /// An entry as JSON has it.
-#[derive(Serialize)]
-struct Line<'a> {
+#[derive(Debug, Serialize)]
+pub(crate) struct Line<'a> {
     path: std::borrow::Cow<'a, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     path_base64: Option<String>,
@@ -104,51 +105,71 @@ struct Line<'a> {
     /// Values in base64.
     #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
     xattrs: std::collections::BTreeMap<std::borrow::Cow<'a, str>, String>,
-    /// Where the headers begin, and their length.
-    headers: [u64; 2],
+    /// Where the headers begin, and their length. A tree does not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    headers: Option<[u64; 2]>,
+    /// Of a tree: the layer that it comes from, 0 the lowest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer: Option<u32>,
     /// Offset in the file, offset in the tar, length, each in bytes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     segments: Vec<[u64; 3]>,
 }
 
-fn json(entry: &Entry, out: &mut dyn Write) -> io::Result<()> {
-    let not_utf8 = |bytes: &[u8]| std::str::from_utf8(bytes).is_err().then(|| Base64(bytes).to_string());
-    let link = matches!(entry.kind, Kind::Symlink | Kind::Hardlink).then_some(&entry.link);
-    let device = matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice);
-    let object = Line {
-        path: String::from_utf8_lossy(&entry.path),
-        path_base64: not_utf8(&entry.path),
-        kind: match entry.kind {
-            Kind::File => "file",
-            Kind::Directory => "directory",
-            Kind::Symlink => "symlink",
-            Kind::Hardlink => "hardlink",
-            Kind::CharDevice => "char",
-            Kind::BlockDevice => "block",
-            Kind::Fifo => "fifo",
-        },
-        mode: format!("{:04o}", entry.mode),
-        uid: entry.uid,
-        gid: entry.gid,
-        mtime: entry.mtime.secs,
-        mtime_nanos: entry.mtime.nanos,
-        size: (entry.kind == Kind::File).then_some(entry.size),
-        link: link.map(|link| String::from_utf8_lossy(link)),
-        link_base64: link.and_then(|link| not_utf8(link)),
-        device: device.then_some([entry.device_major, entry.device_minor]),
-        xattrs: entry
-            .xattrs
-            .iter()
-            .map(|xattr| (String::from_utf8_lossy(&xattr.name), Base64(&xattr.value).to_string()))
-            .collect(),
-        headers: [entry.headers.start.0, entry.headers.len],
-        segments: entry
-            .segments
-            .iter()
-            .map(|s| [s.file_offset, s.tar_offset.0, s.len])
-            .collect(),
-    };
-    serde_json::to_writer(&mut *out, &object)?;
+impl<'a> Line<'a> {
+    pub(crate) fn of(entry: &'a Entry) -> Self {
+        let not_utf8 = |bytes: &[u8]| std::str::from_utf8(bytes).is_err().then(|| Base64(bytes).to_string());
+        let link = matches!(entry.kind, Kind::Symlink | Kind::Hardlink).then_some(&entry.link);
+        let device = matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice);
+        Self {
+            path: String::from_utf8_lossy(&entry.path),
+            path_base64: not_utf8(&entry.path),
+            kind: match entry.kind {
+                Kind::File => "file",
+                Kind::Directory => "directory",
+                Kind::Symlink => "symlink",
+                Kind::Hardlink => "hardlink",
+                Kind::CharDevice => "char",
+                Kind::BlockDevice => "block",
+                Kind::Fifo => "fifo",
+            },
+            mode: format!("{:04o}", entry.mode),
+            uid: entry.uid,
+            gid: entry.gid,
+            mtime: entry.mtime.secs,
+            mtime_nanos: entry.mtime.nanos,
+            size: (entry.kind == Kind::File).then_some(entry.size),
+            link: link.map(|link| String::from_utf8_lossy(link)),
+            link_base64: link.and_then(|link| not_utf8(link)),
+            device: device.then_some([entry.device_major, entry.device_minor]),
+            xattrs: entry
+                .xattrs
+                .iter()
+                .map(|xattr| (String::from_utf8_lossy(&xattr.name), Base64(&xattr.value).to_string()))
+                .collect(),
+            headers: Some([entry.headers.start.0, entry.headers.len]),
+            layer: None,
+            segments: entry
+                .segments
+                .iter()
+                .map(|s| [s.file_offset, s.tar_offset.0, s.len])
+                .collect(),
+        }
+    }
+
+    /// The same of something in a tree, where there are layers instead of headers.
+    pub(crate) fn in_layer(entry: &'a Entry, layer: u32) -> Self {
+        Self {
+            headers: None,
+            layer: Some(layer),
+            ..Self::of(entry)
+        }
+    }
+}
+
+/// Writes a JSON object as a line.
+pub(crate) fn json(object: &impl Serialize, out: &mut dyn Write) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, object)?;
     out.write_all(b"\n")
 }
 

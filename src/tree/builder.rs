@@ -21,13 +21,14 @@ use super::path;
 use super::table::{NONE, Name, NameTable};
 use super::xattrs::{XattrSetId, XattrTable};
 use super::{NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
-use crate::index::{Entry, EntrySink, IndexError, Kind, Segment, Xattr};
+use crate::index::{Entry, EntrySink, IndexError, Kind, Segment};
 use crate::units::{LayerId, to_usize};
 
+mod attributes;
 mod check;
 mod whiteout;
 
-use check::{check, last_of_each, nanos, owner, too_much};
+use check::{check, nanos, owner, too_much};
 use whiteout::{Layers, Whiteout};
 
 /// Links that may be followed on the way to one entry: containerd's number.
@@ -216,14 +217,14 @@ impl TreeBuilder {
             }
         }
         let known = self.names.find(parent, name);
-        let mut over_whiteout = false;
+        let mut replaces = false;
         if let Some(at) = known {
             let old = self.names.get(at).node;
             if old != NONE {
                 if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
                     return self.merge_directory(old, entry);
                 }
-                over_whiteout = self.is_whiteout(old);
+                replaces = true;
                 self.names.set_node(at, NONE);
                 self.forget_last_directory();
             }
@@ -232,7 +233,8 @@ impl TreeBuilder {
             Kind::Hardlink => self.hardlink_target(entry, parent, name)?,
             _ => self.make_node(entry, parent)?,
         };
-        if over_whiteout && entry.kind == Kind::Directory {
+        if replaces && entry.kind == Kind::Directory && self.mode == TreeMode::Overlay {
+            // What it replaces, a whiteout or anything else, hid what lower layers have there.
             self.make_opaque(node, entry)?;
         }
         let at = match known {
@@ -489,60 +491,6 @@ impl TreeBuilder {
             return Err(to_directory());
         }
         Ok(node)
-    }
-
-    /// Gives a directory that is there the attributes of a further entry. Extended attributes add to those that the same
-    /// layer gave it and replace those of lower layers.
-    fn merge_directory(&mut self, node: u32, entry: &Entry) -> Result<(), TreeError> {
-        let same_layer = self.nodes[to_usize(node)].layer == self.layer;
-        let xattrs = if same_layer {
-            let old = self.nodes[to_usize(node)].xattrs;
-            let own = self.own_xattrs(entry);
-            self.add_xattrs(old, &own).ok_or_else(|| too_much(entry))?
-        } else {
-            self.intern(entry)?
-        };
-        let (uid, gid) = owner(entry)?;
-        if self.mode != TreeMode::Plain {
-            self.touch(node);
-        }
-        let layer = self.layer;
-        let node = &mut self.nodes[to_usize(node)];
-        node.mode = type_bits::DIRECTORY | (entry.mode & 0o7777);
-        node.uid = uid;
-        node.gid = gid;
-        node.mtime_secs = entry.mtime.secs;
-        node.mtime_nanos = nanos(entry.mtime);
-        node.xattrs = xattrs;
-        node.layer = layer;
-        Ok(())
-    }
-
-    /// A set with further attributes; one with the name of an old one replaces it.
-    fn add_xattrs(&mut self, old: XattrSetId, further: &[Xattr]) -> Option<XattrSetId> {
-        if further.is_empty() {
-            return Some(old);
-        }
-        let mut all = Vec::new();
-        all.extend(self.xattrs.get(old).map(|(name, value)| Xattr {
-            name: name.to_vec(),
-            value: value.to_vec(),
-        }));
-        all.extend_from_slice(further);
-        self.xattrs.intern(&last_of_each(all))
-    }
-
-    fn intern(&mut self, entry: &Entry) -> Result<XattrSetId, TreeError> {
-        if entry.xattrs.is_empty() {
-            return Ok(XattrSetId::EMPTY);
-        }
-        let own = self.own_xattrs(entry);
-        let set = if own.is_sorted_by(|a, b| a.name < b.name) {
-            self.xattrs.intern(&own)
-        } else {
-            self.xattrs.intern(&last_of_each(own.into_owned()))
-        };
-        set.ok_or_else(|| too_much(entry))
     }
 
     fn make_node(&mut self, entry: &Entry, parent: u32) -> Result<u32, TreeError> {

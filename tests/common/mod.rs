@@ -4,6 +4,7 @@
 
 pub(crate) mod corpus;
 pub(crate) mod rawtar;
+pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;

@@ -1,6 +1,7 @@
 """Layers coded by the programs that people use: gzip, pigz, zstd, and containerd's stargz converter for eStargz and
 zstd:chunked. The last needs a containerd, which runs here for as long as it takes, on a socket of its own."""
 
+import itertools
 import json
 import subprocess
 import time
@@ -45,6 +46,34 @@ def zstd(tar, work):
     return layer(filtered(["zstd", "-q", "-3", "--single-thread"], tar, work / f"{tar.stem}.zst"), ZSTD)
 
 
+def skopeo(layers, coding, work):
+    """Plain layers as skopeo codes them, which is how podman and buildah do it: `gzip` by several threads, `zstd`, or
+    `zstd:chunked`; the last with containers/storage's table of contents, which is not quite containerd's. That of Debian 12
+    leaves out what follows a tar's end, and keeps the diff_id of the tar that had it: here it is put right."""
+    name = coding.replace(":", "")
+    source, result = work / f"skopeo-{name}-source", work / f"skopeo-{name}"
+    Layout(source).image("x", layers)
+    run(["skopeo", "copy", "--quiet", "--dest-compress-format", coding, f"oci:{source}:x", f"oci:{result}:x"])
+    return layers_of(result, f"skopeo's {coding}", recount=coding == "zstd:chunked")
+
+
+def layers_of(top, who, recount=False):
+    """The layers of the only image of a layout that somebody else wrote, all they say checked."""
+    read = Layout.reader(top)
+    described = json.loads((top / "index.json").read_text())["manifests"][0]
+    while "manifests" in (manifest := json.loads(read(described["digest"]).read_text())):
+        described = manifest["manifests"][0]
+    config = json.loads(read(manifest["config"]["digest"]).read_text())
+    found = []
+    for descriptor, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
+        made = layer(read(descriptor["digest"]), descriptor["mediaType"], descriptor.get("annotations"))
+        said = (descriptor["digest"], descriptor["size"], made.diff_id if recount else diff_id)
+        if (made.digest, made.size, made.diff_id) != said:
+            raise SystemExit(f"test-images: {who} says {descriptor}, {diff_id}; found {made}")
+        found.append(made)
+    return found
+
+
 class Containerd:
     """A containerd of our own, below `work`, ended by its process id."""
 
@@ -60,7 +89,7 @@ address = "{work}/ttrpc"
 
     def __init__(self, work):
         self.work = Path(work)
-        self.runs = 0
+        self.numbers = itertools.count()
 
     def __enter__(self):
         self.work.mkdir()
@@ -91,32 +120,21 @@ address = "{work}/ttrpc"
 
     def convert(self, layers, options):
         """The layers as containerd's converter recodes them, in the same order."""
-        self.runs += 1
-        name = f"test.invalid/image:{self.runs}"
-        source = Layout(self.work / f"source{self.runs}")
+        number = next(self.numbers)
+        name = f"test.invalid/image:{number}"
+        source = Layout(self.work / f"source{number}")
         source.image(name, layers)
-        archive = self.work / "archive.tar"
+        archive = self.work / f"archive{number}.tar"
         run(["tar", "-C", source.top, "-cf", archive, "."])
         run([*self.ctr(), "images", "import", "--no-unpack", archive])
         archive.unlink()
         run([*self.ctr(), "images", "convert", "--oci", *options, name, name + "-converted"])
         run([*self.ctr(), "images", "export", archive, name + "-converted"])
-        result = self.work / f"result{self.runs}"
+        result = self.work / f"result{number}"
         result.mkdir()
         run(["tar", "-C", result, "-xf", archive])
         archive.unlink()
-        read = Layout.reader(result)
-        described = json.loads((result / "index.json").read_text())["manifests"][0]
-        while "manifests" in (manifest := json.loads(read(described["digest"]).read_text())):
-            described = manifest["manifests"][0]
-        config = json.loads(read(manifest["config"]["digest"]).read_text())
-        found = []
-        for descriptor, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
-            made = layer(read(descriptor["digest"]), descriptor["mediaType"], descriptor.get("annotations"))
-            if (made.digest, made.diff_id, made.size) != (descriptor["digest"], diff_id, descriptor["size"]):
-                raise SystemExit(f"test-images: containerd's {options[0]} says {descriptor}, {diff_id}; found {made}")
-            found.append(made)
-        return found
+        return layers_of(result, f"containerd's {options[0]}")
 
     def estargz(self, layers):
         """eStargz: a gzip member for every file or chunk, and a table of contents as the last entry."""

@@ -5,6 +5,7 @@ otherwise; `honest` is the one that the others distort.
   flipped           one byte of the layer's blob is not what its digest says
   flipped-plain     the same with a plain tar, in a file's content
   flipped-zstd      the same with zstd
+  flipped-whole, flipped-plain-whole, flipped-zstd-whole  plain tars of what the three were before
   swapped           the digest's blob is another, well-formed layer of the same length
   short             the blob ends early
   wrong-size        the manifest's size is not the blob's
@@ -84,13 +85,14 @@ def make(top, work):
     compress = lambda content: gzip.compress(content, 6, mtime=0)
     zstd = lambda content: subprocess.run(["zstd", "-qc", "-3"], input=content, stdout=subprocess.PIPE, check=True).stdout
 
-    one = own("flipped", GZIP, 2, compress)
-    layout.image("flipped", [variant("flipped", flip(one.blob.read_bytes(), 200_000), one)])
-    one = own("flipped-plain", LAYER, 3, lambda content: content)
-    layout.image("flipped-plain", [variant("flipped-plain", flip(one.blob.read_bytes(), 200_000), one)])
-    one = own("flipped-zstd", ZSTD, 4, zstd)
-    layout.image("flipped-zstd", [variant("flipped-zstd", flip(one.blob.read_bytes(), 200_000), one)])
-    one, other = own("swapped", LAYER, 5, lambda content: content), small(work / "other.tar", 6)
+    for seed, (name, media_type, encode) in enumerate(
+        (("flipped", GZIP, compress), ("flipped-plain", LAYER, bytes), ("flipped-zstd", ZSTD, zstd)), 2
+    ):
+        one = own(name, media_type, seed, encode)
+        layout.image(name, [variant(name, flip(one.blob.read_bytes(), 200_000), one)])
+        # The same files, so that what is right is known.
+        layout.image(f"{name}-whole", [plain(work / f"{name}.tar", work)])
+    one, other = own("swapped", LAYER, 5, bytes), small(work / "other.tar", 6)
     layout.image("swapped", [variant("swapped", other.read_bytes(), one)])
     one = own("short", GZIP, 7, compress)
     layout.image("short", [variant("short", one.blob.read_bytes()[:-5000], one)])

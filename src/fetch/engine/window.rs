@@ -9,7 +9,8 @@ use super::Engine;
 use super::origin::{Origin, Trouble};
 use crate::fetch::chunk::{to_u64, to_usize};
 use crate::fetch::stats::add;
-use crate::fetch::{Blob, FileLayer, StartError, WindowPlace, Windows};
+use crate::fetch::{Blob, FileLayer, StartError, Windows};
+use crate::index::{ColdDirectory, ColdPart, ColdPiece};
 
 /// So many windows stay in memory: 2 MiB of gzip's 32 KiB.
 const MOST_KEPT: usize = 64;
@@ -19,7 +20,7 @@ const LONGEST: u32 = 8 << 20;
 enum Place {
     Nowhere,
     Memory(Arc<Vec<Vec<u8>>>),
-    Index(Box<Origin>, Arc<[WindowPlace]>),
+    Index(Box<Origin>, ColdDirectory),
 }
 
 /// The windows of one layer.
@@ -34,16 +35,16 @@ impl WindowShelf {
         let place = match windows {
             Windows::None => Place::Nowhere,
             Windows::Memory(windows) => Place::Memory(windows),
-            Windows::File(file, places) => {
+            Windows::File(file, directory) => {
                 let file = file.try_clone().map_err(StartError::Thread)?;
                 let index = FileLayer {
                     path: "the index".into(),
                     file,
                     size: 0,
                 };
-                Place::Index(Box::new(Origin::new(Blob::File(index))?), places)
+                Place::Index(Box::new(Origin::new(Blob::File(index))?), directory)
             }
-            Windows::Http(layer, places) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), places),
+            Windows::Http(layer, directory) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), directory),
         };
         Ok(Self {
             place,
@@ -94,17 +95,17 @@ impl Engine {
         let window = match &windows.place {
             Place::Nowhere => return Err(wrong("is missing")),
             Place::Memory(all) => all.get(n).cloned().unwrap_or_default(),
-            Place::Index(origin, places) => {
-                let place = places.get(n).copied().unwrap_or_default();
+            Place::Index(origin, directory) => {
+                let piece = directory.piece(ColdPart::Windows, n);
+                let piece = piece
+                    .filter(|piece| !piece.range.is_empty())
+                    .ok_or_else(|| wrong("is missing"))?;
                 // A frame of what does not compress is a little longer than that.
-                if place.len == 0 || place.len > len.saturating_add(len / 8 + 1024) {
-                    return Err(wrong("is missing"));
+                if piece.range.end - piece.range.start > u64::from(len.saturating_add(len / 8 + 1024)) {
+                    return Err(wrong("is too long to be true"));
                 }
-                let frame = self.frame(origin, place, demand).await?;
-                if crc32c::crc32c(&frame) != place.crc {
-                    return Err(wrong("is damaged"));
-                }
-                zstd::bulk::decompress(&frame, to_usize(len.into())).map_err(|_| wrong("cannot be unpacked"))?
+                let frame = self.frame(origin, &piece, demand).await?;
+                piece.open(&frame).map_err(|_| wrong("is damaged"))?
             }
         };
         if to_u64(window.len()) != u64::from(len) {
@@ -116,10 +117,11 @@ impl Engine {
         Ok(window)
     }
 
-    async fn frame(&self, origin: &Origin, place: WindowPlace, demand: bool) -> Result<Vec<u8>, Trouble> {
-        let len = to_usize(place.len.into());
-        let mut body = origin.get(&self.client, place.offset, place.len.into(), demand).await?;
-        let mut skip = if body.is_whole() { place.offset } else { 0 };
+    async fn frame(&self, origin: &Origin, piece: &ColdPiece, demand: bool) -> Result<Vec<u8>, Trouble> {
+        let (start, stored) = (piece.range.start, piece.range.end - piece.range.start);
+        let len = to_usize(stored);
+        let mut body = origin.get(&self.client, start, stored, demand).await?;
+        let mut skip = if body.is_whole() { start } else { 0 };
         let mut frame = Vec::with_capacity(len);
         while let Some(piece) = body.next().await? {
             add(&self.shared.counters.bytes_fetched, to_u64(piece.len()));

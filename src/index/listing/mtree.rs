@@ -68,7 +68,8 @@ fn plain_path(mut path: &[u8]) -> &[u8] {
     if path == b"." { b"" } else { path }
 }
 
-fn attributes(entry: &Entry, line: &mut String) {
+/// Appends an entry's attributes to a line.
+pub(crate) fn attributes(entry: &Entry, line: &mut String) {
     let kind = match entry.kind {
         Kind::File | Kind::Hardlink => "file",
         Kind::Directory => "dir",

@@ -59,7 +59,7 @@ impl fmt::Display for DateTime {
 }
 
 /// A name for terminals: control characters, backslashes and what is not UTF-8 as escapes, the way GNU tar prints them.
-pub(super) struct Escaped<'a>(pub(super) &'a [u8]);
+pub(crate) struct Escaped<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -88,7 +88,7 @@ impl fmt::Display for Escaped<'_> {
 
 /// A name for mtree files: vis(3) in octal for everything but plain visible ASCII, for the characters that mtree gives a
 /// meaning (`#`, `=`, white space, `\`) and for those that its readers take for patterns (`*`, `?`, `[`).
-pub(super) struct Vis<'a>(pub(super) &'a [u8]);
+pub(crate) struct Vis<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for Vis<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

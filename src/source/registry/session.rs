@@ -222,6 +222,10 @@ impl Session {
             && !speaks_tls
         {
             self.learn(at, response.headers(), response.status());
+            // What it says of scopes here is not about the repository.
+            if let Some(Challenge::Bearer { scope, .. }) = &mut lock(&host.state).challenge {
+                *scope = None;
+            }
         }
         lock(&host.state).base = Some(base.clone());
         Ok(base)
@@ -287,17 +291,23 @@ impl Session {
             };
             match next {
                 Some(authorization) => stale = authorization.or(Some(HeaderValue::from_static(""))),
-                None => return Err(self.denied(url, response).await),
+                None => return Err(self.denied(at, url, response).await),
             }
         }
     }
 
-    async fn denied(&self, url: &Url, response: Response) -> Failure {
+    async fn denied(&self, at: usize, url: &Url, response: Response) -> Failure {
         let status = response.status();
         let why = explanation(response, &self.spec.patience).await;
+        let why = why.unwrap_or_else(|| status.to_string());
+        let basic = lock(&self.hosts[at].state).challenge == Some(Challenge::Basic);
         Failure::lasting(SourceError::Denied {
             name: shown_url(url),
-            why: why.unwrap_or_else(|| status.to_string()),
+            why: if basic && status == StatusCode::UNAUTHORIZED {
+                format!("the registry does not take this user and password: {why}")
+            } else {
+                why
+            },
         })
     }
 

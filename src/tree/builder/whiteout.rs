@@ -30,9 +30,10 @@
 //! `trusted.overlay.opaque=y`. A name that is hidden and there again needs no whiteout; a directory that is so is opaque.
 //! Directories with whiteouts get an empty `trusted.overlay.origin`, without which readdir lists the whiteouts of
 //! directories that overlayfs need not merge (Linux's `ovl_get_inode`). Missing directories are 0755, root's, because
-//! their attributes are in a layer below: overlayfs then shows that, and not what the lower layer says.
+//! their attributes are in a layer below: overlayfs then shows that, and not what the lower layer says. An opaque root is
+//! marked like any other, but overlayfs does not look at the roots' marks (Linux 6.18): whoever stacks the layers has to
+//! leave out those below.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 
 use super::check::{nanos, owner, too_much};
@@ -161,7 +162,14 @@ impl TreeBuilder {
                 self.hide(parent, hidden, entry);
                 Ok(())
             }
-            (TreeMode::Overlay, Whiteout::Opaque) => self.make_opaque(parent, entry),
+            (TreeMode::Overlay, Whiteout::Opaque) => {
+                if parent == 0 {
+                    log::warn!(
+                        "the layer's root is opaque, which overlayfs does not heed: leave out the layers below it"
+                    );
+                }
+                self.make_opaque(parent, entry)
+            }
             (TreeMode::Overlay, Whiteout::Name(hidden)) => self.put_whiteout(parent, hidden, entry),
         }
     }
@@ -268,15 +276,5 @@ impl TreeBuilder {
         let xattrs = self.add_xattrs(old, &further).ok_or_else(|| too_much(entry))?;
         self.nodes[to_usize(directory)].xattrs = xattrs;
         Ok(())
-    }
-
-    /// The attributes that an entry may give.
-    pub(super) fn own_xattrs<'e>(&self, entry: &'e Entry) -> Cow<'e, [Xattr]> {
-        let orders = |xattr: &Xattr| xattr.name.starts_with(b"trusted.");
-        if self.mode == TreeMode::Plain || !entry.xattrs.iter().any(orders) {
-            return Cow::Borrowed(&entry.xattrs);
-        }
-        let own = entry.xattrs.iter().filter(|xattr| !orders(xattr));
-        Cow::Owned(own.cloned().collect())
     }
 }

@@ -396,3 +396,68 @@ fn many_whiteouts_cost_little() {
     let tree = merge(&[&lower, &upper]);
     assert_eq!(tree.name_count(), 20_001);
 }
+
+#[test]
+fn a_tree_is_listed() {
+    use crate::index::listing::Format;
+    use crate::tree::listing::write_tree;
+
+    let lower = [
+        dir("./"),
+        file("d/f", 512),
+        link("s", Kind::Symlink, "d"),
+        entry("gone", Kind::Fifo),
+    ];
+    let device = Entry {
+        device_major: 1,
+        device_minor: 3,
+        xattrs: vec![xattr("user.x", "y")],
+        ..entry("null", Kind::CharDevice)
+    };
+    let tree = merge(&[
+        &lower,
+        &[link("hard", Kind::Hardlink, "d/f"), whiteout(".wh.gone"), device],
+    ]);
+    let listed = |format| {
+        let mut out = Vec::new();
+        write_tree(&tree, format, &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    };
+    let plain = "\
+drw-r----- 0/0               0 1970-01-01 00:00 ./
+drwxr-xr-x 0/0               0 1970-01-01 00:00 d/
+-rw-r----- 0/0               3 1970-01-01 00:00 d/f
+hrw-r----- 0/0               0 1970-01-01 00:00 hard link to d/f
+crw-r----- 0/0             1,3 1970-01-01 00:00 null
+lrwxrwxrwx 0/0               0 1970-01-01 00:00 s -> d
+";
+    assert_eq!(listed(Format::Plain), plain);
+    let mtree = "\
+#mtree
+. type=dir mode=640 uid=0 gid=0 time=7.000000009
+./d type=dir mode=755 uid=0 gid=0 time=7.000000009
+./d/f type=file mode=640 uid=0 gid=0 size=3 time=7.000000009
+./hard type=file mode=640 uid=0 gid=0 size=3 time=7.000000009
+./null type=char mode=640 uid=0 gid=0 time=7.000000009 device=native,1,3
+./s type=link mode=777 uid=0 gid=0 time=7.000000009 link=d
+";
+    assert_eq!(listed(Format::Mtree), mtree);
+    let json: Vec<serde_json::Value> = listed(Format::Json)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(json.len(), 6);
+    assert_eq!(
+        (&json[2]["layer"], &json[2]["segments"]),
+        (&0.into(), &serde_json::json!([[0, 512, 3]]))
+    );
+    assert_eq!(
+        (&json[3]["type"], &json[3]["link"]),
+        (&"hardlink".into(), &"d/f".into())
+    );
+    assert_eq!(
+        (&json[4]["layer"], &json[4]["xattrs"]["user.x"]),
+        (&1.into(), &"eQ==".into())
+    );
+    assert!(json.iter().all(|line| line.get("headers").is_none()));
+}

@@ -1,0 +1,194 @@
+//! `tarblk diff`: what changed from one to the other, told from indexes alone.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+
+use super::Session;
+use super::cli::DiffArgs;
+use super::layer::Bar;
+use super::output::{println, write_out};
+use crate::diff::{Aspect, Difference, LayerFacts, Side, Totals, compare};
+use crate::index::Entry;
+use crate::index::listing::text::Escaped;
+use crate::index::listing::{Line, json};
+use crate::open::{self, OpenOptions};
+use crate::quantity::{show_count, show_size};
+use crate::tree::{NodeId, Tree, TreeBuilder};
+
+/// One of the two, opened.
+struct Opened {
+    tree: Tree,
+    /// By layer: what its bytes are known by.
+    identities: Vec<Option<String>>,
+}
+
+impl Opened {
+    /// The tree of what may be a layer or an index of one.
+    fn new(source: &str, session: Session) -> anyhow::Result<Self> {
+        let index = open::index_of(source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
+        let mut builder = TreeBuilder::new();
+        index.replay(&mut builder)?;
+        Ok(Self {
+            tree: builder.finish(),
+            identities: vec![None],
+        })
+    }
+
+    fn facts(&self) -> Vec<LayerFacts<'_>> {
+        let identities = self.identities.iter().map(Option::as_deref);
+        identities
+            .map(|identity| LayerFacts {
+                identity,
+                payloads: None,
+            })
+            .collect()
+    }
+}
+
+/// A difference as JSON has it.
+#[derive(Serialize)]
+struct JsonDifference<'a> {
+    change: &'static str,
+    #[serde(skip_serializing_if = "<[Aspect]>::is_empty")]
+    aspects: &'a [Aspect],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    before: Option<Line<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    after: Option<Line<'a>>,
+}
+
+/// What stands at the end, as JSON has it.
+#[derive(Serialize)]
+struct JsonTotals {
+    totals: Totals,
+}
+
+/// `tarblk diff`.
+pub(super) fn diff(args: &DiffArgs, session: Session) -> anyhow::Result<()> {
+    let a = Opened::new(&args.a, session)?;
+    let b = Opened::new(&args.b, session)?;
+    let (facts_a, facts_b) = (a.facts(), b.facts());
+    let a = Side {
+        tree: &a.tree,
+        layers: &facts_a,
+    };
+    let b = Side {
+        tree: &b.tree,
+        layers: &facts_b,
+    };
+    let mut totals = Totals::default();
+    write_out(|out| {
+        let (mut before, mut after) = (Entry::default(), Entry::default());
+        totals = compare(a, b, &mut |path, difference| {
+            let (old, new) = sides_of(difference);
+            fill(&mut before, a.tree, old, path);
+            fill(&mut after, b.tree, new, path);
+            if args.json {
+                let line = |entry, tree: &Tree, id: Option<NodeId>| {
+                    id.map(|id| Line::in_layer(entry, tree.node(id).layer().0))
+                };
+                let object = JsonDifference {
+                    change: match difference {
+                        Difference::Added(_) => "added",
+                        Difference::Removed(_) => "removed",
+                        Difference::Changed { .. } => "changed",
+                    },
+                    aspects: aspects_of(difference),
+                    before: line(&before, a.tree, old),
+                    after: line(&after, b.tree, new),
+                };
+                return json(&object, out);
+            }
+            tell(difference, &before, &after, args.uncertain, out)
+        })?;
+        Ok(())
+    })?;
+    if args.json {
+        return println(serde_json::to_string(&JsonTotals { totals })?);
+    }
+    summarise(&totals, args.uncertain)
+}
+
+fn sides_of(difference: Difference<'_>) -> (Option<NodeId>, Option<NodeId>) {
+    match difference {
+        Difference::Added(after) => (None, Some(after)),
+        Difference::Removed(before) => (Some(before), None),
+        Difference::Changed { before, after, .. } => (Some(before), Some(after)),
+    }
+}
+
+fn aspects_of(difference: Difference<'_>) -> &[Aspect] {
+    match difference {
+        Difference::Changed { aspects, .. } => aspects,
+        _ => &[],
+    }
+}
+
+/// Fills an entry with what a tree has under a path.
+fn fill(entry: &mut Entry, tree: &Tree, node: Option<NodeId>, path: &[u8]) {
+    let Some(node) = node else { return };
+    tree.describe(node, entry);
+    entry.path.clear();
+    entry.path.extend_from_slice(if path.is_empty() { b"." } else { path });
+    if tree.node(node).is_directory() {
+        entry.path.push(b'/');
+    }
+}
+
+/// A line for a person.
+fn tell(
+    difference: Difference<'_>,
+    before: &Entry,
+    after: &Entry,
+    uncertain: bool,
+    out: &mut dyn Write,
+) -> io::Result<()> {
+    match difference {
+        Difference::Added(_) => writeln!(out, "+ {}", Escaped(&after.path)),
+        Difference::Removed(_) => writeln!(out, "- {}", Escaped(&before.path)),
+        Difference::Changed { aspects, .. } => {
+            if aspects == [Aspect::MaybeContent] && !uncertain {
+                return Ok(());
+            }
+            let what: Vec<_> = aspects.iter().map(|aspect| phrase(*aspect, before, after)).collect();
+            writeln!(out, "~ {}  {}", Escaped(&after.path), what.join(", "))
+        }
+    }
+}
+
+fn phrase(aspect: Aspect, before: &Entry, after: &Entry) -> String {
+    let device = |entry: &Entry| format!("{}:{}", entry.device_major, entry.device_minor);
+    match aspect {
+        Aspect::Type => format!("{:?} becomes {:?}", before.kind, after.kind).to_lowercase(),
+        Aspect::Mode => format!("mode {:04o} to {:04o}", before.mode, after.mode),
+        Aspect::Owner => format!("owner {}:{} to {}:{}", before.uid, before.gid, after.uid, after.gid),
+        Aspect::Time => "time".into(),
+        Aspect::Size => format!("{} to {} bytes", before.size, after.size),
+        Aspect::Content => "content".into(),
+        Aspect::MaybeContent => "content?".into(),
+        Aspect::Link => format!("link to {} to {}", Escaped(&before.link), Escaped(&after.link)),
+        Aspect::Names => "hard links".into(),
+        Aspect::Device => format!("device {} to {}", device(before), device(after)),
+        Aspect::Xattrs => "extended attributes".into(),
+    }
+}
+
+fn summarise(totals: &Totals, uncertain: bool) -> anyhow::Result<()> {
+    let doubt = match totals.uncertain {
+        0 => String::new(),
+        many => format!(
+            "; {} of the same size may differ in content, which the indexes do not tell{}",
+            show_count(many),
+            if uncertain { "" } else { " (--uncertain lists them)" }
+        ),
+    };
+    println(format_args!(
+        "{} added, {} removed, {} changed{doubt}\n{} of files; a machine that has the first would fetch at most {}",
+        show_count(totals.added),
+        show_count(totals.removed),
+        show_count(totals.changed),
+        show_size(totals.payload_bytes),
+        show_size(totals.fetch_bytes)
+    ))
+}

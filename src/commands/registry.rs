@@ -1,0 +1,94 @@
+//! What the options about registries mean together.
+
+use std::fs::File;
+use std::io::Read as _;
+
+use anyhow::Context as _;
+
+use super::UsageError;
+use super::cli::RegistryArgs;
+use crate::source::Secret;
+use crate::source::registry::{Keyring, Login, RegistryOptions};
+
+/// Nobody's password is longer.
+const LONGEST_CREDENTIALS: u64 = 64 << 10;
+
+impl RegistryArgs {
+    /// The options as the library takes them. Reads the file that `--creds @FILE` names.
+    ///
+    /// # Errors
+    /// When that cannot be read, or what was given is not `user:password`; no message quotes it.
+    pub fn options(&self) -> anyhow::Result<RegistryOptions> {
+        let given = self.creds.as_ref().filter(|given| !given.reveal().is_empty());
+        Ok(RegistryOptions {
+            platform: self.platform.clone(),
+            plain_http: self.plain_http,
+            keyring: Keyring {
+                given: given.map(login).transpose()?,
+                authfile: self.authfile.clone(),
+            },
+            hosts_dir: self.hosts_dir.clone(),
+            ..RegistryOptions::default()
+        })
+    }
+}
+
+fn login(given: &Secret) -> anyhow::Result<Login> {
+    let text = match given.reveal().strip_prefix('@') {
+        None => given.reveal().to_owned(),
+        Some(path) => {
+            let cannot = || format!("cannot read credentials from {path}");
+            let file = File::open(path).with_context(cannot)?;
+            let mut text = String::new();
+            file.take(LONGEST_CREDENTIALS)
+                .read_to_string(&mut text)
+                .with_context(cannot)?;
+            text
+        }
+    };
+    Login::parse(&text).map_err(|why| UsageError(format!("--creds: {why}, or @FILE with that in it")).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::cli::{Cli, Command};
+    use super::*;
+
+    fn args(more: &[&str]) -> RegistryArgs {
+        let line = ["tarblk", "ls", "docker://host/x"].iter().chain(more);
+        match Cli::try_parse_from(line).unwrap().command {
+            Command::Ls(args) => args.registry,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn credentials_come_from_the_line_or_a_file_and_are_not_shown() {
+        let typed = args(&["--creds", "me:secret"]);
+        assert!(!format!("{typed:?}").contains("secret"));
+        let options = typed.options().unwrap();
+        assert_eq!(options.keyring.given, Some(Login::parse("me:secret").unwrap()));
+        assert!(!format!("{options:?}").contains("secret"));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("creds");
+        std::fs::write(&path, "me:secret\n").unwrap();
+        let filed = args(&["--creds", &format!("@{}", path.display())]).options().unwrap();
+        assert_eq!(filed.keyring.given, options.keyring.given);
+        let error = args(&["--creds", "secret"]).options().unwrap_err();
+        assert!(!format!("{error:#} {error:?}").contains("secret"));
+        assert!(args(&["--creds", "@/there/is/no/such/file"]).options().is_err());
+    }
+
+    #[test]
+    fn the_rest_is_as_typed() {
+        let options = args(&["--platform", "linux/arm/v7", "--plain-http", "--hosts-dir", "/h"])
+            .options()
+            .unwrap();
+        assert_eq!(options.platform.unwrap().to_string(), "linux/arm/v7");
+        assert!(options.plain_http);
+        assert_eq!(options.hosts_dir, std::path::Path::new("/h"));
+        assert!(Cli::try_parse_from(["tarblk", "ls", "x", "--platform", "linux"]).is_err());
+    }
+}

@@ -1,0 +1,580 @@
+//! Images in registries: found, believed only as far as their digests go, and read for as long as a device lives.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::registry::{Door, TestRegistry};
+use tarblk::digest::{Algorithm, Digest};
+use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::source::registry::{
+    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, LayerCoding, Login, OCI_INDEX, OCI_MANIFEST,
+    Reference, Registry, RegistryOptions, Version, resolve,
+};
+use tarblk::source::{Patience, SourceError};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
+const GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+
+/// Bytes that are nowhere the same.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(len)
+    .collect()
+}
+
+fn options() -> RegistryOptions {
+    RegistryOptions {
+        hosts_dir: "/nonexistent".into(),
+        keyring: Keyring {
+            given: None,
+            authfile: Some(empty_authfile()),
+        },
+        platform: Some("linux/amd64".parse().unwrap()),
+        patience: Patience {
+            tries: 2,
+            backoff: Duration::from_millis(10),
+            ..Patience::default()
+        },
+        ..RegistryOptions::default()
+    }
+}
+
+/// Whatever this machine's user has does not belong into tests.
+fn empty_authfile() -> std::path::PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty-auth.json");
+    std::fs::write(&path, "{}").unwrap();
+    path
+}
+
+fn given(pair: &str) -> RegistryOptions {
+    let mut options = options();
+    options.keyring.given = Some(Login::parse(pair).unwrap());
+    options
+}
+
+fn find(name: &str, options: &RegistryOptions) -> Result<Image, SourceError> {
+    resolve(&ImageName::parse(name).unwrap(), options)
+}
+
+fn config_of(architecture: &str, layers: &[&[u8]]) -> Vec<u8> {
+    let diff_ids: Vec<_> = layers
+        .iter()
+        .map(|layer| Digest::of(Algorithm::Sha256, layer))
+        .collect();
+    serde_json::json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } })
+        .to_string()
+        .into_bytes()
+}
+
+fn manifest_of(config: &[u8], layers: &[(&[u8], &str)]) -> Vec<u8> {
+    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": Digest::of(Algorithm::Sha256, bytes), "size": bytes.len() });
+    let layers: Vec<_> = layers.iter().map(|(bytes, kind)| descriptor(bytes, kind)).collect();
+    serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": descriptor(config, CONFIG), "layers": layers })
+        .to_string()
+        .into_bytes()
+}
+
+/// Puts an image of these layers into the registry; returns its manifest's digest.
+fn put_image(registry: &TestRegistry, tag: &str, layers: &[(&[u8], &str)]) -> Digest {
+    let contents: Vec<&[u8]> = layers.iter().map(|(bytes, _)| *bytes).collect();
+    let config = config_of("amd64", &contents);
+    registry.put_blob(&config);
+    for bytes in contents {
+        registry.put_blob(bytes);
+    }
+    registry.put_manifest("some/image", tag, OCI_MANIFEST, &manifest_of(&config, layers))
+}
+
+fn access(image: &Image, layer: usize) -> BlobAccess {
+    match &image.layers[layer].place {
+        BlobPlace::Registry(access) => access.clone(),
+        BlobPlace::File(path) => panic!("{}", path.display()),
+    }
+}
+
+/// A fetcher that has only what another process would be told.
+fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
+    let told: BlobAccess = serde_json::from_str(&serde_json::to_string(access).unwrap()).unwrap();
+    let layer = HttpLayer {
+        url: String::new(),
+        size: told.size(),
+        validator: None,
+        headers: Vec::new(),
+        access: Some(Arc::new(told)),
+    };
+    let options = FetchOptions {
+        deadline,
+        memory_bytes: 256 << 10,
+        prefetch: false,
+        ..FetchOptions::default()
+    };
+    Fetcher::start(vec![LayerSource::Http(layer)], options, None).unwrap()
+}
+
+fn read(fetcher: &Fetcher, start: u64, len: u64) -> Result<Vec<u8>, String> {
+    let range = LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(start), len),
+    };
+    let slices = fetcher.read_blocking(vec![range]).map_err(|error| error.to_string())?;
+    Ok(slices.iter().flat_map(|slice| slice.iter().copied()).collect())
+}
+
+/// Reads all over the layer for `lasting`, several readers at once, and compares.
+fn read_for(fetcher: &Fetcher, layer: &[u8], lasting: Duration) -> u32 {
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4_u64)
+            .map(|reader| {
+                scope.spawn(move || {
+                    let mut reads = 0;
+                    let dice = noise(1 << 16, reader + 1);
+                    while began.elapsed() < lasting {
+                        let at = usize::from(dice[reads % dice.len()]) * (layer.len() - 5000) / 256;
+                        let bytes = read(fetcher, at as u64, 5000).unwrap();
+                        assert_eq!(bytes, layer[at..at + 5000], "at {at}");
+                        reads += 1;
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    u32::try_from(reads).unwrap()
+                })
+            })
+            .collect();
+        readers.into_iter().map(|reader| reader.join().unwrap()).sum()
+    })
+}
+
+#[test]
+fn an_image_is_found_by_tag_and_digest_and_platform() {
+    let registry = TestRegistry::start();
+    let (one, two) = (noise(100_000, 1), noise(5000, 2));
+    let digest = put_image(&registry, "v1", &[(&one, PLAIN), (&two, GZIP)]);
+    let image = find(&registry.name("some/image:v1"), &options()).unwrap();
+    assert_eq!(image.manifest_digest, digest);
+    assert_eq!(image.layers.len(), 2);
+    assert_eq!(image.layers[0].coding, LayerCoding::Plain);
+    assert_eq!(image.layers[1].coding, LayerCoding::Gzip);
+    assert_eq!(
+        image.layers[1].diff_id.as_ref().unwrap(),
+        &Digest::of(Algorithm::Sha256, &two)
+    );
+    assert_eq!(image.layers[0].descriptor.size, 100_000);
+    let by_digest = find(&registry.name(&format!("some/image@{digest}")), &options()).unwrap();
+    assert_eq!(by_digest.manifest_digest, digest);
+
+    let arm = config_of("arm64", &[&one]);
+    registry.put_blob(&arm);
+    let arm = manifest_of(&arm, &[(&one, PLAIN)]);
+    let arm_digest = registry.put_manifest("some/image", "arm", OCI_MANIFEST, &arm);
+    let amd = registry.put_manifest(
+        "some/image",
+        "amd",
+        OCI_MANIFEST,
+        &manifest_of(&config_of("amd64", &[&one, &two]), &[(&one, PLAIN), (&two, GZIP)]),
+    );
+    assert_eq!(amd, digest);
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [
+        { "mediaType": OCI_MANIFEST, "digest": arm_digest, "size": arm.len(), "platform": { "os": "linux", "architecture": "arm64" } },
+        { "mediaType": OCI_MANIFEST, "digest": digest, "size": manifest_of(&config_of("amd64", &[&one, &two]), &[(&one, PLAIN), (&two, GZIP)]).len(),
+          "platform": { "os": "linux", "architecture": "amd64" } },
+    ]});
+    registry.put_manifest("some/image", "all", OCI_INDEX, index.to_string().as_bytes());
+    let mut options = options();
+    let name = registry.name("some/image:all");
+    assert_eq!(find(&name, &options).unwrap().manifest_digest, digest);
+    options.platform = Some("linux/arm64".parse().unwrap());
+    assert_eq!(find(&name, &options).unwrap().manifest_digest, arm_digest);
+    options.platform = Some("linux/s390x".parse().unwrap());
+    let error = find(&name, &options).unwrap_err().to_string();
+    assert!(error.contains("linux/amd64, linux/arm64"), "{error}");
+    let error = find(&registry.name("some/image:arm2"), &options)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("404") && error.contains("check the name"), "{error}");
+}
+
+#[test]
+fn passwords_open_the_door_and_stay_secret() {
+    let registry = TestRegistry::start();
+    let layer = noise(300_000, 3);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| rules.door = Door::Basic("me:sec:ret".into()));
+    let name = registry.name("some/image:v1");
+    for (options, word) in [(options(), "wants a user"), (given("me:secret-wrong"), "does not take")] {
+        let error = find(&name, &options).unwrap_err();
+        assert!(matches!(error, SourceError::Denied { .. }), "{error}");
+        let shown = format!("{error} {error:?} {options:?}");
+        assert!(shown.contains(word) && !shown.contains("secret"), "{shown}");
+    }
+    let image = find(&name, &given("me:sec:ret")).unwrap();
+    assert!(!format!("{image:?}").contains("sec:ret"));
+    // From a credentials file.
+    let dir = common::scratch("auth");
+    let path = dir.path().join("auth.json");
+    let auths = format!(
+        r#"{{"auths":{{"http://{}/v2/":{{"auth":"bWU6c2VjOnJldA=="}}}}}}"#,
+        registry.host()
+    );
+    std::fs::write(&path, auths).unwrap();
+    let mut filed = options();
+    filed.keyring.authfile = Some(path);
+    let image = find(&name, &filed).unwrap();
+    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(10));
+    assert_eq!(read(&fetcher, 0, 300_000).unwrap(), layer);
+    assert_eq!(fetcher.stats().errors, 0);
+}
+
+#[test]
+fn tokens_and_signed_urls_of_two_seconds_are_enough_for_a_long_life() {
+    let registry = TestRegistry::start();
+    let layer = noise(8 << 20, 4);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(2));
+        rules.token_user = Some("me:secret".into());
+        rules.signed = Some(Duration::from_secs(2));
+    });
+    let image = find(&registry.name("some/image:v1"), &given("me:secret")).unwrap();
+    let access = access(&image, 0);
+    assert!(!format!("{access:?} {image:?}").contains("secret"));
+    registry.take_log();
+    let fetcher = fetcher(&access, Duration::from_secs(5));
+    let reads = read_for(&fetcher, &layer, Duration::from_secs(7));
+    let log = registry.take_log();
+    let tokens = log.iter().filter(|asked| asked.path == "/token").count();
+    let redirects = log.iter().filter(|asked| asked.status == 307).count();
+    let served = log.iter().filter(|asked| asked.storage && asked.status == 206).count();
+    assert!(served > 50 && reads > 50, "{reads} reads, {served} served");
+    // About one for each life; one refresh however many readers wait.
+    assert!((2..=5).contains(&tokens), "{tokens} tokens");
+    assert!((3..=40).contains(&redirects), "{redirects} redirects");
+    assert!(
+        log.iter()
+            .all(|asked| !asked.storage || !asked.headers.contains_key("authorization"))
+    );
+    assert_eq!(
+        fetcher.stats().errors,
+        0,
+        "no request failed in a way that a read noticed"
+    );
+}
+
+#[test]
+fn what_expires_without_saying_when_is_asked_for_again() {
+    let registry = TestRegistry::start();
+    let layer = noise(8 << 20, 5);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(300));
+        rules.signed = Some(Duration::from_secs(1));
+        rules.says_when = false;
+    });
+    let image = find(&registry.name("some/image:v1"), &options()).unwrap();
+    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(5));
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| read_for(&fetcher, &layer, Duration::from_secs(4)));
+        for _ in 0..5 {
+            std::thread::sleep(Duration::from_millis(700));
+            // A registry that was restarted, or a key that was rotated.
+            registry.forget_tokens();
+        }
+        reading.join().unwrap();
+    });
+    let log = registry.take_log();
+    assert!(log.iter().any(|asked| asked.storage && asked.status == 403));
+    assert!(
+        log.iter()
+            .any(|asked| asked.path.contains("/blobs/") && asked.status == 401)
+    );
+    assert_eq!(fetcher.stats().errors, 0);
+}
+
+#[test]
+fn identity_tokens_are_exchanged() {
+    let registry = TestRegistry::start();
+    put_image(&registry, "v1", &[(b"layer", PLAIN)]);
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(60));
+        rules.identity = Some("secret-identity".into());
+    });
+    let dir = common::scratch("auth");
+    let path = dir.path().join("auth.json");
+    let auths = format!(
+        r#"{{"auths":{{"{}":{{"identitytoken":"secret-identity"}}}}}}"#,
+        registry.host()
+    );
+    std::fs::write(&path, auths).unwrap();
+    let mut options = options();
+    let name = registry.name("some/image:v1");
+    let error = find(&name, &options).unwrap_err().to_string();
+    assert!(error.contains("WHO_ARE_YOU"), "{error}");
+    options.keyring.authfile = Some(path);
+    find(&name, &options).unwrap();
+    assert!(
+        registry
+            .take_log()
+            .iter()
+            .any(|asked| asked.path == "/token" && asked.method == "POST" && asked.status == 200)
+    );
+}
+
+#[test]
+fn nothing_is_believed_that_has_another_digest() {
+    let registry = TestRegistry::start();
+    let digest = put_image(&registry, "v1", &[(b"layer", PLAIN)]);
+    let good = manifest_of(&config_of("amd64", &[b"layer"]), &[(b"layer", PLAIN)]);
+    assert!(digest.matches(&good));
+    let lie = |name: &str| find(&registry.name(name), &options()).unwrap_err();
+    // A configuration with other bytes.
+    let config = config_of("amd64", &[b"layer"]);
+    let mut forged = config.clone();
+    *forged.last_mut().unwrap() = b' ';
+    registry.put_blob_as(&Digest::of(Algorithm::Sha256, &config), &forged);
+    assert!(matches!(lie("some/image:v1"), SourceError::Digest { .. }));
+    // An index that leads to something else than it says.
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": [{ "mediaType": OCI_MANIFEST, "digest": digest,
+        "size": good.len() + 1, "platform": { "os": "linux", "architecture": "amd64" } }]});
+    registry.put_manifest("some/image", "sized", OCI_INDEX, index.to_string().as_bytes());
+    let error = lie("some/image:sized").to_string();
+    assert!(error.contains("the index says"), "{error}");
+    for (tag, kind, json, word) in [
+        (
+            "foreign",
+            OCI_MANIFEST,
+            manifest_of(
+                &config,
+                &[(b"layer", "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")],
+            ),
+            "foreign",
+        ),
+        (
+            "unknown",
+            OCI_MANIFEST,
+            manifest_of(&config, &[(b"layer", "application/x-squashfs")]),
+            "not a tar layer",
+        ),
+        (
+            "old",
+            "application/vnd.docker.distribution.manifest.v1+prettyjws",
+            br#"{"schemaVersion":1,"fsLayers":[]}"#.to_vec(),
+            "schema 1",
+        ),
+        ("long", OCI_MANIFEST, vec![b' '; 5 << 20], "more than"),
+        ("page", "text/html", b"<html>".to_vec(), "no sense"),
+    ] {
+        registry.put_blob(&config);
+        registry.put_manifest("some/image", tag, kind, &json);
+        let error = lie(&format!("some/image:{tag}")).to_string();
+        assert!(error.contains(word), "{tag}: {error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+}
+
+fn hosts(dir: &Path, registry: &str, text: &str) -> RegistryOptions {
+    let place = dir.join(registry);
+    std::fs::create_dir_all(&place).unwrap();
+    std::fs::write(place.join("hosts.toml"), text).unwrap();
+    RegistryOptions {
+        hosts_dir: dir.to_owned(),
+        ..options()
+    }
+}
+
+#[test]
+fn mirrors_are_asked_first_and_may_die() {
+    let (mirror, origin) = (TestRegistry::start(), TestRegistry::start());
+    let layer = noise(8 << 20, 6);
+    for registry in [&mirror, &origin] {
+        put_image(registry, "v1", &[(&layer, PLAIN)]);
+    }
+    mirror.rules(|rules| rules.wanted_header = Some(("x-team".into(), "secret-team".into())));
+    let dir = common::scratch("hosts");
+    let text = format!(
+        "server = \"http://{}\"\n[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n\
+         [host.\"http://{}\".header]\nx-team = \"secret-team\"\n",
+        origin.host(),
+        mirror.host(),
+        mirror.host()
+    );
+    let options = hosts(dir.path(), "registry.example", &text);
+    let image = find("docker://registry.example/some/image:v1", &options).unwrap();
+    assert!(origin.take_log().is_empty());
+    assert!(
+        mirror
+            .take_log()
+            .iter()
+            .all(|asked| asked.query.contains("ns=registry.example"))
+    );
+    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(20));
+    read_for(&fetcher, &layer, Duration::from_millis(500));
+    assert!(origin.take_log().is_empty());
+    // It loses the blob: nobody notices.
+    mirror.rules(|rules| rules.lost = true);
+    read_for(&fetcher, &layer, Duration::from_millis(500));
+    let log = origin.take_log();
+    assert!(!log.is_empty() && log.iter().all(|asked| !asked.headers.contains_key("x-team")));
+    assert_eq!(fetcher.stats().errors, 0);
+    fetcher.shutdown();
+    // It dies altogether.
+    mirror.rules(|rules| rules.lost = false);
+    let image = find(
+        "docker://registry.example/some/image:v1",
+        &hosts(dir.path(), "registry.example", &text),
+    )
+    .unwrap();
+    let fetcher = self::fetcher(&access(&image, 0), Duration::from_secs(20));
+    read_for(&fetcher, &layer, Duration::from_millis(300));
+    mirror.stop();
+    read_for(&fetcher, &layer, Duration::from_millis(1500));
+    // Tags are not asked of those that may not resolve them.
+    origin.take_log();
+    let options = hosts(dir.path(), "other.example", &text.replace(", \"resolve\"", ""));
+    find("docker://other.example/some/image:v1", &options).unwrap();
+    assert!(
+        origin
+            .take_log()
+            .iter()
+            .any(|asked| asked.path.ends_with("/manifests/v1"))
+    );
+}
+
+#[test]
+fn things_are_pushed_and_found_again() {
+    let registry = TestRegistry::start();
+    registry.rules(|rules| {
+        rules.door = Door::Token(Duration::from_secs(60));
+        rules.token_user = Some("me:secret".into());
+    });
+    let ImageName::Registry(reference) = ImageName::parse(&registry.name("some/image:v1")).unwrap() else {
+        panic!()
+    };
+    let client = Registry::new(&reference, &given("me:secret")).unwrap();
+    let blob = noise(100_000, 7);
+    let digest = Digest::of(Algorithm::Sha256, &blob);
+    assert!(client.head_blob(&digest).unwrap().is_none());
+    client.push_blob(&digest, &blob).unwrap();
+    client.push_blob(&digest, &blob).unwrap();
+    let head = client.head_blob(&digest).unwrap().unwrap();
+    assert_eq!(head.size, 100_000);
+    assert_eq!(head.header("lazypull-digest"), Some(digest.to_string().as_str()));
+    assert_eq!(client.small_blob(&digest, 100_000, 1 << 20).unwrap(), blob);
+    assert!(client.small_blob(&digest, 99_999, 1 << 20).is_err());
+    assert!(client.small_blob(&digest, 100_000, 99_999).is_err());
+    let other = Reference::parse(&format!("{}/other/image", registry.host())).unwrap();
+    let elsewhere = Registry::new(&other, &given("me:secret")).unwrap();
+    assert!(elsewhere.mount_blob(&digest, &reference).unwrap());
+    assert!(
+        !elsewhere
+            .mount_blob(&Digest::of(Algorithm::Sha256, b"x"), &reference)
+            .unwrap()
+    );
+
+    let subject = put_image(&registry, "v1", &[(&blob, PLAIN)]);
+    for (api, kind) in [
+        (true, "application/vnd.test.a"),
+        (false, "application/vnd.test.b"),
+        (false, "application/vnd.test.c"),
+    ] {
+        registry.rules(|rules| rules.referrers_api = api);
+        let artifact = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": kind,
+            "config": { "mediaType": "application/vnd.oci.empty.v1+json", "digest": digest, "size": 1 }, "layers": [],
+            "subject": { "mediaType": OCI_MANIFEST, "digest": subject, "size": 1 } });
+        let bytes = artifact.to_string().into_bytes();
+        let entry = Descriptor {
+            media_type: OCI_MANIFEST.into(),
+            digest: Digest::of(Algorithm::Sha256, &bytes),
+            size: bytes.len() as u64,
+            annotations: [("a".to_owned(), "b".to_owned())].into(),
+            artifact_type: Some(kind.into()),
+            platform: None,
+        };
+        for _ in 0..2 {
+            client.push_referrer(&subject, &entry, &bytes).unwrap();
+        }
+        let found = client.referrers(&subject, Some(kind)).unwrap();
+        assert_eq!(found.len(), 1, "{kind}");
+        assert_eq!(found[0].digest, entry.digest);
+        let fetched = client.manifest(&Version::Digest(entry.digest)).unwrap();
+        assert_eq!(fetched.bytes, bytes);
+    }
+    assert_eq!(client.referrers(&subject, None).unwrap().len(), 2);
+    let nobody = Digest::of(Algorithm::Sha256, b"nobody");
+    assert!(client.referrers(&nobody, None).unwrap().is_empty());
+}
+
+#[test]
+fn a_layout_is_read_and_checked() {
+    let dir = common::scratch("layout");
+    let root = dir.path();
+    let put = |bytes: &[u8], algorithm: Algorithm| {
+        let digest = Digest::of(algorithm, bytes);
+        let place = root.join("blobs").join(digest.algorithm().name());
+        std::fs::create_dir_all(&place).unwrap();
+        std::fs::write(place.join(digest.hex()), bytes).unwrap();
+        digest
+    };
+    let layer = noise(1000, 8);
+    let layer_digest = put(&layer, Algorithm::Sha512);
+    let config = config_of("amd64", &[&layer]);
+    let config_digest = put(&config, Algorithm::Sha256);
+    let manifest = serde_json::json!({ "schemaVersion": 2,
+        "config": { "mediaType": CONFIG, "digest": config_digest, "size": config.len() },
+        "layers": [{ "mediaType": PLAIN, "digest": layer_digest, "size": layer.len() }] })
+    .to_string();
+    let digest = put(manifest.as_bytes(), Algorithm::Sha256);
+    std::fs::write(root.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let entry = |tag: &str| {
+        serde_json::json!({ "mediaType": OCI_MANIFEST, "digest": digest, "size": manifest.len(),
+            "annotations": { "org.opencontainers.image.ref.name": tag } })
+    };
+    let index = |tags: &[&str]| {
+        let manifests: Vec<_> = tags.iter().map(|tag| entry(tag)).collect();
+        let index = serde_json::json!({ "schemaVersion": 2, "manifests": manifests }).to_string();
+        std::fs::write(root.join("index.json"), index).unwrap();
+    };
+    index(&["one"]);
+    let name = |rest: &str| format!("oci:{}{rest}", root.display());
+    for rest in [String::new(), ":one".into(), format!("@{digest}")] {
+        let image = find(&name(&rest), &options()).unwrap();
+        assert_eq!(image.manifest_digest, digest);
+        let BlobPlace::File(path) = &image.layers[0].place else {
+            panic!()
+        };
+        assert_eq!(std::fs::read(path).unwrap(), layer);
+    }
+    index(&["one", "two"]);
+    let error = find(&name(""), &options()).unwrap_err().to_string();
+    assert!(error.contains("2 images") && error.contains("one, two"), "{error}");
+    let error = find(&name(":three"), &options()).unwrap_err().to_string();
+    assert!(error.contains("no three"), "{error}");
+    let blob = |digest: &Digest| root.join("blobs").join(digest.algorithm().name()).join(digest.hex());
+    std::fs::write(blob(&layer_digest), &layer[1..]).unwrap();
+    let error = find(&name(":one"), &options()).unwrap_err().to_string();
+    assert!(error.contains("999 bytes"), "{error}");
+    std::fs::write(blob(&config_digest), vec![b' '; config.len()]).unwrap();
+    assert!(matches!(
+        find(&name(":one"), &options()).unwrap_err(),
+        SourceError::Digest { .. }
+    ));
+    std::fs::write(root.join("oci-layout"), r#"{"imageLayoutVersion":"2.0.0"}"#).unwrap();
+    assert!(
+        find(&name(":one"), &options())
+            .unwrap_err()
+            .to_string()
+            .contains("2.0.0")
+    );
+}
