@@ -1,7 +1,8 @@
-//! Tables of contents against what they are the contents of: the layer read as a whole, through tarblk's own tar parser, must
-//! have the same entries in the same order with the same bytes in them.
+//! Tables of contents against what they are the contents of: the layer read as a whole, through tarblk's own tar
+//! parser, must have the same entries in the same order with the same bytes in them.
 //!
-//! Layers as containerd's converter makes them (tools/test-images), and some made here, with what that converter does not do.
+//! Layers as containerd's converter makes them (tools/test-images), and some made here, with what that converter does
+//! not do.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

@@ -1,5 +1,6 @@
-//! Any bytes as a table of spans, as a blob, and as a table of contents: no panic, no endless loop, never more bytes than the table or the
-//! limit says, and what decodes as a whole decodes the same from each of its spans. Run with `RUSTC_BOOTSTRAP=1 cargo fuzz run layer`.
+//! Any bytes as a table of spans, as a blob, and as a table of contents: no panic, no endless loop, never more bytes
+//! than the table or the limit says, and what decodes as a whole decodes the same from each of its spans. Run with
+//! `RUSTC_BOOTSTRAP=1 cargo fuzz run layer`.
 
 #![no_main]
 

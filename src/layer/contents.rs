@@ -1,19 +1,21 @@
-//! Tables of contents that layers bring along: eStargz ([`stargz`]) and zstd:chunked ([`chunked`]).
+//! Tables of contents that layers bring along: eStargz (`stargz.rs`) and zstd:chunked (`chunked.rs`).
 //!
-//! In: a layer's annotations or its last bytes, then the bytes of its table of contents. Out: the entries in the tar's order, a
-//! [`SpanTable`], and digests of what files hold. Whoever fetches a layer's last [`TAIL`] bytes and what [`Place`] names
-//! can mount it without having read it.
+//! In: a layer's annotations or its last bytes, then the bytes of its table of contents. Out: the entries in the tar's
+//! order, a [`SpanTable`], and digests of what files hold. Whoever fetches a layer's last [`TAIL`] bytes and what
+//! [`Place`] names can mount it without having read it.
 //!
 //! # A tar space of its own
-//! Such a table says where in the *blob* a file's bytes begin. How long the headers between files are it does not say, so where in
-//! the tar they lie cannot be known from it. Instead there is a layout that follows from the table alone: files' contents in the
-//! tar's order, each rounded up to 512 bytes, no headers between them. Its spans begin where the table says that something can be decoded,
-//! and only their heads count: what else is decoded from there (padding, the next headers) is not part of it. [`crate::index::Entry::headers`]
-//! is empty, at the place where the content begins. Names, attributes and contents are those of the tar; positions are not, so an index, a
-//! cache or chunk digests made from the tar itself do not fit, nor can the tar be rebuilt.
+//! Such a table says where in the *blob* a file's bytes begin. How long the headers between files are it does not say,
+//! so where in the tar they lie cannot be known from it. Instead there is a layout that follows from the table alone:
+//! files' contents in the tar's order, each rounded up to 512 bytes, no headers between them. Its spans begin where the
+//! table says that something can be decoded, and only their heads count: what else is decoded from there (padding, the
+//! next headers) is not part of it. [`crate::index::Entry::headers`] is empty, at the place where the content begins.
+//! Names, attributes and contents are those of the tar; positions are not, so an index, a cache or chunk digests made
+//! from the tar itself do not fit, nor can the tar be rebuilt.
 //!
 //! # What is not in them
-//! eStargz has times in whole seconds, and both have names as JSON texts, in which bytes that are no UTF-8 were replaced by who wrote it.
+//! What containerd's converter writes has times in whole seconds, rounded. All of them have names as JSON texts, in which
+//! bytes that are no UTF-8 were replaced by who wrote them.
 //!
 //! A table of contents is as trustworthy as the digest that the manifest has of it: see [`Contents::is_vouched`].
 
@@ -75,11 +77,12 @@ impl Place {
         self.blob.end <= blob_len && (1..=MAX_STORED).contains(&len) && self.json_len.is_none_or(|len| len <= MAX_JSON)
     }
 
-    /// Reads the table of contents from the bytes at [`Place::blob`]. Where the layer's annotations name a digest of it, it
-    /// has to have that digest.
+    /// Reads the table of contents from the bytes at [`Place::blob`]. Where the layer's annotations name a digest of
+    /// it, it has to have that digest.
     ///
     /// # Errors
-    /// When the bytes have another digest, do not decompress, or are no table of contents of a blob of `blob_len` bytes.
+    /// When the bytes have another digest, do not decompress, or are no table of contents of a blob of `blob_len`
+    /// bytes.
     pub fn open(
         &self,
         stored: &[u8],
@@ -210,7 +213,8 @@ impl Contents {
         })
     }
 
-    /// Calls with every piece of content whose SHA-256 the table has, ascending: its place in the made-up tar space and the digest.
+    /// Calls with every piece of content whose SHA-256 the table has, ascending: its place in the made-up tar space and
+    /// the digest.
     pub fn digests(&self, each: &mut dyn FnMut(TarRange, [u8; 32])) {
         let outcome = self.walk(&mut |found| {
             if let Found::Content {

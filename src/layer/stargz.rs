@@ -1,8 +1,9 @@
 //! eStargz (and its forerunner CRFS): where its table of contents is and how it is packed.
 //!
-//! The blob ends with an empty gzip member of 51 bytes whose extra field names the byte at which another member begins; what that one holds is the
-//! end of the tar, of which `stargz.index.json` is the last entry. The older form of the footer is 47 bytes long, because its
-//! extra field is no proper subfield. Described in containerd's stargz-snapshotter, docs/estargz.md.
+//! The blob ends with an empty gzip member of 51 bytes whose extra field names the byte at which another member begins;
+//! what that one holds is the end of the tar, of which `stargz.index.json` is the last entry. The older form of the
+//! footer is 47 bytes long, because its extra field is no proper subfield. Described in containerd's
+//! stargz-snapshotter, docs/estargz.md.
 
 use std::ops::Range;
 
@@ -33,7 +34,8 @@ pub(super) fn footer(tail: &[u8], blob_len: u64) -> Option<Place> {
     })
 }
 
-/// The number in the extra field of a gzip member: ten bytes of header, the field's length and name, then `%016xSTARGZ`.
+/// The number in the extra field of a gzip member: ten bytes of header, the field's length and name, then
+/// `%016xSTARGZ`.
 fn extra(member: &[u8], field: &[u8]) -> Option<u64> {
     let rest = member
         .strip_prefix(b"\x1f\x8b\x08\x04")?

@@ -61,8 +61,9 @@ fn every_flipped_bit_of_content_is_noticed() {
         for bit in 0..blob.len() * 8 {
             let mut flipped = blob.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            // Nothing protects a gzip header's time and system, the bits between a stored block's header and its length, the
-            // bit of a zstd frame's descriptor that has no meaning, and how much history the frame asks for.
+            // Nothing protects a gzip header's time and system, the bits between a stored block's header and its
+            // length, the bit of a zstd frame's descriptor that has no meaning, and how much history the frame asks
+            // for.
             if let Ok((_, out)) = index(coding, &flipped, 10_000) {
                 let free = match coding {
                     Coding::Gzip => (3 * 8..10 * 8).contains(&bit) || (10 * 8 + 3..11 * 8).contains(&bit),
