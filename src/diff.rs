@@ -13,6 +13,10 @@ use std::ops::Range;
 use crate::tree::{Content, NodeId, NodeKind, Tree};
 use crate::units::{LayerId, TarOffset, TarRange};
 
+mod known;
+
+pub use known::LayerKnowledge;
+
 /// Digests of files' stored bytes, from an index that has them.
 pub trait PayloadDigests {
     /// The SHA-256 of the payload that lies in exactly this range of the tar.
@@ -22,9 +26,9 @@ pub trait PayloadDigests {
 /// What is known of a layer of a tree.
 #[derive(Clone, Copy, Default)]
 pub struct LayerFacts<'a> {
-    /// What its bytes are known by (its diffID, or the digest of its blob): layers of equal identity are the same bytes.
-    /// None when nothing identifies it.
-    pub identity: Option<&'a str>,
+    /// What its bytes are known by (its diffID, the digest of its blob): layers that share one are the same bytes. Empty
+    /// when nothing identifies it.
+    pub identities: &'a [String],
     /// Digests of its files' payloads.
     pub payloads: Option<&'a dyn PayloadDigests>,
 }
@@ -32,7 +36,7 @@ pub struct LayerFacts<'a> {
 impl fmt::Debug for LayerFacts<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LayerFacts")
-            .field("identity", &self.identity)
+            .field("identities", &self.identities)
             .field("payloads", &self.payloads.is_some())
             .finish()
     }
@@ -278,8 +282,9 @@ fn same_content(a: Side<'_>, before: NodeId, b: Side<'_>, after: NodeId) -> Opti
     if stores_nothing(one) && stores_nothing(other) {
         return Some(true);
     }
-    let identity = a.facts(a.tree.node(before).layer()).identity;
-    if one == other && identity.is_some() && identity == b.facts(b.tree.node(after).layer()).identity {
+    let known = a.facts(a.tree.node(before).layer()).identities;
+    let others = b.facts(b.tree.node(after).layer()).identities;
+    if one == other && known.iter().any(|identity| others.contains(identity)) {
         return Some(true);
     }
     // A digest is of the stored bytes: the same bytes at other places of a sparse file are another content.
@@ -332,15 +337,15 @@ impl<'a> Side<'a> {
 
 /// Counts the second tree's payload, and what of it the first one's machine lacks.
 fn count_bytes(a: Side<'_>, b: Side<'_>, totals: &mut Totals) {
-    let here: HashSet<&str> = a.layers.iter().filter_map(|layer| layer.identity).collect();
+    let here: HashSet<&String> = a.layers.iter().flat_map(|layer| layer.identities).collect();
     let mut payloads = HashSet::new();
     if b.layers.iter().any(|layer| layer.payloads.is_some()) {
         payloads.extend(a.files().filter_map(|(node, _)| a.digest(node)));
     }
     for (node, stored) in b.files() {
         totals.payload_bytes += stored;
-        let identity = b.facts(b.tree.node(node).layer()).identity;
-        let known = identity.is_some_and(|identity| here.contains(identity))
+        let identities = b.facts(b.tree.node(node).layer()).identities;
+        let known = identities.iter().any(|identity| here.contains(identity))
             || b.digest(node).is_some_and(|digest| !payloads.insert(digest));
         if !known {
             totals.fetch_bytes += stored;

@@ -57,6 +57,19 @@ pub struct Digest {
 pub struct NotADigest(String);
 
 impl Digest {
+    /// The bytes of a SHA-256; none for other algorithms.
+    #[must_use]
+    pub fn sha256(&self) -> Option<[u8; 32]> {
+        if self.algorithm != Algorithm::Sha256 {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        for (byte, digits) in bytes.iter_mut().zip(self.hex.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+        }
+        Some(bytes)
+    }
+
     /// The digest of `bytes`.
     #[must_use]
     pub fn of(algorithm: Algorithm, bytes: &[u8]) -> Self {

@@ -37,8 +37,9 @@ pub use compare::{Difference, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
+pub use identity::LayerIdentity;
+#[cfg(feature = "command")]
 pub(crate) use identity::hexadecimal;
-pub use identity::{Coding, LayerIdentity};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub(crate) use pax::base64_decoded;
 pub use reader::{Entries, Index, hot_len, is_index};

@@ -1,37 +1,45 @@
-//! A layer, opened: source, index, tree, image and fetcher, put together in the order data walks through them.
+//! A layer or an image, opened: source, layer, index, tree, image and fetcher, put together in the order data walks through
+//! them.
 //!
 //! In: what a person typed, an index perhaps, a cache directory perhaps. Out: in two halves, because they happen in two
-//! processes: [`prepare`] finds the layer and its index and can show progress; a [`Recipe`] is what it tells the daemon;
+//! processes: [`prepare`] finds the layers and their indexes and can show progress; a [`Recipe`] is what it tells the daemon;
 //! [`Recipe::serve`] makes the image and the fetcher of it. [`serve_here`] is both in one process.
 //!
-//! An index that was read from headers is kept in the cache directory under the layer's identity, which is its name and what
+//! An index that was made is kept in the cache directory under the layer's identity: its digest, or else its name and what
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
 //! mark is never found there again.
 
+pub mod artifact;
+pub mod discover;
 mod gather;
 mod kept;
+mod layer;
+pub mod publish;
+mod recipe;
 mod record;
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
-use serde::{Deserialize, Serialize};
-
-use crate::fetch::store::{Store, StoreError};
-use crate::fetch::{self, Blob, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource};
+use crate::digest::Digest;
+use crate::fetch::{self, store::StoreError};
+use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::image::{FileMap, ImageError};
-use crate::index::{Index, IndexBuilder, IndexError, is_index};
-use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError};
-use crate::tree::TreeBuilder;
-use crate::units::TarOffset;
-use gather::Gather;
+use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::source::registry::{Image, ImageLayer, ImageName, Registry, RegistryOptions};
+use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
+use crate::tree::{Tree, TreeBuilder, TreeMode};
+use crate::units::LayerId;
+use discover::FoundIndex;
+use layer::{Facts, Published};
 
+pub use discover::IndexChoice;
 pub use kept::{Cache, default_cache_dir};
-pub use record::{Recording, record};
+pub use layer::PreparedLayer;
+pub use recipe::{Fetching, Opened, Recipe, serve_here};
+pub use record::{RecordedBlob, Recording, coding_of, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -87,6 +95,37 @@ pub enum OpenError {
         /// What.
         cause: ImageError,
     },
+    /// A layer's bytes are not those that its image means.
+    #[error("{source_name}: the {what} of a layer is {found} and has to be {expected}: it was damaged or exchanged")]
+    Digest {
+        /// The image or layer.
+        source_name: String,
+        /// Which digest: of the blob, or of the tar in it.
+        what: &'static str,
+        /// What it has to be.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// The image has no such layer.
+    #[error("{name} has no layer {wanted}: {has}")]
+    NoSuchLayer {
+        /// The image.
+        name: String,
+        /// What was asked for.
+        wanted: String,
+        /// What it has.
+        has: String,
+    },
+    /// One layer is wanted of an image that has several.
+    #[error("{0} has several layers, and an index is of one; choose it with --layer")]
+    OneIndex(String),
+    /// Nobody has published indexes of an image.
+    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    NoIndexes {
+        /// The image.
+        name: String,
+    },
     /// A local layer is not what it was when its index was read.
     #[error("{0} changed while it was being attached; try again")]
     Changed(String),
@@ -106,20 +145,60 @@ pub enum OpenError {
     },
 }
 
-/// How a layer is opened.
+/// How a layer or an image is opened.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
-    /// An index made beforehand, as a path or a URL.
-    pub index: Option<String>,
+    /// Where indexes come from.
+    pub index: IndexChoice,
+    /// Which index, or which artifact with the indexes of an image, by digest; any other is refused.
+    pub index_digest: Option<Digest>,
+    /// One layer of an image, as overlayfs wants it; all of them as one tree if none.
+    pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept; nowhere if none.
     pub cache: Option<Cache>,
     /// How long to wait for servers.
     pub patience: Patience,
+    /// How registries are talked to.
+    pub registry: RegistryOptions,
+}
+
+/// One layer of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LayerChoice {
+    /// Counted from 1, the lowest.
+    Number(usize),
+    /// By its digest.
+    Digest(Digest),
+}
+
+impl std::str::FromStr for LayerChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(number) = text.parse::<usize>() {
+            return match number {
+                0 => Err("layers are counted from 1".to_owned()),
+                number => Ok(Self::Number(number)),
+            };
+        }
+        text.parse()
+            .map(Self::Digest)
+            .map_err(|error| format!("{error}; or a number from 1"))
+    }
+}
+
+impl std::fmt::Display for LayerChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Digest(digest) => digest.fmt(f),
+        }
+    }
 }
 
 /// Told what opening is doing, by whoever shows it.
 pub trait Watch {
-    /// The headers are being read: the position reached and the tar's length, both in bytes.
+    /// Layers are being read: the position reached and their length, both in bytes, of all together.
     fn headers(&mut self, at: u64, len: u64);
 }
 
@@ -138,7 +217,12 @@ pub enum IndexOrigin {
     Given,
     /// It was in the cache directory.
     Kept,
-    /// The headers were read: in this many reads or requests, bringing this many bytes.
+    /// Somebody has published it: its hot part had this many bytes.
+    Published {
+        /// How many.
+        bytes: u64,
+    },
+    /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
     Read {
         /// How many.
         reads: u64,
@@ -147,143 +231,238 @@ pub enum IndexOrigin {
     },
 }
 
-/// A layer that was found, with its index.
+/// A layer or an image that was found, with the index of each of its layers.
 #[derive(Debug)]
 pub struct Prepared {
-    /// The layer.
-    pub blob: LayerBlob,
-    /// What it holds.
-    pub index: Index<Vec<u8>>,
-    /// Where the index came from.
-    pub origin: IndexOrigin,
+    /// What was named, without secrets.
+    pub name: String,
+    /// The lowest first; at least one.
+    pub layers: Vec<PreparedLayer>,
+    /// How they become one tree.
+    pub mode: TreeMode,
     cache: Option<Cache>,
-    /// The index in the cache directory, if it is there.
-    kept: Option<PathBuf>,
 }
 
-/// Finds a layer and its index: the one that was named, or the one in the cache, or by reading the headers.
+/// Finds a layer or an image, and the index of each layer: the one that was named, or the one in the cache, or by reading
+/// the headers, or a compressed layer whole. Several layers are read at the same time.
 ///
 /// # Errors
 /// [`OpenError`], in one line for the person.
 pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Prepared, OpenError> {
     let source = Source::parse(text)?;
-    if let Some(name) = &options.index {
-        return prepare_with_index(&source, name, options);
-    }
-    let blob = source::open(&source, &options.patience)?;
-    let identity = blob
-        .fingerprint()
-        .map(|mark| format!("{source_name}\n{mark}", source_name = full_name(&source)));
-    if let (Some(cache), Some(identity)) = (&options.cache, &identity)
-        && let Some((path, bytes)) = cache.index(identity)
-    {
-        match Index::open(bytes) {
-            Ok(index) if index.tar_len() == blob.len => {
-                let (cache, kept) = (options.cache.clone(), Some(path));
-                return Ok(Prepared {
-                    blob,
-                    index,
-                    origin: IndexOrigin::Kept,
-                    cache,
-                    kept,
-                });
-            }
-            // Damaged, or of another version of this program: it is read again and replaced.
-            Ok(_) | Err(_) => log::info!("{}: not usable, reading the headers again", path.display()),
+    let (layers, mode) = match (&source, &options.index) {
+        (Source::Image(name), _) => prepare_image(name, options, watch)?,
+        (_, IndexChoice::Named(index)) => (vec![prepare_with_index(&source, index, options)?], TreeMode::Plain),
+        (_, IndexChoice::Require) => {
+            return Err(OpenError::NoIndexes {
+                name: source.to_string(),
+            });
         }
-    }
-    let (bytes, origin) = read_headers(&blob, options, watch)?;
-    let kept = match (&options.cache, &identity) {
-        (Some(cache), Some(identity)) => keep_if_there_is_room(cache, identity, &bytes)?,
-        _ => None,
+        (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
+            let blob = source::open(&source, &options.patience)?;
+            let found = vec![(blob, Facts::default())];
+            (prepare_all(found, options, watch)?, TreeMode::Plain)
+        }
     };
-    let index = open_index(bytes, &source.to_string())?;
     Ok(Prepared {
-        blob,
-        index,
-        origin,
+        name: source.to_string(),
+        layers,
+        mode,
         cache: options.cache.clone(),
-        kept,
     })
 }
 
-/// Keeps an index in the cache. A full disk only means that the headers are read again next time.
-fn keep_if_there_is_room(cache: &Cache, identity: &str, bytes: &[u8]) -> Result<Option<PathBuf>, OpenError> {
-    match cache.keep_index(identity, bytes) {
-        Ok(path) => Ok(Some(path)),
-        Err(OpenError::Cache { path, cause }) if is_full(&cause) => {
-            log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
-            Ok(None)
-        }
-        Err(error) => Err(error),
+fn prepare_image(
+    name: &ImageName,
+    options: &OpenOptions,
+    watch: &mut dyn Watch,
+) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
+    let mut image = registry::resolve(name, &options.registry)?;
+    let mut mode = TreeMode::Merged;
+    if let Some(choice) = &options.layer {
+        let chosen = find_layer(&image, choice)?;
+        image.layers = vec![image.layers.swap_remove(chosen)];
+        mode = TreeMode::Overlay;
     }
+    if let IndexChoice::Named(index) = &options.index {
+        if image.layers.len() > 1 {
+            return Err(OpenError::OneIndex(image.name));
+        }
+        let index = named_index(index, options)?;
+        let layer = &image.layers[0];
+        let blob = source::open_layer(name, layer)?;
+        let layer = PreparedLayer::new(blob, &Facts::of(layer), index, IndexOrigin::Given, None)?;
+        return Ok((vec![layer], mode));
+    }
+    let published = published(name, &image, options)?;
+    let mut found = Vec::new();
+    for (layer, published) in image.layers.iter().zip(published) {
+        let facts = Facts {
+            published,
+            ..Facts::of(layer)
+        };
+        found.push((source::open_layer(name, layer)?, facts));
+    }
+    Ok((prepare_all(found, options, watch)?, mode))
 }
 
-/// Whether a disk has no more room.
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+/// The published indexes of an image's layers, as far as they are wanted and there.
+fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Vec<Option<Published>>, OpenError> {
+    let none = || image.layers.iter().map(|_| None).collect();
+    let ImageName::Registry(reference) = name else {
+        return match options.index {
+            IndexChoice::Require => Err(OpenError::NoIndexes { name: name.to_string() }),
+            _ => Ok(none()),
+        };
+    };
+    let required = options.index == IndexChoice::Require || options.index_digest.is_some();
+    let kept = |layer: &ImageLayer| {
+        let cache = options.cache.as_ref()?;
+        cache.index(&layer.descriptor.digest.to_string())
+    };
+    let wanted = match options.index {
+        IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => false,
+        // What was read on this machine is as good, and here.
+        IndexChoice::Auto => required || image.layers.iter().any(|layer| kept(layer).is_none()),
+        IndexChoice::Require => true,
+    };
+    if !wanted {
+        return Ok(none());
+    }
+    let registry = Registry::new(reference, &options.registry)?;
+    let found = match discover::find_indexes(&registry, image, options.index_digest.as_ref()) {
+        Ok(found) => found,
+        // Without them the layers can still be read.
+        Err(error) if !required => {
+            log::warn!("cannot look for published indexes: {error}");
+            return Ok(none());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if required && found.iter().any(Option::is_none) {
+        return Err(OpenError::NoIndexes { name: name.to_string() });
+    }
+    // All at the same time.
+    let fetch = |(layer, found): (&ImageLayer, &Option<FoundIndex>)| match found {
+        None => Ok(None),
+        Some(found) => match discover::fetch_hot(name, layer, found, &options.patience) {
+            Ok(index) => {
+                let rest = source::open_registry_blob(name, &found.access)?;
+                Ok(match rest.place {
+                    Place::Http(rest) => Some(Published { index, rest: *rest }),
+                    Place::File(_) => None,
+                })
+            }
+            Err(error) if !required => {
+                log::warn!("{error}; going on without it");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        },
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = image
+            .layers
+            .iter()
+            .zip(&found)
+            .map(|pair| scope.spawn(move || fetch(pair)))
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    })
+}
+
+fn find_layer(image: &Image, choice: &LayerChoice) -> Result<usize, OpenError> {
+    let found = match choice {
+        LayerChoice::Number(number) => (1..=image.layers.len()).contains(number).then(|| number - 1),
+        LayerChoice::Digest(digest) => image.layers.iter().position(|layer| layer.descriptor.digest == *digest),
+    };
+    found.ok_or_else(|| OpenError::NoSuchLayer {
+        name: image.name.clone(),
+        wanted: choice.to_string(),
+        has: match image.layers.len() {
+            1 => "it has one".to_owned(),
+            count => format!("it has {count}, counted from 1"),
+        },
+    })
+}
+
+/// Finds or makes the indexes of several layers at the same time.
+fn prepare_all(
+    found: Vec<(LayerBlob, Facts)>,
+    options: &OpenOptions,
+    watch: &mut dyn Watch,
+) -> Result<Vec<PreparedLayer>, OpenError> {
+    let total: u64 = found.iter().map(|(blob, _)| blob.len).sum();
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut reached = vec![0; found.len()];
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (number, (blob, facts)) in found.into_iter().enumerate() {
+            let tell = Mutex::new(tell.clone());
+            threads.push(scope.spawn(move || {
+                let mut reached = |at: u64, _: u64| {
+                    // Who listens goes first only when everything ends.
+                    let _nobody_listens = tell.lock().unwrap_or_else(PoisonError::into_inner).send((number, at));
+                };
+                layer::prepare(blob, &facts, options, &mut reached)
+            }));
+        }
+        drop(tell);
+        for (number, at) in told {
+            reached[number] = at;
+            watch.headers(reached.iter().sum(), total);
+        }
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<PreparedLayer, OpenError>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    })
 }
 
 /// Finds the layer and brings its index at the same time.
-fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<Prepared, OpenError> {
+fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
         let blob = scope.spawn(|| source::open(source, &options.patience));
         let bytes = load_index(name, &options.patience);
         (blob.join(), bytes)
     });
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let index = open_index(bytes?, name)?;
-    if index.tar_len() != blob.len {
+    let index = pinned(open_index(bytes?, name)?, name, options)?;
+    let expected = index.identity().blob_len;
+    if expected != blob.len {
         return Err(OpenError::OtherLayer {
             name: source::without_secrets(name),
-            expected: index.tar_len(),
+            expected,
             source_name: source.to_string(),
             found: blob.len,
         });
     }
-    Ok(Prepared {
-        blob,
-        index,
-        origin: IndexOrigin::Given,
-        cache: options.cache.clone(),
-        kept: None,
-    })
+    PreparedLayer::new(blob, &Facts::default(), index, IndexOrigin::Given, None)
 }
 
-/// Reads a layer's headers into an index file. Payload of a remote layer that comes with them is put into the store.
-fn read_headers(
-    blob: &LayerBlob,
-    options: &OpenOptions,
-    watch: &mut dyn Watch,
-) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
-    let mut builder = IndexBuilder::new();
-    let mut progress = |at: TarOffset, len: u64| watch.headers(at.0, len);
-    let mut gather = match (&blob.place, &options.cache) {
-        (Place::Http(http), Some(cache)) => {
-            let kept = Store::open(cache.layers()).and_then(|store| store.layer(&http_layer(http)));
-            match kept {
-                Ok(kept) => Some(Gather::new(kept)),
-                Err(error) if is_full(&error.source) => {
-                    log::warn!("{error}; going on without a cache");
-                    None
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        _ => None,
-    };
-    let tap = gather.as_mut().map(|gather| -> &mut dyn source::Tap { gather });
-    let walked = source::walk(blob, &mut builder, tap, &options.patience, &mut progress)?;
-    // The store lets go of the layer here, and the daemon can take it.
-    drop(gather);
-    let bytes = builder.finish(walked.tar_len, walked.end);
-    Ok((
-        bytes,
-        IndexOrigin::Read {
-            reads: walked.reads,
-            bytes: walked.bytes_read,
-        },
-    ))
+/// An index that was named, and is the one that it has to be.
+fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    pinned(open_index(load_index(name, &options.patience)?, name)?, name, options)
+}
+
+fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    match &options.index_digest {
+        Some(pin) if !discover::is_pinned(&index, pin) => Err(OpenError::Digest {
+            source_name: source::without_secrets(name),
+            what: "index",
+            expected: pin.to_string(),
+            found: discover::hot_digest(&index).to_string(),
+        }),
+        _ => Ok(index),
+    }
+}
+
+/// Whether a disk has no more room.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Reads an index file, whole, from a path or a URL.
@@ -327,317 +506,87 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
     }
-    Ok(prepare(text, options, watch)?.index)
+    Ok(prepare(text, options, watch)?.into_only()?.index)
 }
 
+/// Opens an index file, or the hot part of one.
 fn open_index(bytes: Vec<u8>, name: &str) -> Result<Index<Vec<u8>>, OpenError> {
-    Index::open(bytes).map_err(|cause| OpenError::Index {
+    let is_hot = hot_len(&bytes).is_ok_and(|hot| hot == u64::try_from(bytes.len()).ok());
+    let opened = if is_hot {
+        Index::open_hot(bytes)
+    } else {
+        Index::open(bytes)
+    };
+    opened.map_err(|cause| OpenError::Index {
         name: source::without_secrets(name),
         cause,
     })
 }
 
-/// The source as it tells layers apart; not for messages.
-fn full_name(source: &Source) -> String {
-    match source {
-        Source::Path(path) => path.display().to_string(),
-        Source::Url(url) => url.to_string(),
-        Source::Image(name) => name.to_string(),
-    }
-}
-
-impl Prepared {
-    /// The filesystem image.
-    ///
-    /// # Errors
-    /// What it cannot hold.
-    pub fn image(&self) -> Result<Ext4Image, OpenError> {
-        image_of(&self.index, &self.blob.source.to_string())
-    }
-
-    /// What another process needs to serve this layer. `lending` is where the index may be put for it if it is not in the
-    /// cache; the process removes it from there.
-    ///
-    /// # Errors
-    /// [`OpenError::Cache`] when it cannot be put there.
-    pub fn recipe(&self, lending: &Path, fetching: Fetching) -> Result<Recipe, OpenError> {
-        let layer = match &self.blob.place {
-            Place::File(_) => {
-                let Source::Path(path) = &self.blob.source else {
-                    unreachable!("files have paths")
-                };
-                let path = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-                Layer::File {
-                    path,
-                    mark: self.blob.fingerprint().unwrap_or_default(),
-                }
-            }
-            Place::Http(http) => {
-                let HttpLayer { url, size, headers, .. } = http_layer(http);
-                Layer::Http {
-                    url,
-                    len: size,
-                    validator: http.validator.as_ref().map(Into::into),
-                    headers,
-                }
-            }
-        };
-        let (index, borrowed) = match &self.kept {
-            Some(path) => (path.clone(), false),
-            None => (lend(lending, self.index.as_bytes())?, true),
-        };
-        let store = self.cache.as_ref().map(Cache::layers);
-        Ok(Recipe {
-            name: self.blob.source.to_string(),
-            layer,
-            index,
-            borrowed,
-            store,
-            fetching,
-        })
-    }
-}
-
-/// Puts an index where another process finds it.
-fn lend(dir: &Path, index: &[u8]) -> Result<PathBuf, OpenError> {
-    let failed = |cause| OpenError::Cache {
-        path: dir.to_owned(),
-        cause,
-    };
-    let mut file = tempfile::Builder::new()
-        .prefix("index-")
-        .suffix(".tarblk")
-        .tempfile_in(dir)
-        .map_err(failed)?;
-    file.write_all(index).map_err(failed)?;
-    let (_, path) = file.keep().map_err(|error| failed(error.error))?;
-    Ok(path)
-}
-
-fn image_of(index: &Index<Vec<u8>>, name: &str) -> Result<Ext4Image, OpenError> {
-    let mut tree = TreeBuilder::new();
-    index.replay(&mut tree).map_err(|cause| OpenError::Tree {
+/// The tree of layers by their indexes, the lowest first.
+fn tree_of<'i>(
+    indexes: impl IntoIterator<Item = &'i Index<Vec<u8>>>,
+    mode: TreeMode,
+    name: &str,
+) -> Result<Tree, OpenError> {
+    let failed = |cause| OpenError::Tree {
         name: name.into(),
         cause,
-    })?;
-    Ext4Image::plan(tree.finish(), &Ext4Options::default()).map_err(|cause| OpenError::Image {
+    };
+    let mut tree = TreeBuilder::with_mode(mode);
+    for (number, index) in (0..).zip(indexes) {
+        tree.begin_layer(LayerId(number))
+            .map_err(|error| failed(IndexError::Sink(error.into())))?;
+        index.replay(&mut tree).map_err(failed)?;
+    }
+    Ok(tree.finish())
+}
+
+fn image_of<'i>(
+    indexes: impl IntoIterator<Item = &'i Index<Vec<u8>>>,
+    mode: TreeMode,
+    name: &str,
+) -> Result<Ext4Image, OpenError> {
+    Ext4Image::plan(tree_of(indexes, mode, name)?, &Ext4Options::default()).map_err(|cause| OpenError::Image {
         name: name.into(),
         cause,
     })
 }
 
-/// How a served layer's bytes are fetched.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Fetching {
-    /// The memory tier's bound in bytes.
-    pub memory_bytes: u64,
-    /// Connections per host at most.
-    pub connections: u16,
-    /// After this a read fails; never if none.
-    pub deadline: Option<Duration>,
-    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
-    pub store_bytes: u64,
-}
-
-/// Everything that a process must know to serve a layer. May hold secrets: it goes through pipes, never into files.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Recipe {
-    /// For messages, without secrets.
-    name: String,
-    layer: Layer,
-    /// The index file.
-    index: PathBuf,
-    /// Whether the index file is to be removed once it was read.
-    borrowed: bool,
-    /// Where fetched bytes are kept.
-    store: Option<PathBuf>,
-    fetching: Fetching,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-enum Layer {
-    File {
-        path: PathBuf,
-        mark: String,
-    },
-    Http {
-        url: String,
-        len: u64,
-        validator: Option<Mark>,
-        headers: Vec<(String, String)>,
-    },
-}
-
-impl std::fmt::Debug for Layer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::File { path, .. } => write!(f, "File({})", path.display()),
-            Self::Http { url, .. } => write!(f, "Http({})", source::without_secrets(url)),
-        }
-    }
-}
-
-/// A validator in a recipe.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-enum Mark {
-    ETag(String),
-    LastModified(String),
-}
-
-impl From<&source::Validator> for Mark {
-    fn from(validator: &source::Validator) -> Self {
-        match validator {
-            source::Validator::ETag(tag) => Self::ETag(tag.clone()),
-            source::Validator::LastModified(date) => Self::LastModified(date.clone()),
-        }
-    }
-}
-
-impl From<Mark> for fetch::Validator {
-    fn from(mark: Mark) -> Self {
-        match mark {
-            Mark::ETag(tag) => Self::ETag(tag),
-            Mark::LastModified(date) => Self::LastModified(date),
-        }
-    }
-}
-
-/// A layer as an image and the bytes behind it.
-#[derive(Clone, Debug)]
-pub struct Opened {
-    /// The image.
-    pub image: Arc<Ext4Image>,
-    /// The bytes of its layer.
-    pub fetcher: Fetcher,
-}
-
-impl Recipe {
-    /// The index file that was made for the recipe's reader alone, if there is one.
-    #[must_use]
-    pub fn lent(&self) -> Option<&Path> {
-        self.borrowed.then_some(&self.index)
-    }
-
-    /// Makes the image and starts the fetcher.
+impl Prepared {
+    /// The tree of all layers.
     ///
     /// # Errors
-    /// [`OpenError`].
-    pub fn serve(self) -> Result<Opened, OpenError> {
-        let read = fs::read(&self.index);
-        if self.borrowed {
-            let _ = fs::remove_file(&self.index);
-        }
-        let failed = |cause| OpenError::ReadIndex {
-            name: self.index.display().to_string(),
-            cause,
-        };
-        let index = open_index(read.map_err(failed)?, &self.index.display().to_string())?;
-        let layer = self.layer.clone().open()?;
-        let image = Arc::new(image_of(&index, &self.name)?);
-        start(image, layer, self.store.as_deref(), &self.fetching)
+    /// What no tree can hold.
+    pub fn tree(&self) -> Result<Tree, OpenError> {
+        tree_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
     }
-}
 
-impl Layer {
-    fn open(self) -> Result<LayerSource, OpenError> {
-        match self {
-            Self::File { path, mark } => {
-                let blob = source::open(&Source::Path(path), &Patience::default())?;
-                if blob.fingerprint().as_deref() != Some(&mark) {
-                    return Err(OpenError::Changed(blob.source.to_string()));
-                }
-                Ok(layer_source(blob))
-            }
-            Self::Http {
-                url,
-                len,
-                validator,
-                headers,
-            } => Ok(LayerSource::http(HttpLayer {
-                url,
-                size: len,
-                validator: validator.map(Into::into),
-                headers,
-                access: None,
-            })),
+    /// The filesystem image.
+    ///
+    /// # Errors
+    /// What it cannot hold.
+    pub fn image(&self) -> Result<Ext4Image, OpenError> {
+        image_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
+    }
+
+    /// The layer, if it is one alone.
+    ///
+    /// # Errors
+    /// [`OpenError::OneIndex`] when there are several.
+    pub fn into_only(mut self) -> Result<PreparedLayer, OpenError> {
+        match (self.layers.pop(), self.layers.len()) {
+            (Some(layer), 0) => Ok(layer),
+            _ => Err(OpenError::OneIndex(self.name)),
         }
     }
-}
 
-fn layer_source(blob: LayerBlob) -> LayerSource {
-    match blob.place {
-        Place::File(file) => {
-            let path = PathBuf::from(blob.source.to_string());
-            LayerSource::file(FileLayer {
-                path,
-                file: file.into(),
-                size: blob.len,
-            })
-        }
-        Place::Http(http) => LayerSource::http(http_layer(&http)),
+    /// How many bytes of files all layers store.
+    #[must_use]
+    pub fn payload_bytes(&self) -> u64 {
+        self.layers
+            .iter()
+            .map(|layer| layer.index.summary().payload_bytes)
+            .sum()
     }
-}
-
-/// A found layer as the fetcher is told of it.
-fn http_layer(http: &source::HttpBlob) -> HttpLayer {
-    let authorization = http.authorization.as_ref().and_then(|value| value.to_str().ok());
-    HttpLayer {
-        url: http.url.to_string(),
-        size: http.len,
-        validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
-        headers: authorization
-            .map(|value| ("Authorization".to_owned(), value.to_owned()))
-            .into_iter()
-            .collect(),
-        access: http.access.clone().map(Arc::new),
-    }
-}
-
-fn start(
-    image: Arc<Ext4Image>,
-    layer: LayerSource,
-    store: Option<&Path>,
-    fetching: &Fetching,
-) -> Result<Opened, OpenError> {
-    let store = match (&layer.blob, store) {
-        (Blob::Http(_), Some(dir)) => match Store::open(dir) {
-            Ok(store) => Some(store),
-            Err(error) if is_full(&error.source) => {
-                log::warn!("{error}; going on without a cache");
-                None
-            }
-            Err(error) => return Err(error.into()),
-        },
-        _ => None,
-    };
-    if let Some(store) = &store
-        && let Err(error) = store.trim(fetching.store_bytes)
-    {
-        log::warn!("{error}");
-    }
-    let secure = matches!(&layer.blob, Blob::Http(http) if http.url.starts_with("https:"));
-    let options = FetchOptions {
-        memory_bytes: fetching.memory_bytes,
-        connections: usize::from(fetching.connections),
-        deadline: fetching.deadline.unwrap_or(Duration::MAX),
-        store,
-        tls: if secure { Some(fetch::default_tls()?) } else { None },
-        ..FetchOptions::default()
-    };
-    let files: Arc<dyn FileMap> = image.clone();
-    let fetcher = Fetcher::start(vec![layer], options, Some(files))?;
-    Ok(Opened { image, fetcher })
-}
-
-/// Opens a prepared layer in this process.
-///
-/// # Errors
-/// [`OpenError`].
-pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, OpenError> {
-    let image = Arc::new(prepared.image()?);
-    let store = prepared.cache.as_ref().map(Cache::layers);
-    start(image, layer_source(prepared.blob), store.as_deref(), fetching)
 }

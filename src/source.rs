@@ -21,14 +21,14 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use registry::{BlobPlace, ImageLayer, ImageName};
+use registry::{BlobAccess, BlobPlace, ImageLayer, ImageName};
 use url::Url;
 
 pub use error::SourceError;
 pub use http::{HttpBlob, Patience, Validator};
 pub use remote::Tap;
 pub use secret::Secret;
-pub use stream::{BlobSink, stream};
+pub use stream::{BlobSink, first_bytes, read_range, stream};
 
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};
@@ -157,6 +157,8 @@ pub struct LayerBlob {
     pub len: u64,
     /// Where its bytes are.
     pub place: Place,
+    /// The file that they are in, if they are in one; absolute.
+    pub path: Option<PathBuf>,
 }
 
 /// Where a layer's bytes are.
@@ -206,6 +208,7 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
                 source: source.clone(),
                 len: blob.len,
                 place: Place::Http(Box::new(blob)),
+                path: None,
             })
         }
         Source::Image(name) => Err(SourceError::Unusable {
@@ -227,8 +230,22 @@ pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, So
             source: Source::Image(image.clone()),
             len: access.size(),
             place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
+            path: None,
         }),
     }
+}
+
+/// Opens another blob of an image's repository, an index for example. No server is asked.
+///
+/// # Errors
+/// [`SourceError::Unusable`] when its name makes no URL.
+pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<LayerBlob, SourceError> {
+    Ok(LayerBlob {
+        source: Source::Image(image.clone()),
+        len: access.size(),
+        place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
+        path: None,
+    })
 }
 
 fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
@@ -255,6 +272,7 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
         source: source.clone(),
         len,
         place: Place::File(file),
+        path: Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())),
     })
 }
 

@@ -206,6 +206,13 @@ fn diff_tells_what_changed() {
     );
     let told = lab.good(&["diff", "old.tar", "newer.tar", "--uncertain"]);
     assert!(told.starts_with("~ a  content?\n~ d/gone  content?\n"), "{told}");
+    // Full indexes know contents.
+    for name in ["old", "newer"] {
+        lab.good(&["index", &format!("{name}.tar"), "--full", "-o", &format!("{name}.full")]);
+    }
+    let told = lab.good(&["diff", "old.full", "newer.full"]);
+    let totals = "0 added, 0 removed, 1 changed\n5 B of files; a machine that has the first would fetch at most 3 B\n";
+    assert_eq!(told, format!("~ same-size  content\n{totals}"));
     let json = lab.good(&["diff", "old.tar", "new.tar", "--json"]);
     let lines: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines[0]["aspects"], serde_json::json!(["mode", "size"]));

@@ -484,10 +484,8 @@ fn an_index_of_another_layer_is_no_use() {
 
 /// An index with nothing but windows, and where they lie in it.
 fn cold_part(spans: &Spans) -> (Vec<u8>, ColdDirectory) {
-    let mut table = Vec::new();
-    spans.table.encode(&mut table);
     let mut builder = IndexBuilder::new();
-    builder.spans(table, &spans.windows);
+    builder.spans(spans.clone());
     let bytes = builder.finish(spans.table.tar_len(), EndOfArchive::Marked);
     let directory = Index::open(bytes.as_slice()).unwrap().cold().clone();
     (bytes, directory)

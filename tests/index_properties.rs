@@ -1,12 +1,17 @@
 //! Whatever entries there are, they come back: through the index file, and through a tar that somebody else writes. And
 //! whatever is broken in an index file is noticed.
 
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
+use tarblk::digest::{Algorithm, Digest};
 use tarblk::index::{
-    ChunkHasher, Coding, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError,
-    IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
+    ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError, IndexFault,
+    Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
 };
+use tarblk::layer::{Coding, Indexer};
 use tarblk::units::{TarOffset, TarRange};
 
 /// A length as a position.
@@ -137,26 +142,50 @@ fn encode(entries: &[Entry], len: u64) -> Vec<u8> {
     builder(entries).finish(len, EndOfArchive::Marked)
 }
 
-/// An index with everything in it that a compressed layer's has; the tar's bytes are made up.
+/// Bytes of a tar that is nothing but long; not the same anywhere.
+fn made_up(len: u64) -> Vec<u8> {
+    let mut state = 7_u64;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            b'a' + (state >> 60).to_le_bytes()[0]
+        })
+        .collect()
+}
+
+/// gzip's own program, which nobody here wrote. Every machine has it.
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("gzip")
+        .args(["-1", "-n"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || input.write_all(bytes).unwrap());
+        child.wait_with_output().unwrap().stdout
+    })
+}
+
+/// An index with everything in it that a compressed layer's has, of at least `len` bytes, which are made up.
 fn encode_all(entries: &[Entry], len: u64) -> Vec<u8> {
+    let tar = made_up(len.max(200_000));
+    let blob = gzip(&tar);
     let mut hasher = ChunkHasher::new();
-    for at in (0..len).step_by(1 << 20) {
-        hasher.feed(&vec![
-            u8::try_from(at >> 20 & 0xff).unwrap();
-            usize::try_from((len - at).min(1 << 20)).unwrap()
-        ]);
-    }
-    let mut builder = builder(entries);
+    let mut indexer = Indexer::new(Coding::Gzip, 32 << 10);
+    indexer.feed(&blob, &mut |tar| hasher.feed(tar)).unwrap();
     let identity = LayerIdentity {
         coding: Coding::Gzip,
-        blob_len: len / 3,
-        blob_digest: Some(format!("sha256:{}", "ab".repeat(32))),
+        blob_len: long(blob.len()),
+        blob_digest: Some(Digest::of(Algorithm::Sha256, &blob)),
         diff_id: None,
-        spacing: 1 << 20,
+        spacing: 32 << 10,
     };
+    let mut builder = builder(entries);
     builder.identity(identity).chunk_digests(hasher.finish());
-    builder.spans(b"spans".to_vec(), [vec![], vec![7; 32768], b"window".to_vec()]);
-    builder.finish(len, EndOfArchive::Marked)
+    builder.spans(indexer.finish().unwrap());
+    builder.finish(long(tar.len()), EndOfArchive::Marked)
 }
 
 fn decode(bytes: &[u8]) -> Result<Vec<Entry>, IndexError> {
@@ -257,35 +286,34 @@ fn the_hot_part_alone_is_enough_but_for_what_is_cold() {
     part.replay(&mut all).unwrap();
     assert_eq!(all.0, entries);
     assert_eq!((part.hot_digest(), part.hot_len()), (whole.hot_digest(), hot));
-    assert_eq!((part.identity(), part.spans()), (whole.identity(), Some(&b"spans"[..])));
+    assert_eq!((part.identity(), part.spans()), (whole.identity(), whole.spans()));
     assert_eq!(part.identity().coding, Coding::Gzip);
-    assert!(
-        part.chunk_digests()
-            .unwrap()
-            .check(1, &vec![0; usize::try_from(len).unwrap() - 32768])
-    );
-    assert!(!part.chunk_digests().unwrap().check(1, &vec![1; 32768]));
+    let tar = made_up(part.tar_len());
+    for (number, chunk) in (0..).zip(tar.chunks(32 << 10)) {
+        let digests = part.chunk_digests().unwrap();
+        assert!(digests.check(number, chunk) && !digests.check(number + 1, chunk));
+    }
 
-    let windows = [vec![], vec![7; 32768], b"window".to_vec()];
-    let cold = part.cold();
-    assert_eq!(cold.pieces(ColdPart::Windows), windows.len());
-    for (number, window) in windows.iter().enumerate() {
-        assert_eq!(
-            whole.cold_piece(ColdPart::Windows, number).unwrap().as_ref(),
-            Some(window)
-        );
+    // Windows are what of the tar lies before a span.
+    let (table, cold) = (part.spans().unwrap(), part.cold());
+    assert!(table.len() > 2 && cold.pieces(ColdPart::Windows) == table.len());
+    for number in 0..table.len() {
+        let window = whole.cold_piece(ColdPart::Windows, number).unwrap().unwrap();
+        let span = table.span(number);
+        assert_eq!(long(window.len()), u64::from(span.window));
         assert!(part.cold_piece(ColdPart::Windows, number).is_err() || window.is_empty());
         // What a range request brings.
         let piece = cold.piece(ColdPart::Windows, number).unwrap();
         let range = usize::try_from(piece.range.start).unwrap()..usize::try_from(piece.range.end).unwrap();
-        assert_eq!(&piece.open(&bytes[range.clone()]).unwrap(), window);
+        assert_eq!(piece.open(&bytes[range.clone()]).unwrap(), window);
         if !window.is_empty() {
+            assert_eq!(crc32c::crc32c(&bytes[range.clone()]), piece.crc);
             let mut damaged = bytes[range].to_vec();
             damaged[3] ^= 1;
             assert!(piece.open(&damaged).is_err() && piece.open(&damaged[1..]).is_err());
         }
     }
-    assert!(cold.piece(ColdPart::Windows, 3).is_none() && cold.piece(ColdPart::Headers, 0).is_none());
+    assert!(cold.piece(ColdPart::Windows, table.len()).is_none() && cold.piece(ColdPart::Headers, 0).is_none());
     assert!(!cold.has(ColdPart::Headers) && cold.has(ColdPart::Windows));
 }
 

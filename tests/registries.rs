@@ -190,6 +190,30 @@ fn redirects_end_after_two_seconds_and_want_no_credentials() {
 }
 
 #[test]
+fn a_blob_is_announced_as_the_index_of_another() {
+    const NAME: &str = "a_blob_is_announced_as_the_index_of_another";
+    let Some(images) = images(NAME) else { return };
+    let Some(registry) = Registry::with(NAME, Access::Anonymous, &images, &["whiteouts:opaque"]) else {
+        return;
+    };
+    let index = registry.dir().join("index");
+    std::fs::write(&index, "an index").unwrap();
+    let index = registry.put_blob("whiteouts", &index);
+    let front = Front::start(&registry);
+    let layers = unpacked::layers(&images.join("whiteouts"), "opaque");
+    front.announce(&layers[0], &index);
+    let url = |digest: &str| format!("http://{}/v2/whiteouts/blobs/{digest}", front.host());
+    let head = |digest: &str| String::from_utf8(curl(&["-I", &url(digest)]).1).unwrap();
+    assert!(
+        head(&layers[0]).contains(&format!("LazyPull-Digest: {index}")),
+        "{}",
+        head(&layers[0])
+    );
+    assert!(!head(&layers[1]).contains("LazyPull-Digest"));
+    assert_eq!(curl(&["-L", &url(&index)]), (200, b"an index".to_vec()));
+}
+
+#[test]
 fn nothing_is_left_of_a_registry() {
     const NAME: &str = "nothing_is_left_of_a_registry";
     let Some(registry) = Registry::start(NAME, Access::Token) else {
@@ -228,7 +252,7 @@ fn other_programs_read_the_images() {
         assert_eq!(found["Layers"].as_array().unwrap().len(), 6, "{tag}");
     }
     // umoci checks every digest and diff_id on its way.
-    let root = unpacked::umoci_unpack(&layout, "latest", &work.path().join("debian"));
+    let root = unpacked::umoci_unpack(&layout, "latest", &work.path().join("debian")).root;
     assert!(root.join("opt/app/main.py").exists() && !root.join("etc/motd").exists());
     assert!(root.join("usr/lib/python3/dist-packages/numpy").is_dir());
     let layout = images.join("whiteouts");

@@ -122,7 +122,7 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
         prefetch: false,
         ..FetchOptions::default()
     };
-    Fetcher::start(vec![LayerSource::Http(layer)], options, None).unwrap()
+    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
 }
 
 fn read(fetcher: &Fetcher, start: u64, len: u64) -> Result<Vec<u8>, String> {

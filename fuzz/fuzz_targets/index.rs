@@ -4,8 +4,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tarblk::index::fuzzing::index_around;
-use tarblk::index::{Entry, EntrySink, Index, IndexBuilder, IndexError, listing};
+use tarblk::index::fuzzing::{index_around, index_of_sections};
+use tarblk::index::{
+    ColdPart, Entry, EntrySink, Index, IndexBuilder, IndexError, first_difference, hot_len, listing, rebuild_tar,
+};
 
 /// Writes what it takes, and stops a short file that unpacks to millions of entries.
 struct Again {
@@ -20,16 +22,44 @@ impl EntrySink for Again {
     }
 }
 
-fuzz_target!(|data: &[u8]| {
-    let _ = Index::open(data);
-    // The checksums and the compression would keep all of it from the decoder: put them around it.
-    let Ok(index) = Index::open(index_around(data)) else { return };
+/// Reads an index in every way there is.
+fn use_all_of(bytes: &[u8]) {
+    let hot = hot_len(bytes).ok().flatten().and_then(|len| usize::try_from(len).ok());
+    let hot = hot.and_then(|len| bytes.get(..len)).map(Index::open_hot);
+    let Ok(index) = Index::open(bytes) else { return };
+    let hot = hot.expect("a whole index has a hot part").expect("the hot part of a good index is good");
+    assert_eq!(hot.hot_digest(), index.hot_digest());
     let mut again = Again { builder: IndexBuilder::new(), left: 10_000 };
     let outcome = index.replay(&mut again);
     assert!(!matches!(outcome, Err(IndexError::Unencodable { .. })), "{outcome:?}");
+    for part in [ColdPart::Windows, ColdPart::PayloadDigests, ColdPart::Headers] {
+        for number in 0..index.cold().pieces(part) {
+            let piece = index.cold_piece(part, number);
+            assert!(piece.is_err() || piece.unwrap().expect("it is counted").len() <= 1 << 20);
+        }
+    }
+    if let Some(digests) = index.chunk_digests() {
+        assert!(!digests.check(digests.len(), b""));
+        assert_eq!(digests.len(), index.tar_len().div_ceil(32 << 10));
+    }
     if outcome.is_ok() {
         for format in [listing::Format::Plain, listing::Format::Json, listing::Format::Mtree] {
             listing::write(&index, format, &mut std::io::sink()).expect("it was readable");
         }
+        // The hot part says nothing else; what it cannot say is an error.
+        assert_eq!(first_difference(&index, &hot).ok().flatten(), None);
+        if index.tar_len() < 1 << 24 {
+            let mut tar = Vec::new();
+            if rebuild_tar(&index, &mut |_, _| Ok(()), &mut tar).is_ok() {
+                assert_eq!(u64::try_from(tar.len()), Ok(index.tar_len()));
+            }
+        }
     }
+}
+
+fuzz_target!(|data: &[u8]| {
+    use_all_of(data);
+    // The checksums and the compression would keep all of it from the decoders: put them around it.
+    use_all_of(&index_around(data));
+    use_all_of(&index_of_sections(data));
 });

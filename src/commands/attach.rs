@@ -175,11 +175,11 @@ fn say_which(attached: &Attached, session: Session) {
     }
 }
 
-/// A spec, and the index that was lent to the daemon.
+/// A spec, and the indexes that were lent to the daemon.
 struct Order {
     spec: Spec,
-    /// Removed when the daemon had its chance to read it.
-    lent: Option<PathBuf>,
+    /// Removed when the daemon had its chance to read them.
+    lent: Vec<PathBuf>,
 }
 
 impl Order {
@@ -190,7 +190,7 @@ impl Order {
 
 impl Drop for Order {
     fn drop(&mut self) {
-        if let Some(path) = &self.lent {
+        for path in &self.lent {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -218,7 +218,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
     let queues = device
         .queues
         .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
-    let source = prepared.blob.source.to_string();
+    let source = prepared.name.clone();
     let options = DeviceOptions {
         backend: match device.backend {
             BackendArg::Auto => BackendChoice::Auto,
@@ -229,7 +229,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
         label: source.clone(),
         ..DeviceOptions::default()
     };
-    let lent = recipe.lent().map(Path::to_owned);
+    let lent = recipe.lent().map(Path::to_owned).collect();
     let payload = serde_json::to_value(recipe)?;
     Ok(Order {
         spec: Spec {

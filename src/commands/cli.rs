@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+use crate::digest::Digest;
+use crate::open::{IndexChoice, LayerChoice};
 use crate::quantity::{parse_rate, parse_size, parse_time};
 use crate::source::Secret;
 use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
@@ -99,7 +101,9 @@ pub enum Command {
 /// The layer, wherever it is.
 #[derive(Clone, Debug, Args)]
 pub struct SourceArgs {
-    /// An uncompressed tar: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
+    /// A layer: a tar, plain or compressed with gzip or zstd, as a path, a `file://` URL, or an `http(s)://` URL of a server
+    /// that answers Range. Or an image: `docker://HOST/NAME[:TAG|@DIGEST]` in a registry, `oci:DIR[:TAG|@DIGEST]` in a
+    /// directory.
     #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
     pub source: String,
 }
@@ -110,9 +114,17 @@ pub struct LayerArgs {
     /// The layer.
     #[command(flatten)]
     pub source: SourceArgs,
-    /// A header index made by `tarblk index`, as a path or a URL: saves reading the headers.
-    #[arg(long, value_name = "FILE|URL", value_hint = ValueHint::FilePath)]
-    pub index: Option<String>,
+    /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
+    /// registry, or is kept here, else it is made; `require`: only a published one will do; `ignore`: none that was published;
+    /// `build`: it is made anew from all of the layer.
+    #[arg(long, value_name = "FILE|URL|WORD", value_hint = ValueHint::FilePath, default_value = "auto", hide_default_value = true)]
+    pub index: IndexChoice,
+    /// Refuse every index but the one with this digest: of the index, or of an image's artifact with indexes.
+    #[arg(long, value_name = "DIGEST")]
+    pub index_digest: Option<Digest>,
+    /// One layer of an image alone, as overlayfs wants it among others: by its digest, or its number, the lowest being 1.
+    #[arg(long, value_name = "DIGEST|N")]
+    pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept [default: /var/cache/tarblk, or ~/.cache/tarblk for users].
     #[arg(long, value_name = "DIR", env = "TARBLK_CACHE", value_hint = ValueHint::DirPath)]
     pub cache: Option<PathBuf>,
@@ -230,6 +242,10 @@ pub struct IndexArgs {
     /// Read headers only: no digests.
     #[arg(long, conflicts_with = "full")]
     pub no_digests: bool,
+    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar: closer ones take more room and
+    /// save reading.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
+    pub spacing: u64,
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,
@@ -278,6 +294,9 @@ pub struct LsArgs {
     /// BSD mtree form.
     #[arg(long)]
     pub mtree: bool,
+    /// One layer of an image alone: by its digest, or its number, the lowest being 1.
+    #[arg(long, value_name = "DIGEST|N")]
+    pub layer: Option<LayerChoice>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
@@ -287,8 +306,9 @@ pub struct LsArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Prints a line for each path: + added, - removed, ~ changed and in what; then how many bytes of files the second
-one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: files of
-one size from different places may be equal, and are told of apart. The exit code says whether it worked, not whether
+one has, and how many of them a machine that has the first would fetch. Reads headers or indexes, never content: whether
+files of one size from different layers are equal is known when both indexes hold digests of files (`tarblk index --full`),
+and otherwise told of apart. The exit code says whether it worked, not whether
 there are differences.
 
 Examples:

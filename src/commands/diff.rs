@@ -8,7 +8,7 @@ use super::Session;
 use super::cli::DiffArgs;
 use super::layer::Bar;
 use super::output::{println, write_out};
-use crate::diff::{Aspect, Difference, LayerFacts, Side, Totals, compare};
+use crate::diff::{Aspect, Difference, LayerFacts, LayerKnowledge, Side, Totals, compare};
 use crate::index::Entry;
 use crate::index::listing::text::Escaped;
 use crate::index::listing::{Line, json};
@@ -19,8 +19,8 @@ use crate::tree::{NodeId, Tree, TreeBuilder};
 /// One of the two, opened.
 struct Opened {
     tree: Tree,
-    /// By layer: what its bytes are known by.
-    identities: Vec<Option<String>>,
+    /// By layer: what its index knows of it.
+    layers: Vec<LayerKnowledge>,
 }
 
 impl Opened {
@@ -31,18 +31,12 @@ impl Opened {
         index.replay(&mut builder)?;
         Ok(Self {
             tree: builder.finish(),
-            identities: vec![None],
+            layers: vec![LayerKnowledge::of(&index)?],
         })
     }
 
     fn facts(&self) -> Vec<LayerFacts<'_>> {
-        let identities = self.identities.iter().map(Option::as_deref);
-        identities
-            .map(|identity| LayerFacts {
-                identity,
-                payloads: None,
-            })
-            .collect()
+        self.layers.iter().map(LayerKnowledge::facts).collect()
     }
 }
 

@@ -12,11 +12,13 @@ use super::cli::{IndexAction, IndexArgs, VerifyArgs};
 use super::layer::Bar;
 use super::output::{Table, print, println};
 use super::replace::replace;
+use crate::digest::Digest;
 use crate::index::build::Contents;
 use crate::index::{ColdPart, EndOfArchive, Index, Summary, first_difference, hexadecimal};
-use crate::open::{self, IndexOrigin, OpenOptions, Prepared, Recording};
+use crate::layer::Coding;
+use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::{Place, Source, without_secrets};
+use crate::source::{self, Place, Source, without_secrets};
 
 /// `tarblk index` and what is below it.
 pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
@@ -40,8 +42,8 @@ struct Report<'a> {
     bytes_fetched: u64,
     seconds: f64,
     /// The layer's blob and tar, when all of them was read.
-    blob_digest: Option<&'a str>,
-    diff_id: Option<&'a str>,
+    blob_digest: Option<&'a Digest>,
+    diff_id: Option<&'a Digest>,
     chunk_digests: u64,
     payload_digests: bool,
     header_bytes_kept: bool,
@@ -54,17 +56,12 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     let began = Instant::now();
     let mut bar = Bar::new(session.talk);
     let options = OpenOptions::default();
-    let near = matches!(Source::parse(source)?, Source::Path(_));
-    let whole = if args.full {
-        Some(Contents::FULL)
-    } else if near && args.output.is_some() && !args.no_digests {
-        Some(Contents::CHECKED)
-    } else {
-        None
-    };
-    let prepared = match whole {
-        Some(contents) => open::record(source, &Recording { contents }, &options, &mut bar)?,
-        None => open::prepare(source, &options, &mut bar)?,
+    let prepared = match whole(source, args, &options)? {
+        Some(contents) => {
+            let spacing = args.spacing;
+            open::record(source, &Recording { contents, spacing }, &options, &mut bar)?
+        }
+        None => open::prepare(source, &options, &mut bar)?.into_only()?,
     };
     drop(bar);
     let took = began.elapsed();
@@ -77,7 +74,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     }
     let (requests, bytes_fetched) = match prepared.origin {
         IndexOrigin::Read { reads, bytes } => (reads, bytes),
-        IndexOrigin::Given | IndexOrigin::Kept => (0, 0),
+        IndexOrigin::Given | IndexOrigin::Kept | IndexOrigin::Published { .. } => (0, 0),
     };
     let index = &prepared.index;
     let identity = index.identity();
@@ -89,8 +86,8 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
         requests,
         bytes_fetched,
         seconds: took.as_secs_f64(),
-        blob_digest: identity.blob_digest.as_deref(),
-        diff_id: identity.diff_id.as_deref(),
+        blob_digest: identity.blob_digest.as_ref(),
+        diff_id: identity.diff_id.as_ref(),
         chunk_digests: index.chunk_digests().map_or(0, crate::index::ChunkDigests::len),
         payload_digests: index.cold().has(ColdPart::PayloadDigests),
         header_bytes_kept: index.cold().has(ColdPart::Headers),
@@ -105,6 +102,24 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     } else {
         summarise(&report, &prepared, args.output.as_deref(), took)
     }
+}
+
+/// What is to be read of all of a layer; nothing when its headers are enough.
+fn whole(source: &str, args: &IndexArgs, options: &OpenOptions) -> anyhow::Result<Option<Contents>> {
+    let named = Source::parse(source)?;
+    let near = matches!(named, Source::Path(_));
+    if args.full {
+        return Ok(Some(Contents::FULL));
+    }
+    let blob = source::open(&named, &options.patience)?;
+    // Only a plain tar can be read at its headers alone.
+    let plain = open::coding_of(&blob, &options.patience)? == Coding::Plain;
+    Ok(match (plain, args.no_digests) {
+        (true, true) => None,
+        (true, false) => (near && args.output.is_some()).then_some(Contents::CHECKED),
+        (false, true) => Some(Contents::ENTRIES),
+        (false, false) => Some(Contents::CHECKED),
+    })
 }
 
 /// The kinds of entries that there are, and how many.
@@ -126,7 +141,12 @@ fn kinds(summary: &Summary) -> String {
 }
 
 /// The summary for a person.
-fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, took: Duration) -> anyhow::Result<()> {
+fn summarise(
+    report: &Report<'_>,
+    prepared: &PreparedLayer,
+    output: Option<&Path>,
+    took: Duration,
+) -> anyhow::Result<()> {
     let summary = report.summary;
     let whats = if matches!(prepared.blob.place, Place::Http(_)) {
         "requests"
@@ -134,9 +154,15 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
         "reads"
     };
     let mut table = Table::plain();
-    table.row(["layer", &format!("{}, {}", report.source, show_size(summary.tar_bytes))]);
+    let identity = prepared.index.identity();
+    let unpacked = match identity.coding {
+        Coding::Plain => String::new(),
+        coding => format!(" of {coding}, {}", show_size(summary.tar_bytes)),
+    };
+    let len = show_size(identity.blob_len);
+    table.row(["layer", &format!("{}, {len}{unpacked}", report.source)]);
     if let Some(digest) = report.blob_digest {
-        table.row(["digest", digest]);
+        table.row(["digest", &digest.to_string()]);
     }
     table.row([
         "entries",
@@ -162,6 +188,13 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
     let hot = show_size(report.hot_bytes);
     table.row(["index", &format!("{hot}{cold}, {per_entry} bytes an entry, {place}")]);
     table.row(["holds", &holds(report)]);
+    if let Some(spans) = prepared.index.spans() {
+        let points = show_count(u64::try_from(spans.len())?);
+        table.row([
+            "entered at",
+            &format!("{points} places, about every {}", show_size(identity.spacing)),
+        ]);
+    }
     table.row(["its digest", &format!("sha256:{}", report.hot_sha256)]);
     table.row([
         "cost",
@@ -181,7 +214,7 @@ fn summarise(report: &Report<'_>, prepared: &Prepared, output: Option<&Path>, to
 /// What an index holds besides entries, or why it does not.
 fn holds(report: &Report<'_>) -> String {
     if report.chunk_digests == 0 {
-        return "no digests, because only headers were read (--full reads everything)".to_owned();
+        return "no digests; without --no-digests and from a file, or with --full, everything is read".to_owned();
     }
     let mut holds = format!("digests of {} chunks", show_count(report.chunk_digests));
     for (has, what) in [
@@ -204,7 +237,7 @@ struct Verdict<'a> {
     identical: bool,
     difference: Option<String>,
     chunk_digests: u64,
-    diff_id: Option<&'a str>,
+    diff_id: Option<&'a Digest>,
 }
 
 /// Makes the index of a layer again and compares.
@@ -215,10 +248,12 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     index.verify().with_context(|| name.clone())?;
     let mut bar = Bar::new(session.talk);
     let contents = contents_of(&index);
-    let prepared = if contents == Contents::ENTRIES {
-        open::prepare(&args.source, &options, &mut bar)?
+    let identity = index.identity();
+    let prepared = if contents == Contents::ENTRIES && identity.coding == Coding::Plain {
+        open::prepare(&args.source, &options, &mut bar)?.into_only()?
     } else {
-        open::record(&args.source, &Recording { contents }, &options, &mut bar)?
+        let spacing = identity.spacing;
+        open::record(&args.source, &Recording { contents, spacing }, &options, &mut bar)?
     };
     drop(bar);
     let difference = first_difference(&index, &prepared.index)?;
@@ -229,7 +264,7 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
         identical: index.as_bytes() == prepared.index.as_bytes(),
         difference: difference.as_ref().map(ToString::to_string),
         chunk_digests: index.chunk_digests().map_or(0, crate::index::ChunkDigests::len),
-        diff_id: prepared.index.identity().diff_id.as_deref(),
+        diff_id: prepared.index.identity().diff_id.as_ref(),
     };
     if args.json {
         println(serde_json::to_string_pretty(&verdict)?)?;

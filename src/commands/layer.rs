@@ -16,9 +16,11 @@ use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
 use crate::index::listing::{self, Format, ListingError};
-use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, Watch};
+use crate::layer::Coding;
+use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, PreparedLayer, Watch};
 use crate::quantity::show_size;
-use crate::source::{Place, without_secrets};
+use crate::source::{Place, Source, without_secrets};
+use crate::tree::listing::write_tree;
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws the reading of headers, once it takes long enough to be noticed.
@@ -60,7 +62,7 @@ impl Drop for Bar {
     }
 }
 
-/// Finds a layer and its index as the options say.
+/// Finds a layer or an image and its indexes as the options say.
 pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prepared> {
     let cache = if args.no_cache {
         None
@@ -69,7 +71,10 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     };
     let options = OpenOptions {
         index: args.index.clone(),
+        index_digest: args.index_digest.clone(),
+        layer: args.layer.clone(),
         cache,
+        registry: args.registry.options()?,
         ..OpenOptions::default()
     };
     Ok(open::prepare(
@@ -81,12 +86,24 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
 
 /// `tarblk ls`.
 pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
-    let index = open::index_of(&args.source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
     let format = match (args.json, args.mtree) {
         (true, _) => Format::Json,
         (_, true) => Format::Mtree,
         _ => Format::Plain,
     };
+    let options = OpenOptions {
+        layer: args.layer.clone(),
+        registry: args.registry.options()?,
+        ..OpenOptions::default()
+    };
+    let mut bar = Bar::new(session.talk);
+    if let Source::Image(_) = Source::parse(&args.source)? {
+        let tree = open::prepare(&args.source, &options, &mut bar)?.tree()?;
+        drop(bar);
+        return write_out(|out| write_tree(&tree, format, out));
+    }
+    let index = open::index_of(&args.source, &options, &mut bar)?;
+    drop(bar);
     let mut broken = None;
     write_out(|out| match listing::write(&index, format, out) {
         Err(ListingError::Index(error)) => {
@@ -104,34 +121,37 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
 /// `tarblk image`.
 pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     let prepared = prepare(&args.layer, session)?;
-    let name = prepared.blob.source.to_string();
-    let payload = prepared.index.summary().payload_bytes;
+    let name = prepared.name.clone();
+    let payload = prepared.payload_bytes();
     let cannot = || format!("cannot write {}", args.output.display());
     // What is wrong with the layer is told before anything is written.
-    let (written, len) = match &prepared.blob.place {
-        Place::File(layer) => {
-            let image = prepared.image()?;
-            let bar = session.talk.bar("writing image", payload);
-            let mut read = |_, at: TarOffset, buffer: &mut [u8]| {
-                bar.inc(u64::try_from(buffer.len()).unwrap_or(0));
-                layer
-                    .read_exact_at(buffer, at.0)
-                    .map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
-            };
-            let written = replace(&args.output, |out| export(&image, out, &mut read).with_context(cannot));
-            bar.finish_and_clear();
-            (written?, image.len())
-        }
-        Place::Http(_) => {
-            let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size))?;
-            let bar = session.talk.bar("writing image", payload);
-            let written = replace(&args.output, |out| {
-                image_from_server(&opened, out, &bar).with_context(cannot)
-            });
-            bar.finish_and_clear();
-            opened.fetcher.shutdown();
-            (written?, opened.image.len())
-        }
+    let plain = |layer: &PreparedLayer| match (&layer.blob.place, layer.coding) {
+        (Place::File(file), Coding::Plain) => file.try_clone().ok(),
+        _ => None,
+    };
+    let files: Option<Vec<File>> = prepared.layers.iter().map(plain).collect();
+    let (written, len) = if let Some(files) = files {
+        let image = prepared.image()?;
+        let bar = session.talk.bar("writing image", payload);
+        let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
+            bar.inc(u64::try_from(buffer.len()).unwrap_or(0));
+            let file = usize::try_from(layer.0).ok().and_then(|at| files.get(at));
+            file.ok_or(io::ErrorKind::NotFound)?
+                .read_exact_at(buffer, at.0)
+                .map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))
+        };
+        let written = replace(&args.output, |out| export(&image, out, &mut read).with_context(cannot));
+        bar.finish_and_clear();
+        (written?, image.len())
+    } else {
+        let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size))?;
+        let bar = session.talk.bar("writing image", payload);
+        let written = replace(&args.output, |out| {
+            image_from_fetcher(&opened, out, &bar).with_context(cannot)
+        });
+        bar.finish_and_clear();
+        opened.fetcher.shutdown();
+        (written?, opened.image.len())
     };
     let output = args.output.display();
     session.talk.note(format_args!(
@@ -152,8 +172,8 @@ fn image_fetching(store_bytes: u64) -> Fetching {
     }
 }
 
-/// The image of a layer on a server; returns how many bytes of it are not zero.
-fn image_from_server(opened: &Opened, out: &File, bar: &ProgressBar) -> io::Result<u64> {
+/// The image of layers that have to be brought; returns how many bytes of it are not zero.
+fn image_from_fetcher(opened: &Opened, out: &File, bar: &ProgressBar) -> io::Result<u64> {
     let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
         let range = TarRange::new(at, u64::try_from(buffer.len()).map_err(io::Error::other)?);
         let slices = opened

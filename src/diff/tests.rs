@@ -44,12 +44,17 @@ fn tree(layers: &[&[Entry]]) -> Tree {
     builder.finish()
 }
 
-fn named<'a>(identities: &[&'a str]) -> Vec<LayerFacts<'a>> {
-    let facts = |&identity| LayerFacts {
-        identity: Some(identity),
+/// Layers known by these names.
+fn named(identities: &[String]) -> Vec<LayerFacts<'_>> {
+    let facts = |identity| LayerFacts {
+        identities: std::slice::from_ref(identity),
         payloads: None,
     };
     identities.iter().map(facts).collect()
+}
+
+fn texts<const N: usize>(texts: [&str; N]) -> [String; N] {
+    texts.map(str::to_owned)
 }
 
 /// The differences as lines, and the totals.
@@ -100,7 +105,8 @@ fn every_aspect_is_told_of() {
     other[8] = file("type", 9, 3);
     other[12] = file("y", 1, 1);
     let (a, b) = (tree(&[&base]), tree(&[&other]));
-    let facts = named(&["layer"]);
+    let layer = texts(["layer"]);
+    let facts = named(&layer);
     let side = |tree| Side { tree, layers: &facts };
     let (lines, totals) = told(side(&a), side(&b));
     assert_eq!(
@@ -134,7 +140,8 @@ fn directories_come_and_go_with_what_they_hold() {
         file("e/f", 1, 1),
     ]]);
     let b = tree(&[&[file("a", 1, 1), file("d/g", 1, 1), file("e/a", 1, 1), file("e/f", 1, 1)]]);
-    let facts = named(&["layer"]);
+    let layer = texts(["layer"]);
+    let facts = named(&layer);
     let side = |tree| Side { tree, layers: &facts };
     let (lines, totals) = told(side(&a), side(&b));
     let expected = [
@@ -162,7 +169,8 @@ fn shared_layers_are_not_fetched() {
             file("new", 500, 4000),
         ],
     ]);
-    let (facts_a, facts_b) = (named(&["base", "one"]), named(&["base", "two"]));
+    let (known_a, known_b) = (texts(["base", "one"]), texts(["base", "two"]));
+    let (facts_a, facts_b) = (named(&known_a), named(&known_b));
     let (sides, reverse) = (
         (
             Side {
@@ -216,13 +224,13 @@ fn digests_tell_what_is_equal() {
         file("twice", 8, 70),
         file("twice-too", 9008, 70),
     ]]);
-    let facts = |identity| {
+    let facts = || {
         [LayerFacts {
-            identity,
+            identities: &[],
             payloads: Some(&ByPlace),
         }]
     };
-    let (one, other) = (facts(Some("one")), facts(Some("other")));
+    let (one, other) = (facts(), facts());
     let (lines, totals) = told(
         Side { tree: &a, layers: &one },
         Side {

@@ -5,17 +5,19 @@
 
 use std::collections::VecDeque;
 
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
 
 use super::cold::{ColdPart, Packer};
 use super::digests::ChunkHasher;
 use super::entry::{Entry, EntrySink};
 use super::error::IndexError;
-use super::identity::{Coding, LayerIdentity, sha256_text};
+use super::identity::{LayerIdentity, sha256};
 use super::parser::{EndOfArchive, Parser};
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
+use crate::digest::Digest;
+use crate::layer::{Coding, Indexer, Spans};
 use crate::units::{TarOffset, TarRange};
 
 /// Header bytes that take more than this compressed are not kept: the tar of an enemy, or one with other things behind its end.
@@ -227,7 +229,7 @@ impl Recorder {
             builder: self.builder,
             tar_len: self.at,
             end,
-            diff_id: self.tar.map(|tar| sha256_text(&tar.finalize().into())),
+            diff_id: self.tar.and_then(|tar| sha256(&tar.finalize().into())),
         })
     }
 }
@@ -238,7 +240,7 @@ pub struct Recorded {
     builder: IndexBuilder,
     tar_len: u64,
     end: EndOfArchive,
-    diff_id: Option<String>,
+    diff_id: Option<Digest>,
 }
 
 impl Recorded {
@@ -254,17 +256,16 @@ impl Recorded {
         self.tar_len
     }
 
-    /// The tar's digest (`sha256:…`), if it was asked for.
+    /// The tar's digest, if it was asked for.
     #[must_use]
-    pub fn diff_id(&self) -> Option<&str> {
-        self.diff_id.as_deref()
+    pub fn diff_id(&self) -> Option<&Digest> {
+        self.diff_id.as_ref()
     }
 
     /// The index of a plain layer, which is its own blob.
     #[must_use]
     pub fn into_plain_index(self) -> Vec<u8> {
         let identity = LayerIdentity {
-            coding: Coding::Plain,
             blob_len: self.tar_len,
             blob_digest: self.diff_id.clone(),
             ..LayerIdentity::default()
@@ -272,14 +273,167 @@ impl Recorded {
         self.into_index(identity, None)
     }
 
-    /// The index. Of `identity` the diff ID is filled in. `spans` are an encoded span table and a window for each span.
+    /// The index. Of `identity` the diff ID is filled in.
     #[must_use]
-    pub fn into_index(mut self, identity: LayerIdentity, spans: Option<(Vec<u8>, Vec<Vec<u8>>)>) -> Vec<u8> {
+    pub fn into_index(mut self, identity: LayerIdentity, spans: Option<Spans>) -> Vec<u8> {
         let diff_id = self.diff_id.or(identity.diff_id);
         self.builder.identity(LayerIdentity { diff_id, ..identity });
-        if let Some((table, windows)) = spans {
-            self.builder.spans(table, windows);
+        if let Some(spans) = spans {
+            self.builder.spans(spans);
         }
         self.builder.finish(self.tar_len, self.end)
+    }
+}
+
+/// No layer unpacks to more: what does is a bomb.
+const MAX_TAR: u64 = 1 << 40;
+
+/// Makes an index from a layer's blob that streams by, in whatever coding it is.
+#[derive(Debug)]
+pub struct BlobRecorder {
+    coding: Coding,
+    spacing: u64,
+    recorder: Recorder,
+    /// What undoes the compression, and the blob's digest; a plain blob's digest is the tar's.
+    compressed: Option<(Box<Indexer>, Sha256)>,
+    blob_len: u64,
+}
+
+impl BlobRecorder {
+    /// At the beginning of a blob. Entry points into a gzip blob will lie about every `spacing` bytes of the tar.
+    #[must_use]
+    pub fn new(coding: Coding, spacing: u64, contents: Contents) -> Self {
+        let indexer = || Box::new(Indexer::new(coding, spacing).limit(MAX_TAR));
+        Self {
+            coding,
+            spacing: if coding == Coding::Plain { 0 } else { spacing },
+            recorder: Recorder::new(contents),
+            compressed: (coding != Coding::Plain).then(|| (indexer(), Sha256::new())),
+            blob_len: 0,
+        }
+    }
+
+    /// Takes the blob's next bytes.
+    ///
+    /// # Errors
+    /// What is wrong with the blob or with the tar in it.
+    pub fn feed(&mut self, blob: &[u8]) -> Result<(), IndexError> {
+        self.feed_into(blob, &mut None::<IndexBuilder>, &mut |_, _| {})
+    }
+
+    /// Takes the blob's next bytes; hands the entries that they complete to `also`, and the tar's bytes to `tap`.
+    ///
+    /// # Errors
+    /// What is wrong with the blob or with the tar in it; what `also` returns.
+    pub fn feed_into(
+        &mut self,
+        blob: &[u8],
+        also: &mut dyn EntrySink,
+        tap: &mut dyn FnMut(TarOffset, &[u8]),
+    ) -> Result<(), IndexError> {
+        self.blob_len = self.blob_len.saturating_add(len_u64(blob.len()));
+        let recorder = &mut self.recorder;
+        let mut take = |tar: &[u8]| {
+            tap(recorder.position(), tar);
+            recorder.feed_into(tar, also)
+        };
+        let Some((indexer, digest)) = &mut self.compressed else {
+            return take(blob);
+        };
+        digest.update(blob);
+        let mut outcome = Ok(());
+        indexer.feed(blob, &mut |tar| {
+            if outcome.is_ok() {
+                outcome = take(tar);
+            }
+        })?;
+        outcome
+    }
+
+    /// How much of the tar has passed.
+    #[must_use]
+    pub fn position(&self) -> TarOffset {
+        self.recorder.position()
+    }
+
+    /// How much of the blob has passed, in bytes.
+    #[must_use]
+    pub fn blob_position(&self) -> u64 {
+        self.blob_len
+    }
+
+    /// Whether the mark has passed that ends the tar: no entry will follow.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.recorder.has_ended()
+    }
+
+    /// Ends the blob.
+    ///
+    /// # Errors
+    /// When blob or tar stop in the middle of something, or it is no tar.
+    pub fn finish(self) -> Result<BlobRecorded, IndexError> {
+        let Some((indexer, digest)) = self.compressed else {
+            return Ok(BlobRecorded {
+                identity: LayerIdentity {
+                    blob_len: self.blob_len,
+                    ..LayerIdentity::default()
+                },
+                recorded: self.recorder.finish()?,
+                spans: None,
+            });
+        };
+        let spans = indexer.finish()?;
+        Ok(BlobRecorded {
+            identity: LayerIdentity {
+                coding: self.coding,
+                blob_len: self.blob_len,
+                blob_digest: sha256(&digest.finalize().into()),
+                diff_id: None,
+                spacing: self.spacing,
+            },
+            recorded: self.recorder.finish()?,
+            spans: Some(spans),
+        })
+    }
+}
+
+/// A blob that has passed, whole.
+#[derive(Debug)]
+pub struct BlobRecorded {
+    identity: LayerIdentity,
+    recorded: Recorded,
+    /// Where the blob can be entered, if it is compressed.
+    pub spans: Option<Spans>,
+}
+
+impl BlobRecorded {
+    /// What passed: digests as far as they were asked for.
+    #[must_use]
+    pub fn identity(&self) -> LayerIdentity {
+        let diff_id = self.recorded.diff_id.clone();
+        let plain = self.identity.coding == Coding::Plain;
+        LayerIdentity {
+            blob_digest: if plain {
+                diff_id.clone()
+            } else {
+                self.identity.blob_digest.clone()
+            },
+            diff_id,
+            ..self.identity.clone()
+        }
+    }
+
+    /// What the layer holds.
+    #[must_use]
+    pub fn summary(&self) -> &Summary {
+        self.recorded.summary()
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn into_index(self) -> Vec<u8> {
+        let identity = self.identity();
+        self.recorded.into_index(identity, self.spans)
     }
 }

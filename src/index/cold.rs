@@ -55,6 +55,8 @@ impl ColdPart {
 pub struct ColdPiece {
     /// Its bytes in the index file; may be none.
     pub range: Range<u64>,
+    /// CRC-32C of those bytes, for who only wants to notice damage.
+    pub crc: u32,
     part: ColdPart,
     digest: Short,
 }
@@ -72,7 +74,7 @@ impl ColdPiece {
         if stored.is_empty() {
             return Ok(Vec::new());
         }
-        if short(stored) != self.digest {
+        if crc32c::crc32c(stored) != self.crc || short(stored) != self.digest {
             return Err(IndexFault::Checksum(name).into());
         }
         if self.part.encoding() == format::RAW {
@@ -96,6 +98,7 @@ pub(super) fn decompress(frame: &[u8], most: u64) -> Option<Vec<u8>> {
 struct Piece {
     /// Where it ends in the file.
     end: u64,
+    crc: u32,
     digest: Short,
 }
 
@@ -151,6 +154,7 @@ impl ColdDirectory {
         };
         Some(ColdPiece {
             range: start..piece.end,
+            crc: piece.crc,
             part,
             digest: piece.digest,
         })
@@ -167,7 +171,7 @@ impl ColdDirectory {
         let mut parts = [None, None, None];
         for _ in 0..cursor.number().map_err(|_| fault)? {
             let kind = cursor.number().map_err(|_| fault)?;
-            let (pieces, digests) = read_lens(&mut cursor).ok_or(fault)?;
+            let (lens, checks) = read_lens(&mut cursor).ok_or(fault)?;
             // Kinds that a later version may have are passed over.
             let Some(part) = ColdPart::ALL.into_iter().find(|part| u64::from(part.kind()) == kind) else {
                 continue;
@@ -175,7 +179,7 @@ impl ColdDirectory {
             let record = table.records.iter().find(|record| record.kind == part.kind());
             let record = record.filter(|record| record.flags & format::COLD != 0 && record.encoding == part.encoding());
             let record = record.ok_or(fault)?;
-            let placed = place(&pieces, digests, record).ok_or(fault)?;
+            let placed = place(&lens, checks, record).ok_or(fault)?;
             if parts[part.slot()].replace(placed).is_some() {
                 return Err(fault);
             }
@@ -187,7 +191,7 @@ impl ColdDirectory {
     }
 }
 
-/// The lengths of a part's pieces, and the digests of those that are not empty.
+/// The lengths of a part's pieces, and the checks (CRC and digest) of those that are not empty.
 fn read_lens<'a>(cursor: &mut Cursor<'a>) -> Option<(Vec<u64>, &'a [u8])> {
     let mut lens = Vec::new();
     // Each takes a byte at least, so what is announced is not believed further than there are bytes.
@@ -195,22 +199,22 @@ fn read_lens<'a>(cursor: &mut Cursor<'a>) -> Option<(Vec<u64>, &'a [u8])> {
         lens.push(cursor.number().ok()?);
     }
     let filled = lens.iter().filter(|len| **len > 0).count();
-    let digests = cursor.bytes(len_u64(filled.checked_mul(format::DIGEST)?)).ok()?;
-    Some((lens, digests))
+    let checks = cursor.bytes(len_u64(filled.checked_mul(4 + format::DIGEST)?)).ok()?;
+    Some((lens, checks))
 }
 
-fn place(lens: &[u64], digests: &[u8], record: &SectionRecord) -> Option<Pieces> {
-    let mut digests = Fields(digests);
+fn place(lens: &[u64], checks: &[u8], record: &SectionRecord) -> Option<Pieces> {
+    let mut checks = Fields(checks);
     let mut end = record.offset;
     let mut pieces = Vec::with_capacity(lens.len());
     for len in lens {
         end = end.checked_add(*len)?;
-        let digest = if *len == 0 {
-            [0; format::DIGEST]
+        let (crc, digest) = if *len == 0 {
+            (0, [0; format::DIGEST])
         } else {
-            *digests.array().ok()?
+            (checks.u32().ok()?, *checks.array().ok()?)
         };
-        pieces.push(Piece { end, digest });
+        pieces.push(Piece { end, crc, digest });
     }
     (end == record.offset.checked_add(record.stored)?).then_some(Pieces {
         start: record.offset,
@@ -228,7 +232,8 @@ pub(super) struct Packed {
     part: ColdPart,
     stored: Vec<u8>,
     lens: Vec<u64>,
-    digests: Vec<Short>,
+    /// CRC and digest of each piece that is not empty.
+    checks: Vec<u8>,
     decoded: u64,
 }
 
@@ -238,7 +243,7 @@ impl Packed {
             part,
             stored: Vec::new(),
             lens: Vec::new(),
-            digests: Vec::new(),
+            checks: Vec::new(),
             decoded: 0,
         }
     }
@@ -267,7 +272,8 @@ impl Packed {
         }
         let stored = &self.stored[before..];
         self.lens.push(len_u64(stored.len()));
-        self.digests.push(short(stored));
+        self.checks.extend_from_slice(&crc32c::crc32c(stored).to_le_bytes());
+        self.checks.extend_from_slice(&short(stored));
         self.decoded += len_u64(piece.len());
     }
 
@@ -278,7 +284,7 @@ impl Packed {
         for len in &self.lens {
             varint::put(out, *len);
         }
-        out.extend_from_slice(self.digests.as_flattened());
+        out.extend_from_slice(&self.checks);
     }
 
     /// Its section.

@@ -10,6 +10,7 @@ use super::identity::{LayerIdentity, hexadecimal};
 use super::len_u64;
 use super::reader::Index;
 use super::summary::Summary;
+use crate::digest::Digest;
 use crate::units::CHUNK_BYTES;
 
 /// Where an index is not what its layer makes of it.
@@ -79,13 +80,11 @@ fn of_blob(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
 }
 
 fn of_digests(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference> {
-    let digest = |name: &str, index: &Option<String>, layer: &Option<String>| {
+    let digest = |name: &str, index: &Option<Digest>, layer: &Option<Digest>| {
         let (index, layer) = (index.as_ref()?, layer.as_ref()?);
         // One of another algorithm cannot be compared.
-        let algorithm = |text: &str| text.split(':').next().map(str::to_owned);
-        (algorithm(index) == algorithm(layer))
-            .then(|| differ(|| name.to_owned(), index, layer))
-            .flatten()
+        let comparable = index.algorithm() == layer.algorithm();
+        comparable.then(|| differ(|| name.to_owned(), index, layer)).flatten()
     };
     digest("the blob's digest", &index.blob_digest, &layer.blob_digest)
         .or_else(|| digest("the tar's digest", &index.diff_id, &layer.diff_id))
@@ -191,8 +190,24 @@ fn of_chunks<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>)
 
 fn of_spans<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>) -> Option<Difference> {
     let mine = index.spans()?;
-    let theirs = layer.spans().unwrap_or_default();
-    first_byte("the span table", 0, mine, theirs)
+    let Some(theirs) = layer.spans() else {
+        return Some(Difference {
+            at: "the span table".to_owned(),
+            index: "there".to_owned(),
+            layer: "none".to_owned(),
+        });
+    };
+    if mine == theirs {
+        return None;
+    }
+    // What is written in a table besides its spans was compared before.
+    let number = (0..mine.len().max(theirs.len())).find(|number| mine.span(*number) != theirs.span(*number));
+    let number = number.unwrap_or(mine.len());
+    Some(Difference {
+        at: format!("the span table, span {number} of {}", theirs.len()),
+        index: format!("{:?}", mine.span(number)),
+        layer: format!("{:?}", theirs.span(number)),
+    })
 }
 
 /// The first byte that is another one.

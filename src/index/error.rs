@@ -59,6 +59,21 @@ pub enum IndexError {
     #[error("cannot use the index: {0}; make a new one with `tarblk index`")]
     Index(IndexFault),
 
+    /// The layer's compression cannot be undone.
+    #[error(transparent)]
+    Layer(#[from] crate::layer::LayerError),
+
+    /// An index is another layer's.
+    #[error("it is the index of another layer, of {what} {found} and not {wanted}")]
+    OtherLayer {
+        /// What tells the two layers apart.
+        what: &'static str,
+        /// What the index says.
+        found: String,
+        /// What the layer is.
+        wanted: String,
+    },
+
     /// An entry is of a form that an index file cannot hold. Parsers make no such entries.
     #[error("cannot put {} into an index: {why}", Quoted(.path))]
     Unencodable {

@@ -33,3 +33,33 @@ pub fn index_around(data: &[u8]) -> Vec<u8> {
         (record(format::LAYER, format::RAW, len_u64(layer.len())), layer),
     ])
 }
+
+/// An index file with right checksums around sections that may be anything. The data is one section after the other: a byte kind
+/// (as in the file), a byte flags in its low half and encoding in its high half, two bytes length, two bytes by which the decoded
+/// length is told wrong, the section before compression. Ends where no whole section follows.
+#[must_use]
+pub fn index_of_sections(mut data: &[u8]) -> Vec<u8> {
+    let mut sections = Vec::new();
+    while let Some(([kind, how, low, high, lie, _], rest)) = data.split_first_chunk::<6>() {
+        let len = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
+        let (body, behind) = rest.split_at(len);
+        data = behind;
+        let encoding = u16::from(how >> 4);
+        let stored = match encoding {
+            format::ZSTD => zstd::bulk::compress(body, 1).unwrap_or_default(),
+            _ => body.to_vec(),
+        };
+        let record = SectionRecord {
+            kind: u32::from(*kind),
+            flags: u16::from(how & 3),
+            encoding,
+            decoded: len_u64(len).wrapping_add(u64::from(*lie)),
+            ..SectionRecord::default()
+        };
+        sections.push((record, stored));
+    }
+    sections.truncate(format::MAX_SECTIONS);
+    // Hot ones come first in every file.
+    sections.sort_by_key(|(record, _)| record.flags & format::COLD);
+    format::assemble(&mut sections)
+}

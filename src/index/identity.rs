@@ -3,42 +3,35 @@
 use super::error::IndexFault;
 use super::varint::{self, Cursor};
 use super::{format, len_u64};
-
-/// How a layer's blob holds the tar.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Coding {
-    /// As it is.
-    #[default]
-    Plain,
-    /// Compressed with gzip, in one member or many.
-    Gzip,
-    /// Compressed with zstd, in one frame or many.
-    Zstd,
-}
-
-impl std::fmt::Display for Coding {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Plain => "plain",
-            Self::Gzip => "gzip",
-            Self::Zstd => "zstd",
-        })
-    }
-}
+use crate::digest::Digest;
+use crate::layer::Coding;
 
 /// The layer that an index was made from, as far as its maker knew it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerIdentity {
     /// How the blob holds the tar.
     pub coding: Coding,
     /// The blob's length in bytes; the tar's own when it is plain.
     pub blob_len: u64,
-    /// The blob's digest (`sha256:…`). Unknown when only headers were read and nobody told it.
-    pub blob_digest: Option<String>,
-    /// The tar's digest (`sha256:…`), which image configurations call diff ID. Unknown like the blob's.
-    pub diff_id: Option<String>,
+    /// The blob's digest. Unknown when only headers were read and nobody told it.
+    pub blob_digest: Option<Digest>,
+    /// The tar's digest, which image configurations call diff ID. Unknown like the blob's.
+    pub diff_id: Option<Digest>,
     /// The distance of entry points into a compressed blob that was aimed at, in bytes of the tar; 0 when there are none.
     pub spacing: u64,
+}
+
+impl Default for LayerIdentity {
+    /// A plain layer of which nothing is known.
+    fn default() -> Self {
+        Self {
+            coding: Coding::Plain,
+            blob_len: 0,
+            blob_digest: None,
+            diff_id: None,
+            spacing: 0,
+        }
+    }
 }
 
 impl LayerIdentity {
@@ -54,8 +47,8 @@ impl LayerIdentity {
             },
         );
         varint::put(&mut out, self.blob_len);
-        for text in [&self.blob_digest, &self.diff_id] {
-            let text = text.as_deref().unwrap_or_default();
+        for digest in [&self.blob_digest, &self.diff_id] {
+            let text = digest.as_ref().map(ToString::to_string).unwrap_or_default();
             varint::put(&mut out, len_u64(text.len()));
             out.extend_from_slice(text.as_bytes());
         }
@@ -74,12 +67,16 @@ impl LayerIdentity {
             _ => return Err(fault),
         };
         let blob_len = cursor.number().map_err(|_| fault)?;
-        let mut text = || {
+        let mut digest = || {
             let len = cursor.number().ok().filter(|len| *len <= format::MAX_TEXT)?;
             let text = std::str::from_utf8(cursor.bytes(len).ok()?).ok()?;
-            (text.is_empty() || is_digest(text)).then(|| (!text.is_empty()).then(|| text.to_owned()))
+            if text.is_empty() {
+                return Some(None);
+            }
+            // What else may stand there would end up in messages and names.
+            text.parse().ok().map(Some)
         };
-        let (blob_digest, diff_id) = (text().ok_or(fault)?, text().ok_or(fault)?);
+        let (blob_digest, diff_id) = (digest().ok_or(fault)?, digest().ok_or(fault)?);
         let spacing = cursor.number().map_err(|_| fault)?;
         Ok(Self {
             coding,
@@ -91,22 +88,9 @@ impl LayerIdentity {
     }
 }
 
-/// `algorithm:encoded`, as OCI writes digests. What else may stand in a text would end up in messages and names.
-fn is_digest(text: &str) -> bool {
-    text.split_once(':').is_some_and(|(algorithm, encoded)| {
-        let algorithm_char =
-            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'+' | b'.' | b'_' | b'-');
-        let encoded_char = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'=' | b'_' | b'-');
-        !algorithm.is_empty()
-            && !encoded.is_empty()
-            && algorithm.bytes().all(algorithm_char)
-            && encoded.bytes().all(encoded_char)
-    })
-}
-
-/// The text of a SHA-256, as OCI writes it.
-pub(crate) fn sha256_text(digest: &[u8; 32]) -> String {
-    format!("sha256:{}", hexadecimal(digest))
+/// A SHA-256 as OCI writes it.
+pub(super) fn sha256(digest: &[u8; 32]) -> Option<Digest> {
+    format!("sha256:{}", hexadecimal(digest)).parse().ok()
 }
 
 /// Bytes as digests are written.
@@ -127,8 +111,8 @@ mod tests {
         let all = LayerIdentity {
             coding: Coding::Gzip,
             blob_len: 1 << 40,
-            blob_digest: Some(sha256_text(&[7; 32])),
-            diff_id: Some(sha256_text(&[8; 32])),
+            blob_digest: sha256(&[7; 32]),
+            diff_id: sha256(&[8; 32]),
             spacing: 2 << 20,
         };
         for identity in [LayerIdentity::default(), all] {
@@ -140,12 +124,17 @@ mod tests {
                 assert!(LayerIdentity::decode(&whole[..len]).is_err());
             }
         }
-        for text in ["sha256", "sha256:", ":x", "sha256:a b", "sha256:\n", "SHA:x", "a/b:c"] {
-            let odd = LayerIdentity {
-                diff_id: Some(text.to_owned()),
-                ..LayerIdentity::default()
-            };
-            assert!(LayerIdentity::decode(&odd.encode()).is_err(), "{text}");
+        for text in [
+            "sha256",
+            "sha256:",
+            "sha256:a b",
+            "md5:d41d8cd98f00b204e9800998ecf8427e",
+            "\n",
+        ] {
+            let mut section = vec![0, 0, u8::try_from(text.len()).unwrap()];
+            section.extend_from_slice(text.as_bytes());
+            section.extend([0, 0]);
+            assert!(LayerIdentity::decode(&section).is_err(), "{text}");
         }
         assert!(LayerIdentity::decode(&[3, 0, 0, 0, 0]).is_err());
     }

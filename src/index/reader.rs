@@ -15,6 +15,7 @@ use super::identity::LayerIdentity;
 use super::len_u64;
 use super::parser::EndOfArchive;
 use super::summary::Summary;
+use crate::layer::{Coding, SpanTable};
 
 pub use entries::Entries;
 
@@ -27,7 +28,7 @@ pub struct Index<B> {
     entries: SectionRecord,
     identity: LayerIdentity,
     chunk_digests: Option<ChunkDigests>,
-    spans: Option<Vec<u8>>,
+    spans: Option<SpanTable>,
     cold: ColdDirectory,
     hot_len: u64,
     file_len: u64,
@@ -102,10 +103,12 @@ impl<B: AsRef<[u8]>> Index<B> {
         let spans = find(format::SPANS, format::ZSTD)
             .map(|record| read_spans(section(file, record)?, record.decoded))
             .transpose()?;
+        check_plan(&summary, &identity, spans.as_ref())?;
         let cold = raw(format::COLD_DIRECTORY)?
             .map(|directory| ColdDirectory::decode(directory, table))
             .transpose()?
             .unwrap_or_default();
+        check_windows(spans.as_ref(), &cold)?;
         let entries = *entries;
         Ok(Self {
             bytes,
@@ -155,10 +158,11 @@ impl<B: AsRef<[u8]>> Index<B> {
         self.chunk_digests.as_ref()
     }
 
-    /// The encoded table of places where decoding can begin, if the layer is compressed.
+    /// The places where decoding can begin, if the layer is compressed. The windows that it needs are pieces of
+    /// [`ColdPart::Windows`], one for each span.
     #[must_use]
-    pub fn spans(&self) -> Option<&[u8]> {
-        self.spans.as_deref()
+    pub fn spans(&self) -> Option<&SpanTable> {
+        self.spans.as_ref()
     }
 
     /// What lies in the cold part, and where.
@@ -278,12 +282,56 @@ pub fn is_index(start: &[u8]) -> bool {
     start.starts_with(&format::MAGIC)
 }
 
-fn read_spans(frame: &[u8], decoded: u64) -> Result<Vec<u8>, IndexFault> {
+fn read_spans(frame: &[u8], decoded: u64) -> Result<SpanTable, IndexFault> {
     if decoded > format::MAX_SPANS {
         return Err(IndexFault::TooLarge("span table"));
     }
     let spans = decompress(frame, decoded).filter(|spans| len_u64(spans.len()) == decoded);
-    spans.ok_or(IndexFault::Malformed("span table"))
+    let table = spans.and_then(|spans| SpanTable::decode(&spans).ok());
+    table.ok_or(IndexFault::Malformed("span table"))
+}
+
+/// Whether what is said of the blob in several places is the same.
+fn check_plan(summary: &Summary, identity: &LayerIdentity, spans: Option<&SpanTable>) -> Result<(), IndexFault> {
+    let fits = match spans {
+        None => identity.coding != Coding::Plain || identity.blob_len == summary.tar_bytes,
+        Some(table) => {
+            table.coding() == identity.coding
+                && table.blob_len() == identity.blob_len
+                && table.tar_len() == summary.tar_bytes
+                && table.is_whole_tar()
+        }
+    };
+    fits.then_some(()).ok_or(IndexFault::Malformed("layer section"))
+}
+
+/// Whether there is a window exactly for the spans that need one.
+fn check_windows(spans: Option<&SpanTable>, cold: &ColdDirectory) -> Result<(), IndexFault> {
+    let fault = IndexFault::Malformed("cold directory");
+    let Some(table) = spans else {
+        return if cold.has(ColdPart::Windows) {
+            Err(fault)
+        } else {
+            Ok(())
+        };
+    };
+    if table.coding() == Coding::Plain {
+        return if cold.pieces(ColdPart::Windows) > 0 {
+            Err(fault)
+        } else {
+            Ok(())
+        };
+    }
+    for number in 0..table.len() {
+        let filled = cold
+            .piece(ColdPart::Windows, number)
+            .is_some_and(|piece| !piece.range.is_empty());
+        if filled != (table.span(number).window > 0) {
+            return Err(fault);
+        }
+    }
+    let none = cold.pieces(ColdPart::Windows) <= table.len();
+    none.then_some(()).ok_or(fault)
 }
 
 fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {

@@ -11,10 +11,11 @@ use super::digests::ChunkDigests;
 use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
 use super::error::IndexError;
 use super::format::{self, Columns, SectionRecord, assemble};
-use super::identity::{Coding, LayerIdentity};
+use super::identity::LayerIdentity;
 use super::parser::EndOfArchive;
 use super::summary::Summary;
 use super::{TAR_BLOCK, align_up, len_u64, varint};
+use crate::layer::{Coding, SpanTable, Spans};
 use crate::units::{TarOffset, TarRange};
 
 /// How hard zstd tries. Higher levels save a tenth of the bytes and cost more time than everything else together.
@@ -35,7 +36,7 @@ pub struct IndexBuilder {
     owners: HashMap<Owner, u64>,
     identity: LayerIdentity,
     chunk_digests: Option<ChunkDigests>,
-    spans: Option<Vec<u8>>,
+    spans: Option<SpanTable>,
     /// Windows, payload digests, header bytes: those that there are, in this order.
     cold: [Option<Packed>; 3],
 }
@@ -149,15 +150,18 @@ impl IndexBuilder {
         self
     }
 
-    /// Adds the table of places where decoding can begin, and what of the tar a decoder must know to begin at each of them:
-    /// one window for each span, empty where it needs none.
-    pub fn spans(&mut self, table: Vec<u8>, windows: impl IntoIterator<Item = impl AsRef<[u8]>>) -> &mut Self {
+    /// Adds the places where decoding can begin, and what of the tar a decoder must know to begin at each of them.
+    pub fn spans(&mut self, spans: Spans) -> &mut Self {
         let mut packed = Packed::new(ColdPart::Windows);
-        for window in windows {
-            packed.push(window.as_ref());
+        // Each is let go of as soon as it is packed: there can be many.
+        for window in spans.windows {
+            packed.push(&window);
         }
-        self.spans = Some(table);
-        self.cold(packed)
+        self.spans = Some(spans.table);
+        if packed.stored_len() > 0 {
+            self.cold(packed);
+        }
+        self
     }
 
     /// Adds a part of the cold part.
@@ -208,8 +212,10 @@ impl IndexBuilder {
         if let Some(digests) = &self.chunk_digests {
             sections.push(raw(format::CHUNK_DIGESTS, 0, digests.encode()));
         }
-        if let Some(spans) = &self.spans {
-            let frame = zstd::bulk::compress(spans, LEVEL).expect("memory for compression");
+        if let Some(table) = &self.spans {
+            let mut spans = Vec::new();
+            table.encode(&mut spans);
+            let frame = zstd::bulk::compress(&spans, LEVEL).expect("memory for compression");
             let record = hot(format::SPANS, format::REQUIRED, format::ZSTD, len_u64(spans.len()));
             sections.push((record, frame));
         }

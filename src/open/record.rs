@@ -1,15 +1,32 @@
-//! An index of everything in a layer, made by reading all of it once. In: a layer that was found. Out: the index, with whatever
-//! digests and header bytes were asked for.
+//! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
+//! whatever digests, entry points and header bytes were asked for.
 
-use super::{IndexOrigin, OpenError, OpenOptions, Prepared, Watch, open_index};
-use crate::index::build::{Contents, Recorder};
-use crate::source::{self, Source};
+use super::layer::{Facts, PreparedLayer};
+use super::{IndexOrigin, OpenError, OpenOptions, Watch, open_index};
+use crate::index::build::{BlobRecorder, Contents};
+use crate::index::{IndexBuilder, LayerIdentity};
+use crate::layer::Coding;
+use crate::source::{self, LayerBlob, Patience, Source, SourceError};
+use crate::units::TarOffset;
 
 /// How a layer is recorded.
 #[derive(Clone, Copy, Debug)]
 pub struct Recording {
     /// What the index is to hold.
     pub contents: Contents,
+    /// The distance of entry points into a gzip layer, in bytes of the tar.
+    pub spacing: u64,
+}
+
+/// A layer that was read whole.
+#[derive(Debug)]
+pub struct RecordedBlob {
+    /// The index file.
+    pub index: Vec<u8>,
+    /// Which layer it is, by what passed.
+    pub identity: LayerIdentity,
+    /// How many reads or requests it took.
+    pub reads: u64,
 }
 
 /// Finds a layer and reads all of it into an index.
@@ -21,26 +38,63 @@ pub fn record(
     recording: &Recording,
     options: &OpenOptions,
     watch: &mut dyn Watch,
-) -> Result<Prepared, OpenError> {
+) -> Result<PreparedLayer, OpenError> {
     let blob = source::open(&Source::parse(text)?, &options.patience)?;
-    let bad_tar = |source| source::SourceError::Tar {
+    let coding = coding_of(&blob, &options.patience)?;
+    let mut reached = |at| watch.headers(at, blob.len);
+    let recorded = record_blob(
+        &blob,
+        coding,
+        recording,
+        &options.patience,
+        &mut reached,
+        &mut |_, _| (),
+    )?;
+    let index = open_index(recorded.index, &blob.source.to_string())?;
+    let origin = IndexOrigin::Read {
+        reads: recorded.reads,
+        bytes: blob.len,
+    };
+    PreparedLayer::new(blob, &Facts::default(), index, origin, None)
+}
+
+/// Reads all of a layer's blob into an index file. Tells `reached` how far in the blob it is, and hands the tar's bytes to
+/// `tap` as they pass.
+///
+/// # Errors
+/// [`OpenError::Source`]: what is wrong with the server, the compression or the tar.
+pub fn record_blob(
+    blob: &LayerBlob,
+    coding: Coding,
+    recording: &Recording,
+    patience: &Patience,
+    reached: &mut dyn FnMut(u64),
+    tap: &mut dyn FnMut(TarOffset, &[u8]),
+) -> Result<RecordedBlob, OpenError> {
+    let bad_tar = |source| SourceError::Tar {
         source_name: blob.source.to_string(),
         source,
     };
-    let mut recorder = Recorder::new(recording.contents);
+    let mut recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
     let mut sink = |bytes: &[u8]| {
-        recorder.feed(bytes)?;
-        watch.headers(recorder.position().0, blob.len);
+        recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap)?;
+        reached(recorder.blob_position());
         Ok(())
     };
-    let reads = source::stream(&blob, &options.patience, &mut sink)?;
-    let bytes = recorder.finish().map_err(bad_tar)?.into_plain_index();
-    let index = open_index(bytes, &blob.source.to_string())?;
-    Ok(Prepared {
-        origin: IndexOrigin::Read { reads, bytes: blob.len },
-        blob,
-        index,
-        cache: options.cache.clone(),
-        kept: None,
+    let reads = source::stream(blob, patience, &mut sink)?;
+    let recorded = recorder.finish().map_err(bad_tar)?;
+    Ok(RecordedBlob {
+        identity: recorded.identity(),
+        index: recorded.into_index(),
+        reads,
     })
+}
+
+/// How a layer's blob is compressed, by its first bytes.
+///
+/// # Errors
+/// [`OpenError::Source`] when they cannot be read.
+pub fn coding_of(blob: &LayerBlob, patience: &Patience) -> Result<Coding, OpenError> {
+    let start = source::first_bytes(blob, Coding::TELLING, patience)?;
+    Ok(Coding::of_bytes(&start))
 }

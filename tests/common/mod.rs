@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 pub(crate) mod corpus;
+pub(crate) mod images;
 pub(crate) mod rawtar;
 pub(crate) mod registry;
 pub(crate) mod session;

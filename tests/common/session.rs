@@ -1,6 +1,6 @@
 //! `tarblk` run as a person would run it, with everything it makes below one directory, and nothing of it left at the end.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -63,17 +63,41 @@ impl Session {
 
     /// Mounts a layer; where it then is.
     pub(crate) fn mount(&mut self, source: &OsStr) -> PathBuf {
+        self.mount_with(source, &[])
+    }
+
+    /// Mounts a layer or an image with options.
+    pub(crate) fn mount_with(&mut self, source: impl AsRef<OsStr>, options: &[OsString]) -> PathBuf {
+        let source = source.as_ref();
+        match self.try_mount(source, options) {
+            Ok(dir) => dir,
+            Err(output) => panic!(
+                "tarblk mount {} {options:?}: {}\n{}",
+                source.display(),
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            ),
+        }
+    }
+
+    /// The same, where it may also fail.
+    pub(crate) fn try_mount(&mut self, source: impl AsRef<OsStr>, options: &[OsString]) -> Result<PathBuf, Output> {
         let dir = self.dir().join(format!("mount-{}", self.mounted.len()));
         fs::create_dir_all(&dir).unwrap();
-        self.succeed(&[
-            OsStr::new("mount"),
-            source,
-            dir.as_os_str(),
-            OsStr::new("--backend"),
-            OsStr::new(self.backend),
-        ]);
+        let mut arguments = vec![OsStr::new("mount"), source.as_ref(), dir.as_os_str()];
+        arguments.extend([OsStr::new("--backend"), OsStr::new(self.backend)]);
+        arguments.extend(options.iter().map(OsString::as_os_str));
+        let output = self.run(&arguments);
+        if !output.status.success() {
+            return Err(output);
+        }
         self.mounted.push(dir.clone());
-        dir
+        Ok(dir)
+    }
+
+    /// Forgets everything that was kept: the next mount is the first.
+    pub(crate) fn empty_cache(&self) {
+        let _ = fs::remove_dir_all(self.dir().join("cache"));
     }
 
     /// Unmounts what [`Session::mount`] mounted last.

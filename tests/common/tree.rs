@@ -64,6 +64,28 @@ pub(crate) fn differences(expected: &Path, found: &Path, implied: &[PathBuf]) ->
     lines
 }
 
+/// Calls a function for every directory of a tree, the root first and under an empty name.
+pub(crate) fn directories(root: &Path, found: &mut dyn FnMut(&Path, &fs::Metadata)) {
+    let mut waiting = vec![PathBuf::new()];
+    while let Some(dir) = waiting.pop() {
+        found(&dir, &fs::symlink_metadata(root.join(&dir)).unwrap());
+        for entry in fs::read_dir(root.join(&dir)).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                waiting.push(dir.join(entry.file_name()));
+            }
+        }
+    }
+}
+
+/// The names of a tree, sorted, its root left out.
+pub(crate) fn names(root: &Path) -> Vec<PathBuf> {
+    read(root)
+        .into_keys()
+        .filter(|name| !name.as_os_str().is_empty())
+        .collect()
+}
+
 /// How many names a tree has, its root included.
 pub(crate) fn count(root: &Path) -> usize {
     read(root).len()

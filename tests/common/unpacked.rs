@@ -1,8 +1,28 @@
 //! Images as `umoci unpack` unpacks them: what a mounted one has to be like.
+//!
+//! umoci follows the image-spec where containerd 1.6 with overlayfs, compared case by case on the layout `whiteouts`, does not:
+//!
+//! - containerd changes the time of a directory that gets or loses a name; umoci puts it back, as far as it can (below).
+//! - A directory that is whited out and made anew in one layer (`recreated`) still shows its old content in containerd.
+//! - A layer's opaque mark in the root (`opaque-root`) does nothing in containerd.
+//! - A whiteout beside an opaque mark (`opaque-and-whiteout`) is listed by readdir in containerd's mounts, and cannot be opened.
+//! - Names that lead through links of lower layers (`whiteouts-through-links`, `out-of-the-root`) replace the links by
+//!   directories in containerd.
+//! - containerd refuses hard links to what only a lower layer has (`hard-link-down` and others).
+//!
+//! In one thing containerd is followed: a whiteout in a directory that is not there (`missing-parent`) makes the directory, as
+//! any other entry would; umoci passes it over ([`is_known`]).
+//!
+//! What umoci cannot be asked about: directories that no entry is for, and those that lose a name to an opaque mark further up
+//! (`opaque-last`), have the time of unpacking. [`Unpacked::implied`] lists them; of those only the existence is compared.
 
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
 
@@ -37,6 +57,11 @@ pub(crate) fn tags(layout: &Path) -> Vec<String> {
         .collect()
 }
 
+/// The same of a layout that may not have been made.
+pub(crate) fn tags_if_any(layout: &Path) -> Vec<String> {
+    if layout.exists() { tags(layout) } else { Vec::new() }
+}
+
 /// A layout's manifest with this tag, and its digest.
 pub(crate) fn manifest(layout: &Path, tag: &str) -> (String, Value) {
     let index: Value = serde_json::from_slice(&fs::read(layout.join("index.json")).unwrap()).unwrap();
@@ -64,22 +89,94 @@ pub(crate) fn blob(layout: &Path, digest: &str) -> PathBuf {
     layout.join("blobs").join(digest.replace(':', "/"))
 }
 
-/// Unpacks an image into the directory `to`, which must not exist, and returns the root filesystem in there. umoci 0.4
-/// knows no zstd: where the layout has the same image without under `TAG-unpack`, that is unpacked.
-pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> PathBuf {
+/// An unpacked image.
+#[derive(Debug)]
+pub(crate) struct Unpacked {
+    /// Its root directory.
+    pub(crate) root: PathBuf,
+    /// Directories whose attributes are umoci's own doing, the empty path being the root.
+    pub(crate) implied: Vec<PathBuf>,
+}
+
+/// Unpacks an image into the directory `to`, which must not exist. umoci 0.4 knows no zstd: where the layout has the same
+/// image without under `TAG-unpack`, that is unpacked.
+pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> Unpacked {
     let without_zstd = format!("{tag}-unpack");
     let tag = if tags(layout).contains(&without_zstd) {
         &without_zstd
     } else {
         tag
     };
+    let began = SystemTime::now() - Duration::from_secs(1);
     let mut command = Command::new("umoci");
     command
         .args(["unpack", "--image"])
         .arg(format!("{}:{tag}", layout.display()))
         .arg(to);
     succeed(&mut command);
-    to.join("rootfs")
+    let root = to.join("rootfs");
+    let mut implied = Vec::new();
+    // Nothing in the images is as new as this.
+    super::tree::directories(&root, &mut |name, metadata| {
+        let time = metadata.modified().unwrap();
+        if time >= began || (name.as_os_str().is_empty() && time == SystemTime::UNIX_EPOCH) {
+            implied.push(name.to_owned());
+        }
+    });
+    Unpacked { root, implied }
+}
+
+/// The directories of a layer's tar that hold something and have no entry of their own, the empty path being the root: by GNU
+/// tar, which reads every coding.
+pub(crate) fn parents_without_entry(blob: &Path) -> Vec<PathBuf> {
+    let mut command = Command::new("tar");
+    let listed = succeed(command.args(["--quoting-style=literal", "-tf"]).arg(blob));
+    let (mut directories, mut parents) = (BTreeSet::new(), BTreeSet::new());
+    for line in listed.split(|&byte| byte == b'\n') {
+        let name: PathBuf = Path::new(OsStr::from_bytes(line))
+            .components()
+            .filter(|part| !matches!(part, Component::CurDir | Component::RootDir))
+            .collect();
+        parents.extend(name.ancestors().skip(1).map(Path::to_owned));
+        if line.ends_with(b"/") {
+            directories.insert(name);
+        }
+    }
+    parents.difference(&directories).cloned().collect()
+}
+
+/// Whether a difference, as `tree::differences` writes it, is one where umoci is not followed.
+pub(crate) fn is_known(tag: &str, difference: &str) -> bool {
+    tag == "missing-parent" && difference == "none: should not be there"
+}
+
+/// Whether nothing but a file's link count differs: overlayfs says how many names the file has in its layer, also when higher
+/// layers hide some of them.
+pub(crate) fn is_links_only(difference: &str) -> bool {
+    let what = difference.split_once(": ").map_or("", |(_, what)| what);
+    what.starts_with("link count is ") && !what.contains("; ")
+}
+
+/// Cases of the layout `whiteouts` in which one layer alone cannot be what it is above others.
+pub(crate) const NOT_ALONE: [(&str, &str); 8] = [
+    ("hard-link-down", "the link's target is in a lower layer"),
+    ("hard-link-to-new", "the link's target is in a lower layer"),
+    ("hard-link-to-link", "the link's target is in a lower layer"),
+    ("hard-link-target-gone", "the link's target is in a lower layer"),
+    ("through-links", "where the name leads to is in a lower layer"),
+    ("whiteouts-through-links", "where the name leads to is in a lower layer"),
+    ("out-of-the-root", "where the name leads to is in a lower layer"),
+    ("opaque-root", "overlayfs knows no opaque root"),
+];
+
+/// Whether this kernel has overlayfs, loaded now if it is a module.
+pub(crate) fn has_overlayfs() -> bool {
+    let known = || {
+        fs::read_to_string("/proc/filesystems")
+            .unwrap_or_default()
+            .contains("\toverlay\n")
+    };
+    known() || (Command::new("modprobe").arg("overlay").status().is_ok() && known())
 }
 
 /// Why nothing can be unpacked here, if so.

@@ -2,6 +2,7 @@
 //! whose signature is good for two seconds. Everything else passes through.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufReader, Read, Write as _};
@@ -44,7 +45,11 @@ pub(crate) struct Front {
     server: Server,
     _storage: Server,
     counts: Arc<Counts>,
+    announced: Announced,
 }
+
+/// Which blob is announced as the index of which.
+type Announced = Arc<Mutex<HashMap<String, String>>>;
 
 /// Which signatures are good until when, and for what.
 type Signatures = Arc<Mutex<HashMap<String, (String, Instant)>>>;
@@ -82,13 +87,21 @@ impl Front {
             }
         });
         let (behind, storage_host, seen) = (registry.port, storage.host(), Arc::clone(&counts));
+        let announced = Announced::default();
+        let told = Arc::clone(&announced);
         let server = Server::start(move |request| {
             let blob = request
                 .path()
                 .rsplit_once("/blobs/sha256:")
                 .filter(|_| request.method == "GET")
                 .map(|(_, hex)| hex.to_owned());
-            let reply = pass_on(request, behind);
+            let mut reply = pass_on(request, behind);
+            if request.method == "HEAD"
+                && let Some((_, hex)) = request.path().rsplit_once("/blobs/sha256:")
+                && let Some(index) = told.lock().unwrap().get(&format!("sha256:{hex}"))
+            {
+                reply = reply.with("LazyPull-Digest", index.clone());
+            }
             let (Some(hex), 200 | 206) = (blob, reply.status) else {
                 return reply;
             };
@@ -108,6 +121,7 @@ impl Front {
             server,
             _storage: storage,
             counts,
+            announced,
         }
     }
 
@@ -119,6 +133,21 @@ impl Front {
     /// How `tarblk` writes an image of the registry behind it.
     pub(crate) fn image(&self, name: &str) -> String {
         format!("docker://{}/{name}", self.host())
+    }
+
+    /// From now on a `HEAD` of a layer says in its header `LazyPull-Digest` which blob of the same repository is its index.
+    pub(crate) fn announce(&self, layer: &str, index: &str) {
+        self.announced
+            .lock()
+            .unwrap()
+            .insert(layer.to_owned(), index.to_owned());
+    }
+
+    /// What a command has to be told to get in with the credentials of the registry behind it.
+    pub(crate) fn arguments(&self, registry: &Registry) -> Vec<OsString> {
+        let file = registry.dir().join("front-auth.json");
+        std::fs::write(&file, super::auths(&self.host())).unwrap();
+        vec!["--authfile".into(), file.into(), "--plain-http".into()]
     }
 
     pub(crate) fn seen(&self) -> Seen {

@@ -8,6 +8,7 @@ pub(crate) mod http;
 pub(crate) mod keys;
 pub(crate) mod token;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -160,6 +161,24 @@ impl Registry {
         self.dir.path().join("auth.json")
     }
 
+    /// What a command has to be told to get in: credentials, where they are wanted; that there is no TLS, or whom to trust.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = vec!["--authfile".into(), self.auth_file().into()];
+        if self.is_tls() {
+            // containerd's layout: a directory named after the host, with certificates in it.
+            let hosts = self.dir.path().join("hosts");
+            let host = hosts.join(self.host());
+            fs::create_dir_all(&host).unwrap();
+            for name in ["ca.crt", "client.cert", "client.key"] {
+                fs::copy(self.authority.path(name), host.join(name)).unwrap();
+            }
+            arguments.extend(["--hosts-dir".into(), hosts.into()]);
+        } else {
+            arguments.push("--plain-http".into());
+        }
+        arguments
+    }
+
     pub(crate) fn tokens(&self) -> &TokenServer {
         self.tokens.as_ref().expect("a registry with tokens")
     }
@@ -202,6 +221,39 @@ impl Registry {
         self.tokens
             .as_ref()
             .inspect(|tokens| tokens.set_lifetime(TOKEN_SECONDS));
+    }
+
+    /// Puts a blob into a repository of a registry that asks for nothing; its digest.
+    pub(crate) fn put_blob(&self, repository: &str, content: &Path) -> String {
+        let digest = String::from_utf8(succeed(Command::new("sha256sum").arg(content))).unwrap();
+        let digest = format!("sha256:{}", &digest[..64]);
+        let start = format!("{}/v2/{repository}/blobs/uploads/", self.url());
+        let mut command = Command::new("curl");
+        command.args([
+            "-sf",
+            "-X",
+            "POST",
+            "-o",
+            "/dev/null",
+            "-w",
+            "%header{location}",
+            &start,
+        ]);
+        let location = String::from_utf8(succeed(&mut command)).unwrap();
+        let mut command = Command::new("curl");
+        command.args([
+            "-sf",
+            "-X",
+            "PUT",
+            "-H",
+            "Content-Type: application/octet-stream",
+            "--data-binary",
+        ]);
+        command
+            .arg(format!("@{}", content.display()))
+            .arg(format!("{location}&digest={digest}"));
+        succeed(&mut command);
+        digest
     }
 
     /// The file in which the registry keeps a blob.

@@ -4,6 +4,7 @@ zstd:chunked. The last needs a containerd, which runs here for as long as it tak
 import itertools
 import json
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -82,9 +83,9 @@ root = "{work}/root"
 state = "{work}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 [grpc]
-address = "{work}/socket"
+address = "{run}/socket"
 [ttrpc]
-address = "{work}/ttrpc"
+address = "{run}/ttrpc"
 """
 
     def __init__(self, work):
@@ -93,7 +94,9 @@ address = "{work}/ttrpc"
 
     def __enter__(self):
         self.work.mkdir()
-        (self.work / "config.toml").write_text(self.CONFIG.format(work=self.work))
+        # A socket's path has to be short, whatever the cache's is.
+        self.run = tempfile.TemporaryDirectory(prefix="tarblk-")
+        (self.work / "config.toml").write_text(self.CONFIG.format(work=self.work, run=self.run.name))
         self.log = open(self.work / "log", "wb")
         command = ["containerd", "--config", str(self.work / "config.toml")]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
@@ -114,9 +117,10 @@ address = "{work}/ttrpc"
             self.process.kill()
             self.process.wait()
         self.log.close()
+        self.run.cleanup()
 
     def ctr(self):
-        return ["ctr-remote", "--address", str(self.work / "socket")]
+        return ["ctr-remote", "--address", f"{self.run.name}/socket"]
 
     def convert(self, layers, options):
         """The layers as containerd's converter recodes them, in the same order."""

@@ -5,9 +5,9 @@ otherwise; `honest` is the one that the others distort.
   flipped           one byte of the layer's blob is not what its digest says
   flipped-plain     the same with a plain tar, in a file's content
   flipped-zstd      the same with zstd
-  flipped-whole, flipped-plain-whole, flipped-zstd-whole  plain tars of what the three were before
   swapped           the digest's blob is another, well-formed layer of the same length
   short             the blob ends early
+  …-whole           a plain tar of what each of these five should be
   wrong-size        the manifest's size is not the blob's
   wrong-diff-id     the config says another tar
   wrong-manifest    the index names a manifest by a digest that is not its own
@@ -93,9 +93,11 @@ def make(top, work):
         # The same files, so that what is right is known.
         layout.image(f"{name}-whole", [plain(work / f"{name}.tar", work)])
     one, other = own("swapped", LAYER, 5, bytes), small(work / "other.tar", 6)
+    layout.image("swapped-whole", [plain(work / "swapped.tar", work)])
     layout.image("swapped", [variant("swapped", other.read_bytes(), one)])
     one = own("short", GZIP, 7, compress)
     layout.image("short", [variant("short", one.blob.read_bytes()[:-5000], one)])
+    layout.image("short-whole", [plain(work / "short.tar", work)])
     one = own("wrong-size", GZIP, 8, compress)
     layout.image("wrong-size", [variant("wrong-size", one.blob.read_bytes(), one, size=one.size + 1)])
     layout.image("wrong-diff-id", [variant("wrong-diff-id", honest.blob.read_bytes(), diff_id=digest_of(other))])

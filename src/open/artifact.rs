@@ -1,0 +1,220 @@
+//! How indexes lie in a registry: manifests around them, tags, annotations. In: descriptors. Out: JSON, and back. Nothing is
+//! asked of anybody here; docs/index-format.md has it in words.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::{Algorithm, Digest};
+use crate::source::registry::{Descriptor, OCI_MANIFEST, Version};
+
+/// The kind of a manifest that holds indexes.
+pub const ARTIFACT_TYPE: &str = "application/vnd.tarblk.index.v1";
+/// The media type of an index file.
+pub const INDEX_MEDIA_TYPE: &str = "application/vnd.tarblk.index.layer.v1";
+/// On an index's descriptor: the digest of the layer's blob that it is of.
+pub const LAYER_ANNOTATION: &str = "io.tarblk.index.layer";
+/// On an index's descriptor: the length of its hot part, in bytes.
+pub const HOT_SIZE_ANNOTATION: &str = "io.tarblk.index.hot-size";
+/// On an index's descriptor: the digest of its hot part.
+pub const HOT_DIGEST_ANNOTATION: &str = "io.tarblk.index.hot-digest";
+/// A header field of the answer to HEAD for a layer's blob: the digest of a blob of the same repository that is its index.
+pub const LAZY_PULL_HEADER: &str = "LazyPull-Digest";
+
+/// What the specification wants where an artifact has no configuration.
+pub const EMPTY_CONFIG: &[u8] = b"{}";
+const EMPTY_MEDIA_TYPE: &str = "application/vnd.oci.empty.v1+json";
+
+/// No manifest of indexes is longer.
+const LONGEST: usize = 4 << 20;
+
+/// The tag of the manifest that holds the index of the layer with this digest, in every repository that has one.
+#[must_use]
+pub fn layer_tag(layer: &Digest) -> Version {
+    // A tag is at most 128 characters long; 64 hexadecimal digits tell SHA-512s apart as well as SHA-256s.
+    let hex: String = layer.hex().chars().take(64).collect();
+    Version::Tag(format!("{}-{hex}.tarblk-v1", layer.algorithm().name()))
+}
+
+/// An index as a manifest names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// The layer's blob.
+    pub layer: Digest,
+    /// The index file.
+    pub digest: Digest,
+    /// The index file's length, in bytes.
+    pub size: u64,
+    /// Its hot part: how long it is and its digest.
+    pub hot: Option<(u64, Digest)>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ArtifactManifest {
+    schema_version: u32,
+    #[serde(default)]
+    media_type: String,
+    #[serde(default)]
+    artifact_type: Option<String>,
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    subject: Option<Descriptor>,
+}
+
+fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
+    Descriptor {
+        media_type: media_type.to_owned(),
+        digest,
+        size,
+        annotations: BTreeMap::new(),
+        artifact_type: None,
+        platform: None,
+    }
+}
+
+/// The descriptor of an artifact's configuration, which is [`EMPTY_CONFIG`].
+#[must_use]
+pub fn empty_config() -> Descriptor {
+    let digest = Digest::of(Algorithm::Sha256, EMPTY_CONFIG);
+    descriptor(EMPTY_MEDIA_TYPE, digest, 2)
+}
+
+/// A manifest that holds indexes: of one layer, or, with the image's manifest as `subject`, of an image's layers, the lowest
+/// first. The same list always makes the same bytes.
+#[must_use]
+pub fn manifest(indexes: &[Listed], subject: Option<(&str, &Digest, u64)>) -> Vec<u8> {
+    let layers = indexes.iter().map(|index| {
+        let mut entry = descriptor(INDEX_MEDIA_TYPE, index.digest.clone(), index.size);
+        entry
+            .annotations
+            .insert(LAYER_ANNOTATION.into(), index.layer.to_string());
+        if let Some((len, digest)) = &index.hot {
+            entry.annotations.insert(HOT_SIZE_ANNOTATION.into(), len.to_string());
+            entry
+                .annotations
+                .insert(HOT_DIGEST_ANNOTATION.into(), digest.to_string());
+        }
+        entry
+    });
+    let manifest = ArtifactManifest {
+        schema_version: 2,
+        media_type: OCI_MANIFEST.to_owned(),
+        artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+        config: empty_config(),
+        layers: layers.collect(),
+        subject: subject.map(|(media_type, digest, size)| descriptor(media_type, digest.clone(), size)),
+    };
+    // Strings and numbers: nothing of it can fail.
+    serde_json::to_vec(&manifest).unwrap_or_default()
+}
+
+/// The descriptor of such a manifest, as a list of referrers has it.
+#[must_use]
+pub fn manifest_descriptor(manifest: &[u8]) -> Descriptor {
+    let digest = Digest::of(Algorithm::Sha256, manifest);
+    let mut entry = descriptor(OCI_MANIFEST, digest, u64::try_from(manifest.len()).unwrap_or(u64::MAX));
+    entry.artifact_type = Some(ARTIFACT_TYPE.to_owned());
+    entry
+}
+
+/// The indexes that a manifest holds. Other things in it, and entries that make no sense, are passed over.
+///
+/// # Errors
+/// That it is no manifest of indexes, in words that fit behind "NAME: ".
+pub fn parse(manifest: &[u8]) -> Result<Vec<Listed>, String> {
+    if manifest.len() > LONGEST {
+        return Err("its manifest is too long".to_owned());
+    }
+    let manifest: ArtifactManifest =
+        serde_json::from_slice(manifest).map_err(|error| format!("its manifest makes no sense: {error}"))?;
+    if manifest.artifact_type.as_deref() != Some(ARTIFACT_TYPE) {
+        return Err(format!("it is no artifact of type {ARTIFACT_TYPE}"));
+    }
+    let listed = manifest.layers.into_iter().filter_map(|entry| {
+        let note = |name: &str| entry.annotations.get(name);
+        let layer = note(LAYER_ANNOTATION)?.parse().ok()?;
+        let hot = note(HOT_SIZE_ANNOTATION).and_then(|len| len.parse().ok());
+        let hot = hot.zip(note(HOT_DIGEST_ANNOTATION).and_then(|digest| digest.parse().ok()));
+        (entry.media_type == INDEX_MEDIA_TYPE).then_some(Listed {
+            layer,
+            digest: entry.digest.clone(),
+            size: entry.size,
+            hot,
+        })
+    });
+    Ok(listed.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(text: &str) -> Digest {
+        Digest::of(Algorithm::Sha256, text.as_bytes())
+    }
+
+    #[test]
+    fn a_manifest_comes_back() {
+        let listed = [
+            Listed {
+                layer: digest("layer"),
+                digest: digest("index"),
+                size: 1234,
+                hot: Some((1000, digest("hot"))),
+            },
+            Listed {
+                layer: Digest::of(Algorithm::Sha512, b"other"),
+                digest: digest("other index"),
+                size: 5,
+                hot: None,
+            },
+        ];
+        let image = digest("image");
+        let bytes = manifest(&listed, Some((OCI_MANIFEST, &image, 700)));
+        assert_eq!(bytes, manifest(&listed, Some((OCI_MANIFEST, &image, 700))));
+        assert_eq!(parse(&bytes).unwrap(), listed);
+        let json: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(json["subject"]["digest"], image.to_string());
+        assert_eq!(json["config"]["digest"], digest("{}").to_string());
+        assert_eq!(json["artifactType"], ARTIFACT_TYPE);
+        assert!(!String::from_utf8(manifest(&listed, None)).unwrap().contains("subject"));
+        let described = manifest_descriptor(&bytes);
+        assert!(described.digest.matches(&bytes));
+        assert_eq!(described.artifact_type.as_deref(), Some(ARTIFACT_TYPE));
+    }
+
+    #[test]
+    fn what_is_no_list_of_indexes_is_refused() {
+        let other = String::from_utf8(manifest(&[], None)).unwrap();
+        assert_eq!(parse(other.as_bytes()).unwrap(), []);
+        assert!(parse(other.replace(ARTIFACT_TYPE, "application/x").as_bytes()).is_err());
+        assert!(parse(b"{}").is_err() && parse(b"").is_err());
+        // An entry whose annotations are no digests and numbers is passed over, or has no hot part.
+        let one = Listed {
+            layer: digest("layer"),
+            digest: digest("index"),
+            size: 1234,
+            hot: Some((1000, digest("hot"))),
+        };
+        let text = String::from_utf8(manifest(std::slice::from_ref(&one), None)).unwrap();
+        let odd = text.replace(&one.layer.to_string(), "sha256:x");
+        assert_eq!(parse(odd.as_bytes()).unwrap(), []);
+        let odd = text.replace("\"1000\"", "\"-1000\"");
+        assert_eq!(parse(odd.as_bytes()).unwrap(), [Listed { hot: None, ..one }]);
+    }
+
+    #[test]
+    fn tags_are_made_of_the_layers_digest() {
+        let Version::Tag(tag) = layer_tag(&digest("")) else {
+            panic!("a tag")
+        };
+        let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(tag, format!("sha256-{hex}.tarblk-v1"));
+        let Version::Tag(long) = layer_tag(&Digest::of(Algorithm::Sha512, b"")) else {
+            panic!("a tag")
+        };
+        assert!(long.starts_with("sha512-cf83e1357eefb8bd") && long.len() <= 128);
+    }
+}

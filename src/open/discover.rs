@@ -1,0 +1,273 @@
+//! Finding indexes that somebody has published. In: an image in a registry. Out: for each of its layers where its index is, and
+//! its hot part, checked against the layer that it is wanted for.
+//!
+//! Asked in this order: the image's artifact, by the referrers API (or its fallback tag); each layer's tag; the `LazyPull-Digest`
+//! field of HEAD for the layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
+//! it is of and is refused for another one, and whoever wants to know who made it names its digest.
+
+use std::str::FromStr;
+use std::thread;
+
+use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, parse};
+use super::{MAX_INDEX_BYTES, OpenError};
+use crate::digest::{Algorithm, Digest};
+use crate::index::{self, Index, IndexError, IndexFault};
+use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageName, Registry, Version};
+use crate::source::{self, Patience, SourceError};
+
+/// Where the index of a layer is to come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum IndexChoice {
+    /// A published one, if there is a good one; else one that is made.
+    #[default]
+    Auto,
+    /// A published one; without it the layer is not attached.
+    Require,
+    /// One that was made on this machine, now or before. Nothing published is looked for.
+    Ignore,
+    /// One that is made now from all of the layer, whatever is kept or published.
+    Build,
+    /// This file or URL.
+    Named(String),
+}
+
+impl FromStr for IndexChoice {
+    type Err = String;
+
+    /// One of the four words, or the name of a file or URL.
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "auto" => Self::Auto,
+            "require" => Self::Require,
+            "ignore" => Self::Ignore,
+            "build" => Self::Build,
+            "" => return Err("name a file or a URL, or auto, require, ignore or build".to_owned()),
+            name => Self::Named(name.to_owned()),
+        })
+    }
+}
+
+/// How an index was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FoundBy {
+    /// In the image's artifact.
+    Image,
+    /// By the layer's tag.
+    Layer,
+    /// In a header field of the layer's blob.
+    Header,
+}
+
+/// An index that is there to be fetched.
+#[derive(Clone, Debug)]
+pub struct FoundIndex {
+    /// How to ask for its bytes, all or some of them.
+    pub access: BlobAccess,
+    /// What the manifest says of it.
+    pub listed: Listed,
+    /// How it was found.
+    pub by: FoundBy,
+}
+
+/// Looks for the indexes of an image's layers; one place for each layer, the lowest first. With `pin`, only in the artifact whose
+/// manifest has that digest. Waits; must not be called from within a runtime.
+///
+/// # Errors
+/// [`SourceError`] when the registry cannot be asked, or the pinned artifact is not there or holds no indexes. That nothing
+/// was published is no error.
+pub fn find_indexes(
+    registry: &Registry,
+    image: &Image,
+    pin: Option<&Digest>,
+) -> Result<Vec<Option<FoundIndex>>, SourceError> {
+    let listed = match pin {
+        Some(pin) => artifact(registry, pin)?,
+        None => published(registry, image)?,
+    };
+    let found = |listed: Listed, by| FoundIndex {
+        access: registry.blob(&listed.digest, listed.size),
+        listed,
+        by,
+    };
+    let in_image = |layer: &ImageLayer| {
+        let listed = listed.iter().find(|listed| listed.layer == layer.descriptor.digest)?;
+        Some(found(listed.clone(), FoundBy::Image))
+    };
+    let mut all: Vec<_> = image.layers.iter().map(in_image).collect();
+    if pin.is_some() || all.iter().all(Option::is_some) {
+        return Ok(all);
+    }
+    // A question for each layer that is left, all at the same time.
+    let answers: Vec<_> = thread::scope(|scope| {
+        let ask = |(layer, known): (&ImageLayer, &Option<FoundIndex>)| {
+            let digest = layer.descriptor.digest.clone();
+            known
+                .is_none()
+                .then(|| scope.spawn(move || of_layer(registry, &digest)))
+        };
+        let asked: Vec<_> = image.layers.iter().zip(&all).map(ask).collect();
+        asked
+            .into_iter()
+            .map(|asked| asked.map(|asked| asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
+            .collect()
+    });
+    for (place, answer) in all.iter_mut().zip(answers) {
+        if let Some((listed, by)) = answer.transpose()?.flatten() {
+            *place = Some(found(listed, by));
+        }
+    }
+    Ok(all)
+}
+
+/// The indexes in the artifact with this digest.
+fn artifact(registry: &Registry, digest: &Digest) -> Result<Vec<Listed>, SourceError> {
+    let manifest = registry.manifest(&Version::Digest(digest.clone()))?;
+    parse(&manifest.bytes).map_err(|why| SourceError::Image {
+        name: format!("{}@{digest}", registry.name()),
+        why,
+    })
+}
+
+/// The indexes in the artifact that refers to the image. Of several the one with the lowest digest, so that every machine takes
+/// the same.
+fn published(registry: &Registry, image: &Image) -> Result<Vec<Listed>, SourceError> {
+    let mut referrers = registry.referrers(&image.manifest_digest, Some(ARTIFACT_TYPE))?;
+    referrers.sort_by_key(|referrer: &Descriptor| referrer.digest.to_string());
+    if referrers.len() > 1 {
+        log::info!(
+            "{}: {} artifacts with indexes; taking the first (--index-digest chooses)",
+            image.name,
+            referrers.len()
+        );
+    }
+    for referrer in referrers {
+        match artifact(registry, &referrer.digest) {
+            Ok(listed) => return Ok(listed),
+            // A list may name what is gone, and anybody may have put it there.
+            Err(error) => log::warn!("{}: cannot use the indexes in {}: {error}", image.name, referrer.digest),
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// The index of one layer, by its tag or by what a HEAD says.
+fn of_layer(registry: &Registry, layer: &Digest) -> Result<Option<(Listed, FoundBy)>, SourceError> {
+    match registry.manifest(&layer_tag(layer)) {
+        Ok(manifest) => {
+            let listed = parse(&manifest.bytes).unwrap_or_default();
+            if let Some(listed) = listed.into_iter().find(|listed| listed.layer == *layer) {
+                return Ok(Some((listed, FoundBy::Layer)));
+            }
+        }
+        Err(error) if error.is_absence() => {}
+        Err(error) => return Err(error),
+    }
+    let head = registry.head_blob(layer)?;
+    let Some(digest) = head.and_then(|head| head.header(LAZY_PULL_HEADER)?.trim().parse::<Digest>().ok()) else {
+        return Ok(None);
+    };
+    // What it names may be anything; only its length is needed here.
+    let Some(head) = registry.head_blob(&digest)? else {
+        return Ok(None);
+    };
+    let listed = Listed {
+        layer: layer.clone(),
+        digest,
+        size: head.size,
+        hot: None,
+    };
+    Ok(Some((listed, FoundBy::Header)))
+}
+
+/// How much is asked for of an index whose hot part's length nobody told.
+const GUESS: u64 = 256 << 10;
+
+/// Brings the hot part of an index, in one request where its length is known, and checks that it is of this layer.
+///
+/// # Errors
+/// [`OpenError::Source`] when it cannot be fetched, [`OpenError::Index`] when it is damaged or of another layer.
+pub fn fetch_hot(
+    image: &ImageName,
+    layer: &ImageLayer,
+    found: &FoundIndex,
+    patience: &Patience,
+) -> Result<Index<Vec<u8>>, OpenError> {
+    let name = || format!("index {}", found.access.name());
+    let bad = |cause| OpenError::Index { name: name(), cause };
+    let blob = source::open_registry_blob(image, &found.access)?;
+    let most = blob.len.min(MAX_INDEX_BYTES);
+    let first = found.listed.hot.as_ref().map_or(GUESS, |(len, _)| *len).min(most);
+    let mut bytes = source::read_range(&blob, 0..first, patience)?;
+    let hot = index::hot_len(&bytes)
+        .map_err(bad)?
+        .ok_or_else(|| bad(IndexFault::Truncated.into()))?;
+    if hot > most {
+        return Err(bad(IndexFault::Truncated.into()));
+    }
+    if hot > first {
+        bytes.extend(source::read_range(&blob, first..hot, patience)?);
+    }
+    bytes.truncate(usize::try_from(hot).map_err(|_| bad(IndexFault::TooLarge("hot part").into()))?);
+    if let Some((_, digest)) = &found.listed.hot
+        && !digest.matches(&bytes)
+    {
+        return Err(bad(IndexFault::Checksum("hot part").into()));
+    }
+    let index = Index::open_hot(bytes).map_err(bad)?;
+    if index.file_len() != found.listed.size {
+        return Err(bad(IndexFault::Truncated.into()));
+    }
+    check_layer(&index, layer).map_err(bad)?;
+    Ok(index)
+}
+
+/// Whether an index is of this layer. It has to name the blob's digest, and say of everything that both know the same. (How the
+/// blob is compressed it knows better than the manifest, whose media type may be wrong.)
+///
+/// # Errors
+/// [`IndexError::OtherLayer`].
+pub fn check_layer<B: AsRef<[u8]>>(index: &Index<B>, layer: &ImageLayer) -> Result<(), IndexError> {
+    let identity = index.identity();
+    let other = |what, found: String, wanted: String| Err(IndexError::OtherLayer { what, found, wanted });
+    if identity.blob_len != layer.descriptor.size {
+        return other(
+            "length",
+            identity.blob_len.to_string(),
+            layer.descriptor.size.to_string(),
+        );
+    }
+    if identity.blob_digest.is_none() {
+        return other("digest", "none".to_owned(), layer.descriptor.digest.to_string());
+    }
+    let digests = [
+        ("digest", &identity.blob_digest, Some(&layer.descriptor.digest)),
+        ("diff ID", &identity.diff_id, layer.diff_id.as_ref()),
+    ];
+    for (what, found, wanted) in digests {
+        if let (Some(found), Some(wanted)) = (found, wanted)
+            && found.algorithm() == wanted.algorithm()
+            && found != wanted
+        {
+            return other(what, found.to_string(), wanted.to_string());
+        }
+    }
+    Ok(())
+}
+
+/// Whether an index is the one that was pinned: by the digest of its hot part, or of the whole file if that is here.
+#[must_use]
+pub fn is_pinned<B: AsRef<[u8]>>(index: &Index<B>, pin: &Digest) -> bool {
+    let hot = usize::try_from(index.hot_len())
+        .ok()
+        .and_then(|len| index.as_bytes().get(..len));
+    hot.is_some_and(|hot| pin.matches(hot)) || index.is_whole() && pin.matches(index.as_bytes())
+}
+
+/// The digest by which an index is named where digests are SHA-256.
+#[must_use]
+pub fn hot_digest<B: AsRef<[u8]>>(index: &Index<B>) -> Digest {
+    let hot = usize::try_from(index.hot_len())
+        .ok()
+        .and_then(|len| index.as_bytes().get(..len));
+    Digest::of(Algorithm::Sha256, hot.unwrap_or_default())
+}

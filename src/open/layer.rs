@@ -1,0 +1,291 @@
+//! One layer, found, and what it holds. In: a blob, and what is known of it. Out: the same with its index: the one kept for
+//! it, or one made by reading the headers of a plain layer, or all of a compressed one.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::gather::Gather;
+use super::recipe::http_layer;
+use super::record::{Recording, record_blob};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index};
+use crate::digest::Digest;
+use crate::fetch::store::{Store, StoreError};
+use crate::index::build::Contents;
+use crate::index::{Index, IndexBuilder};
+use crate::layer::{Coding, SPACING};
+use crate::source::registry::{ImageLayer, LayerCoding};
+use crate::source::{self, HttpBlob, LayerBlob, Place, Source};
+use crate::units::TarOffset;
+
+/// What is known of a layer before it is read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Facts {
+    /// The blob's digest, from a manifest.
+    pub(super) digest: Option<Digest>,
+    /// The tar's digest, from an image's configuration.
+    pub(super) diff_id: Option<Digest>,
+    /// How it is compressed; its first bytes say it, if nobody else does.
+    pub(super) coding: Option<Coding>,
+    /// An index that somebody has published.
+    pub(super) published: Option<Published>,
+}
+
+impl Facts {
+    /// What an image says of a layer.
+    pub(super) fn of(layer: &ImageLayer) -> Self {
+        Self {
+            digest: Some(layer.descriptor.digest.clone()),
+            diff_id: layer.diff_id.clone(),
+            coding: Some(match layer.coding {
+                LayerCoding::Plain => Coding::Plain,
+                LayerCoding::Gzip => Coding::Gzip,
+                LayerCoding::Zstd => Coding::Zstd,
+            }),
+            published: None,
+        }
+    }
+}
+
+/// An index that somebody has published.
+#[derive(Clone, Debug)]
+pub(super) struct Published {
+    /// Its hot part.
+    pub(super) index: Index<Vec<u8>>,
+    /// Where all of it is.
+    pub(super) rest: HttpBlob,
+}
+
+/// A layer that was found, with its index.
+#[derive(Debug)]
+pub struct PreparedLayer {
+    /// The layer.
+    pub blob: LayerBlob,
+    /// How it is compressed.
+    pub coding: Coding,
+    /// What it holds.
+    pub index: Index<Vec<u8>>,
+    /// Where the index came from.
+    pub origin: IndexOrigin,
+    /// The blob's digest, if a manifest or an index tells it.
+    pub digest: Option<Digest>,
+    /// The digest of the tar in it, likewise.
+    pub diff_id: Option<Digest>,
+    /// The index in the cache directory, if it is there.
+    pub(super) kept: Option<PathBuf>,
+    /// Where the rest of the index is, if what is here is its hot part alone.
+    pub(super) rest: Option<HttpBlob>,
+}
+
+impl PreparedLayer {
+    /// A layer and its index, as far as they fit each other.
+    pub(super) fn new(
+        blob: LayerBlob,
+        facts: &Facts,
+        index: Index<Vec<u8>>,
+        origin: IndexOrigin,
+        kept: Option<PathBuf>,
+    ) -> Result<Self, OpenError> {
+        let identity = index.identity();
+        let (expected, found) = (identity.blob_len, blob.len);
+        let digest = identity.blob_digest.clone();
+        let other = digest.is_some() && facts.digest.is_some() && digest != facts.digest;
+        if expected != found || other {
+            return Err(OpenError::OtherLayer {
+                name: format!("of {}", blob.source),
+                expected,
+                source_name: facts
+                    .digest
+                    .as_ref()
+                    .map_or_else(|| blob.source.to_string(), ToString::to_string),
+                found,
+            });
+        }
+        Ok(Self {
+            coding: identity.coding,
+            digest: facts.digest.clone().or(digest),
+            diff_id: facts.diff_id.clone().or_else(|| identity.diff_id.clone()),
+            blob,
+            index,
+            origin,
+            kept,
+            rest: None,
+        })
+    }
+
+    /// What the store knows the layer by, if its content has a name.
+    pub(super) fn identity(&self) -> Option<String> {
+        self.digest.as_ref().map(ToString::to_string)
+    }
+}
+
+/// What the cache knows a layer by: its digest, or its name and the state that it is in.
+fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
+    if let Some(digest) = &facts.digest {
+        return Some(digest.to_string());
+    }
+    let name = match &blob.source {
+        Source::Path(path) => path.display().to_string(),
+        Source::Url(url) => url.to_string(),
+        Source::Image(name) => name.to_string(),
+    };
+    blob.fingerprint().map(|mark| format!("{name}\n{mark}"))
+}
+
+/// Told how far reading is: the position reached in the blob and its length, both in bytes.
+pub(super) type Reached<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+
+/// Finds the index of a layer, or makes it.
+pub(super) fn prepare(
+    blob: LayerBlob,
+    facts: &Facts,
+    options: &OpenOptions,
+    reached: Reached<'_>,
+) -> Result<PreparedLayer, OpenError> {
+    if let Some(Published { index, rest }) = &facts.published {
+        let origin = IndexOrigin::Published { bytes: index.hot_len() };
+        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
+        layer.rest = (!index.is_whole()).then(|| rest.clone());
+        return Ok(layer);
+    }
+    let under = kept_under(&blob, facts);
+    let cache = options.cache.as_ref();
+    if options.index != IndexChoice::Build
+        && let (Some(cache), Some(under)) = (cache, &under)
+        && let Some((path, bytes)) = cache.index(under)
+    {
+        // Damaged, or of another version of this program: it is read again and replaced.
+        match Index::open(bytes) {
+            Ok(index) if index.identity().blob_len == blob.len => {
+                return PreparedLayer::new(blob, facts, index, IndexOrigin::Kept, Some(path));
+            }
+            Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
+        }
+    }
+    let coding = match facts.coding {
+        Some(coding) => coding,
+        None => super::record::coding_of(&blob, &options.patience)?,
+    };
+    let (bytes, origin) = match coding {
+        Coding::Plain if options.index != IndexChoice::Build => read_headers(&blob, facts, options, reached)?,
+        Coding::Plain | Coding::Gzip | Coding::Zstd => read_all(&blob, coding, facts, options, reached)?,
+    };
+    let kept = match (cache, &under) {
+        (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
+        _ => None,
+    };
+    let index = open_index(bytes, &blob.source.to_string())?;
+    PreparedLayer::new(blob, facts, index, origin, kept)
+}
+
+/// Reads a plain layer's headers into an index file. Payload of a remote layer that comes with them is put into the store.
+fn read_headers(
+    blob: &LayerBlob,
+    facts: &Facts,
+    options: &OpenOptions,
+    reached: Reached<'_>,
+) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
+    let mut builder = IndexBuilder::new();
+    let mut progress = |at: TarOffset, len: u64| reached(at.0, len);
+    let cache = |store: Arc<Store>| match (&facts.digest, &blob.place) {
+        (Some(digest), _) => store.named(&digest.to_string(), blob.len),
+        (None, Place::Http(http)) => store.layer(&http_layer(http)),
+        (None, Place::File(_)) => unreachable!("only layers on servers are gathered"),
+    };
+    let mut gather = match (&blob.place, &options.cache) {
+        (Place::Http(_), Some(kept)) => {
+            going_on_when_full(Store::open(kept.layers()).and_then(cache))?.map(Gather::new)
+        }
+        _ => None,
+    };
+    let tap = gather.as_mut().map(|gather| -> &mut dyn source::Tap { gather });
+    let walked = source::walk(blob, &mut builder, tap, &options.patience, &mut progress)?;
+    // The store lets go of the layer here, and the daemon can take it.
+    drop(gather);
+    let bytes = builder.finish(walked.tar_len, walked.end);
+    let (reads, bytes_read) = (walked.reads, walked.bytes_read);
+    Ok((
+        bytes,
+        IndexOrigin::Read {
+            reads,
+            bytes: bytes_read,
+        },
+    ))
+}
+
+/// Reads all of a compressed layer once, into an index file; what comes out of it is put into the store.
+fn read_all(
+    blob: &LayerBlob,
+    coding: Coding,
+    facts: &Facts,
+    options: &OpenOptions,
+    reached: Reached<'_>,
+) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
+    let recording = Recording {
+        contents: Contents::CHECKED,
+        spacing: SPACING,
+    };
+    let mut filling = match &options.cache {
+        Some(cache) => going_on_when_full(Store::open(cache.layers()).and_then(|store| store.fill()))?,
+        None => None,
+    };
+    let mut keep = |_: TarOffset, bytes: &[u8]| {
+        if let Some(open) = &mut filling
+            && let Err(error) = open.push(bytes)
+        {
+            log::warn!("{error}; going on without a cache");
+            filling = None;
+        }
+    };
+    let mut progress = |at| reached(at, blob.len);
+    let recorded = record_blob(blob, coding, &recording, &options.patience, &mut progress, &mut keep)?;
+    let told = [
+        ("blob", &facts.digest, &recorded.identity.blob_digest),
+        ("tar", &facts.diff_id, &recorded.identity.diff_id),
+    ];
+    for (what, expected, found) in told {
+        if let (Some(expected), Some(found)) = (expected, found)
+            && expected.algorithm() == found.algorithm()
+            && expected != found
+        {
+            return Err(OpenError::Digest {
+                source_name: blob.source.to_string(),
+                what,
+                expected: expected.to_string(),
+                found: found.to_string(),
+            });
+        }
+    }
+    let name = facts.digest.clone().or(recorded.identity.blob_digest);
+    if let (Some(filling), Some(name)) = (filling, name) {
+        going_on_when_full(filling.finish(&name.to_string()))?;
+    }
+    let origin = IndexOrigin::Read {
+        reads: recorded.reads,
+        bytes: blob.len,
+    };
+    Ok((recorded.index, origin))
+}
+
+/// A full disk costs nothing but the cache.
+fn going_on_when_full<T>(outcome: Result<T, StoreError>) -> Result<Option<T>, OpenError> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if is_full(&error.source) => {
+            log::warn!("{error}; going on without a cache");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Keeps an index in the cache. A full disk only means that the layer is read again next time.
+fn keep_if_there_is_room(cache: &Cache, under: &str, bytes: &[u8]) -> Result<Option<PathBuf>, OpenError> {
+    match cache.keep_index(under, bytes) {
+        Ok(path) => Ok(Some(path)),
+        Err(OpenError::Cache { path, cause }) if is_full(&cause) => {
+            log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}

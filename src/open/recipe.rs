@@ -1,0 +1,437 @@
+//! What a process must know to serve what another one prepared. In: prepared layers. Out: a [`Recipe`] that goes through a
+//! pipe; from it, in the process that serves, the image and the fetcher.
+//!
+//! A recipe may hold secrets (credentials, signed addresses): it never goes into a file, and its `Debug` shows none.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::layer::PreparedLayer;
+use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
+use crate::digest::Digest;
+use crate::fetch::store::Store;
+use crate::fetch::{
+    self, Blob, ChunkCheck, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
+};
+use crate::image::FileMap;
+use crate::image::ext4::Ext4Image;
+use crate::index::{ColdPart, Index};
+use crate::source::registry::BlobAccess;
+use crate::source::{self, HttpBlob, Place, Source};
+use crate::tree::TreeMode;
+
+/// How served layers' bytes are fetched.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fetching {
+    /// The memory tier's bound in bytes.
+    pub memory_bytes: u64,
+    /// Connections per host at most.
+    pub connections: u16,
+    /// After this a read fails; never if none.
+    pub deadline: Option<Duration>,
+    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
+    pub store_bytes: u64,
+}
+
+/// Everything that a process must know to serve layers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// For messages, without secrets.
+    name: String,
+    layers: Vec<Layer>,
+    tree: Tree,
+    /// Where fetched bytes are kept.
+    store: Option<PathBuf>,
+    fetching: Fetching,
+}
+
+/// How the layers become one tree.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum Tree {
+    Plain,
+    Merged,
+    Overlay,
+}
+
+impl From<TreeMode> for Tree {
+    fn from(mode: TreeMode) -> Self {
+        match mode {
+            TreeMode::Plain => Self::Plain,
+            TreeMode::Merged => Self::Merged,
+            TreeMode::Overlay => Self::Overlay,
+        }
+    }
+}
+
+impl From<Tree> for TreeMode {
+    fn from(tree: Tree) -> Self {
+        match tree {
+            Tree::Plain => Self::Plain,
+            Tree::Merged => Self::Merged,
+            Tree::Overlay => Self::Overlay,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Layer {
+    blob: At,
+    digest: Option<Digest>,
+    diff_id: Option<Digest>,
+    /// The index file.
+    index: PathBuf,
+    /// Whether the index file is to be removed once it was read.
+    borrowed: bool,
+    /// Where the rest of the index is, if the file holds its hot part alone.
+    rest: Option<At>,
+}
+
+/// Where a blob is.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+enum At {
+    File {
+        path: PathBuf,
+        mark: String,
+    },
+    Http {
+        url: String,
+        len: u64,
+        validator: Option<Mark>,
+        headers: Vec<(String, String)>,
+        access: Option<BlobAccess>,
+    },
+}
+
+impl std::fmt::Debug for At {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File { path, .. } => write!(f, "File({})", path.display()),
+            Self::Http { url, .. } => write!(f, "Http({})", source::without_secrets(url)),
+        }
+    }
+}
+
+/// A validator in a recipe.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Mark {
+    ETag(String),
+    LastModified(String),
+}
+
+impl From<&source::Validator> for Mark {
+    fn from(validator: &source::Validator) -> Self {
+        match validator {
+            source::Validator::ETag(tag) => Self::ETag(tag.clone()),
+            source::Validator::LastModified(date) => Self::LastModified(date.clone()),
+        }
+    }
+}
+
+impl From<Mark> for fetch::Validator {
+    fn from(mark: Mark) -> Self {
+        match mark {
+            Mark::ETag(tag) => Self::ETag(tag),
+            Mark::LastModified(date) => Self::LastModified(date),
+        }
+    }
+}
+
+/// Layers as an image and the bytes behind it.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// The image.
+    pub image: Arc<Ext4Image>,
+    /// The bytes of its layers.
+    pub fetcher: Fetcher,
+}
+
+impl Prepared {
+    /// What another process needs to serve this. `lending` is where indexes may be put for it that are not in the cache; the
+    /// process removes them from there.
+    ///
+    /// # Errors
+    /// [`OpenError::Cache`] when they cannot be put there.
+    pub fn recipe(&self, lending: &Path, fetching: Fetching) -> Result<Recipe, OpenError> {
+        let mut recipe = Recipe {
+            name: self.name.clone(),
+            layers: Vec::new(),
+            tree: self.mode.into(),
+            store: self.cache.as_ref().map(Cache::layers),
+            fetching,
+        };
+        for layer in &self.layers {
+            let lent = match &layer.kept {
+                Some(path) => Ok((path.clone(), false)),
+                None => lend(lending, layer.index.as_bytes()).map(|path| (path, true)),
+            };
+            let (index, borrowed) = lent.inspect_err(|_| recipe.take_back())?;
+            recipe.layers.push(Layer {
+                blob: At::of(layer),
+                digest: layer.digest.clone(),
+                diff_id: layer.diff_id.clone(),
+                index,
+                borrowed,
+                rest: layer.rest.as_ref().map(At::http),
+            });
+        }
+        Ok(recipe)
+    }
+}
+
+/// Puts an index where another process finds it.
+fn lend(dir: &Path, index: &[u8]) -> Result<PathBuf, OpenError> {
+    let failed = |cause| OpenError::Cache {
+        path: dir.to_owned(),
+        cause,
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix("index-")
+        .suffix(".tarblk")
+        .tempfile_in(dir)
+        .map_err(failed)?;
+    file.write_all(index).map_err(failed)?;
+    let (_, path) = file.keep().map_err(|error| failed(error.error))?;
+    Ok(path)
+}
+
+impl At {
+    fn of(layer: &PreparedLayer) -> Self {
+        match &layer.blob.place {
+            Place::File(_) => Self::File {
+                path: layer.blob.path.clone().unwrap_or_default(),
+                mark: layer.blob.fingerprint().unwrap_or_default(),
+            },
+            Place::Http(http) => Self::http(http),
+        }
+    }
+
+    fn http(http: &HttpBlob) -> Self {
+        let HttpLayer { url, size, headers, .. } = http_layer(http);
+        Self::Http {
+            url,
+            len: size,
+            validator: http.validator.as_ref().map(Into::into),
+            headers,
+            access: http.access.clone(),
+        }
+    }
+
+    fn open(self) -> Result<Blob, OpenError> {
+        match self {
+            Self::File { path, mark } => {
+                let blob = source::open(&Source::Path(path), &source::Patience::default())?;
+                if blob.fingerprint().as_deref() != Some(&mark) {
+                    return Err(OpenError::Changed(blob.source.to_string()));
+                }
+                Ok(blob_of(blob.place, blob.source.to_string().into(), blob.len))
+            }
+            Self::Http {
+                url,
+                len,
+                validator,
+                headers,
+                access,
+            } => Ok(Blob::Http(HttpLayer {
+                url,
+                size: len,
+                validator: validator.map(Into::into),
+                headers,
+                access: access.map(Arc::new),
+            })),
+        }
+    }
+}
+
+fn blob_of(place: Place, path: PathBuf, size: u64) -> Blob {
+    match place {
+        Place::File(file) => Blob::File(FileLayer {
+            path,
+            file: file.into(),
+            size,
+        }),
+        Place::Http(http) => Blob::Http(http_layer(&http)),
+    }
+}
+
+/// A found layer as the fetcher is told of it.
+pub(super) fn http_layer(http: &HttpBlob) -> HttpLayer {
+    let authorization = http.authorization.as_ref().and_then(|value| value.to_str().ok());
+    HttpLayer {
+        url: http.url.to_string(),
+        size: http.len,
+        validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
+        headers: authorization
+            .map(|value| ("Authorization".to_owned(), value.to_owned()))
+            .into_iter()
+            .collect(),
+        access: http.access.clone().map(Arc::new),
+    }
+}
+
+impl Recipe {
+    /// The index files that were made for the recipe's reader alone.
+    pub fn lent(&self) -> impl Iterator<Item = &Path> {
+        let lent = self.layers.iter().filter(|layer| layer.borrowed);
+        lent.map(|layer| layer.index.as_path())
+    }
+
+    /// Removes them.
+    fn take_back(&self) {
+        for path in self.lent() {
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    /// Makes the image and starts the fetcher.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn serve(self) -> Result<Opened, OpenError> {
+        let indexes: Result<Vec<_>, OpenError> = self.layers.iter().map(Layer::read_index).collect();
+        self.take_back();
+        let indexes = indexes?;
+        let image = Arc::new(image_of(
+            indexes.iter().map(|(index, _)| index),
+            self.tree.into(),
+            &self.name,
+        )?);
+        let mut sources = Vec::new();
+        for (layer, (index, file)) in self.layers.into_iter().zip(indexes) {
+            let rest = layer.rest.map(At::open).transpose()?;
+            let windows = match rest {
+                Some(Blob::Http(rest)) => Windows::Http(Box::new(rest), index.cold().clone()),
+                _ => Windows::File(Arc::new(file.into()), index.cold().clone()),
+            };
+            let identity = layer.digest.as_ref().map(ToString::to_string);
+            let blob = layer.blob.open()?;
+            sources.push(layer_source(
+                blob,
+                &index,
+                windows,
+                [layer.digest, layer.diff_id],
+                identity,
+            ));
+        }
+        start(image, sources, self.store.as_deref(), &self.fetching)
+    }
+}
+
+impl Layer {
+    fn read_index(&self) -> Result<(Index<Vec<u8>>, File), OpenError> {
+        let failed = |cause| OpenError::ReadIndex {
+            name: self.index.display().to_string(),
+            cause,
+        };
+        let file = File::open(&self.index).map_err(failed)?;
+        let bytes = fs::read(&self.index).map_err(failed)?;
+        Ok((open_index(bytes, &self.index.display().to_string())?, file))
+    }
+}
+
+/// What the fetcher is told of a layer.
+fn layer_source(
+    blob: Blob,
+    index: &Index<Vec<u8>>,
+    windows: Windows,
+    [digest, diff_id]: [Option<Digest>; 2],
+    identity: Option<String>,
+) -> LayerSource {
+    let table = index.spans().cloned();
+    let has_windows = index.cold().has(ColdPart::Windows);
+    let digests = index.chunk_digests().cloned();
+    LayerSource {
+        blob,
+        coding: table.map(|table| Coded {
+            table,
+            windows: if has_windows { windows } else { Windows::None },
+        }),
+        digests: digests.map(|digests| ChunkCheck::new(move |chunk, bytes| digests.check(chunk.into(), bytes))),
+        whole: WholeDigests {
+            blob: digest.and_then(|digest| digest.sha256()),
+            tar: diff_id.and_then(|digest| digest.sha256()),
+        },
+        identity,
+    }
+}
+
+fn start(
+    image: Arc<Ext4Image>,
+    layers: Vec<LayerSource>,
+    store: Option<&Path>,
+    fetching: &Fetching,
+) -> Result<Opened, OpenError> {
+    // A plain local file is its own store.
+    let needs_store = |layer: &LayerSource| matches!(layer.blob, Blob::Http(_)) || layer.coding.is_some();
+    let store = match store.filter(|_| layers.iter().any(needs_store)).map(Store::open) {
+        Some(Ok(store)) => Some(store),
+        Some(Err(error)) if is_full(&error.source) => {
+            log::warn!("{error}; going on without a cache");
+            None
+        }
+        Some(Err(error)) => return Err(error.into()),
+        None => None,
+    };
+    if let Some(store) = &store
+        && let Err(error) = store.trim(fetching.store_bytes)
+    {
+        log::warn!("{error}");
+    }
+    let secure = |layer: &LayerSource| matches!(&layer.blob, Blob::Http(http) if http.access.is_some() || http.url.starts_with("https:"));
+    let options = FetchOptions {
+        memory_bytes: fetching.memory_bytes,
+        connections: usize::from(fetching.connections),
+        deadline: fetching.deadline.unwrap_or(Duration::MAX),
+        store,
+        tls: match layers.iter().any(secure) {
+            true => Some(fetch::default_tls()?),
+            false => None,
+        },
+        ..FetchOptions::default()
+    };
+    let files: Arc<dyn FileMap> = image.clone();
+    let fetcher = Fetcher::start(layers, options, Some(files))?;
+    Ok(Opened { image, fetcher })
+}
+
+/// Opens what was prepared in this process.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, OpenError> {
+    let image = Arc::new(prepared.image()?);
+    let store = prepared.cache.as_ref().map(Cache::layers);
+    let mut sources = Vec::new();
+    for layer in prepared.layers {
+        let identity = layer.identity();
+        let digests = [layer.digest, layer.diff_id];
+        let path = layer.blob.path.clone().unwrap_or_default();
+        let windows = match &layer.rest {
+            Some(rest) => Windows::Http(Box::new(http_layer(rest)), layer.index.cold().clone()),
+            None => Windows::Memory(Arc::new(all_windows(&layer.index, &prepared.name)?)),
+        };
+        let blob = blob_of(layer.blob.place, path, layer.blob.len);
+        sources.push(layer_source(blob, &layer.index, windows, digests, identity));
+    }
+    start(image, sources, store.as_deref(), fetching)
+}
+
+/// Every decoder window of an index that is whole.
+fn all_windows(index: &Index<Vec<u8>>, name: &str) -> Result<Vec<Vec<u8>>, OpenError> {
+    let window = |n| {
+        let window = index.cold_piece(ColdPart::Windows, n);
+        window.map(Option::unwrap_or_default).map_err(|cause| OpenError::Index {
+            name: name.to_owned(),
+            cause,
+        })
+    };
+    (0..index.cold().pieces(ColdPart::Windows)).map(window).collect()
+}
