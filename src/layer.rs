@@ -1,18 +1,21 @@
 //! How a layer is compressed, and how its middle is read without its beginning.
 //!
-//! In: the bytes of a blob as they come, or of a range of it, and a table. Out: the tar's bytes, and the table ([`SpanTable`]): the places from
-//! which the blob can be decoded. Every position that the rooms behind this one know is one in the uncompressed tar.
+//! In: the bytes of a blob as they come, or of a range of it, and a table. Out: the tar's bytes, and the table
+//! ([`SpanTable`]): the places from which the blob can be decoded. Every position that the rooms behind this one know
+//! is one in the uncompressed tar.
 //!
 //! ```text
 //! the whole blob, once ──> Indexer ──> the tar's bytes, SpanTable, histories
 //! a range of the blob, a span's history ──> Decoder ──> the tar's bytes from that span on
 //! ```
 //!
-//! A gzip member can be entered at any of its deflate blocks by who has the up to 32 KiB that came out before it; a zstd frame only at its
-//! beginning. A zstd layer of one frame, as builders make it, therefore has one span, and whoever wants its end has to read it all.
+//! A gzip member can be entered at any of its deflate blocks by who has the up to 32 KiB that came out before it; a
+//! zstd frame only at its beginning. A zstd layer of one frame, as builders make it, therefore has one span, and
+//! whoever wants its end has to read it all.
 //!
-//! This room does no I/O and knows nothing of tar. It must never believe a length, give out more than the table or its limit says,
-//! keep more than a window and a buffer, or panic, whatever the blob holds.
+//! [`contents`] reads the tables of contents that some layers bring along. Only there does this room know what a tar
+//! is; it does no I/O anywhere. It must never believe a length, give out more than the table or its limit says, keep
+//! more than a window and a buffer, or panic, whatever the blob holds.
 
 mod chunked;
 pub mod contents;
@@ -24,6 +27,8 @@ mod json;
 mod stargz;
 mod stream;
 mod table;
+#[cfg(test)]
+mod tests;
 mod zstd;
 
 pub use decoder::Decoder;
@@ -46,7 +51,8 @@ impl Coding {
     /// How many bytes [`Coding::of_bytes`] wants to see.
     pub const TELLING: usize = 4;
 
-    /// What a blob's first bytes say. What is neither gzip nor zstd is taken for plain: the tar's parser is the one to complain.
+    /// What a blob's first bytes say. What is neither gzip nor zstd is taken for plain: the tar's parser is the one to
+    /// complain.
     #[must_use]
     pub fn of_bytes(first: &[u8]) -> Self {
         let skippable = first.first().is_some_and(|byte| byte & 0xf0 == zstd::SKIPPABLE[0])

@@ -1,8 +1,8 @@
-//! Compressed layers as other programs make them: at every entry point the decoder gives what the whole stream gives there, whatever the pieces
-//! in which the blob comes, and the whole is what the other program unpacks.
+//! Compressed layers as other programs make them: at every entry point the decoder gives what the whole stream gives
+//! there, whatever the pieces in which the blob comes, and the whole is what the other program unpacks.
 //!
-//! Written by gzip, pigz, zstd, pzstd and Python's zlib (the latter with header flags, flush points, stored and fixed blocks, which
-//! no command line makes); read back by gzip and zstd.
+//! Written by gzip, pigz, zstd, pzstd and Python's zlib (the latter with header flags, flush points, stored and fixed
+//! blocks, which no command line makes); read back by gzip and zstd.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 

@@ -1,8 +1,8 @@
 //! zstd:chunked: where its table of contents is and how it is packed.
 //!
-//! Behind the tar's frames come skippable ones: the table of contents (JSON as one zstd frame), perhaps what tar-split needs, and a footer
-//! of 64 bytes, or of 40 in the older form, which end in a magic text. The same numbers are in the layer's annotations. Written by
-//! containers/storage and, in the older form, by containerd's stargz-snapshotter.
+//! Behind the tar's frames come skippable ones: the table of contents (JSON as one zstd frame), perhaps what tar-split
+//! needs, and a footer of 64 bytes, or of 40 in the older form, which end in a magic text. The same numbers are in the
+//! layer's annotations. Written by containers/storage and, in the older form, by containerd's stargz-snapshotter.
 
 use std::collections::BTreeMap;
 

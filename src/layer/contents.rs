@@ -1,31 +1,33 @@
-//! Tables of contents that layers bring along: eStargz ([`stargz`]) and zstd:chunked ([`chunked`]).
+//! Tables of contents that layers bring along: eStargz (`stargz.rs`) and zstd:chunked (`chunked.rs`).
 //!
-//! In: a layer's annotations or its last bytes, then the bytes of its table of contents. Out: the entries in the tar's order, a
-//! [`SpanTable`], and digests of what files hold. Whoever fetches a layer's last [`TAIL`] bytes and what [`Place`] names
-//! can mount it without having read it.
+//! In: a layer's annotations or its last bytes, then the bytes of its table of contents. Out: the entries in the tar's
+//! order, a [`SpanTable`], and digests of what files hold. Whoever fetches a layer's last [`TAIL`] bytes and what
+//! [`Place`] names can mount it without having read it.
 //!
 //! # A tar space of its own
-//! Such a table says where in the *blob* a file's bytes begin. How long the headers between files are it does not say, so where in
-//! the tar they lie cannot be known from it. Instead there is a layout that follows from the table alone: files' contents in the
-//! tar's order, each rounded up to 512 bytes, no headers between them. Its spans begin where the table says that something can be decoded,
-//! and only their heads count: what else is decoded from there (padding, the next headers) is not part of it. [`Entry::headers`]
-//! is empty, at the place where the content begins. Names, attributes and contents are those of the tar; positions are not, so an index, a
-//! cache or chunk digests made from the tar itself do not fit, nor can the tar be rebuilt.
+//! Such a table says where in the *blob* a file's bytes begin. How long the headers between files are it does not say,
+//! so where in the tar they lie cannot be known from it. Instead there is a layout that follows from the table alone:
+//! files' contents in the tar's order, each rounded up to 512 bytes, no headers between them. Its spans begin where the
+//! table says that something can be decoded, and only their heads count: what else is decoded from there (padding, the
+//! next headers) is not part of it. [`crate::index::Entry::headers`] is empty, at the place where the content begins.
+//! Names, attributes and contents are those of the tar; positions are not, so an index, a cache or chunk digests made
+//! from the tar itself do not fit, nor can the tar be rebuilt.
 //!
 //! # What is not in them
-//! eStargz has times in whole seconds, and both have names as JSON texts, in which bytes that are no UTF-8 were replaced by who wrote it.
+//! What containerd's converter writes has times in whole seconds, rounded. All of them have names as JSON texts, in which
+//! bytes that are no UTF-8 were replaced by who wrote them.
 //!
-//! A table of contents is as trustworthy as the digest that the manifest has of it: see [`Contents::digest`].
+//! A table of contents is as trustworthy as the digest that the manifest has of it: see [`Contents::is_vouched`].
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
-use super::json::{self, Found};
+use super::json::{self, Found, Own};
 use super::table::{Layout, Point};
 use super::{Coding, LayerError, SpanTable, chunked, stargz};
-use crate::index::{Entry, EntrySink, IndexError};
+use crate::index::{EntrySink, IndexError};
 use crate::units::TarRange;
 
 /// How many of a blob's last bytes [`Place::of_tail`] wants to see: the longest footer.
@@ -75,36 +77,82 @@ impl Place {
         self.blob.end <= blob_len && (1..=MAX_STORED).contains(&len) && self.json_len.is_none_or(|len| len <= MAX_JSON)
     }
 
-    /// Reads the table of contents from the bytes at [`Place::blob`].
+    /// Reads the table of contents from the bytes at [`Place::blob`]. Where the layer's annotations name a digest of
+    /// it, it has to have that digest.
     ///
     /// # Errors
-    /// When they do not decompress, or are no table of contents of a blob of `blob_len` bytes.
-    pub fn open(&self, stored: &[u8], blob_len: u64) -> Result<Contents, LayerError> {
+    /// When the bytes have another digest, do not decompress, or are no table of contents of a blob of `blob_len`
+    /// bytes.
+    pub fn open(
+        &self,
+        stored: &[u8],
+        blob_len: u64,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<Contents, LayerError> {
         if !self.fits(blob_len) || super::len_u64(stored.len()) != self.blob.end - self.blob.start {
             return Err(wrong("it does not lie where the layer says"));
         }
-        match self.format {
+        let mut vouched = false;
+        let (bytes, json, own) = match self.format {
             Format::Stargz => {
-                let (member, json) = stargz::unpack(stored)?;
-                let digest = Sha256::digest(&member[json.clone()]).into();
-                Contents::new(self, member, json, digest, blob_len)
+                let (member, entry, json) = stargz::unpack(stored)?;
+                let own = Own {
+                    inner: entry.payload().start.0,
+                    entry,
+                    blob: self.blob.start,
+                };
+                (member, json, Some(own))
             }
             Format::Chunked => {
+                vouched |= check(annotations, &chunked::DIGEST, stored)?;
                 let json = chunked::unpack(stored, self.json_len.unwrap_or(MAX_JSON))?;
                 let all = 0..json.len();
-                Contents::new(self, json, all, Sha256::digest(stored).into(), blob_len)
+                (json, all, None)
             }
-        }
+        };
+        vouched |= check(annotations, &[stargz::DIGEST], &bytes[json.clone()])?;
+
+        let mut points = Vec::new();
+        let mut entries = 0;
+        let tar_len = json::walk(&bytes[json.clone()], own.as_ref(), &mut |found| {
+            match found {
+                Found::Entry(_) => entries += 1,
+                Found::Member { tar, blob } => points.push(Point::whole(tar, blob)),
+                Found::Content { .. } => {}
+            }
+            Ok(())
+        })
+        .map_err(contents_error)?;
+        let coding = match self.format {
+            Format::Stargz => Coding::Gzip,
+            Format::Chunked => Coding::Zstd,
+        };
+        // Behind the last content comes the table itself, which in eStargz is one.
+        let end = if own.is_some() { self.blob.end } else { self.blob.start };
+        let table = SpanTable::new((coding, Layout::Heads), (end, blob_len), tar_len, points)?;
+        Ok(Contents {
+            format: self.format,
+            bytes,
+            json,
+            own,
+            vouched,
+            table,
+            entries,
+        })
     }
 }
 
-/// The digest that a layer's annotations give for its table of contents, to be compared with [`Contents::digest`].
-#[must_use]
-pub fn annotated_digest(annotations: &BTreeMap<String, String>) -> Option<[u8; 32]> {
-    [stargz::DIGEST]
-        .iter()
-        .chain(&chunked::DIGEST)
-        .find_map(|key| json::sha256(annotations.get(*key)?))
+/// Whether one of these annotations names the digest of `bytes`; an error if one names another.
+fn check(annotations: &BTreeMap<String, String>, keys: &[&str], bytes: &[u8]) -> Result<bool, LayerError> {
+    let Some(named) = keys.iter().find_map(|key| annotations.get(*key)) else {
+        return Ok(false);
+    };
+    let named = json::sha256(named).ok_or_else(|| wrong("the layer's annotations name no SHA-256 of it"))?;
+    if named == <[u8; 32]>::from(Sha256::digest(bytes)) {
+        Ok(true)
+    } else {
+        Err(wrong("it has another digest than the layer's annotations name"))
+    }
 }
 
 /// What a layer's table of contents says, checked for making sense.
@@ -114,8 +162,8 @@ pub struct Contents {
     bytes: Vec<u8>,
     json: Range<usize>,
     /// The table of contents as a file of the layer, where it is one.
-    own: Option<json::Own>,
-    digest: [u8; 32],
+    own: Option<Own>,
+    vouched: bool,
     table: SpanTable,
     entries: u64,
 }
@@ -130,63 +178,16 @@ impl std::fmt::Debug for Contents {
 }
 
 impl Contents {
-    fn new(
-        place: &Place,
-        bytes: Vec<u8>,
-        json: Range<usize>,
-        digest: [u8; 32],
-        blob_len: u64,
-    ) -> Result<Self, LayerError> {
-        let own = match place.format {
-            Format::Stargz => Some(stargz::own_entry(&bytes, place.blob.start)?),
-            Format::Chunked => None,
-        };
-        let mut points: Vec<Point> = Vec::new();
-        let mut entries = 0;
-        let mut ends = place.blob.start;
-        let laid_out = json::walk(&bytes[json.clone()], own.as_ref(), &mut |found| {
-            match found {
-                Found::Entry(_) => entries += 1,
-                Found::Member { tar, blob } => points.push(Point::whole(tar, blob)),
-                Found::Content { .. } => {}
-            }
-            Ok(())
-        })
-        .map_err(contents_error)?;
-        if let Some(own) = &own {
-            // The last member is the table of contents itself.
-            ends = own.blob.max(place.blob.end);
-        }
-        let coding = match place.format {
-            Format::Stargz => Coding::Gzip,
-            Format::Chunked => Coding::Zstd,
-        };
-        if points.is_empty() {
-            ends = 0;
-        }
-        let table = SpanTable::new((coding, Layout::Heads), (ends, blob_len), laid_out, points)?;
-        Ok(Self {
-            format: place.format,
-            bytes,
-            json,
-            own,
-            digest,
-            table,
-            entries,
-        })
-    }
-
     /// Of which kind it is.
     #[must_use]
     pub const fn format(&self) -> Format {
         self.format
     }
 
-    /// The SHA-256 that the manifest's annotation has to name for this to be trusted: of the JSON for eStargz, of its compressed form for
-    /// zstd:chunked. See [`annotated_digest`].
+    /// Whether the layer's annotations named its digest. Without that it is only as good as the blob's server.
     #[must_use]
-    pub const fn digest(&self) -> [u8; 32] {
-        self.digest
+    pub const fn is_vouched(&self) -> bool {
+        self.vouched
     }
 
     /// Where the layer can be decoded from, in the made-up tar space.
@@ -212,7 +213,8 @@ impl Contents {
         })
     }
 
-    /// Calls with every piece of content whose SHA-256 the table has, ascending: its place in the made-up tar space and the digest.
+    /// Calls with every piece of content whose SHA-256 the table has, ascending: its place in the made-up tar space and
+    /// the digest.
     pub fn digests(&self, each: &mut dyn FnMut(TarRange, [u8; 32])) {
         let outcome = self.walk(&mut |found| {
             if let Found::Content {
@@ -245,18 +247,5 @@ fn contents_error(error: IndexError) -> LayerError {
             Err(other) => wrong(other.to_string()),
         },
         other => wrong(other.to_string()),
-    }
-}
-
-/// So that entries can be laid out by anybody who has a [`Contents`].
-impl Contents {
-    /// A copy of all entries; for listings and tests.
-    ///
-    /// # Errors
-    /// None that the first walk did not have.
-    pub fn to_entries(&self) -> Result<Vec<Entry>, IndexError> {
-        let mut all = crate::index::Collector::default();
-        self.replay(&mut all)?;
-        Ok(all.0)
     }
 }

@@ -11,11 +11,12 @@ const PIECE: usize = 128 << 10;
 /// Less than so much may be missing at the end of a span that counts by its head only: a tar's padding.
 const PADDING: u64 = 512;
 
-/// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed bytes
-/// in any pieces.
+/// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed
+/// bytes in any pieces.
 ///
-/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It never
-/// gives more than the table says there is. Checksums are checked of whatever is decoded from its beginning to its end.
+/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It
+/// never gives more than the table says there is. Checksums are checked of whatever is decoded from its beginning to
+/// its end.
 #[derive(Debug)]
 pub struct Decoder {
     table: SpanTable,
@@ -57,8 +58,8 @@ struct Heads {
 }
 
 impl Decoder {
-    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty when
-    /// that is 0). The first byte to be fed is the first of [`super::Span::blob`].
+    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty
+    /// when that is 0). The first byte to be fed is the first of [`super::Span::blob`].
     ///
     /// # Errors
     /// When there is no such span, the history has the wrong length, or there is no memory.
@@ -119,8 +120,8 @@ impl Decoder {
         self.at >= self.until || matches!(self.state, State::Done)
     }
 
-    /// Takes compressed bytes, which follow those of the call before, and gives what they decode to, in order and in pieces
-    /// of any size.
+    /// Takes compressed bytes, which follow those of the call before, and gives what they decode to, in order and in
+    /// pieces of any size.
     ///
     /// # Errors
     /// When they are no continuation of what came before. The decoder is of no use afterwards.

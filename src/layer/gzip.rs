@@ -1,8 +1,8 @@
 //! gzip (RFC 1952): members one after the other, each a header, a deflate stream, and a checksum with a length.
 //!
-//! What several programs do differently is done as gzip(1) does it: any number of members, all header flags, the header's own checksum
-//! checked, and behind a complete member anything that does not begin like another one is left alone. Padding of zeros
-//! and trailing garbage therefore end the layer without an error; a damaged member does not.
+//! What several programs do differently is done as gzip(1) does it: any number of members, all header flags, the
+//! header's own checksum checked, and behind a complete member anything that does not begin like another one is left
+//! alone. Padding of zeros and trailing garbage therefore end the layer without an error; a damaged member does not.
 
 pub(super) mod inflate;
 pub(super) mod tracer;
@@ -56,7 +56,8 @@ impl Members {
         })
     }
 
-    /// In the middle of a member: `bits` of the byte before `at`, given in `value`, come first; `history` is what came out last.
+    /// In the middle of a member: `bits` of the byte before `at`, given in `value`, come first; `history` is what came
+    /// out last.
     pub(super) fn at_block(at: u64, bits: u8, value: u8, history: &[u8]) -> Result<Self, LayerError> {
         let mut members = Self::at_member(at)?;
         members.stage = Stage::Body;
@@ -94,8 +95,8 @@ impl Members {
         }
     }
 
-    /// Decodes some of `input` into `output`, up to the next thing of note. Takes all of the input before it asks for more, and gives
-    /// all that is there before it says that there is nothing.
+    /// Decodes some of `input` into `output`, up to the next thing of note. Takes all of the input before it asks for
+    /// more, and gives all that is there before it says that there is nothing.
     pub(super) fn step(&mut self, input: &[u8], output: &mut [u8], at_blocks: bool) -> Result<Step, LayerError> {
         let step = match &mut self.stage {
             Stage::Trailing => Step::took(input.len()),

@@ -25,10 +25,12 @@ pub struct Spans {
     pub windows: Vec<Vec<u8>>,
 }
 
-/// Reads a whole blob as it streams by: hands out the tar's bytes and notes entry points about every `spacing` bytes of them.
+/// Reads a whole blob as it streams by: hands out the tar's bytes and notes entry points about every `spacing` bytes of
+/// them.
 ///
-/// Where the points lie depends on the blob and the spacing alone, not on the pieces in which it comes. Checksums in the blob (of gzip members,
-/// of zstd frames that have one) are checked. Memory: as a [`super::Decoder`], and up to 32 KiB for each entry point.
+/// Where the points lie depends on the blob and the spacing alone, not on the pieces in which it comes. Checksums in
+/// the blob (of gzip members, of zstd frames that have one) are checked. Memory: as a [`super::Decoder`], and up to 32
+/// KiB for each entry point.
 #[derive(Debug)]
 pub struct Indexer {
     spacing: u64,
@@ -53,7 +55,8 @@ pub struct Indexer {
 }
 
 impl Indexer {
-    /// For a blob that is compressed like that, with entry points about every `spacing` bytes of the tar (at least 32 KiB; [`SPACING`] if in doubt).
+    /// For a blob that is compressed like that, with entry points about every `spacing` bytes of the tar (at least 32
+    /// KiB; [`SPACING`] if in doubt).
     #[must_use]
     pub fn new(coding: Coding, spacing: u64) -> Self {
         Self {
@@ -95,7 +98,8 @@ impl Indexer {
     /// Takes the blob's next bytes and gives the tar's, in order and in pieces of any size.
     ///
     /// # Errors
-    /// When the blob is damaged, needs what this program does not give, or unpacks to more than the limit. The indexer is of no use afterwards.
+    /// When the blob is damaged, needs what this program does not give, or unpacks to more than the limit. The indexer
+    /// is of no use afterwards.
     pub fn feed(&mut self, blob: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
         self.blob += super::len_u64(blob.len());
         if self.coding == Coding::Plain {
@@ -192,8 +196,8 @@ impl Indexer {
         loop {
             self.make_room();
             let free = self.buffer.len() - self.filled;
-            // Stopping at blocks costs time, so it is done only from where the next point may lie. One byte before that: whether
-            // a block's end that falls on the last byte has been passed depends on the input at hand.
+            // Stopping at blocks costs time, so it is done only from where the next point may lie. One byte before
+            // that: whether a block's end that falls on the last byte has been passed depends on the input at hand.
             let before = (self.spacing - 1).saturating_sub(self.since_point().unwrap_or(0));
             let at_blocks = before == 0;
             let room = if at_blocks {
@@ -251,7 +255,8 @@ impl Indexer {
         Ok(())
     }
 
-    /// Notes what the last point needs of its history, as far as that is known now: all that could need some has passed, or the member has ended.
+    /// Notes what the last point needs of its history, as far as that is known now: all that could need some has
+    /// passed, or the member has ended.
     fn settle(&mut self) {
         let Some(tracer) = self.tracer.take() else { return };
         let window = tracer.needed();

@@ -1,7 +1,10 @@
 //! Walking through the JSON of a table of contents, entry by entry, laying out contents on the way.
 //!
-//! Nothing is kept but the entry at hand. What is accepted is bounded in depth (by the JSON reader), in the number of entries and in the
-//! number of attributes an entry has.
+//! Nothing is kept but the entry at hand. What is accepted is bounded in depth (by the JSON reader), in the number of
+//! entries and in the number of attributes an entry has.
+
+#[cfg(test)]
+mod tests;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -166,8 +169,8 @@ impl Layout {
         align(self.cursor)
     }
 
-    /// Places `len` bytes that lie `inner` bytes into what is decoded from byte `blob`; `more` when they continue a file. Where they are
-    /// in tar space, and the member if it is a new one.
+    /// Places `len` bytes that lie `inner` bytes into what is decoded from byte `blob`; `more` when they continue a
+    /// file. Where they are in tar space, and the member if it is a new one.
     fn place(&mut self, blob: u64, inner: u64, len: u64, more: bool) -> Result<(u64, Option<(u64, u64)>), LayerError> {
         let from = if more { self.cursor } else { align(self.cursor) };
         let (at, fresh) = match self.member {

@@ -1,13 +1,13 @@
 //! eStargz (and its forerunner CRFS): where its table of contents is and how it is packed.
 //!
-//! The blob ends with an empty gzip member of 51 bytes whose extra field names the byte at which another member begins; what that one holds is the
-//! end of the tar, of which `stargz.index.json` is the last entry. The older form of the footer is 47 bytes long, because its
-//! extra field is no proper subfield. Described in containerd's stargz-snapshotter, docs/estargz.md.
+//! The blob ends with an empty gzip member of 51 bytes whose extra field names the byte at which another member begins;
+//! what that one holds is the end of the tar, of which `stargz.index.json` is the last entry. The older form of the
+//! footer is 47 bytes long, because its extra field is no proper subfield. Described in containerd's
+//! stargz-snapshotter, docs/estargz.md.
 
 use std::ops::Range;
 
 use super::contents::{Format, MAX_JSON, Place, wrong};
-use super::json::Own;
 use super::{Coding, Indexer, LayerError};
 use crate::index::{Entry, EntrySink, IndexError, Parser};
 use crate::units::TarOffset;
@@ -34,7 +34,8 @@ pub(super) fn footer(tail: &[u8], blob_len: u64) -> Option<Place> {
     })
 }
 
-/// The number in the extra field of a gzip member: ten bytes of header, the field's length and name, then `%016xSTARGZ`.
+/// The number in the extra field of a gzip member: ten bytes of header, the field's length and name, then
+/// `%016xSTARGZ`.
 fn extra(member: &[u8], field: &[u8]) -> Option<u64> {
     let rest = member
         .strip_prefix(b"\x1f\x8b\x08\x04")?
@@ -47,8 +48,8 @@ fn extra(member: &[u8], field: &[u8]) -> Option<u64> {
     u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
-/// The member at the end, unpacked, and where the JSON lies in it.
-pub(super) fn unpack(stored: &[u8]) -> Result<(Vec<u8>, Range<usize>), LayerError> {
+/// The member at the end, unpacked, the table of contents as an entry of it, and where in the member the JSON lies.
+pub(super) fn unpack(stored: &[u8]) -> Result<(Vec<u8>, Entry, Range<usize>), LayerError> {
     let mut member = Vec::new();
     let mut indexer = Indexer::new(Coding::Gzip, u64::MAX).limit(MAX_JSON);
     for piece in stored.chunks(64 << 10) {
@@ -57,24 +58,13 @@ pub(super) fn unpack(stored: &[u8]) -> Result<(Vec<u8>, Range<usize>), LayerErro
     indexer.finish()?;
     let entry = find(&member)?;
     let payload = entry.payload();
-    let range = usize::try_from(payload.start.0)
+    let bounds = usize::try_from(payload.start.0)
         .ok()
         .zip(usize::try_from(payload.end().0).ok());
-    let (from, to) = range.ok_or_else(|| wrong("it is too long"))?;
-    if to > member.len() {
-        return Err(wrong("it is cut short"));
+    match bounds {
+        Some((from, to)) if to <= member.len() && payload.len == entry.size => Ok((member, entry, from..to)),
+        _ => Err(wrong("it is cut short")),
     }
-    Ok((member, from..to))
-}
-
-/// The table of contents as a file of the layer: it is one, and whoever unpacks the layer gets it.
-pub(super) fn own_entry(member: &[u8], blob: u64) -> Result<Own, LayerError> {
-    let entry = find(member)?;
-    Ok(Own {
-        inner: entry.payload().start.0,
-        entry,
-        blob,
-    })
 }
 
 /// The entry of the table of contents in the last member.

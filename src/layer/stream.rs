@@ -89,8 +89,8 @@ impl Stream {
         }
     }
 
-    /// Decodes some of `input` into `output` (which must not be empty), up to the next thing of note; `at_blocks` makes that the end
-    /// of a deflate block as well.
+    /// Decodes some of `input` into `output` (which must not be empty), up to the next thing of note; `at_blocks` makes
+    /// that the end of a deflate block as well.
     pub(super) fn step(&mut self, input: &[u8], output: &mut [u8], at_blocks: bool) -> Result<Step, LayerError> {
         match self {
             Self::Gzip(members) => members.step(input, output, at_blocks),
@@ -99,8 +99,8 @@ impl Stream {
     }
 }
 
-/// Ends a loop in which nothing happens. A decoder may go through a step or two without taking or giving a byte, when all it
-/// needs has been taken before; never through many.
+/// Ends a loop in which nothing happens. A decoder may go through a step or two without taking or giving a byte, when
+/// all it needs has been taken before; never through many.
 pub(super) struct Idle {
     coding: Coding,
     steps: u8,

@@ -26,7 +26,8 @@ pub enum Begins {
 pub struct Span {
     /// The bytes of the tar.
     pub tar: TarRange,
-    /// The bytes of the blob that yield them, all of them and possibly a few more (the next span's first byte, headers).
+    /// The bytes of the blob that yield them, all of them and possibly a few more (the next span's first byte,
+    /// headers).
     pub blob: Range<u64>,
     /// What is at the beginning of `blob`.
     pub begins: Begins,
@@ -64,8 +65,8 @@ impl Point {
 pub(super) enum Layout {
     /// All that comes out is the tar.
     Everything,
-    /// Of what comes out of a span's bytes, only as much as the span is long counts; the rest is not part of tar space. So
-    /// it is where a table of contents knows where files lie, but not how long the headers between them are.
+    /// Of what comes out of a span's bytes, only as much as the span is long counts; the rest is not part of tar space.
+    /// So it is where a table of contents knows where files lie, but not how long the headers between them are.
     Heads,
 }
 

@@ -1,7 +1,7 @@
 //! zstd (RFC 8878): frames one after the other, skippable ones among them.
 //!
-//! A frame needs nothing of what comes before it, so every frame is a place to begin from; inside of one there is none. The seek table
-//! of the seekable format and zstd:chunked's table of contents are skippable frames, and skipped.
+//! A frame needs nothing of what comes before it, so every frame is a place to begin from; inside of one there is none.
+//! The seek table of the seekable format and zstd:chunked's table of contents are skippable frames, and skipped.
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
@@ -101,8 +101,8 @@ impl Frames {
         }
     }
 
-    /// Decodes some of `input` into `output`, up to the next thing of note. Takes all of the input before it asks for more, and gives
-    /// all that is there before it says that there is nothing.
+    /// Decodes some of `input` into `output`, up to the next thing of note. Takes all of the input before it asks for
+    /// more, and gives all that is there before it says that there is nothing.
     pub(super) fn step(&mut self, input: &[u8], output: &mut [u8]) -> Result<Step, LayerError> {
         let mut step = Step::took(0);
         match &mut self.stage {
@@ -212,7 +212,8 @@ impl Frames {
         Ok((from.pos(), to.pos(), hint == 0))
     }
 
-    /// libzstd's errors have only texts here. They are told apart, because a wrong checksum is another thing than nonsense.
+    /// libzstd's errors have only texts here. They are told apart, because a wrong checksum is another thing than
+    /// nonsense.
     fn error(&self, error: &std::io::Error) -> LayerError {
         let (coding, at) = (Coding::Zstd, self.at);
         let text = error.to_string();
@@ -294,7 +295,8 @@ fn judge(bytes: &[u8]) -> Header {
             let base = 1_u64 << (10 + (byte >> 3));
             base + base / 8 * u64::from(byte & 7)
         }
-        // A single segment: the whole content is the window. Two bytes hold 256 less than they mean, which does not matter here.
+        // A single segment: the whole content is the window. Two bytes hold 256 less than they mean, which does not
+        // matter here.
         None => little_endian(content),
     };
     Header::Frame { window }

@@ -1,10 +1,11 @@
 //! Raw deflate, entered and left at any bit.
 //!
-//! Why there is `unsafe` here: entering a deflate stream in its middle takes three things that zlib has and no safe interface
-//! of a decoder as fast offers: stopping at block boundaries (`Z_BLOCK`) and learning at which bit, pushing the rest of
-//! a byte in front of the input (`inflatePrime`), and handing in history (`inflateSetDictionary`). libz-rs-sys is
-//! zlib-rs, which is written in Rust, behind zlib's C interface; what is unsafe about calling it is only that lengths and
-//! pointers travel separately. This module puts them together again; nothing outside of it sees a pointer.
+//! Why there is `unsafe` here: entering a deflate stream in its middle takes three things that zlib has and no safe
+//! interface of a decoder as fast offers: stopping at block boundaries (`Z_BLOCK`) and learning at which bit, pushing
+//! the rest of a byte in front of the input (`inflatePrime`), and handing in history (`inflateSetDictionary`).
+//! libz-rs-sys is zlib-rs, which is written in Rust, behind zlib's C interface; what is unsafe about calling it is only
+//! that lengths and pointers travel separately. This module puts them together again; nothing outside of it sees a
+//! pointer.
 #![allow(unsafe_code)]
 
 use libz_rs_sys as z;
@@ -17,7 +18,8 @@ pub(crate) const WINDOW: usize = 32 << 10;
 pub(super) enum Stop {
     /// The input is used up, or the output full.
     Buffers,
-    /// The end of a block that is not the last, where `bits` bits (at most seven) of the last consumed byte belong to what follows.
+    /// The end of a block that is not the last, where `bits` bits (at most seven) of the last consumed byte belong to
+    /// what follows.
     Block {
         /// How many of the highest bits of the last consumed byte are not used yet.
         bits: u8,
@@ -42,8 +44,8 @@ pub(super) struct Inflate {
     stream: Box<z::z_stream>,
 }
 
-// SAFETY: the stream's state is owned by this value alone and is not tied to a thread; the pointers to input and output in
-// it are only ever followed during `run`, which sets them anew.
+// SAFETY: the stream's state is owned by this value alone and is not tied to a thread; the pointers to input and output
+// in it are only ever followed during `run`, which sets them anew.
 unsafe impl Send for Inflate {}
 
 impl std::fmt::Debug for Inflate {
@@ -57,8 +59,8 @@ impl Inflate {
     pub(super) fn new() -> Option<Self> {
         let mut stream = Box::new(z::z_stream::default());
         let size = i32::try_from(size_of::<z::z_stream>()).ok()?;
-        // SAFETY: the stream is a default one with no allocator of its own, as inflateInit2_ wants it, and the version is a
-        // static string with a NUL.
+        // SAFETY: the stream is a default one with no allocator of its own, as inflateInit2_ wants it, and the version
+        // is a static string with a NUL.
         let code = unsafe { z::inflateInit2_(&raw mut *stream, -15, z::zlibVersion(), size) };
         (code == z::Z_OK).then_some(Self { stream })
     }
@@ -70,8 +72,9 @@ impl Inflate {
         debug_assert_eq!(code, z::Z_OK);
     }
 
-    /// Makes it a decoder in the middle of a stream: of the byte before the input `bits` bits (at most seven), in `value`, are
-    /// still to be read, and the stream so far ended with `history` (at most [`WINDOW`] bytes). `false` when that cannot be.
+    /// Makes it a decoder in the middle of a stream: of the byte before the input `bits` bits (at most seven), in
+    /// `value`, are still to be read, and the stream so far ended with `history` (at most [`WINDOW`] bytes). `false`
+    /// when that cannot be.
     pub(super) fn enter(&mut self, bits: u8, value: u8, history: &[u8]) -> bool {
         self.reset();
         let Ok(len) = u32::try_from(history.len()) else {
@@ -84,8 +87,8 @@ impl Inflate {
         }
     }
 
-    /// Decodes from `input` into `output` until one of them is used up, the stream ends, or, with `at_blocks`, a block ends.
-    /// An error is what zlib says of the damage.
+    /// Decodes from `input` into `output` until one of them is used up, the stream ends, or, with `at_blocks`, a block
+    /// ends. An error is what zlib says of the damage.
     pub(super) fn run(&mut self, input: &[u8], output: &mut [u8], at_blocks: bool) -> Result<Progress, &'static str> {
         let stream = &mut *self.stream;
         let (given, room) = (
@@ -132,7 +135,8 @@ impl Inflate {
     }
 }
 
-/// What zlib's `data_type` says: bit 7 is set right behind a block, bit 6 in the last one, the low bits count unused bits.
+/// What zlib's `data_type` says: bit 7 is set right behind a block, bit 6 in the last one, the low bits count unused
+/// bits.
 fn boundary(data_type: i32) -> Option<Stop> {
     let bits = u8::try_from(data_type & 0x3f).ok()?;
     (data_type & 0xc0 == 0x80 && bits < 8).then_some(Stop::Block { bits })

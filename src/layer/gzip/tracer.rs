@@ -1,9 +1,10 @@
 //! Which bytes of the history a deflate stream reaches back to from a given point on.
 //!
-//! What follows the point is decoded twice more, with histories that are not what came out but numbers: the byte at place `i` is `i`'s
-//! low byte in one and that plus one plus `i / 256` in the other. Where both outputs agree the byte came from the stream, where
-//! they differ they name the place in the history it was copied from, however many copies lie between. After 32 KiB nothing
-//! reaches back to the history any more. Most of it is not needed by anything; zeros in its place compress well.
+//! What follows the point is decoded twice more, with histories that are not what came out but numbers: the byte at
+//! place `i` is `i`'s low byte in one and that plus one plus `i / 256` in the other. Where both outputs agree the byte
+//! came from the stream, where they differ they name the place in the history it was copied from, however many copies
+//! lie between. After 32 KiB nothing reaches back to the history any more. Most of it is not needed by anything; zeros
+//! in its place compress well.
 
 use super::super::{Coding, LayerError};
 use super::inflate::{Inflate, Stop, WINDOW};
