@@ -28,6 +28,7 @@ use crate::fetch::{self, store::StoreError};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::layer::Coding;
 use crate::source::registry::{Image, ImageLayer, ImageName, Registry, RegistryOptions};
 use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
@@ -39,7 +40,7 @@ pub use discover::IndexChoice;
 pub use kept::{Cache, default_cache_dir};
 pub use layer::PreparedLayer;
 pub use recipe::{Fetching, Opened, Recipe, serve_here};
-pub use record::{RecordedBlob, Recording, coding_of, record, record_blob};
+pub use record::{RecordedBlob, Recording, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -272,18 +273,44 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     })
 }
 
+/// An image, and how its layers become a tree; of one layer alone, if that was chosen.
+fn resolve(name: &ImageName, options: &OpenOptions) -> Result<(Image, TreeMode), OpenError> {
+    let mut image = registry::resolve(name, &options.registry)?;
+    let Some(choice) = &options.layer else {
+        return Ok((image, TreeMode::Merged));
+    };
+    let chosen = find_layer(&image, choice)?;
+    image.layers = vec![image.layers.swap_remove(chosen)];
+    Ok((image, TreeMode::Overlay))
+}
+
+/// Finds one layer: what was named, or of an image the one that was chosen or is its only one.
+fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), OpenError> {
+    let source = Source::parse(text)?;
+    let Source::Image(name) = &source else {
+        return Ok((source::open(&source, &options.patience)?, Facts::default()));
+    };
+    let (image, _) = resolve(name, options)?;
+    match &image.layers[..] {
+        [layer] => Ok((source::open_layer(name, layer)?, Facts::of(layer))),
+        _ => Err(OpenError::OneIndex(image.name)),
+    }
+}
+
+/// How the layer that is meant is compressed, by its first bytes.
+///
+/// # Errors
+/// [`OpenError`] when it cannot be found or read.
+pub fn coding_of(text: &str, options: &OpenOptions) -> Result<Coding, OpenError> {
+    record::coding_of(&find_one(text, options)?.0, &options.patience)
+}
+
 fn prepare_image(
     name: &ImageName,
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
-    let mut image = registry::resolve(name, &options.registry)?;
-    let mut mode = TreeMode::Merged;
-    if let Some(choice) = &options.layer {
-        let chosen = find_layer(&image, choice)?;
-        image.layers = vec![image.layers.swap_remove(chosen)];
-        mode = TreeMode::Overlay;
-    }
+    let (image, mode) = resolve(name, options)?;
     if let IndexChoice::Named(index) = &options.index {
         if image.layers.len() > 1 {
             return Err(OpenError::OneIndex(image.name));

@@ -33,7 +33,6 @@ fn fails_or_right(what: &str, right: &Path, mounted: &Path) -> usize {
 }
 
 #[test]
-#[ignore = "until images can be mounted"]
 fn images_that_lie_are_never_served() {
     const NAME: &str = "images_that_lie_are_never_served";
     let Some(images) = laboratory(NAME) else { return };
@@ -73,7 +72,6 @@ fn images_that_lie_are_never_served() {
 }
 
 #[test]
-#[ignore = "until images can be mounted"]
 fn whiteouts_of_nothing_remove_nothing() {
     const NAME: &str = "whiteouts_of_nothing_remove_nothing";
     let Some(images) = laboratory(NAME) else { return };
@@ -91,7 +89,6 @@ fn whiteouts_of_nothing_remove_nothing() {
 }
 
 #[test]
-#[ignore = "until an index can be pushed"]
 fn a_blob_damaged_behind_a_good_index_is_found_out() {
     const NAME: &str = "a_blob_damaged_behind_a_good_index_is_found_out";
     let Some(images) = laboratory(NAME) else { return };
@@ -119,7 +116,6 @@ fn a_blob_damaged_behind_a_good_index_is_found_out() {
 }
 
 #[test]
-#[ignore = "until images can be indexed"]
 fn an_index_that_is_not_this_layers_is_refused() {
     const NAME: &str = "an_index_that_is_not_this_layers_is_refused";
     let Some(images) = laboratory(NAME) else { return };
@@ -158,7 +154,6 @@ fn an_index_that_is_not_this_layers_is_refused() {
 const ENOUGH: &str = "3000000000";
 
 #[test]
-#[ignore = "until images can be listed"]
 fn bombs_do_not_fill_memory() {
     const NAME: &str = "bombs_do_not_fill_memory";
     let Some(images) = laboratory(NAME) else { return };

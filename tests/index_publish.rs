@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 mod common;
+mod scripted;
 
 use std::io::Write as _;
 use std::path::Path;
@@ -11,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::rawtar::{RawTar, noise};
-use common::registry::TestRegistry;
+use scripted::TestRegistry;
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::index::build::{BlobRecorder, Contents};
 use tarblk::index::{ColdPart, Index};

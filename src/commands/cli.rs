@@ -250,6 +250,9 @@ pub struct IndexArgs {
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,
+    /// Which layer of an image: by its digest, or its number, the lowest being 1.
+    #[arg(long, value_name = "DIGEST|N")]
+    pub layer: Option<LayerChoice>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
@@ -372,7 +375,7 @@ Examples:
   tarblk diff old.tarblk new.tarblk --json | jq -r 'select(.change == \"added\").after.path'"
 )]
 pub struct DiffArgs {
-    /// What was: a layer (path or URL of a tar), or an index made from one.
+    /// What was: an image, a layer (path or URL of a tar), or an index made from one.
     #[arg(value_name = "A", value_hint = ValueHint::FilePath)]
     pub a: String,
     /// What is.
@@ -384,6 +387,9 @@ pub struct DiffArgs {
     /// List also files of which only nothing says that their content is the same.
     #[arg(long, conflicts_with = "json")]
     pub uncertain: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
 }
 
 /// Arguments of `tarblk image`.

@@ -6,14 +6,15 @@ use serde::Serialize;
 
 use super::Session;
 use super::cli::DiffArgs;
-use super::layer::Bar;
+use super::layer::{Bar, options_for};
 use super::output::{println, write_out};
 use crate::diff::{Aspect, Difference, LayerFacts, LayerKnowledge, Side, Totals, compare};
 use crate::index::Entry;
 use crate::index::listing::text::Escaped;
 use crate::index::listing::{Line, json};
-use crate::open::{self, OpenOptions};
+use crate::open::{self, PreparedLayer};
 use crate::quantity::{show_count, show_size};
+use crate::source::Source;
 use crate::tree::{NodeId, Tree, TreeBuilder};
 
 /// One of the two, opened.
@@ -24,9 +25,25 @@ struct Opened {
 }
 
 impl Opened {
-    /// The tree of what may be a layer or an index of one.
-    fn new(source: &str, session: Session) -> anyhow::Result<Self> {
-        let index = open::index_of(source, &OpenOptions::default(), &mut Bar::new(session.talk))?;
+    /// The tree of an image, or of what may be a layer or an index of one.
+    fn new(source: &str, args: &DiffArgs, session: Session) -> anyhow::Result<Self> {
+        let bar = &mut Bar::new(session.talk);
+        let options = options_for(source, &args.registry)?;
+        if let Source::Image(_) = Source::parse(source)? {
+            let prepared = open::prepare(source, &options, bar)?;
+            let known = |layer: &PreparedLayer| {
+                let mut known = LayerKnowledge::of(&layer.index)?;
+                for digest in layer.digest.iter().chain(&layer.diff_id) {
+                    known.identify(digest.to_string());
+                }
+                Ok(known)
+            };
+            return Ok(Self {
+                tree: prepared.tree()?,
+                layers: prepared.layers.iter().map(known).collect::<anyhow::Result<_>>()?,
+            });
+        }
+        let index = open::index_of(source, &options, bar)?;
         let mut builder = TreeBuilder::new();
         index.replay(&mut builder)?;
         Ok(Self {
@@ -60,8 +77,8 @@ struct JsonTotals {
 
 /// `tarblk diff`.
 pub(super) fn diff(args: &DiffArgs, session: Session) -> anyhow::Result<()> {
-    let a = Opened::new(&args.a, session)?;
-    let b = Opened::new(&args.b, session)?;
+    let a = Opened::new(&args.a, args, session)?;
+    let b = Opened::new(&args.b, args, session)?;
     let (facts_a, facts_b) = (a.facts(), b.facts());
     let a = Side {
         tree: &a.tree,

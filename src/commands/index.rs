@@ -19,7 +19,7 @@ use crate::index::{ColdPart, EndOfArchive, Index, Summary, first_difference, hex
 use crate::layer::Coding;
 use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::{self, Place, Source, without_secrets};
+use crate::source::{Place, Source, without_secrets};
 
 /// `tarblk index` and what is below it.
 pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
@@ -58,7 +58,11 @@ struct Report<'a> {
 fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut bar = Bar::new(session.talk);
-    let options = OpenOptions::default();
+    let options = OpenOptions {
+        layer: args.layer.clone(),
+        registry: args.registry.options()?,
+        ..OpenOptions::default()
+    };
     let prepared = match whole(source, args, &options)? {
         Some(contents) => {
             let spacing = args.spacing;
@@ -114,9 +118,8 @@ fn whole(source: &str, args: &IndexArgs, options: &OpenOptions) -> anyhow::Resul
     if args.full {
         return Ok(Some(Contents::FULL));
     }
-    let blob = source::open(&named, &options.patience)?;
     // Only a plain tar can be read at its headers alone.
-    let plain = open::coding_of(&blob, &options.patience)? == Coding::Plain;
+    let plain = open::coding_of(source, options)? == Coding::Plain;
     Ok(match (plain, args.no_digests) {
         (true, true) => None,
         (true, false) => (near && args.output.is_some()).then_some(Contents::CHECKED),

@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::ProgressBar;
 
 use super::Session;
-use super::cli::{ImageArgs, LayerArgs, LsArgs};
+use super::cli::{ImageArgs, LayerArgs, LsArgs, RegistryArgs};
 use super::output::{Talk, write_out};
 use super::replace::replace;
 use crate::fetch::LayerRange;
@@ -84,6 +85,17 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     )?)
 }
 
+/// How what is only looked at is opened: what is read of an image's layers is kept, because it may be all of them.
+pub(super) fn options_for(source: &str, registry: &RegistryArgs) -> anyhow::Result<OpenOptions> {
+    let is_image = matches!(Source::parse(source)?, Source::Image(_));
+    let dir = std::env::var_os("TARBLK_CACHE").map_or_else(open::default_cache_dir, PathBuf::from);
+    Ok(OpenOptions {
+        cache: is_image.then(|| Cache::new(&dir)).transpose()?,
+        registry: registry.options()?,
+        ..OpenOptions::default()
+    })
+}
+
 /// `tarblk ls`.
 pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     let format = match (args.json, args.mtree) {
@@ -93,8 +105,7 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     };
     let options = OpenOptions {
         layer: args.layer.clone(),
-        registry: args.registry.options()?,
-        ..OpenOptions::default()
+        ..options_for(&args.source, &args.registry)?
     };
     let mut bar = Bar::new(session.talk);
     if let Source::Image(_) = Source::parse(&args.source)? {

@@ -8,7 +8,8 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, coding_of, record_blob};
+use super::record::coding_of;
+use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};

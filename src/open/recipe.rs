@@ -391,9 +391,10 @@ fn start(
         connections: usize::from(fetching.connections),
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
         store,
-        tls: match layers.iter().any(secure) {
-            true => Some(fetch::default_tls()?),
-            false => None,
+        tls: if layers.iter().any(secure) {
+            Some(fetch::default_tls()?)
+        } else {
+            None
         },
         ..FetchOptions::default()
     };

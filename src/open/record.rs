@@ -1,12 +1,12 @@
 //! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
 //! whatever digests, entry points and header bytes were asked for.
 
-use super::layer::{Facts, PreparedLayer};
-use super::{IndexOrigin, OpenError, OpenOptions, Watch, open_index};
+use super::layer::PreparedLayer;
+use super::{IndexOrigin, OpenError, OpenOptions, Watch, find_one, open_index};
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob, Patience, Source, SourceError};
+use crate::source::{self, LayerBlob, Patience, SourceError};
 use crate::units::TarOffset;
 
 /// How a layer is recorded.
@@ -39,7 +39,7 @@ pub fn record(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<PreparedLayer, OpenError> {
-    let blob = source::open(&Source::parse(text)?, &options.patience)?;
+    let (blob, facts) = find_one(text, options)?;
     let coding = coding_of(&blob, &options.patience)?;
     let mut reached = |at| watch.headers(at, blob.len);
     let recorded = record_blob(
@@ -55,7 +55,7 @@ pub fn record(
         reads: recorded.reads,
         bytes: blob.len,
     };
-    PreparedLayer::new(blob, &Facts::default(), index, origin, None)
+    PreparedLayer::new(blob, &facts, index, origin, None)
 }
 
 /// Reads all of a layer's blob into an index file. Tells `reached` how far in the blob it is, and hands the tar's bytes to
@@ -94,7 +94,7 @@ pub fn record_blob(
 ///
 /// # Errors
 /// [`OpenError::Source`] when they cannot be read.
-pub fn coding_of(blob: &LayerBlob, patience: &Patience) -> Result<Coding, OpenError> {
+pub(super) fn coding_of(blob: &LayerBlob, patience: &Patience) -> Result<Coding, OpenError> {
     let start = source::first_bytes(blob, Coding::TELLING, patience)?;
     Ok(Coding::of_bytes(&start))
 }

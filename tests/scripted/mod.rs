@@ -1,7 +1,7 @@
 //! A registry that a test can script: the distribution API as far as it is used here, with a token server and an object
 //! storage of its own origin, on loopback. It checks every request as a strict registry would and keeps what it was asked.
 
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+#![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
