@@ -7,7 +7,7 @@ otherwise; `honest` is the one that the others distort.
   flipped-zstd      the same with zstd
   swapped           the digest's blob is another, well-formed layer of the same length
   short             the blob ends early
-  …-whole           a plain tar of what each of these five should be
+  …-whole           what each of these five should be
   wrong-size        the manifest's size is not the blob's
   wrong-diff-id     the config says another tar
   wrong-manifest    the index names a manifest by a digest that is not its own
@@ -79,6 +79,12 @@ def make(top, work):
         blob.write_bytes(encode(tar.read_bytes()))
         return layer(blob, media_type)
 
+    def whole(name, media_type):
+        tar = work / f"{name}.tar"
+        if media_type != LAYER:
+            return plain(tar, work)
+        return layer(gzipped(work / f"{name}.tar.gz", tar.read_bytes()), GZIP)
+
     def flip(content, at):
         return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
 
@@ -90,14 +96,14 @@ def make(top, work):
     ):
         one = own(name, media_type, seed, encode)
         layout.image(name, [variant(name, flip(one.blob.read_bytes(), 200_000), one)])
-        # The same files, so that what is right is known.
-        layout.image(f"{name}-whole", [plain(work / f"{name}.tar", work)])
+        # The same files, so that what is right is known; coded otherwise, or the damaged blob would have its digest.
+        layout.image(f"{name}-whole", [whole(name, media_type)])
     one, other = own("swapped", LAYER, 5, bytes), small(work / "other.tar", 6)
-    layout.image("swapped-whole", [plain(work / "swapped.tar", work)])
+    layout.image("swapped-whole", [whole("swapped", LAYER)])
     layout.image("swapped", [variant("swapped", other.read_bytes(), one)])
     one = own("short", GZIP, 7, compress)
     layout.image("short", [variant("short", one.blob.read_bytes()[:-5000], one)])
-    layout.image("short-whole", [plain(work / "short.tar", work)])
+    layout.image("short-whole", [whole("short", GZIP)])
     one = own("wrong-size", GZIP, 8, compress)
     layout.image("wrong-size", [variant("wrong-size", one.blob.read_bytes(), one, size=one.size + 1)])
     layout.image("wrong-diff-id", [variant("wrong-diff-id", honest.blob.read_bytes(), diff_id=digest_of(other))])
