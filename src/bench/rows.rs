@@ -258,6 +258,7 @@ impl Stage<'_> {
         let clock = self.clock();
         let mut tar = Command::new("tar");
         tar.arg("-x")
+            .args(self.decompress)
             .arg("--numeric-owner")
             .arg("-C")
             .arg(root.path())

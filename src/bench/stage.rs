@@ -16,7 +16,11 @@ use super::outcome::Touched;
 use super::root::Dressed;
 use super::rows::{Row, TarblkMount, Traffic};
 use super::{BenchError, BenchOptions, BenchSource, Watch};
+use crate::index::Index;
 use crate::interrupt::Interrupt;
+use crate::layer::Coding;
+use crate::open::load_index;
+use crate::source::{Patience, without_secrets};
 
 /// A served file is kept in memory if it takes at most one in this many bytes of what is available.
 const MEMORY_SHARE: u64 = 4;
@@ -35,6 +39,8 @@ pub(super) struct Stage<'a> {
     pub(super) full_cache: PathBuf,
     /// The layer's length in bytes.
     pub(super) layer_bytes: u64,
+    /// The option with which tar undoes the layer's compression, if it has one.
+    pub(super) decompress: Option<&'static str>,
     pub(super) client: reqwest::blocking::Client,
     /// Which back end tarblk took.
     pub(super) backend: String,
@@ -85,6 +91,7 @@ impl<'a> Stage<'a> {
             image_url: None,
             full_cache,
             layer_bytes: 0,
+            decompress: None,
             client,
             backend: String::new(),
             origin: None,
@@ -95,6 +102,7 @@ impl<'a> Stage<'a> {
             BenchSource::Local { path, link } => stage.set_origin(path, *link, watch)?,
             BenchSource::Url { url, index } => stage.use_url(url, index.as_deref(), watch)?,
         }
+        stage.decompress = stage.read_coding()?;
         watch.step("filling a cache", 0, 0);
         stage.fill_cache()?;
         Ok(stage)
@@ -165,6 +173,19 @@ impl<'a> Stage<'a> {
             index.into()
         };
         Ok(())
+    }
+
+    /// How the layer is compressed, by its index.
+    fn read_coding(&self) -> Result<Option<&'static str>, BenchError> {
+        let name = self.index.to_string_lossy();
+        let failed = || BenchError::step(format!("{}: cannot read it", without_secrets(&name)));
+        let bytes = load_index(&name, &Patience::default()).map_err(|error| failed()(io::Error::other(error)))?;
+        let index = Index::open(bytes).map_err(|error| failed()(io::Error::other(error)))?;
+        Ok(match index.identity().coding {
+            Coding::Plain => None,
+            Coding::Gzip => Some("--gzip"),
+            Coding::Zstd => Some("--zstd"),
+        })
     }
 
     /// Reads the whole device once with a cache directory that stays, over an unlimited link.
