@@ -17,6 +17,10 @@ pub fn index_around(data: &[u8]) -> Vec<u8> {
         hardlinks: 1,
         ..Summary::default()
     };
+    let layer = LayerIdentity {
+        blob_len: summary.tar_bytes,
+        ..LayerIdentity::default()
+    };
     let summary = format::encode_summary(&summary, &[0; 32]);
     let entries = zstd::bulk::compress(table, 1).unwrap_or_default();
     let record = |kind, encoding, decoded| SectionRecord {
@@ -26,7 +30,7 @@ pub fn index_around(data: &[u8]) -> Vec<u8> {
         decoded,
         ..SectionRecord::default()
     };
-    let layer = LayerIdentity::default().encode();
+    let layer = layer.encode();
     format::assemble(&mut [
         (record(format::SUMMARY, format::RAW, len_u64(summary.len())), summary),
         (record(format::ENTRIES, format::ZSTD, len_u64(table.len())), entries),

@@ -165,8 +165,12 @@ pub(super) fn prepare(
         Some(coding) => coding,
         None => super::record::coding_of(&blob, &options.patience)?,
     };
+    // A file at hand that has to have a digest is read whole: it takes little, and damage is found before anybody reads it.
+    let must_check = facts.digest.is_some() && matches!(blob.place, Place::File(_));
     let (bytes, origin) = match coding {
-        Coding::Plain if options.index != IndexChoice::Build => read_headers(&blob, facts, options, reached)?,
+        Coding::Plain if options.index != IndexChoice::Build && !must_check => {
+            read_headers(&blob, facts, options, reached)?
+        }
         Coding::Plain | Coding::Gzip | Coding::Zstd => read_all(&blob, coding, facts, options, reached)?,
     };
     let kept = match (cache, &under) {
@@ -224,9 +228,11 @@ fn read_all(
         contents: Contents::CHECKED,
         spacing: SPACING,
     };
+    // A plain tar in a file is its own store.
+    let is_its_own = coding == Coding::Plain && matches!(blob.place, Place::File(_));
     let mut filling = match &options.cache {
-        Some(cache) => going_on_when_full(Store::open(cache.layers()).and_then(|store| store.fill()))?,
-        None => None,
+        Some(cache) if !is_its_own => going_on_when_full(Store::open(cache.layers()).and_then(|store| store.fill()))?,
+        _ => None,
     };
     let mut keep = |_: TarOffset, bytes: &[u8]| {
         if let Some(open) = &mut filling
