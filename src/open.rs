@@ -273,9 +273,8 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     })
 }
 
-/// An image, and how its layers become a tree; of one layer alone, if that was chosen.
-fn resolve(name: &ImageName, options: &OpenOptions) -> Result<(Image, TreeMode), OpenError> {
-    let mut image = registry::resolve(name, &options.registry)?;
+/// An image, of its layers only the one that was chosen if one was, and how they become a tree.
+fn chosen(mut image: Image, options: &OpenOptions) -> Result<(Image, TreeMode), OpenError> {
     let Some(choice) = &options.layer else {
         return Ok((image, TreeMode::Merged));
     };
@@ -290,7 +289,7 @@ fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), Ope
     let Source::Image(name) = &source else {
         return Ok((source::open(&source, &options.patience)?, Facts::default()));
     };
-    let (image, _) = resolve(name, options)?;
+    let (image, _) = chosen(registry::resolve(name, &options.registry)?, options)?;
     match &image.layers[..] {
         [layer] => Ok((source::open_layer(name, layer)?, Facts::of(layer))),
         _ => Err(OpenError::OneIndex(image.name)),
@@ -310,7 +309,16 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
-    let (image, mode) = resolve(name, options)?;
+    let found = registry::find(name, &options.registry)?;
+    // Whether indexes are published can be asked while the configuration is on its way.
+    let (early, _) = chosen(found.by_manifest(), options)?;
+    let (config, published) = std::thread::scope(|scope| {
+        let config = scope.spawn(|| found.config());
+        let published = find_published(name, &early, options);
+        (config.join(), published)
+    });
+    let config = config.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let (image, mode) = chosen(found.with(config), options)?;
     if let IndexChoice::Named(index) = &options.index {
         if image.layers.len() > 1 {
             return Err(OpenError::OneIndex(image.name));
@@ -321,7 +329,7 @@ fn prepare_image(
         let layer = PreparedLayer::new(blob, &Facts::of(layer), index, IndexOrigin::Given, None)?;
         return Ok((vec![layer], mode));
     }
-    let published = published(name, &image, options)?;
+    let published = fetch_published(name, &image, &published?, options)?;
     let mut found = Vec::new();
     for (layer, published) in image.layers.iter().zip(published) {
         let facts = Facts {
@@ -333,8 +341,17 @@ fn prepare_image(
     Ok((prepare_all(found, options, watch)?, mode))
 }
 
-/// The published indexes of an image's layers, as far as they are wanted and there.
-fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Vec<Option<Published>>, OpenError> {
+/// Whether nothing but published indexes will do.
+fn required(options: &OpenOptions) -> bool {
+    options.index == IndexChoice::Require || options.index_digest.is_some()
+}
+
+/// Where the published indexes of an image's layers are, as far as they are wanted and there; for each layer one place.
+fn find_published(
+    name: &ImageName,
+    image: &Image,
+    options: &OpenOptions,
+) -> Result<Vec<Option<FoundIndex>>, OpenError> {
     let none = || image.layers.iter().map(|_| None).collect();
     let ImageName::Registry(reference) = name else {
         return match options.index {
@@ -342,7 +359,7 @@ fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<V
             _ => Ok(none()),
         };
     };
-    let required = options.index == IndexChoice::Require || options.index_digest.is_some();
+    let required = required(options);
     let kept = |layer: &ImageLayer| {
         let cache = options.cache.as_ref()?;
         cache.index(&layer.descriptor.digest.to_string())
@@ -369,7 +386,17 @@ fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<V
     if required && found.iter().any(Option::is_none) {
         return Err(OpenError::NoIndexes { name: name.to_string() });
     }
-    // All at the same time.
+    Ok(found)
+}
+
+/// Brings the hot parts of published indexes, all at the same time.
+fn fetch_published(
+    name: &ImageName,
+    image: &Image,
+    found: &[Option<FoundIndex>],
+    options: &OpenOptions,
+) -> Result<Vec<Option<Published>>, OpenError> {
+    let required = required(options);
     let fetch = |(layer, found): (&ImageLayer, &Option<FoundIndex>)| match found {
         None => Ok(None),
         Some(found) => match discover::fetch_hot(name, layer, found, &options.patience) {
@@ -391,7 +418,7 @@ fn published(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<V
         let threads: Vec<_> = image
             .layers
             .iter()
-            .zip(&found)
+            .zip(found)
             .map(|pair| scope.spawn(move || fetch(pair)))
             .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {

@@ -229,13 +229,28 @@ impl Found {
         Ok(config)
     }
 
+    /// The image as far as its manifest tells it: no layer has a diff ID, and the configuration is empty.
+    #[must_use]
+    pub fn by_manifest(&self) -> Image {
+        self.image(ImageConfig {
+            platform: self.wanted.clone(),
+            diff_ids: Vec::new(),
+            digest: self.config.digest.clone(),
+            json: Vec::new(),
+        })
+    }
+
     /// The whole image, with its configuration.
     #[must_use]
     pub fn with(self, config: ImageConfig) -> Image {
-        let layers = self.layers.into_iter().enumerate();
+        self.image(config)
+    }
+
+    fn image(&self, config: ImageConfig) -> Image {
+        let layers = self.layers.iter().cloned().enumerate();
         Image {
             name: self.name.to_string(),
-            manifest_digest: self.manifest_digest,
+            manifest_digest: self.manifest_digest.clone(),
             layers: layers
                 .map(|(number, (descriptor, coding, place))| ImageLayer {
                     descriptor,
