@@ -129,9 +129,11 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
         ),
     );
     row("from metadata", show_size(device.bytes.metadata));
-    row("from memory", show_size(device.bytes.memory));
-    row("from disk", show_size(device.bytes.disk));
-    row("from network", show_size(device.bytes.fetched));
+    // The device knows only that the fetcher had to be asked; where bytes were then, the fetcher knows.
+    let from = |place: &str| number(counters.fetch.get("bytes").unwrap_or(&Value::Null), place);
+    row("from memory", show_size(from("memory")));
+    row("from disk", show_size(from("disk")));
+    row("from network", show_size(from("network")));
     row("zeros", show_size(device.bytes.zero));
     row(
         "latency",
@@ -165,6 +167,14 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
             "{}, {} bad answers",
             show_count(fetch("retries")),
             show_count(fetch("errors"))
+        ),
+    );
+    row(
+        "checked",
+        format!(
+            "{} chunks, {} wrong",
+            show_count(fetch("chunks_checked")),
+            show_count(fetch("chunks_wrong"))
         ),
     );
     print(table)

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use smallvec::SmallVec;
 
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::units::{self, LayerId, TarOffset, TarRange};
 
 /// The chunk, in bytes of tar space; the last one of a layer is shorter.
 ///
 /// 32 KiB is what one round trip costs to carry on a slow link (20 ms at 13 Mbit/s), holds nine of ten files of a root
 /// filesystem whole, and keeps the map of a 100 GB layer at 400 KB. Smaller chunks multiply bookkeeping without saving
 /// bytes, since requests are merged anyway; bigger ones fetch neighbours that nobody asked for.
-pub const CHUNK_BYTES: u64 = 32 << 10;
+pub const CHUNK_BYTES: u64 = units::CHUNK_BYTES;
 
 /// Which chunk of which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
