@@ -51,6 +51,8 @@ pub struct MountLine {
     pub source: PathBuf,
     /// Whether nothing can be written through it.
     pub read_only: bool,
+    /// The directories under an overlay, as they were named when it was mounted.
+    pub lower: Vec<PathBuf>,
 }
 
 /// The mounts that this process sees, in the order they were made.
@@ -70,11 +72,22 @@ fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
         // Options, then optional fields up to a single dash, then the type and the source.
         fields.find(|field| *field == b"-")?;
         let source = unescape(fields.nth(1)?);
+        let options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
+        let lower = options
+            .filter_map(|option| {
+                option
+                    .strip_prefix(b"lowerdir=")
+                    .or_else(|| option.strip_prefix(b"lowerdir+="))
+            })
+            .flat_map(|dirs| dirs.split(|&byte| byte == b':'))
+            .map(unescape)
+            .collect();
         Some(MountLine {
             device,
             point,
             source,
             read_only,
+            lower,
         })
     };
     text.split(|&byte| byte == b'\n').filter_map(parse).collect()
@@ -236,6 +249,13 @@ mod tests {
         );
         assert_eq!(lines[1].source, Path::new("/dev/loop3"));
         assert_eq!((lines[0].read_only, lines[1].read_only), (false, true));
+    }
+
+    #[test]
+    fn what_an_overlay_stands_on_is_told() {
+        let text = b"40 35 0:40 / /merged ro - overlay none ro,lowerdir=/a\\040b:/layers/1,index=off";
+        let lines = parse_mountinfo(text);
+        assert_eq!(lines[0].lower, [Path::new("/a b"), Path::new("/layers/1")]);
     }
 
     #[test]

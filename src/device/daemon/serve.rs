@@ -17,6 +17,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::control::{Answer, DaemonStats, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, refuse_if_used};
 use super::{Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, Served, Spec, failed};
 use crate::device::state::{Process, State, StateDir};
+use crate::device::users::MountLine;
 use crate::device::volume::Volume;
 use crate::device::{Backend, Device, fuse_loop, ublk, users};
 
@@ -168,7 +169,7 @@ fn leave_mount_namespace() -> bool {
 }
 
 /// Where mounts are not shared, this process has copies of other devices' mounts, which would keep those devices busy for as
-/// long as it lives: they are undone. Other devices are those that are known, and those that look like ours, because commands
+/// long as it lives: they are undone, and overlays that stand on them. Other devices are those that are known, and those that look like ours, because commands
 /// may keep their states elsewhere.
 fn let_go_of_other_devices(states: &StateDir) {
     let (others, _) = states.list().unwrap_or_default();
@@ -176,9 +177,21 @@ fn let_go_of_other_devices(states: &StateDir) {
         .iter()
         .filter_map(|other| users::device_number(&other.device).ok())
         .collect();
-    for line in users::mounts().unwrap_or_default().into_iter().rev() {
-        let is_other = known.contains(&line.device) || (line.read_only && looks_like_ours(&line.source));
-        if is_other && line.point != Path::new("/") {
+    let mounts = users::mounts().unwrap_or_default();
+    let is_other = |line: &MountLine| known.contains(&line.device) || (line.read_only && looks_like_ours(&line.source));
+    let others: Vec<&Path> = mounts
+        .iter()
+        .filter(|line| is_other(line))
+        .map(|line| line.point.as_path())
+        .collect();
+    // An overlay keeps what it stands on, wherever else that is undone.
+    let stands_on_one = |line: &MountLine| {
+        line.lower
+            .iter()
+            .any(|dir| others.iter().any(|other| dir.starts_with(other)))
+    };
+    for line in mounts.iter().rev() {
+        if (is_other(line) || stands_on_one(line)) && line.point != Path::new("/") {
             let _ = rustix::mount::unmount(&line.point, UnmountFlags::DETACH);
         }
     }
