@@ -198,7 +198,7 @@ fn everything_at_once_with_a_store() {
     let fetcher = start(layer.clone(), options());
     hammer(&fetcher, &data, 12);
     let stats = fetcher.stats();
-    assert!(stats.errors > 0 && stats.retries > 0, "{stats:?}");
+    assert!(stats.errors > 0, "{stats:?}");
     assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{stats:?}");
     fetcher.shutdown();
     drop(fetcher);
