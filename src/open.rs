@@ -261,8 +261,11 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         }
         (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
             let blob = source::open(&source, &options.patience)?;
-            let found = vec![(blob, Facts::default())];
-            (prepare_all(found, options, watch)?, TreeMode::Plain)
+            let layers = prepare_all(vec![(blob, Facts::default())], options, watch)?;
+            for layer in &layers {
+                check_pin(&layer.index, text, options)?;
+            }
+            (layers, TreeMode::Plain)
         }
     };
     Ok(Prepared {
@@ -354,9 +357,11 @@ fn find_published(
 ) -> Result<Vec<Option<FoundIndex>>, OpenError> {
     let none = || image.layers.iter().map(|_| None).collect();
     let ImageName::Registry(reference) = name else {
-        return match options.index {
-            IndexChoice::Require => Err(OpenError::NoIndexes { name: name.to_string() }),
-            _ => Ok(none()),
+        let named = matches!(options.index, IndexChoice::Named(_));
+        return if required(options) && !named {
+            Err(OpenError::NoIndexes { name: name.to_string() })
+        } else {
+            Ok(none())
         };
     };
     let required = required(options);
@@ -365,6 +370,10 @@ fn find_published(
         cache.index(&layer.descriptor.digest.to_string())
     };
     let wanted = match options.index {
+        // Who names a digest wants that index and no other.
+        IndexChoice::Ignore | IndexChoice::Build if required => {
+            return Err(OpenError::NoIndexes { name: name.to_string() });
+        }
         IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => false,
         // What was read on this machine is as good, and here.
         IndexChoice::Auto => required || image.layers.iter().any(|layer| kept(layer).is_none()),
@@ -503,14 +512,19 @@ fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, Open
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    check_pin(&index, name, options).map(|()| index)
+}
+
+/// Whether an index is the one that it has to be, if one was named.
+fn check_pin(index: &Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<(), OpenError> {
     match &options.index_digest {
-        Some(pin) if !discover::is_pinned(&index, pin) => Err(OpenError::Digest {
+        Some(pin) if !discover::is_pinned(index, pin) => Err(OpenError::Digest {
             source_name: source::without_secrets(name),
             what: "index",
             expected: pin.to_string(),
-            found: discover::hot_digest(&index).to_string(),
+            found: discover::hot_digest(index).to_string(),
         }),
-        _ => Ok(index),
+        _ => Ok(()),
     }
 }
 

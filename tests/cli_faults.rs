@@ -167,6 +167,25 @@ fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     ]
 }
 
+/// Who names an index by its digest gets that one or an error, wherever the index would come from.
+#[test]
+fn an_index_that_is_not_the_pinned_one_is_refused() {
+    let lab = Lab::new();
+    let mut tar = layer(&[header("a", EMPTY, b'0', "")]);
+    tar.extend_from_slice(&[0; 1024]);
+    fs::write(lab.path("layer.tar"), tar).unwrap();
+    let other = format!("sha256:{}", "0".repeat(64));
+    let made = ["image", "layer.tar", "-o", "out.ext4", "--no-cache", "--index-digest"];
+    for index in ["auto", "ignore", "build"] {
+        let said = lab.bad(&[&made[..], &[&other, "--index", index]].concat(), 1);
+        assert!(said.contains("has to be sha256:0000"), "{index}: {said}");
+        // What the message says it is, is what will do.
+        let (_, rest) = said.split_once(" is sha256:").unwrap();
+        let right = format!("sha256:{}", rest.split_once(' ').unwrap().0);
+        lab.good(&[&made[..], &[&right, "--index", index]].concat());
+    }
+}
+
 #[test]
 fn broken_layers_are_named_and_leave_nothing() {
     let lab = Lab::new();

@@ -14,9 +14,10 @@ use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
 
 /// A container layer as a block device, before it has been downloaded.
 ///
-/// tarblk reads the headers of an uncompressed tar layer, computes a read-only ext4 filesystem from them, offers it to the
-/// kernel as a block device, and fetches the layer's bytes only when the kernel reads them. The layer may be a local file
-/// or lie on any web server or registry that answers HTTP range requests; it is never converted, copied or changed.
+/// tarblk learns from a tar layer's headers, or from an index of them, what the layer holds, computes a read-only ext4
+/// filesystem from that, offers it to the kernel as a block device, and fetches the layer's bytes only when the kernel reads
+/// them. Layers may be local files or lie on any web server or registry that answers HTTP range requests, plain or
+/// compressed; they are never converted or changed. All layers of an image become one filesystem.
 ///
 /// Exit status: 0 success, 1 failure, 2 wrong usage. `bench` checks the exit status of the command it runs.
 #[derive(Debug, Parser)]
