@@ -96,7 +96,7 @@ pub(super) fn endpoints(host: &str, dir: &Path, plain_http: bool) -> Result<Vec<
             open.take(LONGEST_FILE)
                 .read_to_string(&mut text)
                 .map_err(|error| failed(error.to_string()))?;
-            parse(&text, host, &dir, own).map_err(failed)
+            parse(&text, host, &dir, &own).map_err(failed)
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let trust = certificates(&dir).map_err(|error| failed(error.to_string()))?;
@@ -191,7 +191,7 @@ fn endpoint(text: &str, override_path: bool) -> Result<Endpoint, SourceError> {
 }
 
 /// A `hosts.toml`. The order of its hosts counts, which is why it is read as a table that keeps it.
-fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoint>, String> {
+fn parse(text: &str, host: &str, dir: &Path, own: &Endpoint) -> Result<Vec<Endpoint>, String> {
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
         // Not the whole message: it quotes lines, and headers can be secret.
         let place = error
@@ -215,7 +215,7 @@ fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoi
             .as_table()
             .ok_or_else(|| format!("host {shown:?} is not a table"))?;
         let mut mirror = one_host(name, settings, dir).map_err(|why| format!("host {shown:?}: {why}"))?;
-        mirror.stands_for = stands_for(&mirror, &own, host);
+        mirror.stands_for = stands_for(&mirror, own, host);
         endpoints.push(mirror);
     }
     let server = table
@@ -232,7 +232,7 @@ fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoi
     if last.base.host_str() == Some("docker.io") {
         last.base = own.base.clone();
     }
-    last.stands_for = stands_for(&last, &own, host);
+    last.stands_for = stands_for(&last, own, host);
     endpoints.push(last);
     Ok(endpoints)
 }
@@ -349,7 +349,7 @@ mod tests {
     use super::*;
 
     fn of(text: &str, host: &str) -> Result<Vec<Endpoint>, String> {
-        parse(text, host, Path::new("/d"), registry(host, false))
+        parse(text, host, Path::new("/d"), &registry(host, false))
     }
 
     fn bases(endpoints: &[Endpoint]) -> Vec<&str> {
