@@ -29,7 +29,7 @@ use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, hot_len, is_index};
 use crate::layer::Coding;
-use crate::source::registry::{Image, ImageLayer, ImageName, Registry, RegistryOptions};
+use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Registry, RegistryOptions};
 use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
@@ -366,8 +366,12 @@ fn find_published(
     };
     let required = required(options);
     let kept = |layer: &ImageLayer| {
-        let cache = options.cache.as_ref()?;
-        cache.index(&layer.descriptor.digest.to_string())
+        let (cache, digest) = (options.cache.as_ref()?, &layer.descriptor.digest);
+        let by_place = || match &layer.place {
+            BlobPlace::Registry(access) => cache.index(&layer::unchecked(&access.name(), digest)),
+            BlobPlace::File(_) => None,
+        };
+        cache.index(&digest.to_string()).or_else(by_place)
     };
     let wanted = match options.index {
         // Who names a digest wants that index and no other.
@@ -458,7 +462,7 @@ fn prepare_all(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<Vec<PreparedLayer>, OpenError> {
-    let total: u64 = found.iter().map(|(blob, _)| blob.len).sum();
+    let total = found.iter().fold(0_u64, |sum, (blob, _)| sum.saturating_add(blob.len));
     let (tell, told) = std::sync::mpsc::channel();
     let mut reached = vec![0; found.len()];
     std::thread::scope(|scope| {
@@ -476,7 +480,8 @@ fn prepare_all(
         drop(tell);
         for (number, at) in told {
             reached[number] = at;
-            watch.headers(reached.iter().sum(), total);
+            let sum = reached.iter().fold(0_u64, |sum, at| sum.saturating_add(*at));
+            watch.headers(sum, total);
         }
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<PreparedLayer, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -655,6 +660,6 @@ impl Prepared {
         self.layers
             .iter()
             .map(|layer| layer.index.summary().payload_bytes)
-            .sum()
+            .fold(0, u64::saturating_add)
     }
 }

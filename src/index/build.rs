@@ -11,12 +11,12 @@ use super::cold::{ColdPart, Packer};
 use super::digests::ChunkHasher;
 use super::entry::{Entry, EntrySink};
 use super::error::IndexError;
-use super::identity::{LayerIdentity, sha256};
+use super::identity::LayerIdentity;
 use super::parser::{EndOfArchive, Parser};
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest, Hasher};
 use crate::layer::{Coding, Indexer, Spans};
 use crate::units::{TarOffset, TarRange};
 
@@ -70,7 +70,7 @@ pub struct Recorder {
     builder: IndexBuilder,
     at: u64,
     chunks: Option<ChunkHasher>,
-    tar: Option<Sha256>,
+    tar: Option<Hasher>,
     split: Option<Split>,
 }
 
@@ -153,7 +153,7 @@ impl Recorder {
             builder: IndexBuilder::new(),
             at: 0,
             chunks: contents.chunk_digests.then(ChunkHasher::new),
-            tar: contents.diff_id.then(Sha256::new),
+            tar: contents.diff_id.then(|| Algorithm::Sha256.hasher()),
             split: (headers.is_some() || digests.is_some()).then(|| Split {
                 payloads: VecDeque::new(),
                 headers,
@@ -229,7 +229,7 @@ impl Recorder {
             builder: self.builder,
             tar_len: self.at,
             end,
-            diff_id: self.tar.and_then(|tar| sha256(&tar.finalize().into())),
+            diff_id: self.tar.map(Hasher::finish),
         })
     }
 }
@@ -294,8 +294,10 @@ pub struct BlobRecorder {
     coding: Coding,
     spacing: u64,
     recorder: Recorder,
-    /// What undoes the compression, and the blob's digest; a plain blob's digest is the tar's.
-    compressed: Option<(Box<Indexer>, Sha256)>,
+    /// What undoes the compression.
+    compressed: Option<Box<Indexer>>,
+    /// The blob's digest, where it is not the tar's.
+    digest: Option<Hasher>,
     blob_len: u64,
 }
 
@@ -308,9 +310,21 @@ impl BlobRecorder {
             coding,
             spacing: if coding == Coding::Plain { 0 } else { spacing },
             recorder: Recorder::new(contents),
-            compressed: (coding != Coding::Plain).then(|| (indexer(), Sha256::new())),
+            compressed: (coding != Coding::Plain).then(indexer),
+            digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher()),
             blob_len: 0,
         }
+    }
+
+    /// Makes the digests of the blob and of the tar, as far as they are made, by these algorithms instead of SHA-256. Only
+    /// before anything was fed.
+    #[must_use]
+    pub fn algorithms(mut self, blob: Algorithm, tar: Algorithm) -> Self {
+        let made = self.digest.is_some() || self.recorder.tar.is_some();
+        self.recorder.tar = self.recorder.tar.map(|_| tar.hasher());
+        let own = made && (self.coding != Coding::Plain || blob != tar);
+        self.digest = own.then(|| blob.hasher());
+        self
     }
 
     /// Takes the blob's next bytes.
@@ -337,10 +351,12 @@ impl BlobRecorder {
             tap(recorder.position(), tar);
             recorder.feed_into(tar, also)
         };
-        let Some((indexer, digest)) = &mut self.compressed else {
+        if let Some(digest) = &mut self.digest {
+            digest.update(blob);
+        }
+        let Some(indexer) = &mut self.compressed else {
             return take(blob);
         };
-        digest.update(blob);
         let mut outcome = Ok(());
         indexer.feed(blob, &mut |tar| {
             if outcome.is_ok() {
@@ -373,10 +389,12 @@ impl BlobRecorder {
     /// # Errors
     /// When blob or tar stop in the middle of something, or it is no tar.
     pub fn finish(self) -> Result<BlobRecorded, IndexError> {
-        let Some((indexer, digest)) = self.compressed else {
+        let blob_digest = self.digest.map(Hasher::finish);
+        let Some(indexer) = self.compressed else {
             return Ok(BlobRecorded {
                 identity: LayerIdentity {
                     blob_len: self.blob_len,
+                    blob_digest,
                     ..LayerIdentity::default()
                 },
                 recorded: self.recorder.finish()?,
@@ -388,7 +406,7 @@ impl BlobRecorder {
             identity: LayerIdentity {
                 coding: self.coding,
                 blob_len: self.blob_len,
-                blob_digest: sha256(&digest.finalize().into()),
+                blob_digest,
                 diff_id: None,
                 spacing: self.spacing,
             },
@@ -414,11 +432,11 @@ impl BlobRecorded {
         let diff_id = self.recorded.diff_id.clone();
         let plain = self.identity.coding == Coding::Plain;
         LayerIdentity {
-            blob_digest: if plain {
-                diff_id.clone()
-            } else {
-                self.identity.blob_digest.clone()
-            },
+            blob_digest: self
+                .identity
+                .blob_digest
+                .clone()
+                .or_else(|| diff_id.clone().filter(|_| plain)),
             diff_id,
             ..self.identity.clone()
         }

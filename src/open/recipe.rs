@@ -88,6 +88,8 @@ struct Layer {
     blob: At,
     digest: Option<Digest>,
     diff_id: Option<Digest>,
+    /// What the store knows its bytes by.
+    identity: Option<String>,
     /// The index file.
     index: PathBuf,
     /// Whether the index file is to be removed once it was read.
@@ -180,6 +182,7 @@ impl Prepared {
                 blob: At::of(layer),
                 digest: layer.digest.clone(),
                 diff_id: layer.diff_id.clone(),
+                identity: layer.identity(),
                 index,
                 borrowed,
                 rest: layer.rest.as_ref().map(At::http),
@@ -313,14 +316,13 @@ impl Recipe {
                 Some(Blob::Http(rest)) => Windows::Http(Box::new(rest), index.cold().clone()),
                 _ => Windows::File(Arc::new(file.into()), index.cold().clone()),
             };
-            let identity = layer.digest.as_ref().map(ToString::to_string);
             let blob = layer.blob.open()?;
             sources.push(layer_source(
                 blob,
                 &index,
                 windows,
                 [layer.digest, layer.diff_id],
-                identity,
+                layer.identity,
             ));
         }
         start(image, sources, self.store.as_deref(), &self.fetching)
