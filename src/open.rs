@@ -549,10 +549,11 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
     };
     match Source::parse(name)? {
         Source::Path(path) => {
-            let file = File::open(&path).map_err(failed)?;
-            if !file.metadata().map_err(failed)?.is_file() {
+            // Asked before opening: a pipe would be waited for.
+            if !std::fs::metadata(&path).map_err(failed)?.is_file() {
                 return Err(failed(io::Error::other("it is not a regular file")));
             }
+            let file = File::open(&path).map_err(failed)?;
             let mut bytes = Vec::new();
             file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
             Ok(bytes)
@@ -568,13 +569,13 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
 /// [`OpenError`].
 pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Index<Vec<u8>>, OpenError> {
     let looks_like_an_index = match Source::parse(text)? {
-        Source::Path(path) => {
+        Source::Path(path) if path.is_file() => {
             let mut start = Vec::new();
             let read = File::open(&path).and_then(|file| file.take(64).read_to_end(&mut start));
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
-        Source::Image(_) => false,
+        Source::Path(_) | Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);

@@ -335,3 +335,85 @@ fn an_index_without_entry_points_does_not_pass_for_that_of_a_plain_layer() {
         .to_string();
     assert!(error.contains("no span table"), "{error}");
 }
+
+#[test]
+fn a_file_that_was_written_anew_is_read_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let layer = dir.path().join("layer.tar");
+    let options = open_options(&dir.path().join("cache"));
+    let open = || prepare(layer.to_str().unwrap(), &options, &mut Unwatched).unwrap();
+    std::fs::write(&layer, tar_of("one", &[5; 1000])).unwrap();
+    let time = std::fs::metadata(&layer).unwrap().modified().unwrap();
+    assert!(names(&open())[0].starts_with("one"));
+    assert_eq!(open().layers[0].origin, IndexOrigin::Kept);
+    // Clocks of file systems tick a hundred times a second.
+    thread::sleep(Duration::from_millis(30));
+    // In place, as long as before, and with the time that reproducible builds give everything.
+    std::fs::write(&layer, tar_of("two", &[5; 1000])).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(&layer)
+        .unwrap()
+        .set_modified(time)
+        .unwrap();
+    assert!(names(&open())[0].starts_with("two"));
+}
+
+#[test]
+fn a_pipe_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let (tell, told) = mpsc::channel();
+    let name = pipe.to_str().unwrap().to_owned();
+    thread::spawn(move || {
+        let listed = tarblk::open::index_of(&name, &OpenOptions::default(), &mut Unwatched);
+        let loaded = tarblk::open::load_index(&name, &patience());
+        tell.send([listed.map(drop), loaded.map(drop)]).unwrap();
+    });
+    let refused = told
+        .recv_timeout(Duration::from_secs(20))
+        .expect("it waits for a writer");
+    for outcome in refused {
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.contains("not a regular file"), "{error}");
+    }
+}
+
+#[test]
+fn impossible_lengths_are_refused_before_anything_is_made_for_them() {
+    let registry = TestRegistry::start();
+    let layer = tar_of("file", &[6; 1000]);
+    let digest = registry.put_blob(&layer);
+    let cache = tempfile::tempdir().unwrap();
+    for size in [1 << 60, i64::MAX.unsigned_abs(), u64::MAX] {
+        let config = serde_json::json!({ "architecture": "amd64", "os": "linux",
+            "rootfs": { "type": "layers", "diff_ids": [digest, digest] } })
+        .to_string();
+        let described = serde_json::json!({ "mediaType": PLAIN, "digest": digest, "size": size });
+        let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+            "config": { "mediaType": CONFIG, "digest": registry.put_blob(config.as_bytes()), "size": config.len() },
+            "layers": [described, described] })
+        .to_string();
+        registry.put_manifest("some/image", "v1", OCI_MANIFEST, manifest.as_bytes());
+        let error = prepare(
+            &registry.name("some/image:v1"),
+            &open_options(cache.path()),
+            &mut Unwatched,
+        );
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("bytes long"), "{error}");
+    }
+    let server = server(|_, _| {
+        Some(
+            "HTTP/1.1 206 X\r\nContent-Range: bytes 0-0/9223372036854775807\r\nContent-Length: 1\r\nConnection: close\r\n\r\n0"
+                .to_owned(),
+        )
+    });
+    let url = format!("http://127.0.0.1:{server}/layer.tar");
+    let error = prepare(&url, &open_options(cache.path()), &mut Unwatched)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("bytes long"), "{error}");
+}

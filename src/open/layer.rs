@@ -14,8 +14,8 @@ use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
 use crate::source::registry::{ImageLayer, LayerCoding};
-use crate::source::{self, HttpBlob, LayerBlob, Place, Source};
-use crate::units::TarOffset;
+use crate::source::{self, HttpBlob, LayerBlob, Place, Source, SourceError};
+use crate::units::{CHUNK_BYTES, TarOffset};
 
 /// What is known of a layer before it is read.
 #[derive(Clone, Debug, Default)]
@@ -189,6 +189,9 @@ fn kept(cache: &Cache, blob: &LayerBlob, facts: &Facts) -> Option<(PathBuf, Inde
 /// Told how far reading is: the position reached in the blob and its length, both in bytes.
 pub(super) type Reached<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
 
+/// Nothing that long can be read or kept: the chunks of a layer are numbered in 32 bits.
+const TOO_LONG: u64 = CHUNK_BYTES << 32;
+
 /// Finds the index of a layer, or makes it.
 pub(super) fn prepare(
     blob: LayerBlob,
@@ -196,6 +199,11 @@ pub(super) fn prepare(
     options: &OpenOptions,
     reached: Reached<'_>,
 ) -> Result<PreparedLayer, OpenError> {
+    if blob.len >= TOO_LONG {
+        let why = format!("it is said to be {} bytes long, which no layer is", blob.len);
+        let source_name = blob.source.to_string();
+        return Err(SourceError::Unusable { source_name, why }.into());
+    }
     if let Some(Published { index, rest }) = &facts.published {
         let origin = IndexOrigin::Published { bytes: index.hot_len() };
         let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
