@@ -384,12 +384,7 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failur
         },
         _ => return Err(refused(&url, &response)),
     };
-    if headers
-        .get(CONTENT_ENCODING)
-        .is_some_and(|encoding| encoding != "identity")
-    {
-        return Err(wrong("a compressed transfer, whose ranges are not those of the layer"));
-    }
+    check_coding(&url, headers)?;
     Ok(HttpBlob {
         resolved: response.url().clone(),
         validator: Validator::of(headers),
@@ -482,7 +477,19 @@ fn check_length(blob: &HttpBlob, headers: &HeaderMap, expected: u64) -> Result<(
     }
 }
 
+/// Whether bytes are those of the layer and not of something that was made of it for this answer.
+fn check_coding(url: &Url, headers: &HeaderMap) -> Result<(), Failure> {
+    match headers.get(CONTENT_ENCODING) {
+        Some(coding) if coding != "identity" && !coding.is_empty() => Err(Failure::wrong(
+            url,
+            "a compressed transfer (Content-Encoding), whose ranges are not those of the layer; have the server send the file as it is",
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn check_same(blob: &HttpBlob, headers: &HeaderMap) -> Result<(), Failure> {
+    check_coding(&blob.url, headers)?;
     let now = Validator::of(headers);
     match &blob.validator {
         Some(before) if before.contradicts(now.as_ref()) => Err(changed(blob)),
