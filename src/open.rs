@@ -10,6 +10,7 @@
 //! mark is never found there again.
 
 pub mod artifact;
+mod contents;
 pub mod discover;
 mod gather;
 mod kept;
@@ -121,8 +122,15 @@ pub enum OpenError {
     /// One layer is wanted of an image that has several.
     #[error("{0} has several layers, and an index is of one; choose it with --layer")]
     OneIndex(String),
+    /// An index that was named or published is of a tar space that was made up.
+    #[error(
+        "index {0} was made of a layer's own table of contents, which is of use only to who made it; `tarblk index` makes others"
+    )]
+    OfContents(String),
     /// Nobody has published indexes of an image.
-    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    #[error(
+        "{name} has no published indexes, nor tables of contents in all layers that its manifest vouches for; `tarblk index push` makes indexes"
+    )]
     NoIndexes {
         /// The image.
         name: String,
@@ -221,6 +229,13 @@ pub enum IndexOrigin {
     /// Somebody has published it: its hot part had this many bytes.
     Published {
         /// How many.
+        bytes: u64,
+    },
+    /// The layer brought it along: its own table of contents, in this many requests, bringing this many bytes.
+    Contents {
+        /// How many.
+        reads: u64,
+        /// How many bytes came with them.
         bytes: u64,
     },
     /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
@@ -392,7 +407,8 @@ fn find_published(
         }
         Err(error) => return Err(error.into()),
     };
-    if required && found.iter().any(Option::is_none) {
+    // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
+    if options.index_digest.is_some() && found.iter().any(Option::is_none) {
         return Err(OpenError::NoIndexes { name: name.to_string() });
     }
     Ok(found)
@@ -512,6 +528,7 @@ fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, Open
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    contents::refuse(&index, name)?;
     check_pin(&index, name, options).map(|()| index)
 }
 

@@ -16,7 +16,7 @@ use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::Store;
 use crate::fetch::{
-    self, Blob, ChunkCheck, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
+    self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
 };
 use crate::image::FileMap;
 use crate::image::ext4::Ext4Image;
@@ -86,6 +86,8 @@ struct Layer {
     blob: At,
     digest: Option<Digest>,
     diff_id: Option<Digest>,
+    /// The name of its tar space in the store.
+    stored_as: Option<String>,
     /// The index file.
     index: PathBuf,
     /// Whether the index file is to be removed once it was read.
@@ -178,6 +180,7 @@ impl Prepared {
                 blob: At::of(layer),
                 digest: layer.digest.clone(),
                 diff_id: layer.diff_id.clone(),
+                stored_as: layer.stored_as.clone(),
                 index,
                 borrowed,
                 rest: layer.rest.as_ref().map(At::http),
@@ -311,14 +314,13 @@ impl Recipe {
                 Some(Blob::Http(rest)) => Windows::Http(Box::new(rest), index.cold().clone()),
                 _ => Windows::File(Arc::new(file.into()), index.cold().clone()),
             };
-            let identity = layer.digest.as_ref().map(ToString::to_string);
             let blob = layer.blob.open()?;
             sources.push(layer_source(
                 blob,
                 &index,
                 windows,
                 [layer.digest, layer.diff_id],
-                identity,
+                layer.stored_as,
             ));
         }
         start(image, sources, self.store.as_deref(), &self.fetching)
@@ -348,13 +350,15 @@ fn layer_source(
     let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
     let digests = index.chunk_digests().cloned();
+    let digests = digests.map(|digests| Check::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
+    let pieces = index.piece_digests().cloned().map(Check::Pieces);
     LayerSource {
         blob,
         coding: table.map(|table| Coded {
             table,
             windows: if has_windows { windows } else { Windows::None },
         }),
-        digests: digests.map(|digests| ChunkCheck::new(move |chunk, bytes| digests.check(chunk.into(), bytes))),
+        digests: pieces.or(digests),
         whole: WholeDigests {
             blob: digest.and_then(|digest| digest.sha256()),
             tar: diff_id.and_then(|digest| digest.sha256()),
@@ -412,7 +416,7 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
     let store = prepared.cache.as_ref().map(Cache::layers);
     let mut sources = Vec::new();
     for layer in prepared.layers {
-        let identity = layer.identity();
+        let identity = layer.stored_as;
         let digests = [layer.digest, layer.diff_id];
         let path = layer.blob.path.clone().unwrap_or_default();
         let windows = match &layer.rest {
