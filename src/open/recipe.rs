@@ -33,6 +33,8 @@ pub struct Fetching {
     pub memory_bytes: u64,
     /// Connections per host at most.
     pub connections: u16,
+    /// Whether everything is brought to the store in the end, while nobody reads.
+    pub fetch_all: bool,
     /// After this a read fails; never if none.
     pub deadline: Option<Duration>,
     /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
@@ -390,10 +392,19 @@ fn start(
         log::warn!("{error}");
     }
     let secure = |layer: &LayerSource| matches!(&layer.blob, Blob::Http(http) if http.access.is_some() || http.url.starts_with("https:"));
+    let size: u64 = layers.iter().map(LayerSource::size).fold(0, u64::saturating_add);
+    let room = size <= fetching.store_bytes;
+    if fetching.fetch_all && !room {
+        log::warn!(
+            "not everything is fetched: the layers have {size} bytes, and the cache may have {}",
+            fetching.store_bytes
+        );
+    }
     let options = FetchOptions {
         memory_bytes: fetching.memory_bytes,
         connections: usize::from(fetching.connections),
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
+        fetch_all: fetching.fetch_all && room && store.is_some(),
         store,
         tls: if layers.iter().any(secure) {
             Some(fetch::default_tls()?)

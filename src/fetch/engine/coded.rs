@@ -267,6 +267,8 @@ impl Engine {
         pending.marker = marker;
         if !pending.waiters.is_empty() {
             self.planner.borrow_mut().demanded(CHUNK_BYTES);
+        } else if planned && pending.why == Why::Filling {
+            add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
         } else if planned {
             pending.why = Why::Suspected;
             self.planner.borrow_mut().suspected(CHUNK_BYTES);
