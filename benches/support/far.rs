@@ -187,10 +187,11 @@ fn relay(client: TcpStream, server: SocketAddr, rtt: Duration, connection: Conne
         for (at, bytes) in landing {
             sleep_until(at);
             let mut to = client;
+            // Before it is written: the client's next request may be here a moment later.
+            connection.answered(&bytes);
             if to.write_all(&bytes).is_err() {
                 break;
             }
-            connection.answered(&bytes);
         }
         let _ = (client.shutdown(Shutdown::Both), server.shutdown(Shutdown::Both));
     });
