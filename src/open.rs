@@ -46,6 +46,10 @@ pub use record::{RecordedBlob, Recording, record, record_blob};
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
 
+/// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
+/// connection for itself.
+const CONNECTIONS: u64 = 10;
+
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -327,6 +331,12 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
+    if let ImageName::Registry(reference) = name
+        && matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
+    {
+        let others = usize::try_from(CONNECTIONS - 1).unwrap_or_default();
+        Registry::new(reference, &options.registry)?.greet(others);
+    }
     let found = registry::find(name, &options.registry)?;
     // Whether indexes are published can be asked while the configuration is on its way.
     let (early, _) = chosen(found.by_manifest(), options)?;
@@ -422,9 +432,9 @@ fn fetch_published(
     options: &OpenOptions,
 ) -> Result<Vec<Option<Published>>, OpenError> {
     let required = required(options);
-    let fetch = |(layer, found): (&ImageLayer, &Option<FoundIndex>)| match found {
+    let fetch = |((layer, found), pieces): ((&ImageLayer, &Option<FoundIndex>), u64)| match found {
         None => Ok(None),
-        Some(found) => match discover::fetch_hot(name, layer, found, &options.patience) {
+        Some(found) => match discover::fetch_hot_in(name, layer, found, pieces, &options.patience) {
             Ok(index) => {
                 let rest = source::open_registry_blob(name, &found.access)?;
                 Ok(match rest.place {
@@ -444,7 +454,8 @@ fn fetch_published(
             .layers
             .iter()
             .zip(found)
-            .map(|pair| scope.spawn(move || fetch(pair)))
+            .zip(discover::pieces(found.iter().map(Option::as_ref), CONNECTIONS))
+            .map(|each| scope.spawn(move || fetch(each)))
             .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
