@@ -33,7 +33,7 @@ use rustls::ClientConfig;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use blob::{Blob, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
+pub use blob::{Blob, Check, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
 pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};

@@ -37,8 +37,12 @@ fn patience() -> Patience {
 }
 
 fn options() -> RegistryOptions {
-    let authfile = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nobody.json");
-    std::fs::write(&authfile, "{}").unwrap();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // Put there whole: other tests read it now.
+    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+    file.write_all(b"{}").unwrap();
+    let authfile = dir.join("nobody.json");
+    file.persist(&authfile).unwrap();
     RegistryOptions {
         hosts_dir: "/nonexistent".into(),
         keyring: Keyring {

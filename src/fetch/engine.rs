@@ -7,7 +7,7 @@
 //!
 //! Parts: `remote` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
 //! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
-//! (files and the store), `fill` (the rest, while nobody reads), `trust` (what is believed).
+//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `sieve` and `proof` (what is believed).
 
 mod coded;
 mod course;
@@ -16,8 +16,10 @@ mod fill;
 mod flight;
 mod origin;
 mod partial;
+mod proof;
 mod remote;
 mod request;
+mod sieve;
 mod stream;
 mod trust;
 mod window;

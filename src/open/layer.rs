@@ -1,13 +1,14 @@
 //! One layer, found, and what it holds. In: a blob, and what is known of it. Out: the same with its index: the one kept for
 //! it, or one made by reading the headers of a plain layer, or all of a compressed one.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Gather;
 use super::recipe::http_layer;
 use super::record::{Recording, algorithms, record_blob};
-use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, contents, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::{Store, StoreError};
 use crate::index::build::Contents;
@@ -26,6 +27,8 @@ pub(super) struct Facts {
     pub(super) diff_id: Option<Digest>,
     /// How it is compressed; its first bytes say it, if nobody else does.
     pub(super) coding: Option<Coding>,
+    /// What else a manifest says of it.
+    pub(super) annotations: BTreeMap<String, String>,
     /// An index that somebody has published.
     pub(super) published: Option<Published>,
 }
@@ -41,6 +44,7 @@ impl Facts {
                 LayerCoding::Gzip => Coding::Gzip,
                 LayerCoding::Zstd => Coding::Zstd,
             }),
+            annotations: layer.descriptor.annotations.clone(),
             published: None,
         }
     }
@@ -72,6 +76,8 @@ pub struct PreparedLayer {
     pub diff_id: Option<Digest>,
     /// The index in the cache directory, if it is there.
     pub(super) kept: Option<PathBuf>,
+    /// What the store knows the layer's tar space by, if it has a name.
+    pub(super) stored_as: Option<String>,
     /// Where the rest of the index is, if what is here is its hot part alone.
     pub(super) rest: Option<HttpBlob>,
 }
@@ -117,24 +123,24 @@ impl PreparedLayer {
         if identity.coding != Coding::Plain && index.spans().is_none() {
             return Err(bad(IndexFault::Missing("span table").into()));
         }
+        let digest = facts.digest.clone().or(digest);
+        let stored_as = match (&blob.place, &digest) {
+            _ if index.is_of_contents() => contents::kept_as(&blob, facts),
+            (Place::Http(http), Some(digest)) if index.chunk_digests().is_none() => {
+                Some(unchecked(&http.name(), digest))
+            }
+            (_, digest) => digest.as_ref().map(ToString::to_string),
+        };
         Ok(Self {
             coding: identity.coding,
-            digest: facts.digest.clone().or(digest),
+            stored_as,
+            digest,
             diff_id: facts.diff_id.clone().or_else(|| identity.diff_id.clone()),
             blob,
             index,
             origin,
             kept,
             rest: None,
-        })
-    }
-
-    /// What the store knows the layer by, if its content has a name.
-    pub(super) fn identity(&self) -> Option<String> {
-        let digest = self.digest.as_ref()?;
-        Some(match &self.blob.place {
-            Place::Http(http) if self.index.chunk_digests().is_none() => unchecked(&http.name(), digest),
-            Place::Http(_) | Place::File(_) => digest.to_string(),
         })
     }
 }
@@ -145,9 +151,9 @@ pub(super) fn unchecked(place: &str, digest: &Digest) -> String {
     format!("{place}\n{digest}")
 }
 
-/// What the cache knows a layer by: its digest, and before that was compared also who said so; or its name and the state that
-/// it is in.
-fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
+/// What the cache knows a layer by, and its tar, before it was compared with its digest: that, and who said so; or its name and
+/// the state that it is in.
+pub(super) fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
     if let Some(digest) = &facts.digest {
         return Some(match &blob.place {
             Place::Http(http) => unchecked(&http.name(), digest),
@@ -174,6 +180,7 @@ fn kept(cache: &Cache, blob: &LayerBlob, facts: &Facts) -> Option<(PathBuf, Inde
             match Index::open(bytes) {
                 Ok(index)
                     if index.identity().blob_len == blob.len
+                        && !index.is_of_contents()
                         && (!checked || index.identity().blob_digest == facts.digest) =>
                 {
                     Some((path, index))
@@ -205,6 +212,7 @@ pub(super) fn prepare(
         return Err(SourceError::Unusable { source_name, why }.into());
     }
     if let Some(Published { index, rest }) = &facts.published {
+        contents::refuse(index, &rest.name())?;
         let origin = IndexOrigin::Published { bytes: index.hot_len() };
         let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
         layer.rest = (!index.is_whole()).then(|| rest.clone());
@@ -218,10 +226,38 @@ pub(super) fn prepare(
     {
         return PreparedLayer::new(blob, facts, index, IndexOrigin::Kept, Some(path));
     }
+    // Who pins an index means one that everybody makes alike.
+    let takes_contents = matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
+        && options.index_digest.is_none()
+        && contents::may_be_used(&blob, facts);
+    let contents_under = contents::kept_as(&blob, facts).filter(|_| takes_contents);
+    if let (Some(cache), Some(under)) = (cache, &contents_under)
+        && let Some((path, bytes)) = cache.index(under)
+    {
+        match Index::open(bytes) {
+            Ok(index) if index.identity().blob_len == blob.len && index.is_of_contents() => {
+                return PreparedLayer::new(blob, facts, index, IndexOrigin::Kept, Some(path));
+            }
+            Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
+        }
+    }
     let coding = match facts.coding {
         Some(coding) => coding,
         None => super::record::coding_of(&blob, &options.patience)?,
     };
+    if takes_contents && let Some((bytes, origin)) = contents::fetch(&blob, coding, facts, &options.patience) {
+        let kept = match (cache, &contents_under) {
+            (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
+            _ => None,
+        };
+        let index = open_index(bytes, &blob.source.to_string())?;
+        return PreparedLayer::new(blob, facts, index, origin, kept);
+    }
+    if options.index == IndexChoice::Require {
+        return Err(OpenError::NoIndexes {
+            name: blob.source.to_string(),
+        });
+    }
     // A file at hand that has to have a digest is read whole: it takes little, and damage is found before anybody reads it.
     let must_check = facts.digest.is_some() && matches!(blob.place, Place::File(_));
     let (bytes, origin) = match coding {

@@ -16,7 +16,7 @@ use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::Store;
 use crate::fetch::{
-    self, Blob, ChunkCheck, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
+    self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
 };
 use crate::image::FileMap;
 use crate::image::ext4::Ext4Image;
@@ -88,8 +88,8 @@ struct Layer {
     blob: At,
     digest: Option<Digest>,
     diff_id: Option<Digest>,
-    /// What the store knows its bytes by.
-    identity: Option<String>,
+    /// The name of its tar space in the store.
+    stored_as: Option<String>,
     /// The index file.
     index: PathBuf,
     /// Whether the index file is to be removed once it was read.
@@ -182,7 +182,7 @@ impl Prepared {
                 blob: At::of(layer),
                 digest: layer.digest.clone(),
                 diff_id: layer.diff_id.clone(),
-                identity: layer.identity(),
+                stored_as: layer.stored_as.clone(),
                 index,
                 borrowed,
                 rest: layer.rest.as_ref().map(At::http),
@@ -322,7 +322,7 @@ impl Recipe {
                 &index,
                 windows,
                 [layer.digest, layer.diff_id],
-                layer.identity,
+                layer.stored_as,
             ));
         }
         start(image, sources, self.store.as_deref(), &self.fetching)
@@ -354,13 +354,15 @@ fn layer_source(
     let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
     let digests = index.chunk_digests().cloned();
+    let digests = digests.map(|digests| Check::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
+    let pieces = index.piece_digests().cloned().map(Check::Pieces);
     LayerSource {
         blob,
         coding: table.map(|table| Coded {
             table,
             windows: if has_windows { windows } else { Windows::None },
         }),
-        digests: digests.map(|digests| ChunkCheck::new(move |chunk, bytes| digests.check(chunk.into(), bytes))),
+        digests: pieces.or(digests),
         whole: WholeDigests {
             blob: digest.and_then(|digest| digest.sha256()),
             tar: diff_id.and_then(|digest| digest.sha256()),
@@ -427,7 +429,7 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
     let store = prepared.cache.as_ref().map(Cache::layers);
     let mut sources = Vec::new();
     for layer in prepared.layers {
-        let identity = layer.identity();
+        let identity = layer.stored_as;
         let digests = [layer.digest, layer.diff_id];
         let path = layer.blob.path.clone().unwrap_or_default();
         let windows = match &layer.rest {

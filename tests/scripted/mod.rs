@@ -496,7 +496,7 @@ fn referrers(held: &Held, repository: &str, subject: &str, query: &str) -> Answe
         if name == repository && json["subject"]["digest"] == subject && seen.insert(digest.clone()) {
             listed.push(
                 serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len(),
-                "artifactType": json["artifactType"], "annotations": null }),
+                "artifactType": json["artifactType"], "annotations": json["annotations"] }),
             );
         }
     }

@@ -92,6 +92,20 @@ impl Registry {
         BlobAccess::new(self.session.clone(), digest.clone(), size)
     }
 
+    /// Opens connections to the endpoint that will be asked first, until there are `count`, while whoever called goes on: by the
+    /// question whether it speaks this protocol at all ("Determining Support"), whose answer is of no interest. Does nothing
+    /// where it is not known whether that endpoint speaks TLS.
+    pub fn greet(&self, count: usize) {
+        let Some(&at) = self.session.order(Need::Pull).first() else {
+            return;
+        };
+        for _ in 0..count {
+            let session = self.session.clone();
+            // Without the thread nobody gets an answer, and somebody else will say so.
+            let _ = net::spawn(async move { session.greet(at).await });
+        }
+    }
+
     /// Asks one endpoint after the other, and all of them again where that may help.
     fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, Failure>) -> Result<T, SourceError> {
         net::wait(async {
@@ -342,12 +356,33 @@ impl Registry {
     }
 
     /// The manifests that name `subject`, of this artifact type only if one is given: by the referrers API, or from the
-    /// fallback tag where the registry has none.
+    /// fallback tag where the registry has none. Both are asked for at the same time.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, SourceError> {
-        let by_api = self.ask(Need::Pull, async |at| {
+        // Goes on by itself when the API answers, so that its connection can be used again.
+        let (this, tag_of) = (self.clone(), subject.clone());
+        let fallback = std::thread::spawn(move || this.fallback(&tag_of));
+        let listed = match self.referrers_by_api(subject, artifact_type)? {
+            Some(listed) => listed,
+            None => fallback
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+        };
+        Ok(listed
+            .into_iter()
+            .filter(|descriptor| artifact_type.is_none_or(|kind| descriptor.artifact_type.as_deref() == Some(kind)))
+            .collect())
+    }
+
+    /// What the referrers API says; none where the registry has no such thing.
+    fn referrers_by_api(
+        &self,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Option<Vec<Descriptor>>, SourceError> {
+        self.ask(Need::Pull, async |at| {
             let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
             let mut query = artifact_type.map(|kind| {
                 let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
@@ -385,15 +420,7 @@ impl Registry {
                 name: format!("{}@{subject}", self.name()),
                 why,
             }))
-        })?;
-        let listed = match by_api {
-            Some(listed) => listed,
-            None => self.fallback(subject)?,
-        };
-        Ok(listed
-            .into_iter()
-            .filter(|descriptor| artifact_type.is_none_or(|kind| descriptor.artifact_type.as_deref() == Some(kind)))
-            .collect())
+        })
     }
 
     /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema").

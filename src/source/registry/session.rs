@@ -238,6 +238,22 @@ impl Session {
         }
     }
 
+    /// Asks an endpoint whether it speaks the protocol, showing no credentials: for the connection, which is kept.
+    pub(super) async fn greet(&self, at: usize) {
+        let Some(base) = self.known_base(at) else { return };
+        let Ok(client) = self.client(at, base.scheme() == "https") else {
+            return;
+        };
+        let mut request = client.get(base.clone());
+        for (name, value) in self.spec.endpoints[at].headers() {
+            request = request.header(name, value);
+        }
+        // Only an answer that was read leaves its connection for others.
+        if let Ok(response) = self.exchange(&base, request).await {
+            let _ = body(&base, response, LONGEST_ANSWER, &self.spec.patience).await;
+        }
+    }
+
     /// Notes what an answer says about how to be let in.
     fn learn(&self, at: usize, headers: &HeaderMap, status: StatusCode) {
         let mut state = lock(&self.hosts[at].state);
