@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use sha2::{Digest as _, Sha256};
 
-use super::cold::{ColdPart, Packer};
+use super::cold::{ColdPart, Packed, Packer};
 use super::digests::ChunkHasher;
 use super::entry::{Entry, EntrySink};
 use super::error::IndexError;
@@ -17,7 +17,7 @@ use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
 use crate::digest::{Algorithm, Digest, Hasher};
-use crate::layer::{Coding, Indexer, Spans};
+use crate::layer::{Coding, Indexer, SpanTable};
 use crate::units::{TarOffset, TarRange};
 
 /// Header bytes that take more than this compressed are not kept: the tar of an enemy, or one with other things behind its end.
@@ -270,16 +270,20 @@ impl Recorded {
             blob_digest: self.diff_id.clone(),
             ..LayerIdentity::default()
         };
-        self.into_index(identity, None)
+        self.into_index(identity)
     }
 
-    /// The index. Of `identity` the diff ID is filled in.
+    /// The index of a layer that can be entered at its beginning only. Of `identity` the diff ID is filled in.
     #[must_use]
-    pub fn into_index(mut self, identity: LayerIdentity, spans: Option<Spans>) -> Vec<u8> {
+    pub fn into_index(self, identity: LayerIdentity) -> Vec<u8> {
+        self.with_spans(identity, None)
+    }
+
+    fn with_spans(mut self, identity: LayerIdentity, spans: Option<(SpanTable, Packed)>) -> Vec<u8> {
         let diff_id = self.diff_id.or(identity.diff_id);
         self.builder.identity(LayerIdentity { diff_id, ..identity });
-        if let Some(spans) = spans {
-            self.builder.spans(spans);
+        if let Some((table, windows)) = spans {
+            self.builder.packed_spans(table, windows);
         }
         self.builder.finish(self.tar_len, self.end)
     }
@@ -288,6 +292,35 @@ impl Recorded {
 /// No layer unpacks to more: what does is a bomb.
 const MAX_TAR: u64 = 1 << 40;
 
+/// What undoes a blob's compression, and what is kept of that.
+#[derive(Debug)]
+struct Compressed {
+    indexer: Box<Indexer>,
+    /// The histories of the spans so far, as the index will hold them: raw they are some 26 KiB for each MiB of the tar.
+    windows: Packed,
+}
+
+impl Compressed {
+    /// Takes the blob's next bytes, which `digest` takes as well.
+    fn feed(
+        &mut self,
+        blob: &[u8],
+        digest: &mut Option<Hasher>,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), IndexError> {
+        for piece in blob.chunks(STRIDE) {
+            if let Some(digest) = digest {
+                digest.update(piece);
+            }
+            self.indexer.feed(piece, sink)?;
+            for window in self.indexer.take_windows() {
+                self.windows.push(&window);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Makes an index from a layer's blob that streams by, in whatever coding it is.
 #[derive(Debug)]
 pub struct BlobRecorder {
@@ -295,7 +328,7 @@ pub struct BlobRecorder {
     spacing: u64,
     recorder: Recorder,
     /// What undoes the compression.
-    compressed: Option<Box<Indexer>>,
+    compressed: Option<Compressed>,
     /// The blob's digest, where it is not the tar's.
     digest: Option<Hasher>,
     blob_len: u64,
@@ -305,12 +338,15 @@ impl BlobRecorder {
     /// At the beginning of a blob. Entry points into a gzip blob will lie about every `spacing` bytes of the tar.
     #[must_use]
     pub fn new(coding: Coding, spacing: u64, contents: Contents) -> Self {
-        let indexer = || Box::new(Indexer::new(coding, spacing).limit(MAX_TAR));
+        let compressed = || Compressed {
+            indexer: Box::new(Indexer::new(coding, spacing).limit(MAX_TAR)),
+            windows: Packed::new(ColdPart::Windows),
+        };
         Self {
             coding,
             spacing: if coding == Coding::Plain { 0 } else { spacing },
             recorder: Recorder::new(contents),
-            compressed: (coding != Coding::Plain).then(indexer),
+            compressed: (coding != Coding::Plain).then(compressed),
             digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher()),
             blob_len: 0,
         }
@@ -351,14 +387,14 @@ impl BlobRecorder {
             tap(recorder.position(), tar);
             recorder.feed_into(tar, also)
         };
-        if let Some(digest) = &mut self.digest {
-            digest.update(blob);
-        }
-        let Some(indexer) = &mut self.compressed else {
+        let Some(compressed) = &mut self.compressed else {
+            if let Some(digest) = &mut self.digest {
+                digest.update(blob);
+            }
             return take(blob);
         };
         let mut outcome = Ok(());
-        indexer.feed(blob, &mut |tar| {
+        compressed.feed(blob, &mut self.digest, &mut |tar| {
             if outcome.is_ok() {
                 outcome = take(tar);
             }
@@ -390,7 +426,7 @@ impl BlobRecorder {
     /// When blob or tar stop in the middle of something, or it is no tar.
     pub fn finish(self) -> Result<BlobRecorded, IndexError> {
         let blob_digest = self.digest.map(Hasher::finish);
-        let Some(indexer) = self.compressed else {
+        let Some(mut compressed) = self.compressed else {
             return Ok(BlobRecorded {
                 identity: LayerIdentity {
                     blob_len: self.blob_len,
@@ -401,7 +437,10 @@ impl BlobRecorder {
                 spans: None,
             });
         };
-        let spans = indexer.finish()?;
+        let spans = compressed.indexer.finish()?;
+        for window in spans.windows {
+            compressed.windows.push(&window);
+        }
         Ok(BlobRecorded {
             identity: LayerIdentity {
                 coding: self.coding,
@@ -411,7 +450,7 @@ impl BlobRecorder {
                 spacing: self.spacing,
             },
             recorded: self.recorder.finish()?,
-            spans: Some(spans),
+            spans: Some((spans.table, compressed.windows)),
         })
     }
 }
@@ -421,8 +460,8 @@ impl BlobRecorder {
 pub struct BlobRecorded {
     identity: LayerIdentity,
     recorded: Recorded,
-    /// Where the blob can be entered, if it is compressed.
-    pub spans: Option<Spans>,
+    /// Where the blob can be entered, if it is compressed, and the histories for that.
+    spans: Option<(SpanTable, Packed)>,
 }
 
 impl BlobRecorded {
@@ -452,6 +491,64 @@ impl BlobRecorded {
     #[must_use]
     pub fn into_index(self) -> Vec<u8> {
         let identity = self.identity();
-        self.recorded.into_index(identity, self.spans)
+        self.recorded.with_spans(identity, self.spans)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::Index;
+    use crate::layer::SPACING;
+
+    /// A tar of one file whose bytes are words in no order.
+    fn tar(len: usize) -> Vec<u8> {
+        let words = ["layer", "block", "header", "\n", "device", "chunk", " of ", "the", "17"];
+        let mut state = 1_u32;
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let at = usize::try_from(state >> 16).unwrap();
+            bytes.extend_from_slice(words[at % words.len()].as_bytes());
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(len_u64(bytes.len()));
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_data(&mut header, "words", bytes.as_slice()).unwrap();
+        tar.into_inner().unwrap()
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let config = zlib_rs::DeflateConfig {
+            window_bits: 31,
+            ..zlib_rs::DeflateConfig::default()
+        };
+        let mut room = vec![0; zlib_rs::compress_bound(bytes.len()) + 100];
+        let (blob, code) = zlib_rs::compress_slice(&mut room, bytes, config);
+        assert_eq!(code, zlib_rs::ReturnCode::Ok);
+        blob.to_vec()
+    }
+
+    #[test]
+    fn histories_are_packed_while_the_blob_passes() {
+        let blob = gzip(&tar(12 << 20));
+        let mut indexer = Indexer::new(Coding::Gzip, SPACING);
+        indexer.feed(&blob, &mut |_| {}).unwrap();
+        let spans = indexer.finish().unwrap();
+        let raw: usize = spans.windows.iter().map(Vec::len).sum();
+        assert!(spans.table.len() > 8, "{} spans", spans.table.len());
+
+        let mut recorder = BlobRecorder::new(Coding::Gzip, SPACING, Contents::FULL);
+        let (first, last) = blob.split_at(blob.len() / 2);
+        recorder.feed(first).unwrap();
+        let packed = recorder.compressed.as_ref().unwrap().windows.stored_len();
+        assert!(packed > 0 && packed < raw / 2, "{packed} of {raw}");
+        recorder.feed(last).unwrap();
+        let index = Index::open(recorder.finish().unwrap().into_index()).unwrap();
+        assert_eq!(index.spans(), Some(&spans.table));
+        for (n, window) in spans.windows.iter().enumerate() {
+            let held = index.cold_piece(ColdPart::Windows, n).unwrap().unwrap_or_default();
+            assert!(held == *window, "window {n}");
+        }
     }
 }
