@@ -420,7 +420,7 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(key, whole);
+            self.bring_checked(vec![(key, whole)]);
         }
     }
 
