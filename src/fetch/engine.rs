@@ -131,7 +131,7 @@ pub(crate) fn start(
     std::thread::Builder::new()
         .name("tarblk-fetch".to_owned())
         .spawn(move || {
-            let runtime = match tokio_uring::Runtime::new(tokio_uring::builder().entries(512)) {
+            let runtime = match runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
                     let _starter_is_gone = ready.send(Err(error));
@@ -147,6 +147,16 @@ pub(crate) fn start(
         Ok(Err(error)) => Err(StartError::Thread(error)),
         Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
     }
+}
+
+/// The thread's runtime and ring. `COOP_TASKRUN` (Linux 5.19) spares it interrupts while it runs: it asks often enough.
+fn runtime() -> io::Result<tokio_uring::Runtime> {
+    let mut ring = tokio_uring::uring_builder();
+    ring.setup_coop_taskrun();
+    let mut builder = tokio_uring::builder();
+    builder.entries(512);
+    tokio_uring::Runtime::new(builder.uring_builder(&ring))
+        .or_else(|_| tokio_uring::Runtime::new(tokio_uring::builder().entries(512)))
 }
 
 impl Engine {
@@ -563,6 +573,11 @@ impl Engine {
         }
         let within = |key: &&ChunkKey| key.layer == stretch.layer && (stretch.first..stretch.end).contains(&key.index);
         all.keys().filter(within).copied().collect()
+    }
+
+    fn is_waited_for(&self, key: ChunkKey) -> bool {
+        let all = self.pending.borrow();
+        all.get(&key).is_some_and(|pending| !pending.waiters.is_empty())
     }
 
     fn anybody_waits(&self, stretch: Stretch) -> bool {

@@ -423,7 +423,7 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(key, whole);
+            self.bring_checked(vec![(key, whole)]);
         } else if let Some(remote) = self.remote(layer)
             && remote.check.as_ref().and_then(Check::pieces).is_some()
         {
