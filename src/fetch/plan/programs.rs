@@ -8,7 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::needs::{Needs, needs};
-use super::python::{self, Modules};
+use super::python::{self, Modules, When};
 use super::{Peek, PlanOptions, Stretch};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, to_u64, to_usize};
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
@@ -149,7 +149,10 @@ impl Programs {
     ) {
         let Some(path) = files.path(file.file) else { return };
         let exists = |path: &[u8]| files.resolve(file.directory, path);
-        for module in self.modules.imports(&path, bytes, &exists) {
+        for (module, when) in self.modules.imports(&path, bytes, &exists) {
+            if when == When::Called {
+                continue;
+            }
             let first = wanted.len();
             if hops < options.import_hops {
                 self.want(module, options, hops + 1, wanted);
