@@ -40,7 +40,7 @@ use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
 use super::http::Client;
 use super::link::Link;
-use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use super::plan::{PlanOptions, Planner, Presence, Stretch, Want, merge};
 use super::stats::add;
 use super::tier::Tier;
 use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
@@ -294,7 +294,7 @@ impl Engine {
         ranges: &[LayerRange],
         waiter: Owed,
         asked: Instant,
-        now: &mut Vec<Stretch>,
+        now: &mut Vec<Want>,
         cached: &mut Vec<ChunkKey>,
     ) {
         let request = Request::new(waiter, asked, self.shared.counters.clone());
@@ -321,7 +321,7 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Want>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
@@ -392,11 +392,11 @@ impl Engine {
     }
 
     /// Sends demand flights for what is absent of `stretches`.
-    fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
-        if stretches.is_empty() {
+    fn launch(self: &Rc<Self>, wants: &[Want]) {
+        if wants.is_empty() {
             return;
         }
-        self.send(&merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
+        self.send(&merge(wants, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
     }
 
     /// Sends what is likely next, as far as the link has room behind what was asked for.
@@ -415,7 +415,7 @@ impl Engine {
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
             let next = self.planner.borrow_mut().next(most, &|key| self.look(key));
             let Some(flight) = next else { return };
-            self.send(&[flight], false);
+            self.send(&[flight.stretch], false);
         }
     }
 

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::needs::{Needs, needs};
 use super::python::{self, Modules, When};
-use super::{Peek, PlanOptions, Stretch};
+use super::{Hint, Peek, PlanOptions, Stretch};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, to_u64, to_usize};
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{LayerId, TarRange};
@@ -40,6 +40,7 @@ struct Open {
 pub(super) struct Wanted {
     pub(super) layer: LayerId,
     pub(super) range: TarRange,
+    pub(super) hint: Hint,
     /// It is read before the program that names it runs; else it is likely.
     pub(super) certain: bool,
 }
@@ -157,7 +158,9 @@ impl Programs {
             if hops < options.import_hops {
                 self.want(module, options, hops + 1, wanted);
             }
-            wanted[first..].iter_mut().for_each(|wanted| wanted.certain = false);
+            for wanted in &mut wanted[first..] {
+                (wanted.certain, wanted.hint) = (false, Hint::Import);
+            }
         }
     }
 
@@ -252,6 +255,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     Wanted {
         layer: file.layer,
         range: TarRange::new(file.range.start.plus(at), len),
+        hint: Hint::Loader,
         certain: true,
     }
 }
