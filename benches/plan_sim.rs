@@ -145,7 +145,9 @@ impl Simulation<'_> {
                 return;
             }
             let next = planner.next(room, &|key| self.presence(key));
-            let Some(Want { stretch: flight, hint }) = next else { return };
+            let Some(Want { stretch: flight, hint }) = next else {
+                return;
+            };
             self.why.extend(flight.keys().map(|key| (key, Some(hint))));
             planner.suspected(flight.bytes());
             self.unread.extend(flight.keys());
@@ -427,7 +429,7 @@ fn main() {
                 credit_percent: pick(&[10, 20, 30, 40, 60, 80, 100]),
                 urgent_percent: pick(&[40, 60, 80, 100, 150, 1000]),
                 fault_around: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
-                import_hops: u8::try_from(pick(&[0, 1, 2, 3])).unwrap(),
+                import_hops: u8::try_from(pick(&[0, 3, 20])).unwrap(),
                 gap: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
                 ..base.clone()
             };

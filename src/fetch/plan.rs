@@ -191,11 +191,11 @@ impl Default for PlanOptions {
             with_demand: 512 << 10,
             first_touch: 256 << 10,
             widest_touch: 2 << 20,
-            neighbours: 64 << 10,
-            neighbours_percent: 100,
+            neighbours: 32 << 10,
+            neighbours_percent: 50,
             small_neighbour: 64 << 10,
             program_part: 512 << 10,
-            import_hops: 3,
+            import_hops: 20,
             fault_around: 16 << 10,
             first_window: 128 << 10,
             largest_window: 16 << 20,
@@ -220,8 +220,10 @@ struct Stream {
     at: TarOffset,
     /// Up to where chunks are queued.
     queued: TarOffset,
-    /// Where the file, or what is known of the reader's way, ends.
-    limit: TarOffset,
+    /// Where the file in which it was last begins and ends; or the layer, for one that has read a whole file and went on.
+    file: TarRange,
+    /// Where it began.
+    from: TarOffset,
     /// How many bytes it has read in one go.
     run: u64,
 }
@@ -331,7 +333,8 @@ impl Planner {
         if !self.may_suspect(self.options.urgent_percent) {
             return None;
         }
-        if let Some(found) = take_from(&mut self.urgent, most, self.options.gap, look) {
+        if let Some(mut found) = take_from(&mut self.urgent, most, self.options.gap, look) {
+            gather(&mut found.stretch, &self.urgent, most, self.options.gap, look);
             return Some(found);
         }
         if !self.may_suspect(self.options.credit_percent) {
@@ -395,30 +398,39 @@ impl Planner {
 
     /// Follows sequential readers: ahead of each a window as long as what it has read in one go.
     fn follow(&mut self, layer: LayerId, range: TarRange) {
-        let file = self.files.as_ref().and_then(|files| files.file_at(layer, range.start));
-        let end = TarOffset(self.size(layer));
+        let whole = TarRange::new(TarOffset(0), self.size(layer));
+        let files = self.files.as_ref();
+        let file = files.map_or(whole, |files| {
+            files.file_at(layer, range.start).map_or(whole, |file| file.range)
+        });
         let near = |stream: &Stream| {
             stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
         };
-        let known = self.streams.iter().position(near);
-        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(Stream {
+        let begin = Stream {
             layer,
             at: range.start,
             queued: range.end(),
-            limit: file.map_or(end, |file| file.range.end()),
+            file,
+            from: range.start,
             run: 0,
-        });
+        };
+        let known = self.streams.iter().position(near);
+        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(begin);
+        if range.start >= stream.file.end() {
+            // Who has read all of a file and goes on behind it reads a tree; who has not reads here and there.
+            if stream.from <= stream.file.start {
+                stream.file = whole;
+            } else {
+                stream = begin;
+            }
+        }
         stream.run += range.end().since(stream.at).min(range.len);
         stream.at = stream.at.max(range.end());
-        if range.start >= stream.limit {
-            // It went on behind the end of a file: it follows the layer.
-            stream.limit = end;
-        }
         let ahead = stream.queued.since(stream.at);
         let window = stream.run.min(self.options.largest_window);
         if window >= self.options.first_window && ahead <= window / 2 {
             let from = stream.queued.max(stream.at);
-            let until = stream.at.plus(window).min(stream.limit);
+            let until = stream.at.plus(window).min(stream.file.end());
             if until > from {
                 let window = TarRange::new(from, until.since(from));
                 self.urgent.push_back(Hint::Ahead.of(Stretch::of(layer, window)));
@@ -527,6 +539,46 @@ fn take_from(queue: &mut VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) ->
         queue.pop_front();
     }
     found
+}
+
+/// Lets `found` grow by what else is wanted close to it, on both sides, up to `most` chunks: one request instead of two.
+fn gather(found: &mut Stretch, queue: &VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) {
+    const MOST_LOOKED_AT: usize = 256;
+    let absent = |index| {
+        look(ChunkKey {
+            layer: found.layer,
+            index,
+        }) == Presence::Absent
+    };
+    let (mut first, mut end) = (found.first, found.end);
+    loop {
+        let before = (first, end);
+        for Want { stretch: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
+            if near.layer != found.layer || near.is_empty() {
+                continue;
+            }
+            if near.end > end && near.first <= end.saturating_add(gap) {
+                let until = near.end.min(first.saturating_add(most));
+                if let Some(last) = (end..until).rev().find(|index| absent(*index))
+                    && may_bridge(found.layer, end, last, look)
+                {
+                    end = last + 1;
+                }
+            }
+            if near.first < first && near.end.saturating_add(gap) >= first {
+                let from = near.first.max(end.saturating_sub(most));
+                if let Some(next) = (from..first).find(|index| absent(*index))
+                    && may_bridge(found.layer, next, first, look)
+                {
+                    first = next;
+                }
+            }
+        }
+        if (first, end) == before {
+            break;
+        }
+    }
+    (found.first, found.end) = (first, end);
 }
 
 /// Puts the absent chunks of `wanted` together to flights: neighbours over gaps of up to `gap` chunks, none longer than

@@ -93,21 +93,28 @@ impl Modules {
         }
         let mut found = Vec::new();
         if let Some(imports) = bytecode::imports(bytes) {
-            let frozen = |name: &[u8]| bytecode::is_frozen(bytes, name);
             for import in imports {
                 let when = if import.late { When::Called } else { When::Imported };
                 let bases = match import.level {
                     0 => self.roots.clone(),
                     level => above(package, level).map(<[u8]>::to_vec).into_iter().collect(),
                 };
-                let top: &dyn Fn(&[u8]) -> bool = if import.level == 0 { &frozen } else { &|_| false };
+                // The name from the top, of what a name below a base means.
+                let inside = bases
+                    .first()
+                    .filter(|_| import.level > 0)
+                    .and_then(|base| self.inside(base));
+                let frozen = |name: &[u8]| match &inside {
+                    Some(package) => bytecode::is_frozen(bytes, &[package, &b"."[..], name].concat()),
+                    None => bytecode::is_frozen(bytes, name),
+                };
                 let below = |name: &&[u8]| {
                     let dot: &[u8] = if import.module.is_empty() { b"" } else { b"." };
                     [import.module, dot, name].concat()
                 };
-                self.look_up(&bases, import.module, ending, when, top, exists, &mut found);
+                self.look_up(&bases, import.module, ending, when, &frozen, exists, &mut found);
                 for name in import.names.iter().filter(|name| **name != b"*").map(below) {
-                    self.look_up(&bases, &name, ending, when, top, exists, &mut found);
+                    self.look_up(&bases, &name, ending, when, &frozen, exists, &mut found);
                 }
             }
         } else {
@@ -119,6 +126,16 @@ impl Modules {
             }
         }
         found
+    }
+
+    /// The dotted name of the package in directory `base`.
+    fn inside(&self, base: &[u8]) -> Option<Vec<u8>> {
+        let below = |root: &Vec<u8>| base.strip_prefix(&root[..])?.strip_prefix(b"/").map(<[u8]>::to_vec);
+        let mut name = self.roots.iter().find_map(below)?;
+        name.iter_mut()
+            .filter(|byte| **byte == b'/')
+            .for_each(|byte| *byte = b'.');
+        Some(name)
     }
 
     /// Adds the files of module `name` below the first of `bases` that has any, unless it was asked for before.
