@@ -6,6 +6,7 @@
 
 mod needs;
 mod neighbours;
+mod node;
 mod programs;
 mod python;
 

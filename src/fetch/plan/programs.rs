@@ -8,6 +8,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::needs::{Needs, needs};
+use super::node;
 use super::python::{self, Modules, When};
 use super::{Hint, Peek, PlanOptions, Stretch};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, to_u64, to_usize};
@@ -123,9 +124,11 @@ impl Programs {
     ) {
         let (file, len) = (open.file, open.file.range.len);
         let bytes = |at, len| bytes_of(file, at, len, peek);
-        if bytes(0, len.min(64)).is_some_and(|head| python::is_compiled(&head)) && len <= LONGEST_MODULE {
+        let Some(head) = bytes(0, len.min(64)) else { return };
+        let path = files.path(file.file).unwrap_or_default();
+        if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path)) {
             match bytes(0, len) {
-                Some(bytes) => self.import(files, file, &bytes, open.hops, options, wanted),
+                Some(bytes) => self.import(files, file, &path, &bytes, open.hops, options, wanted),
                 None => self.wait(file, &[(0, len)], open.hops),
             }
             return;
@@ -138,29 +141,38 @@ impl Programs {
         }
     }
 
-    /// What a compiled Python module names.
+    /// What a module of Python or Node loads.
+    #[expect(clippy::too_many_arguments, reason = "a file, and what it is looked into with")]
     fn import(
         &mut self,
         files: &dyn FileMap,
         file: StoredFile,
+        path: &[u8],
         bytes: &[u8],
         hops: u8,
         options: &PlanOptions,
         wanted: &mut Vec<Wanted>,
     ) {
-        let Some(path) = files.path(file.file) else { return };
+        if hops >= options.import_hops {
+            return;
+        }
         let exists = |path: &[u8]| files.resolve(file.directory, path);
-        for (module, when) in self.modules.imports(&path, bytes, &exists) {
-            if when == When::Called {
-                continue;
-            }
-            let first = wanted.len();
-            if hops < options.import_hops {
-                self.want(module, options, hops + 1, wanted);
-            }
-            for wanted in &mut wanted[first..] {
-                (wanted.certain, wanted.hint) = (false, Hint::Import);
-            }
+        let modules = if node::is_script(path) {
+            node::loads(path, bytes, &exists)
+        } else {
+            // What only functions import is hardly ever read before something else shows it.
+            let imports = self.modules.imports(path, bytes, &exists).into_iter();
+            imports
+                .filter(|(_, when)| *when == When::Imported)
+                .map(|(module, _)| module)
+                .collect()
+        };
+        let first = wanted.len();
+        for module in modules {
+            self.want(module, options, hops + 1, wanted);
+        }
+        for wanted in &mut wanted[first..] {
+            (wanted.certain, wanted.hint) = (false, Hint::Import);
         }
     }
 
