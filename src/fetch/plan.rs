@@ -198,7 +198,7 @@ impl Default for PlanOptions {
             program_part: 512 << 10,
             import_hops: 20,
             fault_around: 16 << 10,
-            first_window: 128 << 10,
+            first_window: 256 << 10,
             largest_window: 16 << 20,
             credit: 1 << 20,
             credit_percent: 50,
