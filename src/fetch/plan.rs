@@ -279,6 +279,11 @@ impl Planner {
     /// what belongs with them.
     pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Want>) {
         let wanted = Stretch::of(layer, range);
+        if wanted.keys().all(|key| look(key) != Presence::Absent) {
+            // It is on its way, and what belongs with it was thought of when it was asked for.
+            self.hit(layer, range, look);
+            return;
+        }
         let with = self.belonging(layer, range);
         now.push(Hint::Demand.of(wanted));
         if with.bytes() <= self.options.with_demand.max(wanted.bytes()) {
