@@ -44,7 +44,7 @@ use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
 use super::http::Client;
 use super::link::Link;
-use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use super::plan::{PlanOptions, Planner, Presence, Stretch, Want, merge};
 use super::stats::add;
 use super::tier::Tier;
 use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
@@ -317,7 +317,7 @@ impl Engine {
         ranges: &[LayerRange],
         waiter: Owed,
         asked: Instant,
-        now: &mut Vec<Stretch>,
+        now: &mut Vec<Want>,
         cached: &mut Vec<ChunkKey>,
     ) {
         self.last_read.set(asked);
@@ -345,7 +345,7 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Want>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
@@ -416,11 +416,11 @@ impl Engine {
     }
 
     /// Sends demand flights for what is absent of `stretches`.
-    fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
-        if stretches.is_empty() {
+    fn launch(self: &Rc<Self>, wants: &[Want]) {
+        if wants.is_empty() {
             return;
         }
-        self.send(&merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
+        self.send(&merge(wants, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
     }
 
     /// Sends what is likely next, as far as the link has room behind what was asked for.
@@ -438,10 +438,10 @@ impl Engine {
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
             let suspected = || self.planner.borrow_mut().next(most, &|key| self.look(key));
             let next = self.options.prefetch.then(suspected).flatten();
-            let Some(flight) = next.or_else(|| self.rest(most)) else {
+            let Some(stretch) = next.map(|want| want.stretch).or_else(|| self.rest(most)) else {
                 return;
             };
-            self.send(&[flight], false);
+            self.send(&[stretch], false);
         }
     }
 
