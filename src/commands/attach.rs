@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::output::{ReaderGone, println};
 use super::{Session, layer};
-use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Served, Spec};
+use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, Served, Spec};
 use crate::device::registry;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
@@ -158,7 +158,9 @@ pub(super) fn serve() -> ExitCode {
 
 /// Where states are kept: `TARBLK_STATE_DIR`, for those who test or must not write to /run.
 pub(super) fn states() -> StateDir {
-    std::env::var_os("TARBLK_STATE_DIR").map_or_else(StateDir::default, |dir| StateDir::new(PathBuf::from(dir)))
+    // The daemon works in another directory.
+    let dir = std::env::var_os("TARBLK_STATE_DIR").and_then(|dir| std::path::absolute(dir).ok());
+    dir.map_or_else(StateDir::default, StateDir::new)
 }
 
 /// Which back end carries the device, if it is not the one that `auto` prefers.
@@ -246,6 +248,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
 /// Makes image and fetcher of a recipe, in the daemon.
 fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
     let recipe: Recipe = serde_json::from_value(payload)?;
+    let reach = recipe.opens_later().map_or(Reach::Everything, Reach::Paths);
     let opened = recipe.serve()?;
     let (bytes, counted, ended) = (opened.fetcher.clone(), opened.fetcher.clone(), opened.fetcher);
     Ok(Served {
@@ -253,5 +256,6 @@ fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
         bytes: Arc::new(bytes),
         fetch_stats: Box::new(move || serde_json::to_value(counted.stats()).unwrap_or_default()),
         finish: Box::new(move || ended.shutdown()),
+        reach,
     })
 }
