@@ -382,3 +382,35 @@ fn shutting_down_answers_everybody() {
     fetcher.shutdown();
     assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
 }
+
+/// A server that closes every connection after its answer, and more readers than connections: a connection that ends hands
+/// its place to whoever waits for one.
+#[test]
+fn readers_that_wait_for_a_connection_outlive_its_end() {
+    let (origin, data) = served();
+    let closing = HttpLayer {
+        headers: vec![("Connection".to_owned(), "close".to_owned())],
+        ..layer(&origin, "/layer.tar")
+    };
+    let options = FetchOptions {
+        connections: 1,
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(closing, options);
+    let (tell, told) = std::sync::mpsc::channel();
+    for n in 0..12 {
+        let (fetcher, tell) = (fetcher.clone(), tell.clone());
+        std::thread::spawn(move || {
+            let start = n * 240_000;
+            let read = fetcher.read_blocking(vec![range(start, 4096)]).unwrap();
+            tell.send((start, joined(&read))).unwrap();
+        });
+    }
+    for done in 0..12 {
+        let (start, bytes) = told
+            .recv_timeout(Duration::from_secs(50))
+            .unwrap_or_else(|_| panic!("{done} of 12 reads came back: {:?}", fetcher.stats()));
+        assert!(bytes == data[start..start + 4096]);
+    }
+}
