@@ -414,3 +414,21 @@ fn readers_that_wait_for_a_connection_outlive_its_end() {
         assert!(bytes == data[start..start + 4096]);
     }
 }
+
+/// Where a redirect led before there is another layer now, but the original leads to the right one.
+#[test]
+fn a_redirect_that_leads_elsewhere_now_is_asked_for_again() {
+    let (origin, data) = served();
+    origin.serve_redirect("/signed", "/layer.tar", Duration::from_secs(60));
+    let options = FetchOptions {
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(layer(&origin, "/signed"), options);
+    assert!(fetcher.read_blocking(vec![range(0, 4096)]).is_ok());
+    origin.serve_blob("/layer.tar", &b"an error page that calls itself a success"[..]);
+    origin.serve_blob("/moved.tar", data.as_slice());
+    origin.serve_redirect("/signed", "/moved.tar", Duration::from_secs(60));
+    let bytes = joined(&fetcher.read_blocking(vec![range(2_000_000, 4096)]).unwrap());
+    assert!(bytes == data[2_000_000..2_004_096]);
+}
