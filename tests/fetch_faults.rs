@@ -1,5 +1,7 @@
 //! The fetcher against servers that fail: right bytes or an error, never wrong ones, and every failure counted.
 
+mod common;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -431,4 +433,47 @@ fn a_redirect_that_leads_elsewhere_now_is_asked_for_again() {
     origin.serve_redirect("/signed", "/moved.tar", Duration::from_secs(60));
     let bytes = joined(&fetcher.read_blocking(vec![range(2_000_000, 4096)]).unwrap());
     assert!(bytes == data[2_000_000..2_004_096]);
+}
+
+/// A cache whose disk fills up in the middle of a write takes no more; what is read on is none the worse for it.
+#[test]
+fn a_full_disk_is_no_end() {
+    struct Mounted(tempfile::TempDir);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    if let Err(error) = rustix::mount::mount("none", dir.path(), c"tmpfs", flags, c"size=1m") {
+        return common::skip("a_full_disk_is_no_end", &format!("cannot mount a small tmpfs: {error}"));
+    }
+    let small = Mounted(dir);
+    // More than may wait to be written, of a server that has to be read from end to end.
+    const MANY: usize = 72 << 20;
+    let mut data = noise(1 << 20).repeat(MANY >> 20);
+    for (n, megabyte) in (0u8..).zip(data.chunks_mut(1 << 20)) {
+        megabyte.iter_mut().step_by(4096).for_each(|byte| *byte = n);
+    }
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/layer.tar", data.as_slice());
+    origin.set_ranges(false);
+    let options = FetchOptions {
+        store: Some(Store::open(small.0.path()).unwrap()),
+        ..quick()
+    };
+    let big = HttpLayer {
+        size: u(MANY),
+        ..layer(&origin, "/layer.tar")
+    };
+    let fetcher = start(big, options);
+    let (tell, told) = std::sync::mpsc::channel();
+    let reader = fetcher.clone();
+    std::thread::spawn(move || tell.send(reader.read_blocking(vec![range(MANY - 8192, 8192)])));
+    let read = told
+        .recv_timeout(Duration::from_secs(100))
+        .expect("the stream stands still");
+    assert!(joined(&read.unwrap()) == data[MANY - 8192..]);
+    fetcher.shutdown();
 }

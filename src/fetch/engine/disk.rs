@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::sleep;
+use tokio_uring::buf::IoBuf;
 
 use super::request::Request;
 use super::{Engine, Remote};
@@ -219,13 +220,7 @@ impl Engine {
             let written = match &file {
                 Ok(file) if cache.takes_more() => {
                     let buffers: Vec<ChunkBuffer> = batch.into_iter().map(|(_, chunk)| ChunkBuffer(chunk)).collect();
-                    file.writev_at_all(buffers, Some(start)).await.0.and_then(|wrote| {
-                        if to_u64(wrote) == bytes {
-                            Ok(())
-                        } else {
-                            Err(io::ErrorKind::WriteZero.into())
-                        }
-                    })
+                    write_all(file, buffers, start).await
                 }
                 Ok(_) => Err(io::ErrorKind::StorageFull.into()),
                 Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
@@ -313,6 +308,30 @@ fn next_batch(queue: &mut VecDeque<(u32, Arc<Chunk>)>) -> Vec<(u32, Arc<Chunk>)>
         batch.push(next);
     }
     batch
+}
+
+/// Writes neighbours from `at` on. A disk that is almost full takes a part of what it is given and says no to the rest;
+/// tokio-uring's own way to write all of several buffers (0.5.0) panics there.
+async fn write_all(file: &tokio_uring::fs::File, mut buffers: Vec<ChunkBuffer>, mut at: u64) -> io::Result<()> {
+    while !buffers.is_empty() {
+        let (written, rest) = file.writev_at(buffers, at).await;
+        buffers = rest;
+        let mut left = written?;
+        if left == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        let before = buffers.len();
+        // A chunk that was cut off is written again, whole.
+        while let Some(len) = buffers.first().map(IoBuf::bytes_init).filter(|len| *len <= left) {
+            buffers.remove(0);
+            left -= len;
+            at += to_u64(len);
+        }
+        if buffers.len() == before {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+    }
+    Ok(())
 }
 
 /// Reads `len` bytes; a file that ends before is an error. The ring's file type closes its descriptor, so `file` is one
