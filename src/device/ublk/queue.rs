@@ -7,7 +7,7 @@
 //!
 //! Buffers belong to the queue, not to its tags: the kernel hands out tags by turns, and 128 buffers that have each been
 //! touched once are memory wasted. The driver copies an answer while it takes the commit, so a buffer is free again when
-//! the queue's next system call has returned.
+//! a system call of the queue has returned and left nothing in the submission queue.
 //!
 //! Rules that libublk 0.4 imposes: a future of an operation must be awaited to its end, never dropped (its slot would
 //! leak, and the kernel might still write to the buffer); and nothing may be committed once the queue is stopping (the
@@ -144,7 +144,10 @@ pub(super) fn serve(
             std::mem::forget((executor, tasks, desk, unused));
             return;
         }
-        desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
+        // A kernel short of memory takes only a part of what is queued: then a commit may still be to come.
+        if with_task_io_ring_mut(|ring: &mut IoUring<squeue::Entry>| ring.submission().is_empty()) {
+            desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
+        }
         while executor.try_tick() {}
     }
 }
