@@ -302,6 +302,10 @@ impl Engine {
                 return Ok(());
             }
             let before = route.delivered.get();
+            if before >= route.to && before > route.from {
+                // All of it came before the connection broke.
+                return Ok(());
+            }
             let trouble = match self.attempt_coded(landing, coded, &mut course).await {
                 Ok(Answer::Complete) => return Ok(()),
                 Ok(Answer::Whole(body)) => {

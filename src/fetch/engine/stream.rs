@@ -121,8 +121,9 @@ impl Engine {
         let asked = match first {
             Some(body) => Ok(body),
             None if start == blob_len => {
+                let short = course.tar_at() < remote.size;
                 *kept = Some(course);
-                return Ok(());
+                return if short { Err(holds_less()) } else { Ok(()) };
             }
             None => remote.origin.get(&self.client, start, blob_len - start, true).await,
         };
@@ -144,11 +145,7 @@ impl Engine {
                     let short = course.tar_at() < remote.size;
                     *kept = Some(course);
                     ended?;
-                    return if short {
-                        Err(Trouble::Wrong("the blob holds less than its index says".to_owned()))
-                    } else {
-                        Ok(())
-                    };
+                    return if short { Err(holds_less()) } else { Ok(()) };
                 }
             };
             if self.stopping.get() {
@@ -279,4 +276,8 @@ impl Engine {
             }
         }
     }
+}
+
+fn holds_less() -> Trouble {
+    Trouble::Wrong("the blob holds less than its index says".to_owned())
 }
