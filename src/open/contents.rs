@@ -11,8 +11,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::IndexOrigin;
 use super::layer::{Facts, kept_under};
-use super::{IndexOrigin, OpenError};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
 use crate::layer::contents::{self, TAIL};
@@ -151,12 +151,4 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
 fn place_in(bytes: &[u8], from: u64, to: u64) -> &[u8] {
     let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
     bytes.get(bound(from)..bound(to)).unwrap_or_default()
-}
-
-/// Whether an index is of the kind that only this module may bring.
-pub(super) fn refuse<B: AsRef<[u8]>>(index: &crate::index::Index<B>, name: &str) -> Result<(), OpenError> {
-    if index.is_of_contents() {
-        return Err(OpenError::OfContents(source::without_secrets(name)));
-    }
-    Ok(())
 }

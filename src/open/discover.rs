@@ -227,6 +227,9 @@ pub fn fetch_hot(
 /// # Errors
 /// [`IndexError::OtherLayer`].
 pub fn check_layer<B: AsRef<[u8]>>(index: &Index<B>, layer: &ImageLayer) -> Result<(), IndexError> {
+    if index.is_of_contents() {
+        return Err(IndexFault::MadeUp.into());
+    }
     let identity = index.identity();
     let other = |what, found: String, wanted: String| Err(IndexError::OtherLayer { what, found, wanted });
     if identity.blob_len != layer.descriptor.size {
