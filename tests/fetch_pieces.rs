@@ -234,7 +234,7 @@ fn a_flipped_byte_is_never_served() {
                     );
                 }
                 Err(error) => {
-                    assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+                    assert!(matches!(error, FetchError::Poisoned { .. }), "{streamed}: {error}");
                     failed += 1;
                 }
             }
