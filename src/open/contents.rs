@@ -63,10 +63,7 @@ pub(super) fn fetch(
             (index, IndexOrigin::Contents { reads, bytes })
         }),
         Err(why) => {
-            log::warn!(
-                "{}: cannot use the layer's own table of contents: {why}; reading the whole layer",
-                blob.source
-            );
+            log::warn!("{}: {why}", blob.source);
             None
         }
     }
@@ -97,9 +94,9 @@ enum Unusable {
     Layer(#[from] crate::layer::LayerError),
     #[error(transparent)]
     Index(#[from] crate::index::IndexError),
-    #[error("the manifest promises one, and there is none")]
+    #[error("the manifest promises a table of contents, and the layer has none")]
     Missing,
-    #[error("it does not have the digests of all files")]
+    #[error("the layer's table of contents does not have the digests of all files")]
     Incomplete,
 }
 
