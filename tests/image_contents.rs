@@ -16,6 +16,7 @@ use common::session::Session;
 use common::unpacked::{self, umoci_unpack};
 use registry::{Access, Registry};
 use serde_json::{Value, json};
+use tarblk::bench::origin::Origin;
 
 /// The images of the laboratory that have such layers only, as far as they were made.
 fn with_contents(images: &Path) -> Vec<(&'static str, &'static str)> {
@@ -387,5 +388,42 @@ fn an_index_made_of_contents_stays_where_it_is() {
     session.empty_cache();
     assert_eq!(from(&mut session, "auto"), "published");
     assert_eq!(from(&mut session, "require"), "published");
+    nothing_left(session);
+}
+
+#[test]
+fn a_layer_on_a_web_server_is_mounted_by_its_contents() {
+    const NAME: &str = "a_layer_on_a_web_server_is_mounted_by_its_contents";
+    if laboratory(NAME).is_none() {
+        return;
+    }
+    let many: Vec<_> = (0..40)
+        .map(|n| (format!("more-{n}"), vec![noise(100 + n, 50_000)]))
+        .collect();
+    let all = [files(), many].concat();
+    let honest = chunked::layer(&all, |_| {});
+    let forged = chunked::layer(&all, |entries| entries[3]["chunkDigest"] = json!(chunked::hex(b"else")));
+    let broken = chunked::layer(&all, |entries| entries[3]["offset"] = json!(1_u64 << 40));
+    let origin = Origin::start().unwrap();
+    for (path, layer) in [("/honest", &honest), ("/forged", &forged), ("/broken", &broken)] {
+        origin.serve_blob(path, layer.blob.as_slice());
+    }
+    let mut session = Session::new("loop");
+    let none: &[OsString] = &[];
+    let fetched = |origin: &Origin| origin.counters().bytes;
+    let whole = u64::try_from(honest.blob.len()).unwrap();
+    // Nobody vouches for such a file; what its table says is right is checked nevertheless.
+    session.succeed(&["ls", &origin.url("/honest")]);
+    assert!(fetched(&origin) < whole / 4, "{} bytes for a listing", fetched(&origin));
+    assert_eq!(fails_or_right(&mut session, &origin.url("/honest").into(), none), Ok(0));
+    assert!(fails_or_right(&mut session, &origin.url("/forged").into(), none).unwrap() > 0);
+    // Without a table that makes sense, and without ranges, it is read as a whole.
+    assert_eq!(fails_or_right(&mut session, &origin.url("/broken").into(), none), Ok(0));
+    session.empty_cache();
+    origin.set_ranges(false);
+    assert_eq!(fails_or_right(&mut session, &origin.url("/honest").into(), none), Ok(0));
+    // Nobody vouches for it.
+    let required = ["--index".into(), "require".into()];
+    assert!(fails_or_right(&mut session, &origin.url("/honest").into(), &required).is_err());
     nothing_left(session);
 }
