@@ -18,12 +18,15 @@ use crate::source::{self, Patience, SourceError};
 /// Where the index of a layer is to come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IndexChoice {
-    /// A published one, if there is a good one; else one that is made.
+    /// A published one, if there is a good one; else one that is kept, or the layer's own table of contents as far as it can be
+    /// believed; else one that is made.
     #[default]
     Auto,
-    /// A published one; without it the layer is not attached.
+    /// A published one, or a table of contents of the layer that its manifest vouches for; without it the layer is not
+    /// attached.
     Require,
-    /// One that was made on this machine, now or before. Nothing published is looked for.
+    /// One that was made on this machine from all of the layer, now or before. Nothing published is looked for, in the layer
+    /// neither.
     Ignore,
     /// One that is made now from all of the layer, whatever is kept or published.
     Build,
