@@ -7,6 +7,9 @@
 //! the layer is checked. A file on a web server has no digest: nobody vouches for it, whichever way it is read, and its table is as
 //! good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
 //! manifests keep annotations of layers that were compressed anew, and a forged layer is found out by its digest.
+//!
+//! What a table cannot be held to without reading the whole layer is its own tar: a maker of images can have the two say different
+//! things, both under the manifest's digests, and then the table's are mounted. `--index ignore` and `build` take the tar's.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -103,17 +106,16 @@ enum Unusable {
 fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
     let len = reader.blob.len;
     let promised = contents::promised(&facts.annotations).is_some();
-    let (place, end) = match contents::Place::of_annotations(&facts.annotations, len) {
-        Some(place) => (place, None),
-        None => {
-            let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
-            let start = len - guess.max(TAIL).min(len);
-            let end = reader.read(start..len)?;
-            match contents::Place::of_tail(&end, len) {
-                Some(place) => (place, Some((start, end))),
-                None if promised => return Err(Unusable::Missing),
-                None => return Ok(None),
-            }
+    let (place, end) = if let Some(place) = contents::Place::of_annotations(&facts.annotations, len) {
+        (place, None)
+    } else {
+        let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
+        let start = len - guess.max(TAIL).min(len);
+        let end = reader.read(start..len)?;
+        match contents::Place::of_tail(&end, len) {
+            Some(place) => (place, Some((start, end))),
+            None if promised => return Err(Unusable::Missing),
+            None => return Ok(None),
         }
     };
     let stored = match &end {

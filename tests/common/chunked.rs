@@ -1,6 +1,7 @@
 //! zstd:chunked layers made here, so that tests can make them lie.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -21,8 +22,10 @@ pub(crate) struct Chunked {
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
     let digest = Sha256::digest(bytes);
-    let digits: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{digits}")
+    digest.iter().fold("sha256:".to_owned(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
 }
 
 fn frame(bytes: &[u8]) -> Vec<u8> {
@@ -69,7 +72,7 @@ pub(crate) fn layer(files: &[(String, Vec<Vec<u8>>)], tweak: impl FnOnce(&mut Ve
             entries.push(entry);
             from += piece.len();
         }
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             put(&vec![0; 512 - size % 512], &mut blob, &mut tar);
         }
     }
