@@ -161,9 +161,14 @@ impl IndexBuilder {
         for window in spans.windows {
             packed.push(&window);
         }
-        self.spans = Some(spans.table);
-        if packed.stored_len() > 0 {
-            self.cold(packed);
+        self.packed_spans(spans.table, packed)
+    }
+
+    /// The same, with windows that were packed as they came.
+    pub(super) fn packed_spans(&mut self, table: SpanTable, windows: Packed) -> &mut Self {
+        self.spans = Some(table);
+        if windows.stored_len() > 0 {
+            self.cold(windows);
         }
         self
     }

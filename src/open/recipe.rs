@@ -4,7 +4,7 @@
 //! A recipe may hold secrets (credentials, signed addresses): it never goes into a file, and its `Debug` shows none.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -335,8 +335,10 @@ impl Layer {
             name: self.index.display().to_string(),
             cause,
         };
-        let file = File::open(&self.index).map_err(failed)?;
-        let bytes = fs::read(&self.index).map_err(failed)?;
+        // Opened once: somebody may put another index in its place meanwhile.
+        let mut file = File::open(&self.index).map_err(failed)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(failed)?;
         Ok((open_index(bytes, &self.index.display().to_string())?, file))
     }
 }
