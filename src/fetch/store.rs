@@ -7,6 +7,7 @@
 
 mod filling;
 mod map;
+mod run;
 mod seeder;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ use sha2::{Digest, Sha256};
 pub use self::filling::Filling;
 pub(crate) use self::map::Bits;
 use self::map::Identity;
+pub(crate) use self::run::RunWriter;
 pub use self::seeder::Seeder;
 use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
 use super::{Blob, HttpLayer, LayerSource};
@@ -409,8 +411,13 @@ impl LayerCache {
         }
     }
 
-    /// A descriptor of its own for writing chunks; tell [`LayerCache::wrote`] after each.
-    pub(crate) fn writer(&self) -> io::Result<File> {
+    /// Writes runs of chunks; tell [`LayerCache::wrote`] after each.
+    pub(crate) fn writer(&self) -> io::Result<RunWriter> {
+        Ok(RunWriter::new(self.data.try_clone()?))
+    }
+
+    /// The same for bytes that are no whole chunk: the map never speaks of them.
+    pub(crate) fn parts(&self) -> io::Result<File> {
         self.data.try_clone()
     }
 

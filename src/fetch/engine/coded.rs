@@ -18,7 +18,7 @@ use super::request::Why;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
-use crate::fetch::plan::{Presence, Stretch};
+use crate::fetch::plan::{Presence, Stretch, Want};
 use crate::fetch::stats::add;
 use crate::fetch::{Check, Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
@@ -423,7 +423,7 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(key, whole);
+            self.bring_checked(vec![(key, whole)]);
         } else if let Some(remote) = self.remote(layer)
             && remote.check.as_ref().and_then(Check::pieces).is_some()
         {
@@ -458,7 +458,7 @@ impl Engine {
                 }
                 pending.remove(&key);
             } else {
-                again.push(Stretch::from(key));
+                again.push(Want::from(key));
             }
         }
         self.launch(&again);

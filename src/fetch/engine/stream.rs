@@ -19,7 +19,7 @@ use super::request::Why;
 use super::{Engine, Remote};
 use crate::fetch::FetchError;
 use crate::fetch::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, to_u64, to_usize};
-use crate::fetch::plan::Stretch;
+use crate::fetch::plan::{Stretch, Want};
 use crate::fetch::stats::add;
 use crate::fetch::store::LayerCache;
 use crate::layer::Decoder;
@@ -258,7 +258,7 @@ impl Engine {
         again.retain(|key| pending.contains_key(key));
         drop(pending);
         self.read_cached(cached);
-        self.launch(&again.into_iter().map(Stretch::from).collect::<Vec<_>>());
+        self.launch(&again.into_iter().map(Want::from).collect::<Vec<_>>());
     }
 
     fn make_room_for_stream(&self, remote: &Remote, layer: LayerId) {
