@@ -31,8 +31,8 @@ const LONGEST_END: u64 = 1 << 20;
 pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
     let named = match (&facts.digest, contents::promised(&facts.annotations)) {
         (Some(_), None) => return None,
-        (Some(_), Some(digest)) => digest,
-        (None, _) => "",
+        (Some(_), Some(digests)) => digests,
+        (None, _) => String::new(),
     };
     kept_under(blob, facts).map(|name| format!("{name}\ntable of contents {named}"))
 }
@@ -121,8 +121,7 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
     let stored = match &end {
         // What of it came with the end, and what lies before that.
         Some((start, end)) => {
-            let from = place.blob.start.max(*start).min(place.blob.end);
-            let here = place_in(end, from - start, place.blob.end - start);
+            let (from, here) = already_here(&place.blob, *start, end);
             if place.blob.start < *start {
                 let mut all = reader.read(place.blob.start..from)?;
                 all.extend_from_slice(here);
@@ -146,8 +145,49 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
     Ok(Some(contents.into_index(builder)?))
 }
 
-/// Bytes `from` to `to` of `bytes`, as far as there are so many.
-fn place_in(bytes: &[u8], from: u64, to: u64) -> &[u8] {
-    let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
-    bytes.get(bound(from)..bound(to)).unwrap_or_default()
+/// What of the bytes at `wanted` lies in `end`, which begins at byte `start`, and where that begins: at the end of what is wanted,
+/// if nothing does.
+fn already_here<'e>(wanted: &Range<u64>, start: u64, end: &'e [u8]) -> (u64, &'e [u8]) {
+    let from = wanted.start.max(start).min(wanted.end);
+    let bound = |at: u64| {
+        usize::try_from(at.saturating_sub(start))
+            .unwrap_or(usize::MAX)
+            .min(end.len())
+    };
+    (from, end.get(bound(from)..bound(wanted.end)).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_may_lie_before_the_end_that_was_read() {
+        let end = b"0123456789";
+        for (wanted, from, here) in [
+            (100..110, 100, &end[..]),
+            (95..103, 100, b"012"),
+            (104..106, 104, b"45"),
+            // Something longer than the end that was read lies between it and the footer.
+            (50..60, 60, b""),
+            (50..100, 100, b""),
+        ] {
+            assert_eq!(already_here(&wanted, 100, end), (from, here), "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn every_digest_that_could_count_is_in_the_name() {
+        let named = |pairs: &[(&str, &str)]| {
+            let own = |(key, digest): &(&str, &str)| ((*key).to_owned(), (*digest).to_owned());
+            contents::promised(&pairs.iter().map(own).collect())
+        };
+        let chunked = "io.github.containers.zstd-chunked.manifest-checksum";
+        let stargz = "containerd.io/snapshot/stargz/toc.digest";
+        let honest = named(&[(chunked, "sha256:a")]);
+        assert!(honest.is_some() && named(&[]).is_none());
+        // One of the other kind beside it is another promise.
+        assert_ne!(named(&[(chunked, "sha256:a"), (stargz, "sha256:b")]), honest);
+        assert_ne!(named(&[(stargz, "sha256:a")]), honest);
+    }
 }

@@ -5,6 +5,7 @@
 //! field of HEAD for the layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
 //! it is of and is refused for another one, and whoever wants to know who made it names its digest.
 
+use std::fmt;
 use std::str::FromStr;
 use std::thread;
 
@@ -16,7 +17,7 @@ use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageNa
 use crate::source::{self, LayerBlob, Patience, SourceError};
 
 /// Where the index of a layer is to come from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub enum IndexChoice {
     /// A published one, if there is a good one; else one that is kept, or the layer's own table of contents as far as it can be
     /// believed; else one that is made.
@@ -32,6 +33,19 @@ pub enum IndexChoice {
     Build,
     /// This file or URL.
     Named(String),
+}
+
+impl fmt::Debug for IndexChoice {
+    /// Without what is secret in a URL.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "Auto",
+            Self::Require => "Require",
+            Self::Ignore => "Ignore",
+            Self::Build => "Build",
+            Self::Named(name) => return write!(f, "Named({:?})", source::without_secrets(name)),
+        })
+    }
 }
 
 impl FromStr for IndexChoice {
