@@ -10,7 +10,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Engine, Remote};
+use super::{Engine, Origin, Remote};
 use crate::fetch::FetchError;
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
@@ -38,7 +38,7 @@ impl Engine {
     }
 
     /// Chunks have come as they are, in this order; each is brought once it was checked.
-    pub(super) fn bring_checked(self: &Rc<Self>, chunks: Vec<(ChunkKey, Vec<u8>)>) {
+    pub(super) fn bring_checked(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
         let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
             return;
         };
@@ -48,15 +48,15 @@ impl Engine {
             }
             return;
         };
-        if let [(key, bytes)] = &chunks[..]
-            && self.is_waited_for(*key)
-        {
-            // Waking a thread and being woken by it takes longer than a digest.
+        // Waking a thread and being woken by it takes longer than a digest, and a short read waits for nothing else.
+        let at_once = |(key, _): &&(ChunkKey, Vec<u8>)| self.is_waited_for_alone(*key);
+        let others = chunks.split_off(chunks.iter().take_while(at_once).count());
+        for (key, bytes) in std::mem::replace(&mut chunks, others) {
             self.count_checked(remote);
-            let right = check.is_right(key.index, bytes);
-            for (key, bytes) in chunks {
-                self.heed_check(remote, key, right, bytes);
-            }
+            let right = check.is_right(key.index, &bytes);
+            self.heed_check(remote, key, right, bytes);
+        }
+        if chunks.is_empty() {
             return;
         }
         let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
@@ -109,6 +109,9 @@ impl Engine {
         }
         let name = remote.origin.name();
         if remote.suspects.borrow_mut().insert(key.index) {
+            if let Origin::Http(layer) = &remote.origin {
+                layer.distrust();
+            }
             log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
             return Ok(());
         }

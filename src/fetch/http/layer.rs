@@ -164,6 +164,18 @@ impl RemoteLayer {
         }
     }
 
+    /// What came from where it is now was wrong: next time it is asked anew where the bytes are, and another endpoint is asked,
+    /// if there is one. Otherwise the second try would get the same bad copy.
+    pub(crate) fn distrust(&self) {
+        self.target.borrow_mut().take();
+        if let Place::Registry(moving) = &self.place {
+            let spot = moving.spot.borrow().clone();
+            if let Some(spot) = spot {
+                self.doubt(&spot);
+            }
+        }
+    }
+
     /// Where a redirect led before, if that should still work.
     pub(crate) fn target(&self) -> Option<Url> {
         let target = self.target.borrow();
