@@ -416,6 +416,11 @@ impl LayerCache {
         Ok(RunWriter::new(self.data.try_clone()?))
     }
 
+    /// The same for bytes that are no whole chunk: the map never speaks of them.
+    pub(crate) fn parts(&self) -> io::Result<File> {
+        self.data.try_clone()
+    }
+
     /// Chunk `index` is in the file now.
     pub(crate) fn wrote(&self, index: u32) {
         self.written.set(index);

@@ -1,7 +1,7 @@
 //! What is believed. In: chunks that somebody vouches for, and digests of whole layers. Out: chunks that are right; of a
 //! layer that is wrong twice, nothing any more.
 //!
-//! A chunk is checked before anybody sees it, on a worker thread. A wrong one is fetched once more; wrong again, it is the
+//! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched once more; wrong again, it is the
 //! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the store holds of it is forgotten.
 
 use std::rc::Rc;
@@ -11,9 +11,9 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::{Engine, Origin, Remote};
-use crate::fetch::FetchError;
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
+use crate::fetch::{Check, FetchError};
 use crate::units::LayerId;
 
 impl Engine {
@@ -42,8 +42,10 @@ impl Engine {
         let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
             return;
         };
-        let Some(check) = &remote.check else {
+        // What is checked piece by piece was checked before it was cut.
+        let Some(Check::Chunks(check)) = &remote.check else {
             for (key, bytes) in chunks {
+                self.count_checked(remote);
                 self.bring(key, bytes, true);
             }
             return;
