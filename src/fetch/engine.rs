@@ -58,6 +58,8 @@ const LONGEST_FLIGHT: u32 = 128;
 const MARKER_DISTANCE: u32 = 8;
 /// A flight on suspicion this short is files, not a part of one: each first read of a file in it says something.
 const MARKED_WHOLE: u32 = 32;
+/// Servers that answer sooner than this lose nothing by being asked later for what is fetched ahead.
+const NEXT_DOOR: Duration = Duration::from_millis(1);
 /// Connections opened when the fetcher starts.
 const WARM_CONNECTIONS: usize = 4;
 
@@ -214,9 +216,11 @@ impl Engine {
                 () = self.shared.nudge.notified() => {}
             }
             let (mut now, mut cached) = (Vec::new(), Vec::new());
+            let mut short = true;
             for command in batch.drain(..) {
                 match command {
                     Command::Read { ranges, waiter, asked } => {
+                        short &= ranges.iter().map(|asked| asked.range.len).sum::<u64>() <= CHUNK_BYTES;
                         self.admit(&ranges, waiter, asked, &mut now, &mut cached);
                     }
                     Command::Shutdown(tell) => told = Some(tell),
@@ -224,13 +228,18 @@ impl Engine {
             }
             self.read_cached(cached);
             self.launch(&now);
+            let waits = short && !now.is_empty();
             self.hear_touches();
             now.clear();
             self.planner
                 .borrow_mut()
                 .touched(&|key, show| self.peek(key, show), &mut now);
             self.launch(&now);
-            self.pump();
+            // Next door, what is fetched ahead would get in the way of a block that somebody waits for: it follows when that
+            // is here. A reader of long stretches goes on to what is fetched ahead, and waits for nothing.
+            if !waits || self.link.borrow().round_trip().is_none_or(|trip| trip >= NEXT_DOOR) {
+                self.pump();
+            }
         }
         self.stop();
         inbox.close();
@@ -575,9 +584,11 @@ impl Engine {
         all.keys().filter(within).copied().collect()
     }
 
-    fn is_waited_for(&self, key: ChunkKey) -> bool {
+    /// Whether a short read waits for a chunk.
+    fn is_waited_for_alone(&self, key: ChunkKey) -> bool {
         let all = self.pending.borrow();
-        all.get(&key).is_some_and(|pending| !pending.waiters.is_empty())
+        all.get(&key)
+            .is_some_and(|pending| pending.waiters.iter().any(|waiting| waiting.request.is_short()))
     }
 
     fn anybody_waits(&self, stretch: Stretch) -> bool {

@@ -252,8 +252,10 @@ impl Engine {
                     landed.push((key, std::mem::take(&mut chunk)));
                 }
             }
-            self.bring_checked(landed);
-            self.pump();
+            if !landed.is_empty() {
+                self.bring_checked(landed);
+                self.pump();
+            }
         }
         Ok(Answer::Complete)
     }

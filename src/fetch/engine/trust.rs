@@ -1,7 +1,7 @@
 //! What is believed. In: chunks that somebody vouches for, and digests of whole layers. Out: chunks that are right; of a
 //! layer that is wrong twice, nothing any more.
 //!
-//! A chunk is checked before anybody sees it, on a worker thread. A wrong one is fetched once more; wrong again, it is the
+//! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched once more; wrong again, it is the
 //! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the store holds of it is forgotten.
 
 use std::rc::Rc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Engine, Remote};
+use super::{Engine, Origin, Remote};
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
 use crate::fetch::{Check, FetchError};
@@ -38,7 +38,7 @@ impl Engine {
     }
 
     /// Chunks have come as they are, in this order; each is brought once it was checked.
-    pub(super) fn bring_checked(self: &Rc<Self>, chunks: Vec<(ChunkKey, Vec<u8>)>) {
+    pub(super) fn bring_checked(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
         let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
             return;
         };
@@ -50,15 +50,15 @@ impl Engine {
             }
             return;
         };
-        if let [(key, bytes)] = &chunks[..]
-            && self.is_waited_for(*key)
-        {
-            // Waking a thread and being woken by it takes longer than a digest.
+        // Waking a thread and being woken by it takes longer than a digest, and a short read waits for nothing else.
+        let at_once = |(key, _): &&(ChunkKey, Vec<u8>)| self.is_waited_for_alone(*key);
+        let others = chunks.split_off(chunks.iter().take_while(at_once).count());
+        for (key, bytes) in std::mem::replace(&mut chunks, others) {
             self.count_checked(remote);
-            let right = check.is_right(key.index, bytes);
-            for (key, bytes) in chunks {
-                self.heed_check(remote, key, right, bytes);
-            }
+            let right = check.is_right(key.index, &bytes);
+            self.heed_check(remote, key, right, bytes);
+        }
+        if chunks.is_empty() {
             return;
         }
         let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
@@ -111,6 +111,9 @@ impl Engine {
         }
         let name = remote.origin.name();
         if remote.suspects.borrow_mut().insert(key.index) {
+            if let Origin::Http(layer) = &remote.origin {
+                layer.distrust();
+            }
             log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
             return Ok(());
         }

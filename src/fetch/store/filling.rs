@@ -133,8 +133,8 @@ impl Filling {
         self.len == 0
     }
 
-    /// All of the layer has come: from now on the store has it under `identity`, as [`Store::named`] takes it. Does nothing
-    /// when another process has that layer open, which then goes on with what it has.
+    /// All of the layer has come, and whoever watched it pass has found that it is what `identity` says: from now on the store
+    /// has it under that name, as [`Store::named`] takes it, and nobody has to digest it again. Does nothing when another process has that layer open, which then goes on with what it has.
     ///
     /// # Errors
     /// When the disk does not keep it.
@@ -165,7 +165,7 @@ impl Filling {
             }
             _ => {}
         }
-        let map = map::encode(&identity, false, &bits);
+        let map = map::encode(&identity, true, &bits);
         self.file
             .persist(&path)
             .map_err(|error| StoreError::new(&path, "put the layer in its place")(error.error))?;
@@ -216,6 +216,7 @@ mod tests {
         filling.finish("sha256:abc").unwrap();
         let cache = store.named("sha256:abc", len).unwrap();
         assert!(cache.is_whole());
+        assert!(cache.is_sealed(), "it was digested while it passed");
         let mut back = Vec::new();
         cache
             .read_whole(&mut |_, chunk| {
