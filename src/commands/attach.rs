@@ -43,7 +43,7 @@ struct Mounted<'a> {
 
 /// `tarblk attach`.
 pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> {
-    let spec = specify(&args.layer, &args.device, session)?;
+    let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     let tell = |attached: &Attached| -> anyhow::Result<()> {
         say_which(attached, session);
         if args.json {
@@ -83,7 +83,7 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     // What is wrong with the directory is told before the network is asked anything.
     let dir = mount::check_directory(&args.dir)?;
     let began = Instant::now();
-    let spec = specify(&args.layer, &args.device, session)?;
+    let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     // Until here there is nothing that a signal would leave behind.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
@@ -199,7 +199,7 @@ impl Drop for Order {
 }
 
 /// Finds the layer and its index, and writes down what the daemon must know.
-fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::Result<Order> {
+fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<Order> {
     if !rustix::process::geteuid().is_root() {
         return Err(DaemonError::NotRoot.into());
     }
@@ -212,6 +212,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
     let fetching = Fetching {
         memory_bytes: device.fetch.memory,
         connections: device.fetch.connections,
+        fetch_all,
         deadline: device.fetch.deadline,
         store_bytes: layer.cache_size,
     };

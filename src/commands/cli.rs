@@ -419,6 +419,10 @@ pub struct AttachArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// with its digest.
+    #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
+    pub fetch_all: bool,
     /// Serve from this process, in the foreground, until SIGINT or SIGTERM.
     #[arg(long)]
     pub foreground: bool,
@@ -443,6 +447,10 @@ pub struct MountArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// with its digest.
+    #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
+    pub fetch_all: bool,
     /// Stay in the foreground; SIGINT or SIGTERM unmounts and ends.
     #[arg(long)]
     pub foreground: bool,

@@ -80,7 +80,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
         })?;
     }
     let (requests, bytes_fetched) = match prepared.origin {
-        IndexOrigin::Read { reads, bytes } => (reads, bytes),
+        IndexOrigin::Read { reads, bytes } | IndexOrigin::Contents { reads, bytes } => (reads, bytes),
         IndexOrigin::Given | IndexOrigin::Kept | IndexOrigin::Published { .. } => (0, 0),
     };
     let index = &prepared.index;

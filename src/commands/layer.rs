@@ -178,6 +178,7 @@ fn image_fetching(store_bytes: u64) -> Fetching {
     Fetching {
         memory_bytes: 256 << 20,
         connections: 4,
+        fetch_all: false,
         deadline: Some(Duration::from_secs(300)),
         store_bytes,
     }

@@ -7,16 +7,19 @@
 //!
 //! Parts: `remote` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
 //! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
-//! (files and the store), `trust` (what is believed).
+//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `sieve` and `proof` (what is believed).
 
 mod coded;
 mod course;
 mod disk;
+mod fill;
 mod flight;
 mod origin;
 mod partial;
+mod proof;
 mod remote;
 mod request;
+mod sieve;
 mod stream;
 mod trust;
 mod window;
@@ -33,6 +36,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use self::disk::LARGEST_BACKLOG;
+use self::fill::Filler;
 use self::origin::Origin;
 use self::remote::{Remote, take_in};
 pub(crate) use self::request::Owed;
@@ -83,6 +87,10 @@ struct Engine {
     backlog: Cell<u64>,
     /// Who may decode or digest: as many at once as there are CPUs.
     workers: Arc<Semaphore>,
+    /// When somebody last had to wait for a read.
+    last_read: Cell<Instant>,
+    /// None: nobody wants all of it.
+    filler: Option<RefCell<Filler>>,
     stopping: Cell<bool>,
 }
 
@@ -172,6 +180,8 @@ impl Engine {
             workers: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
             )),
+            last_read: Cell::new(Instant::now()),
+            filler: options.fetch_all.then(|| RefCell::new(Filler::new())),
             stopping: Cell::new(false),
             shared,
             options,
@@ -236,6 +246,9 @@ impl Engine {
                 self.judge_if_whole(remote, layer);
             }
         }
+        if self.filler.is_some() {
+            tokio_uring::spawn(self.clone().keep_filling());
+        }
     }
 
     /// Fails what still waits.
@@ -297,6 +310,7 @@ impl Engine {
         now: &mut Vec<Stretch>,
         cached: &mut Vec<ChunkKey>,
     ) {
+        self.last_read.set(asked);
         let request = Request::new(waiter, asked, self.shared.counters.clone());
         for asked in ranges {
             match self.shared.layer_of(*asked) {
@@ -407,14 +421,16 @@ impl Engine {
             let no_room = room < window / 2
                 || self.backlog.get() > LARGEST_BACKLOG / 2
                 || self.prefetching.get() >= (self.options.connections / 2).max(1)
-                || self.stopping.get()
-                || !self.options.prefetch;
+                || self.stopping.get();
             if no_room {
                 return;
             }
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
-            let next = self.planner.borrow_mut().next(most, &|key| self.look(key));
-            let Some(flight) = next else { return };
+            let suspected = || self.planner.borrow_mut().next(most, &|key| self.look(key));
+            let next = self.options.prefetch.then(suspected).flatten();
+            let Some(flight) = next.or_else(|| self.rest(most)) else {
+                return;
+            };
             self.send(&[flight], false);
         }
     }
@@ -449,7 +465,9 @@ impl Engine {
             pending.coming = true;
             pending.marker =
                 flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
-            if pending.waiters.is_empty() {
+            if pending.waiters.is_empty() && pending.why == Why::Filling {
+                add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
+            } else if pending.waiters.is_empty() {
                 pending.why = Why::Suspected;
                 planner.suspected(CHUNK_BYTES);
                 add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
@@ -475,10 +493,14 @@ impl Engine {
         }
         let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
         let pending = known.unwrap_or_default();
+        if why == Why::Filling {
+            let _unless_the_store_is_full = self.keep(key, Arc::new(Chunk::along(bytes, false)), false);
+            return;
+        }
         let chunk = Arc::new(match why {
             Why::Wanted => Chunk::demanded(bytes),
             Why::Suspected => Chunk::prefetched(bytes, pending.marker),
-            Why::Along => Chunk::along(bytes, pending.marker),
+            Why::Along | Why::Filling => Chunk::along(bytes, pending.marker),
         });
         if let Some(old) = self.shared.tier.insert(key, chunk.clone())
             && old.wasted()

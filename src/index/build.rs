@@ -11,12 +11,12 @@ use super::cold::{ColdPart, Packed, Packer};
 use super::digests::ChunkHasher;
 use super::entry::{Entry, EntrySink};
 use super::error::IndexError;
-use super::identity::{LayerIdentity, sha256};
+use super::identity::LayerIdentity;
 use super::parser::{EndOfArchive, Parser};
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest, Hasher};
 use crate::layer::{Coding, Indexer, SpanTable};
 use crate::units::{TarOffset, TarRange};
 
@@ -70,7 +70,7 @@ pub struct Recorder {
     builder: IndexBuilder,
     at: u64,
     chunks: Option<ChunkHasher>,
-    tar: Option<Sha256>,
+    tar: Option<Hasher>,
     split: Option<Split>,
 }
 
@@ -153,7 +153,7 @@ impl Recorder {
             builder: IndexBuilder::new(),
             at: 0,
             chunks: contents.chunk_digests.then(ChunkHasher::new),
-            tar: contents.diff_id.then(Sha256::new),
+            tar: contents.diff_id.then(|| Algorithm::Sha256.hasher()),
             split: (headers.is_some() || digests.is_some()).then(|| Split {
                 payloads: VecDeque::new(),
                 headers,
@@ -229,7 +229,7 @@ impl Recorder {
             builder: self.builder,
             tar_len: self.at,
             end,
-            diff_id: self.tar.and_then(|tar| sha256(&tar.finalize().into())),
+            diff_id: self.tar.map(Hasher::finish),
         })
     }
 }
@@ -292,20 +292,26 @@ impl Recorded {
 /// No layer unpacks to more: what does is a bomb.
 const MAX_TAR: u64 = 1 << 40;
 
-/// What undoes a blob's compression, and what is kept of it.
+/// What undoes a blob's compression, and what is kept of that.
 #[derive(Debug)]
 struct Compressed {
     indexer: Box<Indexer>,
-    /// The blob's.
-    digest: Sha256,
     /// The histories of the spans so far, as the index will hold them: raw they are some 26 KiB for each MiB of the tar.
     windows: Packed,
 }
 
 impl Compressed {
-    fn feed(&mut self, blob: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), IndexError> {
+    /// Takes the blob's next bytes, which `digest` takes as well.
+    fn feed(
+        &mut self,
+        blob: &[u8],
+        digest: &mut Option<Hasher>,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), IndexError> {
         for piece in blob.chunks(STRIDE) {
-            self.digest.update(piece);
+            if let Some(digest) = digest {
+                digest.update(piece);
+            }
             self.indexer.feed(piece, sink)?;
             for window in self.indexer.take_windows() {
                 self.windows.push(&window);
@@ -321,8 +327,10 @@ pub struct BlobRecorder {
     coding: Coding,
     spacing: u64,
     recorder: Recorder,
-    /// What undoes the compression, and the blob's digest; a plain blob's digest is the tar's.
+    /// What undoes the compression.
     compressed: Option<Compressed>,
+    /// The blob's digest, where it is not the tar's.
+    digest: Option<Hasher>,
     blob_len: u64,
 }
 
@@ -332,7 +340,6 @@ impl BlobRecorder {
     pub fn new(coding: Coding, spacing: u64, contents: Contents) -> Self {
         let compressed = || Compressed {
             indexer: Box::new(Indexer::new(coding, spacing).limit(MAX_TAR)),
-            digest: Sha256::new(),
             windows: Packed::new(ColdPart::Windows),
         };
         Self {
@@ -340,8 +347,20 @@ impl BlobRecorder {
             spacing: if coding == Coding::Plain { 0 } else { spacing },
             recorder: Recorder::new(contents),
             compressed: (coding != Coding::Plain).then(compressed),
+            digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher()),
             blob_len: 0,
         }
+    }
+
+    /// Makes the digests of the blob and of the tar, as far as they are made, by these algorithms instead of SHA-256. Only
+    /// before anything was fed.
+    #[must_use]
+    pub fn algorithms(mut self, blob: Algorithm, tar: Algorithm) -> Self {
+        let made = self.digest.is_some() || self.recorder.tar.is_some();
+        self.recorder.tar = self.recorder.tar.map(|_| tar.hasher());
+        let own = made && (self.coding != Coding::Plain || blob != tar);
+        self.digest = own.then(|| blob.hasher());
+        self
     }
 
     /// Takes the blob's next bytes.
@@ -369,10 +388,13 @@ impl BlobRecorder {
             recorder.feed_into(tar, also)
         };
         let Some(compressed) = &mut self.compressed else {
+            if let Some(digest) = &mut self.digest {
+                digest.update(blob);
+            }
             return take(blob);
         };
         let mut outcome = Ok(());
-        compressed.feed(blob, &mut |tar| {
+        compressed.feed(blob, &mut self.digest, &mut |tar| {
             if outcome.is_ok() {
                 outcome = take(tar);
             }
@@ -403,10 +425,12 @@ impl BlobRecorder {
     /// # Errors
     /// When blob or tar stop in the middle of something, or it is no tar.
     pub fn finish(self) -> Result<BlobRecorded, IndexError> {
+        let blob_digest = self.digest.map(Hasher::finish);
         let Some(mut compressed) = self.compressed else {
             return Ok(BlobRecorded {
                 identity: LayerIdentity {
                     blob_len: self.blob_len,
+                    blob_digest,
                     ..LayerIdentity::default()
                 },
                 recorded: self.recorder.finish()?,
@@ -421,7 +445,7 @@ impl BlobRecorder {
             identity: LayerIdentity {
                 coding: self.coding,
                 blob_len: self.blob_len,
-                blob_digest: sha256(&compressed.digest.finalize().into()),
+                blob_digest,
                 diff_id: None,
                 spacing: self.spacing,
             },
@@ -447,11 +471,11 @@ impl BlobRecorded {
         let diff_id = self.recorded.diff_id.clone();
         let plain = self.identity.coding == Coding::Plain;
         LayerIdentity {
-            blob_digest: if plain {
-                diff_id.clone()
-            } else {
-                self.identity.blob_digest.clone()
-            },
+            blob_digest: self
+                .identity
+                .blob_digest
+                .clone()
+                .or_else(|| diff_id.clone().filter(|_| plain)),
             diff_id,
             ..self.identity.clone()
         }

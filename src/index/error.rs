@@ -187,6 +187,9 @@ pub enum IndexFault {
     /// The checksums match, but what they guard makes no sense.
     #[error("its {0} makes no sense")]
     Malformed(&'static str),
+    /// It lacks something without which it is of no use.
+    #[error("it has no {0}")]
+    Missing(&'static str),
     /// It wants more memory than anything honest needs.
     #[error("its {0} is larger than this program accepts")]
     TooLarge(&'static str),

@@ -36,8 +36,10 @@ pub trait Tap {
 /// At most this many connections, and one for each so many bytes: parallel chains are only worth it on a long way.
 const MAX_EXPLORERS: u64 = 32;
 const BYTES_PER_EXPLORER: u64 = 4 << 20;
-/// A segment is not longer than this, so that what explorers keep until its turn comes stays small.
+/// A segment is not longer than this, so that what explorers keep until its turn comes stays small …
 const MAX_SEGMENT: u64 = 32 << 20;
+/// … but there are no more of them than this, however long the server says that the layer is.
+const MOST_SEGMENTS: u64 = 1 << 15;
 /// How many header bytes an explorer may have waiting to be taken.
 const WAITING: usize = 1 << 20;
 /// How far an explorer looks for a header before it gives up, at most and as a part of its segment.
@@ -244,11 +246,11 @@ fn segments(len: u64) -> Vec<(Segment, Finds)> {
     let size = len
         .div_ceil(explorers(len))
         .next_multiple_of(TAR_BLOCK)
-        .min(MAX_SEGMENT);
+        .min(MAX_SEGMENT.max((len / MOST_SEGMENTS).next_multiple_of(TAR_BLOCK)));
     let mut start = 0;
     let mut segments = Vec::new();
     while start < len {
-        let end = (start + size).min(len);
+        let end = start.saturating_add(size).min(len);
         let (sender, pieces) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(WAITING));
         segments.push((
@@ -435,5 +437,24 @@ struct Nothing;
 impl EntrySink for Nothing {
     fn entry(&mut self, _: &Entry) -> Result<(), IndexError> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_cover_every_layer_and_stay_few() {
+        for len in [1, 511, 4 << 20, (1 << 30) + 5, 1 << 40, u64::MAX - 1, u64::MAX] {
+            let mut end = 0;
+            let all = segments(len);
+            for (segment, finds) in &all {
+                assert!(segment.start == end && segment.start < segment.end && segment.end == finds.end);
+                assert!(segment.start.is_multiple_of(TAR_BLOCK));
+                end = segment.end;
+            }
+            assert!(end == len && all.len() <= 1 << 16, "{len}: {} segments", all.len());
+        }
     }
 }

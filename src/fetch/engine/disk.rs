@@ -16,7 +16,7 @@ use crate::fetch::chunk::{Chunk, ChunkKey, Slice, chunk_len, to_u64, to_usize};
 use crate::fetch::ring::ChunkBuffer;
 use crate::fetch::stats::add;
 use crate::fetch::store::LayerCache;
-use crate::fetch::{FetchError, LayerRange, SharedLayer};
+use crate::fetch::{Check, FetchError, LayerRange, SharedLayer};
 use crate::units::TarRange;
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
@@ -122,10 +122,11 @@ impl Engine {
         let Some(cache) = self.cache(key.layer) else { return };
         let len = to_usize(chunk_len(remote.size, key.index));
         let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
-        let trusted = self
-            .brought(key.layer)
-            .and_then(|layer| layer.checked.as_ref())
-            .is_none_or(|checked| checked.has(key.index));
+        let trusted = self.is_checked(key);
+        if let Some(pieces) = remote.check.as_ref().and_then(Check::pieces).filter(|_| !trusted) {
+            drop(read);
+            return self.clone().bring_proven(remote, pieces, key).await;
+        }
         let why = match read.await {
             Ok(bytes) if trusted => return self.bring(key, bytes, false),
             Ok(bytes) => {
@@ -156,8 +157,14 @@ impl Engine {
         }
     }
 
+    /// Whether what lies in the cache of a chunk was checked by this process, or is not to be checked.
+    pub(super) fn is_checked(&self, key: ChunkKey) -> bool {
+        let checked = self.brought(key.layer).and_then(|layer| layer.checked.as_ref());
+        checked.is_none_or(|checked| checked.has(key.index))
+    }
+
     /// A chunk that lies in the cache was checked by this process.
-    fn mark_checked(&self, key: ChunkKey) {
+    pub(super) fn mark_checked(&self, key: ChunkKey) {
         if let Some(checked) = self.brought(key.layer).and_then(|layer| layer.checked.as_ref()) {
             checked.set(key.index);
         }
@@ -310,7 +317,7 @@ fn next_batch(queue: &mut VecDeque<(u32, Arc<Chunk>)>) -> Vec<(u32, Arc<Chunk>)>
 
 /// Reads `len` bytes; a file that ends before is an error. The ring's file type closes its descriptor, so `file` is one
 /// that nobody else uses.
-async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+pub(super) async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
     let file = tokio_uring::fs::File::from_std(file);
     let (result, buffer) = file.read_exact_at(Vec::with_capacity(len), at).await;
     result?;

@@ -163,6 +163,7 @@ impl Engine {
                 } => {
                     wrong.set(wrong.take().or(Some(index)));
                 }
+                Cut::Wrong { index } => wrong.set(wrong.take().or(Some(index))),
                 Cut::Whole { index, bytes, .. } if wrong.get().is_none() => {
                     self.bring_from_stream(remote, ChunkKey { layer, index }, bytes);
                     // The stream is as fast as the disk: what is not kept would have to be streamed again.
@@ -190,7 +191,9 @@ impl Engine {
             None => None,
         };
         let cutter = Cutter::new(remote.size, 0, 0, remote.size);
-        let course = Course::new(decoder, 0, cutter, remote.check.clone());
+        // A table of contents begins with the first file's content, and the blob with its headers.
+        let begins = remote.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
+        let course = Course::new(decoder, begins, cutter, remote.check.clone()).from_the_first_byte();
         Ok(if remote.whole.is_empty() {
             course
         } else {

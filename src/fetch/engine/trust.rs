@@ -10,9 +10,9 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 
 use super::{Engine, Remote};
-use crate::fetch::FetchError;
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
+use crate::fetch::{Check, FetchError};
 use crate::units::LayerId;
 
 impl Engine {
@@ -39,7 +39,9 @@ impl Engine {
     /// A chunk has come as it is; it is brought once it was checked.
     pub(super) fn bring_checked(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
         let Some(remote) = self.remote(key.layer) else { return };
-        if remote.check.is_none() {
+        // What is checked piece by piece was checked before it was cut.
+        if !matches!(remote.check, Some(Check::Chunks(_))) {
+            self.count_checked(remote);
             self.bring(key, bytes, true);
             return;
         }
