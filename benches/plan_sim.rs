@@ -6,7 +6,9 @@
 //! TRACE has a line `MICROSECONDS OFFSET LENGTH` for each read of the device, in order; times are those of a reader that
 //! waits for nothing, so that its own work is in the result and no storage's. The kernel's block layer tells them
 //! (`blktrace`, or the events `block_rq_issue` and `block_rq_complete`). Without arguments it makes a layer and a reader
-//! of its own. `search` tries planners of other numbers.
+//! of its own. `search` tries planners of other numbers. For each reason to fetch it says how much that brought and how
+//! much of it was read. With `SIM_WAITS` in the environment each wait is a line `wait MICROSECONDS TAR_OFFSET LENGTH`; with
+//! `SIM_WASTE` the files of which most was fetched for nothing are told.
 //!
 //! The link is first in, first out: a request's bytes queue behind those asked for before, and the reader waits for every
 //! read. That is harsher than parallel connections and asynchronous readahead.
@@ -244,19 +246,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         sim.send_all(&now, &[], &mut planner);
         sim.pump(&mut planner);
         if std::env::var_os("SIM_WAITS").is_some() && !wanted.keys().all(|key| sim.here.contains(&key)) {
-            println!(
-                "wait {} {} {} {}",
-                sim.now,
-                read.range.start.0,
-                read.range.len,
-                now.is_empty()
-                    || merge(&now, 0, 1, &|key| if sim.coming.contains(&key) {
-                        Presence::Absent
-                    } else {
-                        Presence::Here
-                    })
-                    .is_empty()
-            );
+            println!("wait {} {} {}", sim.now, read.range.start.0, read.range.len);
         }
         waits += u64::from(!wanted.keys().all(|key| sim.here.contains(&key)));
         sim.run(&mut planner, u64::MAX, &|sim: &Simulation| {
@@ -270,21 +260,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         *read += u64::from(sim.read.contains(key));
     }
     if std::env::var_os("SIM_WASTE").is_some() {
-        use tarblk::image::FileMap as _;
-        let mut waste: BTreeMap<(String, String), u64> = BTreeMap::new();
-        for (key, hint) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
-            let at = u64::from(key.index) * CHUNK_BYTES;
-            let file = (0..64).find_map(|n| case.image.file_at(key.layer, TarOffset(at + n * 512)));
-            let path = file.and_then(|file| case.image.path(file.file)).unwrap_or_default();
-            *waste
-                .entry((format!("{hint:?}"), String::from_utf8_lossy(&path).into_owned()))
-                .or_default() += 32;
-        }
-        let mut waste: Vec<_> = waste.into_iter().collect();
-        waste.sort_by_key(|(_, kib)| Reverse(*kib));
-        for ((hint, path), kib) in waste.iter().take(70) {
-            println!("waste {kib:>6} KiB {hint} {path}");
-        }
+        tell_waste(case, &sim);
     }
     Outcome {
         hints,
@@ -294,6 +270,30 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         fetched: sim.fetched,
         touched: u64::try_from(touched.len()).unwrap() * 4096,
     }
+}
+
+/// Says of which files most was fetched that nobody read, and why.
+fn tell_waste(case: &Case, sim: &Simulation<'_>) {
+    use tarblk::image::FileMap as _;
+    const TOLD: usize = 50;
+    let mut waste: BTreeMap<(Option<Hint>, Vec<u8>), u64> = BTreeMap::new();
+    for (key, hint) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
+        // The first file that has bytes in the chunk.
+        let begins = |n: u64| TarOffset(u64::from(key.index) * CHUNK_BYTES + n * 512);
+        let file = (0..CHUNK_BYTES / 512).find_map(|n| case.image.file_at(key.layer, begins(n)));
+        let path = file.and_then(|file| case.image.path(file.file)).unwrap_or_default();
+        *waste.entry((*hint, path)).or_default() += CHUNK_BYTES;
+    }
+    let mut waste: Vec<_> = waste.into_iter().collect();
+    waste.sort_by_key(|(_, bytes)| Reverse(*bytes));
+    for ((hint, path), bytes) in waste.iter().take(TOLD) {
+        let path = String::from_utf8_lossy(path);
+        println!("waste {:>6} KiB {} {path}", bytes >> 10, name_of(*hint));
+    }
+}
+
+fn name_of(hint: Option<Hint>) -> String {
+    hint.map_or("between".to_owned(), |hint| format!("{hint:?}").to_lowercase())
 }
 
 /// The layer at `path`, read by nobody yet.
@@ -449,7 +449,7 @@ fn main() {
         );
         if arguments.get(4).is_none() {
             for (hint, (fetched, read)) in out.hints {
-                let name = hint.map_or("between".to_owned(), |hint| format!("{hint:?}"));
+                let name = name_of(hint);
                 let (fetched, read) = (mib(fetched * CHUNK_BYTES), mib(read * CHUNK_BYTES));
                 println!("{name:>52} {fetched:>8.1} MiB, {read:.1} of it read");
             }

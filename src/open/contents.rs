@@ -7,12 +7,15 @@
 //! the layer is checked. A file on a web server has no digest: nobody vouches for it, whichever way it is read, and its table is as
 //! good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
 //! manifests keep annotations of layers that were compressed anew, and a forged layer is found out by its digest.
+//!
+//! What a table cannot be held to without reading the whole layer is its own tar: a maker of images can have the two say different
+//! things, both under the manifest's digests, and then the table's are mounted. `--index ignore` and `build` take the tar's.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::IndexOrigin;
 use super::layer::{Facts, kept_under};
-use super::{IndexOrigin, OpenError};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
 use crate::layer::contents::{self, TAIL};
@@ -63,10 +66,7 @@ pub(super) fn fetch(
             (index, IndexOrigin::Contents { reads, bytes })
         }),
         Err(why) => {
-            log::warn!(
-                "{}: cannot use the layer's own table of contents: {why}; reading the whole layer",
-                blob.source
-            );
+            log::warn!("{}: {why}", blob.source);
             None
         }
     }
@@ -97,26 +97,25 @@ enum Unusable {
     Layer(#[from] crate::layer::LayerError),
     #[error(transparent)]
     Index(#[from] crate::index::IndexError),
-    #[error("the manifest promises one, and there is none")]
+    #[error("the manifest promises a table of contents, and the layer has none")]
     Missing,
-    #[error("it does not have the digests of all files")]
+    #[error("the layer's table of contents does not have the digests of all files")]
     Incomplete,
 }
 
 fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
     let len = reader.blob.len;
     let promised = contents::promised(&facts.annotations).is_some();
-    let (place, end) = match contents::Place::of_annotations(&facts.annotations, len) {
-        Some(place) => (place, None),
-        None => {
-            let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
-            let start = len - guess.max(TAIL).min(len);
-            let end = reader.read(start..len)?;
-            match contents::Place::of_tail(&end, len) {
-                Some(place) => (place, Some((start, end))),
-                None if promised => return Err(Unusable::Missing),
-                None => return Ok(None),
-            }
+    let (place, end) = if let Some(place) = contents::Place::of_annotations(&facts.annotations, len) {
+        (place, None)
+    } else {
+        let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
+        let start = len - guess.max(TAIL).min(len);
+        let end = reader.read(start..len)?;
+        match contents::Place::of_tail(&end, len) {
+            Some(place) => (place, Some((start, end))),
+            None if promised => return Err(Unusable::Missing),
+            None => return Ok(None),
         }
     };
     let stored = match &end {
@@ -151,12 +150,4 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
 fn place_in(bytes: &[u8], from: u64, to: u64) -> &[u8] {
     let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
     bytes.get(bound(from)..bound(to)).unwrap_or_default()
-}
-
-/// Whether an index is of the kind that only this module may bring.
-pub(super) fn refuse<B: AsRef<[u8]>>(index: &crate::index::Index<B>, name: &str) -> Result<(), OpenError> {
-    if index.is_of_contents() {
-        return Err(OpenError::OfContents(source::without_secrets(name)));
-    }
-    Ok(())
 }

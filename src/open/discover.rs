@@ -18,12 +18,15 @@ use crate::source::{self, LayerBlob, Patience, SourceError};
 /// Where the index of a layer is to come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IndexChoice {
-    /// A published one, if there is a good one; else one that is made.
+    /// A published one, if there is a good one; else one that is kept, or the layer's own table of contents as far as it can be
+    /// believed; else one that is made.
     #[default]
     Auto,
-    /// A published one; without it the layer is not attached.
+    /// A published one, or a table of contents of the layer that its manifest vouches for; without it the layer is not
+    /// attached.
     Require,
-    /// One that was made on this machine, now or before. Nothing published is looked for.
+    /// One that was made on this machine from all of the layer, now or before. Nothing published is looked for, in the layer
+    /// neither.
     Ignore,
     /// One that is made now from all of the layer, whatever is kept or published.
     Build,
@@ -288,6 +291,9 @@ fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, patience: &Patience) -> Re
 /// # Errors
 /// [`IndexError::OtherLayer`].
 pub fn check_layer<B: AsRef<[u8]>>(index: &Index<B>, layer: &ImageLayer) -> Result<(), IndexError> {
+    if index.is_of_contents() {
+        return Err(IndexFault::MadeUp.into());
+    }
     let identity = index.identity();
     let other = |what, found: String, wanted: String| Err(IndexError::OtherLayer { what, found, wanted });
     if identity.blob_len != layer.descriptor.size {

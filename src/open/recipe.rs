@@ -289,7 +289,31 @@ impl Recipe {
         lent.map(|layer| layer.index.as_path())
     }
 
-    /// Removes them.
+    /// The files and directories that whoever serves the recipe opens later, when the layers are open; none if programs are
+    /// run that could open anything.
+    #[must_use]
+    pub fn opens_later(&self) -> Option<Vec<PathBuf>> {
+        let mut paths: Vec<PathBuf> = self.store.iter().cloned().collect();
+        let places = self
+            .layers
+            .iter()
+            .flat_map(|layer| [Some(&layer.blob), layer.rest.as_ref()]);
+        for place in places.flatten() {
+            let At::Http {
+                access: Some(access), ..
+            } = place
+            else {
+                continue;
+            };
+            if access.keyring().names_helpers() {
+                return None;
+            }
+            paths.extend(access.keyring().files());
+        }
+        Some(paths)
+    }
+
+    /// Removes the index files that were lent.
     fn take_back(&self) {
         for path in self.lent() {
             let _ = fs::remove_file(path);

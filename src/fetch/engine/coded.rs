@@ -441,6 +441,11 @@ impl Engine {
         if self.stopping.get() || all.is_empty() {
             return;
         }
+        if self.remote(route.layer).is_some_and(|remote| remote.streaming.get()) {
+            // Another flight would only be told the same.
+            self.leave_to_stream(all);
+            return;
+        }
         let mut again = Vec::new();
         for index in [all.first, all.end - 1] {
             let key = ChunkKey {

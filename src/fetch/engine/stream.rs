@@ -190,7 +190,7 @@ impl Engine {
         let cutter = Cutter::new(remote.size, 0, 0, remote.size);
         // A table of contents begins with the first file's content, and the blob with its headers.
         let begins = remote.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
-        let course = Course::new(decoder, begins, cutter, remote.check.clone()).from_the_first_byte();
+        let course = Course::new(decoder, begins, cutter, remote.check.clone()).fed_from_the_first_byte();
         Ok(if remote.whole.is_empty() {
             course
         } else {

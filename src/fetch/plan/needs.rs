@@ -321,6 +321,19 @@ mod tests {
         assert_eq!(found.libraries.iter().map(text).collect::<Vec<_>>(), libraries);
         assert_eq!(found.interpreter.as_ref().map(text), interpreter);
         assert!(found.parts.len() > 1 || libraries.is_empty());
+        // The code's first and last page, but not what lies between.
+        let hex = |field: Option<&str>| u64::from_str_radix(field?.strip_prefix("0x")?, 16).ok();
+        let code = said
+            .lines()
+            .filter(|line| line.trim_start().starts_with("LOAD") && line.contains(" R E "));
+        for line in code {
+            let mut fields = line.split_whitespace().skip(1);
+            let (offset, len) = (hex(fields.next()).unwrap(), hex(fields.nth(2)).unwrap());
+            let page = len.min(PAGE);
+            for part in [(offset, page), (offset + len - page, page)] {
+                assert!(found.parts.contains(&part), "{part:x?} of {:x?}", found.parts);
+            }
+        }
     }
 
     /// Asking for what is lacking, piece by piece, comes to the same end, in few steps.

@@ -87,6 +87,20 @@ pub struct Keyring {
 }
 
 impl Keyring {
+    /// The files that are looked into, first to last.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        let named = self.authfile.clone().or_else(|| path_of("REGISTRY_AUTH_FILE"));
+        named.map_or_else(usual_files, |path| vec![path])
+    }
+
+    /// Whether one of them names a helper: a program of somebody else's, which may need anything.
+    #[must_use]
+    pub fn names_helpers(&self) -> bool {
+        let mut read = self.files().into_iter().filter_map(|path| AuthFile::read(&path).ok());
+        read.any(|file| file.names_helpers())
+    }
+
     /// How to log in at `host` (with its port, if it is not the usual one) for `repository`. Waits for helpers, with a
     /// deadline: not for a thread that must not.
     ///
@@ -198,6 +212,10 @@ impl AuthFile {
                 error.column()
             )
         })
+    }
+
+    fn names_helpers(&self) -> bool {
+        !self.cred_helpers.is_empty() || self.creds_store.as_ref().is_some_and(|helper| !helper.is_empty())
     }
 
     fn login(&self, host: &str, repository: &str) -> Result<Option<Login>, SourceError> {
@@ -404,6 +422,27 @@ mod tests {
         assert_eq!(login(r#"{"auths": null}"#, "x", "x"), None);
         let nulls = r#"{"auths": {"x": {"auth": "YTpi", "identitytoken": null, "username": null}}}"#;
         assert_eq!(login(nulls, "x", "x"), Some(password("a", "b")));
+    }
+
+    #[test]
+    fn helpers_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("auth.json");
+        let keyring = Keyring {
+            given: None,
+            authfile: Some(path.clone()),
+        };
+        assert_eq!(keyring.files(), std::slice::from_ref(&path));
+        for (text, names) in [
+            (r#"{"auths": {"h": {"auth": "YTpi"}}}"#, false),
+            (r#"{"credsStore": ""}"#, false),
+            (r#"{"credsStore": "pass"}"#, true),
+            (r#"{"credHelpers": {"h": "ecr-login"}}"#, true),
+            ("damaged", false),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(keyring.names_helpers(), names, "{text}");
+        }
     }
 
     #[test]
