@@ -438,6 +438,8 @@ fn a_redirect_that_leads_elsewhere_now_is_asked_for_again() {
 /// A cache whose disk fills up in the middle of a write takes no more; what is read on is none the worse for it.
 #[test]
 fn a_full_disk_is_no_end() {
+    // More than may wait to be written, of a server that has to be read from end to end.
+    const MANY: usize = 72 << 20;
     struct Mounted(tempfile::TempDir);
     impl Drop for Mounted {
         fn drop(&mut self) {
@@ -450,8 +452,6 @@ fn a_full_disk_is_no_end() {
         return common::skip("a_full_disk_is_no_end", &format!("cannot mount a small tmpfs: {error}"));
     }
     let small = Mounted(dir);
-    // More than may wait to be written, of a server that has to be read from end to end.
-    const MANY: usize = 72 << 20;
     let mut data = noise(1 << 20).repeat(MANY >> 20);
     for (n, megabyte) in (0u8..).zip(data.chunks_mut(1 << 20)) {
         megabyte.iter_mut().step_by(4096).for_each(|byte| *byte = n);

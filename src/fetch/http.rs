@@ -184,18 +184,8 @@ impl Client {
                         layer.keep_target(url);
                     }
                     let whole = verdict == Verdict::Whole;
-                    return Ok(Reply {
-                        head_took: sent.elapsed(),
-                        whole,
-                        left: if whole { layer.size } else { len },
-                        known_len: hyper::body::Body::size_hint(&body).exact().is_some(),
-                        body,
-                        lease: Some(lease),
-                        stall: self.options.stall_deadline,
-                        slowest: self.options.slowest_body,
-                        began: Instant::now(),
-                        came: 0,
-                    });
+                    let left = if whole { layer.size } else { len };
+                    return Ok(self.reply(whole, left, sent.elapsed(), body, lease));
                 }
                 Verdict::Redirect(to) => {
                     let next = url
@@ -260,6 +250,22 @@ impl Client {
         }
         layer.forget_target(&url);
         Err(Failure::suspect(format!("more than {MOST_REDIRECTS} redirects")))
+    }
+
+    /// An answer whose body is to hold `left` bytes.
+    fn reply(&self, whole: bool, left: u64, head_took: Duration, body: Incoming, lease: Lease) -> Reply {
+        Reply {
+            head_took,
+            whole,
+            left,
+            known_len: hyper::body::Body::size_hint(&body).exact().is_some(),
+            body,
+            lease: Some(lease),
+            stall: self.options.stall_deadline,
+            slowest: self.options.slowest_body,
+            began: Instant::now(),
+            came: 0,
+        }
     }
 
     /// One request to `url`, with the spot's credentials if it is the spot's origin.
