@@ -34,7 +34,10 @@ pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
         (Some(_), Some(digests)) => digests,
         (None, _) => String::new(),
     };
-    kept_under(blob, facts).map(|name| format!("{name}\ntable of contents {named}"))
+    // Under both digests there is nothing that was not compared with the second.
+    let of_image = facts.digest.as_ref().map(ToString::to_string);
+    let name = of_image.or_else(|| kept_under(blob, facts))?;
+    Some(format!("{name}\ntable of contents {named}"))
 }
 
 /// Whether the layer's own table of contents may be asked for.

@@ -20,7 +20,7 @@ use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
 use crate::fetch::plan::{Presence, Stretch, Want};
 use crate::fetch::stats::add;
-use crate::fetch::{Check, Coded, FetchError, StartError};
+use crate::fetch::{Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
 use crate::units::{LayerId, TarOffset, TarRange};
 
@@ -44,6 +44,11 @@ impl CodedLayer {
             airborne: RefCell::default(),
             partials: RefCell::default(),
         })
+    }
+
+    /// What has come of chunks that are not whole, and where it lies; it is forgotten here.
+    pub(super) fn take_parts(&self) -> Vec<(u64, Vec<u8>)> {
+        self.partials.take().into_parts()
     }
 
     /// What neither is here of chunk `index` nor comes with a flight under way.
@@ -428,10 +433,6 @@ impl Engine {
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
             self.bring_checked(vec![(key, whole)]);
-        } else if let Some(remote) = self.remote(layer)
-            && remote.check.as_ref().and_then(Check::pieces).is_some()
-        {
-            self.keep_part(layer, at, bytes.to_vec());
         }
     }
 

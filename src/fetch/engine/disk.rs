@@ -301,6 +301,7 @@ impl Engine {
                 log::warn!("the cache's disk does not keep up; what it has not taken is forgotten");
             }
         }
+        self.keep_parts().await;
         for layer in &self.shared.layers {
             if let SharedLayer::Brought(layer) = layer
                 && let Some(cache) = layer.cache.get()

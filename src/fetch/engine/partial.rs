@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::fetch::chunk::{to_u64, to_usize};
+use crate::fetch::chunk::{CHUNK_BYTES, to_u64, to_usize};
 
 /// So many are kept although nobody waits for them: 8 MiB at most.
 const MOST_IDLE: usize = 256;
@@ -84,6 +84,21 @@ impl Partials {
         }
     }
 
+    /// All that is there, and where it lies in tar space.
+    pub(super) fn into_parts(self) -> Vec<(u64, Vec<u8>)> {
+        let mut parts = Vec::new();
+        for (index, partial) in self.chunks {
+            let start = u64::from(index) * CHUNK_BYTES;
+            let mut here: Ranges = std::iter::once(0..to_u64(partial.bytes.len())).collect();
+            partial.lacking.iter().for_each(|lacking| subtract(&mut here, lacking));
+            for range in here {
+                let bytes = partial.bytes.get(to_usize(range.start)..to_usize(range.end));
+                parts.push((start + range.start, bytes.unwrap_or_default().to_vec()));
+            }
+        }
+        parts
+    }
+
     fn make_room(&mut self, needed: &dyn Fn(u32) -> bool) {
         if self.chunks.len() < MOST_IDLE {
             return;
@@ -119,6 +134,24 @@ mod tests {
         }
         assert_eq!(lacking(&partials, 7, 100), [(0, 100)]);
         assert!(partials.add(7, 100, 90, &[0; 20], &|_| false).is_none(), "too long");
+    }
+
+    #[test]
+    fn parts_are_given_with_their_places() {
+        let mut partials = Partials::default();
+        for from in [10, 30, 20] {
+            assert!(
+                partials
+                    .add(2, 100, from, &[u8::try_from(from).unwrap(); 10], &|_| false)
+                    .is_none()
+            );
+        }
+        assert!(partials.add(2, 100, 90, &[9; 10], &|_| false).is_none());
+        let mut parts = partials.into_parts();
+        parts.sort();
+        let start = 2 * CHUNK_BYTES;
+        let middle = [[10; 10], [20; 10], [30; 10]].concat();
+        assert_eq!(parts, [(start + 10, middle), (start + 90, vec![9; 10])]);
     }
 
     #[test]

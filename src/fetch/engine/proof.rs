@@ -1,18 +1,20 @@
 //! Chunks that come back from the store and can only be believed together with their neighbours, because what is vouched for are
 //! pieces that reach across chunks. In: a chunk that the store has. Out: the chunk, if all pieces that lie in it are right.
 //!
-//! Pieces prove themselves, whatever the store's map says of the chunks that they reach into. That is why a flight leaves in the
-//! data file also what it brings of chunks that do not become whole.
+//! Pieces prove themselves, whatever the store's map says of the chunks that they reach into. That is why in the end also that
+//! is left in the data file which came of chunks that did not become whole.
 
+use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::disk::read_exactly;
 use super::{Engine, Remote};
+use crate::fetch::Check;
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_usize};
 use crate::fetch::store::LayerCache;
 use crate::index::PieceDigests;
-use crate::units::{LayerId, TarRange};
+use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Why a chunk is not believed.
 enum Doubt {
@@ -91,17 +93,28 @@ impl Engine {
         }
     }
 
-    /// Leaves what has come of a chunk, which may never become whole, where its pieces can be proven later.
-    pub(super) fn keep_part(&self, layer: LayerId, at: u64, bytes: Vec<u8>) {
-        let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
-        let Some(file) = self.cache(layer).filter(has_room).and_then(|cache| cache.parts().ok()) else {
-            return;
-        };
-        tokio_uring::spawn(async move {
-            let file = tokio_uring::fs::File::from_std(file);
-            // What is not there is fetched again.
-            let _lost = file.write_all_at(bytes, at).await;
-        });
+    /// Leaves what has come of chunks that did not become whole where their pieces can be proven later. Only when nothing else is
+    /// written any more: whole chunks may go past the page cache, and must not meet an older page of theirs there.
+    pub(super) async fn keep_parts(&self) {
+        for (layer, remote) in (0..).map(LayerId).zip(&self.remotes) {
+            let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
+            let (Some(remote), Some(cache)) = (remote, self.cache(layer).filter(has_room)) else {
+                continue;
+            };
+            let pieces = remote.check.as_ref().and_then(Check::pieces);
+            let (Some(coded), Some(_), Ok(file)) = (&remote.coded, pieces, cache.parts()) else {
+                continue;
+            };
+            let mut parts = coded.take_parts();
+            parts.retain(|(at, _)| !cache.has(ChunkKey::holding(layer, TarOffset(*at)).index));
+            let job = tokio::task::spawn_blocking(move || {
+                // What is not there is fetched again.
+                parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at))
+            });
+            if let Ok(Err(error)) = job.await {
+                log::debug!("{}: parts of chunks are not kept: {error}", remote.origin.name());
+            }
+        }
     }
 }
 
@@ -133,7 +146,6 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::*;
-    use crate::units::TarOffset;
 
     #[test]
     fn a_chunk_is_proven_by_its_pieces_alone() {
