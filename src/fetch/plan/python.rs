@@ -157,7 +157,7 @@ impl Modules {
             }
             let before = found.len();
             self.modules(base, name, ending, is_frozen, exists, &mut |file| {
-                found.push((file, when))
+                found.push((file, when));
             });
             if found.len() > before {
                 return;

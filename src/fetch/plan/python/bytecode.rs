@@ -365,7 +365,7 @@ mod tests {
 
     /// Compiles the standard library and writes, for each module, `N.pyc`, and to its output what the interpreter's own
     /// disassembler says of imports.
-    const DISASSEMBLE: &str = r#"
+    const DISASSEMBLE: &str = r"
 import dis, importlib.util, marshal, os, sys, sysconfig
 out = sys.argv[1]
 n = 0
@@ -401,7 +401,7 @@ for top, dirs, files in os.walk(sysconfig.get_paths()['stdlib']):
             file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))
         print('\n'.join(['module %d' % n] + found))
         n += 1
-"#;
+";
 
     /// The imports found in `file`, as the script above writes them.
     fn said(file: &Path) -> Vec<String> {
