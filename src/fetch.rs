@@ -17,7 +17,6 @@ mod engine;
 mod http;
 pub mod link;
 pub mod plan;
-mod ring;
 mod stats;
 pub mod store;
 mod tier;

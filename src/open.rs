@@ -30,7 +30,7 @@ use crate::digest::Digest;
 use crate::fetch::{self, store::StoreError};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Registry, RegistryOptions};
 use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
@@ -128,11 +128,6 @@ pub enum OpenError {
     /// One layer is wanted of an image that has several.
     #[error("{0} has several layers, and an index is of one; choose it with --layer")]
     OneIndex(String),
-    /// An index that was named or published is of a tar space that was made up.
-    #[error(
-        "index {0} was made of a layer's own table of contents, which is of use only to who made it; `tarblk index` makes others"
-    )]
-    OfContents(String),
     /// Nobody has published indexes of an image.
     #[error(
         "{name} has no published indexes, nor tables of contents in all layers that its manifest vouches for; `tarblk index push` makes indexes"
@@ -226,7 +221,8 @@ impl Watch for Unwatched {
 }
 
 /// Where an index came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
 pub enum IndexOrigin {
     /// It was named.
     Given,
@@ -251,6 +247,23 @@ pub enum IndexOrigin {
         /// How many bytes came with them, payload that passed by included.
         bytes: u64,
     },
+}
+
+impl std::fmt::Display for IndexOrigin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Given => f.write_str("the one that was named"),
+            Self::Kept => f.write_str("kept here"),
+            Self::Published { bytes } => write!(f, "published, {bytes} bytes"),
+            Self::Contents { reads, bytes } => {
+                write!(
+                    f,
+                    "the layer's own table of contents, {bytes} bytes in {reads} requests"
+                )
+            }
+            Self::Read { reads, bytes } => write!(f, "made by reading {bytes} bytes in {reads} requests"),
+        }
+    }
 }
 
 /// A layer or an image that was found, with the index of each of its layers.
@@ -546,7 +559,12 @@ fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, Open
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
-    contents::refuse(&index, name)?;
+    if index.is_of_contents() {
+        return Err(OpenError::Index {
+            name: source::without_secrets(name),
+            cause: IndexFault::MadeUp.into(),
+        });
+    }
     check_pin(&index, name, options).map(|()| index)
 }
 

@@ -446,3 +446,20 @@ fn answers_that_were_compressed_on_the_way_are_not_taken_for_the_layer() {
     let error = source::walk(&blob, &mut Collector::default(), None, &patience(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }
+
+#[test]
+fn options_show_no_secrets() {
+    let options = OpenOptions {
+        index: IndexChoice::Named("https://me:secret@host/x.tarblk?sig=secret".to_owned()),
+        registry: RegistryOptions {
+            keyring: Keyring {
+                given: Some(Login::parse("me:secret").unwrap()),
+                authfile: None,
+            },
+            ..RegistryOptions::default()
+        },
+        ..OpenOptions::default()
+    };
+    let shown = format!("{options:?}");
+    assert!(shown.contains("host/x.tarblk") && !shown.contains("secret"), "{shown}");
+}

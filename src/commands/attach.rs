@@ -15,9 +15,10 @@ use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, R
 use crate::device::registry;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
+use crate::digest::Digest;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError};
-use crate::open::{Fetching, Recipe};
+use crate::open::{Fetching, IndexOrigin, PreparedLayer, Recipe};
 
 /// The hidden command that a daemon runs.
 pub(super) const SERVE: &str = "serve-device";
@@ -33,6 +34,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(500);
 struct Mounted<'a> {
     #[serde(flatten)]
     attached: &'a Attached,
+    /// Of each layer, the lowest first.
+    indexes: &'a [LayerIndex],
     #[serde(rename = "mounted_on")]
     dir: &'a Path,
     /// Until the device was there: finding the layer, its index, the daemon.
@@ -41,13 +44,41 @@ struct Mounted<'a> {
     mount_seconds: f64,
 }
 
+/// Where the index of a layer came from.
+#[derive(Debug, Serialize)]
+struct LayerIndex {
+    /// The layer's digest, if it is known.
+    layer: Option<Digest>,
+    #[serde(flatten)]
+    origin: IndexOrigin,
+}
+
+impl LayerIndex {
+    fn of(layer: &PreparedLayer) -> Self {
+        Self {
+            layer: layer.digest.clone(),
+            origin: layer.origin,
+        }
+    }
+}
+
+/// What `attach --json` says.
+#[derive(Debug, Serialize)]
+struct AttachReport<'a> {
+    #[serde(flatten)]
+    attached: &'a Attached,
+    /// Of each layer, the lowest first.
+    indexes: &'a [LayerIndex],
+}
+
 /// `tarblk attach`.
 pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> {
     let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     let tell = |attached: &Attached| -> anyhow::Result<()> {
         say_which(attached, session);
         if args.json {
-            println(serde_json::to_string_pretty(attached)?)
+            let indexes = &spec.indexes;
+            println(serde_json::to_string_pretty(&AttachReport { attached, indexes })?)
         } else {
             println(attached.state.device.display())
         }
@@ -94,6 +125,7 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     }
     let mounted = Mounted {
         attached: &attached,
+        indexes: &spec.indexes,
         dir: &dir,
         attach_seconds,
         mount_seconds: began.elapsed().as_secs_f64() - attach_seconds,
@@ -180,6 +212,7 @@ fn say_which(attached: &Attached, session: Session) {
 /// A spec, and the indexes that were lent to the daemon.
 struct Order {
     spec: Spec,
+    indexes: Vec<LayerIndex>,
     /// Removed when the daemon had its chance to read them.
     lent: Vec<PathBuf>,
 }
@@ -232,6 +265,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
         label: source.clone(),
         ..DeviceOptions::default()
     };
+    let indexes = prepared.layers.iter().map(LayerIndex::of).collect();
     let lent = recipe.lent().map(Path::to_owned).collect();
     let payload = serde_json::to_value(recipe)?;
     Ok(Order {
@@ -241,6 +275,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
             states: states.path().to_owned(),
             payload,
         },
+        indexes,
         lent,
     })
 }

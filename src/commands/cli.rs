@@ -116,8 +116,9 @@ pub struct LayerArgs {
     #[command(flatten)]
     pub source: SourceArgs,
     /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
-    /// registry, or is kept here, else it is made; `require`: only a published one will do; `ignore`: none that was published;
-    /// `build`: it is made anew from all of the layer.
+    /// registry, or is kept here, or is the table of contents of an eStargz or zstd:chunked layer, else it is made; `require`: only
+    /// a published one will do, or a table of contents whose digest the image's manifest names; `ignore`: one that is made here,
+    /// now or before; `build`: it is made anew from all of the layer.
     #[arg(long, value_name = "FILE|URL|WORD", value_hint = ValueHint::FilePath, default_value = "auto", hide_default_value = true)]
     pub index: IndexChoice,
     /// Refuse every index but the one with this digest: of the index, or of an image's artifact with indexes.

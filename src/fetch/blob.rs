@@ -145,7 +145,7 @@ impl Check {
     /// Whether `bytes` are chunk `index`, where that can be told of a chunk alone; of others it was told before there was a chunk.
     pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
         match self {
-            Self::Chunks(check) => (check.0)(index, bytes),
+            Self::Chunks(check) => check.is_right(index, bytes),
             Self::Pieces(_) => true,
         }
     }
@@ -173,6 +173,13 @@ impl fmt::Debug for Check {
 pub struct ChunkCheck(Arc<IsRight>);
 
 type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
+
+impl ChunkCheck {
+    /// Whether `bytes` are chunk `index`.
+    pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+        (self.0)(index, bytes)
+    }
+}
 
 impl fmt::Debug for ChunkCheck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -44,7 +44,7 @@ use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
 use super::http::Client;
 use super::link::Link;
-use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use super::plan::{PlanOptions, Planner, Presence, Stretch, Want, merge};
 use super::stats::add;
 use super::tier::Tier;
 use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
@@ -58,6 +58,8 @@ const LONGEST_FLIGHT: u32 = 128;
 const MARKER_DISTANCE: u32 = 8;
 /// A flight on suspicion this short is files, not a part of one: each first read of a file in it says something.
 const MARKED_WHOLE: u32 = 32;
+/// Servers that answer sooner than this lose nothing by being asked later for what is fetched ahead.
+const NEXT_DOOR: Duration = Duration::from_millis(1);
 /// Connections opened when the fetcher starts.
 const WARM_CONNECTIONS: usize = 4;
 
@@ -131,7 +133,7 @@ pub(crate) fn start(
     std::thread::Builder::new()
         .name("tarblk-fetch".to_owned())
         .spawn(move || {
-            let runtime = match tokio_uring::Runtime::new(tokio_uring::builder().entries(512)) {
+            let runtime = match runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
                     let _starter_is_gone = ready.send(Err(error));
@@ -147,6 +149,16 @@ pub(crate) fn start(
         Ok(Err(error)) => Err(StartError::Thread(error)),
         Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
     }
+}
+
+/// The thread's runtime and ring. `COOP_TASKRUN` (Linux 5.19) spares it interrupts while it runs: it asks often enough.
+fn runtime() -> io::Result<tokio_uring::Runtime> {
+    let mut ring = tokio_uring::uring_builder();
+    ring.setup_coop_taskrun();
+    let mut builder = tokio_uring::builder();
+    builder.entries(512);
+    tokio_uring::Runtime::new(builder.uring_builder(&ring))
+        .or_else(|_| tokio_uring::Runtime::new(tokio_uring::builder().entries(512)))
 }
 
 impl Engine {
@@ -204,9 +216,11 @@ impl Engine {
                 () = self.shared.nudge.notified() => {}
             }
             let (mut now, mut cached) = (Vec::new(), Vec::new());
+            let mut short = true;
             for command in batch.drain(..) {
                 match command {
                     Command::Read { ranges, waiter, asked } => {
+                        short &= ranges.iter().map(|asked| asked.range.len).sum::<u64>() <= CHUNK_BYTES;
                         self.admit(&ranges, waiter, asked, &mut now, &mut cached);
                     }
                     Command::Shutdown(tell) => told = Some(tell),
@@ -214,13 +228,18 @@ impl Engine {
             }
             self.read_cached(cached);
             self.launch(&now);
+            let waits = short && !now.is_empty();
             self.hear_touches();
             now.clear();
             self.planner
                 .borrow_mut()
                 .touched(&|key, show| self.peek(key, show), &mut now);
             self.launch(&now);
-            self.pump();
+            // Next door, what is fetched ahead would get in the way of a block that somebody waits for: it follows when that
+            // is here. A reader of long stretches goes on to what is fetched ahead, and waits for nothing.
+            if !waits || self.link.borrow().round_trip().is_none_or(|trip| trip >= NEXT_DOOR) {
+                self.pump();
+            }
         }
         self.stop();
         inbox.close();
@@ -307,7 +326,7 @@ impl Engine {
         ranges: &[LayerRange],
         waiter: Owed,
         asked: Instant,
-        now: &mut Vec<Stretch>,
+        now: &mut Vec<Want>,
         cached: &mut Vec<ChunkKey>,
     ) {
         self.last_read.set(asked);
@@ -335,7 +354,7 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Want>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
@@ -406,11 +425,11 @@ impl Engine {
     }
 
     /// Sends demand flights for what is absent of `stretches`.
-    fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
-        if stretches.is_empty() {
+    fn launch(self: &Rc<Self>, wants: &[Want]) {
+        if wants.is_empty() {
             return;
         }
-        self.send(&merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
+        self.send(&merge(wants, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
     }
 
     /// Sends what is likely next, as far as the link has room behind what was asked for.
@@ -428,10 +447,10 @@ impl Engine {
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
             let suspected = || self.planner.borrow_mut().next(most, &|key| self.look(key));
             let next = self.options.prefetch.then(suspected).flatten();
-            let Some(flight) = next.or_else(|| self.rest(most)) else {
+            let Some(stretch) = next.map(|want| want.stretch).or_else(|| self.rest(most)) else {
                 return;
             };
-            self.send(&[flight], false);
+            self.send(&[stretch], false);
         }
     }
 
@@ -563,6 +582,13 @@ impl Engine {
         }
         let within = |key: &&ChunkKey| key.layer == stretch.layer && (stretch.first..stretch.end).contains(&key.index);
         all.keys().filter(within).copied().collect()
+    }
+
+    /// Whether a short read waits for a chunk.
+    fn is_waited_for_alone(&self, key: ChunkKey) -> bool {
+        let all = self.pending.borrow();
+        all.get(&key)
+            .is_some_and(|pending| pending.waiters.iter().any(|waiting| waiting.request.is_short()))
     }
 
     fn anybody_waits(&self, stretch: Stretch) -> bool {

@@ -164,6 +164,9 @@ pub enum ArchiveFault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexFault {
+    /// It is of a tar space that was made up from a layer's own table of contents.
+    #[error("it was made of a layer's own table of contents, and serves only whoever made it")]
+    MadeUp,
     /// It does not begin like one.
     #[error("it is not a tarblk index")]
     Magic,

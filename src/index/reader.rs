@@ -82,10 +82,10 @@ impl<B: AsRef<[u8]>> Index<B> {
                     | format::COLD_DIRECTORY
                     | format::PIECE_DIGESTS,
                     false,
-                ) => record.encoding == format::RAW,
+                )
+                | (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
                 (format::ENTRIES | format::SPANS, false) => record.encoding == format::ZSTD,
                 (format::WINDOWS | format::HEADERS, true) => record.encoding == format::ZSTD_PIECES,
-                (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
                 _ => false,
             };
             if !known && record.flags & format::REQUIRED != 0 {

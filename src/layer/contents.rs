@@ -145,11 +145,15 @@ impl Place {
     }
 }
 
-/// The digest that a layer's annotations name of its table of contents, if they do.
+/// The digests that a layer's annotations name of its table of contents, if they do: all of them, because which one counts is
+/// for the layer's end to say.
 #[must_use]
-pub fn promised(annotations: &BTreeMap<String, String>) -> Option<&str> {
-    let mut keys = chunked::DIGEST.iter().chain([&stargz::DIGEST]);
-    keys.find_map(|key| annotations.get(*key)).map(String::as_str)
+pub fn promised(annotations: &BTreeMap<String, String>) -> Option<String> {
+    let keys = chunked::DIGEST.iter().chain([&stargz::DIGEST]);
+    let named: Vec<_> = keys
+        .filter_map(|key| Some(format!("{key} {}", annotations.get(*key)?)))
+        .collect();
+    (!named.is_empty()).then(|| named.join("\n"))
 }
 
 /// Whether one of these annotations names the digest of `bytes`; an error if one names another.

@@ -7,12 +7,15 @@
 //! the layer is checked. A file on a web server has no digest: nobody vouches for it, whichever way it is read, and its table is as
 //! good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
 //! manifests keep annotations of layers that were compressed anew, and a forged layer is found out by its digest.
+//!
+//! What a table cannot be held to without reading the whole layer is its own tar: a maker of images can have the two say different
+//! things, both under the manifest's digests, and then the table's are mounted. `--index ignore` and `build` take the tar's.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
+use super::IndexOrigin;
 use super::layer::{Facts, kept_under};
-use super::{IndexOrigin, OpenError};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
 use crate::layer::contents::{self, TAIL};
@@ -28,8 +31,8 @@ const LONGEST_END: u64 = 1 << 20;
 pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
     let named = match (&facts.digest, contents::promised(&facts.annotations)) {
         (Some(_), None) => return None,
-        (Some(_), Some(digest)) => digest,
-        (None, _) => "",
+        (Some(_), Some(digests)) => digests,
+        (None, _) => String::new(),
     };
     kept_under(blob, facts).map(|name| format!("{name}\ntable of contents {named}"))
 }
@@ -63,10 +66,7 @@ pub(super) fn fetch(
             (index, IndexOrigin::Contents { reads, bytes })
         }),
         Err(why) => {
-            log::warn!(
-                "{}: cannot use the layer's own table of contents: {why}; reading the whole layer",
-                blob.source
-            );
+            log::warn!("{}: {why}", blob.source);
             None
         }
     }
@@ -97,33 +97,31 @@ enum Unusable {
     Layer(#[from] crate::layer::LayerError),
     #[error(transparent)]
     Index(#[from] crate::index::IndexError),
-    #[error("the manifest promises one, and there is none")]
+    #[error("the manifest promises a table of contents, and the layer has none")]
     Missing,
-    #[error("it does not have the digests of all files")]
+    #[error("the layer's table of contents does not have the digests of all files")]
     Incomplete,
 }
 
 fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
     let len = reader.blob.len;
     let promised = contents::promised(&facts.annotations).is_some();
-    let (place, end) = match contents::Place::of_annotations(&facts.annotations, len) {
-        Some(place) => (place, None),
-        None => {
-            let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
-            let start = len - guess.max(TAIL).min(len);
-            let end = reader.read(start..len)?;
-            match contents::Place::of_tail(&end, len) {
-                Some(place) => (place, Some((start, end))),
-                None if promised => return Err(Unusable::Missing),
-                None => return Ok(None),
-            }
+    let (place, end) = if let Some(place) = contents::Place::of_annotations(&facts.annotations, len) {
+        (place, None)
+    } else {
+        let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
+        let start = len - guess.max(TAIL).min(len);
+        let end = reader.read(start..len)?;
+        match contents::Place::of_tail(&end, len) {
+            Some(place) => (place, Some((start, end))),
+            None if promised => return Err(Unusable::Missing),
+            None => return Ok(None),
         }
     };
     let stored = match &end {
         // What of it came with the end, and what lies before that.
         Some((start, end)) => {
-            let from = place.blob.start.max(*start).min(place.blob.end);
-            let here = place_in(end, from - start, place.blob.end - start);
+            let (from, here) = already_here(&place.blob, *start, end);
             if place.blob.start < *start {
                 let mut all = reader.read(place.blob.start..from)?;
                 all.extend_from_slice(here);
@@ -147,16 +145,49 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
     Ok(Some(contents.into_index(builder)?))
 }
 
-/// Bytes `from` to `to` of `bytes`, as far as there are so many.
-fn place_in(bytes: &[u8], from: u64, to: u64) -> &[u8] {
-    let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
-    bytes.get(bound(from)..bound(to)).unwrap_or_default()
+/// What of the bytes at `wanted` lies in `end`, which begins at byte `start`, and where that begins: at the end of what is wanted,
+/// if nothing does.
+fn already_here<'e>(wanted: &Range<u64>, start: u64, end: &'e [u8]) -> (u64, &'e [u8]) {
+    let from = wanted.start.max(start).min(wanted.end);
+    let bound = |at: u64| {
+        usize::try_from(at.saturating_sub(start))
+            .unwrap_or(usize::MAX)
+            .min(end.len())
+    };
+    (from, end.get(bound(from)..bound(wanted.end)).unwrap_or_default())
 }
 
-/// Whether an index is of the kind that only this module may bring.
-pub(super) fn refuse<B: AsRef<[u8]>>(index: &crate::index::Index<B>, name: &str) -> Result<(), OpenError> {
-    if index.is_of_contents() {
-        return Err(OpenError::OfContents(source::without_secrets(name)));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_may_lie_before_the_end_that_was_read() {
+        let end = b"0123456789";
+        for (wanted, from, here) in [
+            (100..110, 100, &end[..]),
+            (95..103, 100, b"012"),
+            (104..106, 104, b"45"),
+            // Something longer than the end that was read lies between it and the footer.
+            (50..60, 60, b""),
+            (50..100, 100, b""),
+        ] {
+            assert_eq!(already_here(&wanted, 100, end), (from, here), "{wanted:?}");
+        }
     }
-    Ok(())
+
+    #[test]
+    fn every_digest_that_could_count_is_in_the_name() {
+        let named = |pairs: &[(&str, &str)]| {
+            let own = |(key, digest): &(&str, &str)| ((*key).to_owned(), (*digest).to_owned());
+            contents::promised(&pairs.iter().map(own).collect())
+        };
+        let chunked = "io.github.containers.zstd-chunked.manifest-checksum";
+        let stargz = "containerd.io/snapshot/stargz/toc.digest";
+        let honest = named(&[(chunked, "sha256:a")]);
+        assert!(honest.is_some() && named(&[]).is_none());
+        // One of the other kind beside it is another promise.
+        assert_ne!(named(&[(chunked, "sha256:a"), (stargz, "sha256:b")]), honest);
+        assert_ne!(named(&[(stargz, "sha256:a")]), honest);
+    }
 }

@@ -212,7 +212,6 @@ pub(super) fn prepare(
         return Err(SourceError::Unusable { source_name, why }.into());
     }
     if let Some(Published { index, rest }) = &facts.published {
-        contents::refuse(index, &rest.name())?;
         let origin = IndexOrigin::Published { bytes: index.hot_len() };
         let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
         layer.rest = (!index.is_whole()).then(|| rest.clone());

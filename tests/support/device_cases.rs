@@ -16,7 +16,7 @@ use tarblk::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::mount;
 
 use super::harness::{Case, DAEMON};
-use super::{make_ext4, patchwork, read_all};
+use super::{hollow, make_ext4, patchwork, read_all};
 
 /// The back end under test.
 static BACKEND: OnceLock<BackendChoice> = OnceLock::new();
@@ -57,6 +57,10 @@ pub(crate) const CASES: &[Case] = &[
         a_broken_image_does_not_mount_and_leaves_nothing,
     ),
     ("bad_directories_are_refused", bad_directories_are_refused),
+    (
+        "what_a_local_file_does_not_give_is_fetched",
+        what_a_local_file_does_not_give_is_fetched,
+    ),
     ("counts_what_it_serves", counts_what_it_serves),
     ("two_devices_do_not_hold_each_other", two_devices_do_not_hold_each_other),
     (
@@ -84,7 +88,11 @@ pub(crate) fn daemon_main() -> ExitCode {
             Some("abort") => std::process::abort(),
             _ => {}
         }
-        let (image, bytes) = patchwork(&payload.file, payload.delay_ms.map(Duration::from_millis));
+        let delay = payload.delay_ms.map(Duration::from_millis);
+        let (image, bytes) = match payload.trouble.as_deref() {
+            Some("hollow") => hollow(&payload.file, delay),
+            _ => patchwork(&payload.file, delay),
+        };
         Ok(Served {
             image,
             bytes,
@@ -604,6 +612,18 @@ fn bad_directories_are_refused() {
             "{error}"
         );
     }
+    lab.assert_clean();
+}
+
+/// A cache file that was cut short, or a disk that fails: the fetch thread can still have the bytes.
+fn what_a_local_file_does_not_give_is_fetched() {
+    let lab = Lab::new();
+    let attached = daemon::launch(&launcher(), &lab.spec(Some(1), Some("hollow"))).unwrap();
+    assert!(
+        read_all(&attached.state.device) == read_all(&lab.image()),
+        "the device differs from the image"
+    );
+    registry::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 

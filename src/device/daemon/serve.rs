@@ -247,6 +247,9 @@ impl Office<'_> {
         mut signals: Signals,
     ) -> Result<(), DaemonError> {
         let mut leaving = false;
+        // Goes on whatever else happens: requests that come more often must not keep it from looking.
+        let mut glance = tokio::time::interval(GLANCE);
+        glance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 accepted = listener.accept() => {
@@ -279,7 +282,7 @@ impl Office<'_> {
                         leaving = true;
                     }
                 },
-                () = tokio::time::sleep(GLANCE) => {
+                _ = glance.tick() => {
                     if !device.is_running() {
                         log::warn!("somebody else took {} down", state.device.display());
                         return self.close(device, state);

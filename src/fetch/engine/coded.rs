@@ -18,7 +18,7 @@ use super::request::Why;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
-use crate::fetch::plan::{Presence, Stretch};
+use crate::fetch::plan::{Presence, Stretch, Want};
 use crate::fetch::stats::add;
 use crate::fetch::{Check, Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
@@ -302,6 +302,10 @@ impl Engine {
                 return Ok(());
             }
             let before = route.delivered.get();
+            if before >= route.to && before > route.from {
+                // All of it came before the connection broke.
+                return Ok(());
+            }
             let trouble = match self.attempt_coded(landing, coded, &mut course).await {
                 Ok(Answer::Complete) => return Ok(()),
                 Ok(Answer::Whole(body)) => {
@@ -423,7 +427,7 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(key, whole);
+            self.bring_checked(vec![(key, whole)]);
         } else if let Some(remote) = self.remote(layer)
             && remote.check.as_ref().and_then(Check::pieces).is_some()
         {
@@ -435,6 +439,11 @@ impl Engine {
     fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, route: &Route) {
         let all = route.all();
         if self.stopping.get() || all.is_empty() {
+            return;
+        }
+        if self.remote(route.layer).is_some_and(|remote| remote.streaming.get()) {
+            // Another flight would only be told the same.
+            self.leave_to_stream(all);
             return;
         }
         let mut again = Vec::new();
@@ -458,7 +467,7 @@ impl Engine {
                 }
                 pending.remove(&key);
             } else {
-                again.push(Stretch::from(key));
+                again.push(Want::from(key));
             }
         }
         self.launch(&again);

@@ -110,7 +110,7 @@ impl Course {
     }
 
     /// Takes the blob from its first byte on, although decoding begins later.
-    pub(super) fn from_the_first_byte(mut self) -> Self {
+    pub(super) fn fed_from_the_first_byte(mut self) -> Self {
         self.blob_at = 0;
         self
     }
@@ -168,12 +168,11 @@ impl Course {
             }
         };
         let piece = &piece[before..];
-        let fed = match &mut self.decoder {
-            Some(decoder) => decoder.feed(piece, &mut out).map_err(|error| error.to_string()),
-            None => {
-                out(piece);
-                Ok(())
-            }
+        let fed = if let Some(decoder) = &mut self.decoder {
+            decoder.feed(piece, &mut out).map_err(|error| error.to_string())
+        } else {
+            out(piece);
+            Ok(())
         };
         if let Some(TarOffset(at)) = wrong {
             let index = u32::try_from(at / CHUNK_BYTES).unwrap_or(u32::MAX);

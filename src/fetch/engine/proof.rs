@@ -94,7 +94,7 @@ impl Engine {
     /// Leaves what has come of a chunk, which may never become whole, where its pieces can be proven later.
     pub(super) fn keep_part(&self, layer: LayerId, at: u64, bytes: Vec<u8>) {
         let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
-        let Some(file) = self.cache(layer).filter(has_room).and_then(|cache| cache.writer().ok()) else {
+        let Some(file) = self.cache(layer).filter(has_room).and_then(|cache| cache.parts().ok()) else {
             return;
         };
         tokio_uring::spawn(async move {

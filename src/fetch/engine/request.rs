@@ -71,6 +71,11 @@ impl Request {
         slots.len() - 1
     }
 
+    /// Whether it is a read of a block or two, by somebody who probably waits for nothing else.
+    pub(super) fn is_short(&self) -> bool {
+        self.slots.borrow().len() <= 2
+    }
+
     /// All slots are there.
     pub(super) fn ready(&self) {
         self.one_less();

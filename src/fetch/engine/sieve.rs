@@ -61,9 +61,9 @@ impl Sieve {
                 }
                 self.held.extend_from_slice(head);
                 if ends {
-                    let held = std::mem::take(&mut self.held);
-                    self.judge(piece.start, &held)?;
-                    give(&held);
+                    let whole = std::mem::take(&mut self.held);
+                    self.judge(piece.start, &whole)?;
+                    give(&whole);
                 }
             }
             self.next += usize::from(ends);

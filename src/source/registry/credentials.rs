@@ -404,27 +404,6 @@ mod tests {
     }
 
     #[test]
-    fn helpers_are_noticed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("auth.json");
-        let keyring = Keyring {
-            given: None,
-            authfile: Some(path.clone()),
-        };
-        assert_eq!(keyring.files(), std::slice::from_ref(&path));
-        for (text, names) in [
-            (r#"{"auths": {"h": {"auth": "YTpi"}}}"#, false),
-            (r#"{"credsStore": ""}"#, false),
-            (r#"{"credsStore": "pass"}"#, true),
-            (r#"{"credHelpers": {"h": "ecr-login"}}"#, true),
-            ("damaged", false),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            assert_eq!(keyring.names_helpers(), names, "{text}");
-        }
-    }
-
-    #[test]
     fn keys_are_hosts_or_namespaces() {
         // a:b, c:d, e:f
         let file = r#"{"auths": {
@@ -443,6 +422,27 @@ mod tests {
         assert_eq!(login(r#"{"auths": null}"#, "x", "x"), None);
         let nulls = r#"{"auths": {"x": {"auth": "YTpi", "identitytoken": null, "username": null}}}"#;
         assert_eq!(login(nulls, "x", "x"), Some(password("a", "b")));
+    }
+
+    #[test]
+    fn helpers_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("auth.json");
+        let keyring = Keyring {
+            given: None,
+            authfile: Some(path.clone()),
+        };
+        assert_eq!(keyring.files(), std::slice::from_ref(&path));
+        for (text, names) in [
+            (r#"{"auths": {"h": {"auth": "YTpi"}}}"#, false),
+            (r#"{"credsStore": ""}"#, false),
+            (r#"{"credsStore": "pass"}"#, true),
+            (r#"{"credHelpers": {"h": "ecr-login"}}"#, true),
+            ("damaged", false),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(keyring.names_helpers(), names, "{text}");
+        }
     }
 
     #[test]
