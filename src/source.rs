@@ -251,15 +251,40 @@ pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<Laye
     })
 }
 
+/// Whether what was typed would be an image's name: relative, with a tag or a digest behind its last slash, or a host with a
+/// dot or a port in front of the first.
+fn looks_like_image(path: &Path) -> bool {
+    let Some(name) = path.to_str().filter(|name| !name.starts_with(['/', '.', '~'])) else {
+        return false;
+    };
+    let last = name.rsplit('/').next().unwrap_or(name);
+    let host = name.split_once('/').map_or("", |(host, _)| host);
+    let named = last.contains([':', '@']) || host.contains(['.', ':']) || host == "localhost";
+    named && ImageName::parse(&format!("docker://{name}")).is_ok()
+}
+
 fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
-    let failed = |error| SourceError::File {
-        path: path.to_owned(),
-        source: error,
+    let failed = |error: std::io::Error| match source {
+        Source::Path(_) if error.kind() == std::io::ErrorKind::NotFound && looks_like_image(path) => {
+            SourceError::Unusable {
+                source_name: path.display().to_string(),
+                why: format!(
+                    "there is no such file; an image in a registry is docker://{}",
+                    path.display()
+                ),
+            }
+        }
+        _ => SourceError::File {
+            path: path.to_owned(),
+            source: error,
+        },
     };
     // Asked before opening: a fifo would block, and not every special file is harmless to open.
     let meta = std::fs::metadata(path).map_err(failed)?;
     if !meta.is_file() {
-        let why = if meta.is_dir() {
+        let why = if path.join("oci-layout").is_file() {
+            "it is a directory of images; name one of them as oci:DIRECTORY:TAG"
+        } else if meta.is_dir() {
             "it is a directory; name a tar file"
         } else {
             "it is not a regular file"
@@ -307,6 +332,31 @@ mod tests {
 
     fn shown(text: &str) -> String {
         Source::parse(text).unwrap().to_string()
+    }
+
+    #[test]
+    fn images_without_a_scheme_are_pointed_out() {
+        let said = |text: &str| {
+            let source = Source::parse(text).unwrap();
+            open(&source, &Patience::default()).unwrap_err().to_string()
+        };
+        for name in [
+            "debian:12",
+            "localhost:5000/x",
+            "ghcr.io/team/x",
+            "localhost/x",
+            "team/x:y",
+        ] {
+            let meant = format!("docker://{name}");
+            assert!(said(name).ends_with(&meant), "{}", said(name));
+        }
+        for name in ["nothere.tar", "dir/nothere.tar", "./a:b", "/a:b", "a b:c"] {
+            assert!(said(name).starts_with("cannot open"), "{}", said(name));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        assert!(said(dir.path().to_str().unwrap()).ends_with("name a tar file"));
+        std::fs::write(dir.path().join("oci-layout"), "{}").unwrap();
+        assert!(said(dir.path().to_str().unwrap()).contains("oci:DIRECTORY:TAG"));
     }
 
     #[test]

@@ -289,6 +289,21 @@ fn servers_that_are_not_there_or_refuse() {
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
     let url = origin.url("/layer.tar");
+    let plain = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = plain.local_addr().unwrap();
+    let answering = std::thread::spawn(move || {
+        use std::io::{Read as _, Write as _};
+        let (mut peer, _) = plain.accept().unwrap();
+        // As servers answer what is no request.
+        assert!(peer.read(&mut [0; 1024]).unwrap() > 0);
+        peer.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+    });
+    let said = lab.bad(&["index", &format!("https://{address}/layer.tar")], 1);
+    answering.join().unwrap();
+    assert!(
+        said.contains("does not speak TLS") && said.contains("http://"),
+        "{said}"
+    );
     for status in [401, 403, 404, 410] {
         origin.set_faults(move |_| vec![Fault::Status(status, None)]);
         let said = lab.bad(&["index", &url, "-o", "out.tarblk"], 1);

@@ -144,14 +144,18 @@ pub(in crate::source) fn classify(url: &Url, error: &reqwest::Error) -> Failure 
             why,
         });
     }
-    let why = if error.is_connect() {
+    // What rustls says of an answer that is no TLS.
+    let not_tls = url.scheme() == "https" && why.contains("InvalidContentType");
+    let why = if not_tls {
+        "cannot connect: the server does not speak TLS there; try http:// (--plain-http for a registry)".to_owned()
+    } else if error.is_connect() {
         format!("cannot connect: {why}; is the address right, and the server up?")
     } else {
         why
     };
     let mut failure = Failure::passing(url, why.as_str());
-    // What certificates say does not change by trying again.
-    failure.passing = !why.contains("certificate");
+    // Neither that nor what certificates say changes by trying again.
+    failure.passing = !not_tls && !why.contains("certificate");
     failure.not_http = !error.is_connect() && !error.is_timeout();
     failure
 }
