@@ -53,6 +53,10 @@ pub(super) struct Published {
     pub(super) index: Index<Vec<u8>>,
     /// Where all of it is.
     pub(super) rest: HttpBlob,
+    /// Whether it came from the cache directory.
+    pub(super) was_kept: bool,
+    /// Where it is there now.
+    pub(super) kept: Option<PathBuf>,
 }
 
 /// A layer that was found, with its index.
@@ -70,7 +74,7 @@ pub struct PreparedLayer {
     pub digest: Option<Digest>,
     /// The digest of the tar in it, likewise.
     pub diff_id: Option<Digest>,
-    /// The index in the cache directory, if it is there.
+    /// The index in the cache directory, if it is there: all of it, or if there is a `rest`, its hot part.
     pub(super) kept: Option<PathBuf>,
     /// Where the rest of the index is, if what is here is its hot part alone.
     pub(super) rest: Option<HttpBlob>,
@@ -141,9 +145,19 @@ pub(super) fn prepare(
     options: &OpenOptions,
     reached: Reached<'_>,
 ) -> Result<PreparedLayer, OpenError> {
-    if let Some(Published { index, rest }) = &facts.published {
-        let origin = IndexOrigin::Published { bytes: index.hot_len() };
-        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
+    if let Some(Published {
+        index,
+        rest,
+        was_kept,
+        kept,
+    }) = &facts.published
+    {
+        let origin = if *was_kept {
+            IndexOrigin::Kept
+        } else {
+            IndexOrigin::Published { bytes: index.hot_len() }
+        };
+        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, kept.clone())?;
         layer.rest = (!index.is_whole()).then(|| rest.clone());
         return Ok(layer);
     }
