@@ -90,7 +90,7 @@ pub(super) fn walk<'a>(
     let end = runtime()?.block_on(async {
         if blob.len == 0 {
             truth.finish()
-        } else if blob.ranges {
+        } else if blob.ranges && wire.answers_ranges().await? {
             walk_ranges(&wire, &mut truth).await
         } else {
             log::warn!(
@@ -456,6 +456,21 @@ struct Wire<'a> {
 }
 
 impl Wire<'_> {
+    /// Whether ranges are answered, where that is not known yet.
+    async fn answers_ranges(&self) -> Result<bool, SourceError> {
+        if self.blob.access.is_none() {
+            return Ok(true);
+        }
+        let mut tries = Tries::default();
+        loop {
+            self.asked.set(self.asked.get() + 1);
+            match self.requests.answers_ranges(self.blob).await {
+                Ok(answers) => return Ok(answers),
+                Err(failure) => tries.failed(failure, &self.requests.patience).await?,
+            }
+        }
+    }
+
     async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
         self.counted(self.requests.range(self.blob, at, len)).await
     }
