@@ -653,11 +653,47 @@ fn a_registry_that_answers_no_ranges_is_read_whole() {
 }
 
 #[test]
+fn a_list_that_outlived_its_indexes_hides_no_others() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(26);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    pushed(&image);
+    // An artifact with a lower digest than any other, whose index is gone.
+    let manifest = Reader::new(&image).image.manifest_digest;
+    let gone = |n: u64| Listed {
+        digest: sha256(&n.to_le_bytes()),
+        ..layer.listed()
+    };
+    let made = (0..).map(|n| artifact::manifest(&[gone(n)], Some((OCI_MANIFEST, &manifest, 1))));
+    let lowest = made.take(64).min_by_key(|bytes| sha256(bytes).to_string()).unwrap();
+    registry.put_manifest("some/image", "gone", OCI_MANIFEST, &lowest);
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    for _ in 0..2 {
+        let prepared = opener.open(name, &IndexChoice::Require, None).0.unwrap();
+        assert_eq!(
+            prepared.layers[0].index.hot_digest(),
+            Index::open(layer.index()).unwrap().hot_digest()
+        );
+    }
+    // Who names that artifact gets no other.
+    assert!(
+        opener
+            .open(name, &IndexChoice::Require, Some(&sha256(&lowest)))
+            .0
+            .is_err()
+    );
+}
+
+#[test]
 fn long_hot_parts_come_over_many_connections() {
     // Names that do not compress make a long hot part of a small layer.
     let mut tar = RawTar::new();
     for n in 0_u64..12_000 {
-        let name = format!("{}", sha256(&n.to_le_bytes()).hex());
+        let name = sha256(&n.to_le_bytes()).hex().to_owned();
         tar = tar.file(name.as_bytes(), b"");
     }
     let tar = tar.end().0;

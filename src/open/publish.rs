@@ -84,7 +84,7 @@ pub fn push(
             wanted.push(layer);
         }
     }
-    let one = |layer: &ImageLayer, reached: &mut dyn FnMut(u64)| {
+    let one = |layer: &ImageLayer, reached: Reached<'_>| {
         let kept = if anew {
             None
         } else {
@@ -116,6 +116,9 @@ pub fn push(
     publish(&registry, &image, layers)
 }
 
+/// Told how much of a layer's blob was read, in bytes.
+type Reached<'a> = &'a mut dyn FnMut(u64);
+
 /// What becomes of a layer.
 type Made = (Listed, Published);
 
@@ -123,7 +126,7 @@ type Made = (Listed, Published);
 /// failure no other layer is begun; of several failures the lowest layer's is returned.
 fn at_the_same_time(
     layers: &[&ImageLayer],
-    one: &(dyn Fn(&ImageLayer, &mut dyn FnMut(u64)) -> Result<Made, OpenError> + Sync),
+    one: &(impl Fn(&ImageLayer, Reached<'_>) -> Result<Made, OpenError> + Sync),
     watch: &mut dyn PublishWatch,
 ) -> Result<Vec<Made>, OpenError> {
     enum Said {
@@ -246,7 +249,7 @@ fn push_made(
     layer: &ImageLayer,
     options: &RegistryOptions,
     spacing: u64,
-    reached: &mut dyn FnMut(u64),
+    reached: Reached<'_>,
 ) -> Result<Listed, OpenError> {
     let blob = source::open_layer(image, layer)?;
     let recording = Recording {

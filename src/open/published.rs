@@ -4,13 +4,15 @@
 //! What is kept is used for the same layer in the same repository only, and under a pin only if the pinned artifact names the same
 //! index. What was read on this machine ([`layer`](super::layer)) is no published index, and the reverse.
 
+use std::path::PathBuf;
 use std::thread;
 
-use super::discover::{self, FoundIndex};
+use super::discover::{self, FoundBy, FoundIndex};
 use super::kept::KeptHot;
 use super::layer::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
-use crate::source::registry::{Image, ImageLayer, ImageName, Reference, Registry};
+use crate::index::Index;
+use crate::source::registry::{BlobAccess, Image, ImageLayer, ImageName, Reference, Registry};
 use crate::source::{self, HttpBlob, Place};
 
 /// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
@@ -23,7 +25,7 @@ pub(super) enum Lead {
     /// None is wanted, or none is there.
     Nothing,
     /// Its hot part is here.
-    Kept(Box<KeptHot>, HttpBlob),
+    Kept(Box<(KeptHot, HttpBlob)>),
     /// It is there to be fetched.
     Found(Box<FoundIndex>),
 }
@@ -75,7 +77,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     let kept = |layer: &ImageLayer| {
         let kept = options.cache.as_ref()?.hot(&place, &layer.descriptor.digest)?;
         let rest = registry.blob(&kept.digest, kept.index.file_len());
-        Some((Box::new(kept), http(name, &rest)?))
+        Some(Box::new((kept, http(name, &rest)?)))
     };
     let mut leads = Vec::new();
     let mut asked = Vec::new();
@@ -85,7 +87,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
         let lead = match kept(layer) {
             _ if !required && options.cache.as_ref().is_some_and(was_read) => Lead::Nothing,
             // A pinned artifact has to say first that it is this one.
-            Some((kept, rest)) if options.index_digest.is_none() => Lead::Kept(kept, rest),
+            Some(kept) if options.index_digest.is_none() => Lead::Kept(kept),
             _ => {
                 asked.push(layer.clone());
                 Lead::Nothing
@@ -120,7 +122,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
             continue;
         };
         *lead = match kept(layer) {
-            Some((kept, rest)) if kept.digest == found.listed.digest => Lead::Kept(kept, rest),
+            Some(kept) if kept.0.digest == found.listed.digest => Lead::Kept(kept),
             _ => Lead::Found(Box::new(found)),
         };
     }
@@ -131,7 +133,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
 }
 
 /// An index as a blob behind HTTP.
-fn http(name: &ImageName, access: &source::registry::BlobAccess) -> Option<HttpBlob> {
+fn http(name: &ImageName, access: &BlobAccess) -> Option<HttpBlob> {
     match source::open_registry_blob(name, access).ok()?.place {
         Place::Http(rest) => Some(*rest),
         Place::File(_) => None,
@@ -148,12 +150,13 @@ pub(super) fn fetch(
     let required = required(options);
     let found = leads.iter().map(|lead| match lead {
         Lead::Found(found) => Some(&**found),
-        Lead::Nothing | Lead::Kept(..) => None,
+        Lead::Nothing | Lead::Kept(_) => None,
     });
     let pieces = discover::pieces(found, CONNECTIONS);
     let one = |layer: &ImageLayer, lead: Lead, pieces: u64| match lead {
         Lead::Nothing => Ok(None),
-        Lead::Kept(kept, rest) => {
+        Lead::Kept(kept) => {
+            let (kept, rest) = *kept;
             discover::check_layer(&kept.index, layer).map_err(|cause| OpenError::Index {
                 name: kept.path.display().to_string(),
                 cause,
@@ -166,7 +169,10 @@ pub(super) fn fetch(
             }))
         }
         Lead::Found(found) => {
-            let index = discover::fetch_hot_in(name, layer, &found, pieces, &options.patience)?;
+            let (index, found) = match discover::fetch_hot_in(name, layer, &found, pieces, &options.patience) {
+                Ok(index) => (index, found),
+                Err(error) => by_tag(name, layer, &found, options).ok_or(error)?,
+            };
             let kept = keep(name, layer, &index, &found, options)?;
             Ok(http(name, &found.access).map(|rest| Published {
                 index,
@@ -200,14 +206,34 @@ pub(super) fn fetch(
     })
 }
 
+/// The index that a layer's tag names, after the one that a list of the image's named could not be used: lists outlive what is in
+/// them. Who names an artifact wants what is in that.
+fn by_tag(
+    name: &ImageName,
+    layer: &ImageLayer,
+    failed: &FoundIndex,
+    options: &OpenOptions,
+) -> Option<(Index<Vec<u8>>, Box<FoundIndex>)> {
+    let ImageName::Registry(reference) = name else {
+        return None;
+    };
+    if failed.by != FoundBy::Image || options.index_digest.is_some() {
+        return None;
+    }
+    let registry = Registry::new(reference, &options.registry).ok()?;
+    let found = discover::find_of_layer(&registry, &layer.descriptor.digest).ok()??;
+    let index = discover::fetch_hot(name, layer, &found, &options.patience).ok()?;
+    Some((index, Box::new(found)))
+}
+
 /// Keeps a hot part that was fetched. A full disk only means that it is fetched again next time.
 fn keep(
     name: &ImageName,
     layer: &ImageLayer,
-    index: &crate::index::Index<Vec<u8>>,
+    index: &Index<Vec<u8>>,
     found: &FoundIndex,
     options: &OpenOptions,
-) -> Result<Option<std::path::PathBuf>, OpenError> {
+) -> Result<Option<PathBuf>, OpenError> {
     let (ImageName::Registry(reference), Some(cache)) = (name, &options.cache) else {
         return Ok(None);
     };

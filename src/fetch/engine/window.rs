@@ -139,14 +139,13 @@ impl Engine {
                 let [file, rest] = &**origins;
                 let piece = piece_of(directory, n, len).map_err(wrong)?;
                 let here = self.frame(file, &piece, demand).await.ok();
-                match here.and_then(|frame| piece.open(&frame).ok()) {
-                    Some(window) => window,
-                    None => {
-                        let frame = self.frame(rest, &piece, demand).await?;
-                        let window = piece.open(&frame).map_err(|_| wrong("is damaged"))?;
-                        keep_frame(file, piece.range.start, frame).await;
-                        window
-                    }
+                if let Some(window) = here.and_then(|frame| piece.open(&frame).ok()) {
+                    window
+                } else {
+                    let frame = self.frame(rest, &piece, demand).await?;
+                    let window = piece.open(&frame).map_err(|_| wrong("is damaged"))?;
+                    keep_frame(file, piece.range.start, frame).await;
+                    window
                 }
             }
         };
