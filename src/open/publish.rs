@@ -84,21 +84,31 @@ pub fn push(
             wanted.push(layer);
         }
     }
-    let one = |layer: &ImageLayer, reached: Reached<'_>| {
+    let one = |layer: &&ImageLayer, reached: Reached<'_>| {
         let kept = if anew {
             None
         } else {
             tagged(&registry, &name, layer, options)?
         };
         Ok(match kept {
-            Some(listed) => (listed, Published::Kept),
-            None => (
-                push_made(&registry, &name, layer, options, spacing, reached)?,
-                Published::Made,
-            ),
+            Some(listed) => (listed, None),
+            None => {
+                let index = made_of(&name, layer, options, spacing, reached)?;
+                (list(&index, layer), Some(index))
+            }
         })
     };
-    let made = at_the_same_time(&wanted, &one, watch)?;
+    let made = at_the_same_time(&wanted, &one, Some(watch))?;
+    // Only now: of an image with a layer that is not what its manifest says nothing is published.
+    let numbered: Vec<_> = wanted.iter().zip(&made).collect();
+    at_the_same_time(
+        &numbered,
+        &|(_, (listed, index)), _| match index {
+            Some(index) => Ok(put(&registry, listed, index.as_bytes())?),
+            None => Ok(()),
+        },
+        None,
+    )?;
     let mut layers: Vec<LayerIndex> = Vec::new();
     for layer in &image.layers {
         let at = wanted
@@ -108,27 +118,44 @@ pub fn push(
         let again = layers
             .iter()
             .any(|(known, ..)| known.descriptor.digest == layer.descriptor.digest);
-        if let Some((listed, how)) = made {
-            let how = if again { Published::Kept } else { *how };
+        if let Some((listed, index)) = made {
+            let how = match index {
+                Some(_) if !again => Published::Made,
+                _ => Published::Kept,
+            };
             layers.push((layer.clone(), how, Some(listed.clone())));
         }
     }
     publish(&registry, &image, layers)
 }
 
+/// A layer, and perhaps something that belongs to it.
+trait OfLayer {
+    fn layer(&self) -> &ImageLayer;
+}
+
+impl OfLayer for &ImageLayer {
+    fn layer(&self) -> &ImageLayer {
+        self
+    }
+}
+
+impl<T> OfLayer for (&&ImageLayer, &T) {
+    fn layer(&self) -> &ImageLayer {
+        self.0
+    }
+}
+
 /// Told how much of a layer's blob was read, in bytes.
 type Reached<'a> = &'a mut dyn FnMut(u64);
 
-/// What becomes of a layer.
-type Made = (Listed, Published);
-
-/// Does `one` with some layers at a time, as many as there are processors, and tells how far all of them are together. After a
-/// failure no other layer is begun; of several failures the lowest layer's is returned.
-fn at_the_same_time(
-    layers: &[&ImageLayer],
-    one: &(impl Fn(&ImageLayer, Reached<'_>) -> Result<Made, OpenError> + Sync),
-    watch: &mut dyn PublishWatch,
-) -> Result<Vec<Made>, OpenError> {
+/// Does `one` with several layers at a time, as many as there are processors, and tells how far all of them are together. After
+/// a failure no other one is begun; of several failures the lowest layer's is returned.
+fn at_the_same_time<L: OfLayer + Sync, T: Send>(
+    layers: &[L],
+    one: &(impl Fn(&L, Reached<'_>) -> Result<T, OpenError> + Sync),
+    mut watch: Option<&mut dyn PublishWatch>,
+) -> Result<Vec<T>, OpenError> {
     enum Said {
         Began(usize),
         Reached(usize, u64),
@@ -138,9 +165,9 @@ fn at_the_same_time(
         .clamp(1, MOST_AT_ONCE);
     let total = layers
         .iter()
-        .fold(0_u64, |sum, layer| sum.saturating_add(layer.descriptor.size));
+        .fold(0_u64, |sum, layer| sum.saturating_add(layer.layer().descriptor.size));
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let outcomes: Vec<Mutex<Option<Result<Made, OpenError>>>> = layers.iter().map(|_| Mutex::default()).collect();
+    let outcomes: Vec<Mutex<Option<Result<T, OpenError>>>> = layers.iter().map(|_| Mutex::default()).collect();
     let (tell, told) = mpsc::channel();
     thread::scope(|scope| {
         for _ in 0..threads.min(layers.len()) {
@@ -156,7 +183,7 @@ fn at_the_same_time(
                     say(Said::Began(number));
                     let outcome = one(layer, &mut |at| say(Said::Reached(number, at)));
                     failed.fetch_or(outcome.is_err(), Ordering::Relaxed);
-                    say(Said::Reached(number, layer.descriptor.size));
+                    say(Said::Reached(number, layer.layer().descriptor.size));
                     *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
                 }
             });
@@ -164,8 +191,9 @@ fn at_the_same_time(
         drop(tell);
         let mut reached = vec![0; layers.len()];
         for said in told {
+            let Some(watch) = watch.as_deref_mut() else { continue };
             match said {
-                Said::Began(number) => watch.layer(number, layers.len(), &layers[number].descriptor.digest),
+                Said::Began(number) => watch.layer(number, layers.len(), &layers[number].layer().descriptor.digest),
                 Said::Reached(number, at) => {
                     reached[number] = at;
                     watch.headers(reached.iter().sum(), total);
@@ -242,15 +270,14 @@ fn whole_index(
     Ok(index)
 }
 
-/// Makes a layer's index by reading all of it, and puts it and the layer's tag into the registry.
-fn push_made(
-    registry: &Registry,
+/// Makes a layer's index by reading all of it.
+fn made_of(
     image: &ImageName,
     layer: &ImageLayer,
     options: &RegistryOptions,
     spacing: u64,
     reached: Reached<'_>,
-) -> Result<Listed, OpenError> {
+) -> Result<Index<Vec<u8>>, OpenError> {
     let blob = source::open_layer(image, layer)?;
     let recording = Recording {
         contents: Contents::FULL,
@@ -265,9 +292,7 @@ fn push_made(
     let index = Index::open(recorded.index).map_err(bad)?;
     // The digest of what was read is the manifest's, or nothing is published.
     check_layer(&index, layer).map_err(bad)?;
-    let listed = list(&index, layer);
-    put(registry, &listed, index.as_bytes())?;
-    Ok(listed)
+    Ok(index)
 }
 
 /// How a manifest names an index.
