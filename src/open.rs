@@ -7,9 +7,12 @@
 //!
 //! An index that was made is kept in the cache directory under the layer's identity: its digest, or else its name and what
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
-//! mark is never found there again.
+//! mark is never found there again. Under the digest alone there is only what was compared with it; headers that a server
+//! sent, and bytes that nothing vouches for until all have come, are kept under the server's and repository's name as well,
+//! because another one may send something else.
 
 pub mod artifact;
+mod contents;
 pub mod discover;
 mod gather;
 mod kept;
@@ -28,7 +31,7 @@ use crate::digest::Digest;
 use crate::fetch::{self, store::StoreError};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
 use crate::source::{self, LayerBlob, Patience, Source, SourceError, registry};
@@ -122,7 +125,9 @@ pub enum OpenError {
     #[error("{0} has several layers, and an index is of one; choose it with --layer")]
     OneIndex(String),
     /// Nobody has published indexes of an image.
-    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    #[error(
+        "{name} has no published indexes, nor tables of contents in all layers that its manifest vouches for; `tarblk index push` makes indexes"
+    )]
     NoIndexes {
         /// The image.
         name: String,
@@ -212,7 +217,8 @@ impl Watch for Unwatched {
 }
 
 /// Where an index came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
 pub enum IndexOrigin {
     /// It was named.
     Given,
@@ -223,6 +229,13 @@ pub enum IndexOrigin {
         /// How many.
         bytes: u64,
     },
+    /// The layer brought it along: its own table of contents, in this many requests, bringing this many bytes.
+    Contents {
+        /// How many.
+        reads: u64,
+        /// How many bytes came with them.
+        bytes: u64,
+    },
     /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
     Read {
         /// How many.
@@ -230,6 +243,23 @@ pub enum IndexOrigin {
         /// How many bytes came with them, payload that passed by included.
         bytes: u64,
     },
+}
+
+impl std::fmt::Display for IndexOrigin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Given => f.write_str("the one that was named"),
+            Self::Kept => f.write_str("kept here"),
+            Self::Published { bytes } => write!(f, "published, {bytes} bytes"),
+            Self::Contents { reads, bytes } => {
+                write!(
+                    f,
+                    "the layer's own table of contents, {bytes} bytes in {reads} requests"
+                )
+            }
+            Self::Read { reads, bytes } => write!(f, "made by reading {bytes} bytes in {reads} requests"),
+        }
+    }
 }
 
 /// A layer or an image that was found, with the index of each of its layers.
@@ -380,7 +410,7 @@ fn prepare_all(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<Vec<PreparedLayer>, OpenError> {
-    let total: u64 = found.iter().map(|(blob, _)| blob.len).sum();
+    let total = found.iter().fold(0_u64, |sum, (blob, _)| sum.saturating_add(blob.len));
     let (tell, told) = std::sync::mpsc::channel();
     let mut reached = vec![0; found.len()];
     std::thread::scope(|scope| {
@@ -398,7 +428,8 @@ fn prepare_all(
         drop(tell);
         for (number, at) in told {
             reached[number] = at;
-            watch.headers(reached.iter().sum(), total);
+            let sum = reached.iter().fold(0_u64, |sum, at| sum.saturating_add(*at));
+            watch.headers(sum, total);
         }
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<PreparedLayer, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -434,6 +465,12 @@ fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, Open
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    if index.is_of_contents() {
+        return Err(OpenError::Index {
+            name: source::without_secrets(name),
+            cause: IndexFault::MadeUp.into(),
+        });
+    }
     check_pin(&index, name, options).map(|()| index)
 }
 
@@ -466,10 +503,11 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
     };
     match Source::parse(name)? {
         Source::Path(path) => {
-            let file = File::open(&path).map_err(failed)?;
-            if !file.metadata().map_err(failed)?.is_file() {
+            // Asked before opening: a pipe would be waited for.
+            if !std::fs::metadata(&path).map_err(failed)?.is_file() {
                 return Err(failed(io::Error::other("it is not a regular file")));
             }
+            let file = File::open(&path).map_err(failed)?;
             let mut bytes = Vec::new();
             file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
             Ok(bytes)
@@ -485,13 +523,13 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
 /// [`OpenError`].
 pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Index<Vec<u8>>, OpenError> {
     let looks_like_an_index = match Source::parse(text)? {
-        Source::Path(path) => {
+        Source::Path(path) if path.is_file() => {
             let mut start = Vec::new();
             let read = File::open(&path).and_then(|file| file.take(64).read_to_end(&mut start));
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
-        Source::Image(_) => false,
+        Source::Path(_) | Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
@@ -577,6 +615,6 @@ impl Prepared {
         self.layers
             .iter()
             .map(|layer| layer.index.summary().payload_bytes)
-            .sum()
+            .fold(0, u64::saturating_add)
     }
 }

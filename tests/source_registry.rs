@@ -6,13 +6,14 @@
 mod common;
 mod scripted;
 
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
-use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::fetch::{CHUNK_BYTES, ChunkCheck, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
 use tarblk::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, LayerCoding, Login, OCI_INDEX, OCI_MANIFEST,
     Reference, Registry, RegistryOptions, Version, resolve,
@@ -56,8 +57,12 @@ fn options() -> RegistryOptions {
 
 /// Whatever this machine's user has does not belong into tests.
 fn empty_authfile() -> std::path::PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty-auth.json");
-    std::fs::write(&path, "{}").unwrap();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // Put there whole: other tests read it now.
+    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+    file.write_all(b"{}").unwrap();
+    let path = dir.join("empty-auth.json");
+    file.persist(&path).unwrap();
     path
 }
 
@@ -109,6 +114,11 @@ fn access(image: &Image, layer: usize) -> BlobAccess {
 
 /// A fetcher that has only what another process would be told.
 fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
+    checking_fetcher(access, deadline, None)
+}
+
+/// The same, by somebody who knows what the chunks have to be.
+fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<ChunkCheck>) -> Fetcher {
     let told: BlobAccess = serde_json::from_str(&serde_json::to_string(access).unwrap()).unwrap();
     let layer = HttpLayer {
         url: String::new(),
@@ -124,7 +134,9 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
         head_deadline: Duration::from_secs(1),
         ..FetchOptions::default()
     };
-    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
+    let mut source = LayerSource::http(layer);
+    source.digests = digests;
+    Fetcher::start(vec![source], options, None).unwrap()
 }
 
 fn read(fetcher: &Fetcher, start: u64, len: u64) -> Result<Vec<u8>, String> {
@@ -449,6 +461,45 @@ fn mirrors_are_asked_first_and_may_die() {
             .iter()
             .any(|asked| asked.path.ends_with("/manifests/v1"))
     );
+}
+
+#[test]
+fn a_wrong_chunk_is_asked_of_another_endpoint() {
+    let (mirror, origin) = (TestRegistry::start(), TestRegistry::start());
+    let layer = noise(4 << 20, 17);
+    for registry in [&mirror, &origin] {
+        put_image(registry, "v1", &[(&layer, PLAIN)]);
+    }
+    let dir = common::scratch("wrong-chunk");
+    let text = format!(
+        "server = \"http://{}\"\n[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
+        origin.host(),
+        mirror.host()
+    );
+    let options = hosts(dir.path(), "spoiled.example", &text);
+    let image = find("docker://spoiled.example/some/image:v1", &options).unwrap();
+    let access = access(&image, 0);
+    // The mirror's copy has gone bad, under the right name.
+    let spoiled: Vec<u8> = layer.iter().map(|byte| byte ^ 1).collect();
+    mirror.put_blob_as(access.digest(), &spoiled);
+    let right = layer.clone();
+    let check = ChunkCheck::new(move |index, bytes| {
+        let start = usize::try_from(u64::from(index) * CHUNK_BYTES).unwrap();
+        right.get(start..start + bytes.len()) == Some(bytes)
+    });
+    let fetcher = checking_fetcher(&access, Duration::from_secs(20), Some(check));
+    mirror.take_log();
+    origin.take_log();
+    for at in [1_000_000, 3_000_000] {
+        let bytes = read(&fetcher, u64::try_from(at).unwrap(), 5000).unwrap();
+        assert_eq!(bytes, layer[at..at + 5000]);
+    }
+    let served = |asked: &Asked| asked.status == 206;
+    assert!(mirror.take_log().iter().any(served), "the mirror comes first");
+    assert!(origin.take_log().iter().any(served));
+    let stats = fetcher.stats();
+    assert!(stats.chunks_wrong > 0 && stats.layers_poisoned == 0, "{stats:?}");
+    fetcher.shutdown();
 }
 
 #[test]

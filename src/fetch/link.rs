@@ -92,6 +92,12 @@ impl Link {
             .max(SHORTEST_TRIP)
     }
 
+    /// The shortest recent round trip as it was measured, once one was.
+    #[must_use]
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.trips.front().map(|(_, trip)| *trip)
+    }
+
     /// The highest recent rate in bytes a second, once one was measured.
     #[must_use]
     pub fn rate(&self) -> Option<u64> {

@@ -6,6 +6,7 @@
 //! layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
 //! it is of and is refused for another one, and whoever wants to know who made it names its digest.
 
+use std::fmt;
 use std::str::FromStr;
 use std::thread;
 
@@ -17,19 +18,35 @@ use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageNa
 use crate::source::{self, LayerBlob, Patience, SourceError};
 
 /// Where the index of a layer is to come from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub enum IndexChoice {
-    /// A published one, if there is a good one; else one that is made.
+    /// A published one, if there is a good one; else one that is kept, or the layer's own table of contents as far as it can be
+    /// believed; else one that is made.
     #[default]
     Auto,
-    /// A published one; without it the layer is not attached.
+    /// A published one, or a table of contents of the layer that its manifest vouches for; without it the layer is not
+    /// attached.
     Require,
-    /// One that was made on this machine, now or before. Nothing published is looked for.
+    /// One that was made on this machine from all of the layer, now or before. Nothing published is looked for, in the layer
+    /// neither.
     Ignore,
     /// One that is made now from all of the layer, whatever is kept or published.
     Build,
     /// This file or URL.
     Named(String),
+}
+
+impl fmt::Debug for IndexChoice {
+    /// Without what is secret in a URL.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "Auto",
+            Self::Require => "Require",
+            Self::Ignore => "Ignore",
+            Self::Build => "Build",
+            Self::Named(name) => return write!(f, "Named({:?})", source::without_secrets(name)),
+        })
+    }
 }
 
 impl FromStr for IndexChoice {
@@ -256,7 +273,17 @@ pub(super) fn fetch_hot_in(
     {
         return Err(bad(IndexFault::Checksum("hot part").into()));
     }
-    let index = Index::open_hot(bytes).map_err(bad)?;
+    // A manifest that does not name the hot part's digest vouches for the whole file alone.
+    let index = if found.listed.hot.is_none() && found.by != FoundBy::Header {
+        let whole = source::read_range(&blob, 0..most, patience)?;
+        if !found.listed.digest.matches(&whole) {
+            return Err(bad(IndexFault::Checksum("file").into()));
+        }
+        Index::open(whole)
+    } else {
+        Index::open_hot(bytes)
+    };
+    let index = index.map_err(bad)?;
     if index.file_len() != found.listed.size {
         return Err(bad(IndexFault::Truncated.into()));
     }
@@ -289,6 +316,9 @@ fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, patience: &Patience) -> Re
 /// # Errors
 /// [`IndexError::OtherLayer`].
 pub fn check_layer<B: AsRef<[u8]>>(index: &Index<B>, layer: &ImageLayer) -> Result<(), IndexError> {
+    if index.is_of_contents() {
+        return Err(IndexFault::MadeUp.into());
+    }
     let identity = index.identity();
     let other = |what, found: String, wanted: String| Err(IndexError::OtherLayer { what, found, wanted });
     if identity.blob_len != layer.descriptor.size {

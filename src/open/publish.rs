@@ -12,7 +12,7 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::record::coding_of;
+use super::record::{algorithms, coding_of};
 use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
@@ -284,7 +284,15 @@ fn made_of(
         spacing,
     };
     let coding = coding_of(&blob, &options.patience)?;
-    let recorded = record_blob(&blob, coding, &recording, &options.patience, reached, &mut |_, _| ())?;
+    let recorded = record_blob(
+        &blob,
+        coding,
+        &recording,
+        algorithms(Some(&layer.descriptor.digest), layer.diff_id.as_ref()),
+        &options.patience,
+        reached,
+        &mut |_, _| (),
+    )?;
     let bad = |cause: IndexError| OpenError::Index {
         name: format!("layer {} of {image}", layer.descriptor.digest),
         cause,

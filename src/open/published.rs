@@ -9,10 +9,10 @@ use std::thread;
 
 use super::discover::{self, FoundBy, FoundIndex};
 use super::kept::KeptHot;
-use super::layer::Published;
+use super::layer::{Published, unchecked};
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
 use crate::index::Index;
-use crate::source::registry::{BlobAccess, Image, ImageLayer, ImageName, Reference, Registry};
+use crate::source::registry::{BlobAccess, BlobPlace, Image, ImageLayer, ImageName, Reference, Registry};
 use crate::source::{self, HttpBlob, Place};
 
 /// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
@@ -83,7 +83,14 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     let mut asked = Vec::new();
     for layer in &image.layers {
         // What was read on this machine is as good, and here.
-        let was_read = |cache: &Cache| cache.has_index(&layer.descriptor.digest.to_string());
+        let was_read = |cache: &Cache| {
+            let digest = &layer.descriptor.digest;
+            let unchecked = match &layer.place {
+                BlobPlace::Registry(access) => cache.has_index(&unchecked(&access.name(), digest)),
+                BlobPlace::File(_) => false,
+            };
+            unchecked || cache.has_index(&digest.to_string())
+        };
         let lead = match kept(layer) {
             _ if !required && options.cache.as_ref().is_some_and(was_read) => Lead::Nothing,
             // A pinned artifact has to say first that it is this one.
@@ -126,7 +133,8 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
             _ => Lead::Found(Box::new(found)),
         };
     }
-    if required && leads.iter().any(|(_, lead)| matches!(lead, Lead::Nothing)) {
+    // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
+    if options.index_digest.is_some() && leads.iter().any(|(_, lead)| matches!(lead, Lead::Nothing)) {
         return Err(nobody());
     }
     Ok(leads.into_iter().map(|(_, lead)| lead).collect())

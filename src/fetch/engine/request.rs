@@ -71,6 +71,11 @@ impl Request {
         slots.len() - 1
     }
 
+    /// Whether it is a read of a block or two, by somebody who probably waits for nothing else.
+    pub(super) fn is_short(&self) -> bool {
+        self.slots.borrow().len() <= 2
+    }
+
     /// All slots are there.
     pub(super) fn ready(&self) {
         self.one_less();
@@ -127,6 +132,8 @@ pub(super) enum Why {
     Suspected,
     /// It comes with something else, and nobody has wanted it yet.
     Along,
+    /// Everything is to be in the store, and nobody has wanted it yet.
+    Filling,
 }
 
 /// A chunk that is not here, and whom it is for.

@@ -1,18 +1,19 @@
 //! What is believed. In: chunks that somebody vouches for, and digests of whole layers. Out: chunks that are right; of a
 //! layer that is wrong twice, nothing any more.
 //!
-//! A chunk is checked before anybody sees it, on a worker thread. A wrong one is fetched once more; wrong again, it is the
+//! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched once more; wrong again, it is the
 //! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the store holds of it is forgotten.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Engine, Remote};
-use crate::fetch::FetchError;
+use super::{Engine, Origin, Remote};
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
+use crate::fetch::{Check, FetchError};
 use crate::units::LayerId;
 
 impl Engine {
@@ -36,28 +37,61 @@ impl Engine {
         job.await.unwrap_or_default()
     }
 
-    /// A chunk has come as it is; it is brought once it was checked.
-    pub(super) fn bring_checked(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
-        let Some(remote) = self.remote(key.layer) else { return };
-        if remote.check.is_none() {
-            self.bring(key, bytes, true);
+    /// Chunks have come as they are, in this order; each is brought once it was checked.
+    pub(super) fn bring_checked(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
+        let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
+            return;
+        };
+        // What is checked piece by piece was checked before it was cut.
+        let Some(Check::Chunks(check)) = &remote.check else {
+            for (key, bytes) in chunks {
+                self.count_checked(remote);
+                self.bring(key, bytes, true);
+            }
+            return;
+        };
+        // Waking a thread and being woken by it takes longer than a digest, and a short read waits for nothing else.
+        let at_once = |(key, _): &&(ChunkKey, Vec<u8>)| self.is_waited_for_alone(*key);
+        let others = chunks.split_off(chunks.iter().take_while(at_once).count());
+        for (key, bytes) in std::mem::replace(&mut chunks, others) {
+            self.count_checked(remote);
+            let right = check.is_right(key.index, &bytes);
+            self.heed_check(remote, key, right, bytes);
+        }
+        if chunks.is_empty() {
             return;
         }
-        remote.checking.borrow_mut().insert(key.index);
-        let (engine, remote) = (self.clone(), remote.clone());
+        let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
+        remote.checking.borrow_mut().extend(keys.iter().map(|key| key.index));
+        let (engine, remote, check) = (self.clone(), remote.clone(), check.clone());
         tokio_uring::spawn(async move {
-            let (right, bytes) = engine.is_right(&remote, key.index, bytes).await;
-            remote.checking.borrow_mut().remove(&key.index);
-            if right {
-                Self::found_right(&remote, key.index);
-                engine.bring(key, bytes, true);
-            } else if engine
-                .found_wrong(&remote, key, "it is not what the index says")
-                .is_ok()
-            {
-                engine.fetch_again(key);
+            let permit = engine.workers.clone().acquire_owned().await.ok();
+            let (give, mut take) = unbounded_channel();
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                for (key, bytes) in chunks {
+                    // Nobody listens when the engine is gone.
+                    let _gone = give.send((check.is_right(key.index, &bytes), bytes));
+                }
+            });
+            for key in keys {
+                // In the order that they were given in; a worker that died has found nothing right.
+                let (right, bytes) = take.recv().await.unwrap_or_default();
+                remote.checking.borrow_mut().remove(&key.index);
+                engine.count_checked(&remote);
+                engine.heed_check(&remote, key, right, bytes);
             }
         });
+    }
+
+    /// A chunk was checked: it is brought if it was right.
+    fn heed_check(self: &Rc<Self>, remote: &Rc<Remote>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
+        if right {
+            Self::found_right(remote, key.index);
+            self.bring(key, bytes, true);
+        } else if self.found_wrong(remote, key, "it is not what the index says").is_ok() {
+            self.fetch_again(key);
+        }
     }
 
     /// Fetches a chunk that was lost on its way, if somebody waits for it.
@@ -77,6 +111,9 @@ impl Engine {
         }
         let name = remote.origin.name();
         if remote.suspects.borrow_mut().insert(key.index) {
+            if let Origin::Http(layer) = &remote.origin {
+                layer.distrust();
+            }
             log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
             return Ok(());
         }

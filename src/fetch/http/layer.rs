@@ -1,10 +1,10 @@
 //! Where a layer is right now. In: a fixed URL, or a blob of a registry whose tokens and endpoints change. Out: the spot to
 //! ask next, and names fit for messages and for the store.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use hyper::header::{HeaderName, HeaderValue};
 use url::Url;
@@ -16,6 +16,9 @@ use crate::fetch::{HttpLayer, StartError};
 use crate::source::registry::{BlobAccess, Located};
 use crate::source::tls::Trust;
 use crate::source::{SourceError, expiry};
+
+/// How long answers that were asked for before a place was distrusted may still come in.
+const STRAGGLERS: Duration = Duration::from_secs(30);
 
 /// A URL and what is sent there.
 pub(crate) struct Spot {
@@ -73,6 +76,8 @@ pub(crate) struct RemoteLayer {
     place: Place,
     /// Where the last redirect led, and until when that works.
     target: RefCell<Option<(Url, Option<SystemTime>)>>,
+    /// When wrong bytes last came from it.
+    distrusted: Cell<Option<Instant>>,
 }
 
 enum Place {
@@ -112,6 +117,7 @@ impl RemoteLayer {
             validator: layer.validator.clone(),
             place,
             target: RefCell::default(),
+            distrusted: Cell::default(),
         })
     }
 
@@ -161,6 +167,25 @@ impl RemoteLayer {
         {
             moving.access.avoid(located);
             moving.spot.borrow_mut().take_if(|kept| Rc::ptr_eq(kept, spot));
+        }
+    }
+
+    /// What came from where it is now was wrong: next time it is asked anew where the bytes are, and another endpoint is asked,
+    /// if there is one. Otherwise the second try would get the same bad copy. What else of that copy still comes in within the
+    /// next moments must not speak against the place that was found instead.
+    pub(crate) fn distrust(&self) {
+        let now = Instant::now();
+        let again = self.distrusted.get().is_some_and(|when| now - when < STRAGGLERS);
+        if again {
+            return;
+        }
+        self.distrusted.set(Some(now));
+        self.target.borrow_mut().take();
+        if let Place::Registry(moving) = &self.place {
+            let spot = moving.spot.borrow().clone();
+            if let Some(spot) = spot {
+                self.doubt(&spot);
+            }
         }
     }
 

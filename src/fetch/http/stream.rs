@@ -15,8 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_uring::BufResult;
 use tokio_uring::net::TcpStream;
 
-/// What a quiet connection holds: room for a response head and a small body.
-const SMALLEST_READ: usize = 16 << 10;
+/// What a quiet connection holds: room for a response head and a chunk, so that a lone chunk comes with one read.
+const SMALLEST_READ: usize = 64 << 10;
 /// What a busy one grows to: big enough that the ring's cost per read vanishes, small enough to stay in the L2 cache
 /// between the kernel's copy and ours.
 const LARGEST_READ: usize = 256 << 10;

@@ -209,6 +209,7 @@ impl Session {
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Url, Response, Grant), Failure> {
+        let mut guessed = false;
         loop {
             let url = self.url(at, what);
             let unsure = self.spec.endpoints[at].scheme_unknown && lock(&self.hosts[at].state).base.is_none();
@@ -222,11 +223,16 @@ impl Session {
                 let mut base = self.spec.endpoints[at].base.clone();
                 if speaks_tls && base.set_scheme("https").is_ok() {
                     lock(&self.hosts[at].state).base = Some(base);
+                    guessed = true;
                     continue;
                 }
                 if answer.is_ok() {
                     lock(&self.hosts[at].state).base = Some(base);
                 }
+            }
+            if guessed && matches!(&answer, Err(failure) if matches!(failure.error, SourceError::Unreachable { .. })) {
+                // Perhaps it only hung up the first time: the next request finds out anew.
+                lock(&self.hosts[at].state).base = None;
             }
             return answer.map(|(response, grant)| (url, response, grant));
         }
