@@ -10,12 +10,10 @@
 
 mod support;
 
-#[allow(dead_code)]
 #[path = "../tests/common/mod.rs"]
 mod common;
 #[path = "support/far.rs"]
 mod far;
-#[allow(dead_code)]
 #[path = "../tests/registry/mod.rs"]
 mod registry;
 #[path = "../tests/scripted/mod.rs"]

@@ -18,13 +18,14 @@ mod gather;
 mod kept;
 mod layer;
 pub mod publish;
+mod published;
 mod recipe;
 mod record;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::digest::Digest;
 use crate::fetch::{self, store::StoreError};
@@ -32,12 +33,11 @@ use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
-use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Registry, RegistryOptions};
-use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
+use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
+use crate::source::{self, LayerBlob, Patience, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
-use discover::FoundIndex;
-use layer::{Facts, Published};
+use layer::Facts;
 
 pub use discover::IndexChoice;
 pub use kept::{Cache, default_cache_dir};
@@ -47,10 +47,6 @@ pub use record::{RecordedBlob, Recording, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
-
-/// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
-/// connection for itself.
-const CONNECTIONS: u64 = 10;
 
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -346,18 +342,23 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
-    if let ImageName::Registry(reference) = name
-        && matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
-    {
-        let others = usize::try_from(CONNECTIONS - 1).unwrap_or_default();
-        Registry::new(reference, &options.registry)?.greet(others);
-    }
+    let options = &OpenOptions {
+        registry: RegistryOptions {
+            kept: options
+                .cache
+                .clone()
+                .map(|cache| -> Arc<dyn SmallThings> { Arc::new(cache) }),
+            ..options.registry.clone()
+        },
+        ..options.clone()
+    };
+    published::get_ready(name, options)?;
     let found = registry::find(name, &options.registry)?;
     // Whether indexes are published can be asked while the configuration is on its way.
     let (early, _) = chosen(found.by_manifest(), options)?;
     let (config, published) = std::thread::scope(|scope| {
         let config = scope.spawn(|| found.config());
-        let published = find_published(name, &early, options);
+        let published = published::find(name, &early, options);
         (config.join(), published)
     });
     let config = config.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -372,7 +373,7 @@ fn prepare_image(
         let layer = PreparedLayer::new(blob, &Facts::of(layer), index, IndexOrigin::Given, None)?;
         return Ok((vec![layer], mode));
     }
-    let published = fetch_published(name, &image, &published?, options)?;
+    let published = published::fetch(name, &image, published?, options)?;
     let mut found = Vec::new();
     for (layer, published) in image.layers.iter().zip(published) {
         let facts = Facts {
@@ -381,106 +382,11 @@ fn prepare_image(
         };
         found.push((source::open_layer(name, layer)?, facts));
     }
-    Ok((prepare_all(found, options, watch)?, mode))
-}
-
-/// Whether nothing but published indexes will do.
-fn required(options: &OpenOptions) -> bool {
-    options.index == IndexChoice::Require || options.index_digest.is_some()
-}
-
-/// Where the published indexes of an image's layers are, as far as they are wanted and there; for each layer one place.
-fn find_published(
-    name: &ImageName,
-    image: &Image,
-    options: &OpenOptions,
-) -> Result<Vec<Option<FoundIndex>>, OpenError> {
-    let none = || image.layers.iter().map(|_| None).collect();
-    let ImageName::Registry(reference) = name else {
-        let named = matches!(options.index, IndexChoice::Named(_));
-        return if required(options) && !named {
-            Err(OpenError::NoIndexes { name: name.to_string() })
-        } else {
-            Ok(none())
-        };
-    };
-    let required = required(options);
-    let kept = |layer: &ImageLayer| {
-        let (cache, digest) = (options.cache.as_ref()?, &layer.descriptor.digest);
-        let by_place = || match &layer.place {
-            BlobPlace::Registry(access) => cache.index(&layer::unchecked(&access.name(), digest)),
-            BlobPlace::File(_) => None,
-        };
-        cache.index(&digest.to_string()).or_else(by_place)
-    };
-    let wanted = match options.index {
-        // Who names a digest wants that index and no other.
-        IndexChoice::Ignore | IndexChoice::Build if required => {
-            return Err(OpenError::NoIndexes { name: name.to_string() });
-        }
-        IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => false,
-        // What was read on this machine is as good, and here.
-        IndexChoice::Auto => required || image.layers.iter().any(|layer| kept(layer).is_none()),
-        IndexChoice::Require => true,
-    };
-    if !wanted {
-        return Ok(none());
+    let layers = prepare_all(found, options, watch)?;
+    if let (ImageName::Registry(_), Some(cache)) = (name, &options.cache) {
+        cache.know(&name.to_string());
     }
-    let registry = Registry::new(reference, &options.registry)?;
-    let found = match discover::find_indexes(&registry, image, options.index_digest.as_ref()) {
-        Ok(found) => found,
-        // Without them the layers can still be read.
-        Err(error) if !required => {
-            log::warn!("cannot look for published indexes: {error}");
-            return Ok(none());
-        }
-        Err(error) => return Err(error.into()),
-    };
-    // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
-    if options.index_digest.is_some() && found.iter().any(Option::is_none) {
-        return Err(OpenError::NoIndexes { name: name.to_string() });
-    }
-    Ok(found)
-}
-
-/// Brings the hot parts of published indexes, all at the same time.
-fn fetch_published(
-    name: &ImageName,
-    image: &Image,
-    found: &[Option<FoundIndex>],
-    options: &OpenOptions,
-) -> Result<Vec<Option<Published>>, OpenError> {
-    let required = required(options);
-    let fetch = |((layer, found), pieces): ((&ImageLayer, &Option<FoundIndex>), u64)| match found {
-        None => Ok(None),
-        Some(found) => match discover::fetch_hot_in(name, layer, found, pieces, &options.patience) {
-            Ok(index) => {
-                let rest = source::open_registry_blob(name, &found.access)?;
-                Ok(match rest.place {
-                    Place::Http(rest) => Some(Published { index, rest: *rest }),
-                    Place::File(_) => None,
-                })
-            }
-            Err(error) if !required => {
-                log::warn!("{error}; going on without it");
-                Ok(None)
-            }
-            Err(error) => Err(error),
-        },
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = image
-            .layers
-            .iter()
-            .zip(found)
-            .zip(discover::pieces(found.iter().map(Option::as_ref), CONNECTIONS))
-            .map(|each| scope.spawn(move || fetch(each)))
-            .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        threads.into_iter().map(join).collect()
-    })
+    Ok((layers, mode))
 }
 
 fn find_layer(image: &Image, choice: &LayerChoice) -> Result<usize, OpenError> {

@@ -547,6 +547,66 @@ fn windows_come_from_an_index_file_or_over_http() {
 }
 
 #[test]
+fn windows_that_were_fetched_are_kept_in_the_index_file() {
+    let made = make(Way::Gzip);
+    let (cold, places) = cold_part(&made.spans);
+    let origin = made.served();
+    origin.serve_blob("/index", cold.as_slice());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kept.hot");
+    // The hot part, and a hole.
+    let hot = usize::try_from(tarblk::index::hot_len(&cold).unwrap().unwrap()).unwrap();
+    std::fs::write(&path, &cold[..hot]).unwrap();
+    let file = || File::options().read(true).write(true).open(&path).unwrap();
+    file().set_len(u(cold.len())).unwrap();
+    let index = HttpLayer {
+        url: origin.url("/index"),
+        size: u(cold.len()),
+        validator: None,
+        headers: Vec::new(),
+        access: None,
+    };
+    let fetcher = || {
+        let windows = Windows::Kept(Arc::new(file().into()), Box::new(index.clone()), places.clone());
+        let source = LayerSource {
+            coding: Some(Coded {
+                table: made.spans.table.clone(),
+                windows,
+            }),
+            ..made.over_http(&origin)
+        };
+        start(source, quick())
+    };
+    let asked = || {
+        let log = origin.take_log();
+        log.events.iter().filter(|event| event.path == "/index").count()
+    };
+    let everything = |fetcher: &Fetcher| {
+        for at in (0..SIZE - 4096).step_by(200_000) {
+            let bytes = read(fetcher, at, 4096).unwrap();
+            assert_eq!(bytes, made.tar[at..][..4096]);
+        }
+        fetcher.shutdown();
+    };
+    asked();
+    everything(&fetcher());
+    assert!(asked() > 0);
+    // The next process needs nobody.
+    everything(&fetcher());
+    assert_eq!(asked(), 0);
+    // Only the hot part is believed: what became another since is fetched again.
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[hot..].iter_mut().for_each(|byte| *byte ^= 1);
+    std::fs::write(&path, &bytes).unwrap();
+    let damaged = fetcher();
+    everything(&damaged);
+    assert!(asked() > 0);
+    assert_eq!(damaged.stats().chunks_wrong, 0);
+    everything(&fetcher());
+    assert_eq!(asked(), 0);
+}
+
+#[test]
 fn what_one_process_kept_another_uses_and_checks() {
     for way in WAYS {
         let made = make(way);

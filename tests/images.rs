@@ -368,10 +368,21 @@ fn a_pushed_index_is_found_and_spares_the_layers() {
     none(&compare(
         &mut session,
         "debian-python:latest",
-        &image.into(),
+        &image.clone().into(),
         &required,
         &expected,
     ));
+    // The next one asks what the tag is, and then for bytes alone.
+    let requests = registry.requests();
+    session.mount_with(&image, &required);
+    let before = requests.len();
+    let asked = registry.requests()[before..].join("\n");
+    assert!(
+        asked.contains("/manifests/latest 200") && !asked.contains("referrers"),
+        "{asked}"
+    );
+    assert!(!asked.contains("/manifests/sha256"), "{asked}");
+    session.umount();
     nothing_left(session);
 }
 

@@ -20,7 +20,7 @@ use tarblk::layer::Coding;
 use tarblk::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
 use tarblk::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
 use tarblk::open::publish::{Publication, PublishWatch, Published, copy, push};
-use tarblk::open::{OpenError, Watch};
+use tarblk::open::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Unwatched, Watch, prepare};
 use tarblk::source::registry::{
     Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
 };
@@ -454,4 +454,292 @@ fn indexes_are_copied_to_where_the_image_was_copied() {
         copy(&from, &reference(&mirror, "absent"), &options(), &mut Silent),
         Err(OpenError::Source(SourceError::Status { .. }))
     ));
+}
+
+/// Opens images of a registry with one cache.
+struct Opener<'r> {
+    registry: &'r TestRegistry,
+    cache: tempfile::TempDir,
+}
+
+impl Opener<'_> {
+    /// Opens an image; also what was asked for that.
+    fn open(
+        &self,
+        image: &str,
+        index: &IndexChoice,
+        pin: Option<&Digest>,
+    ) -> (Result<Prepared, OpenError>, Vec<String>) {
+        let options = OpenOptions {
+            index: index.clone(),
+            index_digest: pin.cloned(),
+            cache: Some(Cache::new(self.cache.path()).unwrap()),
+            registry: options(),
+            ..OpenOptions::default()
+        };
+        self.registry.take_log();
+        let prepared = prepare(&self.registry.name(image), &options, &mut Unwatched);
+        let asked = self.registry.take_log();
+        let asked = asked.iter().map(|asked| format!("{} {}", asked.method, asked.path));
+        (prepared, asked.collect())
+    }
+
+    fn origins(&self, image: &str, index: &IndexChoice) -> (Vec<IndexOrigin>, Vec<String>) {
+        let (prepared, asked) = self.open(image, index, None);
+        let origins = prepared.unwrap().layers.iter().map(|layer| layer.origin).collect();
+        (origins, asked)
+    }
+}
+
+fn is_published(origin: &IndexOrigin) -> bool {
+    matches!(origin, IndexOrigin::Published { .. })
+}
+
+#[test]
+fn what_was_found_once_is_kept_and_only_the_tag_is_asked_for() {
+    let registry = TestRegistry::start();
+    let (one, two) = (Layer::gzip(20), Layer::plain(21));
+    let image = put_image(&registry, "some/image", &[&one, &two]);
+    let publication = pushed(&image);
+    let artifact = publication.artifact.unwrap();
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    let tag_alone = ["GET /v2/some/image/manifests/latest"];
+    let (origins, asked) = opener.origins(name, &IndexChoice::Require);
+    assert!(origins.iter().all(is_published));
+    // The list that says what refers to the image is enough: its artifact is not asked for.
+    assert!(
+        !asked.iter().any(|line| line.contains(&artifact.to_string())),
+        "{asked:?}"
+    );
+    for choice in [IndexChoice::Require, IndexChoice::Auto] {
+        let (origins, asked) = opener.origins(name, &choice);
+        assert_eq!(origins, [IndexOrigin::Kept; 2]);
+        assert_eq!(asked, tag_alone);
+    }
+    // Pinned, the artifact says whether what is kept is what is meant; it is asked for once.
+    let (pinned, asked) = opener.open(name, &IndexChoice::Auto, Some(&artifact));
+    assert!(
+        pinned
+            .unwrap()
+            .layers
+            .iter()
+            .all(|layer| layer.origin == IndexOrigin::Kept)
+    );
+    assert_eq!(asked.len(), 2, "{asked:?}");
+    assert!(asked[1].ends_with(&format!("manifests/{artifact}")), "{asked:?}");
+    let (pinned, asked) = opener.open(name, &IndexChoice::Require, Some(&artifact));
+    assert!(pinned.is_ok() && asked == tag_alone, "{asked:?}");
+    assert!(
+        opener
+            .open(name, &IndexChoice::Auto, Some(&sha256(b"another")))
+            .0
+            .is_err()
+    );
+    // Another artifact with other indexes of the same layers is another pin: they are fetched.
+    push(&image, &options(), SPACING / 2, true, &mut Silent).unwrap();
+    let (_, other) = (
+        artifact,
+        push(&image, &options(), SPACING / 2, false, &mut Silent).unwrap(),
+    );
+    let (pinned, asked) = opener.open(name, &IndexChoice::Auto, other.artifact.as_ref());
+    let pinned = pinned.unwrap();
+    assert!(is_published(&pinned.layers[0].origin), "{asked:?}");
+    let spans = |index: &Index<Vec<u8>>| index.spans().map_or(0, tarblk::layer::SpanTable::len);
+    assert!(spans(&pinned.layers[0].index) > spans(&Index::open(one.index()).unwrap()));
+}
+
+#[test]
+fn hot_parts_that_are_kept_are_no_indexes_that_were_made_here() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(22);
+    pushed(&put_image(&registry, "some/image", &[&layer]));
+    put_image(&registry, "other/image", &[&layer]);
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    assert!(opener.origins(name, &IndexChoice::Require).0.iter().all(is_published));
+    let blob = format!("GET /v2/some/image/blobs/{}", layer.digest());
+    // Where nobody has published it, a kept one is not taken for published there.
+    let (refused, _) = opener.open("other/image:latest", &IndexChoice::Require, None);
+    assert!(matches!(
+        refused.unwrap_err(),
+        OpenError::NoIndexes { .. } | OpenError::Index { .. }
+    ));
+    // Who wants none that was published reads the layer.
+    let (origins, asked) = opener.origins(name, &IndexChoice::Ignore);
+    assert!(
+        matches!(origins[..], [IndexOrigin::Read { .. }]) && asked.contains(&blob),
+        "{asked:?}"
+    );
+    // Now both are kept. What was read here serves who takes any, and not who wants a published one.
+    let whole = |choice: &IndexChoice| {
+        let (prepared, asked) = opener.open(name, choice, None);
+        assert!(
+            !asked.iter().any(|line| line.contains("referrers") || *line == blob),
+            "{asked:?}"
+        );
+        let layer = prepared.unwrap().into_only().unwrap();
+        assert_eq!(layer.origin, IndexOrigin::Kept);
+        layer.index.is_whole()
+    };
+    assert!(whole(&IndexChoice::Auto) && whole(&IndexChoice::Ignore));
+    assert!(!whole(&IndexChoice::Require));
+    let (origins, asked) = opener.origins(name, &IndexChoice::Build);
+    assert!(
+        matches!(origins[..], [IndexOrigin::Read { .. }]) && asked.contains(&blob),
+        "{asked:?}"
+    );
+}
+
+#[test]
+fn damaged_things_in_the_cache_are_brought_again() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(23);
+    pushed(&put_image(&registry, "some/image", &[&layer]));
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    let (_, first) = opener.origins(name, &IndexChoice::Require);
+    let files = |of: &str| -> Vec<_> {
+        let dir = opener.cache.path().join(of);
+        std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect()
+    };
+    for (of, damage) in [("hot", 300), ("hot", 10), ("small", 30)] {
+        for file in files(of) {
+            let mut bytes = std::fs::read(&file).unwrap();
+            if bytes.len() > damage {
+                bytes[damage] ^= 1;
+                std::fs::write(&file, bytes).unwrap();
+            }
+        }
+        let (origins, asked) = opener.origins(name, &IndexChoice::Require);
+        assert!(asked.len() > 1 && asked.len() <= first.len(), "{of}: {asked:?}");
+        assert_eq!(origins.iter().all(is_published), of == "hot");
+        assert_eq!(opener.origins(name, &IndexChoice::Require).1.len(), 1);
+    }
+    // Cut short behind the hot part: nobody knows which index it is of.
+    for file in files("hot") {
+        let len = std::fs::metadata(&file).unwrap().len();
+        std::fs::File::options()
+            .write(true)
+            .open(&file)
+            .unwrap()
+            .set_len(len - 10)
+            .unwrap();
+    }
+    assert!(opener.origins(name, &IndexChoice::Require).0.iter().all(is_published));
+}
+
+#[test]
+fn a_registry_that_answers_no_ranges_is_read_whole() {
+    let registry = TestRegistry::start();
+    let (one, two) = (Layer::gzip(24), Layer::plain(25));
+    let image = put_image(&registry, "some/image", &[&one, &two]);
+    registry.rules(|rules| rules.ranges = false);
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    let read = opener.open(name, &IndexChoice::Ignore, None).0.unwrap();
+    assert!(
+        read.layers
+            .iter()
+            .all(|layer| matches!(layer.origin, IndexOrigin::Read { .. }))
+    );
+    // And its indexes, made there and fetched from there.
+    assert_eq!(outcomes(&pushed(&image)), [Published::Made; 2]);
+    let found = opener.open(name, &IndexChoice::Require, None).0.unwrap();
+    for (layer, made) in found.layers.iter().zip([one.index(), two.index()]) {
+        assert!(is_published(&layer.origin));
+        assert_eq!(layer.index.hot_digest(), Index::open(made).unwrap().hot_digest());
+    }
+    assert_eq!(found.payload_bytes(), read.payload_bytes());
+}
+
+#[test]
+fn a_list_that_outlived_its_indexes_hides_no_others() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(26);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    pushed(&image);
+    // An artifact with a lower digest than any other, whose index is gone.
+    let manifest = Reader::new(&image).image.manifest_digest;
+    let gone = |n: u64| Listed {
+        digest: sha256(&n.to_le_bytes()),
+        ..layer.listed()
+    };
+    let made = (0..).map(|n| artifact::manifest(&[gone(n)], Some((OCI_MANIFEST, &manifest, 1))));
+    let lowest = made.take(64).min_by_key(|bytes| sha256(bytes).to_string()).unwrap();
+    registry.put_manifest("some/image", "gone", OCI_MANIFEST, &lowest);
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let name = "some/image:latest";
+    for _ in 0..2 {
+        let prepared = opener.open(name, &IndexChoice::Require, None).0.unwrap();
+        assert_eq!(
+            prepared.layers[0].index.hot_digest(),
+            Index::open(layer.index()).unwrap().hot_digest()
+        );
+    }
+    // Who names that artifact gets no other.
+    assert!(
+        opener
+            .open(name, &IndexChoice::Require, Some(&sha256(&lowest)))
+            .0
+            .is_err()
+    );
+}
+
+#[test]
+fn long_hot_parts_come_over_many_connections() {
+    // Names that do not compress make a long hot part of a small layer.
+    let mut tar = RawTar::new();
+    for n in 0_u64..12_000 {
+        let name = sha256(&n.to_le_bytes()).hex().to_owned();
+        tar = tar.file(name.as_bytes(), b"");
+    }
+    let tar = tar.end().0;
+    let layer = Layer {
+        blob: gzip(&tar),
+        tar,
+        media_type: "application/vnd.oci.image.layer.v1.tar+gzip",
+    };
+    let registry = TestRegistry::start();
+    pushed(&put_image(&registry, "some/image", &[&layer]));
+    let opener = Opener {
+        registry: &registry,
+        cache: tempfile::tempdir().unwrap(),
+    };
+    let (prepared, asked) = opener.open("some/image:latest", &IndexChoice::Require, None);
+    let layer = prepared.unwrap().into_only().unwrap();
+    let index = format!(
+        "GET /v2/some/image/blobs/{}",
+        layer_index(&registry, &layer.digest.clone().unwrap())
+    );
+    let requests = asked.iter().filter(|line| **line == index).count();
+    assert!(
+        layer.index.hot_len() > 200_000 && (2..=10).contains(&requests),
+        "{requests}"
+    );
+}
+
+/// Which index the registry has for a layer, by its tag.
+fn layer_index(registry: &TestRegistry, layer: &Digest) -> Digest {
+    let found = Registry::new(&reference(registry, "some/image"), &options()).unwrap();
+    let manifest = found.manifest(&layer_tag(layer)).unwrap();
+    artifact::parse(&manifest.bytes).unwrap().remove(0).digest
 }

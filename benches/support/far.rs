@@ -85,7 +85,7 @@ impl Far {
                     continue;
                 };
                 let number = count.fetch_add(1, Ordering::SeqCst);
-                thread::spawn(move || relay(stream, server, rtt, Connection { number, connected, log }));
+                thread::spawn(move || relay(&stream, server, rtt, Connection { number, connected, log }));
             }
         });
         Ok(far)
@@ -158,7 +158,7 @@ fn sleep_until(at: Instant) {
     thread::sleep(at.saturating_duration_since(Instant::now()));
 }
 
-fn relay(client: TcpStream, server: SocketAddr, rtt: Duration, connection: Connection) {
+fn relay(client: &TcpStream, server: SocketAddr, rtt: Duration, connection: Connection) {
     let Ok(server) = TcpStream::connect(server) else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let connection = Arc::new(connection);
@@ -167,7 +167,7 @@ fn relay(client: TcpStream, server: SocketAddr, rtt: Duration, connection: Conne
     thread::scope(|scope| {
         let (come, coming) = channel::<(Instant, Vec<u8>)>();
         let (land, landing) = channel::<(Instant, Vec<u8>)>();
-        let (client, server) = (&client, &server);
+        let server = &server;
         let noting = connection.clone();
         scope.spawn(move || {
             pass(client, |bytes| {

@@ -14,16 +14,14 @@ use crate::quantity::show_size;
 use crate::source::Source;
 use crate::source::registry::{ImageName, Reference};
 
-/// One bar after the other, a layer each.
+/// One bar for all layers.
 struct Bars {
-    talk: Talk,
     bar: Bar,
 }
 
 impl Bars {
     fn new(talk: Talk) -> Self {
-        let bar = Bar::new(talk);
-        Self { talk, bar }
+        Self { bar: Bar::new(talk) }
     }
 }
 
@@ -35,7 +33,6 @@ impl Watch for Bars {
 
 impl PublishWatch for Bars {
     fn layer(&mut self, number: usize, of: usize, layer: &Digest) {
-        self.bar = Bar::new(self.talk);
         log::info!("layer {} of {of}: {layer}", number + 1);
     }
 }

@@ -103,6 +103,9 @@ pub enum Windows {
     File(Arc<OwnedFd>, ColdDirectory),
     /// In an index behind HTTP, fetched by range when one is needed.
     Http(Box<HttpLayer>, ColdDirectory),
+    /// The same, with a local file that has the index's hot part and holes: what is fetched is put where it belongs, and looked
+    /// for there first. The descriptor can be written to.
+    Kept(Arc<OwnedFd>, Box<HttpLayer>, ColdDirectory),
 }
 
 impl fmt::Debug for Windows {
@@ -112,6 +115,7 @@ impl fmt::Debug for Windows {
             Self::Memory(windows) => write!(f, "Memory({})", windows.len()),
             Self::File(file, _) => write!(f, "File({file:?})"),
             Self::Http(layer, _) => write!(f, "Http({layer:?})"),
+            Self::Kept(file, layer, _) => write!(f, "Kept({file:?}, {layer:?})"),
         }
     }
 }

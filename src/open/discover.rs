@@ -1,8 +1,9 @@
 //! Finding indexes that somebody has published. In: an image in a registry. Out: for each of its layers where its index is, and
 //! its hot part, checked against the layer that it is wanted for.
 //!
-//! Asked in this order: the image's artifact, by the referrers API (or its fallback tag); each layer's tag; the `LazyPull-Digest`
-//! field of HEAD for the layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
+//! Asked in this order: what refers to the image, by the referrers API and its fallback tag at the same time (where a list says
+//! what is in the artifact, that is enough, else it is asked for); each layer's tag; the `LazyPull-Digest` field of HEAD for the
+//! layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
 //! it is of and is refused for another one, and whoever wants to know who made it names its digest.
 
 use std::fmt;
@@ -168,6 +169,16 @@ fn published(registry: &Registry, image: &Image) -> Result<Vec<Listed>, SourceEr
         }
     }
     Ok(Vec::new())
+}
+
+/// The same for one layer that nothing which refers to the image names.
+pub(super) fn find_of_layer(registry: &Registry, layer: &Digest) -> Result<Option<FoundIndex>, SourceError> {
+    let found = of_layer(registry, layer)?;
+    Ok(found.map(|(listed, by)| FoundIndex {
+        access: registry.blob(&listed.digest, listed.size),
+        listed,
+        by,
+    }))
 }
 
 /// The index of one layer, by its tag or by what a HEAD says.

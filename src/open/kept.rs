@@ -1,10 +1,15 @@
 //! The cache directory. In: a layer's identity. Out: its index, and where its bytes are kept.
 //!
+//! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of indexes that somebody has published: each
+//! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
+//! file's digest. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
+//! configurations of images, by their digests.
+//!
 //! Everything in it can be deleted at any time, by anybody, and is checked when it is read. Indexes are kept under a digest
 //! of the identity, so that names and URLs (which may hold secrets) do not show.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -12,9 +17,30 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use super::{MAX_INDEX_BYTES, OpenError};
+use crate::digest::Digest as ContentDigest;
+use crate::index::{Index, hot_len};
+use crate::source::registry::SmallThings;
 
-/// How many indexes are kept; those not used the longest go.
+/// How many indexes are kept, of each kind; those not used the longest go.
 const MAX_INDEXES: usize = 256;
+/// How many manifests and configurations.
+const MAX_SMALL: usize = 1024;
+/// None of these is longer.
+const LONGEST_SMALL: u64 = 8 << 20;
+
+/// The longest digest, and more, in bytes.
+const LONGEST_DIGEST: u64 = 256;
+
+/// The hot part of an index that was published, as it is kept.
+#[derive(Debug)]
+pub(super) struct KeptHot {
+    /// Where.
+    pub(super) path: PathBuf,
+    /// The hot part; it was checked against its own checksums.
+    pub(super) index: Index<Vec<u8>>,
+    /// The digest of the whole index file, by which the registry knows it.
+    pub(super) digest: ContentDigest,
+}
 
 /// A cache directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,46 +101,160 @@ impl Cache {
         self.indexes().join(format!("{}.tarblk", digest(identity)))
     }
 
+    /// Whether an index is kept for a layer. It may turn out to be damaged.
+    pub(super) fn has_index(&self, identity: &str) -> bool {
+        self.index_path(identity).is_file()
+    }
+
     /// The index kept for a layer, and where.
     pub(super) fn index(&self, identity: &str) -> Option<(PathBuf, Vec<u8>)> {
         let path = self.index_path(identity);
-        let file = File::open(&path).ok()?;
-        // Used now: the last to be removed.
-        let _ = file.set_modified(SystemTime::now());
-        let mut bytes = Vec::new();
-        file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).ok()?;
+        let bytes = read_and_mark(&path, MAX_INDEX_BYTES)?;
         Some((path, bytes))
     }
 
     /// Keeps a layer's index, whole or not at all, and returns where.
     pub(super) fn keep_index(&self, identity: &str, bytes: &[u8]) -> Result<PathBuf, OpenError> {
         let path = self.index_path(identity);
-        let keep = || -> io::Result<()> {
-            DirBuilder::new().recursive(true).mode(0o700).create(self.indexes())?;
-            let mut file = tempfile::NamedTempFile::new_in(self.indexes())?;
-            file.write_all(bytes)?;
-            file.persist(&path).map_err(|error| error.error)?;
-            Ok(())
-        };
-        keep().map_err(|cause| OpenError::Cache {
-            path: self.indexes(),
-            cause,
-        })?;
-        self.forget_oldest();
+        self.keep(&path, MAX_INDEXES, |file| file.write_all(bytes))?;
         Ok(path)
     }
 
-    /// Removes the indexes that were not used the longest, when there are too many.
-    fn forget_oldest(&self) {
-        let Ok(entries) = fs::read_dir(self.indexes()) else {
-            return;
-        };
-        let used = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
-        let mut all: Vec<_> = entries.flatten().filter_map(used).collect();
-        all.sort();
-        for (_, path) in all.iter().take(all.len().saturating_sub(MAX_INDEXES)) {
-            let _ = fs::remove_file(path);
+    fn hot_path(&self, repository: &str, layer: &ContentDigest) -> PathBuf {
+        let name = digest(&format!("{repository}\n{layer}"));
+        self.dir.join("hot").join(format!("{name}.hot"))
+    }
+
+    /// The hot part that is kept for a layer and was published in this repository.
+    pub(super) fn hot(&self, repository: &str, layer: &ContentDigest) -> Option<KeptHot> {
+        let path = self.hot_path(repository, layer);
+        let mut file = File::open(&path).ok()?;
+        let index = read_hot(&mut file)?;
+        file.seek(SeekFrom::Start(index.file_len())).ok()?;
+        let mut digest = String::new();
+        file.take(LONGEST_DIGEST).read_to_string(&mut digest).ok()?;
+        let digest = digest.parse().ok()?;
+        mark_used(&path);
+        Some(KeptHot { path, index, digest })
+    }
+
+    /// Keeps the hot part of an index that was published in this repository and has this digest, and returns where.
+    pub(super) fn keep_hot(
+        &self,
+        repository: &str,
+        layer: &ContentDigest,
+        index: &Index<Vec<u8>>,
+        digest: &ContentDigest,
+    ) -> Result<PathBuf, OpenError> {
+        let path = self.hot_path(repository, layer);
+        let hot = usize::try_from(index.hot_len())
+            .ok()
+            .and_then(|len| index.as_bytes().get(..len));
+        self.keep(&path, MAX_INDEXES, |file| {
+            file.write_all(hot.unwrap_or_default())?;
+            // A hole, for what is fetched later.
+            file.as_file().set_len(index.file_len())?;
+            file.seek(SeekFrom::Start(index.file_len()))?;
+            file.write_all(digest.to_string().as_bytes())
+        })?;
+        Ok(path)
+    }
+
+    fn small_path(&self, identity: &str) -> PathBuf {
+        self.dir.join("small").join(digest(identity))
+    }
+
+    /// Whether an image of this name was attached before, with everything about it kept.
+    pub(super) fn knows(&self, image: &str) -> bool {
+        self.small_path(&format!("name\n{image}")).is_file()
+    }
+
+    /// Notes that everything about the image of this name is kept now.
+    pub(super) fn know(&self, image: &str) {
+        let path = self.small_path(&format!("name\n{image}"));
+        if let Err(error) = self.keep(&path, MAX_SMALL, |_| Ok(())) {
+            log::info!("{error}");
         }
+    }
+
+    /// Puts a file in its place, whole or not at all, and removes those of the same kind that were not used the longest.
+    fn keep(
+        &self,
+        path: &Path,
+        most: usize,
+        write: impl FnOnce(&mut tempfile::NamedTempFile) -> io::Result<()>,
+    ) -> Result<(), OpenError> {
+        let dir = path.parent().unwrap_or(&self.dir);
+        let kept = || -> io::Result<()> {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            let mut file = tempfile::NamedTempFile::new_in(dir)?;
+            write(&mut file)?;
+            file.persist(path).map_err(|error| error.error)?;
+            Ok(())
+        };
+        kept().map_err(|cause| OpenError::Cache {
+            path: dir.to_owned(),
+            cause,
+        })?;
+        forget_oldest(dir, most);
+        Ok(())
+    }
+}
+
+impl SmallThings for Cache {
+    fn get(&self, digest: &ContentDigest) -> Option<(String, Vec<u8>)> {
+        let mut bytes = read_and_mark(&self.small_path(&digest.to_string()), LONGEST_SMALL)?;
+        let line = bytes.iter().position(|byte| *byte == b'\n')?;
+        let media_type = String::from_utf8(bytes.drain(..=line).collect()).ok()?;
+        Some((media_type.trim_end().to_owned(), bytes))
+    }
+
+    fn put(&self, digest: &ContentDigest, media_type: &str, bytes: &[u8]) {
+        // A registry's word: it becomes one line.
+        let media_type = media_type.lines().next().unwrap_or_default();
+        let path = self.small_path(&digest.to_string());
+        let kept = self.keep(&path, MAX_SMALL, |file| {
+            writeln!(file, "{media_type}")?;
+            file.write_all(bytes)
+        });
+        if let Err(error) = kept {
+            log::info!("{error}");
+        }
+    }
+}
+
+/// Reads the hot part at the beginning of a file, and no more.
+pub(super) fn read_hot(file: &mut File) -> Option<Index<Vec<u8>>> {
+    let mut bytes = Vec::new();
+    file.take(24).read_to_end(&mut bytes).ok()?;
+    let rest = hot_len(&bytes).ok()??.checked_sub(24)?;
+    file.take(rest).read_to_end(&mut bytes).ok()?;
+    Index::open_hot(bytes).ok()
+}
+
+fn read_and_mark(path: &Path, most: u64) -> Option<Vec<u8>> {
+    let file = File::open(path).ok()?;
+    mark_used(path);
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// Used now: the last to be removed.
+fn mark_used(path: &Path) {
+    let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
+/// Removes the files of a directory that were not used the longest, when there are too many.
+fn forget_oldest(dir: &Path, most: usize) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    let used = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
+    let mut all: Vec<_> = entries.flatten().filter_map(used).collect();
+    all.sort();
+    for (_, path) in all.iter().take(all.len().saturating_sub(most)) {
+        let _ = fs::remove_file(path);
     }
 }
 

@@ -57,6 +57,10 @@ pub(super) struct Published {
     pub(super) index: Index<Vec<u8>>,
     /// Where all of it is.
     pub(super) rest: HttpBlob,
+    /// Whether it came from the cache directory.
+    pub(super) was_kept: bool,
+    /// Where it is there now.
+    pub(super) kept: Option<PathBuf>,
 }
 
 /// A layer that was found, with its index.
@@ -74,7 +78,7 @@ pub struct PreparedLayer {
     pub digest: Option<Digest>,
     /// The digest of the tar in it, likewise.
     pub diff_id: Option<Digest>,
-    /// The index in the cache directory, if it is there.
+    /// The index in the cache directory, if it is there: all of it, or if there is a `rest`, its hot part.
     pub(super) kept: Option<PathBuf>,
     /// What the store knows the layer's tar space by, if it has a name.
     pub(super) stored_as: Option<String>,
@@ -211,9 +215,19 @@ pub(super) fn prepare(
         let source_name = blob.source.to_string();
         return Err(SourceError::Unusable { source_name, why }.into());
     }
-    if let Some(Published { index, rest }) = &facts.published {
-        let origin = IndexOrigin::Published { bytes: index.hot_len() };
-        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
+    if let Some(Published {
+        index,
+        rest,
+        was_kept,
+        kept,
+    }) = &facts.published
+    {
+        let origin = if *was_kept {
+            IndexOrigin::Kept
+        } else {
+            IndexOrigin::Published { bytes: index.hot_len() }
+        };
+        let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, kept.clone())?;
         layer.rest = (!index.is_whole()).then(|| rest.clone());
         return Ok(layer);
     }

@@ -4,6 +4,10 @@
 //!
 //! Nothing is published that was not checked against the manifest's digests.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::thread;
+
 use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
@@ -21,6 +25,9 @@ use crate::source::{self, SourceError, registry};
 /// A layer, what became of its index, and where that is now.
 pub type LayerIndex = (ImageLayer, Published, Option<Listed>);
 
+/// So many layers are read at the same time at most.
+const MOST_AT_ONCE: usize = 8;
+
 /// What publishing did with one layer's index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -35,9 +42,9 @@ pub enum Published {
     Missing,
 }
 
-/// Told what publishing is doing, layer by layer.
+/// Told what publishing is doing. Layers may be read at the same time; how far they are is told of all together.
 pub trait PublishWatch: Watch {
-    /// Layer `number` of `of` is next; its blob's digest.
+    /// Layer `number` of `of` is begun; its blob's digest.
     fn layer(&mut self, number: usize, of: usize, layer: &Digest);
 }
 
@@ -52,7 +59,7 @@ pub struct Publication {
     pub layers: Vec<LayerIndex>,
 }
 
-/// Makes indexes of an image's layers and publishes them in the image's repository. What others have published for a layer is
+/// Makes indexes of an image's layers, several at the same time, and publishes them in the image's repository. What others have published for a layer is
 /// used again, unless `anew`.
 ///
 /// # Errors
@@ -67,30 +74,137 @@ pub fn push(
     let name = ImageName::Registry(reference.clone());
     let image = registry::resolve(&name, options)?;
     let registry = Registry::new(reference, options)?;
-    let mut layers: Vec<LayerIndex> = Vec::new();
-    for (number, layer) in image.layers.iter().enumerate() {
-        let digest = &layer.descriptor.digest;
-        watch.layer(number, image.layers.len(), digest);
-        let same = layers.iter().find(|(known, ..)| known.descriptor.digest == *digest);
-        if let Some((_, _, listed)) = same {
-            layers.push((layer.clone(), Published::Kept, listed.clone()));
-            continue;
+    // An image may have a layer twice; its index is made once.
+    let mut wanted: Vec<&ImageLayer> = Vec::new();
+    for layer in &image.layers {
+        if !wanted
+            .iter()
+            .any(|known| known.descriptor.digest == layer.descriptor.digest)
+        {
+            wanted.push(layer);
         }
+    }
+    let one = |layer: &&ImageLayer, reached: Reached<'_>| {
         let kept = if anew {
             None
         } else {
             tagged(&registry, &name, layer, options)?
         };
-        let (listed, how) = match kept {
-            Some(listed) => (listed, Published::Kept),
-            None => (
-                push_made(&registry, &name, layer, options, spacing, watch)?,
-                Published::Made,
-            ),
-        };
-        layers.push((layer.clone(), how, Some(listed)));
+        Ok(match kept {
+            Some(listed) => (listed, None),
+            None => {
+                let index = made_of(&name, layer, options, spacing, reached)?;
+                (list(&index, layer), Some(index))
+            }
+        })
+    };
+    let made = at_the_same_time(&wanted, &one, Some(watch))?;
+    // Only now: of an image with a layer that is not what its manifest says nothing is published.
+    let numbered: Vec<_> = wanted.iter().zip(&made).collect();
+    at_the_same_time(
+        &numbered,
+        &|(_, (listed, index)), _| match index {
+            Some(index) => Ok(put(&registry, listed, index.as_bytes())?),
+            None => Ok(()),
+        },
+        None,
+    )?;
+    let mut layers: Vec<LayerIndex> = Vec::new();
+    for layer in &image.layers {
+        let at = wanted
+            .iter()
+            .position(|known| known.descriptor.digest == layer.descriptor.digest);
+        let made = at.and_then(|at| made.get(at));
+        let again = layers
+            .iter()
+            .any(|(known, ..)| known.descriptor.digest == layer.descriptor.digest);
+        if let Some((listed, index)) = made {
+            let how = match index {
+                Some(_) if !again => Published::Made,
+                _ => Published::Kept,
+            };
+            layers.push((layer.clone(), how, Some(listed.clone())));
+        }
     }
     publish(&registry, &image, layers)
+}
+
+/// A layer, and perhaps something that belongs to it.
+trait OfLayer {
+    fn layer(&self) -> &ImageLayer;
+}
+
+impl OfLayer for &ImageLayer {
+    fn layer(&self) -> &ImageLayer {
+        self
+    }
+}
+
+impl<T> OfLayer for (&&ImageLayer, &T) {
+    fn layer(&self) -> &ImageLayer {
+        self.0
+    }
+}
+
+/// Told how much of a layer's blob was read, in bytes.
+type Reached<'a> = &'a mut dyn FnMut(u64);
+
+/// Does `one` with several layers at a time, as many as there are processors, and tells how far all of them are together. After
+/// a failure no other one is begun; of several failures the lowest layer's is returned.
+fn at_the_same_time<L: OfLayer + Sync, T: Send>(
+    layers: &[L],
+    one: &(impl Fn(&L, Reached<'_>) -> Result<T, OpenError> + Sync),
+    mut watch: Option<&mut dyn PublishWatch>,
+) -> Result<Vec<T>, OpenError> {
+    enum Said {
+        Began(usize),
+        Reached(usize, u64),
+    }
+    let threads = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .clamp(1, MOST_AT_ONCE);
+    let total = layers
+        .iter()
+        .fold(0_u64, |sum, layer| sum.saturating_add(layer.layer().descriptor.size));
+    let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let outcomes: Vec<Mutex<Option<Result<T, OpenError>>>> = layers.iter().map(|_| Mutex::default()).collect();
+    let (tell, told) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..threads.min(layers.len()) {
+            let (tell, next, failed, outcomes) = (tell.clone(), &next, &failed, &outcomes);
+            scope.spawn(move || {
+                // Who listens goes first only when everything ends.
+                let say = |said| drop(tell.send(said));
+                while !failed.load(Ordering::Relaxed) {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let (Some(layer), Some(place)) = (layers.get(number), outcomes.get(number)) else {
+                        return;
+                    };
+                    say(Said::Began(number));
+                    let outcome = one(layer, &mut |at| say(Said::Reached(number, at)));
+                    failed.fetch_or(outcome.is_err(), Ordering::Relaxed);
+                    say(Said::Reached(number, layer.layer().descriptor.size));
+                    *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+                }
+            });
+        }
+        drop(tell);
+        let mut reached = vec![0; layers.len()];
+        for said in told {
+            let Some(watch) = watch.as_deref_mut() else { continue };
+            match said {
+                Said::Began(number) => watch.layer(number, layers.len(), &layers[number].layer().descriptor.digest),
+                Said::Reached(number, at) => {
+                    reached[number] = at;
+                    watch.headers(reached.iter().sum(), total);
+                }
+            }
+        }
+    });
+    outcomes
+        .into_iter()
+        .filter_map(|outcome| outcome.into_inner().unwrap_or_else(PoisonError::into_inner))
+        .collect()
 }
 
 /// The index that a layer's tag names, if it is a good one with everything in it.
@@ -156,29 +270,27 @@ fn whole_index(
     Ok(index)
 }
 
-/// Makes a layer's index by reading all of it, and puts it and the layer's tag into the registry.
-fn push_made(
-    registry: &Registry,
+/// Makes a layer's index by reading all of it.
+fn made_of(
     image: &ImageName,
     layer: &ImageLayer,
     options: &RegistryOptions,
     spacing: u64,
-    watch: &mut dyn PublishWatch,
-) -> Result<Listed, OpenError> {
+    reached: Reached<'_>,
+) -> Result<Index<Vec<u8>>, OpenError> {
     let blob = source::open_layer(image, layer)?;
     let recording = Recording {
         contents: Contents::FULL,
         spacing,
     };
     let coding = coding_of(&blob, &options.patience)?;
-    let mut reached = |at| watch.headers(at, blob.len);
     let recorded = record_blob(
         &blob,
         coding,
         &recording,
         algorithms(Some(&layer.descriptor.digest), layer.diff_id.as_ref()),
         &options.patience,
-        &mut reached,
+        reached,
         &mut |_, _| (),
     )?;
     let bad = |cause: IndexError| OpenError::Index {
@@ -188,9 +300,7 @@ fn push_made(
     let index = Index::open(recorded.index).map_err(bad)?;
     // The digest of what was read is the manifest's, or nothing is published.
     check_layer(&index, layer).map_err(bad)?;
-    let listed = list(&index, layer);
-    put(registry, &listed, index.as_bytes())?;
-    Ok(listed)
+    Ok(index)
 }
 
 /// How a manifest names an index.

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::kept::read_hot;
 use super::layer::PreparedLayer;
 use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
 use crate::digest::Digest;
@@ -337,6 +338,10 @@ impl Recipe {
         for (layer, (index, file)) in self.layers.into_iter().zip(indexes) {
             let rest = layer.rest.map(At::open).transpose()?;
             let windows = match rest {
+                // The file has room for what is fetched of it; one that was lent is gone already.
+                Some(Blob::Http(rest)) if !layer.borrowed => {
+                    Windows::Kept(Arc::new(file.into()), Box::new(rest), index.cold().clone())
+                }
                 Some(Blob::Http(rest)) => Windows::Http(Box::new(rest), index.cold().clone()),
                 _ => Windows::File(Arc::new(file.into()), index.cold().clone()),
             };
@@ -359,6 +364,15 @@ impl Layer {
             name: self.index.display().to_string(),
             cause,
         };
+        if self.rest.is_some() {
+            let mut file = File::options()
+                .read(true)
+                .write(!self.borrowed)
+                .open(&self.index)
+                .map_err(failed)?;
+            let index = read_hot(&mut file).ok_or_else(|| OpenError::Changed(self.index.display().to_string()))?;
+            return Ok((index, file));
+        }
         // Opened once: somebody may put another index in its place meanwhile.
         let mut file = File::open(&self.index).map_err(failed)?;
         let mut bytes = Vec::new();

@@ -101,7 +101,8 @@ impl fmt::Debug for HttpBlob {
 }
 
 impl HttpBlob {
-    /// A blob of a registry. Registries that store blobs answer ranges; whether this one does shows when it is asked.
+    /// A blob of a registry. Registries that store blobs answer ranges; whether this one does shows when it is asked, and whoever
+    /// asks has to be ready for the whole blob.
     pub(super) fn of_registry(access: &BlobAccess) -> Result<Self, SourceError> {
         let name = format!("https://{}", access.name());
         let url = Url::parse(&name).map_err(|error| SourceError::Unusable {
@@ -223,6 +224,46 @@ impl Requests {
             end,
             stall: self.patience.stall,
         })
+    }
+
+    /// The same of a blob of a registry, of which nobody knows yet whether it answers ranges: one that does not sends the whole
+    /// blob, and the body begins at its beginning.
+    pub(super) async fn range_or_whole(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, Failure> {
+        if blob.access.is_none() {
+            return self.range(blob, start, len).await;
+        }
+        let end = start.saturating_add(len).min(blob.len);
+        let response = self
+            .get_of(blob, &format!("bytes={start}-{}", end.saturating_sub(1)))
+            .await?;
+        let (at, end) = match response.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                check_range(blob, response.headers(), start, end)?;
+                (start, end)
+            }
+            StatusCode::OK => {
+                check_length(blob, response.headers(), blob.len)?;
+                (0, blob.len)
+            }
+            _ => return Err(refused(&blob.url, &response)),
+        };
+        check_same(blob, response.headers())?;
+        Ok(Body {
+            response,
+            at,
+            end,
+            stall: self.patience.stall,
+        })
+    }
+
+    /// Whether a registry answers ranges of a blob that is not empty, by asking for its first byte.
+    pub(super) async fn answers_ranges(&self, blob: &HttpBlob) -> Result<bool, Failure> {
+        let response = self.get_of(blob, "bytes=0-0").await?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT => check_range(blob, response.headers(), 0, 1).map(|()| true),
+            StatusCode::OK => check_length(blob, response.headers(), blob.len).map(|()| blob.len == 1),
+            _ => Err(refused(&blob.url, &response)),
+        }
     }
 
     /// Asks for the whole layer as one stream, of a server that answers no ranges.

@@ -19,7 +19,9 @@ mod redirect;
 mod reference;
 mod session;
 
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use access::{BlobAccess, Located};
 pub use client::{BlobHead, Fetched, Registry};
@@ -52,6 +54,17 @@ pub struct RegistryOptions {
     pub hosts_dir: PathBuf,
     /// How long to wait.
     pub patience: Patience,
+    /// Where what is small and named by its digest is kept; nowhere if none.
+    pub kept: Option<Arc<dyn SmallThings>>,
+}
+
+/// Keeps manifests and configurations, so that they are asked for once. May forget anything at any time; what it gives back is
+/// compared with the digest again.
+pub trait SmallThings: fmt::Debug + Send + Sync {
+    /// What was kept under this digest: its media type and its bytes.
+    fn get(&self, digest: &Digest) -> Option<(String, Vec<u8>)>;
+    /// Keeps it. What goes wrong with that is its own affair.
+    fn put(&self, digest: &Digest, media_type: &str, bytes: &[u8]);
 }
 
 impl Default for RegistryOptions {
@@ -62,6 +75,7 @@ impl Default for RegistryOptions {
             keyring: Keyring::default(),
             hosts_dir: DEFAULT_HOSTS_DIR.into(),
             patience: Patience::default(),
+            kept: None,
         }
     }
 }

@@ -85,7 +85,7 @@ pub(super) fn walk<'a>(
     let end = runtime()?.block_on(async {
         if blob.len == 0 {
             truth.finish()
-        } else if blob.ranges {
+        } else if blob.ranges && wire.answers_ranges().await? {
             walk_ranges(&wire, &mut truth).await
         } else {
             log::warn!(

@@ -96,7 +96,7 @@ async fn range_of_http(blob: &HttpBlob, range: Range<u64>, patience: &Patience) 
             return Ok(got);
         }
         let answer = if blob.ranges {
-            requests.range(blob, reached, range.end - reached).await
+            requests.range_or_whole(blob, reached, range.end - reached).await
         } else {
             requests.whole(blob).await
         };
@@ -185,7 +185,7 @@ async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> R
     while reached < blob.len {
         asked += 1;
         let answer = if blob.ranges {
-            requests.range(blob, reached, blob.len - reached).await
+            requests.range_or_whole(blob, reached, blob.len - reached).await
         } else {
             requests.whole(blob).await
         };

@@ -52,6 +52,8 @@ pub(crate) struct Rules {
     pub(crate) lost: bool,
     /// Requests are read and never answered.
     pub(crate) silent: bool,
+    /// Whether ranges are answered; if not, everything is sent whole.
+    pub(crate) ranges: bool,
     /// A header that every request must have.
     pub(crate) wanted_header: Option<(String, String)>,
 }
@@ -70,6 +72,7 @@ impl Default for Rules {
             lazy: HashMap::new(),
             lost: false,
             silent: false,
+            ranges: true,
             wanted_header: None,
         }
     }
@@ -310,7 +313,7 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
         } else {
             from_registry(&asked, shared)
         };
-        if answer.status == 200 && asked.method == "GET" {
+        if answer.status == 200 && asked.method == "GET" && lock(&shared.held).rules.ranges {
             cut(&mut answer, asked.headers.get("range"));
         }
         asked.status = answer.status;

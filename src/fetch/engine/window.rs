@@ -1,8 +1,10 @@
 //! The history that a decoder needs to begin in the middle. In: a span's number. Out: its window, from memory, from a local
-//! index file or from the cold part of an index behind HTTP.
+//! index file or from the cold part of an index behind HTTP. Whatever a local file holds is checked against the hot part before
+//! it is believed: where it has a hole, the registry is asked.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Engine;
@@ -21,6 +23,17 @@ enum Place {
     Nowhere,
     Memory(Arc<Vec<Vec<u8>>>),
     Index(Box<Origin>, ColdDirectory),
+    /// A file with holes, and where the whole is.
+    Kept(Box<[Origin; 2]>, ColdDirectory),
+}
+
+/// An index in a file.
+fn local(file: &Arc<OwnedFd>) -> Result<Origin, StartError> {
+    Origin::new(Blob::File(FileLayer {
+        path: "the index".into(),
+        file: file.try_clone().map_err(StartError::Thread)?,
+        size: 0,
+    }))
 }
 
 /// The windows of one layer.
@@ -35,16 +48,12 @@ impl WindowShelf {
         let place = match windows {
             Windows::None => Place::Nowhere,
             Windows::Memory(windows) => Place::Memory(windows),
-            Windows::File(file, directory) => {
-                let file = file.try_clone().map_err(StartError::Thread)?;
-                let index = FileLayer {
-                    path: "the index".into(),
-                    file,
-                    size: 0,
-                };
-                Place::Index(Box::new(Origin::new(Blob::File(index))?), directory)
-            }
+            Windows::File(file, directory) => Place::Index(Box::new(local(&file)?), directory),
             Windows::Http(layer, directory) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), directory),
+            Windows::Kept(file, layer, directory) => {
+                let origins = [local(&file)?, Origin::new(Blob::Http(*layer))?];
+                Place::Kept(Box::new(origins), directory)
+            }
         };
         Ok(Self {
             place,
@@ -73,6 +82,32 @@ impl WindowShelf {
     }
 }
 
+/// Where window `n` of `len` bytes lies in the index, or what is wrong with that.
+fn piece_of(directory: &ColdDirectory, n: usize, len: u32) -> Result<ColdPiece, &'static str> {
+    let piece = directory.piece(ColdPart::Windows, n);
+    let piece = piece.filter(|piece| !piece.range.is_empty()).ok_or("is missing")?;
+    // A frame of what does not compress is a little longer than that.
+    if piece.range.end - piece.range.start > u64::from(len.saturating_add(len / 8 + 1024)) {
+        return Err("is too long to be true");
+    }
+    Ok(piece)
+}
+
+/// Puts what was fetched where it is looked for the next time. Without it everything goes on.
+async fn keep_frame(file: &Origin, at: u64, frame: Vec<u8>) {
+    let Origin::File { file, .. } = file else { return };
+    let written = match file.try_clone() {
+        Ok(own) => {
+            let own = tokio_uring::fs::File::from_std(own);
+            own.write_all_at(frame, at).await.0
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = written {
+        log::debug!("a decoder window is not kept: {error}");
+    }
+}
+
 impl Engine {
     /// Window `n`, which has `len` bytes.
     pub(super) async fn window(
@@ -96,16 +131,22 @@ impl Engine {
             Place::Nowhere => return Err(wrong("is missing")),
             Place::Memory(all) => all.get(n).cloned().unwrap_or_default(),
             Place::Index(origin, directory) => {
-                let piece = directory.piece(ColdPart::Windows, n);
-                let piece = piece
-                    .filter(|piece| !piece.range.is_empty())
-                    .ok_or_else(|| wrong("is missing"))?;
-                // A frame of what does not compress is a little longer than that.
-                if piece.range.end - piece.range.start > u64::from(len.saturating_add(len / 8 + 1024)) {
-                    return Err(wrong("is too long to be true"));
-                }
+                let piece = piece_of(directory, n, len).map_err(wrong)?;
                 let frame = self.frame(origin, &piece, demand).await?;
                 piece.open(&frame).map_err(|_| wrong("is damaged"))?
+            }
+            Place::Kept(origins, directory) => {
+                let [file, rest] = &**origins;
+                let piece = piece_of(directory, n, len).map_err(wrong)?;
+                let here = self.frame(file, &piece, demand).await.ok();
+                if let Some(window) = here.and_then(|frame| piece.open(&frame).ok()) {
+                    window
+                } else {
+                    let frame = self.frame(rest, &piece, demand).await?;
+                    let window = piece.open(&frame).map_err(|_| wrong("is damaged"))?;
+                    keep_frame(file, piece.range.start, frame).await;
+                    window
+                }
             }
         };
         if to_u64(window.len()) != u64::from(len) {
@@ -124,7 +165,9 @@ impl Engine {
         let mut skip = if body.is_whole() { start } else { 0 };
         let mut frame = Vec::with_capacity(len);
         while let Some(piece) = body.next().await? {
-            add(&self.shared.counters.bytes_fetched, to_u64(piece.len()));
+            if body.head_took().is_some() {
+                add(&self.shared.counters.bytes_fetched, to_u64(piece.len()));
+            }
             let skipped = to_usize(skip).min(piece.len());
             skip -= to_u64(skipped);
             let piece = &piece[skipped..];

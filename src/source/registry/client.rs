@@ -8,13 +8,13 @@ use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LINK, LOC
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use url::Url;
 
-use super::RegistryOptions;
 use super::access::BlobAccess;
 use super::answer::{body, refusal};
 use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
 use super::session::{Need, Session, Spec};
+use super::{RegistryOptions, SmallThings};
 use crate::digest::{Algorithm, Digest};
 use crate::source::http::{Failure, Tries};
 use crate::source::{SourceError, net, shown_url};
@@ -26,6 +26,7 @@ const MOST_PAGES: usize = 64;
 #[derive(Clone)]
 pub struct Registry {
     session: Arc<Session>,
+    kept: Option<Arc<dyn SmallThings>>,
 }
 
 impl fmt::Debug for Registry {
@@ -77,6 +78,7 @@ impl Registry {
         };
         Ok(Self {
             session: Session::shared(spec, None),
+            kept: options.kept.clone(),
         })
     }
 
@@ -156,9 +158,28 @@ impl Registry {
     pub fn manifest(&self, version: &Version) -> Result<Fetched, SourceError> {
         let need = match version {
             Version::Tag(_) => Need::Resolve,
-            Version::Digest(_) => Need::Pull,
+            Version::Digest(digest) => {
+                if let Some((media_type, bytes)) = self.kept(digest) {
+                    return Ok(Fetched {
+                        bytes,
+                        media_type,
+                        digest: digest.clone(),
+                    });
+                }
+                Need::Pull
+            }
         };
-        self.ask(need, async |at| self.manifest_from(at, need, version).await)
+        let fetched = self.ask(need, async |at| self.manifest_from(at, need, version).await)?;
+        if let (Version::Digest(digest), Some(kept)) = (version, &self.kept) {
+            kept.put(digest, &fetched.media_type, &fetched.bytes);
+        }
+        Ok(fetched)
+    }
+
+    /// What is kept under a digest and has it.
+    fn kept(&self, digest: &Digest) -> Option<(String, Vec<u8>)> {
+        let found = self.kept.as_ref()?.get(digest)?;
+        digest.matches(&found.1).then_some(found)
     }
 
     async fn manifest_from(&self, at: usize, need: Need, version: &Version) -> Result<Fetched, Failure> {
@@ -205,7 +226,12 @@ impl Registry {
                 why: format!("it is {size} bytes long, and no more than {most} can be used"),
             });
         }
-        self.ask(Need::Pull, async |at| {
+        if let Some((_, bytes)) = self.kept(digest)
+            && u64::try_from(bytes.len()).is_ok_and(|len| len == size)
+        {
+            return Ok(bytes);
+        }
+        let bytes = self.ask(Need::Pull, async |at| {
             let make = |client: &Client, url: Url| client.get(url);
             let (url, response) = self.get(at, Need::Pull, &format!("blobs/{digest}"), &make).await?;
             if response.status() != StatusCode::OK {
@@ -216,7 +242,11 @@ impl Registry {
                 return Err(wrong_digest(&url, "blob", digest));
             }
             Ok(bytes)
-        })
+        })?;
+        if let Some(kept) = &self.kept {
+            kept.put(digest, "", &bytes);
+        }
+        Ok(bytes)
     }
 
     /// What the registry says of a blob: its length, and headers such as `LazyPull-Digest`. None if it is not there.

@@ -31,6 +31,21 @@ pub(super) struct Wire<'a> {
 }
 
 impl Wire<'_> {
+    /// Whether ranges are answered, where that is not known yet.
+    pub(super) async fn answers_ranges(&self) -> Result<bool, SourceError> {
+        if self.blob.access.is_none() {
+            return Ok(true);
+        }
+        let mut tries = Tries::default();
+        loop {
+            self.asked.set(self.asked.get() + 1);
+            match self.requests.answers_ranges(self.blob).await {
+                Ok(answers) => return Ok(answers),
+                Err(failure) => tries.failed(failure, &self.requests.patience).await?,
+            }
+        }
+    }
+
     pub(super) async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
         self.counted(self.requests.range(self.blob, at, len)).await
     }
