@@ -90,13 +90,11 @@ pub fn push(
         } else {
             tagged(&registry, &name, layer, options)?
         };
-        Ok(match kept {
-            Some(listed) => (listed, None),
-            None => {
-                let index = made_of(&name, layer, options, spacing, reached)?;
-                (list(&index, layer), Some(index))
-            }
-        })
+        if let Some(listed) = kept {
+            return Ok((listed, None));
+        }
+        let index = made_of(&name, layer, options, spacing, reached)?;
+        Ok((list(&index, layer), Some(index)))
     };
     let made = at_the_same_time(&wanted, &one, Some(watch))?;
     // Only now: of an image with a layer that is not what its manifest says nothing is published.
