@@ -187,15 +187,16 @@ fn push_made(
     let index = Index::open(recorded.index).map_err(bad)?;
     // The digest of what was read is the manifest's, or nothing is published.
     check_layer(&index, layer).map_err(bad)?;
-    let listed = list(&index, layer);
+    let listed = listed(&index, &layer.descriptor.digest);
     put(registry, &listed, index.as_bytes())?;
     Ok(listed)
 }
 
-/// How a manifest names an index.
-fn list(index: &Index<Vec<u8>>, layer: &ImageLayer) -> Listed {
+/// How a manifest names the index of the layer whose blob has this digest.
+#[must_use]
+pub fn listed(index: &Index<Vec<u8>>, layer: &Digest) -> Listed {
     Listed {
-        layer: layer.descriptor.digest.clone(),
+        layer: layer.clone(),
         digest: Digest::of(Algorithm::Sha256, index.as_bytes()),
         size: index.file_len(),
         hot: Some((index.hot_len(), hot_digest(index))),
@@ -276,7 +277,7 @@ pub fn copy(
             Err(error) => return Err(error),
         };
         // What the other manifest says of it is not passed on: this one says what the index says.
-        let listed = list(&index, layer);
+        let listed = listed(&index, &layer.descriptor.digest);
         if from.host == to.host && here.mount_blob(&listed.digest, from)? {
             put_tag(&here, &listed)?;
         } else {
