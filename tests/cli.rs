@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use lab::{Lab, devices, mounts_below, pattern, skip, text};
 use serde_json::Value;
