@@ -1,8 +1,8 @@
 //! The device from cold, as the command makes it: 4 KiB reads beyond the origin's own latency, and reading it from end to end
 //! against `curl -o FILE` from the same nginx.
 //!
-//! `cargo bench --bench device [-- [cold] [sequential] [--backend auto|ublk|loop] [--mib N] [--runs N]]`, as root; needs nginx
-//! and curl. The layer is made: N MiB (1024) of noise in files of 4 MiB. Everything, nginx's document and the caches too, lies in
+//! `cargo bench --bench device [-- [cold] [sequential] [--backend auto|ublk|loop] [--mib N] [--runs N] [--with TARBLK]...]`, as
+//! root; needs nginx and curl. Each `--with` names another build of the command, which takes its turn in each run. The layer is made: N MiB (1024) of noise in files of 4 MiB. Everything, nginx's document and the caches too, lies in
 //! a temporary directory (TMPDIR chooses where), and the layer is in the page cache. Every device is new: its cache directory
 //! is empty, and nothing of it is in the kernel.
 
@@ -35,6 +35,8 @@ struct Plan {
     mib: u64,
     runs: usize,
     parts: Vec<String>,
+    /// The command, in all the builds that are compared.
+    programs: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -53,6 +55,7 @@ fn run() -> Outcome<()> {
         mib: 1024,
         runs: 7,
         parts: Vec::new(),
+        programs: vec![env!("CARGO_BIN_EXE_tarblk").to_owned()],
     };
     let mut arguments = support::arguments().into_iter();
     while let Some(argument) = arguments.next() {
@@ -61,6 +64,7 @@ fn run() -> Outcome<()> {
             "--backend" => plan.backend = value()?,
             "--mib" => plan.mib = value()?.parse()?,
             "--runs" => plan.runs = value()?.parse()?,
+            "--with" => plan.programs.push(value()?),
             "cold" | "sequential" => plan.parts.push(argument),
             other => return Err(format!("unknown argument {other}").into()),
         }
@@ -78,7 +82,8 @@ fn run() -> Outcome<()> {
     let layer = dir.path().join("layer.tar");
     make_layer(&layer, plan.mib)?;
     let index = dir.path().join("layer.tarblk");
-    tarblk(&["index", "--quiet", text(&layer)?, "-o", text(&index)?])?;
+    let own = &plan.programs[0];
+    tarblk(own, &["index", "--quiet", text(&layer)?, "-o", text(&index)?])?;
     let wanted = |part: &str| plan.parts.is_empty() || plan.parts.iter().any(|asked| asked == part);
     let lab = Lab {
         plan: &plan,
@@ -105,7 +110,7 @@ struct Lab<'a> {
 }
 
 impl Lab<'_> {
-    fn attach(&self, url: &str, keep: bool) -> Outcome<Attached> {
+    fn attach<'a>(&self, program: &'a str, url: &str, keep: bool) -> Outcome<Attached<'a>> {
         let cache = tempfile::tempdir_in(self.dir)?;
         let mut arguments = vec!["attach", url, "--quiet", "--json", "--backend", &self.plan.backend];
         arguments.extend(["--index", text(self.index)?]);
@@ -114,7 +119,7 @@ impl Lab<'_> {
         } else {
             arguments.push("--no-cache");
         }
-        let said: serde_json::Value = serde_json::from_str(&tarblk(&arguments)?)?;
+        let said: serde_json::Value = serde_json::from_str(&tarblk(program, &arguments)?)?;
         let field = |name: &str| {
             said[name]
                 .as_str()
@@ -122,6 +127,7 @@ impl Lab<'_> {
                 .ok_or(format!("no {name} in {said}"))
         };
         Ok(Attached {
+            program,
             device: field("device")?,
             backend: field("backend")?,
             _cache: cache,
@@ -151,44 +157,56 @@ impl Lab<'_> {
             "cold 4 KiB reads, {origin}: {READS} of each of {} devices, in turn with plain requests",
             self.plan.runs
         );
-        let (mut beyond, mut shares) = (Vec::new(), Vec::new());
-        let (mut ours, mut bare) = (Vec::new(), Vec::new());
+        let mut all: Vec<Cold> = self.plan.programs.iter().map(|_| Cold::default()).collect();
         let mut backend = String::new();
         for run in 0..self.plan.runs {
-            let attached = self.attach(url, true)?;
-            backend.clone_from(&attached.backend);
-            let device = direct(&attached.device)?;
-            let mut plain = Plain::connect(url)?;
-            let mut buffer = Aligned::new();
-            let blocks = self.plan.mib * MIB / BLOCK as u64;
-            let mut place = Places::new(run as u64 + 1, blocks);
-            let (mut devices, mut plains) = (Vec::new(), Vec::new());
-            // The first of each opens a connection.
-            device.read_exact_at(buffer.block(), place.next())?;
-            plain.get(place.next())?;
-            for _ in 0..READS {
-                let start = Instant::now();
-                plain.get(place.next())?;
-                plains.push(start.elapsed());
-                let start = Instant::now();
-                device.read_exact_at(buffer.block(), place.next())?;
-                devices.push(start.elapsed());
+            for (program, cold) in self.plan.programs.iter().zip(&mut all) {
+                let attached = self.attach(program, url, true)?;
+                backend.clone_from(&attached.backend);
+                self.cold_device(&attached, url, run, cold)?;
             }
-            let (of_devices, of_plains) = (Runs::us(&devices), Runs::us(&plains));
-            beyond.push(of_devices.median() - of_plains.median());
-            shares.push(attached.network_share()?);
-            ours.extend(devices);
-            bare.extend(plains);
         }
-        let (ours, bare) = (Runs::us(&ours), Runs::us(&bare));
-        println!(
-            "  {:<26} {ours}, 90% {:.0}",
-            format!("device ({backend})"),
-            ours.at(900)
-        );
-        println!("  {:<26} {bare}, 90% {:.0}", "plain request", bare.at(900));
-        println!("  {:<26} {}", "medians' difference", Runs::new(beyond, "us"));
-        println!("  {:<26} {}", "bytes from the network", Runs::new(shares, "%"));
+        for (program, cold) in self.plan.programs.iter().zip(all) {
+            if self.plan.programs.len() > 1 {
+                println!("  {program}");
+            }
+            let (ours, bare) = (Runs::us(&cold.devices), Runs::us(&cold.plains));
+            println!(
+                "  {:<26} {ours}, 90% {:.0}",
+                format!("device ({backend})"),
+                ours.at(900)
+            );
+            println!("  {:<26} {bare}, 90% {:.0}", "plain request", bare.at(900));
+            println!("  {:<26} {}", "medians' difference", Runs::new(cold.beyond, "us"));
+            println!("  {:<26} {}", "bytes from the network", Runs::new(cold.shares, "%"));
+        }
+        Ok(())
+    }
+
+    /// One device's cold reads.
+    fn cold_device(&self, attached: &Attached<'_>, url: &str, run: usize, cold: &mut Cold) -> Outcome<()> {
+        let device = direct(&attached.device)?;
+        let mut plain = Plain::connect(url)?;
+        let mut buffer = Aligned::new();
+        let blocks = self.plan.mib * MIB / BLOCK as u64;
+        let mut place = Places::new(run as u64 + 1, blocks);
+        let (mut devices, mut plains) = (Vec::new(), Vec::new());
+        // The first of each opens a connection.
+        device.read_exact_at(buffer.block(), place.next())?;
+        plain.get(place.next())?;
+        for _ in 0..READS {
+            let start = Instant::now();
+            plain.get(place.next())?;
+            plains.push(start.elapsed());
+            let start = Instant::now();
+            device.read_exact_at(buffer.block(), place.next())?;
+            devices.push(start.elapsed());
+        }
+        let (of_devices, of_plains) = (Runs::us(&devices), Runs::us(&plains));
+        cold.beyond.push(of_devices.median() - of_plains.median());
+        cold.shares.push(attached.network_share()?);
+        cold.devices.extend(devices);
+        cold.plains.extend(plains);
         Ok(())
     }
 
@@ -199,30 +217,37 @@ impl Lab<'_> {
             "from end to end, {} MiB from nginx, {} runs each in turn",
             self.plan.mib, self.plan.runs
         );
-        let (mut curl, mut kept, mut unkept) = (Vec::new(), Vec::new(), Vec::new());
+        let mut curl = Vec::new();
+        let mut all: Vec<Sequential> = self.plan.programs.iter().map(|_| Sequential::default()).collect();
         let mut backend = String::new();
         for _ in 0..self.plan.runs {
             curl.push(self.curl(&url)?);
-            for (rates, keep) in [(&mut kept, true), (&mut unkept, false)] {
-                let attached = self.attach(&url, keep)?;
-                backend.clone_from(&attached.backend);
-                rates.push(read_through(&attached.device)?);
+            for (program, rates) in self.plan.programs.iter().zip(&mut all) {
+                for (rates, keep) in [(&mut rates.kept, true), (&mut rates.unkept, false)] {
+                    let attached = self.attach(program, &url, keep)?;
+                    backend.clone_from(&attached.backend);
+                    rates.push(read_through(&attached.device)?);
+                }
             }
         }
-        let all = [
-            ("curl -o FILE", &curl),
-            ("device, kept on disk", &kept),
-            ("device, --no-cache", &unkept),
-        ];
-        for (name, rates) in all {
-            println!("  {name:<26} {}", Runs::new(rates.clone(), "MB/s"));
+        println!("  {:<26} {}", "curl -o FILE", Runs::new(curl.clone(), "MB/s"));
+        for (program, rates) in self.plan.programs.iter().zip(&all) {
+            if self.plan.programs.len() > 1 {
+                println!("  {program}");
+            }
+            for (name, rates) in [("kept on disk", &rates.kept), ("--no-cache", &rates.unkept)] {
+                println!(
+                    "  {:<26} {}",
+                    format!("device ({backend}), {name}"),
+                    Runs::new(rates.clone(), "MB/s")
+                );
+                println!("  {:<26} {}", "  / curl", ratios(rates, &curl));
+            }
         }
-        println!(
-            "  {:<26} {}",
-            format!("device ({backend}) / curl"),
-            ratios(&kept, &curl)
-        );
-        println!("  {:<26} {}", "the same, --no-cache", ratios(&unkept, &curl));
+        if let [own, other] = &all[..] {
+            println!("  {:<26} {}", "the first / the second", ratios(&own.kept, &other.kept));
+            println!("  {:<26} {}", "  --no-cache", ratios(&own.unkept, &other.unkept));
+        }
         Ok(())
     }
 
@@ -243,6 +268,22 @@ impl Lab<'_> {
         fs::remove_file(&file)?;
         Ok(len as f64 / 1e6 / took.as_secs_f64())
     }
+}
+
+/// What was measured of one build.
+#[derive(Default)]
+struct Cold {
+    devices: Vec<Duration>,
+    plains: Vec<Duration>,
+    beyond: Vec<f64>,
+    shares: Vec<f64>,
+}
+
+/// The same of reading in order, in MB/s.
+#[derive(Default)]
+struct Sequential {
+    kept: Vec<f64>,
+    unkept: Vec<f64>,
 }
 
 /// MB/s of reading all of a device in order.
@@ -310,16 +351,18 @@ impl Places {
 }
 
 /// A device of the command, detached when it goes.
-struct Attached {
+struct Attached<'a> {
+    program: &'a str,
     device: String,
     backend: String,
     _cache: tempfile::TempDir,
 }
 
-impl Attached {
+impl Attached<'_> {
     /// How many of a hundred layer bytes that the device gave came straight from the network.
     fn network_share(&self) -> Outcome<f64> {
-        let stats: serde_json::Value = serde_json::from_str(&tarblk(&["stats", &self.device, "--json"])?)?;
+        let stats: serde_json::Value =
+            serde_json::from_str(&tarblk(self.program, &["stats", &self.device, "--json"])?)?;
         let bytes = &stats["counters"]["device"]["bytes"];
         let of = |name: &str| bytes[name].as_f64().ok_or(format!("no bytes by origin in {stats}"));
         let network = of("fetched")?;
@@ -327,16 +370,16 @@ impl Attached {
     }
 }
 
-impl Drop for Attached {
+impl Drop for Attached<'_> {
     fn drop(&mut self) {
-        if let Err(error) = tarblk(&["detach", &self.device]) {
+        if let Err(error) = tarblk(self.program, &["detach", &self.device]) {
             eprintln!("{}: {error}", self.device);
         }
     }
 }
 
-fn tarblk(arguments: &[&str]) -> Outcome<String> {
-    let output = Command::new(env!("CARGO_BIN_EXE_tarblk")).args(arguments).output()?;
+fn tarblk(program: &str, arguments: &[&str]) -> Outcome<String> {
+    let output = Command::new(program).args(arguments).output()?;
     if !output.status.success() {
         return Err(format!("tarblk {arguments:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
     }

@@ -13,8 +13,8 @@ use sha2::{Digest, Sha256};
 use tarblk::bench::origin::{Link, Origin};
 use tarblk::fetch::store::Store;
 use tarblk::fetch::{
-    Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
-    LayerSource, Located, Slice, Waiter, Windows,
+    Blob, CHUNK_BYTES, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource,
+    Located, Slice, Waiter, Windows,
 };
 use tarblk::layer::{Coding, Decoder, Indexer, Spans};
 use tarblk::units::{LayerId, TarOffset, TarRange};
@@ -34,7 +34,7 @@ struct Layer {
     tar: Vec<u8>,
     gzip: Vec<u8>,
     spans: Spans,
-    digests: ChunkCheck,
+    digests: Check,
 }
 
 /// A tar of this machine's libraries, gzipped as images are.
@@ -67,7 +67,7 @@ fn make(dir: &Path) -> Layer {
         .chunks(usize::try_from(CHUNK_BYTES).expect("small"))
         .map(|chunk| Sha256::digest(chunk).into())
         .collect();
-    let digests = ChunkCheck::new(move |index, bytes| {
+    let digests = Check::chunks(move |index, bytes| {
         usize::try_from(index).is_ok_and(|index| digests.get(index) == Some(&Sha256::digest(bytes).into()))
     });
     Layer {

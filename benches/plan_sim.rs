@@ -6,20 +6,22 @@
 //! TRACE has a line `MICROSECONDS OFFSET LENGTH` for each read of the device, in order; times are those of a reader that
 //! waits for nothing, so that its own work is in the result and no storage's. The kernel's block layer tells them
 //! (`blktrace`, or the events `block_rq_issue` and `block_rq_complete`). Without arguments it makes a layer and a reader
-//! of its own. `search` tries planners of other numbers.
+//! of its own. `search` tries planners of other numbers. For each reason to fetch it says how much that brought and how
+//! much of it was read. With `SIM_WAITS` in the environment each wait is a line `wait MICROSECONDS TAR_OFFSET LENGTH`; with
+//! `SIM_WASTE` the files of which most was fetched for nothing are told.
 //!
 //! The link is first in, first out: a request's bytes queue behind those asked for before, and the reader waits for every
 //! read. That is harsher than parallel connections and asynchronous readahead.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashSet};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tarblk::fetch::link::Link;
-use tarblk::fetch::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use tarblk::fetch::plan::{Hint, PlanOptions, Planner, Presence, Stretch, Want, merge};
 use tarblk::fetch::{CHUNK_BYTES, ChunkKey};
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, Origin};
@@ -45,6 +47,8 @@ struct Outcome {
     requests: u64,
     fetched: u64,
     touched: u64,
+    /// Chunks fetched for each reason, and how many of them were read.
+    hints: BTreeMap<Option<Hint>, (u64, u64)>,
 }
 
 struct Simulation<'a> {
@@ -59,6 +63,9 @@ struct Simulation<'a> {
     here: HashSet<ChunkKey>,
     coming: HashSet<ChunkKey>,
     unread: HashSet<ChunkKey>,
+    /// Why each chunk was fetched; none for those between others.
+    why: HashMap<ChunkKey, Option<Hint>>,
+    read: HashSet<ChunkKey>,
     outstanding: u64,
     link: Link,
     requests: u64,
@@ -115,9 +122,11 @@ impl Simulation<'_> {
     }
 
     /// Sends what is absent of `now`; only the `demanded` chunks are waited for.
-    fn send_all(&mut self, now: &[Stretch], demanded: &[ChunkKey], planner: &mut Planner) {
+    fn send_all(&mut self, now: &[Want], demanded: &[ChunkKey], planner: &mut Planner) {
         for flight in merge(now, self.gap, 128, &|key| self.presence(key)) {
             for key in flight.keys() {
+                let want = now.iter().find(|want| want.stretch.keys().any(|wanted| wanted == key));
+                self.why.insert(key, want.map(|want| want.hint));
                 if demanded.contains(&key) {
                     planner.demanded(CHUNK_BYTES);
                 } else if self.presence(key) == Presence::Absent {
@@ -138,7 +147,10 @@ impl Simulation<'_> {
                 return;
             }
             let next = planner.next(room, &|key| self.presence(key));
-            let Some(flight) = next else { return };
+            let Some(Want { stretch: flight, hint }) = next else {
+                return;
+            };
+            self.why.extend(flight.keys().map(|key| (key, Some(hint))));
             planner.suspected(flight.bytes());
             self.unread.extend(flight.keys());
             self.send(flight);
@@ -198,6 +210,8 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         here: HashSet::new(),
         coming: HashSet::new(),
         unread: HashSet::new(),
+        why: HashMap::new(),
+        read: HashSet::new(),
         outstanding: 0,
         link: Link::new(),
         requests: 0,
@@ -217,6 +231,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
             sim.unread.remove(key);
             planner.paid(CHUNK_BYTES);
         }
+        sim.read.extend(wanted.keys());
         let mut now = Vec::new();
         if wanted.keys().all(|key| sim.here.contains(&key)) {
             if !paid.is_empty() {
@@ -231,32 +246,54 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         sim.send_all(&now, &[], &mut planner);
         sim.pump(&mut planner);
         if std::env::var_os("SIM_WAITS").is_some() && !wanted.keys().all(|key| sim.here.contains(&key)) {
-            println!(
-                "wait {} {} {} {}",
-                sim.now,
-                read.range.start.0,
-                read.range.len,
-                now.is_empty()
-                    || merge(&now, 0, 1, &|key| if sim.coming.contains(&key) {
-                        Presence::Absent
-                    } else {
-                        Presence::Here
-                    })
-                    .is_empty()
-            );
+            println!("wait {} {} {}", sim.now, read.range.start.0, read.range.len);
         }
         waits += u64::from(!wanted.keys().all(|key| sim.here.contains(&key)));
         sim.run(&mut planner, u64::MAX, &|sim: &Simulation| {
             wanted.keys().all(|key| sim.here.contains(&key))
         });
     }
+    let mut hints: BTreeMap<Option<Hint>, (u64, u64)> = BTreeMap::new();
+    for (key, hint) in &sim.why {
+        let (fetched, read) = hints.entry(*hint).or_default();
+        *fetched += 1;
+        *read += u64::from(sim.read.contains(key));
+    }
+    if std::env::var_os("SIM_WASTE").is_some() {
+        tell_waste(case, &sim);
+    }
     Outcome {
+        hints,
         waits,
         us: sim.now,
         requests: sim.requests,
         fetched: sim.fetched,
         touched: u64::try_from(touched.len()).unwrap() * 4096,
     }
+}
+
+/// Says of which files most was fetched that nobody read, and why.
+fn tell_waste(case: &Case, sim: &Simulation<'_>) {
+    use tarblk::image::FileMap as _;
+    const TOLD: usize = 50;
+    let mut waste: BTreeMap<(Option<Hint>, Vec<u8>), u64> = BTreeMap::new();
+    for (key, hint) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
+        // The first file that has bytes in the chunk.
+        let begins = |n: u64| TarOffset(u64::from(key.index) * CHUNK_BYTES + n * 512);
+        let file = (0..CHUNK_BYTES / 512).find_map(|n| case.image.file_at(key.layer, begins(n)));
+        let path = file.and_then(|file| case.image.path(file.file)).unwrap_or_default();
+        *waste.entry((*hint, path)).or_default() += CHUNK_BYTES;
+    }
+    let mut waste: Vec<_> = waste.into_iter().collect();
+    waste.sort_by_key(|(_, bytes)| Reverse(*bytes));
+    for ((hint, path), bytes) in waste.iter().take(TOLD) {
+        let path = String::from_utf8_lossy(path);
+        println!("waste {:>6} KiB {} {path}", bytes >> 10, name_of(*hint));
+    }
+}
+
+fn name_of(hint: Option<Hint>) -> String {
+    hint.map_or("between".to_owned(), |hint| format!("{hint:?}").to_lowercase())
 }
 
 /// The layer at `path`, read by nobody yet.
@@ -392,7 +429,7 @@ fn main() {
                 credit_percent: pick(&[10, 20, 30, 40, 60, 80, 100]),
                 urgent_percent: pick(&[40, 60, 80, 100, 150, 1000]),
                 fault_around: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
-                import_hops: u8::try_from(pick(&[0, 1, 2, 3])).unwrap(),
+                import_hops: u8::try_from(pick(&[0, 3, 20])).unwrap(),
                 gap: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
                 ..base.clone()
             };
@@ -410,5 +447,12 @@ fn main() {
             mib(out.fetched),
             mib(out.touched)
         );
+        if arguments.get(4).is_none() {
+            for (hint, (fetched, read)) in out.hints {
+                let name = name_of(hint);
+                let (fetched, read) = (mib(fetched * CHUNK_BYTES), mib(read * CHUNK_BYTES));
+                println!("{name:>52} {fetched:>8.1} MiB, {read:.1} of it read");
+            }
+        }
     }
 }

@@ -343,12 +343,12 @@ fn count_bytes(a: Side<'_>, b: Side<'_>, totals: &mut Totals) {
         payloads.extend(a.files().filter_map(|(node, _)| a.digest(node)));
     }
     for (node, stored) in b.files() {
-        totals.payload_bytes += stored;
+        totals.payload_bytes = totals.payload_bytes.saturating_add(stored);
         let identities = b.facts(b.tree.node(node).layer()).identities;
         let known = identities.iter().any(|identity| here.contains(identity))
             || b.digest(node).is_some_and(|digest| !payloads.insert(digest));
         if !known {
-            totals.fetch_bytes += stored;
+            totals.fetch_bytes = totals.fetch_bytes.saturating_add(stored);
         }
     }
 }

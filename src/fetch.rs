@@ -17,7 +17,6 @@ mod engine;
 mod http;
 pub mod link;
 pub mod plan;
-mod ring;
 mod stats;
 pub mod store;
 mod tier;
@@ -33,7 +32,7 @@ use rustls::ClientConfig;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use blob::{Blob, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
+pub use blob::{Blob, Check, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
 pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
 pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
@@ -130,6 +129,8 @@ pub struct FetchOptions {
     pub deadline: Duration,
     /// Whether anything is fetched before it is asked for.
     pub prefetch: bool,
+    /// Whether everything is brought to the store in the end, while nobody reads.
+    pub fetch_all: bool,
     /// Where chunks stay when the process goes; none keeps them in memory only.
     pub store: Option<Arc<Store>>,
     /// How https servers are believed; without it only http works. See [`default_tls`].
@@ -147,6 +148,7 @@ impl Default for FetchOptions {
             slowest_body: 4 << 10,
             deadline: Duration::from_secs(300),
             prefetch: true,
+            fetch_all: false,
             store: None,
             tls: None,
         }
@@ -551,7 +553,14 @@ impl Fetcher {
     /// What it has done until now.
     #[must_use]
     pub fn stats(&self) -> FetchStats {
-        self.shared.counters.snapshot()
+        let mut stats = self.shared.counters.snapshot();
+        for layer in &self.shared.layers {
+            if let SharedLayer::Brought(layer) = layer {
+                stats.bytes_layers += layer.size;
+                stats.bytes_held += layer.cache.get().map_or(0, |cache| cache.bytes_held());
+            }
+        }
+        stats
     }
 
     /// Ends the fetch thread and waits for it: reads in flight fail with [`FetchError::Stopped`]. Safe to call twice.

@@ -7,9 +7,12 @@
 //!
 //! An index that was made is kept in the cache directory under the layer's identity: its digest, or else its name and what
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
-//! mark is never found there again.
+//! mark is never found there again. Under the digest alone there is only what was compared with it; headers that a server
+//! sent, and bytes that nothing vouches for until all have come, are kept under the server's and repository's name as well,
+//! because another one may send something else.
 
 pub mod artifact;
+mod contents;
 pub mod discover;
 mod gather;
 mod kept;
@@ -27,9 +30,9 @@ use crate::digest::Digest;
 use crate::fetch::{self, store::StoreError};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{Index, IndexError, hot_len, is_index};
+use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
-use crate::source::registry::{Image, ImageLayer, ImageName, Registry, RegistryOptions};
+use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Registry, RegistryOptions};
 use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
@@ -44,6 +47,10 @@ pub use record::{RecordedBlob, Recording, record, record_blob};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
+
+/// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
+/// connection for itself.
+const CONNECTIONS: u64 = 10;
 
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -122,7 +129,9 @@ pub enum OpenError {
     #[error("{0} has several layers, and an index is of one; choose it with --layer")]
     OneIndex(String),
     /// Nobody has published indexes of an image.
-    #[error("{name} has no published indexes; `tarblk index push` makes them")]
+    #[error(
+        "{name} has no published indexes, nor tables of contents in all layers that its manifest vouches for; `tarblk index push` makes indexes"
+    )]
     NoIndexes {
         /// The image.
         name: String,
@@ -212,7 +221,8 @@ impl Watch for Unwatched {
 }
 
 /// Where an index came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
 pub enum IndexOrigin {
     /// It was named.
     Given,
@@ -223,6 +233,13 @@ pub enum IndexOrigin {
         /// How many.
         bytes: u64,
     },
+    /// The layer brought it along: its own table of contents, in this many requests, bringing this many bytes.
+    Contents {
+        /// How many.
+        reads: u64,
+        /// How many bytes came with them.
+        bytes: u64,
+    },
     /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
     Read {
         /// How many.
@@ -230,6 +247,23 @@ pub enum IndexOrigin {
         /// How many bytes came with them, payload that passed by included.
         bytes: u64,
     },
+}
+
+impl std::fmt::Display for IndexOrigin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Given => f.write_str("the one that was named"),
+            Self::Kept => f.write_str("kept here"),
+            Self::Published { bytes } => write!(f, "published, {bytes} bytes"),
+            Self::Contents { reads, bytes } => {
+                write!(
+                    f,
+                    "the layer's own table of contents, {bytes} bytes in {reads} requests"
+                )
+            }
+            Self::Read { reads, bytes } => write!(f, "made by reading {bytes} bytes in {reads} requests"),
+        }
+    }
 }
 
 /// A layer or an image that was found, with the index of each of its layers.
@@ -312,6 +346,12 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
+    if let ImageName::Registry(reference) = name
+        && matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
+    {
+        let others = usize::try_from(CONNECTIONS - 1).unwrap_or_default();
+        Registry::new(reference, &options.registry)?.greet(others);
+    }
     let found = registry::find(name, &options.registry)?;
     // Whether indexes are published can be asked while the configuration is on its way.
     let (early, _) = chosen(found.by_manifest(), options)?;
@@ -366,8 +406,12 @@ fn find_published(
     };
     let required = required(options);
     let kept = |layer: &ImageLayer| {
-        let cache = options.cache.as_ref()?;
-        cache.index(&layer.descriptor.digest.to_string())
+        let (cache, digest) = (options.cache.as_ref()?, &layer.descriptor.digest);
+        let by_place = || match &layer.place {
+            BlobPlace::Registry(access) => cache.index(&layer::unchecked(&access.name(), digest)),
+            BlobPlace::File(_) => None,
+        };
+        cache.index(&digest.to_string()).or_else(by_place)
     };
     let wanted = match options.index {
         // Who names a digest wants that index and no other.
@@ -392,7 +436,8 @@ fn find_published(
         }
         Err(error) => return Err(error.into()),
     };
-    if required && found.iter().any(Option::is_none) {
+    // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
+    if options.index_digest.is_some() && found.iter().any(Option::is_none) {
         return Err(OpenError::NoIndexes { name: name.to_string() });
     }
     Ok(found)
@@ -406,9 +451,9 @@ fn fetch_published(
     options: &OpenOptions,
 ) -> Result<Vec<Option<Published>>, OpenError> {
     let required = required(options);
-    let fetch = |(layer, found): (&ImageLayer, &Option<FoundIndex>)| match found {
+    let fetch = |((layer, found), pieces): ((&ImageLayer, &Option<FoundIndex>), u64)| match found {
         None => Ok(None),
-        Some(found) => match discover::fetch_hot(name, layer, found, &options.patience) {
+        Some(found) => match discover::fetch_hot_in(name, layer, found, pieces, &options.patience) {
             Ok(index) => {
                 let rest = source::open_registry_blob(name, &found.access)?;
                 Ok(match rest.place {
@@ -428,7 +473,8 @@ fn fetch_published(
             .layers
             .iter()
             .zip(found)
-            .map(|pair| scope.spawn(move || fetch(pair)))
+            .zip(discover::pieces(found.iter().map(Option::as_ref), CONNECTIONS))
+            .map(|each| scope.spawn(move || fetch(each)))
             .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Option<Published>, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -458,7 +504,7 @@ fn prepare_all(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<Vec<PreparedLayer>, OpenError> {
-    let total: u64 = found.iter().map(|(blob, _)| blob.len).sum();
+    let total = found.iter().fold(0_u64, |sum, (blob, _)| sum.saturating_add(blob.len));
     let (tell, told) = std::sync::mpsc::channel();
     let mut reached = vec![0; found.len()];
     std::thread::scope(|scope| {
@@ -476,7 +522,8 @@ fn prepare_all(
         drop(tell);
         for (number, at) in told {
             reached[number] = at;
-            watch.headers(reached.iter().sum(), total);
+            let sum = reached.iter().fold(0_u64, |sum, at| sum.saturating_add(*at));
+            watch.headers(sum, total);
         }
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<PreparedLayer, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -512,6 +559,12 @@ fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, Open
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    if index.is_of_contents() {
+        return Err(OpenError::Index {
+            name: source::without_secrets(name),
+            cause: IndexFault::MadeUp.into(),
+        });
+    }
     check_pin(&index, name, options).map(|()| index)
 }
 
@@ -544,10 +597,11 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
     };
     match Source::parse(name)? {
         Source::Path(path) => {
-            let file = File::open(&path).map_err(failed)?;
-            if !file.metadata().map_err(failed)?.is_file() {
+            // Asked before opening: a pipe would be waited for.
+            if !std::fs::metadata(&path).map_err(failed)?.is_file() {
                 return Err(failed(io::Error::other("it is not a regular file")));
             }
+            let file = File::open(&path).map_err(failed)?;
             let mut bytes = Vec::new();
             file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
             Ok(bytes)
@@ -563,13 +617,13 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
 /// [`OpenError`].
 pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Index<Vec<u8>>, OpenError> {
     let looks_like_an_index = match Source::parse(text)? {
-        Source::Path(path) => {
+        Source::Path(path) if path.is_file() => {
             let mut start = Vec::new();
             let read = File::open(&path).and_then(|file| file.take(64).read_to_end(&mut start));
             read.is_ok() && is_index(&start)
         }
         Source::Url(url) => url.path().ends_with(".tarblk"),
-        Source::Image(_) => false,
+        Source::Path(_) | Source::Image(_) => false,
     };
     if looks_like_an_index {
         return open_index(load_index(text, &options.patience)?, text);
@@ -655,6 +709,6 @@ impl Prepared {
         self.layers
             .iter()
             .map(|layer| layer.index.summary().payload_bytes)
-            .sum()
+            .fold(0, u64::saturating_add)
     }
 }

@@ -171,19 +171,22 @@ pub enum Place {
 }
 
 impl LayerBlob {
-    /// Tells one state of the layer from another: a server's validator, or for a file its inode, length and time of change.
+    /// Tells one state of the layer from another: a server's validator, or for a file its inode, length and times. The time of
+    /// change is among them, because anybody can set the time of the content.
     #[must_use]
     pub fn fingerprint(&self) -> Option<String> {
         match &self.place {
             Place::File(file) => {
                 let meta = file.metadata().ok()?;
                 Some(format!(
-                    "file:{}:{}:{}:{}.{:09}",
+                    "file:{}:{}:{}:{}.{:09}:{}.{:09}",
                     meta.dev(),
                     meta.ino(),
                     meta.len(),
                     meta.mtime(),
-                    meta.mtime_nsec()
+                    meta.mtime_nsec(),
+                    meta.ctime(),
+                    meta.ctime_nsec()
                 ))
             }
             // What has a digest cannot become something else.

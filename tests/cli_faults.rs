@@ -700,6 +700,37 @@ fn stats_say_where_the_bytes_came_from() {
 }
 
 #[test]
+fn a_device_that_has_everything_needs_no_server() {
+    let Some(_alone) = devices("a_device_that_has_everything_needs_no_server") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    assert!(
+        lab.bad(&["mount", &url, "mnt", "--fetch-all", "--no-cache"], 2)
+            .contains("--no-cache")
+    );
+    lab.good(&["mount", &url, "mnt", "--quiet", "--fetch-all"]);
+    let began = Instant::now();
+    loop {
+        let counted = lab.json(&["stats", "mnt", "--json"])["counters"]["fetch"].take();
+        if counted["bytes_held"] == counted["bytes_layers"] {
+            assert!(counted["bytes_layers"].as_u64().unwrap() > 3_000_001, "{counted}");
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{counted}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(origin);
+    assert_eq!(fs::read(lab.path("mnt/etc/big")).unwrap().len(), 3_000_001);
+    assert!(lab.good(&["stats", "mnt"]).contains("fetched while nobody read"));
+    lab.good(&["umount", "mnt"]);
+}
+
+#[test]
 fn a_layer_in_a_layer() {
     let Some(_alone) = devices("a_layer_in_a_layer") else {
         return;

@@ -13,8 +13,8 @@ use sha2::{Digest, Sha256};
 use tarblk::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::fetch::store::Store;
 use tarblk::fetch::{
-    Blob, CHUNK_BYTES, ChunkCheck, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange,
-    LayerSource, Located, Slice, WholeDigests, Windows,
+    Blob, CHUNK_BYTES, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource,
+    Located, Slice, WholeDigests, Windows,
 };
 use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::layer::{Coding, Indexer, Spans};
@@ -132,10 +132,10 @@ impl Made {
         }
     }
 
-    fn check(&self) -> ChunkCheck {
+    fn check(&self) -> Check {
         let chunk = usize::try_from(CHUNK_BYTES).unwrap();
         let digests: Vec<[u8; 32]> = self.tar.chunks(chunk).map(sha256).collect();
-        ChunkCheck::new(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
+        Check::chunks(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
     }
 
     fn whole(&self) -> WholeDigests {

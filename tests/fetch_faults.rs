@@ -1,5 +1,7 @@
 //! The fetcher against servers that fail: right bytes or an error, never wrong ones, and every failure counted.
 
+mod common;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -381,4 +383,97 @@ fn shutting_down_answers_everybody() {
     std::thread::sleep(Duration::from_millis(50));
     fetcher.shutdown();
     assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
+}
+
+/// A server that closes every connection after its answer, and more readers than connections: a connection that ends hands
+/// its place to whoever waits for one.
+#[test]
+fn readers_that_wait_for_a_connection_outlive_its_end() {
+    let (origin, data) = served();
+    let closing = HttpLayer {
+        headers: vec![("Connection".to_owned(), "close".to_owned())],
+        ..layer(&origin, "/layer.tar")
+    };
+    let options = FetchOptions {
+        connections: 1,
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(closing, options);
+    let (tell, told) = std::sync::mpsc::channel();
+    for n in 0..12 {
+        let (fetcher, tell) = (fetcher.clone(), tell.clone());
+        std::thread::spawn(move || {
+            let start = n * 240_000;
+            let read = fetcher.read_blocking(vec![range(start, 4096)]).unwrap();
+            tell.send((start, joined(&read))).unwrap();
+        });
+    }
+    for done in 0..12 {
+        let (start, bytes) = told
+            .recv_timeout(Duration::from_secs(50))
+            .unwrap_or_else(|_| panic!("{done} of 12 reads came back: {:?}", fetcher.stats()));
+        assert!(bytes == data[start..start + 4096]);
+    }
+}
+
+/// Where a redirect led before there is another layer now, but the original leads to the right one.
+#[test]
+fn a_redirect_that_leads_elsewhere_now_is_asked_for_again() {
+    let (origin, data) = served();
+    origin.serve_redirect("/signed", "/layer.tar", Duration::from_secs(60));
+    let options = FetchOptions {
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(layer(&origin, "/signed"), options);
+    assert!(fetcher.read_blocking(vec![range(0, 4096)]).is_ok());
+    origin.serve_blob("/layer.tar", &b"an error page that calls itself a success"[..]);
+    origin.serve_blob("/moved.tar", data.as_slice());
+    origin.serve_redirect("/signed", "/moved.tar", Duration::from_secs(60));
+    let bytes = joined(&fetcher.read_blocking(vec![range(2_000_000, 4096)]).unwrap());
+    assert!(bytes == data[2_000_000..2_004_096]);
+}
+
+/// A cache whose disk fills up in the middle of a write takes no more; what is read on is none the worse for it.
+#[test]
+fn a_full_disk_is_no_end() {
+    struct Mounted(tempfile::TempDir);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    if let Err(error) = rustix::mount::mount("none", dir.path(), c"tmpfs", flags, c"size=1m") {
+        return common::skip("a_full_disk_is_no_end", &format!("cannot mount a small tmpfs: {error}"));
+    }
+    let small = Mounted(dir);
+    // More than may wait to be written, of a server that has to be read from end to end.
+    const MANY: usize = 72 << 20;
+    let mut data = noise(1 << 20).repeat(MANY >> 20);
+    for (n, megabyte) in (0u8..).zip(data.chunks_mut(1 << 20)) {
+        megabyte.iter_mut().step_by(4096).for_each(|byte| *byte = n);
+    }
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/layer.tar", data.as_slice());
+    origin.set_ranges(false);
+    let options = FetchOptions {
+        store: Some(Store::open(small.0.path()).unwrap()),
+        ..quick()
+    };
+    let big = HttpLayer {
+        size: u(MANY),
+        ..layer(&origin, "/layer.tar")
+    };
+    let fetcher = start(big, options);
+    let (tell, told) = std::sync::mpsc::channel();
+    let reader = fetcher.clone();
+    std::thread::spawn(move || tell.send(reader.read_blocking(vec![range(MANY - 8192, 8192)])));
+    let read = told
+        .recv_timeout(Duration::from_secs(100))
+        .expect("the stream stands still");
+    assert!(joined(&read.unwrap()) == data[MANY - 8192..]);
+    fetcher.shutdown();
 }

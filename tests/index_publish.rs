@@ -39,8 +39,12 @@ impl PublishWatch for Silent {
 }
 
 fn options() -> RegistryOptions {
-    let authfile = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-credentials.json");
-    std::fs::write(&authfile, "{}").unwrap();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // Put there whole: other tests read it now.
+    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+    file.write_all(b"{}").unwrap();
+    let authfile = dir.join("no-credentials.json");
+    file.persist(&authfile).unwrap();
     RegistryOptions {
         hosts_dir: "/nonexistent".into(),
         keyring: Keyring {
@@ -360,6 +364,18 @@ fn indexes_that_lie_are_refused() {
         ..layer.listed()
     };
     assert!(publish(&longer, &[&good[..], b"x"].concat()).is_err());
+    // Another index of the same layer than the manifest names, which says nothing of its hot part.
+    let mut recorder = BlobRecorder::new(Coding::of_bytes(&layer.blob), 2 * SPACING, Contents::FULL);
+    recorder.feed(&layer.blob).unwrap();
+    let exchanged = recorder.finish().unwrap().into_index();
+    let nameless = |bytes: &[u8]| Listed {
+        size: u64::try_from(bytes.len()).unwrap(),
+        hot: None,
+        ..layer.listed()
+    };
+    let said = publish(&nameless(&exchanged), &exchanged).unwrap_err();
+    assert!(said.contains("damaged"), "{said}");
+    publish(&nameless(&good), &good).unwrap();
     // Hot parts whose length is told wrong.
     let short = Listed {
         hot: Some((100, sha256(&good[..100]))),

@@ -205,6 +205,48 @@ fn pigz_in_blocks_and_in_independent_blocks() {
 }
 
 #[test]
+fn histories_are_handed_out_as_they_come() {
+    let tar = content();
+    let blob = filter("gzip", &["-6nc"], &tar);
+    let (whole, _) = index(Coding::Gzip, SPACING / 32, &blob, 4096).unwrap();
+    assert!(whole.table.len() > 20, "{} spans", whole.table.len());
+    for piece in [1, 4096, 50_001] {
+        let mut indexer = Indexer::new(Coding::Gzip, SPACING / 32);
+        let mut taken = Vec::new();
+        let mut since = TarOffset(0);
+        for bytes in blob.chunks(piece) {
+            indexer.feed(bytes, &mut |_| {}).unwrap();
+            let before = taken.len();
+            taken.extend(indexer.take_windows());
+            let passed = indexer.position().since(since) / (SPACING / 32);
+            let fresh = u64::try_from(taken.len() - before).unwrap();
+            assert!(fresh <= passed + 2, "in pieces of {piece}");
+            since = indexer.position();
+        }
+        let spans = indexer.finish().unwrap();
+        assert!(spans.windows.len() <= 2, "{} were kept", spans.windows.len());
+        taken.extend(spans.windows);
+        assert_eq!(spans.table, whole.table, "in pieces of {piece}");
+        assert!(taken == whole.windows, "in pieces of {piece}");
+    }
+}
+
+/// A stream that says the same 32,000 bytes over and over needs all of them at every point, and is a hundredth of what
+/// comes out of it.
+#[test]
+fn all_histories_are_no_longer_than_the_blob() {
+    let unit: Vec<u8> = content().into_iter().skip(5000).take(32_000).collect();
+    let tar = unit.repeat(500);
+    let blob = filter("gzip", &["-9nc"], &tar);
+    let spans = check("a bomb of histories", Coding::Gzip, &blob, &tar);
+    let total: usize = spans.windows.iter().map(Vec::len).sum();
+    assert!(blob.len() * 40 < tar.len(), "{} bytes", blob.len());
+    assert!(total <= blob.len() + (64 << 10), "{total} of {}", blob.len());
+    assert!(spans.table.len() > 2, "{} spans", spans.table.len());
+    assert!(spans.table.len() < tar.len() >> 21, "{} spans", spans.table.len());
+}
+
+#[test]
 fn members_are_places_without_history() {
     let tar = content();
     // BGZF: 65,280 bytes a member, its compressed length in an extra field, an empty member at the end.

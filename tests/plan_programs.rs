@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use tarblk::fetch::plan::{PlanOptions, Planner, Presence, Stretch};
+use tarblk::fetch::plan::{PlanOptions, Planner, Presence};
 use tarblk::fetch::{CHUNK_BYTES, ChunkKey};
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{DirectoryId, FileMap, StoredFile};
@@ -75,14 +75,14 @@ impl World {
             }
             is_here
         };
-        let mut now: Vec<Stretch> = Vec::new();
+        let mut now = Vec::new();
         let range = TarRange::new(file.range.start, file.range.len.min(4096));
         planner.miss(file.layer, range, &look, &mut now);
         for _ in 0..10_000 {
-            let Some(stretch) = now.pop().or_else(|| planner.next(1 << 20, &look)) else {
+            let Some(want) = now.pop().or_else(|| planner.next(1 << 20, &look)) else {
                 return;
             };
-            for key in stretch.keys() {
+            for key in want.stretch.keys() {
                 if here.borrow_mut().insert(key) {
                     planner.landed(key, &peek, &mut now);
                 }

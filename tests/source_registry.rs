@@ -6,6 +6,7 @@
 mod common;
 mod scripted;
 
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,8 +57,12 @@ fn options() -> RegistryOptions {
 
 /// Whatever this machine's user has does not belong into tests.
 fn empty_authfile() -> std::path::PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty-auth.json");
-    std::fs::write(&path, "{}").unwrap();
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    // Put there whole: other tests read it now.
+    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+    file.write_all(b"{}").unwrap();
+    let path = dir.join("empty-auth.json");
+    file.persist(&path).unwrap();
     path
 }
 

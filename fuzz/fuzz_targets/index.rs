@@ -42,6 +42,12 @@ fn use_all_of(bytes: &[u8]) {
         assert!(!digests.check(digests.len(), b""));
         assert_eq!(digests.len(), index.tar_len().div_ceil(32 << 10));
     }
+    if let Some(pieces) = index.piece_digests() {
+        let all = pieces.widened(tarblk::units::TarRange::new(tarblk::units::TarOffset(0), index.tar_len()));
+        assert_eq!((all.start.0, all.len), (0, index.tar_len()));
+        assert_eq!(pieces.overlapping(all), 0..pieces.len());
+        assert!(index.is_of_contents() && !index.spans().expect("it has spans").is_whole_tar());
+    }
     if outcome.is_ok() {
         for format in [listing::Format::Plain, listing::Format::Json, listing::Format::Mtree] {
             listing::write(&index, format, &mut std::io::sink()).expect("it was readable");

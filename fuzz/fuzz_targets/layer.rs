@@ -107,6 +107,12 @@ fn contents(json: &[u8]) {
         assert!(piece.start.0 >= at && piece.end().0 <= contents.table().tar_len());
         at = piece.end().0;
     });
+    // Only a piece that is too long to be checked keeps it from being an index.
+    if let Ok(index) = contents.into_index(IndexBuilder::new()) {
+        let index = tarblk::index::Index::open(index).expect("what was written is read");
+        assert!(index.is_of_contents());
+        index.verify().expect("it is what was written");
+    }
 }
 
 fuzz_target!(|data: &[u8]| {

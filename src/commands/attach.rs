@@ -11,13 +11,14 @@ use serde::Serialize;
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::output::{ReaderGone, println};
 use super::{Session, layer};
-use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Served, Spec};
+use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, Served, Spec};
 use crate::device::registry;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
+use crate::digest::Digest;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError};
-use crate::open::{Fetching, Recipe};
+use crate::open::{Fetching, IndexOrigin, PreparedLayer, Recipe};
 
 /// The hidden command that a daemon runs.
 pub(super) const SERVE: &str = "serve-device";
@@ -33,6 +34,8 @@ const BUSY_PAUSE: Duration = Duration::from_millis(500);
 struct Mounted<'a> {
     #[serde(flatten)]
     attached: &'a Attached,
+    /// Of each layer, the lowest first.
+    indexes: &'a [LayerIndex],
     #[serde(rename = "mounted_on")]
     dir: &'a Path,
     /// Until the device was there: finding the layer, its index, the daemon.
@@ -41,13 +44,41 @@ struct Mounted<'a> {
     mount_seconds: f64,
 }
 
+/// Where the index of a layer came from.
+#[derive(Debug, Serialize)]
+struct LayerIndex {
+    /// The layer's digest, if it is known.
+    layer: Option<Digest>,
+    #[serde(flatten)]
+    origin: IndexOrigin,
+}
+
+impl LayerIndex {
+    fn of(layer: &PreparedLayer) -> Self {
+        Self {
+            layer: layer.digest.clone(),
+            origin: layer.origin,
+        }
+    }
+}
+
+/// What `attach --json` says.
+#[derive(Debug, Serialize)]
+struct AttachReport<'a> {
+    #[serde(flatten)]
+    attached: &'a Attached,
+    /// Of each layer, the lowest first.
+    indexes: &'a [LayerIndex],
+}
+
 /// `tarblk attach`.
 pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> {
-    let spec = specify(&args.layer, &args.device, session)?;
+    let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     let tell = |attached: &Attached| -> anyhow::Result<()> {
         say_which(attached, session);
         if args.json {
-            println(serde_json::to_string_pretty(attached)?)
+            let indexes = &spec.indexes;
+            println(serde_json::to_string_pretty(&AttachReport { attached, indexes })?)
         } else {
             println(attached.state.device.display())
         }
@@ -83,7 +114,7 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     // What is wrong with the directory is told before the network is asked anything.
     let dir = mount::check_directory(&args.dir)?;
     let began = Instant::now();
-    let spec = specify(&args.layer, &args.device, session)?;
+    let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     // Until here there is nothing that a signal would leave behind.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
@@ -94,6 +125,7 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     }
     let mounted = Mounted {
         attached: &attached,
+        indexes: &spec.indexes,
         dir: &dir,
         attach_seconds,
         mount_seconds: began.elapsed().as_secs_f64() - attach_seconds,
@@ -158,7 +190,9 @@ pub(super) fn serve() -> ExitCode {
 
 /// Where states are kept: `TARBLK_STATE_DIR`, for those who test or must not write to /run.
 pub(super) fn states() -> StateDir {
-    std::env::var_os("TARBLK_STATE_DIR").map_or_else(StateDir::default, |dir| StateDir::new(PathBuf::from(dir)))
+    // The daemon works in another directory.
+    let dir = std::env::var_os("TARBLK_STATE_DIR").and_then(|dir| std::path::absolute(dir).ok());
+    dir.map_or_else(StateDir::default, StateDir::new)
 }
 
 /// Which back end carries the device, if it is not the one that `auto` prefers.
@@ -178,6 +212,7 @@ fn say_which(attached: &Attached, session: Session) {
 /// A spec, and the indexes that were lent to the daemon.
 struct Order {
     spec: Spec,
+    indexes: Vec<LayerIndex>,
     /// Removed when the daemon had its chance to read them.
     lent: Vec<PathBuf>,
 }
@@ -197,7 +232,7 @@ impl Drop for Order {
 }
 
 /// Finds the layer and its index, and writes down what the daemon must know.
-fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::Result<Order> {
+fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<Order> {
     if !rustix::process::geteuid().is_root() {
         return Err(DaemonError::NotRoot.into());
     }
@@ -210,6 +245,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
     let fetching = Fetching {
         memory_bytes: device.fetch.memory,
         connections: device.fetch.connections,
+        fetch_all,
         deadline: device.fetch.deadline,
         store_bytes: layer.cache_size,
     };
@@ -229,6 +265,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
         label: source.clone(),
         ..DeviceOptions::default()
     };
+    let indexes = prepared.layers.iter().map(LayerIndex::of).collect();
     let lent = recipe.lent().map(Path::to_owned).collect();
     let payload = serde_json::to_value(recipe)?;
     Ok(Order {
@@ -238,6 +275,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
             states: states.path().to_owned(),
             payload,
         },
+        indexes,
         lent,
     })
 }
@@ -245,6 +283,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, session: Session) -> anyhow::
 /// Makes image and fetcher of a recipe, in the daemon.
 fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
     let recipe: Recipe = serde_json::from_value(payload)?;
+    let reach = recipe.opens_later().map_or(Reach::Everything, Reach::Paths);
     let opened = recipe.serve()?;
     let (bytes, counted, ended) = (opened.fetcher.clone(), opened.fetcher.clone(), opened.fetcher);
     Ok(Served {
@@ -252,5 +291,6 @@ fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
         bytes: Arc::new(bytes),
         fetch_stats: Box::new(move || serde_json::to_value(counted.stats()).unwrap_or_default()),
         finish: Box::new(move || ended.shutdown()),
+        reach,
     })
 }

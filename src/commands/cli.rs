@@ -116,8 +116,9 @@ pub struct LayerArgs {
     #[command(flatten)]
     pub source: SourceArgs,
     /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
-    /// registry, or is kept here, else it is made; `require`: only a published one will do; `ignore`: none that was published;
-    /// `build`: it is made anew from all of the layer.
+    /// registry, or is kept here, or is the table of contents of an eStargz or zstd:chunked layer, else it is made; `require`: only
+    /// a published one will do, or a table of contents whose digest the image's manifest names; `ignore`: one that is made here,
+    /// now or before; `build`: it is made anew from all of the layer.
     #[arg(long, value_name = "FILE|URL|WORD", value_hint = ValueHint::FilePath, default_value = "auto", hide_default_value = true)]
     pub index: IndexChoice,
     /// Refuse every index but the one with this digest: of the index, or of an image's artifact with indexes.
@@ -419,6 +420,10 @@ pub struct AttachArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// with its digest.
+    #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
+    pub fetch_all: bool,
     /// Serve from this process, in the foreground, until SIGINT or SIGTERM.
     #[arg(long)]
     pub foreground: bool,
@@ -443,6 +448,10 @@ pub struct MountArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// with its digest.
+    #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
+    pub fetch_all: bool,
     /// Stay in the foreground; SIGINT or SIGTERM unmounts and ends.
     #[arg(long)]
     pub foreground: bool,

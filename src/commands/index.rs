@@ -15,7 +15,7 @@ use super::publish;
 use super::replace::replace;
 use crate::digest::Digest;
 use crate::index::build::Contents;
-use crate::index::{ColdPart, EndOfArchive, Index, Summary, first_difference, hexadecimal};
+use crate::index::{ColdPart, EndOfArchive, Index, IndexError, IndexFault, Summary, first_difference, hexadecimal};
 use crate::layer::Coding;
 use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
@@ -80,7 +80,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
         })?;
     }
     let (requests, bytes_fetched) = match prepared.origin {
-        IndexOrigin::Read { reads, bytes } => (reads, bytes),
+        IndexOrigin::Read { reads, bytes } | IndexOrigin::Contents { reads, bytes } => (reads, bytes),
         IndexOrigin::Given | IndexOrigin::Kept | IndexOrigin::Published { .. } => (0, 0),
     };
     let index = &prepared.index;
@@ -258,6 +258,9 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     let name = without_secrets(&args.index);
     let index = Index::open(open::load_index(&args.index, &options.patience)?).with_context(|| name.clone())?;
     index.verify().with_context(|| name.clone())?;
+    if index.is_of_contents() {
+        return Err(anyhow::Error::new(IndexError::from(IndexFault::MadeUp)).context(name));
+    }
     let mut bar = Bar::new(session.talk);
     let contents = contents_of(&index);
     let identity = index.identity();

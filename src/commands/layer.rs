@@ -78,11 +78,11 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
         registry: args.registry.options()?,
         ..OpenOptions::default()
     };
-    Ok(open::prepare(
-        &args.source.source,
-        &options,
-        &mut Bar::new(session.talk),
-    )?)
+    let prepared = open::prepare(&args.source.source, &options, &mut Bar::new(session.talk))?;
+    for (number, layer) in (1..).zip(&prepared.layers) {
+        log::info!("{}: index of layer {number}: {}", prepared.name, layer.origin);
+    }
+    Ok(prepared)
 }
 
 /// How what is only looked at is opened: what is read of an image's layers is kept, because it may be all of them.
@@ -178,6 +178,7 @@ fn image_fetching(store_bytes: u64) -> Fetching {
     Fetching {
         memory_bytes: 256 << 20,
         connections: 4,
+        fetch_all: false,
         deadline: Some(Duration::from_secs(300)),
         store_bytes,
     }

@@ -95,38 +95,26 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
             counters: &counters,
         })?);
     }
-    let device = &counters.device;
-    let fetch = |name: &str| number(&counters.fetch, name);
-    let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));
     let mut table = Table::plain();
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
-    row(
-        "device",
-        format!(
-            "{} ({}), {}",
-            state.device.display(),
-            state.backend,
-            show_size(state.len)
-        ),
-    );
+    let about = (state.device.display(), state.backend, show_size(state.len));
+    row("device", format!("{} ({}), {}", about.0, about.1, about.2));
     row("source", state.source.clone());
     row("up", show_time(Duration::from_millis(counters.up_ms)));
-    row(
-        "memory",
-        format!(
-            "{} resident, pid {}",
-            show_size(counters.resident_bytes),
-            state.process.pid
-        ),
-    );
+    let (resident, pid) = (show_size(counters.resident_bytes), state.process.pid);
+    row("memory", format!("{resident} resident, pid {pid}"));
+    rows_of_device(&counters, &mut row);
+    rows_of_fetcher(&counters.fetch, &mut row);
+    print(table)
+}
+
+/// What the device counted.
+fn rows_of_device(counters: &DaemonStats, row: &mut dyn FnMut(&str, String)) {
+    let device = &counters.device;
+    let reads = show_count(device.reads);
     row(
         "reads",
-        format!(
-            "{}, {} failed, {} refused",
-            show_count(device.reads),
-            device.errors,
-            device.refused
-        ),
+        format!("{reads}, {} failed, {} refused", device.errors, device.refused),
     );
     row("from metadata", show_size(device.bytes.metadata));
     // The device knows only that the fetcher had to be asked; where bytes were then, the fetcher knows.
@@ -135,6 +123,7 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
     row("from disk", show_size(from("disk")));
     row("from network", show_size(from("network")));
     row("zeros", show_size(device.bytes.zero));
+    let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));
     row(
         "latency",
         format!(
@@ -145,39 +134,40 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
             latency(device.latency.max_ns),
         ),
     );
+}
+
+/// What the fetcher counted.
+fn rows_of_fetcher(counters: &Value, row: &mut dyn FnMut(&str, String)) {
+    let count = |name: &str| show_count(number(counters, name));
+    let size = |name: &str| show_size(number(counters, name));
     row(
         "requests",
-        format!(
-            "{} on {} connections",
-            show_count(fetch("requests")),
-            show_count(fetch("connections"))
-        ),
+        format!("{} on {} connections", count("requests"), count("connections")),
     );
     row(
         "fetched",
         format!(
             "{}, {} of it ahead of need",
-            show_size(fetch("bytes_fetched")),
-            show_size(fetch("bytes_prefetched"))
+            size("bytes_fetched"),
+            size("bytes_prefetched")
         ),
+    );
+    let filled = match number(counters, "bytes_filled") {
+        0 => String::new(),
+        _ => format!(", {} of it fetched while nobody read", size("bytes_filled")),
+    };
+    row(
+        "kept",
+        format!("{} of {}{filled}", size("bytes_held"), size("bytes_layers")),
     );
     row(
         "retries",
-        format!(
-            "{}, {} bad answers",
-            show_count(fetch("retries")),
-            show_count(fetch("errors"))
-        ),
+        format!("{}, {} bad answers", count("retries"), count("errors")),
     );
     row(
         "checked",
-        format!(
-            "{} chunks, {} wrong",
-            show_count(fetch("chunks_checked")),
-            show_count(fetch("chunks_wrong"))
-        ),
+        format!("{} chunks, {} wrong", count("chunks_checked"), count("chunks_wrong")),
     );
-    print(table)
 }
 
 /// A counter of the fetcher; 0 where this version does not have it.

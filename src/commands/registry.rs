@@ -1,7 +1,9 @@
 //! What the options about registries mean together.
 
+use std::env;
 use std::fs::File;
 use std::io::Read as _;
+use std::path::{self, PathBuf};
 
 use anyhow::Context as _;
 
@@ -20,12 +22,18 @@ impl RegistryArgs {
     /// When that cannot be read, or what was given is not `user:password`; no message quotes it.
     pub fn options(&self) -> anyhow::Result<RegistryOptions> {
         let given = self.creds.as_ref().filter(|given| !given.reveal().is_empty());
+        // A daemon looks there again, from another directory.
+        let authfile = self
+            .authfile
+            .clone()
+            .or_else(|| env::var_os("REGISTRY_AUTH_FILE").map(PathBuf::from));
+        let authfile = authfile.filter(|path| !path.as_os_str().is_empty());
         Ok(RegistryOptions {
             platform: self.platform.clone(),
             plain_http: self.plain_http,
             keyring: Keyring {
                 given: given.map(login).transpose()?,
-                authfile: self.authfile.clone(),
+                authfile: authfile.map(path::absolute).transpose()?,
             },
             hosts_dir: self.hosts_dir.clone(),
             ..RegistryOptions::default()

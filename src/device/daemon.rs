@@ -7,6 +7,7 @@
 //! fetcher of it. The parts: `control` (the socket's language and the client's side of it), `serve` (the daemon's life).
 
 mod control;
+mod namespace;
 mod serve;
 
 use std::ffi::OsString;
@@ -28,6 +29,7 @@ use super::{DeviceError, DeviceOptions};
 use crate::image::BlockImage;
 pub use control::{ControlError, DaemonStats, detach, stats};
 pub(crate) use control::{bury, end_reads};
+pub use namespace::Reach;
 pub use serve::{main, serve};
 
 /// No spec is longer: what is big in it (an index) is passed by the path of a file.
@@ -63,6 +65,8 @@ pub struct Served {
     pub fetch_stats: Box<dyn Fn() -> serde_json::Value>,
     /// Called when the device is gone: ends the fetcher in good order.
     pub finish: Box<dyn FnOnce()>,
+    /// What it will need of the file system from now on.
+    pub reach: Reach,
 }
 
 impl fmt::Debug for Served {

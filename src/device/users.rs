@@ -43,6 +43,12 @@ impl fmt::Display for User {
 /// A line of `mountinfo`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountLine {
+    /// The mount's number.
+    pub id: u64,
+    /// The number of the mount that it lies on.
+    pub parent: u64,
+    /// Whether what is mounted and undone on its like outside happens here too.
+    pub follows: bool,
     /// The filesystem's device number, as `major:minor`.
     pub device: String,
     /// Where it is mounted.
@@ -66,11 +72,17 @@ pub fn mounts() -> io::Result<Vec<MountLine>> {
 fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
     let parse = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b' ');
-        let device = String::from_utf8(fields.nth(2)?.to_vec()).ok()?;
+        let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse::<u64>().ok();
+        let (id, parent) = (number()?, number()?);
+        let device = String::from_utf8(fields.next()?.to_vec()).ok()?;
         let point = unescape(fields.nth(1)?);
         let read_only = fields.next()?.split(|&byte| byte == b',').any(|option| option == b"ro");
         // Options, then optional fields up to a single dash, then the type and the source.
-        fields.find(|field| *field == b"-")?;
+        let mut follows = false;
+        fields.find(|field| {
+            follows |= field.starts_with(b"master:");
+            *field == b"-"
+        })?;
         let source = unescape(fields.nth(1)?);
         let options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
         let lower = options
@@ -83,6 +95,9 @@ fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
             .map(unescape)
             .collect();
         Some(MountLine {
+            id,
+            parent,
+            follows,
             device,
             point,
             source,
@@ -249,6 +264,8 @@ mod tests {
         );
         assert_eq!(lines[1].source, Path::new("/dev/loop3"));
         assert_eq!((lines[0].read_only, lines[1].read_only), (false, true));
+        assert_eq!((lines[0].id, lines[0].parent), (36, 35));
+        assert_eq!((lines[0].follows, lines[1].follows), (true, false));
     }
 
     #[test]

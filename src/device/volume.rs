@@ -47,16 +47,6 @@ pub enum ReadError {
     /// The fetch thread could not bring the bytes.
     #[error(transparent)]
     Fetch(#[from] FetchError),
-    /// A local file could not be read.
-    #[error("read of {len} bytes at {offset} of a local file failed: {cause}")]
-    File {
-        /// Where in the file, in bytes.
-        offset: u64,
-        /// How many bytes were wanted.
-        len: usize,
-        /// What the kernel said, or that the file ended.
-        cause: String,
-    },
     /// The fetch thread gave more or fewer bytes than it was asked for: serving them would be serving wrong ones.
     #[error("asked for {wanted} bytes of the layer and got {got}")]
     WrongLength {

@@ -123,7 +123,7 @@ mod tests {
         let mut builder = TreeBuilder::new();
         recorder.feed_into(tar, &mut builder).unwrap();
         let made = recorder.finish().unwrap();
-        let index = Index::open(made.into_index(LayerIdentity::default(), None)).unwrap();
+        let index = Index::open(made.into_index(LayerIdentity::default())).unwrap();
         (builder.finish(), LayerKnowledge::of(&index).unwrap())
     }
 

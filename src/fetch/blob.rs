@@ -7,8 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::{FileLayer, HttpLayer};
-use crate::index::ColdDirectory;
+use crate::index::{ColdDirectory, PieceDigests};
 use crate::layer::SpanTable;
+use crate::units::TarRange;
 
 /// A layer whose bytes this room brings.
 #[derive(Debug)]
@@ -17,8 +18,8 @@ pub struct LayerSource {
     pub blob: Blob,
     /// How the tar comes out of the blob. Without it the blob is the tar: tar space is its byte space.
     pub coding: Option<Coded>,
-    /// What each chunk has to be. With it no chunk is handed out that was not checked by this process.
-    pub digests: Option<ChunkCheck>,
+    /// What its bytes have to be. With it no chunk is handed out that was not checked by this process.
+    pub digests: Option<Check>,
     /// What the whole has to be, checked once the whole has passed by or lies in the store.
     pub whole: WholeDigests,
     /// The store's name for the layer: layers of the same name share what is kept. It has to stay the same as long as the
@@ -115,23 +116,67 @@ impl fmt::Debug for Windows {
     }
 }
 
-/// Says of a chunk, by its number and bytes, whether it is what the layer's index says. Called on any thread, for every
-/// chunk: whatever it needs is in memory.
+/// What a layer's bytes have to be, range by range. A range is checked as a whole before any byte of it is handed out.
+#[derive(Clone)]
+pub enum Check {
+    /// Every chunk is a range of its own.
+    Chunks(ChunkCheck),
+    /// Ranges of any length (up to [`crate::index::MAX_PIECE`]), which have to lie inside of one span each. What lies in none of
+    /// them is nobody's content and handed out as zeros.
+    Pieces(PieceDigests),
+}
+
+impl Check {
+    /// Every chunk by itself: asks `is_right` for its number and bytes. Called on any thread, for every chunk: whatever it needs
+    /// is in memory.
+    #[must_use]
+    pub fn chunks(is_right: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
+        Self::Chunks(ChunkCheck(Arc::new(is_right)))
+    }
+
+    /// The ranges, if they are not simply the chunks.
+    pub(crate) const fn pieces(&self) -> Option<&PieceDigests> {
+        match self {
+            Self::Chunks(_) => None,
+            Self::Pieces(pieces) => Some(pieces),
+        }
+    }
+
+    /// Whether `bytes` are chunk `index`, where that can be told of a chunk alone; of others it was told before there was a chunk.
+    pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+        match self {
+            Self::Chunks(check) => check.is_right(index, bytes),
+            Self::Pieces(_) => true,
+        }
+    }
+
+    /// What has to be decoded for `range` to be checked.
+    pub(crate) fn widened(&self, range: TarRange) -> TarRange {
+        match self {
+            Self::Chunks(_) => range,
+            Self::Pieces(pieces) => pieces.widened(range),
+        }
+    }
+}
+
+impl fmt::Debug for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Chunks(_) => f.write_str("Chunks"),
+            Self::Pieces(pieces) => write!(f, "Pieces({})", pieces.len()),
+        }
+    }
+}
+
+/// Says of a chunk, by its number and bytes, whether it is what the layer's index says.
 #[derive(Clone)]
 pub struct ChunkCheck(Arc<IsRight>);
 
 type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
 
 impl ChunkCheck {
-    /// Asks `is_right`.
-    #[must_use]
-    pub fn new(is_right: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
-        Self(Arc::new(is_right))
-    }
-
     /// Whether `bytes` are chunk `index`.
-    #[must_use]
-    pub fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+    pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
         (self.0)(index, bytes)
     }
 }

@@ -7,16 +7,19 @@
 //!
 //! Parts: `remote` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
 //! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
-//! (files and the store), `trust` (what is believed).
+//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `sieve` and `proof` (what is believed).
 
 mod coded;
 mod course;
 mod disk;
+mod fill;
 mod flight;
 mod origin;
 mod partial;
+mod proof;
 mod remote;
 mod request;
+mod sieve;
 mod stream;
 mod trust;
 mod window;
@@ -33,6 +36,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use self::disk::LARGEST_BACKLOG;
+use self::fill::Filler;
 use self::origin::Origin;
 use self::remote::{Remote, take_in};
 pub(crate) use self::request::Owed;
@@ -40,7 +44,7 @@ use self::request::{Pending, Request, Waiting, Why};
 use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
 use super::http::Client;
 use super::link::Link;
-use super::plan::{PlanOptions, Planner, Presence, Stretch, merge};
+use super::plan::{PlanOptions, Planner, Presence, Stretch, Want, merge};
 use super::stats::add;
 use super::tier::Tier;
 use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
@@ -83,6 +87,10 @@ struct Engine {
     backlog: Cell<u64>,
     /// Who may decode or digest: as many at once as there are CPUs.
     workers: Arc<Semaphore>,
+    /// When somebody last had to wait for a read.
+    last_read: Cell<Instant>,
+    /// None: nobody wants all of it.
+    filler: Option<RefCell<Filler>>,
     stopping: Cell<bool>,
 }
 
@@ -123,7 +131,7 @@ pub(crate) fn start(
     std::thread::Builder::new()
         .name("tarblk-fetch".to_owned())
         .spawn(move || {
-            let runtime = match tokio_uring::Runtime::new(tokio_uring::builder().entries(512)) {
+            let runtime = match runtime() {
                 Ok(runtime) => runtime,
                 Err(error) => {
                     let _starter_is_gone = ready.send(Err(error));
@@ -139,6 +147,16 @@ pub(crate) fn start(
         Ok(Err(error)) => Err(StartError::Thread(error)),
         Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
     }
+}
+
+/// The thread's runtime and ring. `COOP_TASKRUN` (Linux 5.19) spares it interrupts while it runs: it asks often enough.
+fn runtime() -> io::Result<tokio_uring::Runtime> {
+    let mut ring = tokio_uring::uring_builder();
+    ring.setup_coop_taskrun();
+    let mut builder = tokio_uring::builder();
+    builder.entries(512);
+    tokio_uring::Runtime::new(builder.uring_builder(&ring))
+        .or_else(|_| tokio_uring::Runtime::new(tokio_uring::builder().entries(512)))
 }
 
 impl Engine {
@@ -172,6 +190,8 @@ impl Engine {
             workers: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
             )),
+            last_read: Cell::new(Instant::now()),
+            filler: options.fetch_all.then(|| RefCell::new(Filler::new())),
             stopping: Cell::new(false),
             shared,
             options,
@@ -236,6 +256,9 @@ impl Engine {
                 self.judge_if_whole(remote, layer);
             }
         }
+        if self.filler.is_some() {
+            tokio_uring::spawn(self.clone().keep_filling());
+        }
     }
 
     /// Fails what still waits.
@@ -294,9 +317,10 @@ impl Engine {
         ranges: &[LayerRange],
         waiter: Owed,
         asked: Instant,
-        now: &mut Vec<Stretch>,
+        now: &mut Vec<Want>,
         cached: &mut Vec<ChunkKey>,
     ) {
+        self.last_read.set(asked);
         let request = Request::new(waiter, asked, self.shared.counters.clone());
         for asked in ranges {
             match self.shared.layer_of(*asked) {
@@ -321,7 +345,7 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Stretch>, cached: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Want>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
@@ -392,11 +416,11 @@ impl Engine {
     }
 
     /// Sends demand flights for what is absent of `stretches`.
-    fn launch(self: &Rc<Self>, stretches: &[Stretch]) {
-        if stretches.is_empty() {
+    fn launch(self: &Rc<Self>, wants: &[Want]) {
+        if wants.is_empty() {
             return;
         }
-        self.send(&merge(stretches, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
+        self.send(&merge(wants, self.gap, LONGEST_FLIGHT, &|key| self.look(key)), true);
     }
 
     /// Sends what is likely next, as far as the link has room behind what was asked for.
@@ -407,15 +431,17 @@ impl Engine {
             let no_room = room < window / 2
                 || self.backlog.get() > LARGEST_BACKLOG / 2
                 || self.prefetching.get() >= (self.options.connections / 2).max(1)
-                || self.stopping.get()
-                || !self.options.prefetch;
+                || self.stopping.get();
             if no_room {
                 return;
             }
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
-            let next = self.planner.borrow_mut().next(most, &|key| self.look(key));
-            let Some(flight) = next else { return };
-            self.send(&[flight], false);
+            let suspected = || self.planner.borrow_mut().next(most, &|key| self.look(key));
+            let next = self.options.prefetch.then(suspected).flatten();
+            let Some(stretch) = next.map(|want| want.stretch).or_else(|| self.rest(most)) else {
+                return;
+            };
+            self.send(&[stretch], false);
         }
     }
 
@@ -449,7 +475,9 @@ impl Engine {
             pending.coming = true;
             pending.marker =
                 flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
-            if pending.waiters.is_empty() {
+            if pending.waiters.is_empty() && pending.why == Why::Filling {
+                add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
+            } else if pending.waiters.is_empty() {
                 pending.why = Why::Suspected;
                 planner.suspected(CHUNK_BYTES);
                 add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
@@ -475,10 +503,14 @@ impl Engine {
         }
         let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
         let pending = known.unwrap_or_default();
+        if why == Why::Filling {
+            let _unless_the_store_is_full = self.keep(key, Arc::new(Chunk::along(bytes, false)), false);
+            return;
+        }
         let chunk = Arc::new(match why {
             Why::Wanted => Chunk::demanded(bytes),
             Why::Suspected => Chunk::prefetched(bytes, pending.marker),
-            Why::Along => Chunk::along(bytes, pending.marker),
+            Why::Along | Why::Filling => Chunk::along(bytes, pending.marker),
         });
         if let Some(old) = self.shared.tier.insert(key, chunk.clone())
             && old.wasted()
@@ -541,6 +573,11 @@ impl Engine {
         }
         let within = |key: &&ChunkKey| key.layer == stretch.layer && (stretch.first..stretch.end).contains(&key.index);
         all.keys().filter(within).copied().collect()
+    }
+
+    fn is_waited_for(&self, key: ChunkKey) -> bool {
+        let all = self.pending.borrow();
+        all.get(&key).is_some_and(|pending| !pending.waiters.is_empty())
     }
 
     fn anybody_waits(&self, stretch: Stretch) -> bool {

@@ -241,7 +241,17 @@ impl Client {
                         stale: false,
                     });
                 }
-                Verdict::Changed(how) => return Err(Failure::Changed(how)),
+                Verdict::Changed(how) => {
+                    drain(body, lease, self.options.stall_deadline);
+                    if let Some(target) = kept.take() {
+                        // Only where the redirect led before has another layer now: the original may lead elsewhere.
+                        layer.forget_target(&target);
+                        url = spot.url.clone();
+                        continue;
+                    }
+                    layer.forget_target(&url);
+                    return Err(Failure::Changed(how));
+                }
                 Verdict::Wrong(why) => {
                     layer.forget_target(&url);
                     return Err(Failure::suspect(format!("{}: {why}", without_secrets(url.as_str()))));

@@ -6,6 +6,7 @@
 
 mod needs;
 mod neighbours;
+mod node;
 mod programs;
 mod python;
 
@@ -44,6 +45,21 @@ pub struct Stretch {
     pub first: u32,
     /// One past the last.
     pub end: u32,
+}
+
+impl Hint {
+    /// A want for this reason.
+    #[must_use]
+    pub const fn of(self, stretch: Stretch) -> Want {
+        Want { stretch, hint: self }
+    }
+}
+
+impl From<ChunkKey> for Want {
+    /// A reader waits for this chunk.
+    fn from(key: ChunkKey) -> Self {
+        Hint::Demand.of(key.into())
+    }
 }
 
 impl From<ChunkKey> for Stretch {
@@ -103,6 +119,32 @@ impl Stretch {
     }
 }
 
+/// Why a stretch is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Hint {
+    /// A reader waits for it.
+    Demand,
+    /// It belongs with what a reader waits for: the rest of a small file, the surroundings in a big one.
+    Rest,
+    /// It lies ahead of a sequential reader.
+    Ahead,
+    /// A loader will read it before a program runs.
+    Loader,
+    /// A module imports it.
+    Import,
+    /// A file of its directory was read.
+    Neighbour,
+}
+
+/// A stretch and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// What.
+    pub stretch: Stretch,
+    /// Why.
+    pub hint: Hint,
+}
+
 /// The planner's numbers. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
 #[derive(Clone, Debug)]
 pub struct PlanOptions {
@@ -150,13 +192,13 @@ impl Default for PlanOptions {
             with_demand: 512 << 10,
             first_touch: 256 << 10,
             widest_touch: 2 << 20,
-            neighbours: 64 << 10,
-            neighbours_percent: 100,
+            neighbours: 32 << 10,
+            neighbours_percent: 50,
             small_neighbour: 64 << 10,
             program_part: 512 << 10,
-            import_hops: 3,
+            import_hops: 20,
             fault_around: 16 << 10,
-            first_window: 128 << 10,
+            first_window: 256 << 10,
             largest_window: 16 << 20,
             credit: 1 << 20,
             credit_percent: 50,
@@ -179,8 +221,10 @@ struct Stream {
     at: TarOffset,
     /// Up to where chunks are queued.
     queued: TarOffset,
-    /// Where the file, or what is known of the reader's way, ends.
-    limit: TarOffset,
+    /// Where the file in which it was last begins and ends; or the layer, for one that has read a whole file and went on.
+    file: TarRange,
+    /// Where it began.
+    from: TarOffset,
     /// How many bytes it has read in one go.
     run: u64,
 }
@@ -193,7 +237,7 @@ pub struct Planner {
     options: PlanOptions,
     streams: VecDeque<Stream>,
     /// The rest of files and windows whose readers are known.
-    urgent: VecDeque<Stretch>,
+    urgent: VecDeque<Want>,
     neighbours: Neighbours,
     programs: Programs,
     seen: Seen,
@@ -233,12 +277,17 @@ impl Planner {
 
     /// A reader waits for `range`. Appends to `now` what should be fetched at once: the range's chunks that are absent, and
     /// what belongs with them.
-    pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Stretch>) {
+    pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Want>) {
         let wanted = Stretch::of(layer, range);
+        if wanted.keys().all(|key| look(key) != Presence::Absent) {
+            // It is on its way, and what belongs with it was thought of when it was asked for.
+            self.hit(layer, range, look);
+            return;
+        }
         let with = self.belonging(layer, range);
-        now.push(wanted);
+        now.push(Hint::Demand.of(wanted));
         if with.bytes() <= self.options.with_demand.max(wanted.bytes()) {
-            now.push(with);
+            now.push(Hint::Rest.of(with));
         } else {
             // What lies behind the demanded chunks goes with them as far as it may; the rest follows.
             let room = self.options.with_demand.saturating_sub(wanted.bytes()) / CHUNK_BYTES;
@@ -246,7 +295,7 @@ impl Planner {
                 .end
                 .saturating_add(u32::try_from(room).unwrap_or(u32::MAX))
                 .min(with.end);
-            now.push(Stretch { end, ..wanted });
+            now.push(Hint::Rest.of(Stretch { end, ..wanted }));
             self.want_soon(Stretch { first: end, ..with });
             self.want_soon(Stretch {
                 end: wanted.first.min(with.end),
@@ -285,12 +334,13 @@ impl Planner {
     }
 
     /// The most likely absent stretch, at most `room` bytes, for a link that would otherwise be idle.
-    pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Stretch> {
+    pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Want> {
         let most = u32::try_from((room / CHUNK_BYTES).max(1)).unwrap_or(u32::MAX);
         if !self.may_suspect(self.options.urgent_percent) {
             return None;
         }
-        if let Some(found) = take_from(&mut self.urgent, most, self.options.gap, look) {
+        if let Some(mut found) = take_from(&mut self.urgent, most, self.options.gap, look) {
+            gather(&mut found.stretch, &self.urgent, most, self.options.gap, look);
             return Some(found);
         }
         if !self.may_suspect(self.options.credit_percent) {
@@ -348,39 +398,48 @@ impl Planner {
 
     fn want_soon(&mut self, stretch: Stretch) {
         if !stretch.is_empty() {
-            self.urgent.push_front(stretch);
+            self.urgent.push_front(Hint::Rest.of(stretch));
         }
     }
 
     /// Follows sequential readers: ahead of each a window as long as what it has read in one go.
     fn follow(&mut self, layer: LayerId, range: TarRange) {
-        let file = self.files.as_ref().and_then(|files| files.file_at(layer, range.start));
-        let end = TarOffset(self.size(layer));
+        let whole = TarRange::new(TarOffset(0), self.size(layer));
+        let files = self.files.as_ref();
+        let file = files.map_or(whole, |files| {
+            files.file_at(layer, range.start).map_or(whole, |file| file.range)
+        });
         let near = |stream: &Stream| {
             stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
         };
-        let known = self.streams.iter().position(near);
-        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(Stream {
+        let begin = Stream {
             layer,
             at: range.start,
             queued: range.end(),
-            limit: file.map_or(end, |file| file.range.end()),
+            file,
+            from: range.start,
             run: 0,
-        });
+        };
+        let known = self.streams.iter().position(near);
+        let mut stream = known.and_then(|place| self.streams.remove(place)).unwrap_or(begin);
+        if range.start >= stream.file.end() {
+            // Who has read all of a file and goes on behind it reads a tree; who has not reads here and there.
+            if stream.from <= stream.file.start {
+                stream.file = whole;
+            } else {
+                stream = begin;
+            }
+        }
         stream.run += range.end().since(stream.at).min(range.len);
         stream.at = stream.at.max(range.end());
-        if range.start >= stream.limit {
-            // It went on behind the end of a file: it follows the layer.
-            stream.limit = end;
-        }
         let ahead = stream.queued.since(stream.at);
         let window = stream.run.min(self.options.largest_window);
         if window >= self.options.first_window && ahead <= window / 2 {
             let from = stream.queued.max(stream.at);
-            let until = stream.at.plus(window).min(stream.limit);
+            let until = stream.at.plus(window).min(stream.file.end());
             if until > from {
-                self.urgent
-                    .push_back(Stretch::of(layer, TarRange::new(from, until.since(from))));
+                let window = TarRange::new(from, until.since(from));
+                self.urgent.push_back(Hint::Ahead.of(Stretch::of(layer, window)));
                 stream.queued = until;
             }
         }
@@ -402,30 +461,30 @@ impl Planner {
 
     /// A chunk has come; `peek` shows it and others. Appends to `now` what it says will be read next: that is no guess, and
     /// is fetched like demand.
-    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Want>) {
         if self.programs.awaits(key) {
             self.look_inside(peek, now);
         }
     }
 
     /// The same for what was touched and had come before.
-    pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+    pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Want>) {
         if self.programs.is_fresh() {
             self.look_inside(peek, now);
         }
     }
 
-    fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Stretch>) {
+    fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Want>) {
         let Some(files) = self.files.clone() else { return };
         let wanted = self.programs.read_on(&*files, &self.options, peek);
-        let stretch = |wanted: &Wanted| Stretch::of(wanted.layer, wanted.range);
-        now.extend(wanted.iter().filter(|wanted| wanted.certain).map(stretch));
+        let want = |wanted: &Wanted| wanted.hint.of(Stretch::of(wanted.layer, wanted.range));
+        now.extend(wanted.iter().filter(|wanted| wanted.certain).map(want));
         // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
         // module's imports are read before those of the ones that import it.
-        let mut likely: Vec<Stretch> = wanted.iter().filter(|wanted| !wanted.certain).map(stretch).collect();
-        likely.sort_unstable();
-        for stretch in likely.into_iter().rev() {
-            self.urgent.push_front(stretch);
+        let mut likely: Vec<Want> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
+        likely.sort_unstable_by_key(|want| want.stretch);
+        for want in likely.into_iter().rev() {
+            self.urgent.push_front(want);
         }
     }
 }
@@ -453,9 +512,9 @@ fn may_bridge(layer: LayerId, from: u32, to: u32, look: Look<'_>) -> bool {
 }
 
 /// Cuts the next absent stretch of at most `most` chunks from the front of `queue`, merged with what follows closely.
-fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>) -> Option<Stretch> {
-    let mut found: Option<Stretch> = None;
-    while let Some(front) = queue.front_mut() {
+fn take_from(queue: &mut VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) -> Option<Want> {
+    let mut found: Option<Want> = None;
+    while let Some(Want { stretch: front, hint }) = queue.front_mut() {
         while front.first < front.end {
             let key = ChunkKey {
                 layer: front.layer,
@@ -463,14 +522,8 @@ fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>)
             };
             if look(key) == Presence::Absent {
                 match &mut found {
-                    None => {
-                        found = Some(Stretch {
-                            layer: key.layer,
-                            first: key.index,
-                            end: key.index + 1,
-                        });
-                    }
-                    Some(so_far) => {
+                    None => found = Some(hint.of(key.into())),
+                    Some(Want { stretch: so_far, .. }) => {
                         let close = so_far.layer == key.layer
                             && key.index >= so_far.end
                             && key.index - so_far.end <= gap
@@ -482,7 +535,7 @@ fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>)
                         so_far.end = key.index + 1;
                     }
                 }
-                if found.is_some_and(|so_far| so_far.count() >= most) {
+                if found.is_some_and(|so_far| so_far.stretch.count() >= most) {
                     front.first += 1;
                     return found;
                 }
@@ -494,12 +547,52 @@ fn take_from(queue: &mut VecDeque<Stretch>, most: u32, gap: u32, look: Look<'_>)
     found
 }
 
+/// Lets `found` grow by what else is wanted close to it, on both sides, up to `most` chunks: one request instead of two.
+fn gather(found: &mut Stretch, queue: &VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) {
+    const MOST_LOOKED_AT: usize = 256;
+    let absent = |index| {
+        look(ChunkKey {
+            layer: found.layer,
+            index,
+        }) == Presence::Absent
+    };
+    let (mut first, mut end) = (found.first, found.end);
+    loop {
+        let before = (first, end);
+        for Want { stretch: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
+            if near.layer != found.layer || near.is_empty() {
+                continue;
+            }
+            if near.end > end && near.first <= end.saturating_add(gap) {
+                let until = near.end.min(first.saturating_add(most));
+                if let Some(last) = (end..until).rev().find(|index| absent(*index))
+                    && may_bridge(found.layer, end, last, look)
+                {
+                    end = last + 1;
+                }
+            }
+            if near.first < first && near.end.saturating_add(gap) >= first {
+                let from = near.first.max(end.saturating_sub(most));
+                if let Some(next) = (from..first).find(|index| absent(*index))
+                    && may_bridge(found.layer, next, first, look)
+                {
+                    first = next;
+                }
+            }
+        }
+        if (first, end) == before {
+            break;
+        }
+    }
+    (found.first, found.end) = (first, end);
+}
+
 /// Puts the absent chunks of `wanted` together to flights: neighbours over gaps of up to `gap` chunks, none longer than
 /// `longest`.
-pub fn merge(wanted: &[Stretch], gap: u32, longest: u32, look: Look<'_>) -> Vec<Stretch> {
+pub fn merge(wanted: &[Want], gap: u32, longest: u32, look: Look<'_>) -> Vec<Stretch> {
     let mut keys: Vec<ChunkKey> = wanted
         .iter()
-        .flat_map(|stretch| stretch.keys())
+        .flat_map(|want| want.stretch.keys())
         .filter(|key| look(*key) == Presence::Absent)
         .collect();
     keys.sort_unstable();

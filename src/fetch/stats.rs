@@ -120,6 +120,10 @@ macro_rules! counters {
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
         pub struct FetchStats {
             $($(#[$doc])* pub $name: u64,)*
+            /// Bytes of tar in all layers that have to be brought...
+            pub bytes_layers: u64,
+            /// ...and how many of them are in the store.
+            pub bytes_held: u64,
             /// Bytes handed out, by where they were.
             pub bytes: BytesByOrigin,
             /// From asking to answer, for reads that were left with the fetch thread.
@@ -130,6 +134,8 @@ macro_rules! counters {
             pub(crate) fn snapshot(&self) -> FetchStats {
                 FetchStats {
                     $($name: self.$name.load(Ordering::Relaxed),)*
+                    bytes_layers: 0,
+                    bytes_held: 0,
                     bytes: BytesByOrigin {
                         memory: self.bytes_memory.load(Ordering::Relaxed),
                         disk: self.bytes_disk.load(Ordering::Relaxed),
@@ -165,6 +171,8 @@ counters! {
     prefetched_used,
     /// Of those, the bytes of chunks that left memory unread.
     prefetched_unused,
+    /// Bytes that were fetched for the store alone, because everything is to be there.
+    bytes_filled,
     /// Bytes written to the store.
     bytes_stored,
     /// Bytes of tar that came out of decoders, what came along included.

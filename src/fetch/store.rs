@@ -7,6 +7,7 @@
 
 mod filling;
 mod map;
+mod run;
 mod seeder;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ use sha2::{Digest, Sha256};
 pub use self::filling::Filling;
 pub(crate) use self::map::Bits;
 use self::map::Identity;
+pub(crate) use self::run::RunWriter;
 pub use self::seeder::Seeder;
 use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
 use super::{Blob, HttpLayer, LayerSource};
@@ -190,17 +192,25 @@ impl Store {
         Ok(cache)
     }
 
-    /// Deletes the caches that were unused longest until no more than `limit` bytes of disk are taken. Those that a process
-    /// has open stay. Returns how many bytes were freed.
+    /// Deletes the caches that were unused longest until no more than `limit` bytes of disk are taken, and before that what
+    /// processes left that were killed while they filled one. Those that a process has open stay. Returns how many bytes
+    /// were freed.
     ///
     /// # Errors
     /// When the directory cannot be listed.
     pub fn trim(&self, limit: u64) -> Result<u64, StoreError> {
         let listing = fs::read_dir(&self.dir).map_err(StoreError::new(&self.dir, "list the cache directory"))?;
         let mut caches = Vec::new();
+        let mut freed = 0;
         for entry in listing.flatten() {
             let path = entry.path();
-            if path.extension().is_some_and(|kind| kind == "data")
+            if filling::is_part(&path) {
+                let unused = unused(&path);
+                let bytes = entry.metadata().map_or(0, |meta| meta.blocks() * 512);
+                if unused.is_some() && fs::remove_file(&path).is_ok() {
+                    freed += bytes;
+                }
+            } else if path.extension().is_some_and(|kind| kind == "data")
                 && let Ok(meta) = entry.metadata()
             {
                 // The map's time is when the cache was last opened or added to.
@@ -210,14 +220,13 @@ impl Store {
         }
         caches.sort_unstable();
         let mut total: u64 = caches.iter().map(|cache| cache.1).sum();
-        let mut freed = 0;
         for (_, bytes, path) in caches {
             if total <= limit {
                 break;
             }
-            let unused =
-                File::open(&path).is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok());
-            if unused && fs::remove_file(&path).is_ok() {
+            // Held until the file has lost its name: whoever opens it meanwhile looks again.
+            let unused = unused(&path);
+            if unused.is_some() && fs::remove_file(&path).is_ok() {
                 // A map without its data is believed by nobody.
                 let _harmless = fs::remove_file(path.with_extension("map"));
                 total = total.saturating_sub(bytes);
@@ -226,6 +235,13 @@ impl Store {
         }
         Ok(freed)
     }
+}
+
+/// A file that no process has locked, locked by this one as long as the value lives.
+fn unused(path: &Path) -> Option<File> {
+    let file = File::open(path).ok()?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+    Some(file)
 }
 
 impl LayerCache {
@@ -258,7 +274,13 @@ impl LayerCache {
                 cache.mark_used();
                 return Ok(cache);
             }
-            // Nothing to believe: begin anew. The map goes first, so that it never speaks of the new data.
+            // Nothing to believe: begin anew. Another process may still read what the map said when it came, so a file
+            // that was ever in use is never emptied: it loses its name instead, and the next attempt makes another.
+            if ours.len() > 0 {
+                fs::remove_file(&path).map_err(StoreError::new(&path, "remove data that no map fits"))?;
+                continue;
+            }
+            // The map goes first, so that it never speaks of the new data.
             match fs::remove_file(&map_path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(StoreError::new(&map_path, "remove a map that does not fit its data")(
@@ -409,8 +431,13 @@ impl LayerCache {
         }
     }
 
-    /// A descriptor of its own for writing chunks; tell [`LayerCache::wrote`] after each.
-    pub(crate) fn writer(&self) -> io::Result<File> {
+    /// Writes runs of chunks; tell [`LayerCache::wrote`] after each.
+    pub(crate) fn writer(&self) -> io::Result<RunWriter> {
+        Ok(RunWriter::new(self.data.try_clone()?))
+    }
+
+    /// The same for bytes that are no whole chunk: the map never speaks of them.
+    pub(crate) fn parts(&self) -> io::Result<File> {
         self.data.try_clone()
     }
 
@@ -421,8 +448,11 @@ impl LayerCache {
             .fetch_add(chunk_len(self.identity.size, index), Ordering::Relaxed);
     }
 
-    /// Chunk `index` could not be read back.
+    /// Chunk `index` could not be read back. The map is not to say so any longer, nor that the whole was checked: what comes
+    /// in its place was not there then.
     pub(crate) fn lost(&self, index: u32) {
+        self.sealed.store(false, Ordering::Relaxed);
+        self.dirty.fetch_add(1, Ordering::Relaxed);
         self.written.clear(index);
         if let Some((_, bits)) = &self.others {
             bits.clear(index);

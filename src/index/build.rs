@@ -7,17 +7,17 @@ use std::collections::VecDeque;
 
 use sha2::{Digest as _, Sha256};
 
-use super::cold::{ColdPart, Packer};
+use super::cold::{ColdPart, Packed, Packer};
 use super::digests::ChunkHasher;
 use super::entry::{Entry, EntrySink};
 use super::error::IndexError;
-use super::identity::{LayerIdentity, sha256};
+use super::identity::LayerIdentity;
 use super::parser::{EndOfArchive, Parser};
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
-use crate::digest::Digest;
-use crate::layer::{Coding, Indexer, Spans};
+use crate::digest::{Algorithm, Digest, Hasher};
+use crate::layer::{Coding, Indexer, SpanTable};
 use crate::units::{TarOffset, TarRange};
 
 /// Header bytes that take more than this compressed are not kept: the tar of an enemy, or one with other things behind its end.
@@ -70,7 +70,7 @@ pub struct Recorder {
     builder: IndexBuilder,
     at: u64,
     chunks: Option<ChunkHasher>,
-    tar: Option<Sha256>,
+    tar: Option<Hasher>,
     split: Option<Split>,
 }
 
@@ -153,7 +153,7 @@ impl Recorder {
             builder: IndexBuilder::new(),
             at: 0,
             chunks: contents.chunk_digests.then(ChunkHasher::new),
-            tar: contents.diff_id.then(Sha256::new),
+            tar: contents.diff_id.then(|| Algorithm::Sha256.hasher()),
             split: (headers.is_some() || digests.is_some()).then(|| Split {
                 payloads: VecDeque::new(),
                 headers,
@@ -229,7 +229,7 @@ impl Recorder {
             builder: self.builder,
             tar_len: self.at,
             end,
-            diff_id: self.tar.and_then(|tar| sha256(&tar.finalize().into())),
+            diff_id: self.tar.map(Hasher::finish),
         })
     }
 }
@@ -270,16 +270,20 @@ impl Recorded {
             blob_digest: self.diff_id.clone(),
             ..LayerIdentity::default()
         };
-        self.into_index(identity, None)
+        self.into_index(identity)
     }
 
-    /// The index. Of `identity` the diff ID is filled in.
+    /// The index of a layer that can be entered at its beginning only. Of `identity` the diff ID is filled in.
     #[must_use]
-    pub fn into_index(mut self, identity: LayerIdentity, spans: Option<Spans>) -> Vec<u8> {
+    pub fn into_index(self, identity: LayerIdentity) -> Vec<u8> {
+        self.with_spans(identity, None)
+    }
+
+    fn with_spans(mut self, identity: LayerIdentity, spans: Option<(SpanTable, Packed)>) -> Vec<u8> {
         let diff_id = self.diff_id.or(identity.diff_id);
         self.builder.identity(LayerIdentity { diff_id, ..identity });
-        if let Some(spans) = spans {
-            self.builder.spans(spans);
+        if let Some((table, windows)) = spans {
+            self.builder.packed_spans(table, windows);
         }
         self.builder.finish(self.tar_len, self.end)
     }
@@ -288,14 +292,45 @@ impl Recorded {
 /// No layer unpacks to more: what does is a bomb.
 const MAX_TAR: u64 = 1 << 40;
 
+/// What undoes a blob's compression, and what is kept of that.
+#[derive(Debug)]
+struct Compressed {
+    indexer: Box<Indexer>,
+    /// The histories of the spans so far, as the index will hold them: raw they are some 26 KiB for each MiB of the tar.
+    windows: Packed,
+}
+
+impl Compressed {
+    /// Takes the blob's next bytes, which `digest` takes as well.
+    fn feed(
+        &mut self,
+        blob: &[u8],
+        digest: &mut Option<Hasher>,
+        sink: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), IndexError> {
+        for piece in blob.chunks(STRIDE) {
+            if let Some(digest) = digest {
+                digest.update(piece);
+            }
+            self.indexer.feed(piece, sink)?;
+            for window in self.indexer.take_windows() {
+                self.windows.push(&window);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Makes an index from a layer's blob that streams by, in whatever coding it is.
 #[derive(Debug)]
 pub struct BlobRecorder {
     coding: Coding,
     spacing: u64,
     recorder: Recorder,
-    /// What undoes the compression, and the blob's digest; a plain blob's digest is the tar's.
-    compressed: Option<(Box<Indexer>, Sha256)>,
+    /// What undoes the compression.
+    compressed: Option<Compressed>,
+    /// The blob's digest, where it is not the tar's.
+    digest: Option<Hasher>,
     blob_len: u64,
 }
 
@@ -303,14 +338,29 @@ impl BlobRecorder {
     /// At the beginning of a blob. Entry points into a gzip blob will lie about every `spacing` bytes of the tar.
     #[must_use]
     pub fn new(coding: Coding, spacing: u64, contents: Contents) -> Self {
-        let indexer = || Box::new(Indexer::new(coding, spacing).limit(MAX_TAR));
+        let compressed = || Compressed {
+            indexer: Box::new(Indexer::new(coding, spacing).limit(MAX_TAR)),
+            windows: Packed::new(ColdPart::Windows),
+        };
         Self {
             coding,
             spacing: if coding == Coding::Plain { 0 } else { spacing },
             recorder: Recorder::new(contents),
-            compressed: (coding != Coding::Plain).then(|| (indexer(), Sha256::new())),
+            compressed: (coding != Coding::Plain).then(compressed),
+            digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher()),
             blob_len: 0,
         }
+    }
+
+    /// Makes the digests of the blob and of the tar, as far as they are made, by these algorithms instead of SHA-256. Only
+    /// before anything was fed.
+    #[must_use]
+    pub fn algorithms(mut self, blob: Algorithm, tar: Algorithm) -> Self {
+        let made = self.digest.is_some() || self.recorder.tar.is_some();
+        self.recorder.tar = self.recorder.tar.map(|_| tar.hasher());
+        let own = made && (self.coding != Coding::Plain || blob != tar);
+        self.digest = own.then(|| blob.hasher());
+        self
     }
 
     /// Takes the blob's next bytes.
@@ -337,12 +387,14 @@ impl BlobRecorder {
             tap(recorder.position(), tar);
             recorder.feed_into(tar, also)
         };
-        let Some((indexer, digest)) = &mut self.compressed else {
+        let Some(compressed) = &mut self.compressed else {
+            if let Some(digest) = &mut self.digest {
+                digest.update(blob);
+            }
             return take(blob);
         };
-        digest.update(blob);
         let mut outcome = Ok(());
-        indexer.feed(blob, &mut |tar| {
+        compressed.feed(blob, &mut self.digest, &mut |tar| {
             if outcome.is_ok() {
                 outcome = take(tar);
             }
@@ -373,27 +425,32 @@ impl BlobRecorder {
     /// # Errors
     /// When blob or tar stop in the middle of something, or it is no tar.
     pub fn finish(self) -> Result<BlobRecorded, IndexError> {
-        let Some((indexer, digest)) = self.compressed else {
+        let blob_digest = self.digest.map(Hasher::finish);
+        let Some(mut compressed) = self.compressed else {
             return Ok(BlobRecorded {
                 identity: LayerIdentity {
                     blob_len: self.blob_len,
+                    blob_digest,
                     ..LayerIdentity::default()
                 },
                 recorded: self.recorder.finish()?,
                 spans: None,
             });
         };
-        let spans = indexer.finish()?;
+        let spans = compressed.indexer.finish()?;
+        for window in spans.windows {
+            compressed.windows.push(&window);
+        }
         Ok(BlobRecorded {
             identity: LayerIdentity {
                 coding: self.coding,
                 blob_len: self.blob_len,
-                blob_digest: sha256(&digest.finalize().into()),
+                blob_digest,
                 diff_id: None,
                 spacing: self.spacing,
             },
             recorded: self.recorder.finish()?,
-            spans: Some(spans),
+            spans: Some((spans.table, compressed.windows)),
         })
     }
 }
@@ -403,8 +460,8 @@ impl BlobRecorder {
 pub struct BlobRecorded {
     identity: LayerIdentity,
     recorded: Recorded,
-    /// Where the blob can be entered, if it is compressed.
-    pub spans: Option<Spans>,
+    /// Where the blob can be entered, if it is compressed, and the histories for that.
+    spans: Option<(SpanTable, Packed)>,
 }
 
 impl BlobRecorded {
@@ -414,11 +471,11 @@ impl BlobRecorded {
         let diff_id = self.recorded.diff_id.clone();
         let plain = self.identity.coding == Coding::Plain;
         LayerIdentity {
-            blob_digest: if plain {
-                diff_id.clone()
-            } else {
-                self.identity.blob_digest.clone()
-            },
+            blob_digest: self
+                .identity
+                .blob_digest
+                .clone()
+                .or_else(|| diff_id.clone().filter(|_| plain)),
             diff_id,
             ..self.identity.clone()
         }
@@ -434,6 +491,64 @@ impl BlobRecorded {
     #[must_use]
     pub fn into_index(self) -> Vec<u8> {
         let identity = self.identity();
-        self.recorded.into_index(identity, self.spans)
+        self.recorded.with_spans(identity, self.spans)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::Index;
+    use crate::layer::SPACING;
+
+    /// A tar of one file whose bytes are words in no order.
+    fn tar(len: usize) -> Vec<u8> {
+        let words = ["layer", "block", "header", "\n", "device", "chunk", " of ", "the", "17"];
+        let mut state = 1_u32;
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let at = usize::try_from(state >> 16).unwrap();
+            bytes.extend_from_slice(words[at % words.len()].as_bytes());
+        }
+        let mut header = tar::Header::new_gnu();
+        header.set_size(len_u64(bytes.len()));
+        let mut tar = tar::Builder::new(Vec::new());
+        tar.append_data(&mut header, "words", bytes.as_slice()).unwrap();
+        tar.into_inner().unwrap()
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let config = zlib_rs::DeflateConfig {
+            window_bits: 31,
+            ..zlib_rs::DeflateConfig::default()
+        };
+        let mut room = vec![0; zlib_rs::compress_bound(bytes.len()) + 100];
+        let (blob, code) = zlib_rs::compress_slice(&mut room, bytes, config);
+        assert_eq!(code, zlib_rs::ReturnCode::Ok);
+        blob.to_vec()
+    }
+
+    #[test]
+    fn histories_are_packed_while_the_blob_passes() {
+        let blob = gzip(&tar(12 << 20));
+        let mut indexer = Indexer::new(Coding::Gzip, SPACING);
+        indexer.feed(&blob, &mut |_| {}).unwrap();
+        let spans = indexer.finish().unwrap();
+        let raw: usize = spans.windows.iter().map(Vec::len).sum();
+        assert!(spans.table.len() > 8, "{} spans", spans.table.len());
+
+        let mut recorder = BlobRecorder::new(Coding::Gzip, SPACING, Contents::FULL);
+        let (first, last) = blob.split_at(blob.len() / 2);
+        recorder.feed(first).unwrap();
+        let packed = recorder.compressed.as_ref().unwrap().windows.stored_len();
+        assert!(packed > 0 && packed < raw / 2, "{packed} of {raw}");
+        recorder.feed(last).unwrap();
+        let index = Index::open(recorder.finish().unwrap().into_index()).unwrap();
+        assert_eq!(index.spans(), Some(&spans.table));
+        for (n, window) in spans.windows.iter().enumerate() {
+            let held = index.cold_piece(ColdPart::Windows, n).unwrap().unwrap_or_default();
+            assert!(held == *window, "window {n}");
+        }
     }
 }

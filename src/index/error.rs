@@ -164,6 +164,9 @@ pub enum ArchiveFault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum IndexFault {
+    /// It is of a tar space that was made up from a layer's own table of contents.
+    #[error("it was made of a layer's own table of contents, and serves only whoever made it")]
+    MadeUp,
     /// It does not begin like one.
     #[error("it is not a tarblk index")]
     Magic,
@@ -187,6 +190,9 @@ pub enum IndexFault {
     /// The checksums match, but what they guard makes no sense.
     #[error("its {0} makes no sense")]
     Malformed(&'static str),
+    /// It lacks something without which it is of no use.
+    #[error("it has no {0}")]
+    Missing(&'static str),
     /// It wants more memory than anything honest needs.
     #[error("its {0} is larger than this program accepts")]
     TooLarge(&'static str),

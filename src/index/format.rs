@@ -38,6 +38,7 @@ pub(super) const LAYER: u32 = 3;
 pub(super) const CHUNK_DIGESTS: u32 = 4;
 pub(super) const SPANS: u32 = 5;
 pub(super) const COLD_DIRECTORY: u32 = 6;
+pub(super) const PIECE_DIGESTS: u32 = 7;
 pub(super) const WINDOWS: u32 = 16;
 pub(super) const PAYLOAD_DIGESTS: u32 = 17;
 pub(super) const HEADERS: u32 = 18;
@@ -74,6 +75,7 @@ pub(super) fn section_name(kind: u32) -> &'static str {
         CHUNK_DIGESTS => "table of chunk digests",
         SPANS => "span table",
         COLD_DIRECTORY => "cold directory",
+        PIECE_DIGESTS => "table of piece digests",
         WINDOWS => "decoder windows",
         PAYLOAD_DIGESTS => "payload digests",
         HEADERS => "header bytes",

@@ -88,11 +88,6 @@ impl LayerIdentity {
     }
 }
 
-/// A SHA-256 as OCI writes it.
-pub(super) fn sha256(digest: &[u8; 32]) -> Option<Digest> {
-    format!("sha256:{}", hexadecimal(digest)).parse().ok()
-}
-
 /// Bytes as digests are written.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
@@ -105,6 +100,10 @@ pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn sha256(digest: &[u8; 32]) -> Option<Digest> {
+        format!("sha256:{}", hexadecimal(digest)).parse().ok()
+    }
 
     #[test]
     fn an_identity_comes_back() {

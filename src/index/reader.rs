@@ -14,6 +14,7 @@ use super::format::{self, SectionRecord, SectionTable};
 use super::identity::LayerIdentity;
 use super::len_u64;
 use super::parser::EndOfArchive;
+use super::pieces::PieceDigests;
 use super::summary::Summary;
 use crate::layer::{Coding, SpanTable};
 
@@ -28,6 +29,7 @@ pub struct Index<B> {
     entries: SectionRecord,
     identity: LayerIdentity,
     chunk_digests: Option<ChunkDigests>,
+    piece_digests: Option<PieceDigests>,
     spans: Option<SpanTable>,
     cold: ColdDirectory,
     hot_len: u64,
@@ -73,12 +75,17 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
         for record in &table.records {
             let known = match (record.kind, record.flags & format::COLD != 0) {
-                (format::SUMMARY | format::LAYER | format::CHUNK_DIGESTS | format::COLD_DIRECTORY, false) => {
-                    record.encoding == format::RAW
-                }
+                (
+                    format::SUMMARY
+                    | format::LAYER
+                    | format::CHUNK_DIGESTS
+                    | format::COLD_DIRECTORY
+                    | format::PIECE_DIGESTS,
+                    false,
+                )
+                | (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
                 (format::ENTRIES | format::SPANS, false) => record.encoding == format::ZSTD,
                 (format::WINDOWS | format::HEADERS, true) => record.encoding == format::ZSTD_PIECES,
-                (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
                 _ => false,
             };
             if !known && record.flags & format::REQUIRED != 0 {
@@ -100,10 +107,13 @@ impl<B: AsRef<[u8]>> Index<B> {
         let chunk_digests = raw(format::CHUNK_DIGESTS)?
             .map(|digests| ChunkDigests::decode(digests, summary.tar_bytes))
             .transpose()?;
+        let piece_digests = raw(format::PIECE_DIGESTS)?
+            .map(|digests| PieceDigests::decode(digests, summary.tar_bytes))
+            .transpose()?;
         let spans = find(format::SPANS, format::ZSTD)
             .map(|record| read_spans(section(file, record)?, record.decoded))
             .transpose()?;
-        check_plan(&summary, &identity, spans.as_ref())?;
+        check_plan(&summary, &identity, spans.as_ref(), piece_digests.is_some())?;
         let cold = raw(format::COLD_DIRECTORY)?
             .map(|directory| ColdDirectory::decode(directory, table))
             .transpose()?
@@ -117,6 +127,7 @@ impl<B: AsRef<[u8]>> Index<B> {
             entries,
             identity,
             chunk_digests,
+            piece_digests,
             spans,
             cold,
             hot_len: table.hot_len,
@@ -156,6 +167,19 @@ impl<B: AsRef<[u8]>> Index<B> {
     #[must_use]
     pub fn chunk_digests(&self) -> Option<&ChunkDigests> {
         self.chunk_digests.as_ref()
+    }
+
+    /// The digests of the files' pieces, in an index of a layer's own table of contents.
+    #[must_use]
+    pub fn piece_digests(&self) -> Option<&PieceDigests> {
+        self.piece_digests.as_ref()
+    }
+
+    /// Whether it was made from a table of contents that the layer brings along. Then tar space is made up (see
+    /// [`crate::layer::contents`]): it is no index of the layer as anybody else would make it.
+    #[must_use]
+    pub fn is_of_contents(&self) -> bool {
+        self.piece_digests.is_some()
     }
 
     /// The places where decoding can begin, if the layer is compressed. The windows that it needs are pieces of
@@ -292,14 +316,19 @@ fn read_spans(frame: &[u8], decoded: u64) -> Result<SpanTable, IndexFault> {
 }
 
 /// Whether what is said of the blob in several places is the same.
-fn check_plan(summary: &Summary, identity: &LayerIdentity, spans: Option<&SpanTable>) -> Result<(), IndexFault> {
+fn check_plan(
+    summary: &Summary,
+    identity: &LayerIdentity,
+    spans: Option<&SpanTable>,
+    of_contents: bool,
+) -> Result<(), IndexFault> {
     let fits = match spans {
-        None => identity.coding != Coding::Plain || identity.blob_len == summary.tar_bytes,
+        None => !of_contents && (identity.coding != Coding::Plain || identity.blob_len == summary.tar_bytes),
         Some(table) => {
             table.coding() == identity.coding
                 && table.blob_len() == identity.blob_len
                 && table.tar_len() == summary.tar_bytes
-                && table.is_whole_tar()
+                && table.is_whole_tar() != of_contents
         }
     };
     fits.then_some(()).ok_or(IndexFault::Malformed("layer section"))

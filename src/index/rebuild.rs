@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use super::cold::ColdPart;
 use super::digests::ChunkDigests;
-use super::error::IndexError;
+use super::error::{IndexError, IndexFault};
 use super::reader::Index;
 use super::{format, len_u64};
 use crate::units::{CHUNK_BYTES, TarOffset};
@@ -55,6 +55,9 @@ pub fn rebuild_tar<B: AsRef<[u8]>>(
     payload: Payload<'_>,
     out: &mut dyn Write,
 ) -> Result<(), RebuildError> {
+    if index.is_of_contents() {
+        return Err(IndexError::from(IndexFault::MadeUp).into());
+    }
     if !index.cold().has(ColdPart::Headers) {
         return Err(RebuildError::NoHeaders);
     }

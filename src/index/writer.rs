@@ -13,6 +13,7 @@ use super::error::IndexError;
 use super::format::{self, Columns, SectionRecord, assemble};
 use super::identity::LayerIdentity;
 use super::parser::EndOfArchive;
+use super::pieces::PieceDigests;
 use super::summary::Summary;
 use super::{TAR_BLOCK, align_up, len_u64, varint};
 use crate::layer::{Coding, SpanTable, Spans};
@@ -36,6 +37,7 @@ pub struct IndexBuilder {
     owners: HashMap<Owner, u64>,
     identity: LayerIdentity,
     chunk_digests: Option<ChunkDigests>,
+    piece_digests: Option<PieceDigests>,
     spans: Option<SpanTable>,
     /// Windows, payload digests, header bytes: those that there are, in this order.
     cold: [Option<Packed>; 3],
@@ -133,6 +135,7 @@ impl IndexBuilder {
             owners: HashMap::new(),
             identity: LayerIdentity::default(),
             chunk_digests: None,
+            piece_digests: None,
             spans: None,
             cold: [None, None, None],
         }
@@ -158,10 +161,23 @@ impl IndexBuilder {
         for window in spans.windows {
             packed.push(&window);
         }
-        self.spans = Some(spans.table);
-        if packed.stored_len() > 0 {
-            self.cold(packed);
+        self.packed_spans(spans.table, packed)
+    }
+
+    /// The same, with windows that were packed as they came.
+    pub(super) fn packed_spans(&mut self, table: SpanTable, windows: Packed) -> &mut Self {
+        self.spans = Some(table);
+        if windows.stored_len() > 0 {
+            self.cold(windows);
         }
+        self
+    }
+
+    /// Makes it the index of a layer's own table of contents: where decoding can begin in the tar space that was made up for it,
+    /// and the digests of the files' pieces there.
+    pub fn contents(&mut self, table: SpanTable, pieces: PieceDigests) -> &mut Self {
+        self.spans = Some(table);
+        self.piece_digests = Some(pieces);
         self
     }
 
@@ -230,6 +246,9 @@ impl IndexBuilder {
                 part.describe(&mut directory);
             }
             sections.push(raw(format::COLD_DIRECTORY, 0, directory));
+        }
+        if let Some(pieces) = &self.piece_digests {
+            sections.push(raw(format::PIECE_DIGESTS, format::REQUIRED, pieces.encode()));
         }
         sections.extend(cold.into_iter().map(Packed::section));
         assemble(&mut sections)

@@ -27,8 +27,8 @@ use sha2::{Digest, Sha256};
 use super::json::{self, Found, Own};
 use super::table::{Layout, Point};
 use super::{Coding, LayerError, SpanTable, chunked, stargz};
-use crate::index::{EntrySink, IndexError};
-use crate::units::TarRange;
+use crate::index::{EndOfArchive, EntrySink, IndexBuilder, IndexError, PieceDigests};
+use crate::units::{TarOffset, TarRange};
 
 /// How many of a blob's last bytes [`Place::of_tail`] wants to see: the longest footer.
 pub const TAIL: u64 = 72;
@@ -36,6 +36,9 @@ pub const TAIL: u64 = 72;
 pub const MAX_STORED: u64 = 64 << 20;
 /// The longest after decompression. One of a million entries has about 400 MB in eStargz; half of that is accepted.
 pub(super) const MAX_JSON: u64 = 256 << 20;
+
+/// The table's own content is checked in pieces of this many bytes.
+const OWN_PIECE: usize = 1 << 20;
 
 /// A kind of table of contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,7 +121,7 @@ impl Place {
             match found {
                 Found::Entry(_) => entries += 1,
                 Found::Member { tar, blob } => points.push(Point::whole(tar, blob)),
-                Found::Content { .. } => {}
+                Found::Content { .. } | Found::Own(_) => {}
             }
             Ok(())
         })
@@ -140,6 +143,13 @@ impl Place {
             entries,
         })
     }
+}
+
+/// The digest that a layer's annotations name of its table of contents, if they do.
+#[must_use]
+pub fn promised(annotations: &BTreeMap<String, String>) -> Option<&str> {
+    let mut keys = chunked::DIGEST.iter().chain([&stargz::DIGEST]);
+    keys.find_map(|key| annotations.get(*key)).map(String::as_str)
 }
 
 /// Whether one of these annotations names the digest of `bytes`; an error if one names another.
@@ -213,20 +223,48 @@ impl Contents {
         })
     }
 
-    /// Calls with every piece of content whose SHA-256 the table has, ascending: its place in the made-up tar space and
-    /// the digest.
-    pub fn digests(&self, each: &mut dyn FnMut(TarRange, [u8; 32])) {
+    /// Calls with every piece of content, ascending: its place in the made-up tar space and its SHA-256, as far as the
+    /// table has that. The table's own content, where it is a file, is as good as the table: its digests are made here.
+    pub fn digests(&self, each: &mut dyn FnMut(TarRange, Option<[u8; 32]>)) {
         let outcome = self.walk(&mut |found| {
-            if let Found::Content {
-                tar,
-                digest: Some(digest),
-            } = found
-            {
-                each(tar, digest);
+            match found {
+                Found::Content { tar, digest } => each(tar, digest),
+                Found::Own(tar) => {
+                    let mut at = tar.start.0;
+                    for piece in self.bytes[self.json.clone()].chunks(OWN_PIECE) {
+                        let len = super::len_u64(piece.len());
+                        each(TarRange::new(TarOffset(at), len), Some(Sha256::digest(piece).into()));
+                        at += len;
+                    }
+                }
+                Found::Entry(_) | Found::Member { .. } => {}
             }
             Ok(())
         });
         debug_assert!(outcome.is_ok(), "it was walked before");
+    }
+
+    /// All of it as an index file of the layer, which is what `builder` says of it.
+    ///
+    /// # Errors
+    /// When a piece is too long to be checked ([`crate::index::MAX_PIECE`]), or an entry is of a kind that no index holds.
+    pub fn into_index(self, mut builder: IndexBuilder) -> Result<Vec<u8>, IndexError> {
+        self.replay(&mut builder)?;
+        let mut pieces = Vec::new();
+        self.digests(&mut |range, digest| pieces.push((range, digest)));
+        let pieces = PieceDigests::new(self.table.tar_len(), pieces)
+            .ok_or_else(|| IndexError::sink(wrong("a piece of a file is too long to be checked before it is read")))?;
+        let tar_len = self.table.tar_len();
+        builder.contents(self.table, pieces);
+        Ok(builder.finish(tar_len, EndOfArchive::Marked))
+    }
+
+    /// Whether the table has the digest of every piece of content.
+    #[must_use]
+    pub fn are_digests_complete(&self) -> bool {
+        let mut complete = true;
+        self.digests(&mut |_, digest| complete &= digest.is_some());
+        complete
     }
 
     fn walk(&self, each: &mut dyn FnMut(Found<'_>) -> Result<(), IndexError>) -> Result<(), IndexError> {

@@ -1,5 +1,7 @@
 //! Reading a blob once and noting where it can be entered.
 
+use std::collections::VecDeque;
+
 use super::gzip::inflate::WINDOW;
 use super::gzip::tracer::Tracer;
 use super::stream::{Event, Idle, Stream};
@@ -21,7 +23,8 @@ const PIECE: usize = 256 << 10;
 pub struct Spans {
     /// Where it can be entered.
     pub table: SpanTable,
-    /// The history of each span, in the table's order; empty where none is needed.
+    /// The history of each span, in the table's order; empty where none is needed. Of all spans, if none was taken
+    /// before with [`Indexer::take_windows`]; else of the last ones.
     pub windows: Vec<Vec<u8>>,
 }
 
@@ -30,7 +33,10 @@ pub struct Spans {
 ///
 /// Where the points lie depends on the blob and the spacing alone, not on the pieces in which it comes. Checksums in
 /// the blob (of gzip members, of zstd frames that have one) are checked. Memory: as a [`super::Decoder`], and up to 32
-/// KiB for each entry point.
+/// KiB for each entry point whose history was not taken yet.
+///
+/// All histories together are hardly longer than the blob: where some of it unpacks to so much that they would be, points
+/// lie further apart. Otherwise a small blob could make whoever indexes it keep a thousand times as much.
 #[derive(Debug)]
 pub struct Indexer {
     spacing: u64,
@@ -38,7 +44,10 @@ pub struct Indexer {
     tar: u64,
     blob: u64,
     points: Vec<Point>,
-    windows: Vec<Vec<u8>>,
+    /// Of the last points: those that were not taken.
+    windows: VecDeque<Vec<u8>>,
+    /// The length of all histories, also of those that were taken.
+    history_total: u64,
     coding: Coding,
     /// What decodes it, once the first bytes have come; nothing for a plain layer.
     stream: Option<Stream>,
@@ -65,7 +74,8 @@ impl Indexer {
             tar: 0,
             blob: 0,
             points: Vec::new(),
-            windows: Vec::new(),
+            windows: VecDeque::new(),
+            history_total: 0,
             coding,
             stream: None,
             buffer: Vec::new(),
@@ -115,6 +125,16 @@ impl Indexer {
         self.unpack(blob, sink)
     }
 
+    /// Hands out the histories that are known by now, each once, in the table's order. Who calls this after every piece
+    /// that is fed keeps the indexer from holding more than a few.
+    pub fn take_windows(&mut self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        // A point behind which nothing has come may yet turn out to be none; what is being traced is not known.
+        let first = self.points.len() - self.windows.len();
+        let followed = self.points[first..].partition_point(|point| point.tar < self.tar);
+        let known = self.windows.len() - usize::from(self.tracer.is_some());
+        self.windows.drain(..followed.min(known))
+    }
+
     /// The table, once the whole blob has been fed.
     ///
     /// # Errors
@@ -136,12 +156,13 @@ impl Indexer {
         self.settle();
         // What begins where nothing follows (BGZF's empty last member) is no place to begin from.
         let useful = self.points.partition_point(|point| point.tar < self.tar);
+        self.windows
+            .truncate(self.windows.len().saturating_sub(self.points.len() - useful));
         self.points.truncate(useful);
-        self.windows.truncate(useful);
         let table = SpanTable::new((coding, Layout::Everything), (end, self.blob), self.tar, self.points)?;
         Ok(Spans {
             table,
-            windows: self.windows,
+            windows: self.windows.into(),
         })
     }
 
@@ -165,7 +186,7 @@ impl Indexer {
         let closest = (self.spacing / CLOSER).max(CLOSEST);
         if self.since_point().is_none_or(|since| since >= closest) {
             self.points.push(Point::whole(self.tar, at));
-            self.windows.push(Vec::new());
+            self.windows.push_back(Vec::new());
         }
     }
 
@@ -222,7 +243,10 @@ impl Indexer {
                 }
                 Event::Block { bits } => {
                     if self.since_point().is_some_and(|since| since >= self.spacing) {
-                        self.block_point(position, bits)?;
+                        self.settle();
+                        if self.history_total <= position {
+                            self.block_point(position, bits)?;
+                        }
                     }
                 }
                 Event::End => self.settle(),
@@ -236,7 +260,6 @@ impl Indexer {
     }
 
     fn block_point(&mut self, position: u64, bits: u8) -> Result<(), LayerError> {
-        self.settle();
         let (blob, skipped) = if bits == 0 {
             (position, 0)
         } else {
@@ -249,7 +272,7 @@ impl Indexer {
             bits: skipped,
             window: 0,
         });
-        self.windows.push(Vec::new());
+        self.windows.push_back(Vec::new());
         let history = &self.buffer[self.filled - self.history..self.filled];
         self.tracer = Some(Tracer::start(bits, self.last >> skipped, history)?);
         Ok(())
@@ -260,7 +283,8 @@ impl Indexer {
     fn settle(&mut self) {
         let Some(tracer) = self.tracer.take() else { return };
         let window = tracer.needed();
-        if let (Some(point), Some(place)) = (self.points.last_mut(), self.windows.last_mut()) {
+        self.history_total += super::len_u64(window.len());
+        if let (Some(point), Some(place)) = (self.points.last_mut(), self.windows.back_mut()) {
             point.window = u16::try_from(window.len()).unwrap_or(u16::MAX);
             *place = window;
         }

@@ -29,6 +29,8 @@ pub(super) enum Found<'a> {
     Member { tar: u64, blob: u64 },
     /// A piece of a file's content, with its SHA-256 where that is known.
     Content { tar: TarRange, digest: Option<[u8; 32]> },
+    /// The content of the table of contents itself, where it is a file of the layer.
+    Own(TarRange),
     /// An entry, complete.
     Entry(&'a Entry),
 }
@@ -340,6 +342,7 @@ impl Walker<'_, '_> {
         if let Some((blob, tar)) = fresh {
             (self.sink)(Found::Member { tar, blob })?;
         }
+        (self.sink)(Found::Own(TarRange::new(TarOffset(at), entry.size)))?;
         entry.headers = TarRange::new(TarOffset(at), 0);
         for segment in &mut entry.segments {
             segment.tar_offset = TarOffset(at);

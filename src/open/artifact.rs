@@ -18,6 +18,10 @@ pub const LAYER_ANNOTATION: &str = "io.tarblk.index.layer";
 pub const HOT_SIZE_ANNOTATION: &str = "io.tarblk.index.hot-size";
 /// On an index's descriptor: the digest of its hot part.
 pub const HOT_DIGEST_ANNOTATION: &str = "io.tarblk.index.hot-digest";
+/// On an image's artifact, and so on its entry in every list of what refers to the image: all of its indexes in short, so that who
+/// has the list need not ask for the artifact. For each index the layer's digest, the index's, its length, and its hot part's length
+/// and digest, between spaces; a comma between two indexes.
+pub const LIST_ANNOTATION: &str = "io.tarblk.index.list";
 /// A header field of the answer to HEAD for a layer's blob: the digest of a blob of the same repository that is its index.
 pub const LAZY_PULL_HEADER: &str = "LazyPull-Digest";
 
@@ -61,6 +65,8 @@ struct ArtifactManifest {
     layers: Vec<Descriptor>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     subject: Option<Descriptor>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    annotations: Option<BTreeMap<String, String>>,
 }
 
 fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
@@ -104,19 +110,66 @@ pub fn manifest(indexes: &[Listed], subject: Option<(&str, &Digest, u64)>) -> Ve
         artifact_type: Some(ARTIFACT_TYPE.to_owned()),
         config: empty_config(),
         layers: layers.collect(),
+        annotations: subject
+            .is_some()
+            .then(|| BTreeMap::from([(LIST_ANNOTATION.to_owned(), in_short(indexes))])),
         subject: subject.map(|(media_type, digest, size)| descriptor(media_type, digest.clone(), size)),
     };
     // Strings and numbers: nothing of it can fail.
     serde_json::to_vec(&manifest).unwrap_or_default()
 }
 
-/// The descriptor of such a manifest, as a list of referrers has it.
+/// The descriptor of such a manifest, as a list of referrers has it: with its annotations.
 #[must_use]
 pub fn manifest_descriptor(manifest: &[u8]) -> Descriptor {
     let digest = Digest::of(Algorithm::Sha256, manifest);
     let mut entry = descriptor(OCI_MANIFEST, digest, u64::try_from(manifest.len()).unwrap_or(u64::MAX));
     entry.artifact_type = Some(ARTIFACT_TYPE.to_owned());
+    if let Ok(ArtifactManifest {
+        annotations: Some(annotations),
+        ..
+    }) = serde_json::from_slice(manifest)
+    {
+        entry.annotations = annotations;
+    }
     entry
+}
+
+/// What [`LIST_ANNOTATION`] holds.
+fn in_short(indexes: &[Listed]) -> String {
+    let one = |index: &Listed| {
+        let Listed {
+            layer, digest, size, ..
+        } = index;
+        match &index.hot {
+            Some((len, hot)) => format!("{layer} {digest} {size} {len} {hot}"),
+            None => format!("{layer} {digest} {size}"),
+        }
+    };
+    indexes.iter().map(one).collect::<Vec<_>>().join(",")
+}
+
+/// The indexes that a list of referrers names with an artifact; none where it does not, or not so that it makes sense: then the
+/// artifact itself has to be asked for.
+#[must_use]
+pub fn listed_with(referrer: &Descriptor) -> Option<Vec<Listed>> {
+    let text = referrer.annotations.get(LIST_ANNOTATION)?;
+    let one = |text: &str| {
+        let mut words = text.split(' ');
+        let mut word = || words.next();
+        let (layer, digest, size) = (word()?.parse().ok()?, word()?.parse().ok()?, word()?.parse().ok()?);
+        let hot = match word() {
+            None => None,
+            Some(len) => Some((len.parse().ok()?, word()?.parse().ok()?)),
+        };
+        word().is_none().then_some(Listed {
+            layer,
+            digest,
+            size,
+            hot,
+        })
+    };
+    text.split(',').map(one).collect()
 }
 
 /// The indexes that a manifest holds. Other things in it, and entries that make no sense, are passed over.
@@ -183,6 +236,39 @@ mod tests {
         let described = manifest_descriptor(&bytes);
         assert!(described.digest.matches(&bytes));
         assert_eq!(described.artifact_type.as_deref(), Some(ARTIFACT_TYPE));
+        assert_eq!(listed_with(&described).unwrap(), listed);
+        // A layer's own manifest is found by its tag and in no list.
+        assert!(manifest_descriptor(&manifest(&listed, None)).annotations.is_empty());
+    }
+
+    #[test]
+    fn lists_that_make_no_sense_name_nothing() {
+        let one = Listed {
+            layer: digest("layer"),
+            digest: digest("index"),
+            size: 1234,
+            hot: Some((1000, digest("hot"))),
+        };
+        let image = digest("image");
+        let good = manifest_descriptor(&manifest(&[one], Some((OCI_MANIFEST, &image, 700))));
+        let with = |text: &str| {
+            let mut odd = good.clone();
+            odd.annotations.insert(LIST_ANNOTATION.into(), text.into());
+            listed_with(&odd)
+        };
+        let text = good.annotations[LIST_ANNOTATION].clone();
+        assert!(with(&text).is_some());
+        for odd in [
+            String::new(),
+            format!("{text},"),
+            format!("{text} more"),
+            text.replace(" 1234 ", " -1 "),
+            text.replace(" 1000 ", " "),
+            text.replace("sha256:", ""),
+        ] {
+            assert_eq!(with(&odd), None, "{odd}");
+        }
+        assert_eq!(listed_with(&descriptor("", image, 1)), None);
     }
 
     #[test]

@@ -8,22 +8,25 @@
 use std::str::FromStr;
 use std::thread;
 
-use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, parse};
+use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, listed_with, parse};
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
 use crate::index::{self, Index, IndexError, IndexFault};
 use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageName, Registry, Version};
-use crate::source::{self, Patience, SourceError};
+use crate::source::{self, LayerBlob, Patience, SourceError};
 
 /// Where the index of a layer is to come from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum IndexChoice {
-    /// A published one, if there is a good one; else one that is made.
+    /// A published one, if there is a good one; else one that is kept, or the layer's own table of contents as far as it can be
+    /// believed; else one that is made.
     #[default]
     Auto,
-    /// A published one; without it the layer is not attached.
+    /// A published one, or a table of contents of the layer that its manifest vouches for; without it the layer is not
+    /// attached.
     Require,
-    /// One that was made on this machine, now or before. Nothing published is looked for.
+    /// One that was made on this machine from all of the layer, now or before. Nothing published is looked for, in the layer
+    /// neither.
     Ignore,
     /// One that is made now from all of the layer, whatever is kept or published.
     Build,
@@ -141,6 +144,9 @@ fn published(registry: &Registry, image: &Image) -> Result<Vec<Listed>, SourceEr
         );
     }
     for referrer in referrers {
+        if let Some(listed) = listed_with(&referrer) {
+            return Ok(listed);
+        }
         match artifact(registry, &referrer.digest) {
             Ok(listed) => return Ok(listed),
             // A list may name what is gone, and anybody may have put it there.
@@ -182,6 +188,9 @@ fn of_layer(registry: &Registry, layer: &Digest) -> Result<Option<(Listed, Found
 /// How much is asked for of an index whose hot part's length nobody told.
 const GUESS: u64 = 256 << 10;
 
+/// Less than this is asked for at once, in bytes: what a new connection brings in its first two round trips.
+const SHORTEST_PIECE: u64 = 32 << 10;
+
 /// Brings the hot part of an index, in one request where its length is known, and checks that it is of this layer.
 ///
 /// # Errors
@@ -192,12 +201,38 @@ pub fn fetch_hot(
     found: &FoundIndex,
     patience: &Patience,
 ) -> Result<Index<Vec<u8>>, OpenError> {
+    fetch_hot_in(image, layer, found, 1, patience)
+}
+
+/// Into how many requests each hot part is cut when all of them are fetched at once, so that `connections` of them bring equally
+/// much; one where a length is unknown.
+pub(super) fn pieces<'f>(found: impl Iterator<Item = Option<&'f FoundIndex>> + Clone, connections: u64) -> Vec<u64> {
+    let hot = |found: Option<&FoundIndex>| found.and_then(|found| Some(found.listed.hot.as_ref()?.0)).unwrap_or(0);
+    let lens = found.map(hot);
+    let total: u64 = lens.clone().fold(0, u64::saturating_add);
+    let mut size = (total / connections.max(1)).max(SHORTEST_PIECE);
+    let cut = |size: u64| lens.clone().map(move |len| len.div_ceil(size).max(1));
+    // What is left over of each makes a piece of its own: a few more bytes in each, until they are few enough.
+    while cut(size).filter(|pieces| *pieces > 1).count() > 0 && cut(size).sum::<u64>() > connections {
+        size = size.saturating_add(size.div_ceil(16));
+    }
+    cut(size).collect()
+}
+
+/// The same in several requests at the same time.
+pub(super) fn fetch_hot_in(
+    image: &ImageName,
+    layer: &ImageLayer,
+    found: &FoundIndex,
+    pieces: u64,
+    patience: &Patience,
+) -> Result<Index<Vec<u8>>, OpenError> {
     let name = || format!("index {}", found.access.name());
     let bad = |cause| OpenError::Index { name: name(), cause };
     let blob = source::open_registry_blob(image, &found.access)?;
     let most = blob.len.min(MAX_INDEX_BYTES);
     let first = found.listed.hot.as_ref().map_or(GUESS, |(len, _)| *len).min(most);
-    let mut bytes = source::read_range(&blob, 0..first, patience)?;
+    let mut bytes = in_pieces(&blob, first, pieces, patience)?;
     let hot = index::hot_len(&bytes)
         .map_err(bad)?
         .ok_or_else(|| bad(IndexFault::Truncated.into()))?;
@@ -213,12 +248,41 @@ pub fn fetch_hot(
     {
         return Err(bad(IndexFault::Checksum("hot part").into()));
     }
-    let index = Index::open_hot(bytes).map_err(bad)?;
+    // A manifest that does not name the hot part's digest vouches for the whole file alone.
+    let index = if found.listed.hot.is_none() && found.by != FoundBy::Header {
+        let whole = source::read_range(&blob, 0..most, patience)?;
+        if !found.listed.digest.matches(&whole) {
+            return Err(bad(IndexFault::Checksum("file").into()));
+        }
+        Index::open(whole)
+    } else {
+        Index::open_hot(bytes)
+    };
+    let index = index.map_err(bad)?;
     if index.file_len() != found.listed.size {
         return Err(bad(IndexFault::Truncated.into()));
     }
     check_layer(&index, layer).map_err(bad)?;
     Ok(index)
+}
+
+/// The first `len` bytes of a blob, by so many requests at the same time.
+fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+    let size = len.div_ceil(pieces.max(1)).max(1);
+    let ranges = (0..pieces).map(|number| (number * size).min(len)..((number + 1) * size).min(len));
+    let ranges: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();
+    if let [_] = ranges[..] {
+        return source::read_range(blob, 0..len, patience);
+    }
+    thread::scope(|scope| {
+        let ask = |range| scope.spawn(|| source::read_range(blob, range, patience));
+        let asked: Vec<_> = ranges.into_iter().map(ask).collect();
+        let mut bytes = Vec::new();
+        for asked in asked {
+            bytes.extend(asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(bytes)
+    })
 }
 
 /// Whether an index is of this layer. It has to name the blob's digest, and say of everything that both know the same. (How the
@@ -227,6 +291,9 @@ pub fn fetch_hot(
 /// # Errors
 /// [`IndexError::OtherLayer`].
 pub fn check_layer<B: AsRef<[u8]>>(index: &Index<B>, layer: &ImageLayer) -> Result<(), IndexError> {
+    if index.is_of_contents() {
+        return Err(IndexFault::MadeUp.into());
+    }
     let identity = index.identity();
     let other = |what, found: String, wanted: String| Err(IndexError::OtherLayer { what, found, wanted });
     if identity.blob_len != layer.descriptor.size {

@@ -1,21 +1,22 @@
 //! One layer, found, and what it holds. In: a blob, and what is known of it. Out: the same with its index: the one kept for
 //! it, or one made by reading the headers of a plain layer, or all of a compressed one.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Gather;
 use super::recipe::http_layer;
-use super::record::{Recording, record_blob};
-use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index};
+use super::record::{Recording, algorithms, record_blob};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, contents, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::{Store, StoreError};
 use crate::index::build::Contents;
-use crate::index::{Index, IndexBuilder};
+use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
 use crate::source::registry::{ImageLayer, LayerCoding};
-use crate::source::{self, HttpBlob, LayerBlob, Place, Source};
-use crate::units::TarOffset;
+use crate::source::{self, HttpBlob, LayerBlob, Place, Source, SourceError};
+use crate::units::{CHUNK_BYTES, TarOffset};
 
 /// What is known of a layer before it is read.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +27,8 @@ pub(super) struct Facts {
     pub(super) diff_id: Option<Digest>,
     /// How it is compressed; its first bytes say it, if nobody else does.
     pub(super) coding: Option<Coding>,
+    /// What else a manifest says of it.
+    pub(super) annotations: BTreeMap<String, String>,
     /// An index that somebody has published.
     pub(super) published: Option<Published>,
 }
@@ -41,6 +44,7 @@ impl Facts {
                 LayerCoding::Gzip => Coding::Gzip,
                 LayerCoding::Zstd => Coding::Zstd,
             }),
+            annotations: layer.descriptor.annotations.clone(),
             published: None,
         }
     }
@@ -72,6 +76,8 @@ pub struct PreparedLayer {
     pub diff_id: Option<Digest>,
     /// The index in the cache directory, if it is there.
     pub(super) kept: Option<PathBuf>,
+    /// What the store knows the layer's tar space by, if it has a name.
+    pub(super) stored_as: Option<String>,
     /// Where the rest of the index is, if what is here is its hot part alone.
     pub(super) rest: Option<HttpBlob>,
 }
@@ -87,9 +93,12 @@ impl PreparedLayer {
     ) -> Result<Self, OpenError> {
         let identity = index.identity();
         let (expected, found) = (identity.blob_len, blob.len);
+        let bad = |cause| OpenError::Index {
+            name: format!("index for {}", blob.source),
+            cause,
+        };
         let digest = identity.blob_digest.clone();
-        let other = digest.is_some() && facts.digest.is_some() && digest != facts.digest;
-        if expected != found || other {
+        if expected != found {
             return Err(OpenError::OtherLayer {
                 name: format!("of {}", blob.source),
                 expected,
@@ -100,9 +109,32 @@ impl PreparedLayer {
                 found,
             });
         }
+        if let (Some(found), Some(wanted)) = (&digest, &facts.digest)
+            && found.algorithm() == wanted.algorithm()
+            && found != wanted
+        {
+            return Err(bad(IndexError::OtherLayer {
+                what: "digest",
+                found: found.to_string(),
+                wanted: wanted.to_string(),
+            }));
+        }
+        // Without them what is compressed would be taken for the tar.
+        if identity.coding != Coding::Plain && index.spans().is_none() {
+            return Err(bad(IndexFault::Missing("span table").into()));
+        }
+        let digest = facts.digest.clone().or(digest);
+        let stored_as = match (&blob.place, &digest) {
+            _ if index.is_of_contents() => contents::kept_as(&blob, facts),
+            (Place::Http(http), Some(digest)) if index.chunk_digests().is_none() => {
+                Some(unchecked(&http.name(), digest))
+            }
+            (_, digest) => digest.as_ref().map(ToString::to_string),
+        };
         Ok(Self {
             coding: identity.coding,
-            digest: facts.digest.clone().or(digest),
+            stored_as,
+            digest,
             diff_id: facts.diff_id.clone().or_else(|| identity.diff_id.clone()),
             blob,
             index,
@@ -111,17 +143,22 @@ impl PreparedLayer {
             rest: None,
         })
     }
-
-    /// What the store knows the layer by, if its content has a name.
-    pub(super) fn identity(&self) -> Option<String> {
-        self.digest.as_ref().map(ToString::to_string)
-    }
 }
 
-/// What the cache knows a layer by: its digest, or its name and the state that it is in.
-fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
+/// What is known under a digest that a server, named `place`, says it has, and that nobody compared with it: headers that were
+/// read, bytes that nothing vouches for until all of them have come. Another server may have something else.
+pub(super) fn unchecked(place: &str, digest: &Digest) -> String {
+    format!("{place}\n{digest}")
+}
+
+/// What the cache knows a layer by, and its tar, before it was compared with its digest: that, and who said so; or its name and
+/// the state that it is in.
+pub(super) fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
     if let Some(digest) = &facts.digest {
-        return Some(digest.to_string());
+        return Some(match &blob.place {
+            Place::Http(http) => unchecked(&http.name(), digest),
+            Place::File(_) => digest.to_string(),
+        });
     }
     let name = match &blob.source {
         Source::Path(path) => path.display().to_string(),
@@ -131,8 +168,36 @@ fn kept_under(blob: &LayerBlob, facts: &Facts) -> Option<String> {
     blob.fingerprint().map(|mark| format!("{name}\n{mark}"))
 }
 
+/// The index that is kept for a layer, and where. What is damaged, of another version of this program, or kept under a digest
+/// that it was not compared with, is none: it is made again and replaced.
+fn kept(cache: &Cache, blob: &LayerBlob, facts: &Facts) -> Option<(PathBuf, Index<Vec<u8>>)> {
+    let digest = facts.digest.as_ref().map(ToString::to_string);
+    let other = kept_under(blob, facts).filter(|name| digest.as_ref() != Some(name));
+    [(digest, true), (other, false)]
+        .into_iter()
+        .find_map(|(name, checked)| {
+            let (path, bytes) = cache.index(&name?)?;
+            match Index::open(bytes) {
+                Ok(index)
+                    if index.identity().blob_len == blob.len
+                        && !index.is_of_contents()
+                        && (!checked || index.identity().blob_digest == facts.digest) =>
+                {
+                    Some((path, index))
+                }
+                Ok(_) | Err(_) => {
+                    log::info!("{}: not usable, reading the layer again", path.display());
+                    None
+                }
+            }
+        })
+}
+
 /// Told how far reading is: the position reached in the blob and its length, both in bytes.
 pub(super) type Reached<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+
+/// Nothing that long can be read or kept: the chunks of a layer are numbered in 32 bits.
+const TOO_LONG: u64 = CHUNK_BYTES << 32;
 
 /// Finds the index of a layer, or makes it.
 pub(super) fn prepare(
@@ -141,21 +206,35 @@ pub(super) fn prepare(
     options: &OpenOptions,
     reached: Reached<'_>,
 ) -> Result<PreparedLayer, OpenError> {
+    if blob.len >= TOO_LONG {
+        let why = format!("it is said to be {} bytes long, which no layer is", blob.len);
+        let source_name = blob.source.to_string();
+        return Err(SourceError::Unusable { source_name, why }.into());
+    }
     if let Some(Published { index, rest }) = &facts.published {
         let origin = IndexOrigin::Published { bytes: index.hot_len() };
         let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, None)?;
         layer.rest = (!index.is_whole()).then(|| rest.clone());
         return Ok(layer);
     }
-    let under = kept_under(&blob, facts);
+    let mut under = kept_under(&blob, facts);
     let cache = options.cache.as_ref();
     if options.index != IndexChoice::Build
-        && let (Some(cache), Some(under)) = (cache, &under)
+        && let Some(cache) = cache
+        && let Some((path, index)) = kept(cache, &blob, facts)
+    {
+        return PreparedLayer::new(blob, facts, index, IndexOrigin::Kept, Some(path));
+    }
+    // Who pins an index means one that everybody makes alike.
+    let takes_contents = matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
+        && options.index_digest.is_none()
+        && contents::may_be_used(&blob, facts);
+    let contents_under = contents::kept_as(&blob, facts).filter(|_| takes_contents);
+    if let (Some(cache), Some(under)) = (cache, &contents_under)
         && let Some((path, bytes)) = cache.index(under)
     {
-        // Damaged, or of another version of this program: it is read again and replaced.
         match Index::open(bytes) {
-            Ok(index) if index.identity().blob_len == blob.len => {
+            Ok(index) if index.identity().blob_len == blob.len && index.is_of_contents() => {
                 return PreparedLayer::new(blob, facts, index, IndexOrigin::Kept, Some(path));
             }
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
@@ -165,6 +244,19 @@ pub(super) fn prepare(
         Some(coding) => coding,
         None => super::record::coding_of(&blob, &options.patience)?,
     };
+    if takes_contents && let Some((bytes, origin)) = contents::fetch(&blob, coding, facts, &options.patience) {
+        let kept = match (cache, &contents_under) {
+            (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
+            _ => None,
+        };
+        let index = open_index(bytes, &blob.source.to_string())?;
+        return PreparedLayer::new(blob, facts, index, origin, kept);
+    }
+    if options.index == IndexChoice::Require {
+        return Err(OpenError::NoIndexes {
+            name: blob.source.to_string(),
+        });
+    }
     // A file at hand that has to have a digest is read whole: it takes little, and damage is found before anybody reads it.
     let must_check = facts.digest.is_some() && matches!(blob.place, Place::File(_));
     let (bytes, origin) = match coding {
@@ -173,11 +265,14 @@ pub(super) fn prepare(
         }
         Coding::Plain | Coding::Gzip | Coding::Zstd => read_all(&blob, coding, facts, options, reached)?,
     };
+    let index = open_index(bytes, &blob.source.to_string())?;
+    if facts.digest.is_some() && index.identity().blob_digest == facts.digest {
+        under = facts.digest.as_ref().map(ToString::to_string);
+    }
     let kept = match (cache, &under) {
-        (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
+        (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, index.as_bytes())?,
         _ => None,
     };
-    let index = open_index(bytes, &blob.source.to_string())?;
     PreparedLayer::new(blob, facts, index, origin, kept)
 }
 
@@ -191,9 +286,9 @@ fn read_headers(
     let mut builder = IndexBuilder::new();
     let mut progress = |at: TarOffset, len: u64| reached(at.0, len);
     let cache = |store: Arc<Store>| match (&facts.digest, &blob.place) {
-        (Some(digest), _) => store.named(&digest.to_string(), blob.len),
+        (Some(digest), Place::Http(http)) => store.named(&unchecked(&http.name(), digest), blob.len),
         (None, Place::Http(http)) => store.layer(&http_layer(http)),
-        (None, Place::File(_)) => unreachable!("only layers on servers are gathered"),
+        (_, Place::File(_)) => unreachable!("only layers on servers are gathered"),
     };
     let mut gather = match (&blob.place, &options.cache) {
         (Place::Http(_), Some(kept)) => {
@@ -243,14 +338,21 @@ fn read_all(
         }
     };
     let mut progress = |at| reached(at, blob.len);
-    let recorded = record_blob(blob, coding, &recording, &options.patience, &mut progress, &mut keep)?;
+    let recorded = record_blob(
+        blob,
+        coding,
+        &recording,
+        algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
+        &options.patience,
+        &mut progress,
+        &mut keep,
+    )?;
     let told = [
         ("blob", &facts.digest, &recorded.identity.blob_digest),
         ("tar", &facts.diff_id, &recorded.identity.diff_id),
     ];
     for (what, expected, found) in told {
         if let (Some(expected), Some(found)) = (expected, found)
-            && expected.algorithm() == found.algorithm()
             && expected != found
         {
             return Err(OpenError::Digest {

@@ -8,7 +8,7 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::record::coding_of;
+use super::record::{algorithms, coding_of};
 use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
@@ -176,6 +176,7 @@ fn push_made(
         &blob,
         coding,
         &recording,
+        algorithms(Some(&layer.descriptor.digest), layer.diff_id.as_ref()),
         &options.patience,
         &mut reached,
         &mut |_, _| (),

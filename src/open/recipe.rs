@@ -4,7 +4,7 @@
 //! A recipe may hold secrets (credentials, signed addresses): it never goes into a file, and its `Debug` shows none.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
 use crate::digest::Digest;
 use crate::fetch::store::Store;
 use crate::fetch::{
-    self, Blob, ChunkCheck, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
+    self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
 };
 use crate::image::FileMap;
 use crate::image::ext4::Ext4Image;
@@ -33,6 +33,8 @@ pub struct Fetching {
     pub memory_bytes: u64,
     /// Connections per host at most.
     pub connections: u16,
+    /// Whether everything is brought to the store in the end, while nobody reads.
+    pub fetch_all: bool,
     /// After this a read fails; never if none.
     pub deadline: Option<Duration>,
     /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
@@ -86,6 +88,8 @@ struct Layer {
     blob: At,
     digest: Option<Digest>,
     diff_id: Option<Digest>,
+    /// The name of its tar space in the store.
+    stored_as: Option<String>,
     /// The index file.
     index: PathBuf,
     /// Whether the index file is to be removed once it was read.
@@ -178,6 +182,7 @@ impl Prepared {
                 blob: At::of(layer),
                 digest: layer.digest.clone(),
                 diff_id: layer.diff_id.clone(),
+                stored_as: layer.stored_as.clone(),
                 index,
                 borrowed,
                 rest: layer.rest.as_ref().map(At::http),
@@ -284,7 +289,31 @@ impl Recipe {
         lent.map(|layer| layer.index.as_path())
     }
 
-    /// Removes them.
+    /// The files and directories that whoever serves the recipe opens later, when the layers are open; none if programs are
+    /// run that could open anything.
+    #[must_use]
+    pub fn opens_later(&self) -> Option<Vec<PathBuf>> {
+        let mut paths: Vec<PathBuf> = self.store.iter().cloned().collect();
+        let places = self
+            .layers
+            .iter()
+            .flat_map(|layer| [Some(&layer.blob), layer.rest.as_ref()]);
+        for place in places.flatten() {
+            let At::Http {
+                access: Some(access), ..
+            } = place
+            else {
+                continue;
+            };
+            if access.keyring().names_helpers() {
+                return None;
+            }
+            paths.extend(access.keyring().files());
+        }
+        Some(paths)
+    }
+
+    /// Removes the index files that were lent.
     fn take_back(&self) {
         for path in self.lent() {
             let _ = fs::remove_file(path);
@@ -311,14 +340,13 @@ impl Recipe {
                 Some(Blob::Http(rest)) => Windows::Http(Box::new(rest), index.cold().clone()),
                 _ => Windows::File(Arc::new(file.into()), index.cold().clone()),
             };
-            let identity = layer.digest.as_ref().map(ToString::to_string);
             let blob = layer.blob.open()?;
             sources.push(layer_source(
                 blob,
                 &index,
                 windows,
                 [layer.digest, layer.diff_id],
-                identity,
+                layer.stored_as,
             ));
         }
         start(image, sources, self.store.as_deref(), &self.fetching)
@@ -331,8 +359,10 @@ impl Layer {
             name: self.index.display().to_string(),
             cause,
         };
-        let file = File::open(&self.index).map_err(failed)?;
-        let bytes = fs::read(&self.index).map_err(failed)?;
+        // Opened once: somebody may put another index in its place meanwhile.
+        let mut file = File::open(&self.index).map_err(failed)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(failed)?;
         Ok((open_index(bytes, &self.index.display().to_string())?, file))
     }
 }
@@ -348,13 +378,15 @@ fn layer_source(
     let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
     let digests = index.chunk_digests().cloned();
+    let digests = digests.map(|digests| Check::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
+    let pieces = index.piece_digests().cloned().map(Check::Pieces);
     LayerSource {
         blob,
         coding: table.map(|table| Coded {
             table,
             windows: if has_windows { windows } else { Windows::None },
         }),
-        digests: digests.map(|digests| ChunkCheck::new(move |chunk, bytes| digests.check(chunk.into(), bytes))),
+        digests: pieces.or(digests),
         whole: WholeDigests {
             blob: digest.and_then(|digest| digest.sha256()),
             tar: diff_id.and_then(|digest| digest.sha256()),
@@ -386,10 +418,19 @@ fn start(
         log::warn!("{error}");
     }
     let secure = |layer: &LayerSource| matches!(&layer.blob, Blob::Http(http) if http.access.is_some() || http.url.starts_with("https:"));
+    let size: u64 = layers.iter().map(LayerSource::size).fold(0, u64::saturating_add);
+    let room = size <= fetching.store_bytes;
+    if fetching.fetch_all && !room {
+        log::warn!(
+            "not everything is fetched: the layers have {size} bytes, and the cache may have {}",
+            fetching.store_bytes
+        );
+    }
     let options = FetchOptions {
         memory_bytes: fetching.memory_bytes,
         connections: usize::from(fetching.connections),
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
+        fetch_all: fetching.fetch_all && room && store.is_some(),
         store,
         tls: if layers.iter().any(secure) {
             Some(fetch::default_tls()?)
@@ -412,7 +453,7 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
     let store = prepared.cache.as_ref().map(Cache::layers);
     let mut sources = Vec::new();
     for layer in prepared.layers {
-        let identity = layer.identity();
+        let identity = layer.stored_as;
         let digests = [layer.digest, layer.diff_id];
         let path = layer.blob.path.clone().unwrap_or_default();
         let windows = match &layer.rest {

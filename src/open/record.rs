@@ -3,6 +3,7 @@
 
 use super::layer::PreparedLayer;
 use super::{IndexOrigin, OpenError, OpenOptions, Watch, find_one, open_index};
+use crate::digest::{Algorithm, Digest};
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
@@ -46,6 +47,7 @@ pub fn record(
         &blob,
         coding,
         recording,
+        algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
         &options.patience,
         &mut reached,
         &mut |_, _| (),
@@ -58,8 +60,13 @@ pub fn record(
     PreparedLayer::new(blob, &facts, index, origin, None)
 }
 
-/// Reads all of a layer's blob into an index file. Tells `reached` how far in the blob it is, and hands the tar's bytes to
-/// `tap` as they pass.
+/// The algorithms of digests that a blob and its tar have to have.
+pub(super) fn algorithms(digest: Option<&Digest>, diff_id: Option<&Digest>) -> [Algorithm; 2] {
+    [digest, diff_id].map(|digest| digest.map_or(Algorithm::Sha256, Digest::algorithm))
+}
+
+/// Reads all of a layer's blob into an index file, whose digests of blob and tar are made by these algorithms. Tells `reached`
+/// how far in the blob it is, and hands the tar's bytes to `tap` as they pass.
 ///
 /// # Errors
 /// [`OpenError::Source`]: what is wrong with the server, the compression or the tar.
@@ -67,6 +74,7 @@ pub fn record_blob(
     blob: &LayerBlob,
     coding: Coding,
     recording: &Recording,
+    [of_blob, of_tar]: [Algorithm; 2],
     patience: &Patience,
     reached: &mut dyn FnMut(u64),
     tap: &mut dyn FnMut(TarOffset, &[u8]),
@@ -75,7 +83,8 @@ pub fn record_blob(
         source_name: blob.source.to_string(),
         source,
     };
-    let mut recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
+    let recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
+    let mut recorder = recorder.algorithms(of_blob, of_tar);
     let mut sink = |bytes: &[u8]| {
         recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap)?;
         reached(recorder.blob_position());

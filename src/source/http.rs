@@ -15,7 +15,7 @@ use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue,
     LAST_MODIFIED, RANGE,
 };
-use reqwest::{Client, Response, StatusCode};
+use reqwest::{Client, Response, StatusCode, redirect};
 use url::Url;
 
 pub use failure::Patience;
@@ -24,6 +24,9 @@ pub(super) use failure::{Failure, Tries, cause, classify};
 
 use super::registry::BlobAccess;
 use super::{SourceError, shown_url, tls};
+
+/// More redirects than these are a loop.
+const MOST_REDIRECTS: usize = 10;
 
 /// Tells one state of a layer on a server from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -145,6 +148,9 @@ impl Requests {
             .http1_only()
             .tcp_nodelay(true)
             .connect_timeout(patience.connect)
+            // It would tell whoever a redirect leads to the address with its query, where signatures are.
+            .referer(false)
+            .redirect(redirect::Policy::custom(follow))
             .user_agent(concat!("tarblk/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| SourceError::Setup {
@@ -238,6 +244,21 @@ impl Requests {
             stall: self.patience.stall,
         })
     }
+}
+
+/// Whether to go where a server sends us. What was asked for by TLS is not taken from whoever can meddle with plain HTTP.
+fn follow(attempt: redirect::Attempt<'_>) -> redirect::Action {
+    if attempt.previous().len() > MOST_REDIRECTS {
+        attempt.error("too many redirects")
+    } else if stays_secure(attempt.previous(), attempt.url()) {
+        attempt.follow()
+    } else {
+        attempt.error("a redirect from https to plain http")
+    }
+}
+
+fn stays_secure(previous: &[Url], next: &Url) -> bool {
+    next.scheme() == "https" || previous.last().is_none_or(|last| last.scheme() != "https")
 }
 
 /// A checked answer, whose bytes come piece by piece.
@@ -363,12 +384,7 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Failur
         },
         _ => return Err(refused(&url, &response)),
     };
-    if headers
-        .get(CONTENT_ENCODING)
-        .is_some_and(|encoding| encoding != "identity")
-    {
-        return Err(wrong("a compressed transfer, whose ranges are not those of the layer"));
-    }
+    check_coding(&url, headers)?;
     Ok(HttpBlob {
         resolved: response.url().clone(),
         validator: Validator::of(headers),
@@ -404,7 +420,8 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text;
     while let [first, tail @ ..] = rest {
-        let pair = tail.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
+        let pair = tail.get(..2).filter(|digits| digits.iter().all(u8::is_ascii_hexdigit));
+        let pair = pair.and_then(|digits| std::str::from_utf8(digits).ok());
         match pair.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
             Some(byte) if *first == b'%' => {
                 out.push(byte);
@@ -460,7 +477,19 @@ fn check_length(blob: &HttpBlob, headers: &HeaderMap, expected: u64) -> Result<(
     }
 }
 
+/// Whether bytes are those of the layer and not of something that was made of it for this answer.
+fn check_coding(url: &Url, headers: &HeaderMap) -> Result<(), Failure> {
+    match headers.get(CONTENT_ENCODING) {
+        Some(coding) if coding != "identity" && !coding.is_empty() => Err(Failure::wrong(
+            url,
+            "a compressed transfer (Content-Encoding), whose ranges are not those of the layer; have the server send the file as it is",
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn check_same(blob: &HttpBlob, headers: &HeaderMap) -> Result<(), Failure> {
+    check_coding(&blob.url, headers)?;
     let now = Validator::of(headers);
     match &blob.validator {
         Some(before) if before.contradicts(now.as_ref()) => Err(changed(blob)),
@@ -483,6 +512,26 @@ mod tests {
         let value = value.unwrap();
         assert_eq!(value.to_str().unwrap(), "Basic dXNAZXI6cDp3");
         assert!(value.is_sensitive());
+    }
+
+    #[test]
+    fn redirects_do_not_leave_tls() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        for (from, to, good) in [
+            ("https://a/x", "https://b/y", true),
+            ("http://a/x", "https://a/x", true),
+            ("http://a/x", "http://b/x", true),
+            ("https://a/x", "http://a/x", false),
+        ] {
+            assert_eq!(stays_secure(&[url(from)], &url(to)), good, "{from} {to}");
+        }
+        let back = [url("http://a/x"), url("https://a/x")];
+        assert!(!stays_secure(&back, &url("http://b/x")));
+    }
+
+    #[test]
+    fn only_hexadecimal_digits_are_decoded() {
+        assert_eq!(percent_decoded(b"%41%+f%-1%4"), b"A%+f%-1%4");
     }
 
     #[test]

@@ -48,6 +48,13 @@ pub(super) fn wait<T>(future: impl Future<Output = Result<T, SourceError>>) -> R
     handle()?.block_on(future)
 }
 
+/// Lets `future` run on the registry thread, whatever comes of it.
+pub(super) fn spawn<T: Send + 'static>(
+    future: impl Future<Output = T> + Send + 'static,
+) -> Result<tokio::task::JoinHandle<T>, SourceError> {
+    Ok(handle()?.spawn(future))
+}
+
 /// Runs `future` on the registry thread and waits for it in whatever runtime the caller is in.
 pub(super) async fn run<T, E>(future: impl Future<Output = Result<T, E>> + Send + 'static) -> Result<T, E>
 where

@@ -10,22 +10,22 @@
 //! blocks that explorers brought wherever it wants exactly those, and fetches for itself whatever is missing. A wrong guess
 //! costs bytes, never truth.
 
+mod wire;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures_util::future::{Either, join_all, select};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::SourceError;
-use super::http::{Body, Failure, HttpBlob, Patience, Requests, Tries};
+use super::http::{HttpBlob, Patience, Requests, Tries};
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
 use crate::units::TarOffset;
+use wire::{FIRST, Link, Reader, Wire};
 
 /// Takes bytes of the layer that a walk has received anyway, in no particular order, some of them twice.
 pub trait Tap {
@@ -36,20 +36,15 @@ pub trait Tap {
 /// At most this many connections, and one for each so many bytes: parallel chains are only worth it on a long way.
 const MAX_EXPLORERS: u64 = 32;
 const BYTES_PER_EXPLORER: u64 = 4 << 20;
-/// A segment is not longer than this, so that what explorers keep until its turn comes stays small.
+/// A segment is not longer than this, so that what explorers keep until its turn comes stays small …
 const MAX_SEGMENT: u64 = 32 << 20;
+/// … but there are no more of them than this, however long the server says that the layer is.
+const MOST_SEGMENTS: u64 = 1 << 15;
 /// How many header bytes an explorer may have waiting to be taken.
 const WAITING: usize = 1 << 20;
 /// How far an explorer looks for a header before it gives up, at most and as a part of its segment.
 const MAX_SCAN: u64 = 4 << 20;
 const SCAN_PART: u64 = 4;
-
-/// The shortest and the longest range asked for at once, and the first.
-const SHORTEST: u64 = 4 << 10;
-const LONGEST: u64 = 8 << 20;
-const FIRST: u64 = 64 << 10;
-/// What dropping an answer costs, in round trips: a new connection, TLS, and finding its speed again.
-const RECONNECT: f64 = 3.0;
 
 /// A runtime for one piece of waiting.
 pub(super) fn runtime() -> Result<tokio::runtime::Runtime, SourceError> {
@@ -251,11 +246,11 @@ fn segments(len: u64) -> Vec<(Segment, Finds)> {
     let size = len
         .div_ceil(explorers(len))
         .next_multiple_of(TAR_BLOCK)
-        .min(MAX_SEGMENT);
+        .min(MAX_SEGMENT.max((len / MOST_SEGMENTS).next_multiple_of(TAR_BLOCK)));
     let mut start = 0;
     let mut segments = Vec::new();
     while start < len {
-        let end = (start + size).min(len);
+        let end = start.saturating_add(size).min(len);
         let (sender, pieces) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(WAITING));
         segments.push((
@@ -445,217 +440,21 @@ impl EntrySink for Nothing {
     }
 }
 
-/// The connection to the server as all readers share it.
-struct Wire<'a> {
-    blob: &'a HttpBlob,
-    requests: Requests,
-    tap: RefCell<Option<&'a mut (dyn Tap + 'a)>>,
-    asked: Cell<u64>,
-    got: Cell<u64>,
-    link: Link,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Wire<'_> {
-    async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
-        self.counted(self.requests.range(self.blob, at, len)).await
-    }
-
-    async fn whole(&self) -> Result<Body, Failure> {
-        self.counted(self.requests.whole(self.blob)).await
-    }
-
-    async fn counted(&self, request: impl Future<Output = Result<Body, Failure>>) -> Result<Body, Failure> {
-        self.asked.set(self.asked.get() + 1);
-        let asked = Instant::now();
-        let body = request.await?;
-        self.link.answered(asked.elapsed());
-        Ok(body)
-    }
-
-    /// The next piece of an answer, counted and shown to the tap.
-    async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, Failure> {
-        let piece = body.next().await?;
-        if let Some((at, bytes)) = &piece {
-            self.got.set(self.got.get() + len_u64(bytes));
-            self.link.delivered(bytes);
-            if let Some(tap) = self.tap.borrow_mut().as_mut() {
-                tap.bytes(TarOffset(*at), bytes);
+    #[test]
+    fn segments_cover_every_layer_and_stay_few() {
+        for len in [1, 511, 4 << 20, (1 << 30) + 5, 1 << 40, u64::MAX - 1, u64::MAX] {
+            let mut end = 0;
+            let all = segments(len);
+            for (segment, finds) in &all {
+                assert!(segment.start == end && segment.start < segment.end && segment.end == finds.end);
+                assert!(segment.start.is_multiple_of(TAR_BLOCK));
+                end = segment.end;
             }
-        }
-        Ok(piece)
-    }
-}
-
-/// The link as measured by all readers together: how long an answer takes to begin when nothing else is in its way, how many
-/// bytes a second come at best, and how many readers share them.
-struct Link {
-    round_trip: Cell<f64>,
-    capacity: Cell<f64>,
-    readers: Cell<u32>,
-    since: Cell<Instant>,
-    bytes: Cell<u64>,
-}
-
-impl Default for Link {
-    fn default() -> Self {
-        // Guesses for the first requests: 50 ms, 100 Mbit/s.
-        Self {
-            round_trip: Cell::new(0.05),
-            capacity: Cell::new(12.5e6),
-            readers: Cell::new(0),
-            since: Cell::new(Instant::now()),
-            bytes: Cell::new(0),
-        }
-    }
-}
-
-impl Link {
-    /// Bytes are counted over this time for one measurement.
-    const SPAN: Duration = Duration::from_millis(50);
-    /// What a measurement keeps of its worth until the next one: links change, and not every span is full.
-    const FADE: f64 = 0.97;
-    /// What a request costs at least, in seconds: on the shortest way it still is work for both sides.
-    const LEAST: f64 = 0.001;
-
-    /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
-    fn answered(&self, after: Duration) {
-        self.round_trip
-            .set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
-    }
-
-    fn delivered(&self, bytes: &[u8]) {
-        self.bytes.set(self.bytes.get() + len_u64(bytes));
-        let took = self.since.get().elapsed();
-        if took >= Self::SPAN {
-            let bytes = u32::try_from(self.bytes.replace(0)).unwrap_or(u32::MAX);
-            let measured = f64::from(bytes) / took.as_secs_f64();
-            self.capacity.set((self.capacity.get() * Self::FADE).max(measured));
-            self.since.set(Instant::now());
-        }
-    }
-
-    /// The bytes that come to one reader in the time of so many round trips.
-    fn bytes_in(&self, round_trips: f64) -> u64 {
-        let share = self.capacity.get() / f64::from(self.readers.get().max(1));
-        // Bounded on both sides, so counting nanoseconds for bytes is exact enough and never out of range.
-        let bounded = (share * self.round_trip.get().max(Self::LEAST) * round_trips).clamp(0.0, f64::from(1_u32 << 30));
-        Duration::from_secs_f64(bounded / 1e9)
-            .as_nanos()
-            .try_into()
-            .unwrap_or(u64::MAX)
-    }
-}
-
-/// Reads the layer at positions that only go forward, deciding what to ask for.
-struct Reader<'w, 'a> {
-    wire: &'w Wire<'a>,
-    body: Option<Body>,
-    /// Bytes that came and were not taken yet, and where they lie.
-    held: (u64, Bytes),
-    window: u64,
-    /// What was read since the last jump: where it led to, and the last block since.
-    run_start: u64,
-    run_end: u64,
-    mean_run: u64,
-}
-
-impl<'w, 'a> Reader<'w, 'a> {
-    fn new(wire: &'w Wire<'a>) -> Self {
-        let held = (0, Bytes::new());
-        Self {
-            wire,
-            body: None,
-            held,
-            window: FIRST,
-            run_start: 0,
-            run_end: 0,
-            mean_run: FIRST,
-        }
-    }
-
-    /// The end of the bytes that are here.
-    fn held_end(&self) -> u64 {
-        self.held.0 + len_u64(&self.held.1)
-    }
-
-    /// Whether bytes at `at` are here without waiting.
-    fn has(&self, at: u64) -> bool {
-        at >= self.held.0 && at < self.held_end()
-    }
-
-    /// Bytes from exactly `at` on: at least one, as many as came together.
-    async fn read(&mut self, at: u64) -> Result<Bytes, SourceError> {
-        let mut tries = Tries::default();
-        loop {
-            if self.has(at) {
-                let skip = usize::try_from(at - self.held.0).unwrap_or(usize::MAX);
-                self.run_end = at + TAR_BLOCK;
-                return Ok(self.held.1.slice(skip..));
-            }
-            let failure = match self.advance(at).await {
-                Ok(()) => {
-                    tries.succeeded();
-                    continue;
-                }
-                Err(failure) => failure,
-            };
-            self.body = None;
-            tries.failed(failure, &self.wire.requests.patience).await?;
-        }
-    }
-
-    /// Like [`read`](Self::read), but a whole block at least, unless the layer ends before.
-    async fn read_block(&mut self, at: u64) -> Result<Bytes, SourceError> {
-        let mut bytes = self.read(at).await?;
-        while bytes.len() < BLOCK && at + len_u64(&bytes) < self.wire.blob.len {
-            let mut joined = bytes.to_vec();
-            joined.extend_from_slice(&self.read(at + len_u64(&bytes)).await?);
-            self.held = (at, joined.into());
-            bytes = self.held.1.clone();
-        }
-        Ok(bytes)
-    }
-
-    /// One step towards `at`: the next piece of the open answer, or a new answer.
-    async fn advance(&mut self, at: u64) -> Result<(), Failure> {
-        let reconnect = self.wire.link.bytes_in(RECONNECT);
-        let useful = self.body.as_ref().is_some_and(|body| {
-            // What has to be passed over before the answer is of use, or is at its end and its connection free again.
-            let useless = body.end.min(at).saturating_sub(body.at);
-            body.at <= at && body.at < body.end && useless <= reconnect
-        });
-        if useful {
-            if let Some(body) = &mut self.body {
-                if let Some(piece) = self.wire.piece(body).await? {
-                    self.held = piece;
-                }
-                if body.at == body.end {
-                    // Reading its end as well frees the connection for the next request.
-                    self.wire.piece(body).await?;
-                    self.body = None;
-                }
-            }
-            return Ok(());
-        }
-        self.body = None;
-        self.choose_window(at);
-        self.body = Some(self.wire.range(at, self.window).await?);
-        Ok(())
-    }
-
-    /// How much to ask for at `at`: twice as much as before while reading on, after a jump as much as was read between jumps
-    /// before; never more than a few round trips' worth, because the rest may have to be thrown away.
-    fn choose_window(&mut self, at: u64) {
-        let longest = self.wire.link.bytes_in(RECONNECT).clamp(SHORTEST, LONGEST);
-        if self.run_end == 0 {
-            self.run_start = at;
-            self.window = FIRST.min(longest);
-        } else if at.saturating_sub(self.run_end) <= self.wire.link.bytes_in(1.0) {
-            self.window = self.window.saturating_mul(2).min(longest);
-        } else {
-            self.mean_run = (self.mean_run * 3 + self.run_end.saturating_sub(self.run_start)) / 4;
-            self.run_start = at;
-            self.window = self.mean_run.clamp(SHORTEST, longest);
+            assert!(end == len && all.len() <= 1 << 16, "{len}: {} segments", all.len());
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
+pub(crate) mod chunked;
 pub(crate) mod corpus;
 pub(crate) mod images;
 pub(crate) mod rawtar;

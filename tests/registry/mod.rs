@@ -268,6 +268,17 @@ impl Registry {
         flip(&self.blob_file(digest), at);
     }
 
+    /// How many bytes of a blob it has given, by its access log.
+    pub(crate) fn sent(&self, digest: &str) -> u64 {
+        let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+        let of_blob = |line: &str| {
+            let (request, rest) = line.split_once(" HTTP/1.1\" ")?;
+            let asked = request.contains("\"GET ") && request.ends_with(digest);
+            asked.then(|| rest.split(' ').nth(1)?.parse::<u64>().ok()).flatten()
+        };
+        log.lines().filter_map(of_blob).sum()
+    }
+
     /// The requests so far, as the access log has them: `GET /v2/... 206`.
     pub(crate) fn requests(&self) -> Vec<String> {
         let log = fs::read_to_string(self.dir.path().join("log")).unwrap();

@@ -42,6 +42,10 @@ pub(crate) struct Rules {
     /// Whether the signed URL says when it ends.
     pub(crate) says_when: bool,
     pub(crate) referrers_api: bool,
+    /// How many referrers an answer lists at most; the rest is on the next page.
+    pub(crate) referrers_page: Option<usize>,
+    /// Where the next page is said to be, whatever is asked.
+    pub(crate) referrers_next: Option<String>,
     /// Which digest `LazyPull-Digest` names with a blob; its own, if none.
     pub(crate) lazy: HashMap<String, String>,
     /// Every blob is said to be gone.
@@ -61,6 +65,8 @@ impl Default for Rules {
             signed: None,
             says_when: true,
             referrers_api: true,
+            referrers_page: None,
+            referrers_next: None,
             lazy: HashMap::new(),
             lost: false,
             silent: false,
@@ -428,7 +434,7 @@ fn from_registry(asked: &Asked, shared: &Shared) -> Answer {
             held.blobs.insert(digest.to_string(), asked.body.as_slice().into());
             answer(201, &[], b"")
         }
-        ("GET", "/referrers/") if held.rules.referrers_api => referrers(&held, repository, rest),
+        ("GET", "/referrers/") if held.rules.referrers_api => referrers(&held, repository, rest, &asked.query),
         _ => error(404, "UNSUPPORTED"),
     }
 }
@@ -481,7 +487,7 @@ fn put_manifest(asked: &Asked, held: &mut Held, repository: &str, version: &str)
     }
 }
 
-fn referrers(held: &Held, repository: &str, subject: &str) -> Answer {
+fn referrers(held: &Held, repository: &str, subject: &str, query: &str) -> Answer {
     let mut seen = HashSet::new();
     let mut listed = Vec::new();
     for ((name, _), (media_type, bytes)) in &held.manifests {
@@ -490,13 +496,25 @@ fn referrers(held: &Held, repository: &str, subject: &str) -> Answer {
         if name == repository && json["subject"]["digest"] == subject && seen.insert(digest.clone()) {
             listed.push(
                 serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len(),
-                "artifactType": json["artifactType"], "annotations": null }),
+                "artifactType": json["artifactType"], "annotations": json["annotations"] }),
             );
         }
     }
-    let index = serde_json::json!({ "schemaVersion": 2, "manifests": listed }).to_string();
+    listed.sort_by_key(|entry| entry["digest"].to_string());
+    let from = parameter(query, "from").map_or(0, |from| from.parse().unwrap());
+    let end = held.rules.referrers_page.map_or(listed.len(), |page| from + page);
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": listed[from..end.min(listed.len())] }).to_string();
     let kind = "application/vnd.oci.image.index.v1+json";
-    answer(200, &[("Content-Type", kind)], index.as_bytes())
+    let next = held.rules.referrers_next.clone();
+    let next =
+        next.or_else(|| (end < listed.len()).then(|| format!("/v2/{repository}/referrers/{subject}?from={end}")));
+    match next {
+        Some(next) => {
+            let link = format!("<{next}>; rel=\"next\"");
+            answer(200, &[("Content-Type", kind), ("Link", &link)], index.as_bytes())
+        }
+        None => answer(200, &[("Content-Type", kind)], index.as_bytes()),
+    }
 }
 
 /// What to say to somebody who may not come in.

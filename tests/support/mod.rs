@@ -196,22 +196,26 @@ impl LayerBytes for PatchworkBytes {
 
 /// The image and the bytes for the plain file at `path`.
 pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
-    make(path, None, delay)
+    make(path, None, delay, File::open(path).unwrap())
+}
+
+/// The same, but the local file that is to hold bytes of the layers holds none.
+pub(crate) fn hollow(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+    make(path, None, delay, File::open("/dev/null").unwrap())
 }
 
 /// The same with every block from one place.
 pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
-    make(path, Some(everything), Some(Duration::ZERO))
+    make(path, Some(everything), Some(Duration::ZERO), File::open(path).unwrap())
 }
 
 fn make(
     path: &Path,
     uniform: Option<Everything>,
     delay: Option<Duration>,
+    file: File,
 ) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
-    let mut content = Vec::new();
-    let mut file = File::open(path).unwrap();
-    file.read_to_end(&mut content).unwrap();
+    let content = read_all(path);
     assert_eq!(content.len() % BLOCK, 0);
     let bytes = PatchworkBytes::new(&content, file, delay);
     (

@@ -6,20 +6,20 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
-use rustix::thread::UnshareFlags;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::control::{Answer, DaemonStats, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, refuse_if_used};
-use super::{Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, Served, Spec, failed};
+use super::{
+    Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, Served, Spec, failed, namespace,
+};
 use crate::device::state::{Process, State, StateDir};
-use crate::device::users::MountLine;
 use crate::device::volume::Volume;
-use crate::device::{Backend, Device, fuse_loop, ublk, users};
+use crate::device::{Backend, Device};
 
 /// How often a daemon looks whether its device is still there, and whether one that it was told to leave is still in use.
 const GLANCE: Duration = Duration::from_millis(500);
@@ -85,17 +85,19 @@ pub fn serve(
 ) -> Result<(), DaemonError> {
     let states = StateDir::new(&spec.states);
     states.create()?;
-    let apart = leave_mount_namespace();
+    let apart = namespace::leave();
     let Served {
         image,
         bytes,
         fetch_stats,
         finish,
+        reach,
     } = build(spec.payload.clone()).map_err(DaemonError::Build)?;
-    if apart {
-        // Not before the layer is open: it may lie in another layer.
-        let_go_of_other_devices(&states);
-    }
+    // Not before the layer is open: it may lie in another layer. Beside the rest, because the kernel takes a while for each.
+    let tidying = apart.then(|| {
+        let states = states.clone();
+        thread::spawn(move || namespace::tidy(&states, &reach))
+    });
     let threads = usize::from(spec.options.queues).max(1) + 1;
     let volume = Arc::new(Volume::new(image, bytes, threads));
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -132,6 +134,9 @@ pub fn serve(
         if let Some(why) = &why_not_ublk {
             log::info!("not by ublk: {why}");
         }
+        if let Some(tidying) = tidying {
+            let _ = tidying.join();
+        }
         let attached = Attached {
             state: state.clone(),
             why_not_ublk,
@@ -146,60 +151,6 @@ pub fn serve(
     drop(volume);
     finish();
     ended
-}
-
-/// Gives this process a mount namespace of its own. Were it the last of one in which its device is mounted, its end would
-/// unmount the device, which would wait for reads that only it could answer.
-///
-/// Mounts made or undone outside show up inside too, where the outside shares them. Returns whether it worked.
-fn leave_mount_namespace() -> bool {
-    // SAFETY: only unsharing the table of open files would be unsafe.
-    #[allow(unsafe_code)]
-    let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
-    if let Err(error) = unshared {
-        log::warn!("cannot leave the mount namespace: {error}");
-        return false;
-    }
-    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    if let Err(error) = rustix::mount::mount_change("/", flags) {
-        log::warn!("cannot keep this process's mounts to itself: {error}");
-        return false;
-    }
-    true
-}
-
-/// Where mounts are not shared, this process has copies of other devices' mounts, which would keep those devices busy for as
-/// long as it lives: they are undone, and overlays that stand on them. Other devices are those that are known, and those that look like ours, because commands
-/// may keep their states elsewhere.
-fn let_go_of_other_devices(states: &StateDir) {
-    let (others, _) = states.list().unwrap_or_default();
-    let known: Vec<_> = others
-        .iter()
-        .filter_map(|other| users::device_number(&other.device).ok())
-        .collect();
-    let mounts = users::mounts().unwrap_or_default();
-    let is_other = |line: &MountLine| known.contains(&line.device) || (line.read_only && looks_like_ours(&line.source));
-    let others: Vec<&Path> = mounts
-        .iter()
-        .filter(|line| is_other(line))
-        .map(|line| line.point.as_path())
-        .collect();
-    // An overlay keeps what it stands on, wherever else that is undone.
-    let stands_on_one = |line: &MountLine| {
-        line.lower
-            .iter()
-            .any(|dir| others.iter().any(|other| dir.starts_with(other)))
-    };
-    for line in mounts.iter().rev() {
-        if (is_other(line) || stands_on_one(line)) && line.point != Path::new("/") {
-            let _ = rustix::mount::unmount(&line.point, UnmountFlags::DETACH);
-        }
-    }
-}
-
-fn looks_like_ours(device: &Path) -> bool {
-    let number = |name: &str| device.to_str()?.strip_prefix(name)?.parse().ok();
-    number("/dev/ublkb").is_some_and(ublk::exists) || number("/dev/loop").is_some_and(fuse_loop::is_ours)
 }
 
 fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &StateDir) -> State {
@@ -296,6 +247,9 @@ impl Office<'_> {
         mut signals: Signals,
     ) -> Result<(), DaemonError> {
         let mut leaving = false;
+        // Goes on whatever else happens: requests that come more often must not keep it from looking.
+        let mut glance = tokio::time::interval(GLANCE);
+        glance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 accepted = listener.accept() => {
@@ -328,7 +282,7 @@ impl Office<'_> {
                         leaving = true;
                     }
                 },
-                () = tokio::time::sleep(GLANCE) => {
+                _ = glance.tick() => {
                     if !device.is_running() {
                         log::warn!("somebody else took {} down", state.device.display());
                         return self.close(device, state);

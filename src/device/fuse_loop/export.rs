@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
 use rustix::io::ReadWriteFlags;
 
@@ -335,6 +335,16 @@ impl Filesystem for Export {
         } else {
             reply.error(Errno::EISDIR);
         }
+    }
+
+    /// Nothing is ever written, so there is nothing to flush. The kernel asks no more after this answer.
+    fn flush(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    /// As for flush: the caller is told that all is well, and the kernel asks no more.
+    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
     }
 
     fn read(

@@ -7,7 +7,7 @@
 //!
 //! Buffers belong to the queue, not to its tags: the kernel hands out tags by turns, and 128 buffers that have each been
 //! touched once are memory wasted. The driver copies an answer while it takes the commit, so a buffer is free again when
-//! the queue's next system call has returned.
+//! a system call of the queue has returned and left nothing in the submission queue.
 //!
 //! Rules that libublk 0.4 imposes: a future of an operation must be awaited to its end, never dropped (its slot would
 //! leak, and the kernel might still write to the buffer); and nothing may be committed once the queue is stopping (the
@@ -144,7 +144,10 @@ pub(super) fn serve(
             std::mem::forget((executor, tasks, desk, unused));
             return;
         }
-        desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
+        // A kernel short of memory takes only a part of what is queued: then a commit may still be to come.
+        if with_task_io_ring_mut(|ring: &mut IoUring<squeue::Entry>| ring.submission().is_empty()) {
+            desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
+        }
         while executor.try_tick() {}
     }
 }
@@ -360,25 +363,17 @@ async fn close_gaps(
     len: usize,
 ) -> Result<Found, ReadError> {
     let remote: Vec<Gap> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
-    let fetched = if remote.is_empty() {
-        None
-    } else {
-        let arrival = UblkUringOpFuture::new(TARGET);
-        let landing = Landing::new(ring_fd(&desk.queue), arrival.user_data);
-        desk.landings.set(tag, Some(Arc::clone(&landing)));
-        desk.volume.fetch(&remote, Box::new(RingWaiter(Arc::clone(&landing))));
-        Some((arrival, landing))
+    let fetched = (!remote.is_empty()).then(|| ask(desk, tag, &remote));
+    let unread = read_files(desk, gaps, buf).await;
+    let slices = match fetched {
+        Some(asked) => hear(desk, tag, asked).await?,
+        None => Vec::new(),
     };
-    let read = read_files(desk, gaps, buf).await;
-    let slices = if let Some((arrival, landing)) = fetched {
-        arrival.await;
-        desk.landings.set(tag, None);
-        landing.take()
-    } else {
-        Ok(Vec::new())
-    };
-    read?;
-    let slices = slices?;
+    if !unread.is_empty() {
+        // A file of the cache that cannot be read is no end: the fetch thread has other ways, or knows what is wrong.
+        let slices = hear(desk, tag, ask(desk, tag, &unread)).await?;
+        fill_gaps(&unread, &slices, buf.as_mut_slice())?;
+    }
     count_gaps(gaps, desk.lane);
     if let ([gap], [slice]) = (&remote[..], &slices[..])
         && gap.len == len
@@ -390,6 +385,26 @@ async fn close_gaps(
     Ok(Found::Filled)
 }
 
+/// Asks the fetch thread for `gaps`. What comes back has to be heard: the future may not be dropped.
+fn ask(desk: &Desk<'_>, tag: u16, gaps: &[Gap]) -> (UblkUringOpFuture, Arc<Landing>) {
+    let arrival = UblkUringOpFuture::new(TARGET);
+    let landing = Landing::new(ring_fd(&desk.queue), arrival.user_data);
+    desk.landings.set(tag, Some(Arc::clone(&landing)));
+    desk.volume.fetch(gaps, Box::new(RingWaiter(Arc::clone(&landing))));
+    (arrival, landing)
+}
+
+/// Waits for what the fetch thread was asked for.
+async fn hear(
+    desk: &Desk<'_>,
+    tag: u16,
+    (arrival, landing): (UblkUringOpFuture, Arc<Landing>),
+) -> Result<Vec<Slice>, ReadError> {
+    arrival.await;
+    desk.landings.set(tag, None);
+    landing.take()
+}
+
 /// Marks a completion as ours, not the driver's.
 #[allow(clippy::as_conversions)] // an enum's discriminant
 const TARGET: u64 = UblkUringData::Target as u64;
@@ -398,10 +413,10 @@ fn ring_fd(queue: &UblkQueue<'_>) -> RawFd {
     std::os::fd::AsRawFd::as_raw_fd(queue)
 }
 
-/// Reads the gaps that lie in local files into `buf`, all in flight together.
-async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Result<(), ReadError> {
+/// Reads the gaps that lie in local files into `buf`, all in flight together. Returns those whose files did not give them.
+async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<Gap> {
     let base = buf.as_mut_ptr();
-    let mut outcome = Ok(());
+    let mut unread = Vec::new();
     let mut reads = Vec::new();
     for gap in gaps {
         if let Some((fd, offset)) = gap.file {
@@ -411,24 +426,21 @@ async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Resul
     while let Some((gap, done, read)) = reads.pop() {
         let Some((fd, offset)) = gap.file else { continue };
         let result = read.await;
-        let failed = |cause: String| {
-            Err(ReadError::File {
-                offset,
-                len: gap.len,
-                cause,
-            })
+        let mut failed = |cause: &dyn std::fmt::Display| {
+            log::debug!("read of {} bytes at {offset} of a local file: {cause}", gap.len);
+            unread.push(*gap);
         };
         match usize::try_from(result) {
-            Ok(0) => outcome = failed("the file ends before".to_owned()),
+            Ok(0) => failed(&"it ends before"),
             Ok(n) if done + n >= gap.len => {}
             Ok(n) => reads.push((gap, done + n, submit_read(desk, base, gap, fd, offset, done + n))),
             Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => {
                 reads.push((gap, done, submit_read(desk, base, gap, fd, offset, done)));
             }
-            Err(_) => outcome = failed(std::io::Error::from_raw_os_error(-result).to_string()),
+            Err(_) => failed(&std::io::Error::from_raw_os_error(-result)),
         }
     }
-    outcome
+    unread
 }
 
 /// Queues a read of what `gap` still lacks after its first `done` bytes.

@@ -18,9 +18,9 @@ use super::request::Why;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
-use crate::fetch::plan::{Presence, Stretch};
+use crate::fetch::plan::{Presence, Stretch, Want};
 use crate::fetch::stats::add;
-use crate::fetch::{Coded, FetchError, StartError};
+use crate::fetch::{Check, Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
 use crate::units::{LayerId, TarOffset, TarRange};
 
@@ -160,6 +160,7 @@ impl Landing {
                 Engine::found_right(remote, index);
                 engine.bring(ChunkKey { layer, index }, bytes, true);
             }
+            Cut::Wrong { index } => self.wrong.set(Some(index)),
             Cut::Part { at, bytes } => {
                 self.advance(at + to_u64(bytes.len()));
                 add(&engine.shared.counters.bytes_decoded, to_u64(bytes.len()));
@@ -266,6 +267,8 @@ impl Engine {
         pending.marker = marker;
         if !pending.waiters.is_empty() {
             self.planner.borrow_mut().demanded(CHUNK_BYTES);
+        } else if planned && pending.why == Why::Filling {
+            add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
         } else if planned {
             pending.why = Why::Suspected;
             self.planner.borrow_mut().suspected(CHUNK_BYTES);
@@ -299,6 +302,10 @@ impl Engine {
                 return Ok(());
             }
             let before = route.delivered.get();
+            if before >= route.to && before > route.from {
+                // All of it came before the connection broke.
+                return Ok(());
+            }
             let trouble = match self.attempt_coded(landing, coded, &mut course).await {
                 Ok(Answer::Complete) => return Ok(()),
                 Ok(Answer::Whole(body)) => {
@@ -371,7 +378,7 @@ impl Engine {
             }
             let decoder = Decoder::start(&coded.table, number, &window?)
                 .map_err(|error| Trouble::Wrong(error.to_string()))?
-                .until(TarOffset(route.to));
+                .until(remote.checked_end(TarOffset(route.to)));
             let cutter = Cutter::new(remote.size, span.tar.start.0, delivered, route.to);
             (Course::new(Some(decoder), start, cutter, remote.check.clone()), body)
         };
@@ -420,7 +427,11 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(key, whole);
+            self.bring_checked(vec![(key, whole)]);
+        } else if let Some(remote) = self.remote(layer)
+            && remote.check.as_ref().and_then(Check::pieces).is_some()
+        {
+            self.keep_part(layer, at, bytes.to_vec());
         }
     }
 
@@ -428,6 +439,11 @@ impl Engine {
     fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, route: &Route) {
         let all = route.all();
         if self.stopping.get() || all.is_empty() {
+            return;
+        }
+        if self.remote(route.layer).is_some_and(|remote| remote.streaming.get()) {
+            // Another flight would only be told the same.
+            self.leave_to_stream(all);
             return;
         }
         let mut again = Vec::new();
@@ -451,7 +467,7 @@ impl Engine {
                 }
                 pending.remove(&key);
             } else {
-                again.push(Stretch::from(key));
+                again.push(Want::from(key));
             }
         }
         self.launch(&again);

@@ -9,9 +9,11 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::Engine;
-use crate::fetch::ChunkCheck;
+use super::sieve::Sieve;
+use crate::fetch::Check;
 use crate::fetch::chunk::{CHUNK_BYTES, chunk_len, to_u64, to_usize};
 use crate::layer::Decoder;
+use crate::units::TarOffset;
 
 /// Chunks between a worker and the fetch thread.
 const CUTS_ON_THE_WAY: usize = 32;
@@ -21,6 +23,8 @@ const CUTS_ON_THE_WAY: usize = 32;
 pub(super) enum Cut {
     /// A whole chunk, and whether it is what it has to be; `true` where nobody can tell.
     Whole { index: u32, bytes: Vec<u8>, right: bool },
+    /// What begins in this chunk is not what it has to be. Nothing that matters follows.
+    Wrong { index: u32 },
     /// Less than a chunk, from this tar position on: the end or the beginning of one.
     Part { at: u64, bytes: Vec<u8> },
 }
@@ -80,21 +84,35 @@ pub(super) struct Course {
     decoder: Option<Decoder>,
     /// The next byte of the blob.
     pub(super) blob_at: u64,
+    /// Where in the blob decoding begins.
+    begins: u64,
     cutter: Cutter,
-    check: Option<ChunkCheck>,
+    check: Option<Check>,
+    /// Checks pieces before they are cut.
+    sieve: Option<Sieve>,
     /// Digests of blob and tar, for a course that begins at their beginning.
     hashes: Option<Box<(Sha256, Sha256)>>,
 }
 
 impl Course {
-    pub(super) fn new(decoder: Option<Decoder>, blob_at: u64, cutter: Cutter, check: Option<ChunkCheck>) -> Self {
+    /// From byte `blob_at` of the blob on, where no piece that can be checked is cut.
+    pub(super) fn new(decoder: Option<Decoder>, blob_at: u64, cutter: Cutter, check: Option<Check>) -> Self {
+        let pieces = check.as_ref().and_then(Check::pieces).cloned();
         Self {
             decoder,
             blob_at,
+            sieve: pieces.map(|pieces| Sieve::new(pieces, cutter.at)),
             cutter,
             check,
+            begins: blob_at,
             hashes: None,
         }
+    }
+
+    /// Takes the blob from its first byte on, although decoding begins later.
+    pub(super) fn fed_from_the_first_byte(mut self) -> Self {
+        self.blob_at = 0;
+        self
     }
 
     /// Digests all that comes by.
@@ -116,9 +134,11 @@ impl Course {
 
     /// Takes the blob's next bytes.
     fn feed(&mut self, piece: &[u8], give: &mut dyn FnMut(Cut)) -> Result<(), String> {
+        let before = to_usize(self.begins.saturating_sub(self.blob_at)).min(piece.len());
         self.blob_at += to_u64(piece.len());
         let size = self.cutter.size;
-        let (cutter, check) = (&mut self.cutter, self.check.as_ref());
+        let (cutter, check, sieve) = (&mut self.cutter, self.check.as_ref(), &mut self.sieve);
+        let mut wrong = None;
         let (mut blob_hash, mut tar_hash) = match self.hashes.as_deref_mut() {
             Some((blob, tar)) => (Some(blob), Some(tar)),
             None => (None, None),
@@ -130,20 +150,35 @@ impl Course {
             if let Some(hash) = &mut tar_hash {
                 hash.update(bytes);
             }
-            cutter.push(bytes, &mut |at, index, bytes| {
-                give(if to_u64(bytes.len()) == chunk_len(size, index) {
-                    let right = check.is_none_or(|check| check.is_right(index, &bytes));
-                    Cut::Whole { index, bytes, right }
-                } else {
-                    Cut::Part { at, bytes }
+            let mut cut = |bytes: &[u8]| {
+                cutter.push(bytes, &mut |at, index, bytes| {
+                    give(if to_u64(bytes.len()) == chunk_len(size, index) {
+                        let right = check.is_none_or(|check| check.is_right(index, &bytes));
+                        Cut::Whole { index, bytes, right }
+                    } else {
+                        Cut::Part { at, bytes }
+                    });
                 });
-            });
+            };
+            match sieve {
+                // Whatever follows something wrong is decoded, but nobody sees it.
+                _ if wrong.is_some() => {}
+                Some(sieve) => wrong = sieve.push(bytes, &mut cut).err(),
+                None => cut(bytes),
+            }
         };
-        if let Some(decoder) = &mut self.decoder {
-            return decoder.feed(piece, &mut out).map_err(|error| error.to_string());
+        let piece = &piece[before..];
+        let fed = if let Some(decoder) = &mut self.decoder {
+            decoder.feed(piece, &mut out).map_err(|error| error.to_string())
+        } else {
+            out(piece);
+            Ok(())
+        };
+        if let Some(TarOffset(at)) = wrong {
+            let index = u32::try_from(at / CHUNK_BYTES).unwrap_or(u32::MAX);
+            give(Cut::Wrong { index });
         }
-        out(piece);
-        Ok(())
+        fed
     }
 }
 

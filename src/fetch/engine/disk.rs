@@ -1,7 +1,7 @@
 //! What the fetch thread does with files: reads of local layers, reads of cached chunks, and writing chunks behind.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,10 +13,9 @@ use tokio::time::sleep;
 use super::request::Request;
 use super::{Engine, Remote};
 use crate::fetch::chunk::{Chunk, ChunkKey, Slice, chunk_len, to_u64, to_usize};
-use crate::fetch::ring::ChunkBuffer;
 use crate::fetch::stats::add;
-use crate::fetch::store::LayerCache;
-use crate::fetch::{FetchError, LayerRange, SharedLayer};
+use crate::fetch::store::{LayerCache, RunWriter};
+use crate::fetch::{Check, FetchError, LayerRange, SharedLayer};
 use crate::units::TarRange;
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
@@ -26,6 +25,8 @@ const LONGEST_WRITE: usize = 64;
 /// Chunks that wait to be written are memory. Above half of this nothing more is prefetched, above all of it chunks are
 /// not cached at all.
 pub(super) const LARGEST_BACKLOG: u64 = 64 << 20;
+/// As long as no more than this waits to be written, the disk keeps up and long runs go past the page cache.
+const DIRECT_BACKLOG: u64 = 16 << 20;
 /// As long as no more than this waits to be written, writing waits a moment: whoever reads on finds the thread and the CPUs
 /// free, and neighbours become one write.
 const SMALL_BACKLOG: u64 = 4 << 20;
@@ -38,7 +39,10 @@ const COMMIT_DELAY: Duration = Duration::from_secs(2);
 /// The chunks of one layer that wait to be written.
 #[derive(Default)]
 pub(super) struct Writer {
-    queue: RefCell<VecDeque<(u32, Arc<Chunk>)>>,
+    /// By number, so that what several flights bring side by side becomes one write.
+    queue: RefCell<BTreeMap<u32, Arc<Chunk>>>,
+    /// The first chunk behind the last write: the next one goes on from there, and begins anew at the end.
+    next: Cell<u32>,
     /// Those and the ones that are being written, by number: until they are in the file they are read from here.
     queued: RefCell<HashMap<u32, Arc<Chunk>>>,
     running: Cell<bool>,
@@ -54,6 +58,24 @@ impl Writer {
     /// A chunk that is not in the file yet.
     pub(super) fn queued(&self, index: u32) -> Option<Arc<Chunk>> {
         self.queued.borrow().get(&index).cloned()
+    }
+
+    /// The next run of neighbours: the first from where the last one ended.
+    fn next_run(&self) -> Vec<(u32, Arc<Chunk>)> {
+        let mut queue = self.queue.borrow_mut();
+        let from = queue.range(self.next.get()..).next().or_else(|| queue.iter().next());
+        let Some(mut index) = from.map(|(index, _)| *index) else {
+            return Vec::new();
+        };
+        let mut run = Vec::new();
+        while run.len() < LONGEST_WRITE
+            && let Some(chunk) = queue.remove(&index)
+        {
+            run.push((index, chunk));
+            index = index.saturating_add(1);
+        }
+        self.next.set(index);
+        run
     }
 
     /// Resolves after the next batch was written.
@@ -122,10 +144,11 @@ impl Engine {
         let Some(cache) = self.cache(key.layer) else { return };
         let len = to_usize(chunk_len(remote.size, key.index));
         let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
-        let trusted = self
-            .brought(key.layer)
-            .and_then(|layer| layer.checked.as_ref())
-            .is_none_or(|checked| checked.has(key.index));
+        let trusted = self.is_checked(key);
+        if let Some(pieces) = remote.check.as_ref().and_then(Check::pieces).filter(|_| !trusted) {
+            drop(read);
+            return self.clone().bring_proven(remote, pieces, key).await;
+        }
         let why = match read.await {
             Ok(bytes) if trusted => return self.bring(key, bytes, false),
             Ok(bytes) => {
@@ -156,8 +179,14 @@ impl Engine {
         }
     }
 
+    /// Whether what lies in the cache of a chunk was checked by this process, or is not to be checked.
+    pub(super) fn is_checked(&self, key: ChunkKey) -> bool {
+        let checked = self.brought(key.layer).and_then(|layer| layer.checked.as_ref());
+        checked.is_none_or(|checked| checked.has(key.index))
+    }
+
     /// A chunk that lies in the cache was checked by this process.
-    fn mark_checked(&self, key: ChunkKey) {
+    pub(super) fn mark_checked(&self, key: ChunkKey) {
         if let Some(checked) = self.brought(key.layer).and_then(|layer| layer.checked.as_ref()) {
             checked.set(key.index);
         }
@@ -181,7 +210,7 @@ impl Engine {
         }
         remote.writer.queued.borrow_mut().insert(key.index, chunk.clone());
         self.backlog.set(self.backlog.get() + to_u64(chunk.bytes().len()));
-        remote.writer.queue.borrow_mut().push_back((key.index, chunk));
+        remote.writer.queue.borrow_mut().insert(key.index, chunk);
         if !remote.writer.running.replace(true) {
             tokio_uring::spawn(self.clone().write_behind(key));
         }
@@ -193,12 +222,12 @@ impl Engine {
         let (Some(remote), Some(cache)) = (self.remote(key.layer), self.cache(key.layer)) else {
             return;
         };
-        let file = cache.writer().map(tokio_uring::fs::File::from_std);
+        let mut file = cache.writer();
         loop {
             if self.backlog.get() < SMALL_BACKLOG && !self.stopping.get() {
                 sleep(WRITE_DELAY).await;
             }
-            let batch = next_batch(&mut remote.writer.queue.borrow_mut());
+            let batch = remote.writer.next_run();
             let Some((first, _)) = batch.first() else { break };
             let first = *first;
             let bytes = batch.iter().map(|(_, chunk)| to_u64(chunk.bytes().len())).sum::<u64>();
@@ -209,19 +238,15 @@ impl Engine {
             }
             .start()
             .0;
-            let written = match &file {
-                Ok(file) if cache.takes_more() => {
-                    let buffers: Vec<ChunkBuffer> = batch.into_iter().map(|(_, chunk)| ChunkBuffer(chunk)).collect();
-                    file.writev_at_all(buffers, Some(start)).await.0.and_then(|wrote| {
-                        if to_u64(wrote) == bytes {
-                            Ok(())
-                        } else {
-                            Err(io::ErrorKind::WriteZero.into())
-                        }
-                    })
+            let direct = self.backlog.get() <= DIRECT_BACKLOG;
+            let written;
+            (file, written) = match file {
+                Ok(file) if cache.takes_more() => write_run(file, start, to_usize(bytes), batch, direct).await,
+                Ok(file) => (Ok(file), Err(io::ErrorKind::StorageFull.into())),
+                Err(error) => {
+                    let again = io::Error::new(error.kind(), error.to_string());
+                    (Err(error), Err(again))
                 }
-                Ok(_) => Err(io::ErrorKind::StorageFull.into()),
-                Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
             };
             self.backlog.set(self.backlog.get().saturating_sub(bytes));
             match written {
@@ -295,22 +320,28 @@ async fn commit(cache: Arc<LayerCache>) {
     }
 }
 
-/// The longest run of neighbours at the front of `queue`.
-fn next_batch(queue: &mut VecDeque<(u32, Arc<Chunk>)>) -> Vec<(u32, Arc<Chunk>)> {
-    let mut batch: Vec<(u32, Arc<Chunk>)> = Vec::new();
-    while batch.len() < LONGEST_WRITE
-        && let Some((index, _)) = queue.front()
-        && batch.last().is_none_or(|(last, _)| last.checked_add(1) == Some(*index))
-        && let Some(next) = queue.pop_front()
-    {
-        batch.push(next);
+/// Writes a run of chunks on a thread that may wait for the disk; the file comes back with how it went.
+async fn write_run(
+    mut file: RunWriter,
+    start: u64,
+    len: usize,
+    batch: Vec<(u32, Arc<Chunk>)>,
+    direct: bool,
+) -> (io::Result<RunWriter>, io::Result<()>) {
+    let job = tokio::task::spawn_blocking(move || {
+        let pieces = batch.iter().map(|(_, chunk)| chunk.bytes());
+        let written = file.write(start, len, pieces, direct);
+        (file, written)
+    });
+    match job.await {
+        Ok((file, written)) => (Ok(file), written),
+        Err(error) => (Err(io::Error::other(error.to_string())), Err(io::Error::other(error))),
     }
-    batch
 }
 
 /// Reads `len` bytes; a file that ends before is an error. The ring's file type closes its descriptor, so `file` is one
 /// that nobody else uses.
-async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+pub(super) async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
     let file = tokio_uring::fs::File::from_std(file);
     let (result, buffer) = file.read_exact_at(Vec::with_capacity(len), at).await;
     result?;

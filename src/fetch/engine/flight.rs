@@ -235,6 +235,7 @@ impl Engine {
         let mut chunk = Vec::new();
         while let Some(mut data) = body.next().await? {
             self.note_arrival(remote, to_u64(data.len()));
+            let mut landed = Vec::new();
             while !data.is_empty() {
                 let key = ChunkKey {
                     layer,
@@ -248,9 +249,10 @@ impl Engine {
                 chunk.extend_from_slice(&part);
                 if chunk.len() == whole {
                     landing.advance(key.index + 1);
-                    self.bring_checked(key, std::mem::take(&mut chunk));
+                    landed.push((key, std::mem::take(&mut chunk)));
                 }
             }
+            self.bring_checked(landed);
             self.pump();
         }
         Ok(Answer::Complete)

@@ -12,9 +12,9 @@ use crate::fetch::chunk::chunk_count;
 use crate::fetch::http::RemoteLayer;
 use crate::fetch::plan::Stretch;
 use crate::fetch::store::LayerCache;
-use crate::fetch::{Blob, Brought, ChunkCheck, FetchOptions, LayerSource, SharedLayer, StartError, WholeDigests};
+use crate::fetch::{Blob, Brought, Check, FetchOptions, LayerSource, SharedLayer, StartError, WholeDigests};
 use crate::layer::Coding;
-use crate::units::LayerId;
+use crate::units::{LayerId, TarOffset, TarRange};
 
 /// A layer that has to be brought, as the fetch thread sees it.
 pub(super) struct Remote {
@@ -23,7 +23,7 @@ pub(super) struct Remote {
     pub(super) size: u64,
     /// None: the blob is the tar.
     pub(super) coded: Option<CodedLayer>,
-    pub(super) check: Option<ChunkCheck>,
+    pub(super) check: Option<Check>,
     pub(super) whole: WholeDigests,
     pub(super) writer: Writer,
     /// Whether the layer is being read from end to end.
@@ -36,6 +36,8 @@ pub(super) struct Remote {
     /// Chunks that are being checked, and chunks that were wrong once.
     pub(super) checking: RefCell<HashSet<u32>>,
     pub(super) suspects: RefCell<HashSet<u32>>,
+    /// Held by who proves what comes back from the store, which is done once.
+    pub(super) proving: tokio::sync::Mutex<()>,
 }
 
 impl Remote {
@@ -54,6 +56,7 @@ impl Remote {
             warned: Cell::new(false),
             checking: RefCell::default(),
             suspects: RefCell::default(),
+            proving: tokio::sync::Mutex::default(),
         })
     }
 
@@ -69,6 +72,14 @@ impl Remote {
     /// Whether tar space is the tar, byte for byte, so that its digest means something.
     pub(super) fn is_whole_tar(&self) -> bool {
         self.coded.as_ref().is_none_or(|coded| coded.table.is_whole_tar())
+    }
+
+    /// How far to decode so that everything before `end` can be checked.
+    pub(super) fn checked_end(&self, end: TarOffset) -> TarOffset {
+        let last = TarRange::new(TarOffset(end.0.saturating_sub(1)), 1);
+        self.check
+            .as_ref()
+            .map_or(end, |check| check.widened(last).end().max(end))
     }
 
     /// The blob's length.

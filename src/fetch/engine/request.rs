@@ -127,6 +127,8 @@ pub(super) enum Why {
     Suspected,
     /// It comes with something else, and nobody has wanted it yet.
     Along,
+    /// Everything is to be in the store, and nobody has wanted it yet.
+    Filling,
 }
 
 /// A chunk that is not here, and whom it is for.

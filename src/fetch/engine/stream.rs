@@ -19,7 +19,7 @@ use super::request::Why;
 use super::{Engine, Remote};
 use crate::fetch::FetchError;
 use crate::fetch::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, to_u64, to_usize};
-use crate::fetch::plan::Stretch;
+use crate::fetch::plan::{Stretch, Want};
 use crate::fetch::stats::add;
 use crate::fetch::store::LayerCache;
 use crate::layer::Decoder;
@@ -121,8 +121,9 @@ impl Engine {
         let asked = match first {
             Some(body) => Ok(body),
             None if start == blob_len => {
+                let short = course.tar_at() < remote.size;
                 *kept = Some(course);
-                return Ok(());
+                return if short { Err(holds_less()) } else { Ok(()) };
             }
             None => remote.origin.get(&self.client, start, blob_len - start, true).await,
         };
@@ -144,11 +145,7 @@ impl Engine {
                     let short = course.tar_at() < remote.size;
                     *kept = Some(course);
                     ended?;
-                    return if short {
-                        Err(Trouble::Wrong("the blob holds less than its index says".to_owned()))
-                    } else {
-                        Ok(())
-                    };
+                    return if short { Err(holds_less()) } else { Ok(()) };
                 }
             };
             if self.stopping.get() {
@@ -163,6 +160,7 @@ impl Engine {
                 } => {
                     wrong.set(wrong.take().or(Some(index)));
                 }
+                Cut::Wrong { index } => wrong.set(wrong.take().or(Some(index))),
                 Cut::Whole { index, bytes, .. } if wrong.get().is_none() => {
                     self.bring_from_stream(remote, ChunkKey { layer, index }, bytes);
                     // The stream is as fast as the disk: what is not kept would have to be streamed again.
@@ -190,7 +188,9 @@ impl Engine {
             None => None,
         };
         let cutter = Cutter::new(remote.size, 0, 0, remote.size);
-        let course = Course::new(decoder, 0, cutter, remote.check.clone());
+        // A table of contents begins with the first file's content, and the blob with its headers.
+        let begins = remote.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
+        let course = Course::new(decoder, begins, cutter, remote.check.clone()).fed_from_the_first_byte();
         Ok(if remote.whole.is_empty() {
             course
         } else {
@@ -255,7 +255,7 @@ impl Engine {
         again.retain(|key| pending.contains_key(key));
         drop(pending);
         self.read_cached(cached);
-        self.launch(&again.into_iter().map(Stretch::from).collect::<Vec<_>>());
+        self.launch(&again.into_iter().map(Want::from).collect::<Vec<_>>());
     }
 
     fn make_room_for_stream(&self, remote: &Remote, layer: LayerId) {
@@ -276,4 +276,8 @@ impl Engine {
             }
         }
     }
+}
+
+fn holds_less() -> Trouble {
+    Trouble::Wrong("the blob holds less than its index says".to_owned())
 }

@@ -8,11 +8,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use tokio::sync::mpsc::unbounded_channel;
 
 use super::{Engine, Remote};
-use crate::fetch::FetchError;
 use crate::fetch::chunk::ChunkKey;
 use crate::fetch::stats::add;
+use crate::fetch::{Check, FetchError};
 use crate::units::LayerId;
 
 impl Engine {
@@ -36,28 +37,61 @@ impl Engine {
         job.await.unwrap_or_default()
     }
 
-    /// A chunk has come as it is; it is brought once it was checked.
-    pub(super) fn bring_checked(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>) {
-        let Some(remote) = self.remote(key.layer) else { return };
-        if remote.check.is_none() {
-            self.bring(key, bytes, true);
+    /// Chunks have come as they are, in this order; each is brought once it was checked.
+    pub(super) fn bring_checked(self: &Rc<Self>, chunks: Vec<(ChunkKey, Vec<u8>)>) {
+        let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
+            return;
+        };
+        // What is checked piece by piece was checked before it was cut.
+        let Some(Check::Chunks(check)) = &remote.check else {
+            for (key, bytes) in chunks {
+                self.count_checked(remote);
+                self.bring(key, bytes, true);
+            }
+            return;
+        };
+        if let [(key, bytes)] = &chunks[..]
+            && self.is_waited_for(*key)
+        {
+            // Waking a thread and being woken by it takes longer than a digest.
+            self.count_checked(remote);
+            let right = check.is_right(key.index, bytes);
+            for (key, bytes) in chunks {
+                self.heed_check(remote, key, right, bytes);
+            }
             return;
         }
-        remote.checking.borrow_mut().insert(key.index);
-        let (engine, remote) = (self.clone(), remote.clone());
+        let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
+        remote.checking.borrow_mut().extend(keys.iter().map(|key| key.index));
+        let (engine, remote, check) = (self.clone(), remote.clone(), check.clone());
         tokio_uring::spawn(async move {
-            let (right, bytes) = engine.is_right(&remote, key.index, bytes).await;
-            remote.checking.borrow_mut().remove(&key.index);
-            if right {
-                Self::found_right(&remote, key.index);
-                engine.bring(key, bytes, true);
-            } else if engine
-                .found_wrong(&remote, key, "it is not what the index says")
-                .is_ok()
-            {
-                engine.fetch_again(key);
+            let permit = engine.workers.clone().acquire_owned().await.ok();
+            let (give, mut take) = unbounded_channel();
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                for (key, bytes) in chunks {
+                    // Nobody listens when the engine is gone.
+                    let _gone = give.send((check.is_right(key.index, &bytes), bytes));
+                }
+            });
+            for key in keys {
+                // In the order that they were given in; a worker that died has found nothing right.
+                let (right, bytes) = take.recv().await.unwrap_or_default();
+                remote.checking.borrow_mut().remove(&key.index);
+                engine.count_checked(&remote);
+                engine.heed_check(&remote, key, right, bytes);
             }
         });
+    }
+
+    /// A chunk was checked: it is brought if it was right.
+    fn heed_check(self: &Rc<Self>, remote: &Rc<Remote>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
+        if right {
+            Self::found_right(remote, key.index);
+            self.bring(key, bytes, true);
+        } else if self.found_wrong(remote, key, "it is not what the index says").is_ok() {
+            self.fetch_again(key);
+        }
     }
 
     /// Fetches a chunk that was lost on its way, if somebody waits for it.

@@ -76,7 +76,14 @@ pub(crate) struct Host {
     addresses: RefCell<Option<(Instant, Vec<SocketAddr>)>>,
 }
 
-type Waiting = oneshot::Sender<Result<SendRequest<Empty<Bytes>>, Arc<io::Error>>>;
+type Waiting = oneshot::Sender<Result<Free, Arc<io::Error>>>;
+
+/// A connection that nobody uses.
+struct Free {
+    sender: SendRequest<Empty<Bytes>>,
+    /// Whether it carried a request before.
+    used: bool,
+}
 
 /// A connection on loan. Unless it is given back it is closed.
 pub(crate) struct Lease {
@@ -96,8 +103,10 @@ impl Lease {
         if let Some(sender) = self.sender.take() {
             if sender.is_closed() {
                 self.host.count.set(self.host.count.get().saturating_sub(1));
+                // It was somebody's turn to have it.
+                self.host.open_for_waiters();
             } else {
-                self.host.offer(sender);
+                self.host.offer(Free { sender, used: true });
             }
         }
     }
@@ -114,15 +123,15 @@ impl Drop for Lease {
 
 /// A place in the queue. Left early, it passes on what came for it.
 struct Ticket<'a> {
-    take: oneshot::Receiver<Result<SendRequest<Empty<Bytes>>, Arc<io::Error>>>,
+    take: oneshot::Receiver<Result<Free, Arc<io::Error>>>,
     host: &'a Host,
 }
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         self.take.close();
-        if let Ok(Ok(sender)) = self.take.try_recv() {
-            self.host.offer(sender);
+        if let Ok(Ok(free)) = self.take.try_recv() {
+            self.host.offer(free);
         }
     }
 }
@@ -184,10 +193,10 @@ impl Host {
         self.open_for_waiters();
         let mut ticket = Ticket { take, host: self };
         match (&mut ticket.take).await {
-            Ok(Ok(sender)) => Ok(Lease {
+            Ok(Ok(Free { sender, used })) => Ok(Lease {
                 sender: Some(sender),
                 host: self.clone(),
-                reused: false,
+                reused: used,
             }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Arc::new(io::Error::other("the connection pool is gone"))),
@@ -212,14 +221,14 @@ impl Host {
     }
 
     /// Hands a free connection to whoever waits longest, or keeps it.
-    fn offer(&self, mut sender: SendRequest<Empty<Bytes>>) {
+    fn offer(&self, mut free: Free) {
         while let Some(waiter) = self.next_waiter() {
-            match waiter.send(Ok(sender)) {
-                Err(Ok(back)) => sender = back,
+            match waiter.send(Ok(free)) {
+                Err(Ok(back)) => free = back,
                 Ok(()) | Err(Err(_)) => return,
             }
         }
-        self.idle.borrow_mut().push(sender);
+        self.idle.borrow_mut().push(free.sender);
     }
 
     fn open_for_waiters(self: &Rc<Self>) {
@@ -239,7 +248,7 @@ impl Host {
             match opened {
                 Ok(sender) => {
                     add(&host.counters.connections, 1);
-                    host.offer(sender);
+                    host.offer(Free { sender, used: false });
                 }
                 Err(error) => {
                     host.count.set(host.count.get().saturating_sub(1));

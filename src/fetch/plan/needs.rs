@@ -29,7 +29,7 @@ pub(super) struct Needs {
     /// Where it says that they lie, as it says it (`$ORIGIN` and all).
     pub(super) search: Vec<Vec<u8>>,
     /// The parts of the file, as offset and length, that a loader reads before the program runs: symbols and relocations,
-    /// and what is written to.
+    /// what is written to, and where initialisers and finalisers lie.
     pub(super) parts: Vec<(u64, u64)>,
     /// Bytes that must be here before the rest can be said, likewise.
     pub(super) lacking: Vec<(u64, u64)>,
@@ -115,8 +115,11 @@ struct Segment {
     address: u64,
     len: u64,
     writable: bool,
+    executable: bool,
 }
 
+/// A page of memory, as far as it matters here.
+const PAGE: u64 = 4096;
 const LOAD: u64 = 1;
 const DYNAMIC: u64 = 2;
 const INTERP: u64 = 3;
@@ -165,12 +168,14 @@ impl Elf {
 
     fn segment(&self, header: &[u8]) -> Option<Segment> {
         let (flags, offset, address, len) = if self.wide { (4, 8, 16, 32) } else { (24, 4, 8, 16) };
+        let flags = self.number(header, flags, 4)?;
         Some(Segment {
             kind: self.number(header, 0, 4)?,
             offset: self.word(header, offset)?,
             address: self.word(header, address)?,
             len: self.word(header, len)?,
-            writable: self.number(header, flags, 4)? & 2 != 0,
+            writable: flags & 2 != 0,
+            executable: flags & 1 != 0,
         })
     }
 
@@ -187,7 +192,18 @@ impl Elf {
         let mut loads = segments.iter().filter(|segment| segment.kind == LOAD);
         let part = |segment: &Segment| (segment.offset, segment.len);
         needs.parts.extend(loads.next().map(part));
-        needs.parts.extend(loads.filter(|segment| segment.writable).map(part));
+        for segment in loads {
+            if segment.writable {
+                needs.parts.push(part(segment));
+            } else if segment.executable {
+                // `.init` is the first of it, `.fini` the last; each library's are called.
+                let page = segment.len.min(PAGE);
+                needs.parts.push((segment.offset, page));
+                needs
+                    .parts
+                    .push((segment.offset.saturating_add(segment.len - page), page));
+            }
+        }
         if let Some(interp) = segments.iter().find(|segment| segment.kind == INTERP)
             && let Some(name) = file.bytes(interp.offset, interp.len.min(LONGEST_NAME))
         {
@@ -305,6 +321,19 @@ mod tests {
         assert_eq!(found.libraries.iter().map(text).collect::<Vec<_>>(), libraries);
         assert_eq!(found.interpreter.as_ref().map(text), interpreter);
         assert!(found.parts.len() > 1 || libraries.is_empty());
+        // The code's first and last page, but not what lies between.
+        let hex = |field: Option<&str>| u64::from_str_radix(field?.strip_prefix("0x")?, 16).ok();
+        let code = said
+            .lines()
+            .filter(|line| line.trim_start().starts_with("LOAD") && line.contains(" R E "));
+        for line in code {
+            let mut fields = line.split_whitespace().skip(1);
+            let (offset, len) = (hex(fields.next()).unwrap(), hex(fields.nth(2)).unwrap());
+            let page = len.min(PAGE);
+            for part in [(offset, page), (offset + len - page, page)] {
+                assert!(found.parts.contains(&part), "{part:x?} of {:x?}", found.parts);
+            }
+        }
     }
 
     /// Asking for what is lacking, piece by piece, comes to the same end, in few steps.

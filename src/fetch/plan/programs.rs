@@ -8,8 +8,9 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::needs::{Needs, needs};
-use super::python::{self, Modules};
-use super::{Peek, PlanOptions, Stretch};
+use super::node;
+use super::python::{self, Modules, When};
+use super::{Hint, Peek, PlanOptions, Stretch};
 use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, to_u64, to_usize};
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{LayerId, TarRange};
@@ -40,6 +41,7 @@ struct Open {
 pub(super) struct Wanted {
     pub(super) layer: LayerId,
     pub(super) range: TarRange,
+    pub(super) hint: Hint,
     /// It is read before the program that names it runs; else it is likely.
     pub(super) certain: bool,
 }
@@ -122,9 +124,11 @@ impl Programs {
     ) {
         let (file, len) = (open.file, open.file.range.len);
         let bytes = |at, len| bytes_of(file, at, len, peek);
-        if bytes(0, len.min(64)).is_some_and(|head| python::is_compiled(&head)) && len <= LONGEST_MODULE {
+        let Some(head) = bytes(0, len.min(64)) else { return };
+        let path = files.path(file.file).unwrap_or_default();
+        if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path)) {
             match bytes(0, len) {
-                Some(bytes) => self.import(files, file, &bytes, open.hops, options, wanted),
+                Some(bytes) => self.import(files, file, &path, &bytes, open.hops, options, wanted),
                 None => self.wait(file, &[(0, len)], open.hops),
             }
             return;
@@ -137,24 +141,38 @@ impl Programs {
         }
     }
 
-    /// What a compiled Python module names.
+    /// What a module of Python or Node loads.
+    #[expect(clippy::too_many_arguments, reason = "a file, and what it is looked into with")]
     fn import(
         &mut self,
         files: &dyn FileMap,
         file: StoredFile,
+        path: &[u8],
         bytes: &[u8],
         hops: u8,
         options: &PlanOptions,
         wanted: &mut Vec<Wanted>,
     ) {
-        let Some(path) = files.path(file.file) else { return };
+        if hops >= options.import_hops {
+            return;
+        }
         let exists = |path: &[u8]| files.resolve(file.directory, path);
-        for module in self.modules.imports(&path, bytes, &exists) {
-            let first = wanted.len();
-            if hops < options.import_hops {
-                self.want(module, options, hops + 1, wanted);
-            }
-            wanted[first..].iter_mut().for_each(|wanted| wanted.certain = false);
+        let modules = if node::is_script(path) {
+            node::loads(path, bytes, &exists)
+        } else {
+            // What only functions import is hardly ever read before something else shows it.
+            let imports = self.modules.imports(path, bytes, &exists).into_iter();
+            imports
+                .filter(|(_, when)| *when == When::Imported)
+                .map(|(module, _)| module)
+                .collect()
+        };
+        let first = wanted.len();
+        for module in modules {
+            self.want(module, options, hops + 1, wanted);
+        }
+        for wanted in &mut wanted[first..] {
+            (wanted.certain, wanted.hint) = (false, Hint::Import);
         }
     }
 
@@ -249,6 +267,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     Wanted {
         layer: file.layer,
         range: TarRange::new(file.range.start.plus(at), len),
+        hint: Hint::Loader,
         certain: true,
     }
 }

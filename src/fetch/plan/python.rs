@@ -1,9 +1,11 @@
-//! What a compiled Python module imports. In: the module's path and bytes. Out: paths of the modules that its names may
-//! mean, for whoever knows which of them exist.
+//! What a compiled Python module imports. In: the module's path and bytes. Out: the files of the modules that it imports, for
+//! whoever knows which paths are files.
 //!
-//! A module's names stand in its code objects as short strings (`marshal.c` of `CPython`: type `z` or `Z`, one byte of length,
-//! ASCII), the names of imported modules among them. Which of the names are imports is not worked out: bytecode differs
-//! from version to version, and almost no other name is a file's. Pure, and only a hint.
+//! The statements come from the module's bytecode, or of a version that [`bytecode`] does not know from its short strings
+//! (`marshal.c` of `CPython`: type `z` or `Z`, one byte of length, ASCII), among which are the names of what it imports: few
+//! others are a file's. Pure, and only a hint.
+
+mod bytecode;
 
 use std::collections::HashSet;
 
@@ -12,6 +14,15 @@ const MOST_ROOTS: usize = 8;
 /// Names looked up in all before the memory of them is cleared.
 const MOST_ASKED: usize = 1 << 16;
 const CACHE: &[u8] = b"/__pycache__/";
+
+/// When a module imports another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum When {
+    /// As it is imported itself.
+    Imported,
+    /// When one of its functions is called, if ever.
+    Called,
+}
 
 /// What was learned of this layer's Python.
 #[derive(Debug, Default)]
@@ -42,6 +53,14 @@ fn place(path: &[u8]) -> Option<Place<'_>> {
     })
 }
 
+/// The package `level - 1` above `package`.
+fn above(package: &[u8], level: u8) -> Option<&[u8]> {
+    (1..level).try_fold(package, |package, _| {
+        let slash = package.iter().rposition(|&byte| byte == b'/')?;
+        package.get(..slash)
+    })
+}
+
 /// Whether these are the first bytes of a compiled module: a version's number, then a line end that text transfers break.
 pub(super) fn is_compiled(head: &[u8]) -> bool {
     head.get(2..4) == Some(b"\r\n")
@@ -58,8 +77,13 @@ impl Modules {
         }
     }
 
-    /// The files that the compiled module `path` may import, each once; `exists` says which paths are files.
-    pub(super) fn imports<F>(&mut self, path: &[u8], bytes: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>) -> Vec<F> {
+    /// The files that the compiled module `path` imports, each once for each likelihood; `exists` says which paths are files.
+    pub(super) fn imports<F>(
+        &mut self,
+        path: &[u8],
+        bytes: &[u8],
+        exists: &dyn Fn(&[u8]) -> Option<F>,
+    ) -> Vec<(F, When)> {
         let Some(Place { package, ending }) = place(path) else {
             return Vec::new();
         };
@@ -67,23 +91,78 @@ impl Modules {
         if self.asked.len() > MOST_ASKED {
             self.asked.clear();
         }
-        let bases: Vec<Vec<u8>> = std::iter::once(package.to_vec())
-            .chain(self.roots.iter().cloned())
-            .collect();
         let mut found = Vec::new();
-        for name in names(bytes) {
-            for base in &bases {
-                if !self.asked.insert([base, &b"/"[..], name].concat()) {
-                    continue;
+        if let Some(imports) = bytecode::imports(bytes) {
+            for import in imports {
+                let when = if import.late { When::Called } else { When::Imported };
+                let bases = match import.level {
+                    0 => self.roots.clone(),
+                    level => above(package, level).map(<[u8]>::to_vec).into_iter().collect(),
+                };
+                // The name from the top, of what a name below a base means.
+                let inside = bases
+                    .first()
+                    .filter(|_| import.level > 0)
+                    .and_then(|base| self.inside(base));
+                let frozen = |name: &[u8]| match &inside {
+                    Some(package) => bytecode::is_frozen(bytes, &[package, &b"."[..], name].concat()),
+                    None => bytecode::is_frozen(bytes, name),
+                };
+                let below = |name: &&[u8]| {
+                    let dot: &[u8] = if import.module.is_empty() { b"" } else { b"." };
+                    [import.module, dot, name].concat()
+                };
+                self.look_up(&bases, import.module, ending, when, &frozen, exists, &mut found);
+                for name in import.names.iter().filter(|name| **name != b"*").map(below) {
+                    self.look_up(&bases, &name, ending, when, &frozen, exists, &mut found);
                 }
-                let before = found.len();
-                self.modules(base, name, ending, exists, &mut found);
-                if found.len() > before {
-                    break;
-                }
+            }
+        } else {
+            let bases: Vec<Vec<u8>> = std::iter::once(package.to_vec())
+                .chain(self.roots.iter().cloned())
+                .collect();
+            for name in names(bytes) {
+                self.look_up(&bases, name, ending, When::Imported, &|_| false, exists, &mut found);
             }
         }
         found
+    }
+
+    /// The dotted name of the package in directory `base`.
+    fn inside(&self, base: &[u8]) -> Option<Vec<u8>> {
+        let below = |root: &Vec<u8>| base.strip_prefix(&root[..])?.strip_prefix(b"/").map(<[u8]>::to_vec);
+        let mut name = self.roots.iter().find_map(below)?;
+        name.iter_mut()
+            .filter(|byte| **byte == b'/')
+            .for_each(|byte| *byte = b'.');
+        Some(name)
+    }
+
+    /// Adds the files of module `name` below the first of `bases` that has any, unless it was asked for before.
+    #[expect(clippy::too_many_arguments, reason = "what a name is looked up with")]
+    fn look_up<F>(
+        &mut self,
+        bases: &[Vec<u8>],
+        name: &[u8],
+        ending: &[u8],
+        when: When,
+        is_frozen: &dyn Fn(&[u8]) -> bool,
+        exists: &dyn Fn(&[u8]) -> Option<F>,
+        found: &mut Vec<(F, When)>,
+    ) {
+        let mark: &[u8] = if when == When::Called { b"?" } else { b"" };
+        for base in bases {
+            if !self.asked.insert([base, &b"/"[..], name, mark].concat()) {
+                continue;
+            }
+            let before = found.len();
+            self.modules(base, name, ending, is_frozen, exists, &mut |file| {
+                found.push((file, when))
+            });
+            if found.len() > before {
+                return;
+            }
+        }
     }
 
     /// The files of module `name` below `base`: those of the packages on the way, then its own.
@@ -92,11 +171,14 @@ impl Modules {
         base: &[u8],
         name: &[u8],
         ending: &[u8],
+        is_frozen: &dyn Fn(&[u8]) -> bool,
         exists: &dyn Fn(&[u8]) -> Option<F>,
-        found: &mut Vec<F>,
+        found: &mut dyn FnMut(F),
     ) {
         let mut directory = base.to_vec();
+        let mut so_far = 0;
         for part in name.split(|&byte| byte == b'.') {
+            so_far += part.len();
             let inner = [&directory, &b"/"[..], part].concat();
             let package = || exists(&[&inner, CACHE, b"__init__", ending].concat());
             let module = || exists(&[&directory, CACHE, part, ending].concat());
@@ -104,13 +186,17 @@ impl Modules {
                 let ending = self.extension.as_ref()?;
                 exists(&[&directory, place, part, ending].concat())
             };
+            if part.is_empty() || is_frozen(&name[..so_far]) {
+                return;
+            }
             let file = package()
                 .or_else(module)
                 .or_else(|| extension(b"/"))
                 .or_else(|| extension(b"/lib-dynload/"));
             let Some(file) = file else { return };
-            found.push(file);
+            found(file);
             directory = inner;
+            so_far += 1;
         }
     }
 
@@ -217,10 +303,17 @@ mod tests {
             modules.imports(b"/std/__pycache__/unrelated.c.pyc", b"", &exists).len(),
             0
         );
-        let found: BTreeSet<&str> = modules
-            .imports(b"/p/app/__pycache__/m.c.pyc", &bytes, &exists)
-            .into_iter()
+        let found = modules.imports(b"/p/app/__pycache__/m.c.pyc", &bytes, &exists);
+        let called: Vec<&str> = found
+            .iter()
+            .filter(|(_, when)| *when == When::Called)
+            .map(|(path, _)| *path)
             .collect();
+        assert!(
+            called.is_empty() || called == ["/std/__pycache__/late.c.pyc"],
+            "{called:?}"
+        );
+        let found: BTreeSet<&str> = found.into_iter().map(|(path, _)| path).collect();
         let expected = layer
             .iter()
             .filter(|path| !path.contains("unrelated") && !path.ends_with("app/__pycache__/__init__.c.pyc"));

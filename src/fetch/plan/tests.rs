@@ -117,7 +117,7 @@ impl World {
                     Presence::Absent
                 }
             };
-            let Some(next) = self.planner.next(1 << 20, &look) else {
+            let Some(Want { stretch: next, .. }) = self.planner.next(1 << 20, &look) else {
                 return all;
             };
             assert!(next.bytes() <= 1 << 20);
@@ -137,16 +137,16 @@ fn a_small_file_comes_whole_with_its_first_touch() {
 
 #[test]
 fn neighbours_follow_nearest_first_and_within_bounds() {
-    let row = Row::of(&[2 * CHUNK; 100]);
+    let row = Row::of(&[CHUNK; 100]);
     let mut world = World::new(&row);
-    assert_eq!(world.read(40 * CHUNK, 4096), [40, 41]);
+    assert_eq!(world.read(40 * CHUNK, 4096), [40]);
     let next = world.idle();
-    assert_eq!(next[..4], [42, 43, 44, 45]);
-    assert!(
-        next.len() <= 32,
-        "a directory's share is 1 MiB, not {} chunks",
-        next.len()
-    );
+    assert_eq!(next[..2], [41, 42]);
+    assert!(next.len() <= 4, "{} chunks for one that was read", next.len());
+    for file in 41..50 {
+        world.read(file * CHUNK, 4096);
+    }
+    assert!(world.idle().len() > next.len(), "who reads more earns more");
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn it_works_without_knowing_files() {
             }
         })
         .unwrap();
-    assert_eq!(next.first, 16);
+    assert_eq!((next.stretch.first, next.hint), (16, Hint::Ahead));
 }
 
 #[test]
@@ -212,6 +212,51 @@ fn what_nobody_reads_ends_the_guessing() {
         u64::try_from(guessed).unwrap() <= limit,
         "{guessed} chunks guessed, {limit} allowed"
     );
+}
+
+/// Reads behind a file's end only concern who has read the file.
+#[test]
+fn only_who_reads_whole_files_is_followed_into_the_next() {
+    let row = Row::of(&vec![40 * CHUNK; 50]);
+    let ahead = |from: u64| {
+        let mut planner = Planner::new(Some(row.clone()), vec![row.end()], PlanOptions::default());
+        for n in from..41 {
+            let range = TarRange::new(TarOffset(n * CHUNK), CHUNK);
+            planner.hit(LAYER, range, &|_| Presence::Absent);
+        }
+        planner.urgent.iter().map(|want| want.stretch.end).max()
+    };
+    assert!(ahead(0).unwrap() > 50, "{:?}", ahead(0));
+    assert_eq!(ahead(20), Some(40));
+}
+
+/// What was wanted at different times and lies close together is one request, however it was wanted.
+#[test]
+fn wants_close_by_fly_together() {
+    let stretch = |first, end| Stretch {
+        layer: LAYER,
+        first,
+        end,
+    };
+    let all = [(50, 52), (10, 12), (49, 50), (54, 55), (80, 81), (40, 44)];
+    let mut queue: VecDeque<Want> = all
+        .iter()
+        .map(|(first, end)| Hint::Import.of(stretch(*first, *end)))
+        .collect();
+    let look = |key: ChunkKey| {
+        if key.index == 45 {
+            Presence::Coming
+        } else {
+            Presence::Absent
+        }
+    };
+    let mut found = take_from(&mut queue, 128, 4, &look).unwrap().stretch;
+    assert_eq!(found, stretch(50, 52));
+    gather(&mut found, &queue, 128, 4, &look);
+    assert_eq!(found, stretch(49, 55), "not over what is coming, nor far away");
+    let mut short = stretch(50, 52);
+    gather(&mut short, &queue, 3, 4, &look);
+    assert_eq!(short, stretch(49, 52));
 }
 
 proptest! {
@@ -235,13 +280,14 @@ proptest! {
                 Presence::Absent
             }
         };
-        let stretches: Vec<Stretch> = wanted
+        let wants: Vec<Want> = wanted
             .iter()
             .map(|(layer, first, count)| Stretch { layer: LayerId(*layer), first: *first, end: first + count })
+            .map(|stretch| Hint::Rest.of(stretch))
             .collect();
         let model: BTreeSet<ChunkKey> =
-            stretches.iter().flat_map(|stretch| stretch.keys()).filter(|key| look(*key) == Presence::Absent).collect();
-        let flights = merge(&stretches, gap, longest, &look);
+            wants.iter().flat_map(|want| want.stretch.keys()).filter(|key| look(*key) == Presence::Absent).collect();
+        let flights = merge(&wants, gap, longest, &look);
         let flown: Vec<ChunkKey> = flights.iter().flat_map(|flight| flight.keys()).collect();
         let once: BTreeSet<ChunkKey> = flown.iter().copied().collect();
         prop_assert_eq!(flown.len(), once.len());

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -17,6 +17,15 @@ use crate::fetch::chunk::{chunk_count, to_u64};
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
 const SYNC_DISTANCE: u64 = 32 << 20;
+
+/// How the name of a layer that is not whole yet begins and ends.
+const PART: (&str, &str) = ("filling-", ".part");
+
+/// Whether a file of the store is a layer that is not whole yet, or never will be.
+pub(super) fn is_part(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.starts_with(PART.0) && name.ends_with(PART.1))
+}
 
 /// See the module. Dropped before its end it leaves nothing.
 #[derive(Debug)]
@@ -77,10 +86,14 @@ impl Store {
     pub fn fill(self: &Arc<Self>) -> Result<Filling, StoreError> {
         let failed = StoreError::new(&self.dir, "make a file in it");
         let file = tempfile::Builder::new()
-            .prefix("filling-")
-            .suffix(".part")
+            .prefix(PART.0)
+            .suffix(PART.1)
             .tempfile_in(&self.dir)
             .map_err(failed)?;
+        // Whoever trims the store sees by it that this is not one that a killed process left.
+        if let Err(error) = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive) {
+            log::debug!("{}: cannot lock it: {error}", file.path().display());
+        }
         let syncer = Syncer::start(file.as_file()).map_err(StoreError::new(file.path(), "start writing"))?;
         Ok(Filling {
             store: Arc::clone(self),

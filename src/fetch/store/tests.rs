@@ -294,3 +294,55 @@ fn trimming_spares_what_is_in_use() {
     assert_eq!(held(&store.layer(&other).unwrap()).len(), 11);
     assert_eq!(store.trim(u64::MAX).unwrap(), 0);
 }
+
+/// A process that came while another wrote reads the other's file as long as it lives, whatever becomes of that file's map.
+#[test]
+fn a_file_that_is_read_is_never_emptied() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    first.put(TarOffset(0), &content()).unwrap();
+    first.commit().unwrap();
+    let second = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&second).len(), 11);
+    drop(first);
+    fs::remove_file(the_file(dir.path(), "map")).unwrap();
+    let third = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&third), NONE);
+    assert_eq!(held(&second).len(), 11);
+    check(&second);
+    // The third one has the name now.
+    third.put(TarOffset(0), &content()).unwrap();
+    drop((second, third));
+    let later = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    assert_eq!(held(&later).len(), 11);
+    check(&later);
+}
+
+#[test]
+fn what_killed_processes_were_filling_is_trimmed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let left = dir.path().join("filling-Ab12Cd.part");
+    fs::write(&left, content()).unwrap();
+    let mut filling = store.fill().unwrap();
+    filling.push(&content()).unwrap();
+    assert!(store.trim(u64::MAX).unwrap() > 0);
+    assert!(!left.exists());
+    filling.finish("sha256:abc").unwrap();
+    assert!(store.named("sha256:abc", SIZE).unwrap().is_whole());
+}
+
+#[test]
+fn what_could_not_be_read_back_is_not_believed_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let cache = store.layer(&layer()).unwrap();
+    cache.put(TarOffset(0), &content()).unwrap();
+    cache.seal();
+    cache.commit().unwrap();
+    cache.lost(3);
+    drop(cache);
+    let cache = store.layer(&layer()).unwrap();
+    assert!(!cache.has(3) && !cache.is_sealed());
+    assert_eq!(held(&cache).len(), 10);
+}

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::answer::refusal;
+use super::credentials::Keyring;
 use super::session::{Grant, Need, Session, Spec, State, lock};
 use crate::digest::Digest;
 use crate::source::http::Failure;
@@ -131,6 +132,12 @@ impl BlobAccess {
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Where credentials are looked up when those that are known no longer work.
+    #[must_use]
+    pub fn keyring(&self) -> &Keyring {
+        &self.session.spec.keyring
     }
 
     /// For messages: registry, repository, digest.

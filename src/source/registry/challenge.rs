@@ -7,6 +7,7 @@ use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
+use super::manifest::null_is_empty;
 use crate::source::secret::Secret;
 
 /// How long a token lasts when its server does not say (the token specification).
@@ -62,13 +63,13 @@ impl Challenge {
 /// A token server's answer.
 #[derive(Deserialize)]
 pub(super) struct TokenAnswer {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     token: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     access_token: String,
     /// Seconds.
     expires_in: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub(super) refresh_token: String,
 }
 
@@ -157,6 +158,10 @@ mod tests {
         assert_eq!(
             life(r#"{"token":"a","expires_in":18446744073709551615}"#),
             Some(Duration::from_secs(LONGEST_LIFE - MARGIN.as_secs()))
+        );
+        assert_eq!(
+            life(r#"{"token":"a","access_token":null,"expires_in":null,"refresh_token":null}"#),
+            Some(Duration::from_secs(54))
         );
         assert_eq!(life(r#"{"token":"a\nb"}"#), None);
         assert_eq!(life("{}"), None);

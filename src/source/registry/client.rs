@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LOCATION};
+use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LINK, LOCATION};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use url::Url;
 
@@ -18,6 +18,9 @@ use super::session::{Need, Session, Spec};
 use crate::digest::{Algorithm, Digest};
 use crate::source::http::{Failure, Tries};
 use crate::source::{SourceError, net, shown_url};
+
+/// A list of referrers in more pages is not read to its end.
+const MOST_PAGES: usize = 64;
 
 /// One repository of a registry. Cheap to clone. Its methods wait: they are not for threads that run a runtime.
 #[derive(Clone)]
@@ -87,6 +90,20 @@ impl Registry {
     #[must_use]
     pub fn blob(&self, digest: &Digest, size: u64) -> BlobAccess {
         BlobAccess::new(self.session.clone(), digest.clone(), size)
+    }
+
+    /// Opens connections to the endpoint that will be asked first, until there are `count`, while whoever called goes on: by the
+    /// question whether it speaks this protocol at all ("Determining Support"), whose answer is of no interest. Does nothing
+    /// where it is not known whether that endpoint speaks TLS.
+    pub fn greet(&self, count: usize) {
+        let Some(&at) = self.session.order(Need::Pull).first() else {
+            return;
+        };
+        for _ in 0..count {
+            let session = self.session.clone();
+            // Without the thread nobody gets an answer, and somebody else will say so.
+            let _ = net::spawn(async move { session.greet(at).await });
+        }
     }
 
     /// Asks one endpoint after the other, and all of them again where that may help.
@@ -339,43 +356,71 @@ impl Registry {
     }
 
     /// The manifests that name `subject`, of this artifact type only if one is given: by the referrers API, or from the
-    /// fallback tag where the registry has none.
+    /// fallback tag where the registry has none. Both are asked for at the same time.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, SourceError> {
-        let by_api = self.ask(Need::Pull, async |at| {
-            let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
-            let mut what = format!("referrers/{subject}");
-            if let Some(kind) = artifact_type {
-                let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
-                what = format!("{what}?artifactType={kind}");
-            }
-            let (url, response) = self.get(at, Need::Pull, &what, &make).await?;
-            match response.status() {
-                StatusCode::OK => {}
-                // Some registries answer an unknown path so; and some with a page for people.
-                StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED => return Ok(None),
-                _ => return self.refused(&url, response).await,
-            }
-            let kind = response
-                .headers()
-                .get(CONTENT_TYPE)
-                .and_then(|value| value.to_str().ok());
-            if kind.is_none_or(|kind| kind.split(';').next().unwrap_or_default().trim() != OCI_INDEX) {
-                return Ok(None);
-            }
-            let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
-            Ok(Some(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?))
-        })?;
-        let listed = match by_api {
+        // Goes on by itself when the API answers, so that its connection can be used again.
+        let (this, tag_of) = (self.clone(), subject.clone());
+        let fallback = std::thread::spawn(move || this.fallback(&tag_of));
+        let listed = match self.referrers_by_api(subject, artifact_type)? {
             Some(listed) => listed,
-            None => self.fallback(subject)?,
+            None => fallback
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
         };
         Ok(listed
             .into_iter()
             .filter(|descriptor| artifact_type.is_none_or(|kind| descriptor.artifact_type.as_deref() == Some(kind)))
             .collect())
+    }
+
+    /// What the referrers API says; none where the registry has no such thing.
+    fn referrers_by_api(
+        &self,
+        subject: &Digest,
+        artifact_type: Option<&str>,
+    ) -> Result<Option<Vec<Descriptor>>, SourceError> {
+        self.ask(Need::Pull, async |at| {
+            let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
+            let mut query = artifact_type.map(|kind| {
+                let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
+                format!("artifactType={kind}")
+            });
+            let mut all = Vec::new();
+            for page in 0..MOST_PAGES {
+                let what = format!("referrers/{subject}");
+                let what = query.map_or_else(|| what.clone(), |query| format!("{what}?{query}"));
+                let (url, response) = self.get(at, Need::Pull, &what, &make).await?;
+                match response.status() {
+                    StatusCode::OK => {}
+                    // Some registries answer an unknown path so; and some with a page for people.
+                    StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED if page == 0 => {
+                        return Ok(None);
+                    }
+                    _ => return self.refused(&url, response).await,
+                }
+                let kind = response
+                    .headers()
+                    .get(CONTENT_TYPE)
+                    .and_then(|value| value.to_str().ok());
+                if kind.is_none_or(|kind| kind.split(';').next().unwrap_or_default().trim() != OCI_INDEX) {
+                    return Ok(None);
+                }
+                query = next_page(&url, response.headers());
+                let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
+                all.extend(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?);
+                if query.is_none() {
+                    return Ok(Some(all));
+                }
+            }
+            let why = format!("a list of referrers without end (after {MOST_PAGES} pages)");
+            Err(Failure::lasting(SourceError::Image {
+                name: format!("{}@{subject}", self.name()),
+                why,
+            }))
+        })
     }
 
     /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema").
@@ -411,12 +456,33 @@ impl Registry {
     }
 }
 
+/// The query of a list's next page (distribution specification, "Listing Referrers"; RFC 8288). Only the query is taken: it is
+/// asked of the same place, wherever the link leads.
+fn next_page(url: &Url, headers: &HeaderMap) -> Option<String> {
+    for value in headers.get_all(LINK) {
+        let mut rest = value.to_str().unwrap_or_default();
+        while let Some((target, behind)) = rest.split_once('<').and_then(|(_, link)| link.split_once('>')) {
+            let parameters = behind.split('<').next().unwrap_or_default().to_ascii_lowercase();
+            let is_next = parameters.split([';', ',']).any(|parameter| {
+                let parameter = parameter.trim();
+                parameter == "rel=next" || parameter == "rel=\"next\""
+            });
+            if is_next && let Ok(next) = url.join(target) {
+                if next.path() == url.path() {
+                    return next.query().map(str::to_owned);
+                }
+                log::warn!("{}: the list's next page is elsewhere, and not read", shown_url(url));
+            }
+            rest = behind;
+        }
+    }
+    None
+}
+
 fn fallback_tag(subject: &Digest) -> Version {
-    let tag: String = format!("{}-{}", subject.algorithm().name(), subject.hex())
-        .chars()
-        .take(128)
-        .collect();
-    Version::Tag(tag)
+    // The specification cuts the digits here, so that every algorithm makes a tag.
+    let digits: String = subject.hex().chars().take(64).collect();
+    Version::Tag(format!("{}-{digits}", subject.algorithm().name()))
 }
 
 fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
@@ -445,4 +511,21 @@ fn wrong_digest(url: &Url, what: &'static str, expected: &Digest) -> Failure {
         what,
         expected: expected.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fallback_tags_are_those_of_the_specification() {
+        let tag = |algorithm| match fallback_tag(&Digest::of(algorithm, b"")) {
+            Version::Tag(tag) => tag,
+            Version::Digest(digest) => panic!("{digest}"),
+        };
+        let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(tag(Algorithm::Sha256), format!("sha256-{hex}"));
+        let hex = "cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce";
+        assert_eq!(tag(Algorithm::Sha512), format!("sha512-{hex}"));
+    }
 }

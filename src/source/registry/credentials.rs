@@ -19,6 +19,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
+use super::manifest::null_is_empty;
 use crate::source::SourceError;
 use crate::source::secret::Secret;
 
@@ -86,6 +87,20 @@ pub struct Keyring {
 }
 
 impl Keyring {
+    /// The files that are looked into, first to last.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        let named = self.authfile.clone().or_else(|| path_of("REGISTRY_AUTH_FILE"));
+        named.map_or_else(usual_files, |path| vec![path])
+    }
+
+    /// Whether one of them names a helper: a program of somebody else's, which may need anything.
+    #[must_use]
+    pub fn names_helpers(&self) -> bool {
+        let mut read = self.files().into_iter().filter_map(|path| AuthFile::read(&path).ok());
+        read.any(|file| file.names_helpers())
+    }
+
     /// How to log in at `host` (with its port, if it is not the usual one) for `repository`. Waits for helpers, with a
     /// deadline: not for a thread that must not.
     ///
@@ -144,19 +159,25 @@ fn usual_files() -> Vec<PathBuf> {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct AuthFile {
-    auths: HashMap<String, Auth>,
+    #[serde(deserialize_with = "null_is_empty")]
+    auths: HashMap<String, Option<Auth>>,
     creds_store: Option<String>,
+    #[serde(deserialize_with = "null_is_empty")]
     cred_helpers: HashMap<String, String>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Auth {
-    #[serde(rename = "auth")]
+    #[serde(rename = "auth", deserialize_with = "null_is_empty")]
     pair: String,
+    #[serde(deserialize_with = "null_is_empty")]
     username: String,
+    #[serde(deserialize_with = "null_is_empty")]
     password: String,
+    #[serde(deserialize_with = "null_is_empty")]
     identitytoken: String,
+    #[serde(deserialize_with = "null_is_empty")]
     registrytoken: String,
 }
 
@@ -193,6 +214,10 @@ impl AuthFile {
         })
     }
 
+    fn names_helpers(&self) -> bool {
+        !self.cred_helpers.is_empty() || self.creds_store.as_ref().is_some_and(|helper| !helper.is_empty())
+    }
+
     fn login(&self, host: &str, repository: &str) -> Result<Option<Login>, SourceError> {
         let mut names = vec![format!("{host}/{repository}")];
         while let Some((shorter, _)) = names.last().and_then(|name| name.rsplit_once('/')) {
@@ -210,6 +235,7 @@ impl AuthFile {
         for name in &names {
             let found = self.auths.iter().filter(|(key, _)| normal(key) == *name);
             for (key, auth) in found {
+                let Some(auth) = auth else { continue };
                 if let Some(login) = auth.login().map_err(|why| failed(format!("the entry {key}"), why))? {
                     return Ok(Some(login));
                 }
@@ -223,20 +249,15 @@ impl AuthFile {
     }
 }
 
-/// A key of `auths` without scheme and API version, Docker Hub's names made one.
+/// A key of `auths` without scheme and API version, Docker Hub's names made one. Of a URL only the host counts; without a
+/// scheme a path is a namespace.
 fn normal(key: &str) -> String {
-    let key = key
-        .strip_prefix("https://")
-        .or_else(|| key.strip_prefix("http://"))
-        .unwrap_or(key);
-    let key = key.trim_end_matches('/');
-    let key = key
-        .strip_suffix("/v1")
-        .or_else(|| key.strip_suffix("/v2"))
-        .unwrap_or(key);
+    let url = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"));
+    let key = url.unwrap_or(key).trim_end_matches('/');
     let (host, rest) = key
         .split_once('/')
         .map_or((key, None), |(host, rest)| (host, Some(rest)));
+    let rest = rest.filter(|rest| url.is_none() && !matches!(*rest, "v1" | "v2"));
     let host = match host {
         "index.docker.io" | "registry-1.docker.io" => "docker.io",
         host => host,
@@ -380,6 +401,48 @@ mod tests {
         );
         assert_eq!(login(file, "empty.example", "x"), None);
         assert_eq!(login(file, "elsewhere", "x"), None);
+    }
+
+    #[test]
+    fn keys_are_hosts_or_namespaces() {
+        // a:b, c:d, e:f
+        let file = r#"{"auths": {
+            "quay.io/team/v1": {"auth": "YTpi"},
+            "https://old.example/v2/": {"auth": "Yzpk"},
+            "https://path.example/some/api": {"auth": "ZTpm"},
+            "plain.example/v1/": {"auth": "YTpi"},
+            "nothing.example": null
+        }, "credHelpers": null, "credsStore": null}"#;
+        assert_eq!(login(file, "quay.io", "team/v1/x"), Some(password("a", "b")));
+        assert_eq!(login(file, "quay.io", "team/x"), None);
+        assert_eq!(login(file, "old.example", "x"), Some(password("c", "d")));
+        assert_eq!(login(file, "path.example", "x"), Some(password("e", "f")));
+        assert_eq!(login(file, "plain.example", "x"), Some(password("a", "b")));
+        assert_eq!(login(file, "nothing.example", "x"), None);
+        assert_eq!(login(r#"{"auths": null}"#, "x", "x"), None);
+        let nulls = r#"{"auths": {"x": {"auth": "YTpi", "identitytoken": null, "username": null}}}"#;
+        assert_eq!(login(nulls, "x", "x"), Some(password("a", "b")));
+    }
+
+    #[test]
+    fn helpers_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("auth.json");
+        let keyring = Keyring {
+            given: None,
+            authfile: Some(path.clone()),
+        };
+        assert_eq!(keyring.files(), std::slice::from_ref(&path));
+        for (text, names) in [
+            (r#"{"auths": {"h": {"auth": "YTpi"}}}"#, false),
+            (r#"{"credsStore": ""}"#, false),
+            (r#"{"credsStore": "pass"}"#, true),
+            (r#"{"credHelpers": {"h": "ecr-login"}}"#, true),
+            ("damaged", false),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(keyring.names_helpers(), names, "{text}");
+        }
     }
 
     #[test]

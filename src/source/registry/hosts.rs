@@ -96,7 +96,7 @@ pub(super) fn endpoints(host: &str, dir: &Path, plain_http: bool) -> Result<Vec<
             open.take(LONGEST_FILE)
                 .read_to_string(&mut text)
                 .map_err(|error| failed(error.to_string()))?;
-            parse(&text, host, &dir, own).map_err(failed)
+            parse(&text, host, &dir, &own).map_err(failed)
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let trust = certificates(&dir).map_err(|error| failed(error.to_string()))?;
@@ -191,7 +191,7 @@ fn endpoint(text: &str, override_path: bool) -> Result<Endpoint, SourceError> {
 }
 
 /// A `hosts.toml`. The order of its hosts counts, which is why it is read as a table that keeps it.
-fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoint>, String> {
+fn parse(text: &str, host: &str, dir: &Path, own: &Endpoint) -> Result<Vec<Endpoint>, String> {
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| {
         // Not the whole message: it quotes lines, and headers can be secret.
         let place = error
@@ -215,7 +215,7 @@ fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoi
             .as_table()
             .ok_or_else(|| format!("host {shown:?} is not a table"))?;
         let mut mirror = one_host(name, settings, dir).map_err(|why| format!("host {shown:?}: {why}"))?;
-        mirror.stands_for = Some(host.to_owned()).filter(|_| mirror.base.origin() != own.base.origin());
+        mirror.stands_for = stands_for(&mirror, own, host);
         endpoints.push(mirror);
     }
     let server = table
@@ -230,10 +230,17 @@ fn parse(text: &str, host: &str, dir: &Path, own: Endpoint) -> Result<Vec<Endpoi
         }
     };
     if last.base.host_str() == Some("docker.io") {
-        last.base = own.base;
+        last.base = own.base.clone();
     }
+    last.stands_for = stands_for(&last, own, host);
     endpoints.push(last);
     Ok(endpoints)
+}
+
+/// The registry that an endpoint stands for, if it is another host than the registry itself: it is told so, and gets no
+/// credentials but its own. By which scheme the registry is talked to is for the file to say.
+fn stands_for(endpoint: &Endpoint, own: &Endpoint, registry: &str) -> Option<String> {
+    (endpoint.host() != own.host()).then(|| registry.to_owned())
 }
 
 fn one_host(name: &str, settings: &toml::Table, dir: &Path) -> Result<Endpoint, String> {
@@ -255,7 +262,8 @@ fn flag(settings: &toml::Table, name: &str) -> Result<bool, String> {
 fn configure(endpoint: &mut Endpoint, settings: &toml::Table, dir: &Path) -> Result<(), String> {
     if let Some(value) = settings.get("capabilities") {
         let list = strings(value).ok_or("capabilities is not a list of strings")?;
-        let has = |name: &str| list.iter().any(|capability| capability == name);
+        // An empty list takes nothing away.
+        let has = |name: &str| list.is_empty() || list.iter().any(|capability| capability.eq_ignore_ascii_case(name));
         (endpoint.pull, endpoint.resolve, endpoint.push) = (has("pull"), has("resolve"), has("push"));
     }
     endpoint.trust.anybody = flag(settings, "skip_verify")?;
@@ -341,7 +349,7 @@ mod tests {
     use super::*;
 
     fn of(text: &str, host: &str) -> Result<Vec<Endpoint>, String> {
-        parse(text, host, Path::new("/d"), registry(host, false))
+        parse(text, host, Path::new("/d"), &registry(host, false))
     }
 
     fn bases(endpoints: &[Endpoint]) -> Vec<&str> {
@@ -398,6 +406,41 @@ mod tests {
         let secure = of("server = \"https://localhost:5000\"", "localhost:5000").unwrap();
         assert!(!secure[0].scheme_unknown);
         assert_eq!(bases(&secure), ["https://localhost:5000/v2/"]);
+    }
+
+    #[test]
+    fn whoever_has_another_name_stands_for_the_registry() {
+        let stands_for = |text: &str, host: &str| -> Vec<Option<String>> {
+            let hosts = of(text, host).unwrap();
+            hosts.into_iter().map(|endpoint| endpoint.stands_for).collect()
+        };
+        let named = |name: &str| Some(name.to_owned());
+        assert_eq!(
+            stands_for("server = \"https://else.example\"", "r.example"),
+            [named("r.example")]
+        );
+        assert_eq!(stands_for("server = \"https://r.example\"", "r.example"), [None]);
+        assert_eq!(stands_for("server = \"https://r.example\"", "r.example:443"), [None]);
+        assert_eq!(
+            stands_for("server = \"https://registry-1.docker.io\"", "docker.io"),
+            [None]
+        );
+        assert_eq!(stands_for("", "docker.io"), [None]);
+        // As people write it who have no TLS: the registry itself, twice.
+        let twice = "server = \"http://r.example:5000\"\n[host.\"http://r.example:5000\"]\n";
+        assert_eq!(stands_for(twice, "r.example:5000"), [None, None]);
+        let mirror = "[host.\"https://r.example:5001\"]\n";
+        assert_eq!(stands_for(mirror, "r.example:5000"), [named("r.example:5000"), None]);
+    }
+
+    #[test]
+    fn capabilities_are_read_as_containerd_does() {
+        let of = |list: &str| {
+            of(&format!("[host.\"https://x\"]\ncapabilities = {list}"), "r.example")
+                .map(|all| (all[0].pull, all[0].resolve, all[0].push))
+        };
+        assert_eq!(of("[]"), Ok((true, true, true)));
+        assert_eq!(of("[\"Pull\", \"PUSH\"]"), Ok((true, false, true)));
     }
 
     #[test]

@@ -56,7 +56,8 @@ pub struct Descriptor {
     pub platform: Option<Platform>,
 }
 
-fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+/// What Go writes for something empty is `null` as well.
+pub(super) fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: serde::Deserializer<'de>,
     T: Default + Deserialize<'de>,

@@ -91,7 +91,8 @@ impl Reference {
             return Err("what follows docker:// is a name, not a URL: host/repository:tag".to_owned());
         }
         let (rest, digest) = match text.split_once('@') {
-            Some((_, digest)) if !digest.contains(':') => {
+            // No digest has a slash or another @ in it; a password may.
+            Some((_, digest)) if !digest.contains(':') || digest.contains(['/', '@']) => {
                 return Err("credentials do not belong into the name: use --creds or a credentials file".to_owned());
             }
             Some((rest, digest)) => (rest, Some(digest.parse::<Digest>().map_err(|error| error.to_string())?)),
@@ -291,6 +292,8 @@ mod tests {
             "docker://host.x/a:-x",
             "docker://host.x/a@sha256:00",
             "docker://user:secret@host.x/a",
+            "docker://user:se@secret@host.x:5000/a",
+            "docker://user:se@secret:x@host.x/a",
             "docker://https://host.x/a",
             "docker://host.x:port/a",
             "docker://host.x/a?b",

@@ -209,6 +209,7 @@ impl Session {
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Url, Response, Grant), Failure> {
+        let mut guessed = false;
         loop {
             let url = self.url(at, what);
             let unsure = self.spec.endpoints[at].scheme_unknown && lock(&self.hosts[at].state).base.is_none();
@@ -222,13 +223,34 @@ impl Session {
                 let mut base = self.spec.endpoints[at].base.clone();
                 if speaks_tls && base.set_scheme("https").is_ok() {
                     lock(&self.hosts[at].state).base = Some(base);
+                    guessed = true;
                     continue;
                 }
                 if answer.is_ok() {
                     lock(&self.hosts[at].state).base = Some(base);
                 }
             }
+            if guessed && matches!(&answer, Err(failure) if matches!(failure.error, SourceError::Unreachable { .. })) {
+                // Perhaps it only hung up the first time: the next request finds out anew.
+                lock(&self.hosts[at].state).base = None;
+            }
             return answer.map(|(response, grant)| (url, response, grant));
+        }
+    }
+
+    /// Asks an endpoint whether it speaks the protocol, showing no credentials: for the connection, which is kept.
+    pub(super) async fn greet(&self, at: usize) {
+        let Some(base) = self.known_base(at) else { return };
+        let Ok(client) = self.client(at, base.scheme() == "https") else {
+            return;
+        };
+        let mut request = client.get(base.clone());
+        for (name, value) in self.spec.endpoints[at].headers() {
+            request = request.header(name, value);
+        }
+        // Only an answer that was read leaves its connection for others.
+        if let Ok(response) = self.exchange(&base, request).await {
+            let _ = body(&base, response, LONGEST_ANSWER, &self.spec.patience).await;
         }
     }
 

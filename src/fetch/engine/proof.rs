@@ -1,0 +1,171 @@
+//! Chunks that come back from the store and can only be believed together with their neighbours, because what is vouched for are
+//! pieces that reach across chunks. In: a chunk that the store has. Out: the chunk, if all pieces that lie in it are right.
+//!
+//! Pieces prove themselves, whatever the store's map says of the chunks that they reach into. That is why a flight leaves in the
+//! data file also what it brings of chunks that do not become whole.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::disk::read_exactly;
+use super::{Engine, Remote};
+use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_usize};
+use crate::fetch::store::LayerCache;
+use crate::index::PieceDigests;
+use crate::units::{LayerId, TarRange};
+
+/// Why a chunk is not believed.
+enum Doubt {
+    /// Not all of its pieces are there.
+    Incomplete,
+    /// They are, and are something else.
+    Wrong(String),
+}
+
+impl Engine {
+    /// Brings a chunk from the store to memory if it can be proven; else it is fetched again.
+    pub(super) async fn bring_proven(self: Rc<Self>, remote: &Rc<Remote>, pieces: &PieceDigests, key: ChunkKey) {
+        match self.prove(remote, pieces, key).await {
+            Ok(bytes) => return self.bring(key, bytes, false),
+            Err(Doubt::Wrong(why)) => self.lose(remote, key, &why),
+            Err(Doubt::Incomplete) => {
+                if let Some(cache) = self.cache(key.layer) {
+                    cache.lost(key.index);
+                }
+            }
+        }
+        self.fetch_again(key);
+    }
+
+    async fn prove(&self, remote: &Rc<Remote>, pieces: &PieceDigests, key: ChunkKey) -> Result<Vec<u8>, Doubt> {
+        // Neighbours are asked for at the same time and lie in the same pieces: the first one proves them for all.
+        let _one_at_a_time = remote.proving.lock().await;
+        let cache = self.cache(key.layer).ok_or(Doubt::Incomplete)?;
+        let chunk = |index| TarRange::new(ChunkKey { index, ..key }.start(), chunk_len(remote.size, index));
+        let own = chunk(key.index);
+        let one = |index: u32| cache.find(index, index.saturating_add(1));
+        let place = one(key.index).ok_or(Doubt::Incomplete)?;
+        let read = async |range: TarRange| {
+            let file = cache.file_of(key.index);
+            match file {
+                Ok(file) => read_exactly(file, range.start.0, to_usize(range.len)).await,
+                Err(error) => Err(error),
+            }
+            .map_err(|error| Doubt::Wrong(error.to_string()))
+        };
+        if self.is_checked(key) {
+            return read(own).await;
+        }
+        let wide = pieces.widened(own);
+        let bytes = read(wide).await?;
+        self.count_checked(remote);
+        let permit = self.workers.clone().acquire_owned().await.ok();
+        let job = {
+            let pieces = pieces.clone();
+            tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                judge(&pieces, own, wide, &bytes)
+            })
+        };
+        match job.await {
+            Ok(Ok(bytes)) => {
+                // Only what lies in the file that was read.
+                let (first, last) = (wide.start.0 / CHUNK_BYTES, wide.end().0.div_ceil(CHUNK_BYTES));
+                for index in (first..last).filter_map(|index| u32::try_from(index).ok()) {
+                    let all = pieces.widened(chunk(index));
+                    if all.start >= wide.start && all.end() <= wide.end() && one(index) == Some(place) {
+                        self.mark_checked(ChunkKey { index, ..key });
+                    }
+                }
+                Ok(bytes)
+            }
+            Ok(Err(wrong)) => {
+                let first = u32::try_from(wrong.start.0 / CHUNK_BYTES).unwrap_or(u32::MAX);
+                let end = u32::try_from(wrong.end().0.div_ceil(CHUNK_BYTES)).unwrap_or(u32::MAX);
+                Err(match cache.find(first, end) {
+                    Some(_) => Doubt::Wrong("it is not what the layer's table of contents says".to_owned()),
+                    None => Doubt::Incomplete,
+                })
+            }
+            Err(error) => Err(Doubt::Wrong(error.to_string())),
+        }
+    }
+
+    /// Leaves what has come of a chunk, which may never become whole, where its pieces can be proven later.
+    pub(super) fn keep_part(&self, layer: LayerId, at: u64, bytes: Vec<u8>) {
+        let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
+        let Some(file) = self.cache(layer).filter(has_room).and_then(|cache| cache.parts().ok()) else {
+            return;
+        };
+        tokio_uring::spawn(async move {
+            let file = tokio_uring::fs::File::from_std(file);
+            // What is not there is fetched again.
+            let _lost = file.write_all_at(bytes, at).await;
+        });
+    }
+}
+
+/// The chunk at `own` if all pieces in it are right, with zeros between them; else the first one that is not. `bytes` lie at
+/// `wide`, which has all of them.
+fn judge(pieces: &PieceDigests, own: TarRange, wide: TarRange, bytes: &[u8]) -> Result<Vec<u8>, TarRange> {
+    let part = |range: TarRange| {
+        let from = to_usize(range.start.since(wide.start));
+        bytes.get(from..)?.get(..to_usize(range.len))
+    };
+    let mut chunk = vec![0; to_usize(own.len)];
+    for n in pieces.overlapping(own) {
+        let range = pieces.range(n);
+        if pieces.is_known(n) && !part(range).is_some_and(|bytes| pieces.check(n, bytes)) {
+            return Err(range);
+        }
+        let (start, end) = (range.start.max(own.start), range.end().min(own.end()));
+        let common = TarRange::new(start, end.since(start));
+        let to = to_usize(start.since(own.start));
+        if let (Some(from), Some(to)) = (part(common), chunk.get_mut(to..to + to_usize(common.len))) {
+            to.copy_from_slice(from);
+        }
+    }
+    Ok(chunk)
+}
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+    use crate::units::TarOffset;
+
+    #[test]
+    fn a_chunk_is_proven_by_its_pieces_alone() {
+        let content = vec![7_u8; 100_000];
+        let piece = |start: usize, len: usize| {
+            let range = TarRange::new(TarOffset(start.try_into().unwrap()), len.try_into().unwrap());
+            (range, Some(Sha256::digest(&content[start..start + len]).into()))
+        };
+        let pieces =
+            PieceDigests::new(100_000, [piece(10, 40_000), piece(40_100, 20_000), piece(65_000, 900)]).unwrap();
+        let own = TarRange::new(TarOffset(CHUNK_BYTES), CHUNK_BYTES);
+        let wide = pieces.widened(own);
+        assert_eq!((wide.start.0, wide.end().0), (10, 65_900));
+        let mut bytes = content[10..65_900].to_vec();
+        let chunk = judge(&pieces, own, wide, &bytes).unwrap();
+        let expected: Vec<u8> = (32_768..65_536)
+            .map(|at| {
+                if (40_010..40_100).contains(&at) || (60_100..65_000).contains(&at) {
+                    0
+                } else {
+                    7
+                }
+            })
+            .collect();
+        assert!(chunk == expected);
+        // Between the pieces anything may lie; in them, or in what of them lies in other chunks, nothing else.
+        bytes[40_020] = 1;
+        assert!(judge(&pieces, own, wide, &bytes).unwrap() == expected);
+        for (at, first) in [(0, 10), (39_999, 10), (40_090, 40_100), (65_889, 65_000)] {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            assert_eq!(judge(&pieces, own, wide, &bad).unwrap_err().start.0, first);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Writing runs of chunks to a data file. In: chunks that lie side by side. Out: the same bytes in the file, not yet durable.
+//!
+//! Long runs go past the page cache: whoever reads a device has its bytes in the device's own page cache already, and a second
+//! copy costs the memory of it and more processor time than all else about the store. What is shorter, what the file system
+//! does not take, and what comes faster than the disk takes it goes through the page cache.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
+use crate::fetch::chunk::to_u64;
+
+/// Where direct writes may begin and end, in the file and in memory: a page, which no disk's blocks are longer than.
+const ALIGNMENT: usize = 4096;
+/// Shorter runs are cheaper, and find neighbours, in the page cache.
+const LONG_RUN: usize = 256 << 10;
+
+/// A data file being written. For one thread at a time that may wait for the disk.
+#[derive(Debug)]
+pub(crate) struct RunWriter {
+    file: File,
+    /// The same file, opened once more for direct writes; none where that is not to be had.
+    direct: Option<File>,
+    /// One run in one piece; aligned memory begins somewhere in its first page.
+    staging: Vec<u8>,
+}
+
+impl RunWriter {
+    /// A writer of `file`, which has to be open for writing. Never seeks.
+    pub(super) fn new(file: File) -> Self {
+        // A file without a name can be opened anew only through the descriptor; and the flags are to differ.
+        let direct = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        Self {
+            file,
+            direct: direct.ok(),
+            staging: Vec::new(),
+        }
+    }
+
+    /// Writes `pieces`, which lie side by side from byte `at` on, and come to `len` bytes; past the page cache if `direct` is
+    /// wanted and makes sense.
+    ///
+    /// # Errors
+    /// When not all of it was written. What of it was is not to be believed.
+    pub(crate) fn write<'a>(
+        &mut self,
+        at: u64,
+        len: usize,
+        pieces: impl Iterator<Item = &'a [u8]>,
+        direct: bool,
+    ) -> io::Result<()> {
+        if self.staging.len() < len + ALIGNMENT {
+            self.staging = vec![0; len.next_power_of_two() + ALIGNMENT];
+        }
+        // Memory that cannot be aligned, which only an interpreter has, is found out by the kernel.
+        let start = self.staging.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        let run = &mut self.staging[start..start + len];
+        let mut filled = 0;
+        for piece in pieces {
+            let Some(place) = run.get_mut(filled..filled + piece.len()) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            place.copy_from_slice(piece);
+            filled += piece.len();
+        }
+        if filled != len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut done = 0;
+        if direct && len >= LONG_RUN {
+            let most = len - len % ALIGNMENT;
+            if let Some(file) = &self.direct {
+                match file.write_all_at(&run[..most], at) {
+                    Ok(()) => done = most,
+                    Err(error) if is_unfit(&error) => self.direct = None,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        self.file.write_all_at(&run[done..], at + to_u64(done))
+    }
+}
+
+/// Whether it is the way of writing that was refused.
+fn is_unfit(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(len: usize, salt: usize) -> Vec<u8> {
+        (0..len).map(|n| u8::try_from((n * 31 + salt) % 251).unwrap()).collect()
+    }
+
+    /// Runs of every kind, in an order that is not the file's: all are where they belong, and nothing else is.
+    fn runs_end_up_in_place(dir: &std::path::Path) {
+        let file = tempfile::tempfile_in(dir).unwrap();
+        file.set_len(8 << 20).unwrap();
+        let mut writer = RunWriter::new(file.try_clone().unwrap());
+        let mut expected = vec![0; 8 << 20];
+        for (at, len, direct) in [
+            (4 << 20, 1 << 20, true),
+            (0, 32 << 10, true),
+            (1 << 20, LONG_RUN, true),
+            (2 << 20, LONG_RUN + 777, true),
+            (6 << 20, 1 << 20, false),
+            // In the middle of a page: no direct write, but a write.
+            ((7 << 20) + 100, LONG_RUN, true),
+        ] {
+            let run = bytes(len, at);
+            let whole = u64::try_from(at).unwrap();
+            writer.write(whole, len, run.chunks(10_007), direct).unwrap();
+            expected[at..at + len].copy_from_slice(&run);
+        }
+        let mut found = vec![0; 8 << 20];
+        file.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == expected);
+    }
+
+    #[test]
+    fn runs_end_up_in_place_on_disk() {
+        runs_end_up_in_place(&std::env::temp_dir());
+    }
+
+    #[test]
+    fn runs_end_up_in_place_in_memory() {
+        // Where direct writes are refused, or are like any other, depending on the kernel.
+        let shm = std::path::Path::new("/dev/shm");
+        if shm.is_dir() {
+            runs_end_up_in_place(shm);
+        }
+    }
+
+    #[test]
+    fn pieces_have_to_be_as_long_as_was_said() {
+        let file = tempfile::tempfile().unwrap();
+        let mut writer = RunWriter::new(file.try_clone().unwrap());
+        assert!(writer.write(0, 10, [&[1; 11][..]].into_iter(), false).is_err());
+        assert!(writer.write(0, 10, [&[1; 9][..]].into_iter(), false).is_err());
+        assert_eq!(file.metadata().unwrap().len(), 0);
+    }
+}

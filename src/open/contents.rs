@@ -1,0 +1,153 @@
+//! The index that a layer brings along: the table of contents of eStargz and zstd:chunked layers, fetched by range. In: a layer that
+//! nobody has indexed, and what its image's manifest says of it. Out: an index of the tar space that the table makes up
+//! ([`crate::layer::contents`]), or nothing, and then the layer is read like any other.
+//!
+//! Whose word it is: a layer of an image has a digest, and its bytes are not to be believed on anybody else's word. There a table
+//! counts only if the manifest names its digest and if it has the digest of every piece of every file; all that is then read of
+//! the layer is checked. A file on a web server has no digest: nobody vouches for it, whichever way it is read, and its table is as
+//! good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
+//! manifests keep annotations of layers that were compressed anew, and a forged layer is found out by its digest.
+//!
+//! What a table cannot be held to without reading the whole layer is its own tar: a maker of images can have the two say different
+//! things, both under the manifest's digests, and then the table's are mounted. `--index ignore` and `build` take the tar's.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::IndexOrigin;
+use super::layer::{Facts, kept_under};
+use crate::index::{IndexBuilder, LayerIdentity};
+use crate::layer::Coding;
+use crate::layer::contents::{self, TAIL};
+use crate::source::{self, LayerBlob, Patience, Place, SourceError};
+
+/// How much of a blob's end is asked for where its table is likely to lie: a hundredth of the blob within these bounds, in bytes.
+/// A table takes about that much, and what is too much of it costs less than a second question.
+const SHORTEST_END: u64 = 64 << 10;
+const LONGEST_END: u64 = 1 << 20;
+
+/// What the cache knows the layer's tar space by, if it is made up from the layer's table of contents; `None` where no such table
+/// would be used. The name holds the table's digest: a lying registry must not leave anything behind for an honest one.
+pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
+    let named = match (&facts.digest, contents::promised(&facts.annotations)) {
+        (Some(_), None) => return None,
+        (Some(_), Some(digest)) => digest,
+        (None, _) => "",
+    };
+    kept_under(blob, facts).map(|name| format!("{name}\ntable of contents {named}"))
+}
+
+/// Whether the layer's own table of contents may be asked for.
+pub(super) fn may_be_used(blob: &LayerBlob, facts: &Facts) -> bool {
+    let vouched = facts.digest.is_none() || contents::promised(&facts.annotations).is_some();
+    // A file at hand is read whole; so is what its server does not give in parts.
+    vouched && matches!(&blob.place, Place::Http(http) if http.ranges)
+}
+
+/// Brings the layer's table of contents as an index, if it has one that can be believed as far as the layer itself.
+pub(super) fn fetch(
+    blob: &LayerBlob,
+    coding: Coding,
+    facts: &Facts,
+    patience: &Patience,
+) -> Option<(Vec<u8>, IndexOrigin)> {
+    if coding == Coding::Plain || !may_be_used(blob, facts) {
+        return None;
+    }
+    let mut reader = Reader {
+        blob,
+        patience,
+        reads: 0,
+        bytes: 0,
+    };
+    match index(&mut reader, facts) {
+        Ok(index) => index.map(|index| {
+            let (reads, bytes) = (reader.reads, reader.bytes);
+            (index, IndexOrigin::Contents { reads, bytes })
+        }),
+        Err(why) => {
+            log::warn!("{}: {why}", blob.source);
+            None
+        }
+    }
+}
+
+/// What the registry or server was asked for.
+struct Reader<'b> {
+    blob: &'b LayerBlob,
+    patience: &'b Patience,
+    reads: u64,
+    bytes: u64,
+}
+
+impl Reader<'_> {
+    fn read(&mut self, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
+        self.reads += 1;
+        self.bytes += range.end.saturating_sub(range.start);
+        source::read_range(self.blob, range, self.patience)
+    }
+}
+
+/// Why a table cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum Unusable {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Layer(#[from] crate::layer::LayerError),
+    #[error(transparent)]
+    Index(#[from] crate::index::IndexError),
+    #[error("the manifest promises a table of contents, and the layer has none")]
+    Missing,
+    #[error("the layer's table of contents does not have the digests of all files")]
+    Incomplete,
+}
+
+fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
+    let len = reader.blob.len;
+    let promised = contents::promised(&facts.annotations).is_some();
+    let (place, end) = if let Some(place) = contents::Place::of_annotations(&facts.annotations, len) {
+        (place, None)
+    } else {
+        let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
+        let start = len - guess.max(TAIL).min(len);
+        let end = reader.read(start..len)?;
+        match contents::Place::of_tail(&end, len) {
+            Some(place) => (place, Some((start, end))),
+            None if promised => return Err(Unusable::Missing),
+            None => return Ok(None),
+        }
+    };
+    let stored = match &end {
+        // What of it came with the end, and what lies before that.
+        Some((start, end)) => {
+            let from = place.blob.start.max(*start).min(place.blob.end);
+            let here = place_in(end, from - start, place.blob.end - start);
+            if place.blob.start < *start {
+                let mut all = reader.read(place.blob.start..from)?;
+                all.extend_from_slice(here);
+                Cow::Owned(all)
+            } else {
+                Cow::Borrowed(here)
+            }
+        }
+        None => Cow::Owned(reader.read(place.blob.clone())?),
+    };
+    let contents = place.open(&stored, len, &facts.annotations)?;
+    if facts.digest.is_some() && !(contents.is_vouched() && contents.are_digests_complete()) {
+        return Err(Unusable::Incomplete);
+    }
+    let mut builder = IndexBuilder::new();
+    builder.identity(LayerIdentity {
+        blob_digest: facts.digest.clone(),
+        diff_id: facts.diff_id.clone(),
+        ..LayerIdentity::default()
+    });
+    Ok(Some(contents.into_index(builder)?))
+}
+
+/// Bytes `from` to `to` of `bytes`, as far as there are so many.
+fn place_in(bytes: &[u8], from: u64, to: u64) -> &[u8] {
+    let bound = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len());
+    bytes.get(bound(from)..bound(to)).unwrap_or_default()
+}

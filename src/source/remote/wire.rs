@@ -1,0 +1,236 @@
+//! The connection to the server: what is asked for, and what comes how fast. In: positions that explorers want, each going only
+//! forward. Out: their bytes, by answers that are read on or asked anew, whichever takes less time.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::{BLOCK, Tap, len_u64};
+use crate::index::TAR_BLOCK;
+use crate::source::SourceError;
+use crate::source::http::{Body, Failure, HttpBlob, Requests, Tries};
+use crate::units::TarOffset;
+
+/// The shortest and the longest range asked for at once, and the first.
+const SHORTEST: u64 = 4 << 10;
+const LONGEST: u64 = 8 << 20;
+pub(super) const FIRST: u64 = 64 << 10;
+/// What dropping an answer costs, in round trips: a new connection, TLS, and finding its speed again.
+const RECONNECT: f64 = 3.0;
+
+/// The connection to the server as all readers share it.
+pub(super) struct Wire<'a> {
+    pub(super) blob: &'a HttpBlob,
+    pub(super) requests: Requests,
+    pub(super) tap: RefCell<Option<&'a mut (dyn Tap + 'a)>>,
+    pub(super) asked: Cell<u64>,
+    pub(super) got: Cell<u64>,
+    pub(super) link: Link,
+}
+
+impl Wire<'_> {
+    pub(super) async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
+        self.counted(self.requests.range(self.blob, at, len)).await
+    }
+
+    pub(super) async fn whole(&self) -> Result<Body, Failure> {
+        self.counted(self.requests.whole(self.blob)).await
+    }
+
+    async fn counted(&self, request: impl Future<Output = Result<Body, Failure>>) -> Result<Body, Failure> {
+        self.asked.set(self.asked.get() + 1);
+        let asked = Instant::now();
+        let body = request.await?;
+        self.link.answered(asked.elapsed());
+        Ok(body)
+    }
+
+    /// The next piece of an answer, counted and shown to the tap.
+    pub(super) async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, Failure> {
+        let piece = body.next().await?;
+        if let Some((at, bytes)) = &piece {
+            self.got.set(self.got.get() + len_u64(bytes));
+            self.link.delivered(bytes);
+            if let Some(tap) = self.tap.borrow_mut().as_mut() {
+                tap.bytes(TarOffset(*at), bytes);
+            }
+        }
+        Ok(piece)
+    }
+}
+
+/// The link as measured by all readers together: how long an answer takes to begin when nothing else is in its way, how many
+/// bytes a second come at best, and how many readers share them.
+pub(super) struct Link {
+    round_trip: Cell<f64>,
+    capacity: Cell<f64>,
+    pub(super) readers: Cell<u32>,
+    since: Cell<Instant>,
+    bytes: Cell<u64>,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        // Guesses for the first requests: 50 ms, 100 Mbit/s.
+        Self {
+            round_trip: Cell::new(0.05),
+            capacity: Cell::new(12.5e6),
+            readers: Cell::new(0),
+            since: Cell::new(Instant::now()),
+            bytes: Cell::new(0),
+        }
+    }
+}
+
+impl Link {
+    /// Bytes are counted over this time for one measurement.
+    const SPAN: Duration = Duration::from_millis(50);
+    /// What a measurement keeps of its worth until the next one: links change, and not every span is full.
+    const FADE: f64 = 0.97;
+    /// What a request costs at least, in seconds: on the shortest way it still is work for both sides.
+    const LEAST: f64 = 0.001;
+
+    /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
+    fn answered(&self, after: Duration) {
+        self.round_trip
+            .set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
+    }
+
+    fn delivered(&self, bytes: &[u8]) {
+        self.bytes.set(self.bytes.get() + len_u64(bytes));
+        let took = self.since.get().elapsed();
+        if took >= Self::SPAN {
+            let bytes = u32::try_from(self.bytes.replace(0)).unwrap_or(u32::MAX);
+            let measured = f64::from(bytes) / took.as_secs_f64();
+            self.capacity.set((self.capacity.get() * Self::FADE).max(measured));
+            self.since.set(Instant::now());
+        }
+    }
+
+    /// The bytes that come to one reader in the time of so many round trips.
+    fn bytes_in(&self, round_trips: f64) -> u64 {
+        let share = self.capacity.get() / f64::from(self.readers.get().max(1));
+        // Bounded on both sides, so counting nanoseconds for bytes is exact enough and never out of range.
+        let bounded = (share * self.round_trip.get().max(Self::LEAST) * round_trips).clamp(0.0, f64::from(1_u32 << 30));
+        Duration::from_secs_f64(bounded / 1e9)
+            .as_nanos()
+            .try_into()
+            .unwrap_or(u64::MAX)
+    }
+}
+
+/// Reads the layer at positions that only go forward, deciding what to ask for.
+pub(super) struct Reader<'w, 'a> {
+    pub(super) wire: &'w Wire<'a>,
+    body: Option<Body>,
+    /// Bytes that came and were not taken yet, and where they lie.
+    held: (u64, Bytes),
+    window: u64,
+    /// What was read since the last jump: where it led to, and the last block since.
+    run_start: u64,
+    run_end: u64,
+    mean_run: u64,
+}
+
+impl<'w, 'a> Reader<'w, 'a> {
+    pub(super) fn new(wire: &'w Wire<'a>) -> Self {
+        let held = (0, Bytes::new());
+        Self {
+            wire,
+            body: None,
+            held,
+            window: FIRST,
+            run_start: 0,
+            run_end: 0,
+            mean_run: FIRST,
+        }
+    }
+
+    /// The end of the bytes that are here.
+    fn held_end(&self) -> u64 {
+        self.held.0 + len_u64(&self.held.1)
+    }
+
+    /// Whether bytes at `at` are here without waiting.
+    pub(super) fn has(&self, at: u64) -> bool {
+        at >= self.held.0 && at < self.held_end()
+    }
+
+    /// Bytes from exactly `at` on: at least one, as many as came together.
+    pub(super) async fn read(&mut self, at: u64) -> Result<Bytes, SourceError> {
+        let mut tries = Tries::default();
+        loop {
+            if self.has(at) {
+                let skip = usize::try_from(at - self.held.0).unwrap_or(usize::MAX);
+                self.run_end = at + TAR_BLOCK;
+                return Ok(self.held.1.slice(skip..));
+            }
+            let failure = match self.advance(at).await {
+                Ok(()) => {
+                    tries.succeeded();
+                    continue;
+                }
+                Err(failure) => failure,
+            };
+            self.body = None;
+            tries.failed(failure, &self.wire.requests.patience).await?;
+        }
+    }
+
+    /// Like [`read`](Self::read), but a whole block at least, unless the layer ends before.
+    pub(super) async fn read_block(&mut self, at: u64) -> Result<Bytes, SourceError> {
+        let mut bytes = self.read(at).await?;
+        while bytes.len() < BLOCK && at + len_u64(&bytes) < self.wire.blob.len {
+            let mut joined = bytes.to_vec();
+            joined.extend_from_slice(&self.read(at + len_u64(&bytes)).await?);
+            self.held = (at, joined.into());
+            bytes = self.held.1.clone();
+        }
+        Ok(bytes)
+    }
+
+    /// One step towards `at`: the next piece of the open answer, or a new answer.
+    async fn advance(&mut self, at: u64) -> Result<(), Failure> {
+        let reconnect = self.wire.link.bytes_in(RECONNECT);
+        let useful = self.body.as_ref().is_some_and(|body| {
+            // What has to be passed over before the answer is of use, or is at its end and its connection free again.
+            let useless = body.end.min(at).saturating_sub(body.at);
+            body.at <= at && body.at < body.end && useless <= reconnect
+        });
+        if useful {
+            if let Some(body) = &mut self.body {
+                if let Some(piece) = self.wire.piece(body).await? {
+                    self.held = piece;
+                }
+                if body.at == body.end {
+                    // Reading its end as well frees the connection for the next request.
+                    self.wire.piece(body).await?;
+                    self.body = None;
+                }
+            }
+            return Ok(());
+        }
+        self.body = None;
+        self.choose_window(at);
+        self.body = Some(self.wire.range(at, self.window).await?);
+        Ok(())
+    }
+
+    /// How much to ask for at `at`: twice as much as before while reading on, after a jump as much as was read between jumps
+    /// before; never more than a few round trips' worth, because the rest may have to be thrown away.
+    fn choose_window(&mut self, at: u64) {
+        let longest = self.wire.link.bytes_in(RECONNECT).clamp(SHORTEST, LONGEST);
+        if self.run_end == 0 {
+            self.run_start = at;
+            self.window = FIRST.min(longest);
+        } else if at.saturating_sub(self.run_end) <= self.wire.link.bytes_in(1.0) {
+            self.window = self.window.saturating_mul(2).min(longest);
+        } else {
+            self.mean_run = (self.mean_run * 3 + self.run_end.saturating_sub(self.run_start)) / 4;
+            self.run_start = at;
+            self.window = self.mean_run.clamp(SHORTEST, longest);
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! `fetch_all`: while nobody reads, everything comes; then no server is needed, and a layer that is not what it has to be is
+//! found out.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+use tarblk::bench::origin::{Fault, Origin};
+use tarblk::fetch::store::Store;
+use tarblk::fetch::{
+    Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, HttpLayer, LayerRange, LayerSource, WholeDigests,
+    Windows,
+};
+use tarblk::layer::{Coding, Indexer};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+const SIZE: usize = 6_000_321;
+
+fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+/// Lines with random numbers: compresses to about a half.
+fn content() -> Vec<u8> {
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    let mut bytes = Vec::with_capacity(SIZE + 64);
+    while bytes.len() < SIZE {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        writeln!(bytes, "a line that comes often, with {state}").unwrap();
+    }
+    bytes.truncate(SIZE);
+    bytes
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("gzip")
+        .arg("-6n")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = bytes.to_vec();
+    let feeder = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    feeder.join().unwrap().unwrap();
+    output.stdout
+}
+
+/// What a fetcher is told of the blob that the origin has.
+fn source(origin: &Origin, blob: &[u8], whole: WholeDigests, coding: Option<Coded>) -> LayerSource {
+    let http = HttpLayer {
+        url: origin.url("/blob"),
+        size: u(blob.len()),
+        validator: None,
+        headers: Vec::new(),
+        access: None,
+    };
+    LayerSource {
+        coding,
+        whole,
+        identity: Some("sha256:test".to_owned()),
+        ..Blob::Http(http).into()
+    }
+}
+
+fn start(layer: LayerSource, store: &Path) -> Fetcher {
+    let options = FetchOptions {
+        memory_bytes: 1 << 20,
+        connect_deadline: Duration::from_millis(500),
+        head_deadline: Duration::from_millis(500),
+        fetch_all: true,
+        store: Some(Store::open(store).unwrap()),
+        ..FetchOptions::default()
+    };
+    Fetcher::start(vec![layer], options, None).unwrap()
+}
+
+fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
+    let range = TarRange::new(TarOffset(u(start)), u(len));
+    let asked = LayerRange {
+        layer: LayerId(0),
+        range,
+    };
+    let slices = fetcher.read_blocking(vec![asked])?;
+    Ok(slices.iter().flat_map(|slice| slice.to_vec()).collect())
+}
+
+/// Waits until `is_so`, for a minute at most.
+fn wait_until(fetcher: &Fetcher, what: &str, is_so: impl Fn(&FetchStats) -> bool) -> FetchStats {
+    let began = Instant::now();
+    loop {
+        let stats = fetcher.stats();
+        if is_so(&stats) {
+            return stats;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{what}: {stats:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn all_held(stats: &FetchStats) -> bool {
+    stats.bytes_held == stats.bytes_layers
+}
+
+#[test]
+fn in_the_end_no_server_is_needed() {
+    let tar = content();
+    let zipped = gzip(&tar);
+    let mut indexer = Indexer::new(Coding::Gzip, 200_000);
+    indexer.feed(&zipped, &mut |_| {}).unwrap();
+    let spans = indexer.finish().unwrap();
+    let coded = Coded {
+        table: spans.table,
+        windows: Windows::Memory(Arc::new(spans.windows)),
+    };
+    for (blob, coding) in [(&tar, None), (&zipped, Some(coded))] {
+        let dir = tempfile::tempdir().unwrap();
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", blob.as_slice());
+        let whole = WholeDigests {
+            blob: Some(sha256(blob)),
+            tar: Some(sha256(&tar)),
+        };
+        let fetcher = start(source(&origin, blob, whole, coding.clone()), dir.path());
+        // Somebody reads meanwhile.
+        assert!(read(&fetcher, 1_000_000, 300_000).unwrap() == tar[1_000_000..1_300_000]);
+        let stats = wait_until(&fetcher, "not everything has come", all_held);
+        assert_eq!(stats.bytes_layers, u(SIZE));
+        assert!(stats.bytes_filled > u(SIZE / 2), "{stats:?}");
+        // Nothing came twice but what lies around the places where decoding begins.
+        assert!(stats.bytes_fetched < u(blob.len() * 5 / 4), "{stats:?}");
+        origin.remove("/blob");
+        origin.drop_connections();
+        let asked = fetcher.stats().requests;
+        assert!(read(&fetcher, 0, SIZE).unwrap() == tar);
+        fetcher.shutdown();
+        assert_eq!(fetcher.stats().requests, asked);
+        drop(fetcher);
+        // Nor by the next.
+        let fetcher = start(source(&origin, blob, whole, coding), dir.path());
+        assert!(read(&fetcher, 0, SIZE).unwrap() == tar);
+        assert_eq!(fetcher.stats().requests, 0);
+    }
+}
+
+#[test]
+fn a_plain_layer_that_nobody_vouched_for_is_found_out() {
+    let tar = content();
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start().unwrap();
+    let mut other = tar.clone();
+    other[SIZE - 10] ^= 1;
+    origin.serve_blob("/blob", other);
+    let whole = WholeDigests {
+        blob: Some(sha256(&tar)),
+        tar: Some(sha256(&tar)),
+    };
+    let fetcher = start(source(&origin, &tar, whole, None), dir.path());
+    let stats = wait_until(&fetcher, "nobody noticed", |stats| stats.layers_poisoned > 0);
+    assert_eq!(stats.read_errors, 0, "{stats:?}");
+    let error = read(&fetcher, 0, 4096).unwrap_err();
+    assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+    fetcher.shutdown();
+    let kept: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert!(kept.is_empty(), "{kept:?}");
+}
+
+#[test]
+fn a_server_that_is_away_is_left_in_peace() {
+    let tar = content();
+    let dir = tempfile::tempdir().unwrap();
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/blob", tar.as_slice());
+    origin.set_faults(|_| vec![Fault::Status(503, None)]);
+    let fetcher = start(source(&origin, &tar, WholeDigests::default(), None), dir.path());
+    wait_until(&fetcher, "nothing was asked", |stats| stats.requests > 0);
+    std::thread::sleep(Duration::from_millis(2500));
+    // One at once, one after a second, one after three: whatever the machine is busy with, there are never more.
+    let stats = fetcher.stats();
+    assert!(stats.requests <= 3, "{stats:?}");
+    origin.clear_faults();
+    wait_until(&fetcher, "it is not asked again", all_held);
+    assert!(read(&fetcher, 0, SIZE).unwrap() == tar);
+}

@@ -1,0 +1,319 @@
+//! The fetcher on layers that are checked piece by piece, as tables of contents have them: the pieces' bytes and nothing else,
+//! whatever the server does and whatever the store holds.
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::chunked::{self, Chunked, noise};
+use tarblk::bench::origin::{Fault, Origin, at_random};
+use tarblk::fetch::store::Store;
+use tarblk::fetch::{
+    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Windows,
+};
+use tarblk::index::{Index, IndexBuilder, PieceDigests};
+use tarblk::layer::contents::Place;
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+fn s(n: u64) -> usize {
+    usize::try_from(n).unwrap()
+}
+
+/// A layer, its tar space, and its pieces.
+struct Made {
+    layer: Chunked,
+    coded: Coded,
+    pieces: PieceDigests,
+    space: Arc<Vec<u8>>,
+}
+
+/// Files of every size, in pieces of every length: shorter than a chunk, longer, many in one, one in many.
+fn made() -> Made {
+    let mut seed = 7_u64;
+    let mut below = |most: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        s((seed >> 33) % most)
+    };
+    let files: Vec<(String, Vec<Vec<u8>>)> = (0..150)
+        .map(|number| {
+            let most = [700, 5000, 40_000, 300_000][below(4)];
+            let pieces = (0..1 + below(3))
+                .map(|piece| noise(u(1000 * number + piece), 1 + below(most)))
+                .collect();
+            (format!("file-{number}"), pieces)
+        })
+        .collect();
+    let layer = chunked::layer(&files, |_| {});
+    let len = u(layer.blob.len());
+    let place = Place::of_annotations(&layer.annotations, len).unwrap();
+    let stored = &layer.blob[s(place.blob.start)..s(place.blob.end)];
+    let contents = place.open(stored, len, &layer.annotations).unwrap();
+    assert!(contents.is_vouched() && contents.are_digests_complete());
+    let index = Index::open(contents.into_index(IndexBuilder::new()).unwrap()).unwrap();
+    let pieces = index.piece_digests().unwrap().clone();
+    let mut space = vec![0; s(index.tar_len())];
+    for (n, piece) in files.iter().flat_map(|(_, pieces)| pieces).enumerate() {
+        let range = pieces.range(n);
+        space[s(range.start.0)..s(range.end().0)].copy_from_slice(piece);
+    }
+    Made {
+        layer,
+        coded: Coded {
+            table: index.spans().unwrap().clone(),
+            windows: Windows::None,
+        },
+        pieces,
+        space: Arc::new(space),
+    }
+}
+
+impl Made {
+    fn served(&self) -> Origin {
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", self.layer.blob.as_slice());
+        origin
+    }
+
+    fn start(&self, origin: &Origin, store: Option<&Path>) -> Fetcher {
+        let http = HttpLayer {
+            url: origin.url("/blob"),
+            size: u(self.layer.blob.len()),
+            validator: None,
+            headers: Vec::new(),
+            access: None,
+        };
+        let layer = LayerSource {
+            coding: Some(self.coded.clone()),
+            digests: Some(Check::Pieces(self.pieces.clone())),
+            identity: Some("sha256:test and its contents".to_owned()),
+            ..Blob::Http(http).into()
+        };
+        let options = FetchOptions {
+            connect_deadline: Duration::from_millis(500),
+            head_deadline: Duration::from_millis(500),
+            stall_deadline: Duration::from_millis(500),
+            slowest_body: 16 << 10,
+            deadline: Duration::from_secs(60),
+            memory_bytes: 1 << 20,
+            prefetch: false,
+            store: store.map(|dir| Store::open(dir).unwrap()),
+            ..FetchOptions::default()
+        };
+        Fetcher::start(vec![layer], options, None).unwrap()
+    }
+}
+
+fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
+    let range = LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(u(start)), u(len)),
+    };
+    let joined = |slices: &[Slice]| slices.iter().flat_map(|slice| slice.to_vec()).collect();
+    Ok(match fetcher.locate(range) {
+        Located::Memory(slices) => joined(&slices),
+        Located::File(fd, at) => {
+            let mut bytes = vec![0; len];
+            let file = File::open(PathBuf::from(format!("/proc/self/fd/{fd}"))).unwrap();
+            file.read_exact_at(&mut bytes, at).unwrap();
+            bytes
+        }
+        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range])?),
+    })
+}
+
+/// Four readers at random places.
+fn hammer(fetcher: &Fetcher, space: &Arc<Vec<u8>>, reads: usize) {
+    let readers: Vec<_> = (0..4u64)
+        .map(|seed| {
+            let (fetcher, space) = (fetcher.clone(), space.clone());
+            std::thread::spawn(move || {
+                let mut state = seed * 77 + 1;
+                let mut random = |below: usize| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    s(state >> 33) % below
+                };
+                for _ in 0..reads {
+                    let start = random(space.len());
+                    let len = (1 + random(150_000)).min(space.len() - start);
+                    let bytes = read(&fetcher, start, len).unwrap();
+                    assert!(bytes == space[start..start + len], "wrong bytes at {start}+{len}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.join().unwrap();
+    }
+}
+
+#[test]
+fn a_failing_server_costs_time_and_no_bytes() {
+    let made = made();
+    let origin = made.served();
+    let menu = vec![
+        Fault::ResetWithin(10_000),
+        Fault::ShortBody(3000),
+        Fault::LongBody(4096),
+        Fault::Status(500, None),
+        Fault::WrongRange(512),
+        Fault::ShortRange(512),
+        Fault::Delay(Duration::from_millis(20)),
+    ];
+    origin.set_faults(at_random(11, 350, menu));
+    let dir = tempfile::tempdir().unwrap();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    hammer(&fetcher, &made.space, 20);
+    let stats = fetcher.stats();
+    assert_eq!(
+        (stats.read_errors, stats.in_flight, stats.layers_poisoned),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+    assert!(stats.retries > 0 && stats.chunks_checked > 0, "{stats:?}");
+    fetcher.shutdown();
+    drop(fetcher);
+    origin.clear_faults();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    hammer(&fetcher, &made.space, 20);
+    let stats = fetcher.stats();
+    assert_eq!((stats.read_errors, stats.chunks_wrong), (0, 0), "{stats:?}");
+}
+
+#[test]
+fn a_server_without_ranges_is_streamed() {
+    let made = made();
+    let origin = made.served();
+    origin.set_ranges(false);
+    let fetcher = made.start(&origin, None);
+    hammer(&fetcher, &made.space, 10);
+    assert_eq!(fetcher.stats().chunks_wrong, 0);
+}
+
+/// Where in the blob the content of piece `n` lies, somewhere inside.
+fn inside(made: &Made, n: usize) -> usize {
+    let span = made
+        .coded
+        .table
+        .span(made.coded.table.span_at(made.pieces.range(n).start));
+    s(span.blob.start) + s(made.pieces.range(n).len) / 2 + 12
+}
+
+#[test]
+fn a_flipped_byte_is_never_served() {
+    for streamed in [false, true] {
+        let made = made();
+        // A long one, so that chunks come out before its end does.
+        let victim = (0..made.pieces.len())
+            .max_by_key(|n| made.pieces.range(*n).len)
+            .unwrap();
+        let mut damaged = made.layer.blob.clone();
+        damaged[inside(&made, victim)] ^= 1;
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", damaged);
+        origin.set_ranges(!streamed);
+        let dir = tempfile::tempdir().unwrap();
+        let fetcher = made.start(&origin, Some(dir.path()));
+        let wrong = made.pieces.range(victim);
+        let mut failed = 0;
+        for at in (0..made.space.len()).step_by(10_000) {
+            let len = 10_000.min(made.space.len() - at);
+            match read(&fetcher, at, len) {
+                Ok(bytes) => {
+                    assert!(bytes == made.space[at..at + len], "wrong bytes at {at}");
+                    assert!(
+                        u(at + len) <= wrong.start.0 || u(at) >= wrong.end().0,
+                        "{at} lies in what is wrong"
+                    );
+                }
+                Err(error) => {
+                    assert!(matches!(error, FetchError::Poisoned { .. }), "{streamed}: {error}");
+                    failed += 1;
+                }
+            }
+        }
+        assert!(failed > 0, "nobody noticed");
+        let stats = fetcher.stats();
+        assert!(stats.chunks_wrong >= 2 && stats.layers_poisoned == 1, "{stats:?}");
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().count(),
+            0,
+            "the store still has it"
+        );
+    }
+}
+
+#[test]
+fn what_one_process_kept_another_proves() {
+    let made = made();
+    let origin = made.served();
+    let dir = tempfile::tempdir().unwrap();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    assert!(read(&fetcher, 0, made.space.len()).unwrap() == *made.space);
+    fetcher.shutdown();
+    drop((fetcher, origin));
+    // There is nothing to ask any more.
+    let origin = Origin::start().unwrap();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    hammer(&fetcher, &made.space, 10);
+    let stats = fetcher.stats();
+    assert_eq!((stats.bytes_fetched, stats.read_errors), (0, 0), "{stats:?}");
+    fetcher.shutdown();
+    drop(fetcher);
+    // Somebody meddles with what is kept: it is noticed, and fetched again.
+    let mut files = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let data = files
+        .find(|path| path.extension().is_some_and(|kind| kind == "data"))
+        .unwrap();
+    let victim = made.pieces.len() / 2;
+    let file = File::options().write(true).open(data).unwrap();
+    let at = made.pieces.range(victim).start.0;
+    let other = !made.space[s(at)];
+    file.write_all_at(&[other], at).unwrap();
+    let origin = made.served();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    assert!(
+        read(&fetcher, 0, made.space.len()).unwrap() == *made.space,
+        "a forged piece was believed"
+    );
+    let stats = fetcher.stats();
+    assert!(stats.chunks_wrong >= 1 && stats.layers_poisoned == 0, "{stats:?}");
+    assert!(
+        stats.bytes_fetched > 0 && stats.bytes_fetched < u(made.layer.blob.len()) / 4,
+        "{stats:?}"
+    );
+}
+
+#[test]
+fn what_was_read_here_and_there_is_not_fetched_again() {
+    let made = made();
+    let origin = made.served();
+    let dir = tempfile::tempdir().unwrap();
+    let places: Vec<usize> = (0..10).map(|n| n * made.space.len() / 10 + 5000).collect();
+    let look = |fetcher: &Fetcher| {
+        for at in &places {
+            assert!(read(fetcher, *at, 50_000).unwrap() == made.space[*at..at + 50_000]);
+        }
+    };
+    let fetcher = made.start(&origin, Some(dir.path()));
+    look(&fetcher);
+    fetcher.shutdown();
+    let fetched = fetcher.stats().bytes_fetched;
+    drop((fetcher, origin));
+    // Chunks are proven by pieces that reach into others, of which not all has come.
+    let origin = made.served();
+    let fetcher = made.start(&origin, Some(dir.path()));
+    look(&fetcher);
+    let stats = fetcher.stats();
+    eprintln!("{fetched} bytes the first time, {} the second", stats.bytes_fetched);
+    assert_eq!((stats.bytes_fetched, stats.chunks_wrong), (0, 0), "{stats:?}");
+}
