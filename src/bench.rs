@@ -1,4 +1,4 @@
-//! The cold-start benchmark. In: a layer, a link and a command. Out: how long the command takes from nothing, here and by
+//! The cold-start benchmark. In: a layer or an image, a link and a command. Out: how long the command takes from nothing, here and by
 //! the usual ways, as figures and a report.
 //!
 //! Everything measured runs as processes of its own: tarblk as the command a person would type, tar, mount, chroot. Only the
@@ -7,18 +7,21 @@
 //! nothing may be left behind, whatever happens.
 
 mod child;
+mod image;
 pub mod origin;
 mod outcome;
 mod report;
 mod root;
 mod rows;
 mod stage;
+mod unpack;
 
 use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
 use crate::interrupt::{Interrupt, Interrupted};
+use crate::source::registry::LayoutName;
 use origin::Link;
 
 pub use outcome::{Machine, Outcome, Phase, RowOutcome, Run, Touched};
@@ -30,7 +33,7 @@ pub use rows::Row;
 pub struct BenchOptions {
     /// The `tarblk` to measure.
     pub program: PathBuf,
-    /// The layer.
+    /// The layer or image.
     pub source: BenchSource,
     /// The alternatives, each at most once, in the order of the results.
     pub rows: Vec<Row>,
@@ -54,6 +57,13 @@ pub enum BenchSource {
         /// The link.
         link: Link,
     },
+    /// An image in a layout, served as a registry serves it, over a simulated link.
+    Image {
+        /// The image.
+        layout: LayoutName,
+        /// The link.
+        link: Link,
+    },
     /// A tar on a server, over whatever link there is.
     Url {
         /// The tar.
@@ -61,6 +71,16 @@ pub enum BenchSource {
         /// Its index, as a path or a URL; made before the clock starts when not given.
         index: Option<String>,
     },
+}
+
+impl BenchSource {
+    /// The simulated link, if there is one.
+    const fn link(&self) -> Option<Link> {
+        match self {
+            Self::Local { link, .. } | Self::Image { link, .. } => Some(*link),
+            Self::Url { .. } => None,
+        }
+    }
 }
 
 /// Told what is going on, for a person who waits.

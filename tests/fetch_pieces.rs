@@ -45,7 +45,7 @@ fn made() -> Made {
     let files: Vec<(String, Vec<Vec<u8>>)> = (0..150)
         .map(|number| {
             let most = [700, 5000, 40_000, 300_000][below(4)];
-            let pieces = (0..1 + below(3))
+            let pieces = (0..=below(3))
                 .map(|piece| noise(u(1000 * number + piece), 1 + below(most)))
                 .collect();
             (format!("file-{number}"), pieces)
@@ -307,13 +307,13 @@ fn what_was_read_here_and_there_is_not_fetched_again() {
     let fetcher = made.start(&origin, Some(dir.path()));
     look(&fetcher);
     fetcher.shutdown();
-    let fetched = fetcher.stats().bytes_fetched;
+    let at_first = fetcher.stats().bytes_fetched;
     drop((fetcher, origin));
     // Chunks are proven by pieces that reach into others, of which not all has come.
     let origin = made.served();
     let fetcher = made.start(&origin, Some(dir.path()));
     look(&fetcher);
     let stats = fetcher.stats();
-    eprintln!("{fetched} bytes the first time, {} the second", stats.bytes_fetched);
+    eprintln!("{at_first} bytes the first time, {} the second", stats.bytes_fetched);
     assert_eq!((stats.bytes_fetched, stats.chunks_wrong), (0, 0), "{stats:?}");
 }

@@ -7,7 +7,7 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,8 +17,10 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use common::corpus::{self, Archive};
+use common::images::{compare as compare_image, none, oci};
 use common::rawtar::{RawTar, noise};
 use common::session::{Session, device, is_mounted, leftovers};
+use common::unpacked::{self, Unpacked, umoci_unpack};
 use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};
 use tarblk::bench::origin::{Fault, Link, Origin, at_random};
 use tarblk::device::ublk;
@@ -66,10 +68,12 @@ fn in_guest(name: &str, seconds: u32, program: &Path, arguments: &[&OsStr]) {
     let mut command = tools_guest();
     command.args(["--timeout", &seconds.to_string(), "--memory", GUEST_MIB]);
     command.arg("--env").arg(format!("{INSIDE}={GUEST_DIR}"));
-    if let Some(layer) = std::env::var_os("TARBLK_TEST_LAYER") {
-        let mut variable = std::ffi::OsString::from("TARBLK_TEST_LAYER=");
-        variable.push(&layer);
-        command.arg("--env").arg(variable);
+    for name in ["TARBLK_TEST_LAYER", "TARBLK_TEST_IMAGES"] {
+        if let Some(value) = std::env::var_os(name) {
+            let mut variable = OsString::from(format!("{name}="));
+            variable.push(&value);
+            command.arg("--env").arg(variable);
+        }
     }
     let mut child = command
         .arg("--")
@@ -218,6 +222,131 @@ fn a_debian_root_filesystem_is_on_ublk_as_gnu_tar_extracts_it() {
         return skip(NAME, NO_LAYER);
     };
     on_ublk(NAME, 300, |dir| compare_all(dir, &[archive]));
+}
+
+// -------------------------------------------------------------------------------------------------------------- images
+
+/// Whole images that are small, by what their layers do to each other.
+const SMALL_IMAGES: [&str; 3] = ["many-layers", "types", "opaque-nested"];
+
+/// The layer of debian-python that is compared in every coding: small, with programs, libraries and links.
+const REAL_LAYER: usize = 4;
+
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn images_are_on_ublk_as_others_unpack_them() {
+    const NAME: &str = "images_are_on_ublk_as_others_unpack_them";
+    if std::env::var_os("TARBLK_TEST_IMAGES").is_none() {
+        return skip(
+            NAME,
+            "TARBLK_TEST_IMAGES names no images (tools/test-images makes them)",
+        );
+    }
+    let Some(images) = unpacked::images(NAME) else { return };
+    if let Some(why) = unpacked::no_unpacking() {
+        return skip(NAME, why);
+    }
+    on_ublk(NAME, 400, |dir| {
+        let work = tempfile::tempdir_in(dir).unwrap();
+        let mut session = Session::below(dir, "ublk");
+        let mut complaints = Vec::new();
+        let whiteouts = images.join("whiteouts");
+        let mut expected = None;
+        for tag in SMALL_IMAGES {
+            let unpacked = umoci_unpack(&whiteouts, tag, &work.path().join(tag));
+            let source = oci(&images, "whiteouts", tag);
+            complaints.extend(compare_image(&mut session, tag, &source, &[], &unpacked));
+            expected = Some(unpacked).filter(|_| tag == SMALL_IMAGES[0]).or(expected);
+        }
+        if have("docker-registry") && have("skopeo") {
+            let registry = DockerRegistry::start(dir);
+            let source = registry.hold(&whiteouts, SMALL_IMAGES[0]);
+            let found = compare_image(&mut session, "docker://", &source, &[], &expected.unwrap());
+            complaints.extend(found);
+        } else {
+            skip(&format!("{NAME}, registry"), "docker-registry or skopeo is missing");
+        }
+        // gzip and zstd hold the same tar; the makers of the others add names of their own to it.
+        for tags in [&["gzip", "zstd"][..], &["estargz"], &["zstdchunked"]] {
+            complaints.extend(compare_codings(dir, &images, tags));
+        }
+        none(&complaints);
+        assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+        drop(session);
+        assert_no_devices();
+    });
+}
+
+/// Mounts a layer of an image in several codings that hold the same tar, and compares it with GNU tar's extraction.
+fn compare_codings(dir: &Path, images: &Path, tags: &[&str]) -> Vec<String> {
+    let mut session = Session::below(dir, "ublk");
+    let layout = images.join("debian-python");
+    let blob = unpacked::blob(&layout, &unpacked::layers(&layout, tags[0])[REAL_LAYER - 1]);
+    let root = session.dir().join("layer");
+    gnu_tar_extract(&blob, &root);
+    let implied = unpacked::parents_without_entry(&blob);
+    let extracted = Unpacked { root, implied };
+    let options = ["--layer".into(), REAL_LAYER.to_string().into()];
+    let mut complaints = Vec::new();
+    for tag in tags {
+        let source = oci(images, "debian-python", tag);
+        complaints.extend(compare_image(&mut session, tag, &source, &options, &extracted));
+    }
+    fs::remove_dir_all(&extracted.root).unwrap();
+    assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+    complaints
+}
+
+/// Debian's registry, on loopback, empty.
+struct DockerRegistry {
+    process: Child,
+    address: std::net::SocketAddr,
+    dir: tempfile::TempDir,
+}
+
+impl DockerRegistry {
+    fn start(dir: &Path) -> Self {
+        let dir = tempfile::tempdir_in(dir).unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap();
+        drop(free);
+        let configuration = format!(
+            "version: 0.1\nlog: {{level: fatal}}\nstorage: {{filesystem: {{rootdirectory: '{}'}}}}\nhttp: {{addr: '{address}'}}\n",
+            dir.path().join("store").display()
+        );
+        let file = dir.path().join("registry.yml");
+        fs::write(&file, configuration).unwrap();
+        let process = Command::new("docker-registry")
+            .arg("serve")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let registry = Self { process, address, dir };
+        wait_until("an answer of docker-registry", || {
+            std::net::TcpStream::connect(address).is_ok()
+        });
+        registry
+    }
+
+    /// Puts an image of a layout into it; the image's name there.
+    fn hold(&self, layout: &Path, tag: &str) -> OsString {
+        let name = format!("docker://{}/image:{tag}", self.address);
+        let policy = self.dir.path().join("policy.json");
+        fs::write(&policy, r#"{"default": [{"type": "insecureAcceptAnything"}]}"#).unwrap();
+        let mut copy = Command::new("skopeo");
+        copy.arg("--policy").arg(policy);
+        copy.args(["copy", "--quiet", "--dest-tls-verify=false"]);
+        succeed(copy.arg(format!("oci:{}:{tag}", layout.display())).arg(&name));
+        name.into()
+    }
+}
+
+impl Drop for DockerRegistry {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------- over HTTP

@@ -62,7 +62,7 @@ fn layers_are_mounted_by_their_own_contents() {
         let before: Vec<_> = layers.iter().map(|digest| registry.sent(digest)).collect();
         complaints.extend(compare(&mut session, &image, &source, &options, &expected));
         let again: Vec<_> = layers.iter().map(|digest| registry.sent(digest)).collect();
-        eprintln!("{image}: {:?} bytes the first time, then {:?}", before, again);
+        eprintln!("{image}: {before:?} bytes the first time, then {again:?}");
         fs::remove_dir_all(work.path().join("unpacked")).unwrap();
         nothing_left(session);
     }
@@ -154,12 +154,10 @@ enum End {
     Unreadable,
 }
 
-#[test]
-fn contents_that_lie_are_never_served() {
-    const NAME: &str = "contents_that_lie_are_never_served";
-    if laboratory(NAME).is_none() {
-        return;
-    }
+/// A layer with these annotations, and what comes of it by `--index auto` and by `--index require`.
+type Lie = (&'static str, (Chunked, BTreeMap<String, String>), [End; 2]);
+
+fn lies() -> Vec<Lie> {
     let honest = chunked::layer(&files(), |_| {});
     let other = chunked::layer(&[("else".to_owned(), vec![noise(77, 5000)])], |_| {});
     let with = |key: &str, value: String| {
@@ -175,7 +173,7 @@ fn contents_that_lie_are_never_served() {
     let of = |annotations: BTreeMap<String, String>| (honest.clone(), annotations);
     let len = honest.blob.len();
     // What is not vouched for is not used, and what does not fit is not believed: then the whole layer is read.
-    let cases: Vec<(&str, (Chunked, BTreeMap<String, String>), [End; 2])> = vec![
+    vec![
         ("honest", of(honest.annotations.clone()), [End::Right, End::Right]),
         ("unvouched", of(BTreeMap::new()), [End::Right, End::Refused]),
         (
@@ -245,12 +243,20 @@ fn contents_that_lie_are_never_served() {
             made(&|entries| entries[1]["type"] = json!("what")),
             [End::Right, End::Refused],
         ),
-    ];
+    ]
+}
+
+#[test]
+fn contents_that_lie_are_never_served() {
+    const NAME: &str = "contents_that_lie_are_never_served";
+    if laboratory(NAME).is_none() {
+        return;
+    }
     let work = scratch("lies-");
     let Some(registry) = Registry::start(NAME, Access::Anonymous) else {
         return;
     };
-    for (number, (what, (layer, annotations), ends)) in cases.iter().enumerate() {
+    for (number, (what, (layer, annotations), ends)) in lies().iter().enumerate() {
         let tag = format!("case-{number}");
         put(work.path(), &tag, layer, annotations);
         registry.push(work.path(), &format!("made:{tag}"));

@@ -39,12 +39,26 @@ const MAX_HEAD: u64 = 32 * 1024;
 /// How far apart the points of [`Log::timeline`] are at least.
 const TIMELINE_STEP: Duration = Duration::from_millis(1);
 
+/// The media type of bytes that nothing else is said of.
+const OCTETS: &str = "application/octet-stream";
+
 /// What a path serves.
 #[derive(Clone, Debug)]
 enum Content {
-    Blob { bytes: Arc<[u8]>, etag: String },
-    File { file: Arc<File>, len: u64, etag: String },
-    Redirect { to: String, valid: Duration },
+    Blob {
+        bytes: Arc<[u8]>,
+        etag: String,
+        kind: String,
+    },
+    File {
+        file: Arc<File>,
+        len: u64,
+        etag: String,
+    },
+    Redirect {
+        to: String,
+        valid: Duration,
+    },
 }
 
 /// A request as a [`FaultScript`] sees it.
@@ -271,9 +285,15 @@ impl Origin {
 
     /// Serves bytes from memory under `path`.
     pub fn serve_blob(&self, path: &str, bytes: impl Into<Arc<[u8]>>) {
+        self.serve_typed(path, OCTETS, bytes);
+    }
+
+    /// Serves bytes from memory under `path` as content of the media type `kind`.
+    pub fn serve_typed(&self, path: &str, kind: &str, bytes: impl Into<Arc<[u8]>>) {
         let bytes = bytes.into();
         let etag = format!("\"{:08x}-{:x}\"", crc32c::crc32c(&bytes), bytes.len());
-        self.put(path, Content::Blob { bytes, etag });
+        let kind = kind.into();
+        self.put(path, Content::Blob { bytes, etag, kind });
     }
 
     /// Answers `path` with a 307 to `to?token=…`; from now on `to` is served only to a token younger than `valid`, to others

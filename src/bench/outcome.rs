@@ -9,6 +9,7 @@ use super::BenchSource;
 use super::rows::{Row, Traffic};
 use super::stage::Stage;
 use crate::quantity::{show_count, show_rate, show_size, show_time};
+use crate::source::registry::ImageName;
 
 /// A part of a run's time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -139,10 +140,12 @@ pub struct Machine {
 /// All results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
-    /// The layer, as it was named.
+    /// The layer or image, as it was named.
     pub source: String,
-    /// Its length in bytes; 0 where it was not asked.
+    /// The length of its blobs in bytes; 0 where it was not asked.
     pub layer_bytes: u64,
+    /// How many layers an image has; none of a layer alone.
+    pub layers: Option<usize>,
     /// The command, joined for reading.
     pub command: String,
     /// The simulated link's round trip; none with a URL.
@@ -164,9 +167,15 @@ pub struct Outcome {
 
 impl Outcome {
     pub(super) fn new(stage: &Stage<'_>, rows: Vec<RowOutcome>, touched: Touched, mut local: Vec<Duration>) -> Self {
-        let (source, link) = match &stage.options.source {
-            BenchSource::Local { path, link } => (path.display().to_string(), Some(*link)),
-            BenchSource::Url { url, .. } => (url.clone(), None),
+        let source = match &stage.options.source {
+            BenchSource::Local { path, .. } => path.display().to_string(),
+            BenchSource::Image { layout, .. } => ImageName::Layout(layout.clone()).to_string(),
+            BenchSource::Url { url, .. } => url.clone(),
+        };
+        let link = stage.options.source.link();
+        let layers = match &stage.options.source {
+            BenchSource::Image { .. } => Some(stage.layers.len()),
+            _ => None,
         };
         local.sort();
         let local = local.get(local.len() / 2).copied().unwrap_or_default();
@@ -185,6 +194,7 @@ impl Outcome {
         Self {
             source,
             layer_bytes: stage.layer_bytes,
+            layers,
             command: words.join(" "),
             rtt_seconds: link.map(|link| link.rtt.as_secs_f64()),
             rate_bytes_per_second: link.and_then(|link| link.rate),
@@ -198,6 +208,21 @@ impl Outcome {
                 backend: stage.backend.clone(),
                 version: env!("CARGO_PKG_VERSION"),
             },
+        }
+    }
+
+    /// What was measured, in a word.
+    pub(super) const fn kind(&self) -> &'static str {
+        if self.layers.is_some() { "image" } else { "layer" }
+    }
+
+    /// Its size in words.
+    pub(super) fn size(&self) -> String {
+        let size = show_size(self.layer_bytes);
+        match self.layers {
+            None => size,
+            Some(1) => format!("{size}, 1 layer"),
+            Some(layers) => format!("{size}, {layers} layers"),
         }
     }
 
@@ -231,13 +256,7 @@ pub(super) fn show_seconds(seconds: f64) -> String {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let runs = self.rows.first().map_or(0, |row| row.runs.len());
-        writeln!(
-            f,
-            "{} in {} ({})",
-            self.command,
-            self.source,
-            show_size(self.layer_bytes)
-        )?;
+        writeln!(f, "{} in {} ({})", self.command, self.source, self.size())?;
         writeln!(
             f,
             "link: {}; {runs} runs each, cold; tarblk on {}",
@@ -286,8 +305,9 @@ impl fmt::Display for Outcome {
         writeln!(f)?;
         writeln!(
             f,
-            "The command touches {} of the layer, in {} reads with the kernel's read-ahead off; with everything in memory it",
+            "The command touches {} of the {}, in {} reads with the kernel's read-ahead off; with everything in memory it",
             show_size(self.touched.bytes),
+            self.kind(),
             show_count(self.touched.reads),
         )?;
         writeln!(
@@ -344,6 +364,7 @@ pub(super) mod tests {
         Outcome {
             source: "debian.tar".into(),
             layer_bytes: 286_543_360,
+            layers: None,
             command: "python3 -c 'import numpy'".into(),
             rtt_seconds: Some(0.02),
             rate_bytes_per_second: Some(25_000_000),
@@ -387,6 +408,17 @@ floor                          838 ms                    16.8 MiB
 The command touches 16.8 MiB of the layer, in 551 reads with the kernel's read-ahead off; with everything in memory it
 takes 90.0 ms. The floor is the touched bytes over the link's rate, two round trips, and that.
 "
+        );
+    }
+
+    #[test]
+    fn an_image_is_told_from_a_layer() {
+        let mut outcome = example();
+        outcome.layers = Some(4);
+        let text = outcome.to_string();
+        assert!(
+            text.contains("(273 MiB, 4 layers)\n") && text.contains("of the image, in 551 reads"),
+            "{text}"
         );
     }
 

@@ -76,12 +76,13 @@ pub fn html(outcome: &Outcome) -> String {
 fn setting(outcome: &Outcome) -> String {
     let machine = &outcome.machine;
     let size = if outcome.layer_bytes > 0 {
-        format!(" ({})", show_size(outcome.layer_bytes))
+        format!(" ({})", outcome.size())
     } else {
         String::new()
     };
     format!(
-        "Layer <code>{}</code>{size} · link {} · tarblk {} on {} · Linux {}, {} CPUs",
+        "{} <code>{}</code>{size} · link {} · tarblk {} on {} · Linux {}, {} CPUs",
+        if outcome.layers.is_some() { "Image" } else { "Layer" },
         escape(&outcome.source),
         escape(&outcome.link()),
         machine.version,
@@ -122,7 +123,7 @@ fn tiles(out: &mut String, outcome: &Outcome) {
     }
     tiles.push((
         show_size(outcome.touched.bytes),
-        "of the layer is what the command touches".into(),
+        format!("of the {} is what the command touches", outcome.kind()),
     ));
     out.push_str("<div class=\"tiles\">\n");
     for (figure, meaning) in tiles {
@@ -172,16 +173,24 @@ fn notes(out: &mut String, outcome: &Outcome) {
     let _ = write!(
         out,
         "<h2>How it was measured</h2>\n<p>Each run starts with nothing: page caches dropped, no process, no mount. The clock \
-         stops when the command, run with the layer as its root directory, has ended successfully. The alternatives take \
+         stops when the command, run with the {} as its root directory, has ended successfully. The alternatives take \
          turns. tarblk’s index comes over the same link, inside the clock; “all cached” means on disk, not in memory. The \
          image that is downloaded for loop-mounting was made beforehand, outside the clock.</p>\n\
          <p>Touched ({} in {} reads) is what the kernel reads from the device with its read-ahead switched off and an empty \
          page cache. With everything in memory the command takes {}. The floor is touched bytes over the link’s rate, two \
          round trips, and that.</p>\n",
+        outcome.kind(),
         show_size(outcome.touched.bytes),
         show_count(outcome.touched.reads),
         show_seconds(outcome.local_run_seconds),
     );
+    if outcome.layers.is_some() {
+        out.push_str(
+            "<p>The image is served as a registry serves it; with an index means that indexes of all layers are published \
+             beside it. Download and untar: all blobs at the same time, each into a tar of its own as it comes, the layers’ \
+             directories stacked by overlayfs.</p>\n",
+        );
+    }
     if outcome.rtt_seconds.is_some() {
         out.push_str(
             "<p>The link is simulated on loopback: a connection costs a round trip, each request another; all answers share \

@@ -1,6 +1,6 @@
 //! The alternatives: what happens between nothing and the command's end, for each of them.
 
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -98,6 +98,13 @@ pub(super) struct FetchPart {
     pub(super) bytes_fetched: u64,
 }
 
+/// What `tarblk mount` is given: the source and options that go with it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Given {
+    pub(super) source: String,
+    pub(super) options: Vec<OsString>,
+}
+
 /// A layer mounted by `tarblk mount`; unmounted when dropped.
 #[derive(Debug)]
 pub(super) struct TarblkMount<'a> {
@@ -110,20 +117,17 @@ pub(super) struct TarblkMount<'a> {
 
 impl<'a> TarblkMount<'a> {
     /// Mounts the layer on the stage's mount point.
-    pub(super) fn new(stage: &'a Stage<'a>, index: Option<&OsStr>, cache: &Path) -> Result<Self, BenchError> {
+    pub(super) fn new(stage: &'a Stage<'a>, given: &Given, cache: &Path) -> Result<Self, BenchError> {
         let dir = stage.mount_point()?;
         let mut command = stage.tarblk();
         command
             .arg("mount")
-            .arg(&stage.url)
+            .arg(&given.source)
             .arg(&dir)
             .arg("--cache")
             .arg(cache)
             .args(["--json", "--quiet"]);
-        command.args(&stage.options.mount_options);
-        if let Some(index) = index {
-            command.arg("--index").arg(index);
-        }
+        command.args(&stage.options.mount_options).args(&given.options);
         let mut ended = child::run(&mut command, stage.scratch(), stage.interrupt)?;
         let output = ended.output();
         let said = serde_json::from_str(&output).map_err(|e| BenchError::Output {
@@ -194,11 +198,11 @@ impl Drop for TarblkMount<'_> {
     }
 }
 
-/// An image file mounted through a loop device; unmounted when dropped.
+/// What `mount` has mounted here; unmounted when dropped, with its loop device if it has one.
 #[derive(Debug)]
-struct LoopMount<'a>(&'a Path);
+pub(super) struct Unmount<'a>(pub(super) &'a Path);
 
-impl Drop for LoopMount<'_> {
+impl Drop for Unmount<'_> {
     fn drop(&mut self) {
         let _ = Command::new("umount")
             .arg("-d")
@@ -213,20 +217,20 @@ impl Stage<'_> {
     /// One cold run of one alternative.
     pub(super) fn run(&self, row: Row) -> Result<Run, BenchError> {
         match row {
-            Row::Empty => self.run_tarblk(row, Some(self.index.as_os_str()), None),
-            Row::Walk => self.run_tarblk(row, None, None),
-            Row::Full => self.run_tarblk(row, None, Some(&self.full_cache)),
+            Row::Empty => self.run_tarblk(row, &self.indexed, None),
+            Row::Walk => self.run_tarblk(row, &self.unindexed, None),
+            Row::Full => self.run_tarblk(row, &self.unindexed, Some(&self.full_cache)),
             Row::Untar => self.run_untar(),
             Row::Loop => self.run_loop(),
         }
     }
 
-    fn run_tarblk(&self, row: Row, index: Option<&OsStr>, cache: Option<&Path>) -> Result<Run, BenchError> {
+    fn run_tarblk(&self, row: Row, given: &Given, cache: Option<&Path>) -> Result<Run, BenchError> {
         let fresh = self.directory("cache")?;
         let cache = cache.unwrap_or_else(|| fresh.path());
         self.chill()?;
         let clock = self.clock();
-        let mounted = TarblkMount::new(self, index, cache)?;
+        let mounted = TarblkMount::new(self, given, cache)?;
         let ready = clock.elapsed();
         let dressed = Dressed::new(mounted.dir())?;
         self.run_command(row.title(), mounted.dir())?;
@@ -253,38 +257,23 @@ impl Stage<'_> {
     }
 
     fn run_untar(&self) -> Result<Run, BenchError> {
-        let root = self.directory("root")?;
+        let (space, target) = (self.directory("root")?, self.mount_point()?);
         self.chill()?;
         let clock = self.clock();
-        let mut tar = Command::new("tar");
-        tar.arg("-x")
-            .args(self.decompress)
-            .arg("--numeric-owner")
-            .arg("-C")
-            .arg(root.path())
-            .stdin(Stdio::piped());
-        let mut tar = Running::start(&mut tar, self.scratch())?;
-        let mut pipe = tar.child().stdin.take();
-        let bytes = match pipe.as_mut() {
-            Some(pipe) => self.download(&self.url, pipe)?,
-            None => 0,
-        };
-        let downloaded = clock.elapsed();
-        drop(pipe);
-        tar.wait(self.interrupt)?.success()?;
+        let unpacked = self.unpack(space.path(), &target, clock)?;
         let ready = clock.elapsed();
-        let dressed = Dressed::new(root.path())?;
-        self.run_command(Row::Untar.title(), root.path())?;
+        let dressed = Dressed::new(&unpacked.root)?;
+        self.run_command(Row::Untar.title(), &unpacked.root)?;
         let total = clock.elapsed();
         drop(dressed);
         let traffic = self.traffic(total).unwrap_or(Traffic {
-            bytes,
+            bytes: unpacked.bytes,
             requests: 1,
             timeline: Vec::new(),
         });
         Ok(Run::new(
             &[
-                (Phase::Download, downloaded),
+                (Phase::Download, unpacked.downloaded),
                 (Phase::Unpack, ready),
                 (Phase::Run, total),
             ],
@@ -305,7 +294,7 @@ impl Stage<'_> {
         } else {
             // Nobody serves the image of a layer on somebody else's server: it is made from the downloaded tar.
             let tar = space.path().join("layer.tar");
-            let bytes = self.download(&self.url, &mut create(&tar)?)?;
+            let bytes = self.download(&self.unindexed.source, &mut create(&tar)?)?;
             let downloaded = clock.elapsed();
             let mut make = self.tarblk();
             make.arg("image")
@@ -319,7 +308,7 @@ impl Stage<'_> {
         let mut mount = Command::new("mount");
         mount.args(["-o", "loop,ro", "-t", "ext4"]).arg(&image).arg(&dir);
         child::run(&mut mount, self.scratch(), self.interrupt)?;
-        let mounted = LoopMount(&dir);
+        let mounted = Unmount(&dir);
         let ready = clock.elapsed();
         let dressed = Dressed::new(&dir)?;
         self.run_command(Row::Loop.title(), &dir)?;
@@ -368,7 +357,7 @@ impl Stage<'_> {
 
     /// Streams `url` into `to`; returns how many bytes came. A pipe whose reader has seen enough ends it well: tar stops
     /// reading behind the marked end, and how tar ended says whether it was content.
-    fn download(&self, url: &str, to: &mut dyn Write) -> Result<u64, BenchError> {
+    pub(super) fn download(&self, url: &str, to: &mut dyn Write) -> Result<u64, BenchError> {
         let failed = |cause: String| BenchError::Download { url: url.into(), cause };
         let answer = self
             .client

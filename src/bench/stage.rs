@@ -1,6 +1,6 @@
 //! What a benchmark needs around it: an origin, an index, an image, a filled cache, a scratch directory, cold caches.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -14,7 +14,8 @@ use super::child;
 use super::origin::{Link, Origin};
 use super::outcome::Touched;
 use super::root::Dressed;
-use super::rows::{Row, TarblkMount, Traffic};
+use super::rows::{Given, Row, TarblkMount, Traffic};
+use super::unpack::Whiteouts;
 use super::{BenchError, BenchOptions, BenchSource, Watch};
 use crate::index::Index;
 use crate::interrupt::Interrupt;
@@ -29,18 +30,18 @@ const MEMORY_SHARE: u64 = 4;
 pub(super) struct Stage<'a> {
     pub(super) options: &'a BenchOptions,
     pub(super) interrupt: &'a Interrupt,
-    /// The layer, as tarblk and the downloads are given it.
-    pub(super) url: String,
-    /// Its index, as tarblk is given it: over the same link if there is one.
-    pub(super) index: OsString,
+    /// What tarblk is given where there is an index: over the same link if there is one.
+    pub(super) indexed: Given,
+    /// The same without an index.
+    pub(super) unindexed: Given,
+    /// What there is to download, the lowest first.
+    pub(super) layers: Vec<Layer>,
     /// The whole image, where the origin is our own.
     pub(super) image_url: Option<String>,
     /// A cache directory with the whole layer in it, if a row needs one.
     pub(super) full_cache: PathBuf,
-    /// The layer's length in bytes.
+    /// The length of all blobs in bytes.
     pub(super) layer_bytes: u64,
-    /// The option with which tar undoes the layer's compression, if it has one.
-    pub(super) decompress: Option<&'static str>,
     pub(super) client: reqwest::blocking::Client,
     /// Which back end tarblk took.
     pub(super) backend: String,
@@ -50,10 +51,20 @@ pub(super) struct Stage<'a> {
     scratch: tempfile::TempDir,
 }
 
+/// A layer to download.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) url: String,
+    /// The option with which tar undoes its compression, if it has one.
+    pub(super) decompress: Option<&'static str>,
+    /// What it hides of others; none of a tar that is no image's layer, in which whiteouts are files.
+    pub(super) whiteouts: Option<Whiteouts>,
+}
+
 impl fmt::Debug for Stage<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stage")
-            .field("url", &self.url)
+            .field("source", &self.unindexed.source)
             .field("scratch", &self.scratch)
             .finish_non_exhaustive()
     }
@@ -86,12 +97,12 @@ impl<'a> Stage<'a> {
         let mut stage = Self {
             options,
             interrupt,
-            url: String::new(),
-            index: OsString::new(),
+            indexed: Given::default(),
+            unindexed: Given::default(),
+            layers: Vec::new(),
             image_url: None,
             full_cache,
             layer_bytes: 0,
-            decompress: None,
             client,
             backend: String::new(),
             origin: None,
@@ -99,17 +110,17 @@ impl<'a> Stage<'a> {
             scratch,
         };
         match &options.source {
-            BenchSource::Local { path, link } => stage.set_origin(path, *link, watch)?,
+            BenchSource::Local { path, .. } => stage.set_origin(path, watch)?,
+            BenchSource::Image { layout, .. } => stage.set_registry(layout, watch)?,
             BenchSource::Url { url, index } => stage.use_url(url, index.as_deref(), watch)?,
         }
-        stage.decompress = stage.read_coding()?;
         watch.step("filling a cache", 0, 0);
         stage.fill_cache()?;
         Ok(stage)
     }
 
     /// Serves a local layer, its index and its image.
-    fn set_origin(&mut self, layer: &Path, link: Link, watch: &mut dyn Watch) -> Result<(), BenchError> {
+    fn set_origin(&mut self, layer: &Path, watch: &mut dyn Watch) -> Result<(), BenchError> {
         let origin = Origin::start().map_err(BenchError::step("cannot start an HTTP origin on loopback"))?;
         let index = self.scratch().join("layer.tarblk");
         watch.step("reading the headers", 0, 0);
@@ -123,44 +134,81 @@ impl<'a> Stage<'a> {
             self.scratch(),
             self.interrupt,
         )?;
-        let mut served = vec![("/layer.tar", layer.to_owned()), ("/layer.tar.tarblk", index)];
-        if self.options.rows.contains(&Row::Loop) {
-            watch.step("writing the whole image", 0, 0);
-            let image = self.scratch().join("layer.ext4");
-            let mut make = self.tarblk();
-            make.arg("image")
-                .arg(layer)
-                .arg("-o")
-                .arg(&image)
-                .args(["--no-cache", "--quiet"]);
-            child::run(&mut make, self.scratch(), self.interrupt)?;
-            served.push(("/layer.ext4", image));
-            self.image_url = Some(origin.url("/layer.ext4"));
-        }
-        watch.step("loading the origin", 0, 0);
-        for (path, file) in served {
-            let failed = || BenchError::step(format!("{}: cannot serve it", file.display()));
-            if let Some(copy) = in_memory(&file).map_err(failed())? {
-                origin.serve_open_file(path, copy).map_err(failed())?;
-            } else {
-                origin.serve_file(path, &file).map_err(failed())?;
-                self.warm.push(file.clone());
-            }
-        }
+        self.serve(&origin, "/layer.tar", layer)?;
+        self.serve(&origin, "/layer.tar.tarblk", &index)?;
+        self.serve_merged(&origin, layer.as_ref(), watch)?;
         self.layer_bytes = fs::metadata(layer)
             .map_err(BenchError::step(format!("{}: cannot read it", layer.display())))?
             .len();
-        self.url = origin.url("/layer.tar");
-        self.index = origin.url("/layer.tar.tarblk").into();
-        origin.set_link(link);
+        self.set_layer(&origin.url("/layer.tar"), origin.url("/layer.tar.tarblk").into())?;
+        self.begin(origin);
+        Ok(())
+    }
+
+    /// Writes the filesystem of `source` and serves it, if a row downloads it.
+    pub(super) fn serve_merged(
+        &mut self,
+        origin: &Origin,
+        source: &OsStr,
+        watch: &mut dyn Watch,
+    ) -> Result<(), BenchError> {
+        if !self.options.rows.contains(&Row::Loop) {
+            return Ok(());
+        }
+        watch.step("writing the whole image", 0, 0);
+        let image = self.scratch().join("layer.ext4");
+        let mut make = self.tarblk();
+        make.arg("image")
+            .arg(source)
+            .arg("-o")
+            .arg(&image)
+            .args(["--no-cache", "--quiet"]);
+        child::run(&mut make, self.scratch(), self.interrupt)?;
+        self.serve(origin, "/layer.ext4", &image)?;
+        self.image_url = Some(origin.url("/layer.ext4"));
+        Ok(())
+    }
+
+    /// Serves a file: from memory, or else from a disk that is warm before each run.
+    pub(super) fn serve(&mut self, origin: &Origin, path: &str, file: &Path) -> Result<(), BenchError> {
+        let failed = || BenchError::step(format!("{}: cannot serve it", file.display()));
+        if let Some(copy) = in_memory(file).map_err(failed())? {
+            origin.serve_open_file(path, copy).map_err(failed())
+        } else {
+            self.warm.push(file.to_owned());
+            origin.serve_file(path, file).map_err(failed())
+        }
+    }
+
+    /// Everything is served: from now on over the link.
+    pub(super) fn begin(&mut self, origin: Origin) {
+        origin.set_link(self.options.source.link().unwrap_or_default());
         self.origin = Some(origin);
+    }
+
+    /// There is one layer, at `url`, and its index at `index`.
+    fn set_layer(&mut self, url: &str, index: OsString) -> Result<(), BenchError> {
+        let given = |options| Given {
+            source: url.into(),
+            options,
+        };
+        let name = index.to_string_lossy();
+        let failed = || BenchError::step(format!("{}: cannot read it", without_secrets(&name)));
+        let bytes = load_index(&name, &Patience::default()).map_err(|error| failed()(io::Error::other(error)))?;
+        let read = Index::open(bytes).map_err(|error| failed()(io::Error::other(error)))?;
+        self.layers.push(Layer {
+            url: url.into(),
+            decompress: tar_option(read.identity().coding),
+            whiteouts: None,
+        });
+        self.unindexed = given(Vec::new());
+        self.indexed = given(vec!["--index".into(), index]);
         Ok(())
     }
 
     /// Takes a layer from somebody's server.
     fn use_url(&mut self, url: &str, index: Option<&str>, watch: &mut dyn Watch) -> Result<(), BenchError> {
-        self.url = url.into();
-        self.index = if let Some(index) = index {
+        let index = if let Some(index) = index {
             index.into()
         } else {
             watch.step("reading the headers", 0, 0);
@@ -172,30 +220,14 @@ impl<'a> Stage<'a> {
             )?;
             index.into()
         };
-        Ok(())
-    }
-
-    /// How the layer is compressed, by its index.
-    fn read_coding(&self) -> Result<Option<&'static str>, BenchError> {
-        let name = self.index.to_string_lossy();
-        let failed = || BenchError::step(format!("{}: cannot read it", without_secrets(&name)));
-        let bytes = load_index(&name, &Patience::default()).map_err(|error| failed()(io::Error::other(error)))?;
-        let index = Index::open(bytes).map_err(|error| failed()(io::Error::other(error)))?;
-        Ok(match index.identity().coding {
-            Coding::Plain => None,
-            Coding::Gzip => Some("--gzip"),
-            Coding::Zstd => Some("--zstd"),
-        })
+        self.set_layer(url, index)
     }
 
     /// Reads the whole device once with a cache directory that stays, over an unlimited link.
     fn fill_cache(&mut self) -> Result<(), BenchError> {
-        let link = match &self.options.source {
-            BenchSource::Local { link, .. } => *link,
-            BenchSource::Url { .. } => Link::default(),
-        };
+        let link = self.options.source.link().unwrap_or_default();
         self.set_link(Link::default());
-        let mounted = TarblkMount::new(self, None, &self.full_cache)?;
+        let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
         let device = mounted.said.device.clone();
         let mut file =
             File::open(&device).map_err(BenchError::step(format!("{}: cannot open it", device.display())))?;
@@ -310,7 +342,7 @@ impl<'a> Stage<'a> {
     pub(super) fn touched(&self) -> Result<(Touched, Vec<Duration>), BenchError> {
         self.set_link(Link::default());
         self.chill()?;
-        let mounted = TarblkMount::new(self, None, &self.full_cache)?;
+        let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
         no_read_ahead(&mounted.said.device)?;
         let dressed = Dressed::new(mounted.dir())?;
         let before = mounted.stats()?;
@@ -325,6 +357,15 @@ impl<'a> Stage<'a> {
         drop(dressed);
         mounted.unmount()?;
         Ok((Touched { bytes, reads }, local))
+    }
+}
+
+/// The option with which tar undoes a compression.
+pub(super) const fn tar_option(coding: Coding) -> Option<&'static str> {
+    match coding {
+        Coding::Plain => None,
+        Coding::Gzip => Some("--gzip"),
+        Coding::Zstd => Some("--zstd"),
     }
 }
 

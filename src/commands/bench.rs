@@ -14,6 +14,7 @@ use crate::bench::origin::Link;
 use crate::bench::{self, BenchOptions, BenchSource, Outcome, Row, Watch};
 use crate::interrupt::Interrupt;
 use crate::source::Source;
+use crate::source::registry::ImageName;
 
 /// What is measured if nobody says otherwise, in the order of the results.
 const USUAL: [Row; 4] = [Row::Empty, Row::Full, Row::Untar, Row::Loop];
@@ -68,19 +69,23 @@ impl Watch for Steps {
 
 /// What the arguments mean together.
 pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
-    let source = match Source::parse(&args.source.source)? {
-        Source::Path(path) => {
-            if args.index.is_some() {
-                return Err(UsageError("--index is for a URL; of a local layer the index is made".into()).into());
-            }
-            let link = Link {
-                rtt: args.rtt.unwrap_or(Duration::ZERO),
-                rate: args.rate,
-            };
-            BenchSource::Local { path, link }
-        }
-        Source::Image(_) => {
-            return Err(UsageError("bench measures one layer: a path or a URL of a tar".into()).into());
+    let link = Link {
+        rtt: args.rtt.unwrap_or(Duration::ZERO),
+        rate: args.rate,
+    };
+    let parsed = Source::parse(&args.source.source)?;
+    if args.index.is_some() && !matches!(parsed, Source::Url(_)) {
+        return Err(UsageError("--index is for a URL; of what is here the indexes are made".into()).into());
+    }
+    let source = match parsed {
+        Source::Path(path) => BenchSource::Local { path, link },
+        Source::Image(ImageName::Layout(layout)) => BenchSource::Image { layout, link },
+        Source::Image(ImageName::Registry(reference)) => {
+            return Err(UsageError(format!(
+                "bench serves images itself: copy it into a directory first (skopeo copy docker://{reference} oci:DIR) and \
+                 name that"
+            ))
+            .into());
         }
         Source::Url(_) => {
             if args.rtt.is_some() || args.rate.is_some() {

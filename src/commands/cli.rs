@@ -519,6 +519,10 @@ pub enum RowArg {
 /proc is mounted), each time from a cold cache: page cache dropped, a process of its own, nothing kept. A run's clock
 starts with nothing and stops when COMMAND has ended; COMMAND must exit with 0. The runs are interleaved.
 
+An image (oci:DIR[:TAG]) is served as by a registry, over the same kind of link, and mounted by its name there: with
+indexes published beside it, and, for `--with walk`, without. Download and untar then means all blobs at the same time,
+each into a tar of its own as it comes, and overlayfs over the layers' directories.
+
 The floor is what no system of this kind can beat: the bytes COMMAND touched over the rate, two round trips, and the
 time COMMAND takes when everything is in memory.
 
@@ -526,7 +530,8 @@ Example:
   tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'"
 )]
 pub struct BenchArgs {
-    /// The layer; served from an origin of its own over a simulated link if it is a file, used as it is if it is a URL.
+    /// The layer; served from an origin of its own over a simulated link if it is a file, used as it is if it is a URL. Or an
+    /// image in a directory, `oci:DIR[:TAG]`, served as a registry serves it.
     #[command(flatten)]
     pub source: SourceArgs,
     /// The simulated link's round trip, for a local SOURCE.

@@ -94,7 +94,7 @@ pub fn push(
             return Ok((listed, None));
         }
         let index = made_of(&name, layer, options, spacing, reached)?;
-        Ok((list(&index, layer), Some(index)))
+        Ok((listed(&index, &layer.descriptor.digest), Some(index)))
     };
     let made = at_the_same_time(&wanted, &one, Some(watch))?;
     // Only now: of an image with a layer that is not what its manifest says nothing is published.
@@ -301,10 +301,11 @@ fn made_of(
     Ok(index)
 }
 
-/// How a manifest names an index.
-fn list(index: &Index<Vec<u8>>, layer: &ImageLayer) -> Listed {
+/// How a manifest names the index of the layer whose blob has this digest.
+#[must_use]
+pub fn listed(index: &Index<Vec<u8>>, layer: &Digest) -> Listed {
     Listed {
-        layer: layer.descriptor.digest.clone(),
+        layer: layer.clone(),
         digest: Digest::of(Algorithm::Sha256, index.as_bytes()),
         size: index.file_len(),
         hot: Some((index.hot_len(), hot_digest(index))),
@@ -385,7 +386,7 @@ pub fn copy(
             Err(error) => return Err(error),
         };
         // What the other manifest says of it is not passed on: this one says what the index says.
-        let listed = list(&index, layer);
+        let listed = listed(&index, &layer.descriptor.digest);
         if from.host == to.host && here.mount_blob(&listed.digest, from)? {
             put_tag(&here, &listed)?;
         } else {

@@ -12,7 +12,7 @@ use rustix::net::SendFlags;
 
 use super::fault::Fault;
 use super::link::{Turn, time_for};
-use super::{Content, Event, Request, Shared, lock};
+use super::{Content, Event, OCTETS, Request, Shared, lock};
 
 /// How a slow body is chopped: this many pieces a second, so that it trickles and does not come in lumps.
 const TRICKLES_PER_SECOND: u64 = 20;
@@ -173,7 +173,7 @@ fn proper_answer(request: &Request, shared: &Shared, whole: bool, changed: bool)
         .unwrap_or_else(PoisonError::into_inner)
         .get(&request.path)
         .cloned();
-    let (body, total, mut etag) = match content {
+    let (body, total, mut etag, kind) = match content {
         None => return Answer::without_body(404, String::new()),
         Some(Content::Redirect { to, valid }) => {
             let token = format!("{:x}", request.number + 1);
@@ -182,11 +182,11 @@ fn proper_answer(request: &Request, shared: &Shared, whole: bool, changed: bool)
                 .insert(token.clone(), Instant::now() + valid);
             return Answer::without_body(307, format!("Location: {to}?token={token}\r\n"));
         }
-        Some(Content::Blob { bytes, etag }) => {
+        Some(Content::Blob { bytes, etag, kind }) => {
             let total = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-            (Body::Blob(bytes), total, etag)
+            (Body::Blob(bytes), total, etag, kind)
         }
-        Some(Content::File { file, len, etag }) => (Body::File(file), len, etag),
+        Some(Content::File { file, len, etag }) => (Body::File(file), len, etag, OCTETS.into()),
     };
     if !token_is_good(request, shared) {
         return Answer::without_body(403, String::new());
@@ -195,7 +195,7 @@ fn proper_answer(request: &Request, shared: &Shared, whole: bool, changed: bool)
         etag.insert_str(1, "changed-");
     }
     let ranges = shared.ranges.load(Ordering::Relaxed);
-    let mut headers = format!("ETag: {etag}\r\nContent-Type: application/octet-stream\r\n");
+    let mut headers = format!("ETag: {etag}\r\nContent-Type: {kind}\r\n");
     if ranges {
         headers.push_str("Accept-Ranges: bytes\r\n");
     }
