@@ -393,7 +393,7 @@ fn an_index_made_of_contents_stays_where_it_is() {
     session.succeed(&push);
     session.empty_cache();
     assert_eq!(from(&mut session, "auto"), "published");
-    assert_eq!(from(&mut session, "require"), "published");
+    assert_eq!(from(&mut session, "require"), "kept");
     nothing_left(session);
 }
 

@@ -228,7 +228,8 @@ pub(super) fn prepare(
             IndexOrigin::Published { bytes: index.hot_len() }
         };
         let mut layer = PreparedLayer::new(blob, facts, index.clone(), origin, kept.clone())?;
-        layer.rest = (!index.is_whole()).then(|| rest.clone());
+        // The file that a hot part is kept in is no index file, even if there is nothing but the hot part.
+        layer.rest = (kept.is_some() || !index.is_whole()).then(|| rest.clone());
         return Ok(layer);
     }
     let mut under = kept_under(&blob, facts);
