@@ -689,7 +689,7 @@ fn private_authorities_and_client_certificates_are_used_everywhere() {
         return common::skip("private_authorities", "openssl is not installed");
     }
     let certificates = Certificates::make();
-    let registry = TestRegistry::start_with(&Some(certificates.server(true)));
+    let registry = TestRegistry::start_with(&Some(certificates.server(true)), &None);
     let layer = noise(4 << 20, 9);
     put_image(&registry, "v1", &[(&layer, PLAIN)]);
     registry.rules(|rules| rules.door = Door::Token(Duration::from_secs(2)));
@@ -728,6 +728,50 @@ fn private_authorities_and_client_certificates_are_used_everywhere() {
     let mut options = options();
     options.hosts_dir = dir.path().to_owned();
     find(&name, &options).unwrap();
+}
+
+#[test]
+fn storage_may_have_the_registrys_private_authority() {
+    use tarblk::source;
+    if !common::have("openssl") {
+        return common::skip(
+            "storage_may_have_the_registrys_private_authority",
+            "openssl is not installed",
+        );
+    }
+    let certificates = Certificates::make();
+    let registry = TestRegistry::start_with(&Some(certificates.server(true)), &Some(certificates.server(false)));
+    let layer = noise(4 << 20, 9);
+    put_image(&registry, "v1", &[(&layer, PLAIN)]);
+    registry.rules(|rules| rules.signed = Some(Duration::from_secs(2)));
+    let dir = common::scratch("hosts");
+    let host = registry.host();
+    let [ca, certificate, key] = ["ca.pem", "client.pem", "client.key"].map(|name| certificates.path(name));
+    let text = format!(
+        "server = \"https://{host}\"\nca = {:?}\nclient = [[{:?}, {:?}]]\n",
+        ca.display(),
+        certificate.display(),
+        key.display()
+    );
+    let options = hosts(dir.path(), &host, &text);
+    let name = registry.name("some/image:v1");
+    let image = find(&name, &options).unwrap();
+    let fetcher = fetcher(&access(&image, 0), Duration::from_secs(10));
+    read_for(&fetcher, &layer, Duration::from_secs(3));
+    assert_eq!(fetcher.stats().errors, 0);
+    let asked = registry.take_log();
+    assert!(
+        asked.iter().filter(|asked| asked.storage).count() > 1,
+        "nobody was redirected"
+    );
+    // Whoever asks for a few bytes goes the same way.
+    let blob = source::open_layer(&ImageName::parse(&name).unwrap(), &image.layers[0]).unwrap();
+    let bytes = source::read_range(&blob, 100..200, &Patience::default()).unwrap();
+    assert!(bytes == layer[100..200]);
+    assert!(
+        registry.take_log().iter().any(|asked| asked.storage),
+        "nobody was redirected"
+    );
 }
 
 /// A proxy that opens tunnels for those who know its password, and counts them.
@@ -798,7 +842,7 @@ fn proxies_of_the_environment_are_used_everywhere() {
         return common::skip("proxies_of_the_environment", "openssl is not installed");
     }
     let certificates = Certificates::make();
-    let registry = TestRegistry::start_with(&Some(certificates.server(false)));
+    let registry = TestRegistry::start_with(&Some(certificates.server(false)), &None);
     put_image(&registry, "v1", &[(&noise(300_000, 10), PLAIN)]);
     let dir = common::scratch("hosts");
     let host = format!("localhost:{}", registry.port());

@@ -277,8 +277,11 @@ impl Client {
         demand: bool,
     ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Failure> {
         let own = url.origin() == spot.url.origin();
-        let elsewhere = Trust::default();
-        let host = self.host(url, if own { &spot.trust } else { &elsewhere })?;
+        let host = if own {
+            self.host(url, &spot.trust)?
+        } else {
+            self.host(url, &spot.trust.elsewhere())?
+        };
         let mut lease = host.take(demand).await.map_err(|e| Failure::away(e.to_string()))?;
         let request = Self::request(spot, url, own, &host, asked)?;
         let response = self.send(&mut lease, request).await?;

@@ -25,6 +25,18 @@ pub struct Trust {
     pub anybody: bool,
 }
 
+impl Trust {
+    /// What of it holds for whom such a server redirects to: its authorities, as containerd has it, because a house that has
+    /// authorities of its own has storage under them. Nothing is shown there, and not anybody is believed.
+    #[must_use]
+    pub fn elsewhere(&self) -> Self {
+        Self {
+            authorities: self.authorities.clone(),
+            ..Self::default()
+        }
+    }
+}
+
 /// The configuration for clients: TLS 1.2 and 1.3, roots from the system's store or from `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 /// Loaded once for the process.
 ///

@@ -123,25 +123,27 @@ type Tls = Option<Arc<rustls::ServerConfig>>;
 
 impl TestRegistry {
     pub(crate) fn start() -> Self {
-        Self::start_with(&None)
+        Self::start_with(&None, &None)
     }
 
-    /// With a TLS configuration for the registry itself.
-    pub(crate) fn start_with(tls: &Tls) -> Self {
+    /// With TLS configurations, for the registry itself and for its storage.
+    pub(crate) fn start_with(own: &Tls, storage: &Tls) -> Self {
         let listeners = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         let addresses = [0, 1].map(|at| listeners[at].local_addr().unwrap());
-        let scheme = if tls.is_some() { "https" } else { "http" };
+        let [own_url, storage_url] = [(own, 0), (storage, 1)].map(|(tls, at)| {
+            let scheme = if tls.is_some() { "https" } else { "http" };
+            format!("{scheme}://{}", addresses[at])
+        });
         let shared = Arc::new(Shared {
             held: Mutex::default(),
             counter: AtomicU64::new(1),
             stopping: AtomicBool::new(false),
-            registry: format!("{scheme}://{}", addresses[0]),
-            storage: format!("http://{}", addresses[1]),
+            registry: own_url,
+            storage: storage_url,
             open: Mutex::default(),
         });
-        for (listener, storage) in listeners.into_iter().zip([false, true]) {
-            let shared = shared.clone();
-            let tls = tls.clone().filter(|_| !storage);
+        for (listener, (storage, tls)) in listeners.into_iter().zip([(false, own), (true, storage)]) {
+            let (shared, tls) = (shared.clone(), tls.clone());
             thread::spawn(move || {
                 for stream in listener.incoming() {
                     if shared.stopping.load(Ordering::SeqCst) {

@@ -60,12 +60,18 @@ impl Session {
         if own {
             return self.client(at, secure);
         }
-        if let Some(client) = STRANGERS.get() {
+        let trust = self.spec.endpoints[at].trust.elsewhere();
+        let kept = if trust == Trust::default() {
+            &STRANGERS
+        } else {
+            self.strangers(at)
+        };
+        if let Some(client) = kept.get() {
             return Ok(client.clone());
         }
-        let client = net::client(&Trust::default(), secure, &self.spec.patience)?;
+        let client = net::client(&trust, secure, &self.spec.patience)?;
         if secure {
-            return Ok(STRANGERS.get_or_init(|| client).clone());
+            return Ok(kept.get_or_init(|| client).clone());
         }
         Ok(client)
     }

@@ -59,6 +59,8 @@ pub(super) struct Session {
 #[derive(Default)]
 struct Host {
     client: OnceLock<Client>,
+    /// For whom it redirects to, if it has authorities of its own.
+    strangers: OnceLock<Client>,
     state: Mutex<State>,
     /// Held by whoever finds out how to get in, so that the others wait for it.
     entering: tokio::sync::Mutex<()>,
@@ -177,6 +179,11 @@ impl Session {
         }
         let client = net::client(&self.spec.endpoints[at].trust, secure, &self.spec.patience)?;
         Ok(self.hosts[at].client.get_or_init(|| client).clone())
+    }
+
+    /// The place of the client for whom an endpoint redirects to.
+    pub(super) fn strangers(&self, at: usize) -> &OnceLock<Client> {
+        &self.hosts[at].strangers
     }
 
     /// The URL of something in the repository: `manifests/latest`.
