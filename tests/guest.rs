@@ -311,15 +311,18 @@ impl DockerRegistry {
         let address = free.local_addr().unwrap();
         drop(free);
         let configuration = format!(
-            "version: 0.1\nlog: {{level: fatal}}\nstorage: {{filesystem: {{rootdirectory: '{}'}}}}\nhttp: {{addr: '{address}'}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: '{}'}}}}\nhttp: {{addr: '{address}'}}\n",
             dir.path().join("store").display()
         );
         let file = dir.path().join("registry.yml");
         fs::write(&file, configuration).unwrap();
+        // It tells of every name that it was asked for in vain.
+        let log = fs::File::create(dir.path().join("registry.log")).unwrap();
         let process = Command::new("docker-registry")
             .arg("serve")
             .arg(&file)
             .stdout(Stdio::null())
+            .stderr(log)
             .spawn()
             .unwrap();
         let registry = Self { process, address, dir };
