@@ -1,11 +1,15 @@
 //! Content digests as registries write them (OCI image specification, "Digests"): an algorithm and hexadecimal bytes. In:
 //! text from manifests and people. Out: a check that says whether bytes are the ones that were meant.
 
+mod beside;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256, Sha512};
+
+pub use beside::Beside;
 
 /// How a digest is made. These two are registered; everything else is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -16,7 +16,7 @@ use super::parser::{EndOfArchive, Parser};
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};
-use crate::digest::{Algorithm, Digest, Hasher};
+use crate::digest::{Algorithm, Beside, Digest};
 use crate::layer::{Coding, Indexer, SpanTable};
 use crate::units::{TarOffset, TarRange};
 
@@ -70,7 +70,7 @@ pub struct Recorder {
     builder: IndexBuilder,
     at: u64,
     chunks: Option<ChunkHasher>,
-    tar: Option<Hasher>,
+    tar: Option<Beside>,
     split: Option<Split>,
 }
 
@@ -153,7 +153,7 @@ impl Recorder {
             builder: IndexBuilder::new(),
             at: 0,
             chunks: contents.chunk_digests.then(ChunkHasher::new),
-            tar: contents.diff_id.then(|| Algorithm::Sha256.hasher()),
+            tar: contents.diff_id.then(|| Algorithm::Sha256.hasher().into()),
             split: (headers.is_some() || digests.is_some()).then(|| Split {
                 payloads: VecDeque::new(),
                 headers,
@@ -229,7 +229,7 @@ impl Recorder {
             builder: self.builder,
             tar_len: self.at,
             end,
-            diff_id: self.tar.map(Hasher::finish),
+            diff_id: self.tar.map(Beside::finish),
         })
     }
 }
@@ -305,7 +305,7 @@ impl Compressed {
     fn feed(
         &mut self,
         blob: &[u8],
-        digest: &mut Option<Hasher>,
+        digest: &mut Option<Beside>,
         sink: &mut dyn FnMut(&[u8]),
     ) -> Result<(), IndexError> {
         for piece in blob.chunks(STRIDE) {
@@ -330,7 +330,7 @@ pub struct BlobRecorder {
     /// What undoes the compression.
     compressed: Option<Compressed>,
     /// The blob's digest, where it is not the tar's.
-    digest: Option<Hasher>,
+    digest: Option<Beside>,
     blob_len: u64,
 }
 
@@ -347,7 +347,7 @@ impl BlobRecorder {
             spacing: if coding == Coding::Plain { 0 } else { spacing },
             recorder: Recorder::new(contents),
             compressed: (coding != Coding::Plain).then(compressed),
-            digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher()),
+            digest: (coding != Coding::Plain).then(|| Algorithm::Sha256.hasher().into()),
             blob_len: 0,
         }
     }
@@ -357,9 +357,9 @@ impl BlobRecorder {
     #[must_use]
     pub fn algorithms(mut self, blob: Algorithm, tar: Algorithm) -> Self {
         let made = self.digest.is_some() || self.recorder.tar.is_some();
-        self.recorder.tar = self.recorder.tar.map(|_| tar.hasher());
+        self.recorder.tar = self.recorder.tar.map(|_| tar.hasher().into());
         let own = made && (self.coding != Coding::Plain || blob != tar);
-        self.digest = own.then(|| blob.hasher());
+        self.digest = own.then(|| blob.hasher().into());
         self
     }
 
@@ -425,7 +425,7 @@ impl BlobRecorder {
     /// # Errors
     /// When blob or tar stop in the middle of something, or it is no tar.
     pub fn finish(self) -> Result<BlobRecorded, IndexError> {
-        let blob_digest = self.digest.map(Hasher::finish);
+        let blob_digest = self.digest.map(Beside::finish);
         let Some(mut compressed) = self.compressed else {
             return Ok(BlobRecorded {
                 identity: LayerIdentity {
