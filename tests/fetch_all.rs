@@ -1,31 +1,21 @@
 //! `fetch_all`: while nobody reads, everything comes; then no server is needed, and a layer that is not what it has to be is
 //! found out.
 
+mod fetched;
+
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
+use fetched::{at_origin, joined, quick, range, sha256, u};
 use tarblk::bench::origin::{Fault, Origin};
 use tarblk::fetch::store::Store;
-use tarblk::fetch::{
-    Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, HttpLayer, LayerRange, LayerSource, WholeDigests,
-    Windows,
-};
+use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows};
 use tarblk::layer::{Coding, Indexer};
-use tarblk::units::{LayerId, TarOffset, TarRange};
 
 const SIZE: usize = 6_000_321;
-
-fn u(n: usize) -> u64 {
-    u64::try_from(n).unwrap()
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
-}
 
 /// Lines with random numbers: compresses to about a half.
 fn content() -> Vec<u8> {
@@ -56,13 +46,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// What a fetcher is told of the blob that the origin has.
 fn source(origin: &Origin, blob: &[u8], whole: WholeDigests, coding: Option<Coded>) -> LayerSource {
-    let http = HttpLayer {
-        url: origin.url("/blob"),
-        size: u(blob.len()),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    };
+    let http = at_origin(origin, "/blob", blob.len());
     LayerSource {
         coding,
         whole,
@@ -71,26 +55,18 @@ fn source(origin: &Origin, blob: &[u8], whole: WholeDigests, coding: Option<Code
     }
 }
 
-fn start(layer: LayerSource, store: &Path) -> Fetcher {
-    let options = FetchOptions {
-        memory_bytes: 1 << 20,
-        connect_deadline: Duration::from_millis(500),
-        head_deadline: Duration::from_millis(500),
-        fetch_all: true,
-        store: Some(Store::open(store).unwrap()),
-        ..FetchOptions::default()
-    };
-    Fetcher::start(vec![layer], options, None).unwrap()
+/// Leaves the read with the fetch thread, whatever is here.
+fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
+    Ok(joined(&fetcher.read_blocking(vec![range(start, len)])?))
 }
 
-fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
-    let range = TarRange::new(TarOffset(u(start)), u(len));
-    let asked = LayerRange {
-        layer: LayerId(0),
-        range,
+fn start(layer: LayerSource, store: &Path) -> Fetcher {
+    let options = FetchOptions {
+        fetch_all: true,
+        store: Some(Store::open(store).unwrap()),
+        ..quick()
     };
-    let slices = fetcher.read_blocking(vec![asked])?;
-    Ok(slices.iter().flat_map(|slice| slice.to_vec()).collect())
+    Fetcher::start(vec![layer], options, None).unwrap()
 }
 
 /// Waits until `is_so`, for a minute at most.

@@ -1,35 +1,13 @@
 //! The fetcher on a quiet day: a local file and an honest server.
 
+mod fetched;
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located, Slice};
-use tarblk::units::{LayerId, TarOffset, TarRange};
-
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x2545_F491_4F6C_DD1Du64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    })
-    .take(len)
-    .collect()
-}
-
-fn range(start: usize, len: usize) -> LayerRange {
-    let range = TarRange::new(TarOffset(u64::try_from(start).unwrap()), u64::try_from(len).unwrap());
-    LayerRange {
-        layer: LayerId(0),
-        range,
-    }
-}
-
-fn joined(slices: &[Slice]) -> Vec<u8> {
-    slices.iter().flat_map(|slice| slice.to_vec()).collect()
-}
+use fetched::{joined, noise, range};
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Located};
 
 fn answer(mut stream: TcpStream, data: &[u8]) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);

@@ -1,31 +1,29 @@
 //! The fetcher on compressed layers: the plain file's bytes, whatever the coding, whatever the server does; and never a byte
 //! that is not what an index vouches for.
 
+mod fetched;
+
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
+use fetched::{at_origin, hammer, joined, quick, range, read, sha256, u};
 use tarblk::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::fetch::store::Store;
 use tarblk::fetch::{
     Blob, CHUNK_BYTES, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource,
-    Located, Slice, WholeDigests, Windows,
+    Located, WholeDigests, Windows,
 };
 use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::layer::{Coding, Indexer, Spans};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::units::LayerId;
 
 const SIZE: usize = 5_000_321;
 const SPACING: u64 = 200_000;
-
-fn u(n: usize) -> u64 {
-    u64::try_from(n).unwrap()
-}
 
 /// Something between text and noise: compresses to about a third.
 fn content(len: usize) -> Vec<u8> {
@@ -120,10 +118,6 @@ fn make_of(way: Way, tar: Vec<u8>) -> Made {
     }
 }
 
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
-}
-
 impl Made {
     fn coded(&self) -> Coded {
         Coded {
@@ -146,13 +140,7 @@ impl Made {
     }
 
     fn over_http(&self, origin: &Origin) -> LayerSource {
-        let http = HttpLayer {
-            url: origin.url("/blob"),
-            size: u(self.blob.len()),
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        };
+        let http = at_origin(origin, "/blob", self.blob.len());
         LayerSource {
             coding: Some(self.coded()),
             digests: Some(self.check()),
@@ -184,71 +172,8 @@ impl Made {
     }
 }
 
-fn range(start: usize, len: usize) -> LayerRange {
-    LayerRange {
-        layer: LayerId(0),
-        range: TarRange::new(TarOffset(u(start)), u(len)),
-    }
-}
-
-fn joined(slices: &[Slice]) -> Vec<u8> {
-    slices.iter().flat_map(|slice| slice.to_vec()).collect()
-}
-
-fn quick() -> FetchOptions {
-    FetchOptions {
-        connect_deadline: Duration::from_millis(500),
-        head_deadline: Duration::from_millis(500),
-        stall_deadline: Duration::from_millis(500),
-        slowest_body: 16 << 10,
-        deadline: Duration::from_secs(60),
-        memory_bytes: 1 << 20,
-        ..FetchOptions::default()
-    }
-}
-
 fn start(layer: LayerSource, options: FetchOptions) -> Fetcher {
     Fetcher::start(vec![layer], options, None).unwrap()
-}
-
-fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
-    Ok(match fetcher.locate(range(start, len)) {
-        Located::Memory(slices) => joined(&slices),
-        Located::File(fd, at) => {
-            let path = PathBuf::from(format!("/proc/self/fd/{fd}"));
-            let mut bytes = vec![0; len];
-            std::os::unix::fs::FileExt::read_exact_at(&File::open(path).unwrap(), &mut bytes, at).unwrap();
-            bytes
-        }
-        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
-    })
-}
-
-/// Four readers at random places.
-fn hammer(fetcher: &Fetcher, tar: &Arc<Vec<u8>>, reads: usize) {
-    let readers: Vec<_> = (0..4u64)
-        .map(|seed| {
-            let (fetcher, tar) = (fetcher.clone(), tar.clone());
-            std::thread::spawn(move || {
-                let mut state = seed * 77 + 1;
-                let mut random = |below: usize| {
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
-                    usize::try_from(state >> 33).unwrap() % below
-                };
-                for _ in 0..reads {
-                    let start = random(tar.len());
-                    let len = (1 + random(200_000)).min(tar.len() - start);
-                    let bytes = read(&fetcher, start, len).unwrap();
-                    assert!(bytes == tar[start..start + len], "wrong bytes at {start}+{len}");
-                }
-            })
-        })
-        .collect();
-    for reader in readers {
-        reader.join().unwrap();
-    }
 }
 
 #[test]

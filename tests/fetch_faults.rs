@@ -1,67 +1,32 @@
 //! The fetcher against servers that fail: right bytes or an error, never wrong ones, and every failure counted.
 
 mod common;
+mod fetched;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fetched::{at_origin, hammer, joined, noise, range, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
 use tarblk::fetch::store::Store;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Validator};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
 
 const SIZE: usize = 3_000_321;
 
-fn u(n: usize) -> u64 {
-    u64::try_from(n).unwrap()
-}
-
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x2545_F491_4F6C_DD1Du64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    })
-    .take(len)
-    .collect()
-}
-
-fn range(start: usize, len: usize) -> LayerRange {
-    LayerRange {
-        layer: LayerId(0),
-        range: TarRange::new(TarOffset(u(start)), u(len)),
-    }
-}
-
-fn joined(slices: &[Slice]) -> Vec<u8> {
-    slices.iter().flat_map(|slice| slice.to_vec()).collect()
-}
-
-/// Short waits, so that the failures of a minute pass in a second; a long patience, so that reads outlive them.
+/// Shorter waits still, and bodies that are given up sooner.
 fn quick() -> FetchOptions {
     FetchOptions {
-        connect_deadline: Duration::from_millis(500),
         head_deadline: Duration::from_millis(300),
         stall_deadline: Duration::from_millis(300),
         slowest_body: 64 << 10,
-        deadline: Duration::from_secs(60),
-        memory_bytes: 1 << 20,
-        ..FetchOptions::default()
+        ..fetched::quick()
     }
 }
 
 fn layer(origin: &Origin, path: &str) -> HttpLayer {
-    HttpLayer {
-        url: origin.url(path),
-        size: u(SIZE),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    }
+    at_origin(origin, path, SIZE)
 }
 
 fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
@@ -95,36 +60,6 @@ fn tag_of(origin: &Origin) -> Validator {
         .find(|line| line.to_ascii_lowercase().starts_with("etag:"))
         .unwrap();
     Validator::ETag(line[5..].trim().to_owned())
-}
-
-/// Four readers at random places, looking first as the device does.
-fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
-    let readers: Vec<_> = (0..4u64)
-        .map(|seed| {
-            let (fetcher, data) = (fetcher.clone(), data.clone());
-            std::thread::spawn(move || {
-                let mut state = seed * 77 + 1;
-                let mut random = |below: usize| {
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
-                    usize::try_from(state >> 33).unwrap() % below
-                };
-                for _ in 0..reads {
-                    let start = random(SIZE);
-                    let len = (1 + random(200_000)).min(SIZE - start);
-                    let bytes = match fetcher.locate(range(start, len)) {
-                        Located::Memory(slices) => joined(&slices),
-                        _ => joined(&fetcher.read_blocking(vec![range(start, len)]).unwrap()),
-                    };
-                    assert!(bytes == data[start..start + len], "wrong bytes at {start}+{len}");
-                }
-            })
-        })
-        .collect();
-    for reader in readers {
-        reader.join().unwrap();
-    }
 }
 
 fn survives(menu: Vec<Fault>) {

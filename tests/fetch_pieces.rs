@@ -2,26 +2,21 @@
 //! whatever the server does and whatever the store holds.
 
 mod common;
+mod fetched;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::chunked::{self, Chunked, noise};
+use fetched::{at_origin, hammer, quick, read, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
 use tarblk::fetch::store::Store;
-use tarblk::fetch::{
-    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Windows,
-};
+use tarblk::fetch::{Blob, Check, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Windows};
 use tarblk::index::{Index, IndexBuilder, PieceDigests};
 use tarblk::layer::contents::Place;
-use tarblk::units::{LayerId, TarOffset, TarRange};
-
-fn u(n: usize) -> u64 {
-    u64::try_from(n).unwrap()
-}
 
 fn s(n: u64) -> usize {
     usize::try_from(n).unwrap()
@@ -83,13 +78,7 @@ impl Made {
     }
 
     fn start(&self, origin: &Origin, store: Option<&Path>) -> Fetcher {
-        let http = HttpLayer {
-            url: origin.url("/blob"),
-            size: u(self.layer.blob.len()),
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        };
+        let http = at_origin(origin, "/blob", self.layer.blob.len());
         let layer = LayerSource {
             coding: Some(self.coded.clone()),
             digests: Some(Check::Pieces(self.pieces.clone())),
@@ -97,60 +86,11 @@ impl Made {
             ..Blob::Http(http).into()
         };
         let options = FetchOptions {
-            connect_deadline: Duration::from_millis(500),
-            head_deadline: Duration::from_millis(500),
-            stall_deadline: Duration::from_millis(500),
-            slowest_body: 16 << 10,
-            deadline: Duration::from_secs(60),
-            memory_bytes: 1 << 20,
             prefetch: false,
             store: store.map(|dir| Store::open(dir).unwrap()),
-            ..FetchOptions::default()
+            ..quick()
         };
         Fetcher::start(vec![layer], options, None).unwrap()
-    }
-}
-
-fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
-    let range = LayerRange {
-        layer: LayerId(0),
-        range: TarRange::new(TarOffset(u(start)), u(len)),
-    };
-    let joined = |slices: &[Slice]| slices.iter().flat_map(|slice| slice.to_vec()).collect();
-    Ok(match fetcher.locate(range) {
-        Located::Memory(slices) => joined(&slices),
-        Located::File(fd, at) => {
-            let mut bytes = vec![0; len];
-            let file = File::open(PathBuf::from(format!("/proc/self/fd/{fd}"))).unwrap();
-            file.read_exact_at(&mut bytes, at).unwrap();
-            bytes
-        }
-        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range])?),
-    })
-}
-
-/// Four readers at random places.
-fn hammer(fetcher: &Fetcher, space: &Arc<Vec<u8>>, reads: usize) {
-    let readers: Vec<_> = (0..4u64)
-        .map(|seed| {
-            let (fetcher, space) = (fetcher.clone(), space.clone());
-            std::thread::spawn(move || {
-                let mut state = seed * 77 + 1;
-                let mut random = |below: usize| {
-                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                    s(state >> 33) % below
-                };
-                for _ in 0..reads {
-                    let start = random(space.len());
-                    let len = (1 + random(150_000)).min(space.len() - start);
-                    let bytes = read(&fetcher, start, len).unwrap();
-                    assert!(bytes == space[start..start + len], "wrong bytes at {start}+{len}");
-                }
-            })
-        })
-        .collect();
-    for reader in readers {
-        reader.join().unwrap();
     }
 }
 

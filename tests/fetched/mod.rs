@@ -1,0 +1,113 @@
+//! What the fetcher's tests share: layers behind an origin, short waits, and readers at random places.
+
+#![allow(dead_code, reason = "every test program uses its own part of this")]
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use tarblk::bench::origin::Origin;
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located, Slice};
+use tarblk::units::{LayerId, TarOffset, TarRange};
+
+pub(crate) fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+/// Bytes that do not compress, always the same.
+pub(crate) fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_F491_4F6C_DD1Du64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[3]
+    })
+    .take(len)
+    .collect()
+}
+
+/// A range of the first layer.
+pub(crate) fn range(start: usize, len: usize) -> LayerRange {
+    LayerRange {
+        layer: LayerId(0),
+        range: TarRange::new(TarOffset(u(start)), u(len)),
+    }
+}
+
+pub(crate) fn joined(slices: &[Slice]) -> Vec<u8> {
+    slices.iter().flat_map(|slice| slice.to_vec()).collect()
+}
+
+/// A blob of `size` bytes behind `origin`.
+pub(crate) fn at_origin(origin: &Origin, path: &str, size: usize) -> HttpLayer {
+    HttpLayer {
+        url: origin.url(path),
+        size: u(size),
+        validator: None,
+        headers: Vec::new(),
+        access: None,
+    }
+}
+
+/// Short waits, so that the failures of a minute pass in a second; a long patience, so that reads outlive them; and little
+/// memory, so that chunks leave it.
+pub(crate) fn quick() -> FetchOptions {
+    FetchOptions {
+        connect_deadline: Duration::from_millis(500),
+        head_deadline: Duration::from_millis(500),
+        stall_deadline: Duration::from_millis(500),
+        slowest_body: 16 << 10,
+        deadline: Duration::from_secs(60),
+        memory_bytes: 1 << 20,
+        ..FetchOptions::default()
+    }
+}
+
+/// Reads as the device does: looks first, and takes bytes from wherever they are.
+pub(crate) fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
+    Ok(match fetcher.locate(range(start, len)) {
+        Located::Memory(slices) => joined(&slices),
+        Located::File(fd, at) => {
+            let file = File::open(PathBuf::from(format!("/proc/self/fd/{fd}"))).unwrap();
+            let mut bytes = vec![0; len];
+            file.read_exact_at(&mut bytes, at).unwrap();
+            bytes
+        }
+        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
+    })
+}
+
+/// Four readers at random places, each of which reads so often.
+pub(crate) fn hammer(fetcher: &Fetcher, data: &Arc<Vec<u8>>, reads: usize) {
+    let readers: Vec<_> = (0..4u64)
+        .map(|seed| {
+            let (fetcher, data) = (fetcher.clone(), data.clone());
+            std::thread::spawn(move || {
+                let mut state = seed * 77 + 1;
+                let mut random = |below: usize| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1_442_695_040_888_963_407);
+                    usize::try_from(state >> 33).unwrap() % below
+                };
+                for _ in 0..reads {
+                    let start = random(data.len());
+                    let len = (1 + random(200_000)).min(data.len() - start);
+                    let bytes = read(&fetcher, start, len).unwrap();
+                    assert!(bytes == data[start..start + len], "wrong bytes at {start}+{len}");
+                }
+            })
+        })
+        .collect();
+    for reader in readers {
+        reader.join().unwrap();
+    }
+}
