@@ -6,32 +6,15 @@ use serde::Serialize;
 use super::Session;
 use super::cli::{CopyArgs, PushArgs};
 use super::layer::Bar;
-use super::output::{Table, Talk, print, println};
+use super::output::{Table, print, println};
 use crate::digest::Digest;
-use crate::open::Watch;
 use crate::open::publish::{self, Publication, PublishWatch, Published};
 use crate::quantity::show_size;
 use crate::source::Source;
 use crate::source::registry::{ImageName, Reference};
 
 /// One bar for all layers.
-struct Bars {
-    bar: Bar,
-}
-
-impl Bars {
-    fn new(talk: Talk) -> Self {
-        Self { bar: Bar::new(talk) }
-    }
-}
-
-impl Watch for Bars {
-    fn headers(&mut self, at: u64, len: u64) {
-        self.bar.headers(at, len);
-    }
-}
-
-impl PublishWatch for Bars {
+impl PublishWatch for Bar {
     fn layer(&mut self, number: usize, of: usize, layer: &Digest) {
         log::info!("layer {} of {of}: {layer}", number + 1);
     }
@@ -49,9 +32,9 @@ fn reference(text: &str) -> anyhow::Result<Reference> {
 pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
     let image = reference(&args.image)?;
     let options = args.registry.options()?;
-    let mut bars = Bars::new(session.talk);
-    let publication = publish::push(&image, &options, args.spacing, args.anew, &mut bars)?;
-    drop(bars);
+    let mut bar = Bar::new(session.talk);
+    let publication = publish::push(&image, &options, args.spacing, args.anew, &mut bar)?;
+    drop(bar);
     report(
         &ImageName::Registry(image).to_string(),
         &publication,
@@ -64,9 +47,9 @@ pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
 pub(super) fn copy(args: &CopyArgs, session: Session) -> anyhow::Result<()> {
     let (from, to) = (reference(&args.from)?, reference(&args.to)?);
     let options = args.registry.options()?;
-    let mut bars = Bars::new(session.talk);
-    let publication = publish::copy(&from, &to, &options, &mut bars)?;
-    drop(bars);
+    let mut bar = Bar::new(session.talk);
+    let publication = publish::copy(&from, &to, &options, &mut bar)?;
+    drop(bar);
     report(&ImageName::Registry(to).to_string(), &publication, args.json, session)
 }
 

@@ -512,7 +512,7 @@ impl Engine {
         }
         let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
         let pending = known.unwrap_or_default();
-        if why == Why::Filling {
+        if why == Why::Filling && pending.waiters.is_empty() {
             let _unless_the_store_is_full = self.keep(key, Arc::new(Chunk::along(bytes, false)), false);
             return;
         }

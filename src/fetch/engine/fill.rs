@@ -119,7 +119,10 @@ impl Filler {
 impl Engine {
     /// Goes on filling whenever that is due; nothing else wakes an engine that nobody asks anything.
     pub(super) async fn keep_filling(self: Rc<Self>) {
-        while !self.stopping.get() && self.filler.as_ref().is_some_and(|filler| !filler.borrow().done) {
+        while self.filler.as_ref().is_some_and(|filler| !filler.borrow().done) {
+            if self.stopping.get() {
+                return;
+            }
             sleep(QUIET).await;
             self.pump();
         }
@@ -143,7 +146,10 @@ impl Engine {
         let stretch = filler.next(Instant::now(), most, &chunks, &|key| self.see(key))?;
         let mut all = self.pending.borrow_mut();
         for key in stretch.keys() {
-            all.entry(key).or_default().why = Why::Filling;
+            let pending = all.entry(key).or_default();
+            if pending.waiters.is_empty() {
+                pending.why = Why::Filling;
+            }
         }
         Some(stretch)
     }
