@@ -11,8 +11,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use tarblk::bench::origin::{Link, Origin};
-use tarblk::fetch::store::Store;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Slice, Waiter};
+use tarblk::cache::Slice;
+use tarblk::cache::disk::Store;
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Waiter};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 const MIB: u64 = 1 << 20;

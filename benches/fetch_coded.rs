@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use tarblk::bench::origin::{Link, Origin};
-use tarblk::fetch::store::Store;
+use tarblk::cache::Slice;
+use tarblk::cache::disk::Store;
 use tarblk::fetch::{
-    Blob, CHUNK_BYTES, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource,
-    Located, Slice, Waiter, Windows,
+    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
+    Waiter, Windows,
 };
 use tarblk::layer::{Coding, Decoder, Indexer, Spans};
+use tarblk::units::CHUNK_BYTES;
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 #[path = "support/mod.rs"]

@@ -20,13 +20,14 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tarblk::fetch::link::Link;
-use tarblk::fetch::plan::{Hint, PlanOptions, Planner, Presence, Stretch, Want, merge};
-use tarblk::fetch::{CHUNK_BYTES, ChunkKey};
+use tarblk::cache::ChunkKey;
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, Origin};
 use tarblk::index::walk;
+use tarblk::prefetch::bandwidth::Link;
+use tarblk::prefetch::{Hint, PlanOptions, Planner, Presence, Stretch, Want, merge};
 use tarblk::tree::TreeBuilder;
+use tarblk::units::CHUNK_BYTES;
 use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
 
 struct Read {

@@ -8,18 +8,13 @@
 //! A blob may be compressed: what is fetched are ranges of the blob, what is handed out are ranges of the tar that comes out
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
-//! Parts: `blob` (what a layer is), `chunk` (the unit), `tier` (what is in memory), `engine` (the fetch thread: one flight a
-//! chunk), `http` (ranges over connections), `stats`.
+//! Parts: `blob` (what a layer is), `engine` (the fetch thread: one flight a chunk), `transport` (ranges over connections),
+//! `stats`.
 
 mod blob;
-mod chunk;
 mod engine;
-mod http;
-pub mod link;
-pub mod plan;
 mod stats;
-pub mod store;
-mod tier;
+mod transport;
 
 use std::fmt;
 use std::io;
@@ -33,19 +28,19 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use blob::{Blob, Check, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
-pub use chunk::{CHUNK_BYTES, ChunkKey, Slice, Slices};
-pub use http::answer::Validator;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
+pub use transport::answer::Validator;
 
+use crate::cache::chunk::{self, FirstUse, pieces};
+use crate::cache::disk::{Bits, LayerCache, LayerKey, Store};
+use crate::cache::memory::Tier;
+use crate::cache::{Slice, Slices};
 use crate::image::FileMap;
+use crate::prefetch::Stretch;
 use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
-use chunk::{FirstUse, pieces};
 use engine::Command;
-use plan::Stretch;
 use stats::{Counters, add};
-use store::{Bits, LayerCache, Store};
-use tier::Tier;
 
 /// Where a range of a layer is right now.
 #[derive(Clone, Debug)]
@@ -100,10 +95,21 @@ pub struct HttpLayer {
     pub access: Option<Arc<BlobAccess>>,
 }
 
+impl HttpLayer {
+    /// The key of its bytes in the cache directory; none if the server says nothing by which a later process could tell that it is
+    /// still the same layer.
+    #[must_use]
+    pub fn cache_key(&self) -> Option<LayerKey> {
+        let validator = self.validator.as_ref()?;
+        let name = transport::stable_name(&self.url);
+        Some(LayerKey::of_url(&name, self.size, validator.value()))
+    }
+}
+
 impl fmt::Debug for HttpLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HttpLayer")
-            .field("url", &http::without_secrets(&self.url))
+            .field("url", &transport::without_secrets(&self.url))
             .field("size", &self.size)
             .field("validator", &self.validator)
             .finish_non_exhaustive()
@@ -506,7 +512,7 @@ impl Fetcher {
             first_use |= first != FirstUse::No;
             wake |= matches!(first, FirstUse::Yes { marker: true, .. });
             if matches!(first, FirstUse::Yes { suspected: true, .. }) {
-                paid += chunk::to_u64(chunk.bytes().len());
+                paid += crate::units::len_u64(chunk.bytes().len());
             }
             slices.push(Slice::new(chunk, from, len));
         }

@@ -29,6 +29,7 @@ mod rebuild;
 mod sink;
 mod sparse;
 mod summary;
+pub mod toc;
 mod varint;
 pub mod walk;
 mod writer;

@@ -13,23 +13,18 @@
 //! zstd frame only at its beginning. A zstd layer of one frame, as builders make it, therefore has one span, and
 //! whoever wants its end has to read it all.
 //!
-//! [`contents`] reads the tables of contents that some layers bring along. Only there does this room know what a tar
-//! is; it does no I/O anywhere. It must never believe a length, give out more than the table or its limit says, keep
+//! This room does not know what a tar is, and does no I/O. It must never believe a length, give out more than the table or its limit says, keep
 //! more than a window and a buffer, or panic, whatever the blob holds.
 
-mod chunked;
-pub mod contents;
 mod decoder;
 mod error;
 mod gzip;
 mod indexer;
-mod json;
-mod stargz;
 mod stream;
-mod table;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
-mod zstd;
+pub(crate) mod zstd;
 
 pub use decoder::Decoder;
 pub use error::LayerError;
@@ -112,10 +107,4 @@ impl std::fmt::Display for Coding {
             Self::Zstd => "zstd",
         })
     }
-}
-
-/// A slice's length as the 64-bit number that positions are made of.
-fn len_u64(len: usize) -> u64 {
-    // On every platform that Linux runs on a usize fits; saturating keeps the function total.
-    u64::try_from(len).unwrap_or(u64::MAX)
 }

@@ -18,6 +18,8 @@ pub mod units;
 #[cfg(feature = "command")]
 pub mod bench;
 #[cfg(feature = "command")]
+pub mod cache;
+#[cfg(feature = "command")]
 pub mod commands;
 #[cfg(feature = "command")]
 pub mod device;
@@ -29,6 +31,8 @@ pub mod interrupt;
 pub mod mount;
 #[cfg(feature = "command")]
 pub mod open;
+#[cfg(feature = "command")]
+pub mod prefetch;
 #[cfg(feature = "command")]
 pub mod quantity;
 #[cfg(feature = "command")]

@@ -12,23 +12,24 @@
 //! because another one may send something else.
 
 pub mod artifact;
-mod contents;
 pub mod discover;
 mod gather;
-mod kept;
+mod index_cache;
 mod layer;
 pub mod publish;
 mod published;
-mod recipe;
 mod record;
+mod serve_spec;
+mod toc;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::cache::disk::StoreError;
 use crate::digest::Digest;
-use crate::fetch::{self, store::StoreError};
+use crate::fetch;
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
@@ -40,10 +41,10 @@ use crate::units::LayerId;
 use layer::Facts;
 
 pub use discover::IndexChoice;
-pub use kept::{Cache, default_cache_dir};
+pub use index_cache::{Cache, default_cache_dir};
 pub use layer::PreparedLayer;
-pub use recipe::{Fetching, Opened, Recipe, serve_here};
 pub use record::{RecordedBlob, Recording, record, record_blob};
+pub use serve_spec::{Fetching, Opened, Recipe, serve_here};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;

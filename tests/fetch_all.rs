@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fetched::{at_origin, joined, quick, range, sha256, u};
 use tarblk::bench::origin::{Fault, Origin};
-use tarblk::fetch::store::Store;
+use tarblk::cache::disk::Store;
 use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows};
 use tarblk::layer::{Coding, Indexer};
 

@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, quick, range, read, sha256, u};
 use tarblk::bench::origin::{Fault, Origin, Request, at_random};
-use tarblk::fetch::store::Store;
+use tarblk::cache::disk::Store;
 use tarblk::fetch::{
-    Blob, CHUNK_BYTES, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource,
-    Located, WholeDigests, Windows,
+    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
+    WholeDigests, Windows,
 };
 use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::layer::{Coding, Indexer, Spans};
+use tarblk::units::CHUNK_BYTES;
 use tarblk::units::LayerId;
 
 const SIZE: usize = 5_000_321;

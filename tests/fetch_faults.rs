@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, noise, range, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::fetch::store::Store;
+use tarblk::cache::disk::Store;
 use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
 
 const SIZE: usize = 3_000_321;

@@ -13,10 +13,10 @@ use std::time::Duration;
 use common::chunked::{self, Chunked, noise};
 use fetched::{at_origin, hammer, quick, read, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::fetch::store::Store;
+use tarblk::cache::disk::Store;
 use tarblk::fetch::{Blob, Check, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Windows};
+use tarblk::index::toc::Place;
 use tarblk::index::{Index, IndexBuilder, PieceDigests};
-use tarblk::layer::contents::Place;
 
 fn s(n: u64) -> usize {
     usize::try_from(n).unwrap()

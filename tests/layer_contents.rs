@@ -14,8 +14,8 @@ use std::process::{Command, Stdio};
 
 use common::{have, skip, unpacked};
 use sha2::{Digest, Sha256};
+use tarblk::index::toc::{Contents, Format, Place, TAIL};
 use tarblk::index::{Collector, Entry, EntrySink, Index, IndexBuilder, Kind, Parser, rebuild_tar};
-use tarblk::layer::contents::{Contents, Format, Place, TAIL};
 use tarblk::layer::{Coding, Decoder, Indexer, SPACING};
 use tarblk::units::TarOffset;
 

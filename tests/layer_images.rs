@@ -14,8 +14,8 @@ use std::path::Path;
 use common::unpacked::{self, images};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
+use tarblk::index::toc::{Format, Place, TAIL};
 use tarblk::index::{Collector, Kind};
-use tarblk::layer::contents::{Format, Place, TAIL};
 use tarblk::layer::{Coding, Decoder, Indexer, Spans};
 use tarblk::units::TarOffset;
 

@@ -12,12 +12,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use tarblk::fetch::plan::{PlanOptions, Planner, Presence};
-use tarblk::fetch::{CHUNK_BYTES, ChunkKey};
+use tarblk::cache::ChunkKey;
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{DirectoryId, FileMap, StoredFile};
 use tarblk::index::walk;
+use tarblk::prefetch::{PlanOptions, Planner, Presence};
 use tarblk::tree::TreeBuilder;
+use tarblk::units::CHUNK_BYTES;
 use tarblk::units::TarRange;
 
 /// A layer whose every wish comes true at once, and the chunks that came.

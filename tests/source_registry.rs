@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
-use tarblk::fetch::{CHUNK_BYTES, Check, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::fetch::{Check, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
 use tarblk::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, LayerCoding, Login, OCI_INDEX, OCI_MANIFEST,
     Reference, Registry, RegistryOptions, Version, resolve,
 };
 use tarblk::source::{Patience, SourceError};
+use tarblk::units::CHUNK_BYTES;
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
 use tarblk::index::{EntrySink, IndexBuilder};
-use tarblk::layer::contents::Place;
+use tarblk::index::toc::Place;
 use tarblk::layer::{Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
 
 const LIMIT: u64 = 4 << 20;

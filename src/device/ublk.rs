@@ -8,8 +8,8 @@
 //! instead of failing. Control commands run on a thread of their own under a time limit, because some kernels (6.18.4,
 //! 6.18.5, some 6.17) never come back from `ADD_DEV`.
 
+mod completion;
 mod control;
-mod landing;
 mod queue;
 
 use std::fs;

@@ -8,7 +8,8 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
-use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Slice, Waiter};
+use crate::cache::Slice;
+use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Waiter};
 use crate::image::{BlockImage, Origin, Piece};
 use crate::units::{BLOCK_SIZE, TarRange};
 

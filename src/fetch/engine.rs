@@ -10,18 +10,18 @@
 //! (files and the store), `fill` (the rest, while nobody reads), `trust`, `sieve` and `proof` (what is believed).
 
 mod coded;
-mod course;
 mod disk;
 mod fill;
 mod flight;
 mod origin;
 mod partial;
-mod proof;
+mod pipeline;
 mod remote;
 mod request;
-mod sieve;
 mod stream;
-mod trust;
+mod verify;
+mod verify_cached;
+mod verify_piece;
 mod window;
 
 use std::cell::{Cell, RefCell};
@@ -41,15 +41,15 @@ use self::origin::Origin;
 use self::remote::{Remote, take_in};
 pub(crate) use self::request::Owed;
 use self::request::{Pending, Request, Waiting, Why};
-use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, FirstUse, Slice, pieces, to_u64};
-use super::http::Client;
-use super::link::Link;
-use super::plan::{PlanOptions, Planner, Presence, Stretch, Want, merge};
 use super::stats::add;
-use super::tier::Tier;
+use super::transport::Client;
 use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
+use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
+use crate::cache::memory::Tier;
 use crate::image::FileMap;
-use crate::units::LayerId;
+use crate::prefetch::bandwidth::Link;
+use crate::prefetch::{PlanOptions, Planner, Presence, Stretch, Want, merge};
+use crate::units::{CHUNK_BYTES, LayerId, len_u64};
 
 /// A flight is at most this long; longer stretches fly side by side.
 const LONGEST_FLIGHT: u32 = 128;
@@ -362,7 +362,7 @@ impl Engine {
             let waiting_to_be_written = || remote.and_then(|remote| remote.writer.queued(key.index));
             if let Some(chunk) = self.shared.tier.get(key).or_else(waiting_to_be_written) {
                 match chunk.touch() {
-                    FirstUse::Yes { suspected: true, .. } => paid += to_u64(chunk.bytes().len()),
+                    FirstUse::Yes { suspected: true, .. } => paid += len_u64(chunk.bytes().len()),
                     FirstUse::Yes { .. } => found_first = true,
                     FirstUse::No => {}
                 }
@@ -524,7 +524,7 @@ impl Engine {
         if let Some(old) = self.shared.tier.insert(key, chunk.clone())
             && old.wasted()
         {
-            add(&self.shared.counters.prefetched_unused, to_u64(old.bytes().len()));
+            add(&self.shared.counters.prefetched_unused, len_u64(old.bytes().len()));
         }
         for waiting in pending.waiters {
             waiting

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::chunk::to_u64;
+use crate::units::len_u64;
 
 /// Each power of two of microseconds is cut in this many buckets: percentiles are right to an eighth.
 const STEPS: u64 = 8;
@@ -30,7 +30,7 @@ fn bucket(us: u64) -> usize {
 
 /// The largest latency that falls into `bucket`.
 fn upper_bound_us(bucket: usize) -> u64 {
-    let (power, step) = (to_u64(bucket) / STEPS, to_u64(bucket) % STEPS);
+    let (power, step) = (len_u64(bucket) / STEPS, len_u64(bucket) % STEPS);
     ((STEPS + step + 1) << power) - 1
 }
 

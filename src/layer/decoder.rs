@@ -4,7 +4,7 @@ use super::gzip::Members;
 use super::stream::{Event, Idle, Stream};
 use super::table::{Begins, Layout};
 use super::{Coding, LayerError, SpanTable};
-use crate::units::TarOffset;
+use crate::units::{TarOffset, len_u64};
 
 /// The most that is given out at once, in bytes. A multiple of deflate's window, which is copied once each time.
 const PIECE: usize = 128 << 10;
@@ -150,14 +150,14 @@ impl Decoder {
                 State::Enter { .. } | State::Done => return Ok(()),
                 State::Plain => {
                     let given = &input[..left.min(input.len())];
-                    self.at += super::len_u64(given.len());
+                    self.at += len_u64(given.len());
                     if !given.is_empty() {
                         out(given);
                     }
                     return Ok(());
                 }
                 State::Skip { at, to } => {
-                    let skipped = super::len_u64(input.len()).min(to.saturating_sub(*at));
+                    let skipped = len_u64(input.len()).min(to.saturating_sub(*at));
                     input = input
                         .get(usize::try_from(skipped).unwrap_or(usize::MAX)..)
                         .unwrap_or_default();
@@ -176,7 +176,7 @@ impl Decoder {
                     let step = stream.step(input, &mut self.output[..room], false)?;
                     input = &input[step.consumed..];
                     if step.produced > 0 {
-                        self.at += super::len_u64(step.produced);
+                        self.at += len_u64(step.produced);
                         out(&self.output[..step.produced]);
                     }
                     let ended = step.event == Event::End;

@@ -10,6 +10,7 @@ pub(super) mod tracer;
 use self::inflate::{Inflate, Stop};
 use super::stream::{Event, Step};
 use super::{Coding, LayerError};
+use crate::units::len_u64;
 
 /// The first two bytes of a member.
 pub(super) const MAGIC: [u8; 2] = [0x1f, 0x8b];
@@ -134,7 +135,7 @@ impl Members {
             Stage::Trailer(gathered) => {
                 let consumed = gathered.take(input);
                 if let Some(bytes) = gathered.full() {
-                    let at = self.at + super::len_u64(consumed);
+                    let at = self.at + len_u64(consumed);
                     check_sums(self.sums, bytes, at)?;
                     self.began = at;
                     self.complete = true;
@@ -149,7 +150,7 @@ impl Members {
                 }
             }
         };
-        self.at += super::len_u64(step.consumed);
+        self.at += len_u64(step.consumed);
         Ok(step)
     }
 

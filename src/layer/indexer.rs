@@ -7,7 +7,7 @@ use super::gzip::tracer::Tracer;
 use super::stream::{Event, Idle, Stream};
 use super::table::{Begins, Layout, Point};
 use super::{Coding, LayerError, SpanTable};
-use crate::units::TarOffset;
+use crate::units::{TarOffset, len_u64};
 
 /// About how many bytes of the tar lie between two places to begin from, if nobody says otherwise.
 pub const SPACING: u64 = 1 << 20;
@@ -111,9 +111,9 @@ impl Indexer {
     /// When the blob is damaged, needs what this program does not give, or unpacks to more than the limit. The indexer
     /// is of no use afterwards.
     pub fn feed(&mut self, blob: &[u8], sink: &mut dyn FnMut(&[u8])) -> Result<(), LayerError> {
-        self.blob += super::len_u64(blob.len());
+        self.blob += len_u64(blob.len());
         if self.coding == Coding::Plain {
-            self.tar += super::len_u64(blob.len());
+            self.tar += len_u64(blob.len());
             self.within_limit()?;
             sink(blob);
             return Ok(());
@@ -203,7 +203,7 @@ impl Indexer {
         let from = self.filled;
         self.filled += produced;
         self.history = (self.history + produced).min(WINDOW);
-        self.tar += super::len_u64(produced);
+        self.tar += len_u64(produced);
         self.within_limit()?;
         if produced > 0 {
             sink(&self.buffer[from..self.filled]);
@@ -283,7 +283,7 @@ impl Indexer {
     fn settle(&mut self) {
         let Some(tracer) = self.tracer.take() else { return };
         let window = tracer.needed();
-        self.history_total += super::len_u64(window.len());
+        self.history_total += len_u64(window.len());
         if let (Some(point), Some(place)) = (self.points.last_mut(), self.windows.back_mut()) {
             point.window = u16::try_from(window.len()).unwrap_or(u16::MAX);
             *place = window;

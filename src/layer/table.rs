@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::gzip::inflate::WINDOW;
 use super::{Coding, LayerError};
-use crate::units::{TarOffset, TarRange};
+use crate::units::{TarOffset, TarRange, len_u64};
 
 /// How long the spans of an uncompressed layer are said to be, in bytes. Any other length would do: they are computed.
 const PLAIN_SPAN: u64 = 32 << 10;
@@ -39,17 +39,17 @@ pub struct Span {
 
 /// One place to begin from. Sorted by both positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Point {
-    pub(super) tar: u64,
+pub(crate) struct Point {
+    pub(crate) tar: u64,
     /// The byte in which it begins.
-    pub(super) blob: u64,
-    pub(super) begins: Begins,
-    pub(super) bits: u8,
-    pub(super) window: u16,
+    pub(crate) blob: u64,
+    pub(crate) begins: Begins,
+    pub(crate) bits: u8,
+    pub(crate) window: u16,
 }
 
 impl Point {
-    pub(super) const fn whole(tar: u64, blob: u64) -> Self {
+    pub(crate) const fn whole(tar: u64, blob: u64) -> Self {
         Self {
             tar,
             blob,
@@ -62,7 +62,7 @@ impl Point {
 
 /// How decoded bytes and bytes of the tar belong together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Layout {
+pub(crate) enum Layout {
     /// All that comes out is the tar.
     Everything,
     /// Of what comes out of a span's bytes, only as much as the span is long counts; the rest is not part of tar space.
@@ -121,7 +121,7 @@ impl SpanTable {
     }
 
     /// A table of these points, checked.
-    pub(super) fn new(
+    pub(crate) fn new(
         (coding, layout): (Coding, Layout),
         (blob_end, blob_len): (u64, u64),
         tar_len: u64,
@@ -184,7 +184,7 @@ impl SpanTable {
         self.layout == Layout::Everything
     }
 
-    pub(super) const fn layout(&self) -> Layout {
+    pub(crate) const fn layout(&self) -> Layout {
         self.layout
     }
 
@@ -207,7 +207,7 @@ impl SpanTable {
         let end = Point::whole(self.tar_len, self.blob_end);
         let (point, next) = match self.coding {
             Coding::Plain => {
-                let start = super::len_u64(n).saturating_mul(PLAIN_SPAN).min(self.tar_len);
+                let start = len_u64(n).saturating_mul(PLAIN_SPAN).min(self.tar_len);
                 let next = start.saturating_add(PLAIN_SPAN).min(self.tar_len);
                 (Point::whole(start, start), Point::whole(next, next))
             }
@@ -249,7 +249,7 @@ impl SpanTable {
             return;
         }
         put(out, self.blob_len - self.blob_end);
-        put(out, super::len_u64(self.points.len()));
+        put(out, len_u64(self.points.len()));
         let mut before = Point::whole(0, 0);
         for point in &*self.points {
             put(out, point.tar - before.tar);

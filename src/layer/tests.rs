@@ -1,7 +1,7 @@
 //! Blobs that are damaged, cut short or made to hurt, and tables that lie.
 
 use super::*;
-use crate::units::TarOffset;
+use crate::units::{TarOffset, len_u64};
 
 /// A gzip member around deflate's bytes, with right checksums.
 fn member(content: &[u8]) -> Vec<u8> {

@@ -7,11 +7,12 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use super::stream::{Event, Step};
 use super::{Coding, LayerError};
+use crate::units::len_u64;
 
 /// A frame's first four bytes.
-pub(super) const MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
+pub(crate) const MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
 /// A skippable frame's first four bytes, but for the lowest four bits of the first.
-pub(super) const SKIPPABLE: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
+pub(crate) const SKIPPABLE: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
 /// The longest history that a frame may ask for, as a power of two: what `zstd --long` makes, 128 MiB.
 const WINDOW_LOG: u32 = 27;
 const MAX_WINDOW: u64 = 1 << WINDOW_LOG;
@@ -107,7 +108,7 @@ impl Frames {
         let mut step = Step::took(0);
         match &mut self.stage {
             Stage::Skip { left } => {
-                let taken = super::len_u64(input.len()).min(*left);
+                let taken = len_u64(input.len()).min(*left);
                 *left -= taken;
                 step.consumed = usize::try_from(taken).unwrap_or(input.len());
                 if *left == 0 {
@@ -149,12 +150,12 @@ impl Frames {
                 step.produced = produced;
                 if ended {
                     step.event = Event::End;
-                    self.began = self.at + super::len_u64(consumed);
+                    self.began = self.at + len_u64(consumed);
                     self.stage = Stage::header();
                 }
             }
         }
-        self.at += super::len_u64(step.consumed);
+        self.at += len_u64(step.consumed);
         Ok(step)
     }
 
@@ -162,7 +163,7 @@ impl Frames {
         let at = self.began;
         match judge(&bytes[..have]) {
             Header::Skippable { len: 0 } => {
-                self.began = at + super::len_u64(have);
+                self.began = at + len_u64(have);
                 self.stage = Stage::header();
             }
             Header::Skippable { len } => self.stage = Stage::Skip { left: len },

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::fetch::store::{LayerCache, Seeder};
+use crate::cache::disk::{LayerCache, Seeder};
 use crate::source::Tap;
 use crate::units::TarOffset;
 
@@ -64,8 +64,9 @@ impl Drop for Gather {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fetch::store::Store;
-    use crate::fetch::{CHUNK_BYTES, HttpLayer, Validator};
+    use crate::cache::disk::Store;
+    use crate::fetch::{HttpLayer, Validator};
+    use crate::units::CHUNK_BYTES;
 
     #[test]
     fn pieces_of_many_places_become_chunks() {
@@ -79,7 +80,7 @@ mod tests {
             headers: Vec::new(),
             access: None,
         };
-        let cache = store.layer(&layer).unwrap();
+        let cache = store.layer(layer.cache_key().unwrap(), layer.size).unwrap();
         let mut gather = Gather::new(Arc::clone(&cache));
         // Two places at once, in pieces that fit nothing: chunks 0..20 and 30..40 with the short last one.
         let (mut a, mut b) = (0, 30 * CHUNK_BYTES + 7);

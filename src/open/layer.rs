@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Gather;
-use super::recipe::http_layer;
 use super::record::{Recording, algorithms, record_blob};
-use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, contents, is_full, open_index};
+use super::serve_spec::http_layer;
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index, toc};
+use crate::cache::disk::{LayerKey, Store, StoreError};
 use crate::digest::Digest;
-use crate::fetch::store::{Store, StoreError};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
@@ -129,7 +129,7 @@ impl PreparedLayer {
         }
         let digest = facts.digest.clone().or(digest);
         let stored_as = match (&blob.place, &digest) {
-            _ if index.is_of_contents() => contents::kept_as(&blob, facts),
+            _ if index.is_of_contents() => toc::kept_as(&blob, facts),
             (Place::Http(http), Some(digest)) if index.chunk_digests().is_none() => {
                 Some(unchecked(&http.name(), digest))
             }
@@ -243,8 +243,8 @@ pub(super) fn prepare(
     // Who pins an index means one that everybody makes alike.
     let takes_contents = matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
         && options.index_digest.is_none()
-        && contents::may_be_used(&blob, facts);
-    let contents_under = contents::kept_as(&blob, facts).filter(|_| takes_contents);
+        && toc::may_be_used(&blob, facts);
+    let contents_under = toc::kept_as(&blob, facts).filter(|_| takes_contents);
     if let (Some(cache), Some(under)) = (cache, &contents_under)
         && let Some((path, bytes)) = cache.index(under)
     {
@@ -259,7 +259,7 @@ pub(super) fn prepare(
         Some(coding) => coding,
         None => super::record::coding_of(&blob, &options.patience)?,
     };
-    if takes_contents && let Some((bytes, origin)) = contents::fetch(&blob, coding, facts, &options.patience) {
+    if takes_contents && let Some((bytes, origin)) = toc::fetch(&blob, coding, facts, &options.patience) {
         let kept = match (cache, &contents_under) {
             (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
             _ => None,
@@ -301,8 +301,14 @@ fn read_headers(
     let mut builder = IndexBuilder::new();
     let mut progress = |at: TarOffset, len: u64| reached(at.0, len);
     let cache = |store: Arc<Store>| match (&facts.digest, &blob.place) {
-        (Some(digest), Place::Http(http)) => store.named(&unchecked(&http.name(), digest), blob.len),
-        (None, Place::Http(http)) => store.layer(&http_layer(http)),
+        (Some(digest), Place::Http(http)) => store.layer(
+            LayerKey::of_content(&unchecked(&http.name(), digest), blob.len),
+            blob.len,
+        ),
+        (None, Place::Http(http)) => match http_layer(http).cache_key() {
+            Some(key) => store.layer(key, blob.len),
+            None => store.unnamed(blob.len),
+        },
         (_, Place::File(_)) => unreachable!("only layers on servers are gathered"),
     };
     let mut gather = match (&blob.place, &options.cache) {

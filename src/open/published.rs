@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use super::discover::{self, FoundBy, FoundIndex};
-use super::kept::KeptHot;
+use super::index_cache::KeptHot;
 use super::layer::{Published, unchecked};
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
 use crate::index::Index;

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tarblk::bench::origin::Origin;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located, Slice};
+use tarblk::cache::Slice;
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 pub(crate) fn u(n: usize) -> u64 {

@@ -14,9 +14,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tarblk::cache::Slice;
 use tarblk::device::DeviceError;
 use tarblk::device::volume::LayerBytes;
-use tarblk::fetch::{LayerRange, Located, Slice, Waiter};
+use tarblk::fetch::{LayerRange, Located, Waiter};
 use tarblk::image::{BlockImage, Origin, Piece};
 use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset};
 

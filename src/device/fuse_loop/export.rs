@@ -17,9 +17,10 @@ use fuser::{
 };
 use rustix::io::ReadWriteFlags;
 
+use crate::cache::Slice;
 use crate::device::stats::{Lane, Source};
 use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
-use crate::fetch::{FetchError, Slice, Waiter};
+use crate::fetch::{FetchError, Waiter};
 
 /// The file's name in the root directory.
 pub(super) const FILE_NAME: &str = "image";

@@ -25,10 +25,10 @@ use libublk::io::{UblkDev, UblkQueue};
 use libublk::uring_async::{UblkUringOpFuture, ublk_reap_io_events_with_update_queue, ublk_wake_task};
 use libublk::{BufDesc, UblkError, UblkUringData, sys, ublk_init_task_ring, with_task_io_ring_mut};
 
-use super::landing::{Landing, RingWaiter};
+use super::completion::{Landing, RingWaiter};
+use crate::cache::Slice;
 use crate::device::stats::Lane;
 use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
-use crate::fetch::Slice;
 
 /// One hit in this many has its time taken.
 const SAMPLE: u32 = 16;

@@ -10,19 +10,19 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::course::{Course, Cut, Cutter};
 use super::flight::{Answer, Patience};
 use super::origin::Trouble;
 use super::partial::{Partials, Ranges, subtract};
+use super::pipeline::{Course, Cut, Cutter};
 use super::request::Why;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
-use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64};
-use crate::fetch::plan::{Presence, Stretch, Want};
+use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::stats::add;
 use crate::fetch::{Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::prefetch::{Presence, Stretch, Want};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64};
 
 /// Spans this far apart, in bytes of the blob, are one request.
 const BRIDGE: u64 = 16 << 10;
@@ -159,16 +159,16 @@ impl Landing {
                     self.wrong.set(Some(index));
                     return;
                 }
-                let end = u64::from(index) * CHUNK_BYTES + to_u64(bytes.len());
+                let end = u64::from(index) * CHUNK_BYTES + len_u64(bytes.len());
                 self.advance(end);
-                add(&engine.shared.counters.bytes_decoded, to_u64(bytes.len()));
+                add(&engine.shared.counters.bytes_decoded, len_u64(bytes.len()));
                 Engine::found_right(remote, index);
                 engine.bring(ChunkKey { layer, index }, bytes, true);
             }
             Cut::Wrong { index } => self.wrong.set(Some(index)),
             Cut::Part { at, bytes } => {
-                self.advance(at + to_u64(bytes.len()));
-                add(&engine.shared.counters.bytes_decoded, to_u64(bytes.len()));
+                self.advance(at + len_u64(bytes.len()));
+                add(&engine.shared.counters.bytes_decoded, len_u64(bytes.len()));
                 engine.bring_part(coded, layer, at, &bytes);
             }
         }
@@ -401,7 +401,7 @@ impl Engine {
                     break;
                 }
             };
-            let len = to_u64(piece.len());
+            let len = len_u64(piece.len());
             self.note_arrival(remote, len);
             landing.arrived(len);
             let feeding = self.feed(course, piece, async |cut| landing.land(coded, cut));

@@ -12,11 +12,11 @@ use tokio::time::sleep;
 
 use super::request::Request;
 use super::{Engine, Remote};
-use crate::fetch::chunk::{Chunk, ChunkKey, Slice, chunk_len, to_u64, to_usize};
+use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
+use crate::cache::disk::{LayerCache, RunWriter};
 use crate::fetch::stats::add;
-use crate::fetch::store::{LayerCache, RunWriter};
 use crate::fetch::{Check, FetchError, LayerRange, SharedLayer};
-use crate::units::TarRange;
+use crate::units::{TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
 const LONGEST_LOCAL_READ: u64 = 1 << 20;
@@ -123,7 +123,7 @@ impl Engine {
             why: Arc::new(why),
         };
         let own = file.try_clone().map_err(fail)?;
-        read_exactly(own.into(), asked.range.start.0, to_usize(asked.range.len))
+        read_exactly(own.into(), asked.range.start.0, len_usize(asked.range.len))
             .await
             .map_err(fail)
     }
@@ -142,7 +142,7 @@ impl Engine {
             return;
         }
         let Some(cache) = self.cache(key.layer) else { return };
-        let len = to_usize(chunk_len(remote.size, key.index));
+        let len = len_usize(chunk_len(remote.size, key.index));
         let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
         let trusted = self.is_checked(key);
         if let Some(pieces) = remote.check.as_ref().and_then(Check::pieces).filter(|_| !trusted) {
@@ -209,7 +209,7 @@ impl Engine {
             return false;
         }
         remote.writer.queued.borrow_mut().insert(key.index, chunk.clone());
-        self.backlog.set(self.backlog.get() + to_u64(chunk.bytes().len()));
+        self.backlog.set(self.backlog.get() + len_u64(chunk.bytes().len()));
         remote.writer.queue.borrow_mut().insert(key.index, chunk);
         if !remote.writer.running.replace(true) {
             tokio_uring::spawn(self.clone().write_behind(key));
@@ -230,7 +230,7 @@ impl Engine {
             let batch = remote.writer.next_run();
             let Some((first, _)) = batch.first() else { break };
             let first = *first;
-            let bytes = batch.iter().map(|(_, chunk)| to_u64(chunk.bytes().len())).sum::<u64>();
+            let bytes = batch.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
             let indexes = first..first.saturating_add(u32::try_from(batch.len()).unwrap_or(0));
             let start = ChunkKey {
                 layer: key.layer,
@@ -241,7 +241,7 @@ impl Engine {
             let direct = self.backlog.get() <= DIRECT_BACKLOG;
             let written;
             (file, written) = match file {
-                Ok(file) if cache.takes_more() => write_run(file, start, to_usize(bytes), batch, direct).await,
+                Ok(file) if cache.takes_more() => write_run(file, start, len_usize(bytes), batch, direct).await,
                 Ok(file) => (Ok(file), Err(io::ErrorKind::StorageFull.into())),
                 Err(error) => {
                     let again = io::Error::new(error.kind(), error.to_string());

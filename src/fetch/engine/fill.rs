@@ -11,9 +11,9 @@ use tokio::time::sleep;
 
 use super::Engine;
 use super::request::Why;
-use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_count};
-use crate::fetch::plan::{Presence, Stretch};
-use crate::units::LayerId;
+use crate::cache::chunk::{ChunkKey, chunk_count};
+use crate::prefetch::{Presence, Stretch};
+use crate::units::{CHUNK_BYTES, LayerId};
 
 /// So long after the last read that had to wait, nobody is reading.
 const QUIET: Duration = Duration::from_millis(200);

@@ -9,12 +9,12 @@ use tokio::time::sleep;
 
 use super::origin::{Body, Trouble};
 use super::{Engine, Remote};
+use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
-use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_u64, to_usize};
-use crate::fetch::http::Failure;
-use crate::fetch::plan::Stretch;
 use crate::fetch::stats::add;
-use crate::units::{TarOffset, TarRange};
+use crate::fetch::transport::Failure;
+use crate::prefetch::Stretch;
+use crate::units::{CHUNK_BYTES, TarOffset, TarRange, len_u64, len_usize};
 
 /// Wrong answers and refusals in a row before a read fails.
 const PATIENCE_WITH_WRONG: u32 = 6;
@@ -234,14 +234,14 @@ impl Engine {
         self.note_head(&body);
         let mut chunk = Vec::new();
         while let Some(mut data) = body.next().await? {
-            self.note_arrival(remote, to_u64(data.len()));
+            self.note_arrival(remote, len_u64(data.len()));
             let mut landed = Vec::new();
             while !data.is_empty() {
                 let key = ChunkKey {
                     layer,
                     index: landing.next.get(),
                 };
-                let whole = to_usize(chunk_len(size, key.index));
+                let whole = len_usize(chunk_len(size, key.index));
                 if chunk.capacity() == 0 {
                     chunk.reserve_exact(whole);
                 }

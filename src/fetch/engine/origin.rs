@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::fetch::chunk::{to_u64, to_usize};
-use crate::fetch::http::{Client, Failure, RemoteLayer, Reply};
+use crate::fetch::transport::{Client, Failure, RemoteLayer, Reply};
 use crate::fetch::{Blob, FileLayer, StartError};
+use crate::units::{len_u64, len_usize};
 
 /// A local blob is read in pieces of this.
 const PIECE: u64 = 256 << 10;
@@ -114,9 +114,9 @@ impl Body {
             Self::File { left: 0, .. } => Ok(None),
             Self::File { file, at, left } => {
                 let len = PIECE.min(*left);
-                let (result, buffer) = file.read_exact_at(Vec::with_capacity(to_usize(len)), *at).await;
+                let (result, buffer) = file.read_exact_at(Vec::with_capacity(len_usize(len)), *at).await;
                 result.map_err(Trouble::File)?;
-                if to_u64(buffer.len()) != len {
+                if len_u64(buffer.len()) != len {
                     return Err(Trouble::File(io::ErrorKind::UnexpectedEof.into()));
                 }
                 *at += len;

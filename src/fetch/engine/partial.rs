@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::fetch::chunk::{CHUNK_BYTES, to_u64, to_usize};
+use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 /// So many are kept although nobody waits for them: 8 MiB at most.
 const MOST_IDLE: usize = 256;
@@ -60,13 +60,13 @@ impl Partials {
             self.order.push_back(index);
         }
         let partial = self.chunks.entry(index).or_insert_with(|| Partial {
-            bytes: vec![0; to_usize(len)],
+            bytes: vec![0; len_usize(len)],
             lacking: std::iter::once(0..len).collect(),
         });
-        let to = from.saturating_add(to_u64(bytes.len()));
+        let to = from.saturating_add(len_u64(bytes.len()));
         partial
             .bytes
-            .get_mut(to_usize(from)..to_usize(to))?
+            .get_mut(len_usize(from)..len_usize(to))?
             .copy_from_slice(bytes);
         subtract(&mut partial.lacking, &(from..to));
         if !partial.lacking.is_empty() {
@@ -89,10 +89,10 @@ impl Partials {
         let mut parts = Vec::new();
         for (index, partial) in self.chunks {
             let start = u64::from(index) * CHUNK_BYTES;
-            let mut here: Ranges = std::iter::once(0..to_u64(partial.bytes.len())).collect();
+            let mut here: Ranges = std::iter::once(0..len_u64(partial.bytes.len())).collect();
             partial.lacking.iter().for_each(|lacking| subtract(&mut here, lacking));
             for range in here {
-                let bytes = partial.bytes.get(to_usize(range.start)..to_usize(range.end));
+                let bytes = partial.bytes.get(len_usize(range.start)..len_usize(range.end));
                 parts.push((start + range.start, bytes.unwrap_or_default().to_vec()));
             }
         }
@@ -126,7 +126,7 @@ mod tests {
         let pieces: [Range<usize>; 4] = [50..80, 0..20, 70..100, 15..50];
         let mut partials = Partials::default();
         for (n, piece) in pieces.iter().enumerate() {
-            let whole = partials.add(7, 100, to_u64(piece.start), &content[piece.clone()], &|_| false);
+            let whole = partials.add(7, 100, len_u64(piece.start), &content[piece.clone()], &|_| false);
             assert_eq!(whole.is_some(), n == 3);
             if let Some(whole) = whole {
                 assert_eq!(whole, content);

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use super::coded::CodedLayer;
 use super::disk::Writer;
 use super::origin::Origin;
-use crate::fetch::chunk::chunk_count;
-use crate::fetch::http::RemoteLayer;
-use crate::fetch::plan::Stretch;
-use crate::fetch::store::LayerCache;
+use crate::cache::chunk::chunk_count;
+use crate::cache::disk::{LayerCache, LayerKey, Store, StoreError};
+use crate::fetch::transport::RemoteLayer;
 use crate::fetch::{Blob, Brought, Check, FetchOptions, LayerSource, SharedLayer, StartError, WholeDigests};
 use crate::layer::Coding;
+use crate::prefetch::Stretch;
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// A layer that has to be brought, as the fetch thread sees it.
@@ -97,6 +97,24 @@ impl Remote {
     }
 }
 
+/// The cache of a layer, under the best name that it has. A layer on a server that says neither a digest nor a validator gets one
+/// that goes with the process.
+fn cache_of(store: &Store, source: &LayerSource) -> Result<Arc<LayerCache>, StoreError> {
+    let size = source.size();
+    let key = match (&source.identity, &source.blob) {
+        (Some(identity), _) => Some(LayerKey::of_content(identity, size)),
+        (None, Blob::Http(http)) => http.cache_key().map(|key| match source.coding {
+            None => key,
+            Some(_) => key.of_decoded(size),
+        }),
+        (None, Blob::File(_)) => None,
+    };
+    match key {
+        Some(key) => store.layer(key, size),
+        None => store.unnamed(size),
+    }
+}
+
 /// What both sides see of a layer, and what the fetch thread has to know if it has to be brought.
 pub(super) fn take_in(
     layer: usize,
@@ -141,7 +159,7 @@ pub(super) fn take_in(
                 RemoteLayer::new(http)?;
             }
             if let Some(store) = &options.store {
-                match store.of(&source) {
+                match cache_of(store, &source) {
                     Ok(found) => drop(brought.cache.set(found)),
                     Err(error) => log::warn!("{error}; going on without a cache"),
                 }

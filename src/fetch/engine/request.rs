@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use crate::fetch::chunk::Slice;
+use crate::cache::chunk::Slice;
 use crate::fetch::stats::{Counters, add, take};
 use crate::fetch::{FetchError, Waiter};
 

@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::course::{Course, Cut, Cutter};
 use super::disk::LARGEST_BACKLOG;
 use super::flight::Patience;
 use super::origin::{Body, Trouble};
+use super::pipeline::{Course, Cut, Cutter};
 use super::request::Why;
 use super::{Engine, Remote};
+use crate::cache::chunk::{Chunk, ChunkKey, Slice};
+use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
-use crate::fetch::chunk::{CHUNK_BYTES, Chunk, ChunkKey, Slice, to_u64, to_usize};
-use crate::fetch::plan::{Stretch, Want};
 use crate::fetch::stats::add;
-use crate::fetch::store::LayerCache;
 use crate::layer::Decoder;
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::prefetch::{Stretch, Want};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64, len_usize};
 
 impl Engine {
     /// Starts reading a layer from end to end, unless that is under way. `first` is an answer that has the whole blob.
@@ -151,9 +151,9 @@ impl Engine {
             if self.stopping.get() {
                 return Err(Trouble::Wrong("the fetcher was shut down".to_owned()));
             }
-            self.note_arrival(remote, to_u64(piece.len()));
-            let skipped = to_usize(skip).min(piece.len());
-            skip -= to_u64(skipped);
+            self.note_arrival(remote, len_u64(piece.len()));
+            let skipped = len_usize(skip).min(piece.len());
+            skip -= len_u64(skipped);
             let feeding = self.feed(course, piece.split_off(skipped), async |cut| match cut {
                 Cut::Whole {
                     index, right: false, ..

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use super::Engine;
 use super::origin::{Origin, Trouble};
-use crate::fetch::chunk::{to_u64, to_usize};
 use crate::fetch::stats::add;
 use crate::fetch::{Blob, FileLayer, StartError, Windows};
 use crate::index::{ColdDirectory, ColdPart, ColdPiece};
+use crate::units::{len_u64, len_usize};
 
 /// So many windows stay in memory: 2 MiB of gzip's 32 KiB.
 const MOST_KEPT: usize = 64;
@@ -149,7 +149,7 @@ impl Engine {
                 }
             }
         };
-        if to_u64(window.len()) != u64::from(len) {
+        if len_u64(window.len()) != u64::from(len) {
             return Err(wrong("has another length than the span table says"));
         }
         if !matches!(windows.place, Place::Memory(_)) {
@@ -160,16 +160,16 @@ impl Engine {
 
     async fn frame(&self, origin: &Origin, piece: &ColdPiece, demand: bool) -> Result<Vec<u8>, Trouble> {
         let (start, stored) = (piece.range.start, piece.range.end - piece.range.start);
-        let len = to_usize(stored);
+        let len = len_usize(stored);
         let mut body = origin.get(&self.client, start, stored, demand).await?;
         let mut skip = if body.is_whole() { start } else { 0 };
         let mut frame = Vec::with_capacity(len);
         while let Some(piece) = body.next().await? {
             if body.head_took().is_some() {
-                add(&self.shared.counters.bytes_fetched, to_u64(piece.len()));
+                add(&self.shared.counters.bytes_fetched, len_u64(piece.len()));
             }
-            let skipped = to_usize(skip).min(piece.len());
-            skip -= to_u64(skipped);
+            let skipped = len_usize(skip).min(piece.len());
+            skip -= len_u64(skipped);
             let piece = &piece[skipped..];
             frame.extend_from_slice(&piece[..piece.len().min(len - frame.len())]);
             if frame.len() == len && body.is_whole() {

@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::fetch::chunk::{CHUNK_BYTES, to_usize};
+use crate::units::{CHUNK_BYTES, len_usize};
 
 const MAGIC: &[u8; 8] = b"TARBLKMP";
 const VERSION: u32 = 2;
@@ -33,7 +33,7 @@ pub(crate) struct Bits {
 
 impl Bits {
     pub(crate) fn new(count: u32) -> Self {
-        let words = std::iter::repeat_with(|| AtomicU64::new(0)).take(to_usize(u64::from(count).div_ceil(64)));
+        let words = std::iter::repeat_with(|| AtomicU64::new(0)).take(len_usize(u64::from(count).div_ceil(64)));
         Self {
             words: words.collect(),
             count,
@@ -42,7 +42,7 @@ impl Bits {
     }
 
     fn place(index: u32) -> (usize, u64) {
-        (to_usize(u64::from(index / 64)), 1 << (index % 64))
+        (len_usize(u64::from(index / 64)), 1 << (index % 64))
     }
 
     /// Acquire: whoever sees the bit sees what was written before it was set.
@@ -89,12 +89,12 @@ impl Bits {
             .iter()
             .flat_map(|word| word.load(Ordering::Acquire).to_le_bytes())
             .collect();
-        bytes.truncate(to_usize(u64::from(self.count).div_ceil(8)));
+        bytes.truncate(len_usize(u64::from(self.count).div_ceil(8)));
         bytes
     }
 
     fn from_bytes(count: u32, bytes: &[u8]) -> Option<Self> {
-        if bytes.len() != to_usize(u64::from(count).div_ceil(8)) {
+        if bytes.len() != len_usize(u64::from(count).div_ceil(8)) {
             return None;
         }
         let bits = Self::new(count);

@@ -12,8 +12,9 @@ use std::thread::JoinHandle;
 use rustix::fs::{FlockOperation, flock};
 
 use super::map::{self, Bits, Identity};
-use super::{LayerCache, Store, StoreError, hex, key_of_tar, nonce};
-use crate::fetch::chunk::{chunk_count, to_u64};
+use super::{LayerCache, LayerKey, Store, StoreError, hex, nonce};
+use crate::cache::chunk::chunk_count;
+use crate::units::len_u64;
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
 const SYNC_DISTANCE: u64 = 32 << 20;
@@ -113,8 +114,8 @@ impl Filling {
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         let written = self.file.as_file_mut().write_all(bytes);
         written.map_err(|error| self.failed("write", error))?;
-        self.len += to_u64(bytes.len());
-        self.unsynced += to_u64(bytes.len());
+        self.len += len_u64(bytes.len());
+        self.unsynced += len_u64(bytes.len());
         if self.unsynced >= SYNC_DISTANCE && self.syncer.order() {
             self.unsynced = 0;
         }
@@ -134,7 +135,7 @@ impl Filling {
     }
 
     /// All of the layer has come, and whoever watched it pass has found that it is what `identity` says: from now on the store
-    /// has it under that name, as [`Store::named`] takes it, and nobody has to digest it again. Does nothing when another process has that layer open, which then goes on with what it has.
+    /// has it under that name, as [`LayerKey::of_content`] takes it, and nobody has to digest it again. Does nothing when another process has that layer open, which then goes on with what it has.
     ///
     /// # Errors
     /// When the disk does not keep it.
@@ -143,7 +144,7 @@ impl Filling {
         let Some(count) = chunk_count(size) else {
             return Ok(());
         };
-        let key = key_of_tar(identity, size);
+        let key = LayerKey::of_content(identity, size).0;
         let path = self.store.dir.join(format!("{}.data", hex(&key)));
         let taken =
             File::open(&path).is_ok_and(|other| flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
@@ -199,7 +200,7 @@ impl LayerCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fetch::CHUNK_BYTES;
+    use crate::units::CHUNK_BYTES;
 
     #[test]
     fn what_was_filled_is_there_and_nothing_else() {
@@ -214,7 +215,7 @@ mod tests {
         }
         let len = filling.len();
         filling.finish("sha256:abc").unwrap();
-        let cache = store.named("sha256:abc", len).unwrap();
+        let cache = store.layer(LayerKey::of_content("sha256:abc", len), len).unwrap();
         assert!(cache.is_whole());
         assert!(cache.is_sealed(), "it was digested while it passed");
         let mut back = Vec::new();
@@ -226,7 +227,13 @@ mod tests {
             .unwrap();
         assert!(back == bytes);
         drop(cache);
-        assert_eq!(store.named("sha256:other", len).unwrap().bytes_held(), 0);
+        assert_eq!(
+            store
+                .layer(LayerKey::of_content("sha256:other", len), len)
+                .unwrap()
+                .bytes_held(),
+            0
+        );
     }
 
     #[test]
@@ -243,12 +250,18 @@ mod tests {
     fn a_layer_that_is_open_stays_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let open = store.named("sha256:abc", 4).unwrap();
+        let open = store.layer(LayerKey::of_content("sha256:abc", 4), 4).unwrap();
         let mut filling = store.fill().unwrap();
         filling.push(b"full").unwrap();
         filling.finish("sha256:abc").unwrap();
         assert_eq!(open.bytes_held(), 0);
         drop(open);
-        assert_eq!(store.named("sha256:abc", 4).unwrap().bytes_held(), 0);
+        assert_eq!(
+            store
+                .layer(LayerKey::of_content("sha256:abc", 4), 4)
+                .unwrap()
+                .bytes_held(),
+            0
+        );
     }
 }

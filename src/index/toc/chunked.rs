@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use super::contents::{Format, MAX_JSON, Place};
-use super::{Coding, Indexer, LayerError, zstd};
+use super::{Format, MAX_JSON, Place};
+use crate::layer::{Coding, Indexer, LayerError, zstd};
 
 /// The annotations with the digest of the table of contents, and with its place.
 pub(super) const DIGEST: [&str; 2] = [

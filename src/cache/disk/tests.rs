@@ -1,18 +1,11 @@
 use super::*;
-use crate::fetch::Validator;
-use crate::fetch::chunk::to_u64;
+use crate::units::len_u64;
 
 const SIZE: u64 = 10 * CHUNK_BYTES + 777;
 const NONE: [u32; 0] = [];
 
-fn layer() -> HttpLayer {
-    HttpLayer {
-        url: "https://host/layer.tar".to_owned(),
-        size: SIZE,
-        validator: Some(Validator::ETag("\"1\"".to_owned())),
-        headers: Vec::new(),
-        access: None,
-    }
+fn layer() -> LayerKey {
+    LayerKey::of_url("https://host/layer.tar", SIZE, "\"1\"")
 }
 
 fn content() -> Vec<u8> {
@@ -29,8 +22,8 @@ fn held(cache: &LayerCache) -> Vec<u32> {
 fn check(cache: &LayerCache) {
     let content = content();
     for index in held(cache) {
-        let start = to_usize(u64::from(index) * CHUNK_BYTES);
-        let len = to_usize(chunk_len(SIZE, index));
+        let start = len_usize(u64::from(index) * CHUNK_BYTES);
+        let len = len_usize(chunk_len(SIZE, index));
         let mut bytes = vec![0; len];
         cache
             .file_of(index)
@@ -60,24 +53,24 @@ fn the_file(dir: &Path, kind: &str) -> PathBuf {
 fn chunks_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     // From the middle of chunk 1 to the middle of chunk 4, and the short last one.
-    let from = to_usize(CHUNK_BYTES + 100);
+    let from = len_usize(CHUNK_BYTES + 100);
     cache
         .put(
             TarOffset(CHUNK_BYTES + 100),
-            &all[from..from + to_usize(3 * CHUNK_BYTES)],
+            &all[from..from + len_usize(3 * CHUNK_BYTES)],
         )
         .unwrap();
     cache
-        .put(TarOffset(10 * CHUNK_BYTES), &all[to_usize(10 * CHUNK_BYTES)..])
+        .put(TarOffset(10 * CHUNK_BYTES), &all[len_usize(10 * CHUNK_BYTES)..])
         .unwrap();
     assert_eq!(held(&cache), [2, 3, 10]);
     assert_eq!(cache.bytes_held(), 2 * CHUNK_BYTES + 777);
-    assert!(Arc::ptr_eq(&cache, &store.layer(&layer()).unwrap()));
+    assert!(Arc::ptr_eq(&cache, &store.layer(layer(), SIZE).unwrap()));
     drop(cache);
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     assert_eq!(held(&cache), [2, 3, 10]);
     check(&cache);
 }
@@ -86,11 +79,11 @@ fn chunks_survive_a_restart() {
 fn without_a_commit_nothing_is_believed() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let cache = store.layer(&layer()).unwrap();
-    cache.put(TarOffset(0), &content()[..to_usize(CHUNK_BYTES)]).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
+    cache.put(TarOffset(0), &content()[..len_usize(CHUNK_BYTES)]).unwrap();
     let crashed = tempfile::tempdir().unwrap();
     copy_dir(dir.path(), crashed.path());
-    let after = Store::open(crashed.path()).unwrap().layer(&layer()).unwrap();
+    let after = Store::open(crashed.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&after), NONE);
 }
 
@@ -100,7 +93,7 @@ fn a_crash_loses_only_the_latest() {
     let dir = tempfile::tempdir().unwrap();
     let crashes = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut shots: Vec<(PathBuf, Vec<u32>)> = Vec::new();
     let mut committed = Vec::new();
@@ -110,8 +103,8 @@ fn a_crash_loses_only_the_latest() {
         shots.push((to, committed.clone()));
     };
     for index in [4u32, 0, 10, 7] {
-        let start = to_usize(u64::from(index) * CHUNK_BYTES);
-        let len = to_usize(chunk_len(SIZE, index));
+        let start = len_usize(u64::from(index) * CHUNK_BYTES);
+        let len = len_usize(chunk_len(SIZE, index));
         shoot(&committed, &mut shots);
         // Half a chunk on disk, as a write that was cut off leaves it.
         cache
@@ -133,7 +126,7 @@ fn a_crash_loses_only_the_latest() {
     }
     assert_eq!(shots.len(), 20);
     for (dir, expected) in shots {
-        let after = Store::open(dir).unwrap().layer(&layer()).unwrap();
+        let after = Store::open(dir).unwrap().layer(layer(), SIZE).unwrap();
         assert_eq!(held(&after), expected);
         check(&after);
     }
@@ -175,16 +168,16 @@ fn files_that_do_not_belong_together_are_discarded() {
     for (number, harm) in damage.iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let cache = store.layer(&layer()).unwrap();
+        let cache = store.layer(layer(), SIZE).unwrap();
         cache.put(TarOffset(0), &content()).unwrap();
         drop(cache);
         harm(dir.path());
-        let cache = store.layer(&layer()).unwrap();
+        let cache = store.layer(layer(), SIZE).unwrap();
         assert_eq!(held(&cache), NONE, "damage {number} was believed");
         // And it works again.
         cache.put(TarOffset(0), &content()).unwrap();
         drop(cache);
-        let cache = store.layer(&layer()).unwrap();
+        let cache = store.layer(layer(), SIZE).unwrap();
         assert_eq!(held(&cache).len(), 11);
         check(&cache);
     }
@@ -194,22 +187,22 @@ fn files_that_do_not_belong_together_are_discarded() {
 fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let all = content();
-    let first = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
-    first.put(TarOffset(0), &all[..to_usize(2 * CHUNK_BYTES)]).unwrap();
+    let first = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    first.put(TarOffset(0), &all[..len_usize(2 * CHUNK_BYTES)]).unwrap();
     first.commit().unwrap();
     first
         .put(
             TarOffset(2 * CHUNK_BYTES),
-            &all[to_usize(2 * CHUNK_BYTES)..to_usize(3 * CHUNK_BYTES)],
+            &all[len_usize(2 * CHUNK_BYTES)..len_usize(3 * CHUNK_BYTES)],
         )
         .unwrap();
     // Another store does not know of the first one's handles, as another process does not.
-    let second = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let second = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&second), [0, 1]);
     second
         .put(
             TarOffset(5 * CHUNK_BYTES),
-            &all[to_usize(5 * CHUNK_BYTES)..to_usize(6 * CHUNK_BYTES)],
+            &all[len_usize(5 * CHUNK_BYTES)..len_usize(6 * CHUNK_BYTES)],
         )
         .unwrap();
     assert_eq!(held(&second), [0, 1, 5]);
@@ -219,7 +212,7 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     second.commit().unwrap();
     drop(second);
     drop(first);
-    let later = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let later = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&later), [0, 1, 2]);
     check(&later);
 }
@@ -228,29 +221,26 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
 fn another_state_of_the_layer_is_another_layer() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    store.layer(&layer()).unwrap().put(TarOffset(0), &content()).unwrap();
-    let newer = HttpLayer {
-        validator: Some(Validator::ETag("\"2\"".to_owned())),
-        ..layer()
-    };
-    assert_eq!(held(&store.layer(&newer).unwrap()), NONE);
-    // Without a validator nothing outlives the process.
-    let nameless = HttpLayer {
-        validator: None,
-        ..layer()
-    };
-    let cache = store.layer(&nameless).unwrap();
+    store
+        .layer(layer(), SIZE)
+        .unwrap()
+        .put(TarOffset(0), &content())
+        .unwrap();
+    let newer = LayerKey::of_url("https://host/layer.tar", SIZE, "\"2\"");
+    assert_eq!(held(&store.layer(newer, SIZE).unwrap()), NONE);
+    // Without a key nothing outlives the process.
+    let cache = store.unnamed(SIZE).unwrap();
     cache.put(TarOffset(0), &content()).unwrap();
     assert_eq!(held(&cache).len(), 11);
     drop(cache);
-    assert_eq!(held(&store.layer(&nameless).unwrap()), NONE);
+    assert_eq!(held(&store.unnamed(SIZE).unwrap()), NONE);
 }
 
 #[test]
 fn seeding_takes_pieces_of_any_size() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut seeder = Seeder::new(cache.clone());
     let mut at = 1000;
@@ -264,7 +254,7 @@ fn seeding_takes_pieces_of_any_size() {
             at = 240_000;
             continue;
         }
-        seeder.push(TarOffset(to_u64(at)), &all[at..end]).unwrap();
+        seeder.push(TarOffset(len_u64(at)), &all[at..end]).unwrap();
         at = end;
     }
     check(&cache);
@@ -279,19 +269,16 @@ fn seeding_takes_pieces_of_any_size() {
 fn trimming_spares_what_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let other = HttpLayer {
-        url: "https://host/other.tar".to_owned(),
-        ..layer()
-    };
-    for layer in [&layer(), &other] {
-        store.layer(layer).unwrap().put(TarOffset(0), &content()).unwrap();
+    let other = LayerKey::of_url("https://host/other.tar", SIZE, "\"1\"");
+    for layer in [layer(), other] {
+        store.layer(layer, SIZE).unwrap().put(TarOffset(0), &content()).unwrap();
     }
-    let in_use = store.layer(&other).unwrap();
+    let in_use = store.layer(other, SIZE).unwrap();
     assert!(store.trim(0).unwrap() > 0);
-    assert_eq!(held(&store.layer(&layer()).unwrap()), NONE);
+    assert_eq!(held(&store.layer(layer(), SIZE).unwrap()), NONE);
     assert_eq!(held(&in_use).len(), 11);
     drop(in_use);
-    assert_eq!(held(&store.layer(&other).unwrap()).len(), 11);
+    assert_eq!(held(&store.layer(other, SIZE).unwrap()).len(), 11);
     assert_eq!(store.trim(u64::MAX).unwrap(), 0);
 }
 
@@ -299,21 +286,21 @@ fn trimming_spares_what_is_in_use() {
 #[test]
 fn a_file_that_is_read_is_never_emptied() {
     let dir = tempfile::tempdir().unwrap();
-    let first = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let first = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     first.put(TarOffset(0), &content()).unwrap();
     first.commit().unwrap();
-    let second = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let second = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&second).len(), 11);
     drop(first);
     fs::remove_file(the_file(dir.path(), "map")).unwrap();
-    let third = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let third = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&third), NONE);
     assert_eq!(held(&second).len(), 11);
     check(&second);
     // The third one has the name now.
     third.put(TarOffset(0), &content()).unwrap();
     drop((second, third));
-    let later = Store::open(dir.path()).unwrap().layer(&layer()).unwrap();
+    let later = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&later).len(), 11);
     check(&later);
 }
@@ -329,20 +316,25 @@ fn what_killed_processes_were_filling_is_trimmed() {
     assert!(store.trim(u64::MAX).unwrap() > 0);
     assert!(!left.exists());
     filling.finish("sha256:abc").unwrap();
-    assert!(store.named("sha256:abc", SIZE).unwrap().is_whole());
+    assert!(
+        store
+            .layer(LayerKey::of_content("sha256:abc", SIZE), SIZE)
+            .unwrap()
+            .is_whole()
+    );
 }
 
 #[test]
 fn what_could_not_be_read_back_is_not_believed_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     cache.put(TarOffset(0), &content()).unwrap();
     cache.seal();
     cache.commit().unwrap();
     cache.lost(3);
     drop(cache);
-    let cache = store.layer(&layer()).unwrap();
+    let cache = store.layer(layer(), SIZE).unwrap();
     assert!(!cache.has(3) && !cache.is_sealed());
     assert_eq!(held(&cache).len(), 10);
 }

@@ -7,13 +7,13 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::needs::{Needs, needs};
+use super::elf::{Needs, needs};
 use super::node;
 use super::python::{self, Modules, When};
 use super::{Hint, Peek, PlanOptions, Stretch};
-use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, to_u64, to_usize};
+use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
-use crate::units::{LayerId, TarRange};
+use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
 
 /// Files that are being looked into at once; beyond, the oldest is given up.
 const MOST_OPEN: usize = 256;
@@ -275,14 +275,14 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
 /// Bytes of a file out of the chunks that hold them, when all of them are in memory.
 fn bytes_of(file: StoredFile, at: u64, len: u64, peek: Peek<'_>) -> Option<Vec<u8>> {
     let range = TarRange::new(file.range.start.plus(at), len);
-    let mut bytes = Vec::with_capacity(to_usize(len));
+    let mut bytes = Vec::with_capacity(len_usize(len));
     for key in Stretch::of(file.layer, range).keys() {
         let from = range.start.0.saturating_sub(key.start().0);
         let to = range.end().0 - key.start().0;
         peek(key, &mut |chunk| {
-            let to = to.min(to_u64(chunk.len()));
-            bytes.extend_from_slice(chunk.get(to_usize(from)..to_usize(to)).unwrap_or_default());
+            let to = to.min(len_u64(chunk.len()));
+            bytes.extend_from_slice(chunk.get(len_usize(from)..len_usize(to)).unwrap_or_default());
         });
     }
-    (to_u64(bytes.len()) == len).then_some(bytes)
+    (len_u64(bytes.len()) == len).then_some(bytes)
 }

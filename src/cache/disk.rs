@@ -27,9 +27,8 @@ pub(crate) use self::map::Bits;
 use self::map::Identity;
 pub(crate) use self::run::RunWriter;
 pub use self::seeder::Seeder;
-use super::chunk::{CHUNK_BYTES, chunk_count, chunk_len, to_usize};
-use super::{Blob, HttpLayer, LayerSource};
-use crate::units::TarOffset;
+use super::chunk::{chunk_count, chunk_len};
+use crate::units::{CHUNK_BYTES, TarOffset, len_usize};
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
 const TRAILER_BYTES: u64 = 4096;
@@ -85,27 +84,40 @@ pub struct LayerCache {
     committing: Mutex<()>,
 }
 
-/// What names a layer in the store: where it is, without passwords or signatures, and which state of it.
-fn key_of(layer: &HttpLayer) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update(b"tarblk layer 1\0");
-    hash.update(super::http::stable_name(&layer.url).as_bytes());
-    hash.update([0]);
-    hash.update(layer.size.to_le_bytes());
-    if let Some(validator) = &layer.validator {
-        hash.update(validator.value().as_bytes());
-    }
-    hash.finalize().into()
-}
+/// The name of a layer's files in the cache directory: a SHA-256 of what tells it from every other layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerKey([u8; 32]);
 
-/// The same for a layer whose content has a name of its own, or whose tar is not the blob.
-fn key_of_tar(name: &str, tar_len: u64) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update(b"tarblk layer 2\0");
-    hash.update(name.as_bytes());
-    hash.update([0]);
-    hash.update(tar_len.to_le_bytes());
-    hash.finalize().into()
+impl LayerKey {
+    /// A plain layer at a URL: `name` is the URL without passwords and signatures, `size` its length in bytes, and `validator`
+    /// the value of its `ETag` or `Last-Modified` header.
+    #[must_use]
+    pub fn of_url(name: &str, size: u64, validator: &str) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"tarblk layer 1\0");
+        hash.update(name.as_bytes());
+        hash.update([0]);
+        hash.update(size.to_le_bytes());
+        hash.update(validator.as_bytes());
+        Self(hash.finalize().into())
+    }
+
+    /// A tar of `tar_len` bytes whose content has a name, `identity`: a digest, or whatever else means this content alone.
+    #[must_use]
+    pub fn of_content(identity: &str, tar_len: u64) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"tarblk layer 2\0");
+        hash.update(identity.as_bytes());
+        hash.update([0]);
+        hash.update(tar_len.to_le_bytes());
+        Self(hash.finalize().into())
+    }
+
+    /// The tar of `tar_len` bytes that is decoded from the compressed blob with this key.
+    #[must_use]
+    pub fn of_decoded(self, tar_len: u64) -> Self {
+        Self::of_content(&hex(&self.0), tar_len)
+    }
 }
 
 fn hex(key: &[u8; 32]) -> String {
@@ -143,37 +155,13 @@ impl Store {
         }))
     }
 
-    /// The cache of a plain layer on a server; the same one as long as somebody in this process holds it. A layer without a
-    /// validator has a cache that goes with the process: after a restart nobody could tell whether it is still the same
-    /// layer.
+    /// The cache of the layer with this key, whose tar is `size` bytes long; the same value as long as it is held anywhere in
+    /// this process.
     ///
     /// # Errors
     /// When its files can neither be opened nor made.
-    pub fn layer(&self, layer: &HttpLayer) -> Result<Arc<LayerCache>, StoreError> {
-        self.cache(key_of(layer), layer.size, layer.validator.is_some())
-    }
-
-    /// The cache of any layer whose content has a name, `identity`, and whose tar is `tar_len` bytes long. The name is as
-    /// for [`LayerSource::identity`].
-    ///
-    /// # Errors
-    /// When its files can neither be opened nor made.
-    pub fn named(&self, identity: &str, tar_len: u64) -> Result<Arc<LayerCache>, StoreError> {
-        self.cache(key_of_tar(identity, tar_len), tar_len, true)
-    }
-
-    /// The cache of `layer`, by the best name that it has.
-    pub(crate) fn of(&self, layer: &LayerSource) -> Result<Arc<LayerCache>, StoreError> {
-        let size = layer.size();
-        match (&layer.identity, &layer.blob) {
-            (Some(identity), _) => self.named(identity, size),
-            (None, Blob::Http(http)) if layer.coding.is_none() => self.layer(http),
-            (None, Blob::Http(http)) if http.validator.is_some() => self.named(&hex(&key_of(http)), size),
-            (None, _) => Ok(Arc::new(LayerCache::temporary(&self.dir, size)?)),
-        }
-    }
-
-    fn cache(&self, key: [u8; 32], size: u64, stays: bool) -> Result<Arc<LayerCache>, StoreError> {
+    pub fn layer(&self, key: LayerKey, size: u64) -> Result<Arc<LayerCache>, StoreError> {
+        let key = key.0;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(cache) = open
             .get(&key)
@@ -183,13 +171,18 @@ impl Store {
             return Ok(cache);
         }
         open.retain(|_, cache| cache.strong_count() > 0);
-        let cache = Arc::new(if stays {
-            LayerCache::open(&self.dir, key, size)?
-        } else {
-            LayerCache::temporary(&self.dir, size)?
-        });
+        let cache = Arc::new(LayerCache::open(&self.dir, key, size)?);
         open.insert(key, Arc::downgrade(&cache));
         Ok(cache)
+    }
+
+    /// A cache without a name, which goes with the process: for a layer of which a later process could not tell whether it is
+    /// still the same.
+    ///
+    /// # Errors
+    /// When no file can be made in the directory.
+    pub fn unnamed(&self, size: u64) -> Result<Arc<LayerCache>, StoreError> {
+        Ok(Arc::new(LayerCache::temporary(&self.dir, size)?))
     }
 
     /// Deletes the caches that were unused longest until no more than `limit` bytes of disk are taken, and before that what
@@ -475,9 +468,9 @@ impl LayerCache {
 
     /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. Waits for the disk.
     pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, &[u8]) -> bool) -> io::Result<()> {
-        let mut buffer = vec![0; to_usize(CHUNK_BYTES)];
+        let mut buffer = vec![0; len_usize(CHUNK_BYTES)];
         for index in 0..self.count {
-            let held = &mut buffer[..to_usize(chunk_len(self.identity.size, index))];
+            let held = &mut buffer[..len_usize(chunk_len(self.identity.size, index))];
             self.file_of(index)?
                 .read_exact_at(held, u64::from(index) * CHUNK_BYTES)?;
             if !show(index, held) {
@@ -555,8 +548,8 @@ impl LayerCache {
         let size = self.identity.size;
         let mut index = u32::try_from(at.0.div_ceil(CHUNK_BYTES)).unwrap_or(u32::MAX);
         while index < self.count && self.takes_more() {
-            let from = to_usize((u64::from(index) * CHUNK_BYTES).saturating_sub(at.0));
-            let len = to_usize(chunk_len(size, index));
+            let from = len_usize((u64::from(index) * CHUNK_BYTES).saturating_sub(at.0));
+            let len = len_usize(chunk_len(size, index));
             let Some(chunk) = bytes.get(from..).and_then(|rest| rest.get(..len)) else {
                 break;
             };

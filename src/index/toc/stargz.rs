@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
-use super::contents::{Format, MAX_JSON, Place, wrong};
-use super::{Coding, Indexer, LayerError};
+use super::{Format, MAX_JSON, Place, wrong};
 use crate::index::{Entry, EntrySink, IndexError, Parser};
-use crate::units::TarOffset;
+use crate::layer::{Coding, Indexer, LayerError};
+use crate::units::{TarOffset, len_u64};
 
 /// The annotation with the digest of the JSON.
 pub(super) const DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -26,7 +26,7 @@ pub(super) fn footer(tail: &[u8], blob_len: u64) -> Option<Place> {
     let (footer_len, offset) = last(FOOTER)
         .and_then(|bytes| Some((FOOTER, extra(bytes, b"\x1a\0SG\x16\0")?)))
         .or_else(|| last(OLD_FOOTER).and_then(|bytes| Some((OLD_FOOTER, extra(bytes, b"\x16\0")?))))?;
-    let end = blob_len.checked_sub(super::len_u64(footer_len))?;
+    let end = blob_len.checked_sub(len_u64(footer_len))?;
     Some(Place {
         format: Format::Stargz,
         blob: offset..end,
@@ -83,7 +83,7 @@ fn find(member: &[u8]) -> Result<Entry, LayerError> {
     let mut parser = Parser::new();
     let outcome = parser
         .feed(TarOffset(0), member, &mut finder)
-        .and_then(|()| parser.finish(TarOffset(super::len_u64(member.len()))));
+        .and_then(|()| parser.finish(TarOffset(len_u64(member.len()))));
     match (outcome, finder.0) {
         (Ok(_), Some(entry)) => Ok(entry),
         (Ok(_), None) => Err(wrong("there is no stargz.index.json where the footer says")),

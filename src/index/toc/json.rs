@@ -12,9 +12,9 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::LayerError;
-use super::contents::wrong;
+use super::wrong;
 use crate::index::{Entry, IndexError, Kind, Segment, TAR_BLOCK, Timestamp, Xattr, base64_decoded};
+use crate::layer::LayerError;
 use crate::units::{TarOffset, TarRange};
 
 /// More entries than any layer has.

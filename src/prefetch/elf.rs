@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 
-use crate::fetch::chunk::to_usize;
+use crate::units::len_usize;
 
 /// Program headers looked at; real files have about a dozen.
 const MOST_HEADERS: u64 = 64;
@@ -184,7 +184,7 @@ impl Elf {
             return;
         };
         let segments: Vec<Segment> = table
-            .chunks_exact(to_usize(self.header_len).max(1))
+            .chunks_exact(len_usize(self.header_len).max(1))
             .filter_map(|header| self.segment(header))
             .collect();
         // The loader reads symbols and relocations, which lie in the first segment in front of the code, and relocates
@@ -265,15 +265,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::fetch::chunk::to_u64;
+    use crate::units::len_u64;
 
     fn peek_at(bytes: &[u8], at: u64, len: u64) -> Option<Vec<u8>> {
-        let at = to_usize(at);
-        Some(bytes.get(at..at.checked_add(to_usize(len))?)?.to_vec())
+        let at = len_usize(at);
+        Some(bytes.get(at..at.checked_add(len_usize(len))?)?.to_vec())
     }
 
     fn of(bytes: &[u8]) -> Needs {
-        let needs = needs(to_u64(bytes.len()), &|at, len| peek_at(bytes, at, len));
+        let needs = needs(len_u64(bytes.len()), &|at, len| peek_at(bytes, at, len));
         assert_eq!(needs.lacking, [], "all bytes are here");
         needs
     }
@@ -347,7 +347,7 @@ mod tests {
                 let known = here.borrow().iter().any(|&(from, to)| from <= at && at + len <= to);
                 known.then(|| peek_at(&bytes, at, len)).flatten()
             };
-            let found = needs(to_u64(bytes.len()), &peek);
+            let found = needs(len_u64(bytes.len()), &peek);
             if found.lacking.is_empty() {
                 break found;
             }

@@ -8,14 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use smallvec::SmallVec;
 
-use crate::units::{self, LayerId, TarOffset, TarRange};
-
-/// The chunk, in bytes of tar space; the last one of a layer is shorter.
-///
-/// 32 KiB is what one round trip costs to carry on a slow link (20 ms at 13 Mbit/s), holds nine of ten files of a root
-/// filesystem whole, and keeps the map of a 100 GB layer at 400 KB. Smaller chunks multiply bookkeeping without saving
-/// bytes, since requests are merged anyway; bigger ones fetch neighbours that nobody asked for.
-pub const CHUNK_BYTES: u64 = units::CHUNK_BYTES;
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64, len_usize};
 
 /// Which chunk of which layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,16 +43,6 @@ pub(crate) fn chunk_count(size: u64) -> Option<u32> {
 /// How long chunk `index` of a layer of `size` bytes is.
 pub(crate) fn chunk_len(size: u64, index: u32) -> u64 {
     size.saturating_sub(u64::from(index) * CHUNK_BYTES).min(CHUNK_BYTES)
-}
-
-/// `usize` from a length that is known to be at most a request's; saturates where it cannot happen.
-pub(crate) fn to_usize(len: u64) -> usize {
-    usize::try_from(len).unwrap_or(usize::MAX)
-}
-
-/// `u64` from a length in memory.
-pub(crate) fn to_u64(len: usize) -> u64 {
-    u64::try_from(len).unwrap_or(u64::MAX)
 }
 
 /// Read since the memory tier's hand last passed.
@@ -165,7 +148,7 @@ pub struct Slice {
 impl Slice {
     /// The part of `chunk` from `start` on, at most `len` bytes long.
     pub(crate) fn new(chunk: Arc<Chunk>, start: u64, len: u64) -> Self {
-        let held = to_u64(chunk.bytes.len());
+        let held = len_u64(chunk.bytes.len());
         let start = start.min(held);
         let len = len.min(held - start);
         Self {
@@ -182,8 +165,8 @@ impl Slice {
     pub fn part(&self, start: usize, len: usize) -> Self {
         Self::new(
             Arc::clone(&self.chunk),
-            u64::from(self.start) + to_u64(start),
-            to_u64(len.min(self.len().saturating_sub(start))),
+            u64::from(self.start) + len_u64(start),
+            len_u64(len.min(self.len().saturating_sub(start))),
         )
     }
 }
@@ -191,7 +174,7 @@ impl Slice {
 impl From<Vec<u8>> for Slice {
     /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
     fn from(bytes: Vec<u8>) -> Self {
-        let len = to_u64(bytes.len());
+        let len = len_u64(bytes.len());
         Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
     }
 }
@@ -199,8 +182,8 @@ impl From<Vec<u8>> for Slice {
 impl Deref for Slice {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        let start = to_usize(self.start.into());
-        &self.chunk.bytes[start..start + to_usize(self.len.into())]
+        let start = len_usize(self.start.into());
+        &self.chunk.bytes[start..start + len_usize(self.len.into())]
     }
 }
 

@@ -9,11 +9,11 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::Engine;
-use super::sieve::Sieve;
+use super::verify_piece::Sieve;
+use crate::cache::chunk::chunk_len;
 use crate::fetch::Check;
-use crate::fetch::chunk::{CHUNK_BYTES, chunk_len, to_u64, to_usize};
 use crate::layer::Decoder;
-use crate::units::TarOffset;
+use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 /// Chunks between a worker and the fetch thread.
 const CUTS_ON_THE_WAY: usize = 32;
@@ -56,23 +56,23 @@ impl Cutter {
     }
 
     fn push(&mut self, mut bytes: &[u8], give: &mut dyn FnMut(u64, u32, Vec<u8>)) {
-        let unwanted = to_usize(self.begin.saturating_sub(self.at)).min(bytes.len());
-        self.at += to_u64(unwanted);
+        let unwanted = len_usize(self.begin.saturating_sub(self.at)).min(bytes.len());
+        self.at += len_u64(unwanted);
         bytes = &bytes[unwanted..];
         while !bytes.is_empty() && self.at < self.to {
             let index = u32::try_from(self.at / CHUNK_BYTES).unwrap_or(u32::MAX);
             let start = u64::from(index) * CHUNK_BYTES;
             let stop = (start + chunk_len(self.size, index)).min(self.to);
             if self.held.capacity() == 0 {
-                self.held.reserve_exact(to_usize(stop - self.at));
+                self.held.reserve_exact(len_usize(stop - self.at));
             }
-            let take = to_usize(stop - self.at).min(bytes.len());
+            let take = len_usize(stop - self.at).min(bytes.len());
             self.held.extend_from_slice(&bytes[..take]);
             bytes = &bytes[take..];
-            self.at += to_u64(take);
+            self.at += len_u64(take);
             if self.at == stop {
                 let held = std::mem::take(&mut self.held);
-                give(stop - to_u64(held.len()), index, held);
+                give(stop - len_u64(held.len()), index, held);
             }
         }
     }
@@ -134,8 +134,8 @@ impl Course {
 
     /// Takes the blob's next bytes.
     fn feed(&mut self, piece: &[u8], give: &mut dyn FnMut(Cut)) -> Result<(), String> {
-        let before = to_usize(self.begins.saturating_sub(self.blob_at)).min(piece.len());
-        self.blob_at += to_u64(piece.len());
+        let before = len_usize(self.begins.saturating_sub(self.blob_at)).min(piece.len());
+        self.blob_at += len_u64(piece.len());
         let size = self.cutter.size;
         let (cutter, check, sieve) = (&mut self.cutter, self.check.as_ref(), &mut self.sieve);
         let mut wrong = None;
@@ -152,7 +152,7 @@ impl Course {
             }
             let mut cut = |bytes: &[u8]| {
                 cutter.push(bytes, &mut |at, index, bytes| {
-                    give(if to_u64(bytes.len()) == chunk_len(size, index) {
+                    give(if len_u64(bytes.len()) == chunk_len(size, index) {
                         let right = check.is_none_or(|check| check.is_right(index, &bytes));
                         Cut::Whole { index, bytes, right }
                     } else {
@@ -219,10 +219,10 @@ mod tests {
         let content: Vec<u8> = (0..size).map(|at| u8::try_from(at % 251).unwrap()).collect();
         let mut cutter = Cutter::new(size, at, begin, to);
         let mut out = Vec::new();
-        for piece in content[to_usize(at)..].chunks(step) {
+        for piece in content[len_usize(at)..].chunks(step) {
             cutter.push(piece, &mut |at, index, bytes| {
-                let end = at + to_u64(bytes.len());
-                assert_eq!(bytes, content[to_usize(at)..to_usize(end)]);
+                let end = at + len_u64(bytes.len());
+                assert_eq!(bytes, content[len_usize(at)..len_usize(end)]);
                 assert_eq!(u64::from(index), at / CHUNK_BYTES);
                 out.push((at, end));
             });

@@ -24,11 +24,15 @@ use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
-use super::json::{self, Found, Own};
-use super::table::{Layout, Point};
-use super::{Coding, LayerError, SpanTable, chunked, stargz};
+mod chunked;
+mod json;
+mod stargz;
+
+use self::json::{Found, Own};
 use crate::index::{EndOfArchive, EntrySink, IndexBuilder, IndexError, PieceDigests};
-use crate::units::{TarOffset, TarRange};
+use crate::layer::table::{Layout, Point};
+use crate::layer::{Coding, LayerError, SpanTable};
+use crate::units::{TarOffset, TarRange, len_u64};
 
 /// How many of a blob's last bytes [`Place::of_tail`] wants to see: the longest footer.
 pub const TAIL: u64 = 72;
@@ -92,7 +96,7 @@ impl Place {
         blob_len: u64,
         annotations: &BTreeMap<String, String>,
     ) -> Result<Contents, LayerError> {
-        if !self.fits(blob_len) || super::len_u64(stored.len()) != self.blob.end - self.blob.start {
+        if !self.fits(blob_len) || len_u64(stored.len()) != self.blob.end - self.blob.start {
             return Err(wrong("it does not lie where the layer says"));
         }
         let mut vouched = false;
@@ -236,7 +240,7 @@ impl Contents {
                 Found::Own(tar) => {
                     let mut at = tar.start.0;
                     for piece in self.bytes[self.json.clone()].chunks(OWN_PIECE) {
-                        let len = super::len_u64(piece.len());
+                        let len = len_u64(piece.len());
                         each(TarRange::new(TarOffset(at), len), Some(Sha256::digest(piece).into()));
                         at += len;
                     }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::{Engine, Origin, Remote};
-use crate::fetch::chunk::ChunkKey;
+use crate::cache::chunk::ChunkKey;
 use crate::fetch::stats::add;
 use crate::fetch::{Check, FetchError};
 use crate::units::LayerId;

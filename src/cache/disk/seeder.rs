@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use super::{LayerCache, StoreError};
-use crate::fetch::chunk::{CHUNK_BYTES, to_u64, to_usize};
-use crate::units::TarOffset;
+use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 /// Puts bytes that pass by into a cache, chunk after chunk, however they are cut.
 #[derive(Debug)]
@@ -31,25 +30,25 @@ impl Seeder {
     /// # Errors
     /// When a chunk cannot be written; then nothing more is, and going on is harmless.
     pub fn push(&mut self, at: TarOffset, mut bytes: &[u8]) -> Result<(), StoreError> {
-        if at != self.at.plus(to_u64(self.held.len())) || self.held.is_empty() {
+        if at != self.at.plus(len_u64(self.held.len())) || self.held.is_empty() {
             self.held.clear();
             self.at = TarOffset(at.0.next_multiple_of(CHUNK_BYTES));
-            let skipped = to_usize(self.at.since(at)).min(bytes.len());
+            let skipped = len_usize(self.at.since(at)).min(bytes.len());
             bytes = &bytes[skipped..];
         }
         self.held.extend_from_slice(bytes);
-        let end = self.at.plus(to_u64(self.held.len()));
+        let end = self.at.plus(len_u64(self.held.len()));
         let whole = if end.0 >= self.cache.identity.size {
             self.held.len()
         } else {
-            to_usize(to_u64(self.held.len()) / CHUNK_BYTES * CHUNK_BYTES)
+            len_usize(len_u64(self.held.len()) / CHUNK_BYTES * CHUNK_BYTES)
         };
         if whole == 0 {
             return Ok(());
         }
         let written = self.cache.put(self.at, &self.held[..whole]);
         self.held.drain(..whole);
-        self.at = self.at.plus(to_u64(whole));
+        self.at = self.at.plus(len_u64(whole));
         written
     }
 }

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use super::disk::read_exactly;
 use super::{Engine, Remote};
+use crate::cache::chunk::{ChunkKey, chunk_len};
+use crate::cache::disk::LayerCache;
 use crate::fetch::Check;
-use crate::fetch::chunk::{CHUNK_BYTES, ChunkKey, chunk_len, to_usize};
-use crate::fetch::store::LayerCache;
 use crate::index::PieceDigests;
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 
 /// Why a chunk is not believed.
 enum Doubt {
@@ -50,7 +50,7 @@ impl Engine {
         let read = async |range: TarRange| {
             let file = cache.file_of(key.index);
             match file {
-                Ok(file) => read_exactly(file, range.start.0, to_usize(range.len)).await,
+                Ok(file) => read_exactly(file, range.start.0, len_usize(range.len)).await,
                 Err(error) => Err(error),
             }
             .map_err(|error| Doubt::Wrong(error.to_string()))
@@ -122,10 +122,10 @@ impl Engine {
 /// `wide`, which has all of them.
 fn judge(pieces: &PieceDigests, own: TarRange, wide: TarRange, bytes: &[u8]) -> Result<Vec<u8>, TarRange> {
     let part = |range: TarRange| {
-        let from = to_usize(range.start.since(wide.start));
-        bytes.get(from..)?.get(..to_usize(range.len))
+        let from = len_usize(range.start.since(wide.start));
+        bytes.get(from..)?.get(..len_usize(range.len))
     };
-    let mut chunk = vec![0; to_usize(own.len)];
+    let mut chunk = vec![0; len_usize(own.len)];
     for n in pieces.overlapping(own) {
         let range = pieces.range(n);
         if pieces.is_known(n) && !part(range).is_some_and(|bytes| pieces.check(n, bytes)) {
@@ -133,8 +133,8 @@ fn judge(pieces: &PieceDigests, own: TarRange, wide: TarRange, bytes: &[u8]) -> 
         }
         let (start, end) = (range.start.max(own.start), range.end().min(own.end()));
         let common = TarRange::new(start, end.since(start));
-        let to = to_usize(start.since(own.start));
-        if let (Some(from), Some(to)) = (part(common), chunk.get_mut(to..to + to_usize(common.len))) {
+        let to = len_usize(start.since(own.start));
+        if let (Some(from), Some(to)) = (part(common), chunk.get_mut(to..to + len_usize(common.len))) {
             to.copy_from_slice(from);
         }
     }

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
-use crate::fetch::chunk::to_u64;
+use crate::units::len_u64;
 
 /// Where direct writes may begin and end, in the file and in memory: a page, which no disk's blocks are longer than.
 const ALIGNMENT: usize = 4096;
@@ -81,7 +81,7 @@ impl RunWriter {
                 }
             }
         }
-        self.file.write_all_at(&run[done..], at + to_u64(done))
+        self.file.write_all_at(&run[done..], at + len_u64(done))
     }
 }
 

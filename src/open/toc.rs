@@ -1,6 +1,6 @@
 //! The index that a layer brings along: the table of contents of eStargz and zstd:chunked layers, fetched by range. In: a layer that
 //! nobody has indexed, and what its image's manifest says of it. Out: an index of the tar space that the table makes up
-//! ([`crate::layer::contents`]), or nothing, and then the layer is read like any other.
+//! ([`crate::index::toc`]), or nothing, and then the layer is read like any other.
 //!
 //! Whose word it is: a layer of an image has a digest, and its bytes are not to be believed on anybody else's word. There a table
 //! counts only if the manifest names its digest and if it has the digest of every piece of every file; all that is then read of
@@ -16,9 +16,9 @@ use std::ops::Range;
 
 use super::IndexOrigin;
 use super::layer::{Facts, kept_under};
+use crate::index::toc::{self, TAIL};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::layer::contents::{self, TAIL};
 use crate::source::{self, LayerBlob, Patience, Place, SourceError};
 
 /// How much of a blob's end is asked for where its table is likely to lie: a hundredth of the blob within these bounds, in bytes.
@@ -29,7 +29,7 @@ const LONGEST_END: u64 = 1 << 20;
 /// What the cache knows the layer's tar space by, if it is made up from the layer's table of contents; `None` where no such table
 /// would be used. The name holds the table's digest: a lying registry must not leave anything behind for an honest one.
 pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
-    let named = match (&facts.digest, contents::promised(&facts.annotations)) {
+    let named = match (&facts.digest, toc::promised(&facts.annotations)) {
         (Some(_), None) => return None,
         (Some(_), Some(digests)) => digests,
         (None, _) => String::new(),
@@ -42,7 +42,7 @@ pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
 
 /// Whether the layer's own table of contents may be asked for.
 pub(super) fn may_be_used(blob: &LayerBlob, facts: &Facts) -> bool {
-    let vouched = facts.digest.is_none() || contents::promised(&facts.annotations).is_some();
+    let vouched = facts.digest.is_none() || toc::promised(&facts.annotations).is_some();
     // A file at hand is read whole; so is what its server does not give in parts.
     vouched && matches!(&blob.place, Place::Http(http) if http.ranges)
 }
@@ -108,14 +108,14 @@ enum Unusable {
 
 fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
     let len = reader.blob.len;
-    let promised = contents::promised(&facts.annotations).is_some();
-    let (place, end) = if let Some(place) = contents::Place::of_annotations(&facts.annotations, len) {
+    let promised = toc::promised(&facts.annotations).is_some();
+    let (place, end) = if let Some(place) = toc::Place::of_annotations(&facts.annotations, len) {
         (place, None)
     } else {
         let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
         let start = len - guess.max(TAIL).min(len);
         let end = reader.read(start..len)?;
-        match contents::Place::of_tail(&end, len) {
+        match toc::Place::of_tail(&end, len) {
             Some(place) => (place, Some((start, end))),
             None if promised => return Err(Unusable::Missing),
             None => return Ok(None),
@@ -183,7 +183,7 @@ mod tests {
     fn every_digest_that_could_count_is_in_the_name() {
         let named = |pairs: &[(&str, &str)]| {
             let own = |(key, digest): &(&str, &str)| ((*key).to_owned(), (*digest).to_owned());
-            contents::promised(&pairs.iter().map(own).collect())
+            toc::promised(&pairs.iter().map(own).collect())
         };
         let chunked = "io.github.containers.zstd-chunked.manifest-checksum";
         let stargz = "containerd.io/snapshot/stargz/toc.digest";

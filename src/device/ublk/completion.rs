@@ -18,8 +18,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use io_uring::{IoUring, opcode, types};
 
+use crate::cache::Slice;
 use crate::device::volume::ReadError;
-use crate::fetch::{FetchError, Slice, Waiter};
+use crate::fetch::{FetchError, Waiter};
 
 type Outcome = Result<Vec<Slice>, ReadError>;
 

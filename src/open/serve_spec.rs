@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::kept::read_hot;
+use super::index_cache::read_hot;
 use super::layer::PreparedLayer;
 use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
+use crate::cache::disk::Store;
 use crate::digest::Digest;
-use crate::fetch::store::Store;
 use crate::fetch::{
     self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
 };

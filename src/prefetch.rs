@@ -4,7 +4,8 @@
 //! Pure: no clock, no I/O, no chunk data. It knows the files through a [`FileMap`] and what is here through a question it
 //! asks. It must never promise a chunk: what it queues may be dropped at any time.
 
-mod needs;
+pub mod bandwidth;
+mod elf;
 mod neighbours;
 mod node;
 mod programs;
@@ -15,9 +16,9 @@ use std::sync::Arc;
 
 use self::neighbours::Neighbours;
 use self::programs::{Programs, Wanted};
-use super::chunk::{CHUNK_BYTES, ChunkKey};
+use crate::cache::chunk::ChunkKey;
 use crate::image::{FileId, FileMap};
-use crate::units::{LayerId, TarOffset, TarRange};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 /// Where a chunk is, as far as planning goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -496,7 +497,7 @@ struct Seen(Vec<u64>);
 impl Seen {
     /// Whether it is the first time that this is asked of `file`.
     fn first_time(&mut self, FileId(file): FileId) -> bool {
-        let (word, bit) = (super::chunk::to_usize(u64::from(file / 64)), 1 << (file % 64));
+        let (word, bit) = (crate::units::len_usize(u64::from(file / 64)), 1 << (file % 64));
         if self.0.len() <= word {
             self.0.resize(word + 1, 0);
         }

@@ -4,10 +4,10 @@
 //! response head was checked against the range asked for ([`answer`]), and never more bytes than that.
 
 pub(crate) mod answer;
-mod layer;
 pub(crate) mod pool;
 mod proxy;
 pub(crate) mod stream;
+mod target;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -26,10 +26,10 @@ use tokio::time::timeout;
 use url::Url;
 
 use self::answer::{Asked, Verdict, judge};
-use self::layer::Spot;
-pub(crate) use self::layer::{RemoteLayer, stable_name, without_secrets};
 use self::pool::{Host, HostKey, Lease};
 use self::proxy::Proxies;
+use self::target::Spot;
+pub(crate) use self::target::{RemoteLayer, stable_name, without_secrets};
 use super::FetchOptions;
 use super::stats::{Counters, add};
 use crate::source::tls::{self, Trust};
@@ -399,7 +399,7 @@ impl Reply {
                 Err(_) => return Err(Failure::away(format!("nothing came for {:?}", self.stall))),
             };
             let Ok(data) = frame.into_data() else { continue };
-            let len = super::chunk::to_u64(data.remaining());
+            let len = crate::units::len_u64(data.remaining());
             if len > self.left {
                 return Err(Failure::suspect(format!(
                     "the body is {} bytes too long",

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hashbrown::HashTable;
 
-use super::chunk::{CHUNK_BYTES, Chunk, ChunkKey, to_usize};
+use super::chunk::{Chunk, ChunkKey};
+use crate::units::{CHUNK_BYTES, len_usize};
 
 /// Chunks that lie side by side share a shard, so that a read over several of them takes its lock once or twice.
 const NEIGHBOURHOOD_BITS: u32 = 3;
@@ -37,7 +38,7 @@ fn hash(key: ChunkKey) -> u64 {
 impl Tier {
     /// A tier of at most `bytes` bytes, at least a few chunks.
     pub(crate) fn new(bytes: u64) -> Self {
-        let chunks = to_usize(bytes / CHUNK_BYTES).max(8);
+        let chunks = len_usize(bytes / CHUNK_BYTES).max(8);
         let count = (chunks / 64).clamp(1, MOST_SHARDS);
         let shard = || {
             Mutex::new(Shard {
@@ -57,7 +58,7 @@ impl Tier {
             layer: key.layer,
             index: key.index >> NEIGHBOURHOOD_BITS,
         }) >> 40;
-        let at = to_usize(spread) % self.shards.len();
+        let at = len_usize(spread) % self.shards.len();
         // A holder that panicked cannot have left a shard half changed in a way that matters: slots and table are
         // looked at again by key.
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,9 +1,8 @@
 //! What lets nothing through but what is right. In: a run of tar bytes that begins where no piece is cut. Out: the same run,
 //! a piece at a time, each after it was compared with its digest; what belongs to no piece comes out as zeros.
 
-use crate::fetch::chunk::{to_u64, to_usize};
 use crate::index::PieceDigests;
-use crate::units::TarOffset;
+use crate::units::{TarOffset, len_u64, len_usize};
 
 /// What lies between pieces.
 const NOTHING: [u8; 4096] = [0; 4096];
@@ -37,17 +36,17 @@ impl Sieve {
             let piece = self.pieces.range(self.next);
             let start = if piece.is_empty() { u64::MAX } else { piece.start.0 };
             if self.at < start {
-                let between = to_usize(start - self.at).min(bytes.len());
+                let between = len_usize(start - self.at).min(bytes.len());
                 for zeros in bytes[..between].chunks(NOTHING.len()) {
                     give(&NOTHING[..zeros.len()]);
                 }
-                self.at += to_u64(between);
+                self.at += len_u64(between);
                 bytes = &bytes[between..];
                 continue;
             }
-            let left = to_usize(piece.end().0 - self.at);
+            let left = len_usize(piece.end().0 - self.at);
             let (head, rest) = bytes.split_at(left.min(bytes.len()));
-            self.at += to_u64(head.len());
+            self.at += len_u64(head.len());
             let ends = head.len() == left;
             if !self.pieces.is_known(self.next) {
                 give(head);
@@ -57,7 +56,7 @@ impl Sieve {
                 give(head);
             } else {
                 if self.held.is_empty() {
-                    self.held.reserve_exact(to_usize(piece.len));
+                    self.held.reserve_exact(len_usize(piece.len));
                 }
                 self.held.extend_from_slice(head);
                 if ends {
@@ -94,7 +93,7 @@ mod tests {
         let places = [(0, 100), (100, 9000), (10_000, 1), (20_000, 20_000), (40_000, 5000)];
         let mut clean = vec![0; content.len()];
         let pieces = places.map(|(start, len)| {
-            let (from, to) = (to_usize(start), to_usize(start + len));
+            let (from, to) = (len_usize(start), len_usize(start + len));
             clean[from..to].copy_from_slice(&content[from..to]);
             let digest = (start != 10_000).then(|| Sha256::digest(&content[from..to]).into());
             (TarRange::new(TarOffset(start), len), digest)
@@ -103,7 +102,7 @@ mod tests {
     }
 
     fn through(pieces: &PieceDigests, at: usize, content: &[u8], step: usize) -> (Vec<u8>, Result<(), TarOffset>) {
-        let (mut out, mut sieve) = (Vec::new(), Sieve::new(pieces.clone(), to_u64(at)));
+        let (mut out, mut sieve) = (Vec::new(), Sieve::new(pieces.clone(), len_u64(at)));
         for part in content[at..].chunks(step) {
             let passed = sieve.push(part, &mut |bytes| out.extend_from_slice(bytes));
             if passed.is_err() {
@@ -143,7 +142,7 @@ mod tests {
             for step in [1, 5000, 50_000] {
                 let (out, outcome) = through(&pieces, 0, &bad, step);
                 assert_eq!(outcome, Err(TarOffset(start)));
-                assert_eq!(out, clean[..to_usize(start)]);
+                assert_eq!(out, clean[..len_usize(start)]);
             }
         }
         // What nobody vouches for passes as it is, and what is nobody's content never.
