@@ -31,7 +31,7 @@ use tarblk::fetch::{FetchOptions, Fetcher, FileLayer, LayerSource};
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, Origin};
 use tarblk::index::{Entry, EntrySink as _, Index, IndexBuilder, Kind, Segment, Timestamp, walk};
-use tarblk::mount::mount_device;
+use tarblk::mount::{MountOptions, mount_device};
 use tarblk::tree::{TreeBuilder, TreeMode};
 use tarblk::units::{LayerId, TarOffset};
 
@@ -303,7 +303,7 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
         usize::from(options.queues),
     ));
     let (device, _) = Device::start(&volume, &options)?;
-    let mounted = mount_device(device.path(), Path::new(dir));
+    let mounted = mount_device(device.path(), Path::new(dir), &MountOptions::default());
     let took = start.elapsed();
     let memory = peak_memory()?;
     let start = Instant::now();

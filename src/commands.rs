@@ -24,7 +24,7 @@ use clap::Parser;
 
 pub use cli::Cli;
 use cli::{Command, TalkArgs};
-use output::{ReaderGone, Talk};
+use output::{ReaderGone, Talk, without_errno};
 
 /// It did not work.
 const FAILED: u8 = 1;
@@ -100,7 +100,8 @@ fn report(error: &anyhow::Error) {
 fn one_line(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain() {
-        let cause = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        let cause = without_errno(&cause.to_string());
+        let cause = cause.split_whitespace().collect::<Vec<_>>().join(" ");
         if line.ends_with(&cause) || line.contains(&format!(": {cause}")) {
             continue;
         }
@@ -132,7 +133,7 @@ fn start_log(talk: TalkArgs) {
     builder.format(|out, record| {
         use std::io::Write;
         let level = record.level().as_str().to_ascii_lowercase();
-        writeln!(out, "tarblk: {level}: {}", record.args())
+        writeln!(out, "tarblk: {level}: {}", without_errno(&record.args().to_string()))
     });
     // A second logger (in a test) is no reason to fail.
     let _ = builder.try_init();
@@ -141,7 +142,11 @@ fn start_log(talk: TalkArgs) {
 /// A daemon's log, on its standard error: with times, because nobody watches it.
 fn start_daemon_log() {
     let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("tarblk=info,warn"));
-    builder.format_timestamp_millis().format_target(false);
+    builder.format(|out, record| {
+        use std::io::Write;
+        let words = without_errno(&record.args().to_string());
+        writeln!(out, "[{} {:<5}] {words}", out.timestamp_millis(), record.level())
+    });
     let _ = builder.try_init();
 }
 
@@ -156,6 +161,8 @@ mod tests {
         assert_eq!(one_line(&error), "layer.tar: cannot read: no route");
         let twice = anyhow::anyhow!("it broke").context("first: it broke");
         assert_eq!(one_line(&twice), "first: it broke");
+        let numbered = anyhow::Error::new(std::io::Error::from_raw_os_error(2)).context("cannot open x");
+        assert_eq!(one_line(&numbered), "cannot open x: No such file or directory");
         let red = anyhow::anyhow!("\u{1b}[31mred: no such layer");
         assert_eq!(one_line(&red), "\\u{1b}[31mred: no such layer");
     }

@@ -3,6 +3,7 @@
 //! Mounting is attaching and then mount(2), unmounting is umount(2) and then detaching; what fails halfway is undone. The
 //! image has no journal to replay and the device takes no writes, so it is mounted `ro,noload`.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,9 +18,22 @@ use crate::device::users;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MountError {
-    /// The directory is missing.
+    /// The directory to mount on is missing.
     #[error("{0} does not exist; make it first: mkdir {0}")]
     Missing(PathBuf),
+    /// What is to be unmounted is not there at all.
+    #[error("{0} does not exist")]
+    Absent(PathBuf),
+    /// A device of ours is mounted on it already.
+    #[error("{path} already has {source_name} on it{state}; first: tarblk umount {path}")]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+        /// The layer that the device holds.
+        source_name: String,
+        /// That its daemon is dead, with a separator in front, or nothing.
+        state: &'static str,
+    },
     /// It is something else.
     #[error("{0} is not a directory")]
     NotDirectory(PathBuf),
@@ -89,11 +103,12 @@ pub enum MountError {
     State(#[from] StateError),
 }
 
-/// Makes sure that `dir` can be mounted on: it is there, a directory, and empty. Returns its full path.
+/// Makes sure that `dir` can be mounted on: it is there, a directory, nothing of ours is mounted on it, and it is empty.
+/// Returns its full path.
 ///
 /// # Errors
 /// What it is instead.
-pub fn check_directory(dir: &Path) -> Result<PathBuf, MountError> {
+pub fn check_directory(states: &StateDir, dir: &Path) -> Result<PathBuf, MountError> {
     let unusable = |cause: io::Error| match cause.kind() {
         io::ErrorKind::NotFound => MountError::Missing(dir.to_owned()),
         io::ErrorKind::NotADirectory => MountError::NotDirectory(dir.to_owned()),
@@ -103,6 +118,15 @@ pub fn check_directory(dir: &Path) -> Result<PathBuf, MountError> {
         },
     };
     let full = fs::canonicalize(dir).map_err(unusable)?;
+    // Asked before the directory is read: of a device whose daemon is dead that may fail, or wait for ever. Whoever may not see
+    // what is attached is told the rest.
+    if let Ok(Some(state)) = mounted_on(states, &full) {
+        return Err(MountError::Occupied {
+            path: dir.to_owned(),
+            state: if state.is_alive() { "" } else { " (its daemon is dead)" },
+            source_name: state.source,
+        });
+    }
     if !fs::metadata(&full).map_err(unusable)?.is_dir() {
         return Err(MountError::NotDirectory(dir.to_owned()));
     }
@@ -112,14 +136,96 @@ pub fn check_directory(dir: &Path) -> Result<PathBuf, MountError> {
     Ok(full)
 }
 
+/// How a device is mounted, beyond read-only and without its journal, which it always is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountOptions {
+    flags: MountFlags,
+    /// What the filesystem's own driver is told, joined by commas.
+    data: String,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self {
+            flags: MountFlags::RDONLY,
+            data: "noload".to_owned(),
+        }
+    }
+}
+
+impl MountOptions {
+    /// Understands options as mount(8) does, in their order. What is meant for readers of fstab is passed over; what is not
+    /// known is left to ext4, which refuses what it does not know either.
+    ///
+    /// # Errors
+    /// What makes no sense for a layer, in words for the person.
+    pub fn parse<'a>(options: impl IntoIterator<Item = &'a str>) -> Result<Self, String> {
+        let mut parsed = Self::default();
+        for option in options {
+            let (on, off) = match option {
+                "rw" => {
+                    return Err(
+                        "rw: a layer is read-only; to write, mount an overlay over it (the README has how)".to_owned(),
+                    );
+                }
+                "remount" | "bind" | "rbind" | "move" => {
+                    return Err(format!("{option}: that is for what is mounted already; use mount(8)"));
+                }
+                "nosuid" => (MountFlags::NOSUID, MountFlags::empty()),
+                "suid" => (MountFlags::empty(), MountFlags::NOSUID),
+                "nodev" => (MountFlags::NODEV, MountFlags::empty()),
+                "dev" => (MountFlags::empty(), MountFlags::NODEV),
+                "noexec" => (MountFlags::NOEXEC, MountFlags::empty()),
+                "exec" => (MountFlags::empty(), MountFlags::NOEXEC),
+                // Whoever may mount it as a user must not become root by what is in it.
+                "user" | "users" => (
+                    MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+                    MountFlags::empty(),
+                ),
+                "owner" | "group" => (MountFlags::NOSUID | MountFlags::NODEV, MountFlags::empty()),
+                "noatime" => (MountFlags::NOATIME, MountFlags::empty()),
+                "atime" => (MountFlags::empty(), MountFlags::NOATIME),
+                "nodiratime" => (MountFlags::NODIRATIME, MountFlags::empty()),
+                "diratime" => (MountFlags::empty(), MountFlags::NODIRATIME),
+                "relatime" => (MountFlags::RELATIME, MountFlags::empty()),
+                "norelatime" => (MountFlags::empty(), MountFlags::RELATIME),
+                "strictatime" => (MountFlags::STRICTATIME, MountFlags::empty()),
+                "nostrictatime" => (MountFlags::empty(), MountFlags::STRICTATIME),
+                "lazytime" => (MountFlags::LAZYTIME, MountFlags::empty()),
+                "nolazytime" => (MountFlags::empty(), MountFlags::LAZYTIME),
+                "sync" => (MountFlags::SYNCHRONOUS, MountFlags::empty()),
+                "async" => (MountFlags::empty(), MountFlags::SYNCHRONOUS),
+                "dirsync" => (MountFlags::DIRSYNC, MountFlags::empty()),
+                "silent" => (MountFlags::SILENT, MountFlags::empty()),
+                "loud" => (MountFlags::empty(), MountFlags::SILENT),
+                "" | "ro" | "defaults" | "noload" | "norecovery" | "auto" | "noauto" | "nouser" | "nofail"
+                | "_netdev" => {
+                    continue;
+                }
+                other if other.starts_with("x-") || other.starts_with("X-") || other.starts_with("comment=") => {
+                    continue;
+                }
+                other => {
+                    parsed.data.push(',');
+                    parsed.data.push_str(other);
+                    continue;
+                }
+            };
+            parsed.flags.remove(off);
+            parsed.flags.insert(on);
+        }
+        Ok(parsed)
+    }
+}
+
 /// Attaches what `spec` describes by a daemon and mounts it on `dir`.
 ///
 /// # Errors
 /// What went wrong; then nothing is left of it.
 pub fn mount(launcher: &Launcher, spec: &Spec, dir: &Path) -> Result<Attached, MountError> {
-    let full = check_directory(dir)?;
+    let full = check_directory(&StateDir::new(&spec.states), dir)?;
     let attached = daemon::launch(launcher, spec)?;
-    if let Err(error) = mount_device(&attached.state.device, &full) {
+    if let Err(error) = mount_device(&attached.state.device, &full, &MountOptions::default()) {
         if let Err(left) = daemon::detach(&StateDir::new(&spec.states), &attached.state) {
             log::warn!("{left}");
         }
@@ -128,11 +234,11 @@ pub fn mount(launcher: &Launcher, spec: &Spec, dir: &Path) -> Result<Attached, M
     Ok(attached)
 }
 
-/// Mounts the ext4 filesystem on `device` on `dir`, read-only.
+/// Mounts the ext4 filesystem on `device` on `dir`, read-only. Called by `mount` and by this module.
 ///
 /// # Errors
 /// [`MountError::Mount`] with what the kernel said.
-pub fn mount_device(device: &Path, dir: &Path) -> Result<(), MountError> {
+pub fn mount_device(device: &Path, dir: &Path, options: &MountOptions) -> Result<(), MountError> {
     let refused = |error: rustix::io::Errno| MountError::Mount {
         device: device.to_owned(),
         path: dir.to_owned(),
@@ -141,10 +247,14 @@ pub fn mount_device(device: &Path, dir: &Path) -> Result<(), MountError> {
             rustix::io::Errno::NODEV => "; this kernel has no ext4",
             rustix::io::Errno::PERM => "; this needs root (CAP_SYS_ADMIN): try sudo",
             rustix::io::Errno::IO => "; the device's log says why a read failed",
+            rustix::io::Errno::INVAL if *options != MountOptions::default() => {
+                "; ext4 may not know one of the options of -o (`dmesg` says which)"
+            }
             _ => "; `dmesg` may say more",
         },
     };
-    rustix::mount::mount(device, dir, c"ext4", MountFlags::RDONLY, c"noload").map_err(refused)
+    let data = CString::new(options.data.as_str()).map_err(|_| refused(rustix::io::Errno::INVAL))?;
+    rustix::mount::mount(device, dir, c"ext4", options.flags, data.as_c_str()).map_err(refused)
 }
 
 /// Unmounts `dir`, detaches the device that was mounted there, and waits until process, device and files are gone.
@@ -153,7 +263,7 @@ pub fn mount_device(device: &Path, dir: &Path) -> Result<(), MountError> {
 /// What kept it.
 pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
     let full = fs::canonicalize(dir).map_err(|cause| match cause.kind() {
-        io::ErrorKind::NotFound => MountError::Missing(dir.to_owned()),
+        io::ErrorKind::NotFound => MountError::Absent(dir.to_owned()),
         _ => MountError::Unusable {
             path: dir.to_owned(),
             cause,
@@ -219,4 +329,37 @@ pub fn mounted_on(states: &StateDir, dir: &Path) -> Result<Option<State>, MountE
     Ok(all
         .into_iter()
         .find(|state| users::device_number(&state.device).is_ok_and(|number| number == top.device)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(options: &str) -> Result<MountOptions, String> {
+        MountOptions::parse(options.split(','))
+    }
+
+    #[test]
+    fn options_are_those_of_mount() {
+        for nothing in [
+            "",
+            "ro",
+            "defaults,ro,nofail,_netdev,x-systemd.automount,comment=a layer,noload",
+        ] {
+            assert_eq!(parse(nothing), Ok(MountOptions::default()), "{nothing}");
+        }
+        let flags = |options: &str| parse(options).unwrap().flags - MountFlags::RDONLY;
+        assert_eq!(flags("nosuid,noatime,ro"), MountFlags::NOSUID | MountFlags::NOATIME);
+        // The last one wins.
+        assert_eq!(flags("noexec,exec"), MountFlags::empty());
+        assert_eq!(flags("user,exec"), MountFlags::NOSUID | MountFlags::NODEV);
+        assert_eq!(
+            parse("ro,errors=continue,acl").unwrap().data,
+            "noload,errors=continue,acl"
+        );
+        for refused in ["rw", "ro,rw", "remount", "bind"] {
+            let said = parse(refused).unwrap_err();
+            assert!(said.starts_with(refused.rsplit(',').next().unwrap()), "{said}");
+        }
+    }
 }

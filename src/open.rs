@@ -72,6 +72,16 @@ pub enum OpenError {
         /// Why.
         cause: io::Error,
     },
+    /// What was named as an index is neither a file nor one of the words.
+    #[error("cannot read index {name}: No such file or directory; name a file, a URL, or one of {words}{meant}")]
+    NoSuchIndex {
+        /// What was named.
+        name: String,
+        /// The words that mean a choice.
+        words: String,
+        /// The word that is nearest, with a separator in front, or nothing.
+        meant: String,
+    },
     /// The index that was named is another layer's.
     #[error("index {name} is of a tar of {expected} bytes, but {source_name} has {found}: it belongs to another layer")]
     OtherLayer {
@@ -443,7 +453,7 @@ fn prepare_all(
 fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
         let blob = scope.spawn(|| source::open(source, &options.patience));
-        let bytes = load_index(name, &options.patience);
+        let bytes = bytes_of_named(name, &options.patience);
         (blob.join(), bytes)
     });
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -460,9 +470,27 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
     PreparedLayer::new(blob, &Facts::default(), index, IndexOrigin::Given, None)
 }
 
+/// The bytes of an index that was named where a word might have stood.
+fn bytes_of_named(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError> {
+    load_index(name, patience).map_err(|error| match error {
+        OpenError::ReadIndex { name, cause } if cause.kind() == io::ErrorKind::NotFound => OpenError::NoSuchIndex {
+            words: IndexChoice::WORDS.join(", "),
+            meant: IndexChoice::nearest_word(&name)
+                .map(|word| format!("; did you mean {word}?"))
+                .unwrap_or_default(),
+            name,
+        },
+        other => other,
+    })
+}
+
 /// An index that was named, and is the one that it has to be.
 fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
-    pinned(open_index(load_index(name, &options.patience)?, name)?, name, options)
+    pinned(
+        open_index(bytes_of_named(name, &options.patience)?, name)?,
+        name,
+        options,
+    )
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {

@@ -9,6 +9,7 @@
 mod error;
 pub mod expiry;
 pub mod http;
+mod meant;
 mod net;
 pub mod registry;
 mod remote;
@@ -26,6 +27,7 @@ use url::Url;
 
 pub use error::SourceError;
 pub use http::{HttpBlob, Patience, Validator};
+pub use meant::image_meant;
 pub use remote::Tap;
 pub use secret::Secret;
 pub use stream::{BlobSink, first_bytes, read_range, stream};
@@ -55,6 +57,13 @@ impl Source {
             why,
         };
         if ImageName::is_meant(text) {
+            if text.starts_with("oci://")
+                && let Ok(ImageName::Layout(layout)) = ImageName::parse(text)
+                && !layout.dir.exists()
+                && let Some(meant) = meant::meant(text)
+            {
+                return Err(unusable(format!("there is no such directory; did you mean {meant}?")));
+            }
             return ImageName::parse(text).map(Self::Image).map_err(unusable);
         }
         let Some((scheme, _)) = text.split_once("://").filter(|(scheme, _)| is_scheme(scheme)) else {
@@ -68,7 +77,10 @@ impl Source {
                             .to_owned(),
                     ))
                 }
-                _ => Ok(Self::Path(PathBuf::from(text))),
+                _ => match meant::meant(text).filter(|_| !Path::new(text).exists()) {
+                    Some(meant) => Err(unusable(format!("there is no such file; did you mean {meant}?"))),
+                    None => Ok(Self::Path(PathBuf::from(text))),
+                },
             };
         };
         match scheme.to_ascii_lowercase().as_str() {
@@ -84,9 +96,12 @@ impl Source {
                     .map_err(|()| unusable("it names no file on this machine".to_owned()))?;
                 Ok(Self::Path(path))
             }
-            other => Err(unusable(format!(
-                "{other}:// is not supported; use a path, file://, http://, https://, docker:// or oci:"
-            ))),
+            other => Err(unusable(match meant::meant(text) {
+                Some(meant) => format!("{other}:// is not supported; did you mean {meant}?"),
+                None => {
+                    format!("{other}:// is not supported; use a path, file://, http://, https://, docker:// or oci:")
+                }
+            })),
         }
     }
 }
@@ -251,33 +266,19 @@ pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<Laye
     })
 }
 
-/// Whether what was typed would be an image's name: relative, with a tag or a digest behind its last slash, or a host with a
-/// dot or a port in front of the first.
-fn looks_like_image(path: &Path) -> bool {
-    let Some(name) = path.to_str().filter(|name| !name.starts_with(['/', '.', '~'])) else {
-        return false;
-    };
-    let last = name.rsplit('/').next().unwrap_or(name);
-    let host = name.split_once('/').map_or("", |(host, _)| host);
-    let named = last.contains([':', '@']) || host.contains(['.', ':']) || host == "localhost";
-    named && ImageName::parse(&format!("docker://{name}")).is_ok()
-}
-
 fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
-    let failed = |error: std::io::Error| match source {
-        Source::Path(_) if error.kind() == std::io::ErrorKind::NotFound && looks_like_image(path) => {
-            SourceError::Unusable {
+    let failed = |error: std::io::Error| {
+        let missing = matches!(source, Source::Path(_)) && error.kind() == std::io::ErrorKind::NotFound;
+        match image_meant(path).filter(|_| missing) {
+            Some(meant) => SourceError::Unusable {
                 source_name: path.display().to_string(),
-                why: format!(
-                    "there is no such file; an image in a registry is docker://{}",
-                    path.display()
-                ),
-            }
+                why: format!("there is no such file; an image in a registry is {meant}"),
+            },
+            None => SourceError::File {
+                path: path.to_owned(),
+                source: error,
+            },
         }
-        _ => SourceError::File {
-            path: path.to_owned(),
-            source: error,
-        },
     };
     // Asked before opening: a fifo would block, and not every special file is harmless to open.
     let meta = std::fs::metadata(path).map_err(failed)?;

@@ -371,7 +371,7 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
     assert!(counted["counters"]["device"]["reads"].as_u64().unwrap() > 0);
     assert!(lab.good(&["stats", "mnt"]).contains("from network"));
     assert!(lab.bad(&["detach", device], 1).contains("in use"));
-    assert!(lab.bad(&["mount", "layer.tar", "mnt"], 1).contains("not empty"));
+    assert!(lab.bad(&["mount", "layer.tar", "mnt"], 1).contains("already has"));
     lab.good(&["umount", "mnt"]);
     assert_eq!(lab.good(&["ps", "--quiet"]), "");
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0, "no state is left");

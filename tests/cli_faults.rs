@@ -785,3 +785,232 @@ fn nobody_hears_which_device_it_is() {
     assert_eq!(lab.good(&["ps", "--quiet"]), "");
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
 }
+
+/// Whether standard error says how a command is used, and says it without what the environment brought.
+fn usage(lab: &Lab, args: &[&str]) -> String {
+    let output = lab
+        .tarblk()
+        .args(args)
+        .env("TARBLK_CREDS", "me:secret")
+        .output()
+        .unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+    let usage = said.lines().find(|line| line.starts_with("Usage: "));
+    assert!(!said.contains("secret"), "{said}");
+    usage.unwrap_or_else(|| panic!("{args:?}: {said}")).to_owned()
+}
+
+#[test]
+fn usage_lines_show_what_was_left_out_and_nothing_from_the_environment() {
+    let lab = Lab::new();
+    assert_eq!(usage(&lab, &["mount"]), "Usage: tarblk mount <SOURCE> <MOUNTPOINT>");
+    assert_eq!(usage(&lab, &["attach"]), "Usage: tarblk attach <SOURCE>");
+    assert_eq!(
+        usage(&lab, &["image", "layer.tar"]),
+        "Usage: tarblk image --output <FILE> <SOURCE>"
+    );
+    assert_eq!(usage(&lab, &["umount"]), "Usage: tarblk umount <MOUNTPOINT>");
+    for command in ["ls", "diff"] {
+        assert!(!usage(&lab, &[command]).contains("--"), "{command}");
+    }
+    // What the environment says still counts, and an empty variable is none.
+    lab.good(&["image", "layer.tar", "-o", "out.ext4"]);
+    assert!(lab.path("cache").exists());
+    let output = lab
+        .tarblk()
+        .args(["ls", "docker://127.0.0.1:1/x", "--plain-http"])
+        .env("TARBLK_CREDS", "secret")
+        .output()
+        .unwrap();
+    assert!(text(&output.stderr).contains("--creds"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn messages_have_words_and_no_numbers_of_errors() {
+    let lab = Lab::new();
+    fs::write(lab.path("file"), "").unwrap();
+    for args in [
+        &["ls", "absent.tar"][..],
+        &["ls", "file/x.tar"],
+        &["index", "layer.tar", "-o", "no/such/dir"],
+        &["image", "layer.tar", "--index", "absent", "-o", "out", "--no-cache"],
+        &["image", "layer.tar", "-o", "out", "--cache", "file"],
+        &["index", "verify", "absent", "layer.tar"],
+        &["ls", "oci:absent:tag"],
+        &["ls", "docker://127.0.0.1:1/x", "--plain-http"],
+        &["ls", "http://127.0.0.1:1/x"],
+        &["ls", "docker://127.0.0.1:1/x", "--creds", "@absent"],
+        &["generate", "man", "absent"],
+    ] {
+        let said = lab.bad(args, 1);
+        assert!(!said.contains("os error"), "{args:?}: {said}");
+    }
+    let said = lab.bad(&["ls", "absent.tar"], 1);
+    assert_eq!(said, "tarblk: cannot open absent.tar: No such file or directory\n");
+    // Warnings too, and with all that can be said.
+    let output = lab.run(&["-vvv", "ls", "http://127.0.0.1:1/x"]);
+    assert!(!text(&output.stderr).contains("os error"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn names_that_are_nearly_right_are_pointed_out() {
+    let lab = Lab::new();
+    for (name, meant) in [
+        ("docker:127.0.0.1:5000/team/app:1", "docker://127.0.0.1:5000/team/app:1"),
+        ("DOCKER://127.0.0.1:5000/app", "docker://127.0.0.1:5000/app"),
+        ("registry://host/app", "docker://host/app"),
+        ("oci://absent:tag", "oci:absent:tag"),
+        ("https:/host.example/a.tar", "https://host.example/a.tar"),
+        ("htps://host.example/a.tar", "https://host.example/a.tar"),
+        ("file:absent.tar", "absent.tar"),
+    ] {
+        for command in [&["ls", name][..], &["image", name, "-o", "out"], &["index", name]] {
+            let said = lab.bad(command, 1);
+            assert!(said.contains(&format!("did you mean {meant}?")), "{command:?}: {said}");
+        }
+    }
+    for (name, meant) in [
+        ("host.example/team/app:1", "docker://host.example/team/app:1"),
+        ("docker:host.example/app", "docker://host.example/app"),
+    ] {
+        let said = lab.bad(&["index", "push", name], 1);
+        assert!(said.contains(&format!("did you mean {meant}?")), "{said}");
+    }
+    // A file that is called so is a file.
+    fs::copy(lab.path("layer.tar"), lab.path("docker:x")).unwrap();
+    lab.good(&["ls", "docker:x"]);
+}
+
+#[test]
+fn words_for_an_index_are_told_from_files() {
+    let lab = Lab::new();
+    let with = |index: &str| lab.bad(&["image", "layer.tar", "-o", "out", "--no-cache", "--index", index], 1);
+    let said = with("autoo");
+    assert!(
+        said.contains("No such file") && said.contains("one of auto, require, ignore, build; did you mean auto?"),
+        "{said}"
+    );
+    assert!(with("Require").contains("did you mean require?"));
+    let said = with("layer.tarblk");
+    assert!(
+        said.contains("one of auto, require") && !said.contains("did you mean"),
+        "{said}"
+    );
+    // Where no word is taken, none is proposed.
+    let said = lab.bad(&["index", "verify", "autoo", "layer.tar"], 1);
+    assert!(!said.contains("require"), "{said}");
+}
+
+#[test]
+fn hints_about_directories_fit_the_command() {
+    if !root("hints_about_directories_fit_the_command") {
+        return;
+    }
+    let lab = Lab::new();
+    assert_eq!(lab.bad(&["umount", "absent"], 1), "tarblk: absent does not exist\n");
+    assert!(lab.bad(&["mount", "layer.tar", "absent"], 1).contains("mkdir absent"));
+    fs::create_dir(lab.path("mnt")).unwrap();
+    for options in ["rw", "ro,rw", "remount"] {
+        let said = lab.bad(&["mount", "layer.tar", "mnt", "-o", options], 2);
+        assert!(said.contains("-o ") && !said.contains("'-- -o'"), "{said}");
+    }
+    assert!(
+        lab.bad(&["mount", "layer.tar", "mnt", "-o", "rw"], 2)
+            .contains("overlay")
+    );
+}
+
+/// The options that the kernel says a directory is mounted with.
+fn options_of(dir: &Path) -> String {
+    let dir = dir.to_str().unwrap();
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().rfind(|line| line.split(' ').nth(1) == Some(dir));
+    line.and_then(|line| line.split(' ').nth(3)).unwrap().to_owned()
+}
+
+#[test]
+fn mount_takes_the_options_of_mount() {
+    let Some(_alone) = devices("mount_takes_the_options_of_mount") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    lab.good(&[
+        "mount",
+        "layer.tar",
+        "mnt",
+        "-q",
+        "-o",
+        "ro,nosuid,nofail,x-systemd.automount",
+        "-o",
+        "noexec",
+    ]);
+    let options = options_of(&lab.path("mnt"));
+    let has = |option: &str| options.split(',').any(|it| it == option);
+    assert!(
+        has("ro") && has("nosuid") && has("noexec") && !has("nodev"),
+        "{options}"
+    );
+    lab.good(&["umount", "mnt"]);
+    // What ext4 does not know is refused by it, and nothing stays.
+    let said = lab.bad(&["mount", "layer.tar", "mnt", "-q", "-o", "nonsense=7"], 1);
+    assert!(said.contains("one of the options of -o"), "{said}");
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_directory_that_has_a_layer_is_told() {
+    let Some(_alone) = devices("a_directory_that_has_a_layer_is_told") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let mounted = lab.json(&["mount", "layer.tar", "mnt", "--backend", "loop", "--json"])["device"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let said = lab.bad(&["mount", "layer.tar", "mnt"], 1);
+    assert!(
+        said.contains("mnt already has") && said.contains("layer.tar on it; first: tarblk umount mnt"),
+        "{said}"
+    );
+    // Told by the daemon, in whose namespace nothing of this is mounted, as this process sees it.
+    kill_process(daemon_of(&lab, &mounted), Signal::TERM).unwrap();
+    let log = lab
+        .path("states")
+        .join(Path::new(&mounted).with_extension("log").file_name().unwrap());
+    let began = Instant::now();
+    let line = loop {
+        let log = fs::read_to_string(&log).unwrap();
+        if let Some(line) = log.lines().find(|line| line.contains("SIGTERM")) {
+            break line.to_owned();
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{log}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(line.contains("mnt") && !line.contains("namespace"), "{line}");
+    kill_and_wait(daemon_of(&lab, &mounted), Signal::KILL);
+    let said = lab.bad(&["mount", "layer.tar", "mnt"], 1);
+    assert!(
+        said.contains("(its daemon is dead); first: tarblk umount mnt"),
+        "{said}"
+    );
+    // What the hint names is what works.
+    let said = lab.bad(&["stats", "mnt"], 1);
+    let at = fs::canonicalize(lab.path("mnt")).unwrap();
+    assert!(
+        said.contains(&format!("`tarblk umount {}` cleans up", at.display())),
+        "{said}"
+    );
+    lab.good(&["umount", "mnt"]);
+    let other = lab
+        .good(&["attach", "layer.tar", "--backend", "loop", "-q"])
+        .trim()
+        .to_owned();
+    kill_and_wait(daemon_of(&lab, &other), Signal::KILL);
+    let said = lab.bad(&["stats", &other], 1);
+    let name = other.trim_start_matches("/dev/");
+    assert!(said.contains(&format!("`tarblk detach {name}` cleans up")), "{said}");
+    lab.good(&["detach", name]);
+}

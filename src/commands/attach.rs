@@ -10,14 +10,14 @@ use serde::Serialize;
 
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::output::{ReaderGone, println};
-use super::{Session, layer};
+use super::{Session, UsageError, layer};
 use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, Served, Spec};
 use crate::device::registry;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
 use crate::interrupt::Interrupt;
-use crate::mount::{self, MountError};
+use crate::mount::{self, MountError, MountOptions};
 use crate::open::{Fetching, IndexOrigin, PreparedLayer, Recipe};
 
 /// The hidden command that a daemon runs.
@@ -111,8 +111,10 @@ fn give_back(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
 
 /// `tarblk mount`.
 pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
-    // What is wrong with the directory is told before the network is asked anything.
-    let dir = mount::check_directory(&args.dir)?;
+    // What is wrong with options and directory is told before the network is asked anything.
+    let options = MountOptions::parse(args.options.iter().map(String::as_str));
+    let options = options.map_err(|why| UsageError(format!("-o {why}")))?;
+    let dir = mount::check_directory(&states(), &args.dir)?;
     let began = Instant::now();
     let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     // Until here there is nothing that a signal would leave behind.
@@ -120,7 +122,7 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     let attached = spec.launch()?;
     let attach_seconds = began.elapsed().as_secs_f64();
     say_which(&attached, session);
-    if let Err(error) = mount::mount_device(&attached.state.device, &dir) {
+    if let Err(error) = mount::mount_device(&attached.state.device, &dir, &options) {
         return Err(give_back(&attached, error.into()));
     }
     let mounted = Mounted {

@@ -127,8 +127,9 @@ pub struct LayerArgs {
     /// One layer of an image alone, as overlayfs wants it among others: by its digest, or its number, the lowest being 1.
     #[arg(long, value_name = "DIGEST|N")]
     pub layer: Option<LayerChoice>,
-    /// Where indexes and fetched bytes are kept [default: /var/cache/tarblk, or ~/.cache/tarblk for users].
-    #[arg(long, value_name = "DIR", env = "TARBLK_CACHE", value_hint = ValueHint::DirPath)]
+    /// Where indexes and fetched bytes are kept [default: the environment's `TARBLK_CACHE`, else /var/cache/tarblk, or
+    /// ~/.cache/tarblk for users].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub cache: Option<PathBuf>,
     /// Keep nothing on disk and use nothing kept.
     #[arg(long)]
@@ -153,8 +154,6 @@ pub struct RegistryArgs {
         long,
         help_heading = "Registry options",
         value_name = "USER:PASSWORD|@FILE",
-        env = "TARBLK_CREDS",
-        hide_env_values = true,
         value_parser = hidden
     )]
     pub creds: Option<Secret>,
@@ -443,8 +442,12 @@ pub struct MountArgs {
     #[command(flatten)]
     pub layer: LayerArgs,
     /// An empty directory to mount it on.
-    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub dir: PathBuf,
+    /// Mount options as mount(8) takes them: `ro` is what it always is, `noexec,nosuid,nodev,noatime` and the like are heeded,
+    /// what is for fstab's readers (`nofail`, `_netdev`, `x-...`) is passed over, and all others are ext4's.
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS", value_delimiter = ',')]
+    pub options: Vec<String>,
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
@@ -464,7 +467,7 @@ pub struct MountArgs {
 #[derive(Debug, Args)]
 pub struct UmountArgs {
     /// Where it is mounted.
-    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub dir: PathBuf,
 }
 

@@ -63,12 +63,18 @@ impl Drop for Bar {
     }
 }
 
+/// The cache directory that no option names: the environment's `TARBLK_CACHE`, or the usual one.
+fn cache_dir() -> PathBuf {
+    let named = std::env::var_os("TARBLK_CACHE").filter(|dir| !dir.is_empty());
+    named.map_or_else(open::default_cache_dir, PathBuf::from)
+}
+
 /// Finds a layer or an image and its indexes as the options say.
 pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prepared> {
     let cache = if args.no_cache {
         None
     } else {
-        Some(Cache::new(&args.cache.clone().unwrap_or_else(open::default_cache_dir))?)
+        Some(Cache::new(&args.cache.clone().unwrap_or_else(cache_dir))?)
     };
     let options = OpenOptions {
         index: args.index.clone(),
@@ -88,9 +94,8 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
 /// How what is only looked at is opened: what is read of an image's layers is kept, because it may be all of them.
 pub(super) fn options_for(source: &str, registry: &RegistryArgs) -> anyhow::Result<OpenOptions> {
     let is_image = matches!(Source::parse(source)?, Source::Image(_));
-    let dir = std::env::var_os("TARBLK_CACHE").map_or_else(open::default_cache_dir, PathBuf::from);
     Ok(OpenOptions {
-        cache: is_image.then(|| Cache::new(&dir)).transpose()?,
+        cache: is_image.then(|| Cache::new(&cache_dir())).transpose()?,
         registry: registry.options()?,
         ..OpenOptions::default()
     })

@@ -45,6 +45,27 @@ pub fn write_out(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> anyhow
     })
 }
 
+/// A message without the numbers that the standard library puts behind the system's words: `No such file or directory (os
+/// error 2)` says nothing more to a person than the words alone.
+#[must_use]
+pub fn without_errno(message: &str) -> String {
+    const BEFORE: &str = " (os error ";
+    let mut words = String::with_capacity(message.len());
+    let mut rest = message;
+    while let Some((head, tail)) = rest.split_once(BEFORE) {
+        words.push_str(head);
+        let digits = tail.bytes().take_while(u8::is_ascii_digit).count();
+        match tail[digits..].strip_prefix(')') {
+            Some(after) if digits > 0 => rest = after,
+            _ => {
+                words.push_str(BEFORE);
+                rest = tail;
+            }
+        }
+    }
+    words + rest
+}
+
 /// A table with aligned columns, numbers to the right.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
@@ -124,7 +145,7 @@ impl Talk {
     /// A line for the person, on standard error.
     pub fn note(self, text: impl fmt::Display) {
         if !self.quiet {
-            let _ = writeln!(io::stderr(), "{text}");
+            let _ = writeln!(io::stderr(), "{}", without_errno(&text.to_string()));
         }
     }
 
@@ -169,6 +190,24 @@ fn target(talk: Talk) -> ProgressDrawTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_errors_are_left_out() {
+        for (said, words) in [
+            (
+                "cannot open x: No such file or directory (os error 2)",
+                "cannot open x: No such file or directory",
+            ),
+            ("a (os error 5), b (os error 28); c", "a, b; c"),
+            (
+                "a (os error ) b (os error x) (os error 7",
+                "a (os error ) b (os error x) (os error 7",
+            ),
+            ("nothing", "nothing"),
+        ] {
+            assert_eq!(without_errno(said), words);
+        }
+    }
 
     #[test]
     fn tables_align() {

@@ -3,6 +3,8 @@
 use anyhow::bail;
 use serde::Serialize;
 
+use std::path::Path;
+
 use super::Session;
 use super::cli::{CopyArgs, PushArgs};
 use super::layer::Bar;
@@ -10,8 +12,8 @@ use super::output::{Table, print, println};
 use crate::digest::Digest;
 use crate::open::publish::{self, Publication, PublishWatch, Published};
 use crate::quantity::show_size;
-use crate::source::Source;
 use crate::source::registry::{ImageName, Reference};
+use crate::source::{Source, image_meant};
 
 /// One bar for all layers.
 impl PublishWatch for Bar {
@@ -24,7 +26,10 @@ impl PublishWatch for Bar {
 fn reference(text: &str) -> anyhow::Result<Reference> {
     match Source::parse(text)? {
         Source::Image(ImageName::Registry(reference)) => Ok(reference),
-        _ => bail!("{text} is no image in a registry; name it docker://host/repository:tag"),
+        _ => match image_meant(Path::new(text)) {
+            Some(meant) => bail!("{text} is no image in a registry; did you mean {meant}?"),
+            None => bail!("{text} is no image in a registry; name it docker://host/repository:tag"),
+        },
     }
 }
 

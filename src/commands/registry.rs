@@ -1,6 +1,7 @@
 //! What the options about registries mean together.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{self, PathBuf};
@@ -21,7 +22,12 @@ impl RegistryArgs {
     /// # Errors
     /// When that cannot be read, or what was given is not `user:password`; no message quotes it.
     pub fn options(&self) -> anyhow::Result<RegistryOptions> {
-        let given = self.creds.as_ref().filter(|given| !given.reveal().is_empty());
+        // Not by the parser of the command line: what comes from the environment would stand in its usage lines.
+        let typed = match &self.creds {
+            Some(typed) => Some(typed.clone()),
+            None => env::var_os("TARBLK_CREDS").map(secret).transpose()?,
+        };
+        let given = typed.as_ref().filter(|given| !given.reveal().is_empty());
         // A daemon looks there again, from another directory.
         let authfile = self
             .authfile
@@ -39,6 +45,14 @@ impl RegistryArgs {
             ..RegistryOptions::default()
         })
     }
+}
+
+/// The environment's credentials.
+fn secret(text: OsString) -> anyhow::Result<Secret> {
+    let text = text.into_string();
+    Ok(Secret::new(
+        text.map_err(|_| UsageError("TARBLK_CREDS: it is not UTF-8".to_owned()))?,
+    ))
 }
 
 fn login(given: &Secret) -> anyhow::Result<Login> {

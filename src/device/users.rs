@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// One use of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,6 +190,18 @@ pub fn of(device: &Path) -> Vec<User> {
     users
 }
 
+/// The mount namespace that this process left for one of its own, as `/proc/PID/ns/mnt` names it.
+static LEFT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Remembers the mount namespace that this process is about to leave. What is mounted there is then told like what is mounted
+/// here: a person who reads the message is there.
+pub(super) fn remember_namespace() {
+    if let Ok(namespace) = fs::read_link("/proc/self/ns/mnt") {
+        // A process leaves once.
+        let _ = LEFT.set(namespace);
+    }
+}
+
 /// Looks through the mount namespaces of all processes, each once.
 fn foreign_mounts(device: &Path) -> Vec<User> {
     let Ok(number) = device_number(device) else {
@@ -203,12 +216,19 @@ fn foreign_mounts(device: &Path) -> Vec<User> {
         let Ok(namespace) = fs::read_link(entry.path().join("ns/mnt")) else {
             continue;
         };
+        let was_ours = LEFT.get() == Some(&namespace);
         if !seen.insert(namespace) {
             continue;
         }
         let lines = parse_mountinfo(&fs::read(entry.path().join("mountinfo")).unwrap_or_default());
         let here = lines.into_iter().filter(|line| line.device == number);
-        users.extend(here.map(|line| User::ForeignMount(line.point, pid)));
+        users.extend(here.map(|line| {
+            if was_ours {
+                User::Mount(line.point)
+            } else {
+                User::ForeignMount(line.point, pid)
+            }
+        }));
     }
     users
 }

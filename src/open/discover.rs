@@ -49,6 +49,19 @@ impl fmt::Debug for IndexChoice {
     }
 }
 
+impl IndexChoice {
+    /// The words that are no names of files.
+    pub const WORDS: [&'static str; 4] = ["auto", "require", "ignore", "build"];
+
+    /// The word that a mistyped one may have meant.
+    pub(super) fn nearest_word(text: &str) -> Option<&'static str> {
+        const MOST_WRONG: usize = 2;
+        let text = text.to_ascii_lowercase();
+        let near = |word: &&str| strsim::damerau_levenshtein(&text, word) <= MOST_WRONG;
+        Self::WORDS.into_iter().find(near)
+    }
+}
+
 impl FromStr for IndexChoice {
     type Err = String;
 

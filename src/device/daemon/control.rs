@@ -89,12 +89,14 @@ pub enum ControlError {
         cause: String,
     },
     /// The daemon is gone.
-    #[error("the daemon of {name} (pid {pid}) is dead; `tarblk detach {name}` cleans up")]
+    #[error("the daemon of {name} (pid {pid}) is dead; `tarblk {cleans_up}` cleans up")]
     Dead {
         /// The device.
         name: String,
         /// The daemon it had.
         pid: u32,
+        /// The command that removes what it left: `umount DIR` while it is mounted, else `detach NAME`.
+        cleans_up: String,
     },
     /// The device is in use.
     #[error("{device} is in use: {users}; unmount it first")]
@@ -206,9 +208,14 @@ fn silent(state: &State, cause: &str) -> ControlError {
 
 fn ask(states: &StateDir, state: &State, request: Request) -> Result<Answer, ControlError> {
     if !state.is_alive() {
+        let mounted = users::mount_points(&state.device);
         return Err(ControlError::Dead {
             name: state.name.clone(),
             pid: state.process.pid,
+            cleans_up: match mounted.last() {
+                Some(dir) => format!("umount {}", dir.display()),
+                None => format!("detach {}", state.name),
+            },
         });
     }
     let ask = || -> io::Result<Answer> {

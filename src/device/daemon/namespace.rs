@@ -54,6 +54,7 @@ const ALWAYS: &[&str] = &[
 ///
 /// Mounts made or undone outside show up inside too, where the outside shares them. Returns whether it worked.
 pub(super) fn leave() -> bool {
+    users::remember_namespace();
     // SAFETY: only unsharing the table of open files would be unsafe.
     #[allow(unsafe_code)]
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
