@@ -35,7 +35,7 @@ use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
-use crate::source::{self, LayerBlob, Patience, Source, SourceError, registry};
+use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use layer::Facts;
@@ -56,6 +56,14 @@ pub enum OpenError {
     /// The layer cannot be found or its headers not read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A layer by itself has no bytes.
+    #[error(
+        "{name} is empty (0 bytes): no tar is, whose end alone takes 1,024 bytes; was it written and downloaded to its end?"
+    )]
+    Empty {
+        /// The layer.
+        name: String,
+    },
     /// The index that was named cannot be used.
     #[error("{name}: {cause}")]
     Index {
@@ -213,10 +221,32 @@ impl std::fmt::Display for LayerChoice {
     }
 }
 
+/// What is read of layers while they are opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reading {
+    /// Headers; payload is passed over where that saves something.
+    Headers,
+    /// All bytes, of local files.
+    Whole,
+    /// All bytes, from a server.
+    Download,
+}
+
+impl Reading {
+    /// Reading all of a blob.
+    const fn all_of(blob: &LayerBlob) -> Self {
+        match blob.place {
+            Place::File(_) => Self::Whole,
+            Place::Http(_) => Self::Download,
+        }
+    }
+}
+
 /// Told what opening is doing, by whoever shows it.
 pub trait Watch {
-    /// Layers are being read: the position reached and their length, both in bytes, of all together.
-    fn headers(&mut self, at: u64, len: u64);
+    /// Layers are being read: the position reached and their length, both in bytes, of all together. Of layers that are read
+    /// in different ways, `what` is the one that takes the most.
+    fn reading(&mut self, what: Reading, at: u64, len: u64);
 }
 
 /// Shows nothing.
@@ -224,7 +254,7 @@ pub trait Watch {
 pub struct Unwatched;
 
 impl Watch for Unwatched {
-    fn headers(&mut self, _at: u64, _len: u64) {}
+    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
 }
 
 /// Where an index came from.
@@ -301,7 +331,8 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
             });
         }
         (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
-            let blob = source::open(&source, &options.patience)?;
+            let blob = find_blob(&source, options)?;
+            warn_without_ranges(&blob);
             let layers = prepare_all(vec![(blob, Facts::default())], options, watch)?;
             for layer in &layers {
                 check_pin(&layer.index, text, options)?;
@@ -327,11 +358,35 @@ fn chosen(mut image: Image, options: &OpenOptions) -> Result<(Image, TreeMode), 
     Ok((image, TreeMode::Overlay))
 }
 
+/// Finds a layer that is no image's. An image may have empty layers (old versions of Docker pushed blobs of 0 bytes, and
+/// containerd unpacks them to nothing); of a layer alone it means that something went wrong before.
+fn find_blob(source: &Source, options: &OpenOptions) -> Result<LayerBlob, OpenError> {
+    let blob = source::open(source, &options.patience)?;
+    if blob.len == 0 {
+        return Err(OpenError::Empty {
+            name: source.to_string(),
+        });
+    }
+    Ok(blob)
+}
+
+/// Says that a layer's server makes it impossible to read parts of it.
+fn warn_without_ranges(blob: &LayerBlob) {
+    if let Place::Http(http) = &blob.place
+        && !http.ranges
+    {
+        log::warn!(
+            "{}: the server does not answer ranges; reading the whole layer once",
+            http.name()
+        );
+    }
+}
+
 /// Finds one layer: what was named, or of an image the one that was chosen or is its only one.
 fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), OpenError> {
     let source = Source::parse(text)?;
     let Source::Image(name) = &source else {
-        return Ok((source::open(&source, &options.patience)?, Facts::default()));
+        return Ok((find_blob(&source, options)?, Facts::default()));
     };
     let (image, _) = chosen(registry::resolve(name, &options.registry)?, options)?;
     match &image.layers[..] {
@@ -429,18 +484,23 @@ fn prepare_all(
         for (number, (blob, facts)) in found.into_iter().enumerate() {
             let tell = Mutex::new(tell.clone());
             threads.push(scope.spawn(move || {
-                let mut reached = |at: u64, _: u64| {
+                let mut reached = |what: Reading, at: u64| {
                     // Who listens goes first only when everything ends.
-                    let _nobody_listens = tell.lock().unwrap_or_else(PoisonError::into_inner).send((number, at));
+                    let _nobody_listens = tell
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .send((number, what, at));
                 };
                 layer::prepare(blob, &facts, options, &mut reached)
             }));
         }
         drop(tell);
-        for (number, at) in told {
+        let mut reading = Reading::Headers;
+        for (number, what, at) in told {
+            reading = reading.max(what);
             reached[number] = at;
             let sum = reached.iter().fold(0_u64, |sum, at| sum.saturating_add(*at));
-            watch.headers(sum, total);
+            watch.reading(reading, sum, total);
         }
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<PreparedLayer, OpenError>>| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -452,11 +512,12 @@ fn prepare_all(
 /// Finds the layer and brings its index at the same time.
 fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
-        let blob = scope.spawn(|| source::open(source, &options.patience));
+        let blob = scope.spawn(|| find_blob(source, options));
         let bytes = bytes_of_named(name, &options.patience);
         (blob.join(), bytes)
     });
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    warn_without_ranges(&blob);
     let index = pinned(open_index(bytes?, name)?, name, options)?;
     let expected = index.identity().blob_len;
     if expected != blob.len {

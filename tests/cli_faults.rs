@@ -7,13 +7,13 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use lab::{Lab, devices, mounts_below, root, skip, text};
+use lab::{Lab, devices, have, mounts_below, root, skip, text};
 use rustix::process::{Pid, Signal, kill_process};
-use tarblk::bench::origin::{Fault, Origin};
+use tarblk::bench::origin::{Fault, Link, Origin};
 
 /// A header block with the given fields, its checksum right.
 fn header(name: &str, size: &[u8], kind: u8, link: &str) -> Vec<u8> {
@@ -204,7 +204,6 @@ fn broken_layers_are_named_and_leave_nothing() {
 fn strange_layers_work() {
     let lab = Lab::new();
     let strange = [
-        ("nothing at all", Vec::new()),
         ("only an end", vec![0; 1024]),
         ("no end", header("good", EMPTY, b'0', "")),
         (
@@ -315,16 +314,137 @@ fn servers_that_are_not_there_or_refuse() {
     assert!(!lab.path("out.tarblk").exists());
 }
 
+/// The lab's layer, compressed.
+fn gzipped(lab: &Lab) -> PathBuf {
+    let path = lab.path("layer.tar.gz");
+    let (tar, gz) = (File::open(lab.path("layer.tar")).unwrap(), File::create(&path).unwrap());
+    let status = Command::new("gzip").arg("-c").stdin(tar).stdout(gz).status();
+    assert!(status.unwrap().success());
+    path
+}
+
+#[test]
+fn a_layer_of_no_bytes_is_refused() {
+    let lab = Lab::new();
+    fs::write(lab.path("empty.tar"), "").unwrap();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/empty.tar", Vec::new());
+    let url = origin.url("/empty.tar");
+    for ranges in [true, false] {
+        origin.set_ranges(ranges);
+        for name in ["empty.tar", &url] {
+            for args in [
+                &["ls", name][..],
+                &["image", name, "-o", "out.ext4", "--no-cache"],
+                &["image", name, "-o", "out.ext4", "--no-cache", "--index", "layer.tarblk"],
+                &["index", name, "-o", "out.tarblk"],
+                &["index", name, "--full"],
+                &["index", "verify", "layer.tarblk", name],
+                &["diff", "layer.tar", name],
+            ] {
+                let said = lab.bad(args, 1);
+                assert!(said.contains("empty.tar is empty (0 bytes)"), "{args:?}: {said}");
+            }
+        }
+    }
+    // A tar of no entries is one.
+    fs::write(lab.path("end.tar"), [0; 1024]).unwrap();
+    lab.good(&["image", "end.tar", "-o", "out.ext4"]);
+}
+
+#[test]
+fn the_bar_says_what_is_done_and_how_fast() {
+    if !have("script") {
+        return skip("the_bar_says_what_is_done_and_how_fast", "script is not installed");
+    }
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    fs::write(lab.path("noise"), noise(2_000_000)).unwrap();
+    let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
+    tar.append_path_with_name(lab.path("noise"), "noise").unwrap();
+    tar.into_inner().unwrap();
+    origin.serve_file("/layer.tar.gz", &gzipped(&lab)).unwrap();
+    origin.set_ranges(false);
+    origin.set_link(Link {
+        rtt: Duration::from_millis(1),
+        rate: Some(1_000_000),
+    });
+    let mut command = Command::new("script");
+    let line = format!(
+        "{} image {} -o out.ext4 --no-cache",
+        env!("CARGO_BIN_EXE_tarblk"),
+        origin.url("/layer.tar.gz")
+    );
+    let output = command
+        .args(["-qec", &line, "/dev/null"])
+        .current_dir(lab.dir.path())
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let drawn = text(&output.stdout);
+    assert!(output.status.success(), "{drawn}");
+    assert!(
+        drawn.contains("downloading") && !drawn.contains("reading headers"),
+        "{drawn}"
+    );
+    // A link of 1 MB/s never looks like a fast one.
+    let before_writing = drawn.split("writing image").next().unwrap();
+    assert!(before_writing.contains("KiB/s"), "{drawn}");
+    assert!(
+        !before_writing.contains("GiB/s") && !before_writing.contains("MiB/s"),
+        "{drawn}"
+    );
+}
+
+/// Bytes that do not get shorter.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(len)
+    .collect()
+}
+
 #[test]
 fn a_server_without_ranges_is_read_once_with_a_warning() {
     let lab = Lab::new();
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    origin.serve_file("/layer.tar.gz", &gzipped(&lab)).unwrap();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
     origin.set_ranges(false);
-    let output = lab.run(&["image", &origin.url("/layer.tar"), "-o", "remote.ext4"]);
-    let said = text(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    assert_eq!(said.matches("does not answer ranges").count(), 1, "{said}");
+    let (plain, gzip) = (origin.url("/layer.tar"), origin.url("/layer.tar.gz"));
+    for args in [
+        &["image", &plain, "-o", "remote.ext4"][..],
+        &["image", &gzip, "-o", "remote.ext4"],
+        // The second time too, with the index at hand: the layer itself still comes whole.
+        &["image", &gzip, "-o", "remote.ext4"],
+        &[
+            "image",
+            &plain,
+            "-o",
+            "remote.ext4",
+            "--index",
+            "layer.tarblk",
+            "--no-cache",
+        ],
+        &["index", &gzip],
+        &["index", &plain],
+        &["index", &plain, "--full"],
+        &["ls", &gzip],
+    ] {
+        let output = lab.run(args);
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {said}");
+        assert_eq!(said.matches("does not answer ranges").count(), 1, "{args:?}: {said}");
+    }
     lab.good(&["image", "layer.tar", "-o", "local.ext4"]);
     assert!(fs::read(lab.path("remote.ext4")).unwrap() == fs::read(lab.path("local.ext4")).unwrap());
 }

@@ -20,7 +20,9 @@ use tarblk::layer::Coding;
 use tarblk::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
 use tarblk::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
 use tarblk::open::publish::{Publication, PublishWatch, Published, copy, push};
-use tarblk::open::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Unwatched, Watch, prepare};
+use tarblk::open::{
+    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Unwatched, Watch, prepare,
+};
 use tarblk::source::registry::{
     Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
 };
@@ -31,7 +33,7 @@ const SPACING: u64 = 64 << 10;
 struct Silent;
 
 impl Watch for Silent {
-    fn headers(&mut self, _at: u64, _len: u64) {}
+    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
 }
 
 impl PublishWatch for Silent {

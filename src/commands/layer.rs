@@ -18,13 +18,13 @@ use crate::image::BlockImage as _;
 use crate::image::export::export;
 use crate::index::listing::{self, Format, ListingError};
 use crate::layer::Coding;
-use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, PreparedLayer, Watch};
+use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, PreparedLayer, Reading, Watch};
 use crate::quantity::show_size;
 use crate::source::{Place, Source, without_secrets};
 use crate::tree::listing::write_tree;
 use crate::units::{LayerId, TarOffset, TarRange};
 
-/// Draws the reading of headers, once it takes long enough to be noticed.
+/// Draws how far layers are read, once it takes long enough to be noticed.
 pub(super) struct Bar {
     talk: Talk,
     drawn: Option<ProgressBar>,
@@ -45,11 +45,20 @@ impl Bar {
 }
 
 impl Watch for Bar {
-    fn headers(&mut self, at: u64, len: u64) {
-        if self.drawn.is_none() && self.began.elapsed() > NOTICED {
-            self.drawn = Some(self.talk.bar("reading headers", len));
+    fn reading(&mut self, what: Reading, at: u64, len: u64) {
+        let what = match what {
+            Reading::Headers => "reading headers",
+            Reading::Whole => "reading",
+            Reading::Download => "downloading",
+        };
+        let elapsed = self.began.elapsed();
+        if self.drawn.is_none() && elapsed > NOTICED {
+            self.drawn = Some(self.talk.bar(what, len, elapsed));
         }
         if let Some(bar) = &self.drawn {
+            if bar.message() != what {
+                bar.set_message(what);
+            }
             bar.set_position(at);
         }
     }
@@ -148,7 +157,7 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     let files: Option<Vec<File>> = prepared.layers.iter().map(plain).collect();
     let (written, len) = if let Some(files) = files {
         let image = prepared.image()?;
-        let bar = session.talk.bar("writing image", payload);
+        let bar = session.talk.bar("writing image", payload, Duration::ZERO);
         let mut read = |layer: LayerId, at: TarOffset, buffer: &mut [u8]| {
             bar.inc(u64::try_from(buffer.len()).unwrap_or(0));
             let file = usize::try_from(layer.0).ok().and_then(|at| files.get(at));
@@ -161,7 +170,7 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
         (written?, image.len())
     } else {
         let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size))?;
-        let bar = session.talk.bar("writing image", payload);
+        let bar = session.talk.bar("writing image", payload, Duration::ZERO);
         let written = replace(&args.output, |out| {
             image_from_fetcher(&opened, out, &bar).with_context(cannot)
         });

@@ -7,7 +7,9 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+
+use crate::quantity::show_size;
 
 /// The reader of standard output has gone: an end like any other.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -149,12 +151,12 @@ impl Talk {
         }
     }
 
-    /// A bar over `total` bytes, if there is somebody to see it.
+    /// A bar over `total` bytes of work that began `elapsed` ago, if it is to be seen.
     #[must_use]
-    pub fn bar(self, what: &str, total: u64) -> ProgressBar {
-        let style =
-            "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {binary_bytes_per_sec:>12} {eta:>4}";
-        let bar = styled(ProgressBar::with_draw_target(Some(total), target(self)), what, style);
+    pub fn bar(self, what: &str, total: u64, elapsed: Duration) -> ProgressBar {
+        let style = "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {rate:>12} {left:>4}";
+        let bar = ProgressBar::with_draw_target(Some(total), target(self)).with_elapsed(elapsed);
+        let bar = styled(bar, what, style);
         // Drawn before the first byte comes too: that may take the longest.
         bar.tick();
         bar
@@ -175,8 +177,40 @@ impl Talk {
 
 fn styled(bar: ProgressBar, what: &str, style: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+    // The library's own figures begin with the first call, at which much may have come already, as if that had taken no time.
+    let style = style
+        .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let _ = out.write_str(&average_rate(state.pos(), state.elapsed()));
+        })
+        .with_key("left", |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let total = state.len().unwrap_or(0);
+            let _ = out.write_str(&time_left(state.pos(), total, state.elapsed()));
+        });
     bar.with_style(style.progress_chars("━╸ "))
         .with_message(what.to_owned())
+}
+
+/// Bytes per second since the work began; nothing while that says nothing.
+fn average_rate(bytes: u64, elapsed: Duration) -> String {
+    let millis = elapsed.as_millis();
+    match u64::try_from(u128::from(bytes) * 1000 / millis.max(1)) {
+        Ok(rate) if millis > 0 && bytes > 0 => format!("{}/s", show_size(rate)),
+        _ => String::new(),
+    }
+}
+
+/// How long the rest takes at the average rate.
+fn time_left(bytes: u64, total: u64, elapsed: Duration) -> String {
+    let left = u128::from(total.saturating_sub(bytes));
+    let secs = (elapsed.as_millis() * left)
+        .checked_div(u128::from(bytes))
+        .and_then(|millis| u64::try_from(millis.div_ceil(1000)).ok());
+    match secs {
+        None => String::new(),
+        Some(secs @ 0..60) => format!("{secs}s"),
+        Some(secs @ 60..3600) => format!("{}m", secs / 60),
+        Some(secs) => format!("{}h", secs / 3600),
+    }
 }
 
 fn target(talk: Talk) -> ProgressDrawTarget {
@@ -207,6 +241,16 @@ mod tests {
         ] {
             assert_eq!(without_errno(said), words);
         }
+    }
+
+    #[test]
+    fn rates_are_averages_from_the_beginning() {
+        assert_eq!(average_rate(10 << 20, Duration::from_secs(2)), "5 MiB/s");
+        assert_eq!(average_rate(1 << 40, Duration::ZERO), "");
+        assert_eq!(average_rate(0, Duration::from_secs(1)), "");
+        assert_eq!(time_left(10, 40, Duration::from_secs(5)), "15s");
+        assert_eq!(time_left(1, 3600, Duration::from_secs(2)), "1h");
+        assert_eq!(time_left(0, 40, Duration::from_secs(5)), "");
     }
 
     #[test]

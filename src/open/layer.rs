@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::gather::Gather;
 use super::record::{Recording, algorithms, record_blob};
 use super::serve_spec::http_layer;
-use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, is_full, open_index, toc};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
 use crate::cache::disk::{LayerKey, Store, StoreError};
 use crate::digest::Digest;
 use crate::index::build::Contents;
@@ -197,8 +197,8 @@ fn kept(cache: &Cache, blob: &LayerBlob, facts: &Facts) -> Option<(PathBuf, Inde
         })
 }
 
-/// Told how far reading is: the position reached in the blob and its length, both in bytes.
-pub(super) type Reached<'a> = &'a mut (dyn FnMut(u64, u64) + Send);
+/// Told how the blob is read and how far that is, in bytes.
+pub(super) type Reached<'a> = &'a mut (dyn FnMut(Reading, u64) + Send);
 
 /// Nothing that long can be read or kept: the chunks of a layer are numbered in 32 bits.
 const TOO_LONG: u64 = CHUNK_BYTES << 32;
@@ -299,7 +299,11 @@ fn read_headers(
     reached: Reached<'_>,
 ) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
     let mut builder = IndexBuilder::new();
-    let mut progress = |at: TarOffset, len: u64| reached(at.0, len);
+    let reading = match &blob.place {
+        Place::Http(http) if !http.ranges => Reading::Download,
+        Place::Http(_) | Place::File(_) => Reading::Headers,
+    };
+    let mut progress = |at: TarOffset, _: u64| reached(reading, at.0);
     let cache = |store: Arc<Store>| match (&facts.digest, &blob.place) {
         (Some(digest), Place::Http(http)) => store.layer(
             LayerKey::of_content(&unchecked(&http.name(), digest), blob.len),
@@ -358,7 +362,8 @@ fn read_all(
             filling = None;
         }
     };
-    let mut progress = |at| reached(at, blob.len);
+    let reading = Reading::all_of(blob);
+    let mut progress = |at| reached(reading, at);
     let recorded = record_blob(
         blob,
         coding,

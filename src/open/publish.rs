@@ -13,7 +13,7 @@ use super::artifact::{
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
 use super::record::{algorithms, coding_of};
-use super::{MAX_INDEX_BYTES, OpenError, Recording, Watch, record_blob};
+use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};
@@ -194,7 +194,7 @@ fn at_the_same_time<L: OfLayer + Sync, T: Send>(
                 Said::Began(number) => watch.layer(number, layers.len(), &layers[number].layer().descriptor.digest),
                 Said::Reached(number, at) => {
                     reached[number] = at;
-                    watch.headers(reached.iter().sum(), total);
+                    watch.reading(Reading::Download, reached.iter().sum(), total);
                 }
             }
         }

@@ -2,7 +2,7 @@
 //! whatever digests, entry points and header bytes were asked for.
 
 use super::layer::PreparedLayer;
-use super::{IndexOrigin, OpenError, OpenOptions, Watch, find_one, open_index};
+use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
@@ -41,8 +41,10 @@ pub fn record(
     watch: &mut dyn Watch,
 ) -> Result<PreparedLayer, OpenError> {
     let (blob, facts) = find_one(text, options)?;
+    warn_without_ranges(&blob);
     let coding = coding_of(&blob, &options.patience)?;
-    let mut reached = |at| watch.headers(at, blob.len);
+    let reading = Reading::all_of(&blob);
+    let mut reached = |at| watch.reading(reading, at, blob.len);
     let recorded = record_blob(
         &blob,
         coding,

@@ -88,10 +88,13 @@ pub(super) fn walk<'a>(
         } else if blob.ranges && wire.answers_ranges().await? {
             walk_ranges(&wire, &mut truth).await
         } else {
-            log::warn!(
-                "{}: the server does not answer ranges; reading the whole layer once",
-                blob.name()
-            );
+            if blob.ranges {
+                // It said that it does when it was asked how long the layer is.
+                log::warn!(
+                    "{}: the server does not answer ranges; reading the whole layer once",
+                    blob.name()
+                );
+            }
             walk_stream(&wire, &mut truth, keep_all).await
         }
     })?;

@@ -118,6 +118,12 @@ pub(crate) fn skip(test: &str, why: &str) {
     }
 }
 
+/// Whether a program can be found.
+pub(crate) fn have(program: &str) -> bool {
+    let directories = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&directories).any(|dir| dir.join(program).is_file())
+}
+
 /// Whether this process is root's; skips if not.
 pub(crate) fn root(test: &str) -> bool {
     let root = rustix::process::geteuid().is_root();
