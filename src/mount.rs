@@ -9,8 +9,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags};
+use serde::Serialize;
 
-use crate::device::daemon::{self, Attached, ControlError, DaemonError, Launcher, Spec};
+use crate::device::daemon::{self, Attached, ControlError, DaemonError, Launcher, ServeSpec};
 use crate::device::state::{State, StateDir, StateError};
 use crate::device::users;
 
@@ -222,7 +223,7 @@ impl MountOptions {
 ///
 /// # Errors
 /// What went wrong; then nothing is left of it.
-pub fn mount(launcher: &Launcher, spec: &Spec, dir: &Path) -> Result<Attached, MountError> {
+pub fn mount<I: Serialize>(launcher: &Launcher, spec: &ServeSpec<I>, dir: &Path) -> Result<Attached, MountError> {
     let full = check_directory(&StateDir::new(&spec.states), dir)?;
     let attached = daemon::launch(launcher, spec)?;
     if let Err(error) = mount_device(&attached.state.device, &full, &MountOptions::default()) {

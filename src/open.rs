@@ -2,8 +2,8 @@
 //! them.
 //!
 //! In: what a person typed, an index perhaps, a cache directory perhaps. Out: in two halves, because they happen in two
-//! processes: [`prepare`] finds the layers and their indexes and can show progress; a [`Recipe`] is what it tells the daemon;
-//! [`Recipe::serve`] makes the image and the fetcher of it. [`serve_here`] is both in one process.
+//! processes: [`prepare`] finds the layers and their indexes and can show progress; a [`ImageSpec`] is what it tells the daemon;
+//! [`ImageSpec::serve`] makes the image and the fetcher of it. [`serve_here`] is both in one process.
 //!
 //! An index that was made is kept in the cache directory under the layer's identity: its digest, or else its name and what
 //! tells this state of it from another (a server's entity tag, a file's inode and time of change). A layer without such a
@@ -44,7 +44,7 @@ pub use discover::IndexChoice;
 pub use index_cache::{Cache, default_cache_dir};
 pub use layer::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
-pub use serve_spec::{Fetching, Opened, Recipe, serve_here};
+pub use serve_spec::{Fetching, ImageSpec, Opened, serve_here};
 
 /// No index file is longer: about 100 million entries. What says it is longer is not read.
 const MAX_INDEX_BYTES: u64 = 2 << 30;

@@ -11,14 +11,14 @@ use serde::Serialize;
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
-use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, Served, Spec};
+use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, ServeSpec, Served};
 use crate::device::registry;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
-use crate::open::{Fetching, IndexOrigin, PreparedLayer, Recipe};
+use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer};
 
 /// The hidden command that a daemon runs.
 pub(super) const SERVE: &str = "serve-device";
@@ -85,7 +85,7 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
     };
     if args.foreground {
         let announce = |attached: &Attached| tell(attached).map_err(std::io::Error::other);
-        return Ok(daemon::serve(&spec.spec, None, build, announce)?);
+        return Ok(daemon::serve(spec.spec, None, build, announce)?);
     }
     // From here on a signal must not come between the daemon and what is known of it.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
@@ -211,30 +211,33 @@ fn say_which(attached: &Attached, session: Session) {
     }
 }
 
-/// A spec, and the indexes that were lent to the daemon.
-struct Order {
-    spec: Spec,
+/// What the daemon is told, and what the person is.
+struct AttachRequest {
+    spec: ServeSpec<ImageSpec>,
     indexes: Vec<LayerIndex>,
-    /// Removed when the daemon had its chance to read them.
-    lent: Vec<PathBuf>,
+    /// Only dropped: when the daemon had its chance to read them.
+    _lent: LentIndexes,
 }
 
-impl Order {
+/// Index files that were written for the daemon alone; removed when this is dropped.
+struct LentIndexes(Vec<PathBuf>);
+
+impl AttachRequest {
     fn launch(&self) -> anyhow::Result<Attached> {
         Ok(daemon::launch(&Launcher::this_program(SERVE)?, &self.spec)?)
     }
 }
 
-impl Drop for Order {
+impl Drop for LentIndexes {
     fn drop(&mut self) {
-        for path in &self.lent {
+        for path in &self.0 {
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
 /// Finds the layer and its index, and writes down what the daemon must know.
-fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<Order> {
+fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<AttachRequest> {
     if !rustix::process::geteuid().is_root() {
         return Err(DaemonError::NotRoot.into());
     }
@@ -251,7 +254,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
         deadline: device.fetch.deadline,
         store_bytes: layer.cache_size,
     };
-    let recipe = prepared.recipe(states.path(), fetching)?;
+    let image = prepared.image_spec(states.path(), fetching)?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let queues = device
         .queues
@@ -268,25 +271,23 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
         ..DeviceOptions::default()
     };
     let indexes = prepared.layers.iter().map(LayerIndex::of).collect();
-    let lent = recipe.lent().map(Path::to_owned).collect();
-    let payload = serde_json::to_value(recipe)?;
-    Ok(Order {
-        spec: Spec {
+    let lent = LentIndexes(image.lent().map(Path::to_owned).collect());
+    Ok(AttachRequest {
+        spec: ServeSpec {
             options,
             source,
             states: states.path().to_owned(),
-            payload,
+            image,
         },
         indexes,
-        lent,
+        _lent: lent,
     })
 }
 
-/// Makes image and fetcher of a recipe, in the daemon.
-fn build(payload: serde_json::Value) -> Result<Served, BuildError> {
-    let recipe: Recipe = serde_json::from_value(payload)?;
-    let reach = recipe.opens_later().map_or(Reach::Everything, Reach::Paths);
-    let opened = recipe.serve()?;
+/// Makes image and fetcher of their description, in the daemon.
+fn build(image: ImageSpec) -> Result<Served, BuildError> {
+    let reach = image.opens_later().map_or(Reach::Everything, Reach::Paths);
+    let opened = image.serve()?;
     let (bytes, counted, ended) = (opened.fetcher.clone(), opened.fetcher.clone(), opened.fetcher);
     Ok(Served {
         image: opened.image,

@@ -1,10 +1,11 @@
-//! The process that serves one device. In: a [`Spec`], as JSON on its stdin. Out: a line on its stdout that says that the
+//! The process that serves one device. In: a [`ServeSpec`], as JSON on its stdin. Out: a line on its stdout that says that the
 //! device is ready or why it is not; then a state file, a control socket and a log, for as long as it lives.
 //!
 //! [`launch`] starts one: this program again, under a hidden subcommand, so that it has no threads, locks or buffers of its
 //! parent's. The subcommand calls [`main`], which detaches from the terminal and serves; [`serve`] does the same in the
-//! foreground. What a spec's payload means only the caller knows: it hands over a builder that makes an image and a
-//! fetcher of it. The parts: `control` (the socket's language and the client's side of it), `serve` (the daemon's life).
+//! foreground. What an image is described by is the caller's type: it hands over a builder that makes image and fetcher of
+//! it. The parts: `control` (the socket's protocol and its client), `namespace` (what the daemon keeps mounted), `serve` (the
+//! daemon's life).
 
 mod control;
 mod namespace;
@@ -41,18 +42,18 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 /// No report is longer.
 const MAX_REPORT_BYTES: u64 = 64 << 10;
 
-/// What a daemon is to serve.
+/// What a daemon serves: a block device, and the image on it as `I` describes it to the daemon's builder.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Spec {
+pub struct ServeSpec<I> {
     /// How the device is made.
     pub options: DeviceOptions,
     /// The layer as a person named it, without secrets: shown by lists of devices and kept in the state.
     pub source: String,
     /// Where state, socket and log are kept.
     pub states: PathBuf,
-    /// What the caller's builder makes image and fetcher of. Only ever passed through a pipe, so secrets may be in it.
-    pub payload: serde_json::Value,
+    /// What the builder makes image and fetcher of. Only ever passed through a pipe, so secrets may be in it.
+    pub image: I,
 }
 
 /// What a builder makes.
@@ -169,7 +170,7 @@ impl Launcher {
 ///
 /// # Errors
 /// Why there is no device; then nothing is left of the daemon either.
-pub fn launch(launcher: &Launcher, spec: &Spec) -> Result<Attached, DaemonError> {
+pub fn launch<I: Serialize>(launcher: &Launcher, spec: &ServeSpec<I>) -> Result<Attached, DaemonError> {
     if !rustix::process::geteuid().is_root() {
         return Err(DaemonError::NotRoot);
     }
@@ -183,7 +184,11 @@ pub fn launch(launcher: &Launcher, spec: &Spec) -> Result<Attached, DaemonError>
     attached
 }
 
-fn launch_logging_to(launcher: &Launcher, spec: &Spec, log: &Path) -> Result<Attached, DaemonError> {
+fn launch_logging_to<I: Serialize>(
+    launcher: &Launcher,
+    spec: &ServeSpec<I>,
+    log: &Path,
+) -> Result<Attached, DaemonError> {
     let log_file = OpenOptions::new()
         .create(true)
         .append(true)
@@ -250,9 +255,13 @@ fn leave(mut child: Child) {
 }
 
 /// Hands the spec over and waits for the report; none means that the daemon ended without one.
-fn tell_and_listen(child: &mut Child, spec: &Spec, log: &Path) -> Result<Option<Report>, DaemonError> {
+fn tell_and_listen<I: Serialize>(
+    child: &mut Child,
+    spec: &ServeSpec<I>,
+    log: &Path,
+) -> Result<Option<Report>, DaemonError> {
     let order = Order {
-        spec: spec.clone(),
+        spec,
         log: Some(log.to_owned()),
     };
     let text = serde_json::to_vec(&order).map_err(|error| failed("write the daemon's order")(error.into()))?;
@@ -278,10 +287,10 @@ fn tell_and_listen(child: &mut Child, spec: &Spec, log: &Path) -> Result<Option<
 /// Begins the line of the report.
 const REPORT_MARK: &str = "tarblk-report ";
 
-/// What goes through the daemon's stdin.
+/// What goes through the daemon's stdin: a [`ServeSpec`], lent or owned, and the log file that its stderr is.
 #[derive(Serialize, Deserialize)]
-struct Order {
-    spec: Spec,
+struct Order<S> {
+    spec: S,
     log: Option<PathBuf>,
 }
 

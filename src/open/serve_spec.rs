@@ -1,7 +1,7 @@
-//! What a process must know to serve what another one prepared. In: prepared layers. Out: a [`Recipe`] that goes through a
+//! What a process must know to serve what another one prepared. In: prepared layers. Out: a [`ImageSpec`] that goes through a
 //! pipe; from it, in the process that serves, the image and the fetcher.
 //!
-//! A recipe may hold secrets (credentials, signed addresses): it never goes into a file, and its `Debug` shows none.
+//! A spec may hold secrets (credentials, signed addresses): it never goes into a file, and its `Debug` shows none.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -19,8 +19,8 @@ use crate::digest::Digest;
 use crate::fetch::{
     self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
 };
-use crate::image::FileMap;
 use crate::image::ext4::Ext4Image;
+use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
 use crate::source::registry::BlobAccess;
 use crate::source::{self, HttpBlob, Place, Source};
@@ -45,42 +45,15 @@ pub struct Fetching {
 /// Everything that a process must know to serve layers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Recipe {
+pub struct ImageSpec {
     /// For messages, without secrets.
     name: String,
     layers: Vec<Layer>,
-    tree: Tree,
+    /// How the layers become one tree.
+    tree: TreeMode,
     /// Where fetched bytes are kept.
     store: Option<PathBuf>,
     fetching: Fetching,
-}
-
-/// How the layers become one tree.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-enum Tree {
-    Plain,
-    Merged,
-    Overlay,
-}
-
-impl From<TreeMode> for Tree {
-    fn from(mode: TreeMode) -> Self {
-        match mode {
-            TreeMode::Plain => Self::Plain,
-            TreeMode::Merged => Self::Merged,
-            TreeMode::Overlay => Self::Overlay,
-        }
-    }
-}
-
-impl From<Tree> for TreeMode {
-    fn from(tree: Tree) -> Self {
-        match tree {
-            Tree::Plain => Self::Plain,
-            Tree::Merged => Self::Merged,
-            Tree::Overlay => Self::Overlay,
-        }
-    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -125,7 +98,7 @@ impl std::fmt::Debug for At {
     }
 }
 
-/// A validator in a recipe.
+/// A validator in a spec.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Mark {
     ETag(String),
@@ -154,7 +127,7 @@ impl From<Mark> for fetch::Validator {
 #[derive(Clone, Debug)]
 pub struct Opened {
     /// The image.
-    pub image: Arc<Ext4Image>,
+    pub image: Arc<dyn BlockImage>,
     /// The bytes of its layers.
     pub fetcher: Fetcher,
 }
@@ -165,11 +138,11 @@ impl Prepared {
     ///
     /// # Errors
     /// [`OpenError::Cache`] when they cannot be put there.
-    pub fn recipe(&self, lending: &Path, fetching: Fetching) -> Result<Recipe, OpenError> {
-        let mut recipe = Recipe {
+    pub fn image_spec(&self, lending: &Path, fetching: Fetching) -> Result<ImageSpec, OpenError> {
+        let mut spec = ImageSpec {
             name: self.name.clone(),
             layers: Vec::new(),
-            tree: self.mode.into(),
+            tree: self.mode,
             store: self.cache.as_ref().map(Cache::layers),
             fetching,
         };
@@ -178,8 +151,8 @@ impl Prepared {
                 Some(path) => Ok((path.clone(), false)),
                 None => lend(lending, layer.index.as_bytes()).map(|path| (path, true)),
             };
-            let (index, borrowed) = lent.inspect_err(|_| recipe.take_back())?;
-            recipe.layers.push(Layer {
+            let (index, borrowed) = lent.inspect_err(|_| spec.take_back())?;
+            spec.layers.push(Layer {
                 blob: At::of(layer),
                 digest: layer.digest.clone(),
                 diff_id: layer.diff_id.clone(),
@@ -189,7 +162,7 @@ impl Prepared {
                 rest: layer.rest.as_ref().map(At::http),
             });
         }
-        Ok(recipe)
+        Ok(spec)
     }
 }
 
@@ -283,14 +256,14 @@ pub(super) fn http_layer(http: &HttpBlob) -> HttpLayer {
     }
 }
 
-impl Recipe {
-    /// The index files that were made for the recipe's reader alone.
+impl ImageSpec {
+    /// The index files that were made for the spec's reader alone.
     pub fn lent(&self) -> impl Iterator<Item = &Path> {
         let lent = self.layers.iter().filter(|layer| layer.borrowed);
         lent.map(|layer| layer.index.as_path())
     }
 
-    /// The files and directories that whoever serves the recipe opens later, when the layers are open; none if programs are
+    /// The files and directories that the server of the spec opens later, when the layers are open; none if programs are
     /// run that could open anything.
     #[must_use]
     pub fn opens_later(&self) -> Option<Vec<PathBuf>> {
@@ -329,11 +302,7 @@ impl Recipe {
         let indexes: Result<Vec<_>, OpenError> = self.layers.iter().map(Layer::read_index).collect();
         self.take_back();
         let indexes = indexes?;
-        let image = Arc::new(image_of(
-            indexes.iter().map(|(index, _)| index),
-            self.tree.into(),
-            &self.name,
-        )?);
+        let image = Arc::new(image_of(indexes.iter().map(|(index, _)| index), self.tree, &self.name)?);
         let mut sources = Vec::new();
         for (layer, (index, file)) in self.layers.into_iter().zip(indexes) {
             let rest = layer.rest.map(At::open).transpose()?;

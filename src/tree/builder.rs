@@ -15,6 +15,8 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::error::show;
 use super::names::{self, Dirent};
 use super::path;
@@ -43,7 +45,7 @@ const MADE_MAX: u64 = 1_000_000;
 const MADE_PER_ENTRY: u64 = 32;
 
 /// What the entries are, and so what whiteouts among them mean.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum TreeMode {
     /// A tar like any other: whiteouts are the files they are.
     #[default]

@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tarblk::device::daemon::{self, Attached, Launcher, Reach, Served, Spec};
+use tarblk::device::daemon::{self, Attached, Launcher, Reach, ServeSpec, Served};
 use tarblk::device::registry::{self, Status};
 use tarblk::device::state::StateDir;
 use tarblk::device::{Backend, BackendChoice, DeviceOptions, users};
@@ -69,9 +69,9 @@ pub(crate) const CASES: &[Case] = &[
     ),
 ];
 
-/// What the payload of a spec means to these tests' builder.
+/// What these tests' builder makes an image of.
 #[derive(serde::Serialize, serde::Deserialize)]
-struct Payload {
+struct TestImage {
     file: PathBuf,
     /// How long far-away bytes take, in milliseconds; for ever, when not given.
     delay_ms: Option<u64>,
@@ -81,17 +81,16 @@ struct Payload {
 /// The program as a daemon.
 pub(crate) fn daemon_main() -> ExitCode {
     env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
-    daemon::main(|payload| {
-        let payload: Payload = serde_json::from_value(payload)?;
-        match payload.trouble.as_deref() {
+    daemon::main(|described: TestImage| {
+        match described.trouble.as_deref() {
             Some("fail") => return Err("the index is of another age".into()),
             Some("abort") => std::process::abort(),
             _ => {}
         }
-        let delay = payload.delay_ms.map(Duration::from_millis);
-        let (image, bytes) = match payload.trouble.as_deref() {
-            Some("hollow") => hollow(&payload.file, delay),
-            _ => patchwork(&payload.file, delay),
+        let delay = described.delay_ms.map(Duration::from_millis);
+        let (image, bytes) = match described.trouble.as_deref() {
+            Some("hollow") => hollow(&described.file, delay),
+            _ => patchwork(&described.file, delay),
         };
         Ok(Served {
             image,
@@ -215,20 +214,20 @@ impl Lab {
         StateDir::new(self.dir.path().join("states"))
     }
 
-    fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> Spec {
-        let payload = Payload {
+    fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> ServeSpec<TestImage> {
+        let image = TestImage {
             file: self.image(),
             delay_ms,
             trouble: trouble.map(str::to_owned),
         };
-        Spec {
+        ServeSpec {
             options: DeviceOptions {
                 backend: *BACKEND.get().unwrap(),
                 ..DeviceOptions::default()
             },
             source: "a test".to_owned(),
             states: self.states().path().to_owned(),
-            payload: serde_json::to_value(payload).unwrap(),
+            image,
         }
     }
 

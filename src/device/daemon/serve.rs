@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::control::{Answer, DaemonStats, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, refuse_if_used};
 use super::{
-    Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, Served, Spec, failed, namespace,
+    Attached, BuildError, DaemonError, MAX_SPEC_BYTES, Order, REPORT_MARK, Report, ServeSpec, Served, failed, namespace,
 };
 use crate::device::state::{Process, State, StateDir};
 use crate::device::volume::Volume;
@@ -26,13 +27,13 @@ const GLANCE: Duration = Duration::from_millis(500);
 
 /// The hidden subcommand: serves what the order on stdin says, and reports on stdout. The caller has set up logging to
 /// stderr, which is the daemon's log, and has started no thread.
-pub fn main(build: impl FnOnce(serde_json::Value) -> Result<Served, BuildError>) -> ExitCode {
+pub fn main<I: DeserializeOwned>(build: impl FnOnce(I) -> Result<Served, BuildError>) -> ExitCode {
     // Out of the terminal's reach before anything else. This fails only where there is nothing to leave.
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
     let order = read_order();
     let served = order.and_then(|Order { spec, log }| {
-        serve(&spec, log.as_deref(), build, |attached| {
+        serve(spec, log.as_deref(), build, |attached| {
             report(&Report::Ready(Box::new(attached.clone())))?;
             let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
             rustix::stdio::dup2_stdin(&null)?;
@@ -51,7 +52,7 @@ pub fn main(build: impl FnOnce(serde_json::Value) -> Result<Served, BuildError>)
     }
 }
 
-fn read_order() -> Result<Order, DaemonError> {
+fn read_order<I: DeserializeOwned>() -> Result<Order<ServeSpec<I>>, DaemonError> {
     let mut text = Vec::new();
     io::stdin()
         .lock()
@@ -77,13 +78,19 @@ fn report(report: &Report) -> io::Result<()> {
 ///
 /// # Errors
 /// Why the device could not be made or taken down.
-pub fn serve(
-    spec: &Spec,
+pub fn serve<I>(
+    spec: ServeSpec<I>,
     log: Option<&Path>,
-    build: impl FnOnce(serde_json::Value) -> Result<Served, BuildError>,
+    build: impl FnOnce(I) -> Result<Served, BuildError>,
     announce: impl FnOnce(&Attached) -> io::Result<()>,
 ) -> Result<(), DaemonError> {
-    let states = StateDir::new(&spec.states);
+    let ServeSpec {
+        options,
+        source,
+        states,
+        image,
+    } = spec;
+    let states = StateDir::new(&states);
     states.create()?;
     let apart = namespace::leave();
     let Served {
@@ -92,13 +99,13 @@ pub fn serve(
         fetch_stats,
         finish,
         reach,
-    } = build(spec.payload.clone()).map_err(DaemonError::Build)?;
+    } = build(image).map_err(DaemonError::Build)?;
     // Not before the layer is open: it may lie in another layer. Beside the rest, because the kernel takes a while for each.
     let tidying = apart.then(|| {
         let states = states.clone();
         thread::spawn(move || namespace::tidy(&states, &reach))
     });
-    let threads = usize::from(spec.options.queues).max(1) + 1;
+    let threads = usize::from(options.queues).max(1) + 1;
     let volume = Arc::new(Volume::new(image, bytes, threads));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -107,8 +114,8 @@ pub fn serve(
     let ended = runtime.block_on(async {
         // From here on signals are requests; until here they end the process, which has nothing to clean up yet.
         let signals = Signals::new().map_err(failed("receive signals"))?;
-        let (device, why_not_ublk) = Device::start(&volume, &spec.options)?;
-        let state = describe(&device, &volume, spec, log.is_some(), &states);
+        let (device, why_not_ublk) = Device::start(&volume, &options)?;
+        let state = describe(&device, &volume, source.clone(), log.is_some(), &states);
         let socket = states.socket(&state.name);
         let office = Office {
             states: &states,
@@ -125,12 +132,7 @@ pub fn serve(
                 return Err(error);
             }
         };
-        log::info!(
-            "serving {} as {} ({})",
-            spec.source,
-            state.device.display(),
-            state.backend
-        );
+        log::info!("serving {} as {} ({})", source, state.device.display(), state.backend);
         if let Some(why) = &why_not_ublk {
             log::info!("not by ublk: {why}");
         }
@@ -153,7 +155,8 @@ pub fn serve(
     ended
 }
 
-fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &StateDir) -> State {
+/// The state of a device that has just been made, of the layer that a person named `source`.
+fn describe(device: &Device, volume: &Volume, source: String, logs: bool, states: &StateDir) -> State {
     let number = match device {
         Device::Ublk(device) => device.id(),
         Device::Loop(device) => device.number(),
@@ -175,7 +178,7 @@ fn describe(device: &Device, volume: &Volume, spec: &Spec, logs: bool, states: &
         backend: device.backend(),
         number,
         len: volume.len(),
-        source: spec.source.clone(),
+        source,
         process,
         since: SystemTime::now()
             .duration_since(UNIX_EPOCH)
