@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use tarblk::bench::origin::{Link, Origin};
 use tarblk::cache::Slice;
-use tarblk::cache::disk::Store;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, Waiter};
+use tarblk::cache::disk::DiskCache;
+use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, ReadCallback};
 use tarblk::units::{LayerId, TarOffset, TarRange};
 
 const MIB: u64 = 1 << 20;
@@ -193,7 +193,7 @@ fn nginx(dir: &Path) -> Option<(Nginx, String)> {
 /// are found by looking.
 fn read_through(fetcher: &Fetcher, size: u64, depth: usize) {
     struct Done(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
-    impl Waiter for Done {
+    impl ReadCallback for Done {
         fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
             let _reader_is_gone = self.0.send(outcome);
         }
@@ -252,7 +252,7 @@ fn sequential() {
             ("with a store", true, 2),
         ] {
             let kept = dir.path().join("store");
-            let store = with_store.then(|| Store::open(&kept).expect("a store"));
+            let store = with_store.then(|| DiskCache::open(&kept).expect("a store"));
             let fetcher = start(
                 url.clone(),
                 size,

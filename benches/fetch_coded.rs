@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 use tarblk::bench::origin::{Link, Origin};
 use tarblk::cache::Slice;
-use tarblk::cache::disk::Store;
+use tarblk::cache::disk::DiskCache;
 use tarblk::fetch::{
-    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
-    Waiter, Windows,
+    Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
+    ReadCallback, Verifier, Windows,
 };
 use tarblk::layer::{Coding, Decoder, Indexer, Spans};
 use tarblk::units::CHUNK_BYTES;
@@ -36,7 +36,7 @@ struct Layer {
     tar: Vec<u8>,
     gzip: Vec<u8>,
     spans: Spans,
-    digests: Check,
+    digests: Verifier,
 }
 
 /// A tar of this machine's libraries, gzipped as images are.
@@ -69,7 +69,7 @@ fn make(dir: &Path) -> Layer {
         .chunks(usize::try_from(CHUNK_BYTES).expect("small"))
         .map(|chunk| Sha256::digest(chunk).into())
         .collect();
-    let digests = Check::chunks(move |index, bytes| {
+    let digests = Verifier::chunks(move |index, bytes| {
         usize::try_from(index).is_ok_and(|index| digests.get(index) == Some(&Sha256::digest(bytes).into()))
     });
     Layer {
@@ -186,7 +186,7 @@ fn random(layer: &Layer) {
 /// Reads the layer from end to end with `depth` reads of 128 KiB under way, as the kernel's read-ahead does.
 fn read_through(fetcher: &Fetcher, size: u64, depth: usize) {
     struct Done(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
-    impl Waiter for Done {
+    impl ReadCallback for Done {
         fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
             let _reader_is_gone = self.0.send(outcome);
         }
@@ -252,7 +252,7 @@ fn sequential(layer: &Layer, dir: &Path) {
         ] {
             let kept = dir.join("store");
             let options = FetchOptions {
-                store: stored.then(|| Store::open(&kept).expect("a store")),
+                store: stored.then(|| DiskCache::open(&kept).expect("a store")),
                 ..FetchOptions::default()
             };
             let fetcher = start(source, options);

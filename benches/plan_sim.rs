@@ -24,8 +24,8 @@ use tarblk::cache::ChunkKey;
 use tarblk::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::image::{BlockImage as _, Origin};
 use tarblk::index::walk;
-use tarblk::prefetch::bandwidth::Link;
-use tarblk::prefetch::{Hint, PlanOptions, Planner, Presence, Stretch, Want, merge};
+use tarblk::prefetch::bandwidth::BdpEstimator;
+use tarblk::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, Reason, merge};
 use tarblk::tree::TreeBuilder;
 use tarblk::units::CHUNK_BYTES;
 use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
@@ -49,7 +49,7 @@ struct Outcome {
     fetched: u64,
     touched: u64,
     /// Chunks fetched for each reason, and how many of them were read.
-    hints: BTreeMap<Option<Hint>, (u64, u64)>,
+    hints: BTreeMap<Option<Reason>, (u64, u64)>,
 }
 
 struct Simulation<'a> {
@@ -65,10 +65,10 @@ struct Simulation<'a> {
     coming: HashSet<ChunkKey>,
     unread: HashSet<ChunkKey>,
     /// Why each chunk was fetched; none for those between others.
-    why: HashMap<ChunkKey, Option<Hint>>,
+    why: HashMap<ChunkKey, Option<Reason>>,
     read: HashSet<ChunkKey>,
     outstanding: u64,
-    link: Link,
+    link: BdpEstimator,
     requests: u64,
     fetched: u64,
 }
@@ -96,7 +96,7 @@ impl Simulation<'_> {
         self.epoch + Duration::from_micros(self.now)
     }
 
-    fn send(&mut self, flight: Stretch) {
+    fn send(&mut self, flight: ChunkRange) {
         self.requests += 1;
         self.fetched += flight.bytes();
         self.outstanding += flight.bytes();
@@ -123,7 +123,7 @@ impl Simulation<'_> {
     }
 
     /// Sends what is absent of `now`; only the `demanded` chunks are waited for.
-    fn send_all(&mut self, now: &[Want], demanded: &[ChunkKey], planner: &mut Planner) {
+    fn send_all(&mut self, now: &[Planned], demanded: &[ChunkKey], planner: &mut Planner) {
         for flight in merge(now, self.gap, 128, &|key| self.presence(key)) {
             for key in flight.keys() {
                 let want = now.iter().find(|want| want.stretch.keys().any(|wanted| wanted == key));
@@ -148,7 +148,7 @@ impl Simulation<'_> {
                 return;
             }
             let next = planner.next(room, &|key| self.presence(key));
-            let Some(Want { stretch: flight, hint }) = next else {
+            let Some(Planned { stretch: flight, hint }) = next else {
                 return;
             };
             self.why.extend(flight.keys().map(|key| (key, Some(hint))));
@@ -214,7 +214,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         why: HashMap::new(),
         read: HashSet::new(),
         outstanding: 0,
-        link: Link::new(),
+        link: BdpEstimator::new(),
         requests: 0,
         fetched: 0,
     };
@@ -226,7 +226,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         }
         let due = sim.now + read.pause_us;
         sim.run(&mut planner, due, &|_| false);
-        let wanted = Stretch::of(LayerId(0), read.range);
+        let wanted = ChunkRange::of(LayerId(0), read.range);
         let paid: Vec<ChunkKey> = wanted.keys().filter(|key| sim.unread.contains(key)).collect();
         for key in &paid {
             sim.unread.remove(key);
@@ -254,7 +254,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
             wanted.keys().all(|key| sim.here.contains(&key))
         });
     }
-    let mut hints: BTreeMap<Option<Hint>, (u64, u64)> = BTreeMap::new();
+    let mut hints: BTreeMap<Option<Reason>, (u64, u64)> = BTreeMap::new();
     for (key, hint) in &sim.why {
         let (fetched, read) = hints.entry(*hint).or_default();
         *fetched += 1;
@@ -277,7 +277,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
 fn tell_waste(case: &Case, sim: &Simulation<'_>) {
     use tarblk::image::FileMap as _;
     const TOLD: usize = 50;
-    let mut waste: BTreeMap<(Option<Hint>, Vec<u8>), u64> = BTreeMap::new();
+    let mut waste: BTreeMap<(Option<Reason>, Vec<u8>), u64> = BTreeMap::new();
     for (key, hint) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
         // The first file that has bytes in the chunk.
         let begins = |n: u64| TarOffset(u64::from(key.index) * CHUNK_BYTES + n * 512);
@@ -293,7 +293,7 @@ fn tell_waste(case: &Case, sim: &Simulation<'_>) {
     }
 }
 
-fn name_of(hint: Option<Hint>) -> String {
+fn name_of(hint: Option<Reason>) -> String {
     hint.map_or("between".to_owned(), |hint| format!("{hint:?}").to_lowercase())
 }
 

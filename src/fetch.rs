@@ -27,16 +27,16 @@ use rustls::ClientConfig;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use blob::{Blob, Check, ChunkCheck, Coded, LayerSource, WholeDigests, Windows};
+pub use blob::{Blob, ChunkVerifier, Coded, LayerSource, Verifier, WholeDigests, Windows};
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 pub use transport::answer::Validator;
 
 use crate::cache::chunk::{self, FirstUse, pieces};
-use crate::cache::disk::{Bits, LayerCache, LayerKey, Store};
-use crate::cache::memory::Tier;
+use crate::cache::disk::{Bits, DiskCache, LayerCache, LayerKey};
+use crate::cache::memory::MemoryCache;
 use crate::cache::{Slice, Slices};
 use crate::image::FileMap;
-use crate::prefetch::Stretch;
+use crate::prefetch::ChunkRange;
 use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use engine::Command;
@@ -55,7 +55,7 @@ pub enum Located {
 }
 
 /// Told when a read ends; called once, on the fetch thread, inside its runtime. Must not block.
-pub trait Waiter: Send {
+pub trait ReadCallback: Send {
     /// Takes the bytes, range after range in the order asked, or why there are none.
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>);
 }
@@ -119,7 +119,7 @@ impl fmt::Debug for HttpLayer {
 /// How a fetcher behaves.
 #[derive(Clone)]
 pub struct FetchOptions {
-    /// The memory tier's bound in bytes. Chunks on loan come on top.
+    /// The memory cache's bound in bytes. Chunks that a [`Slice`] holds come on top.
     pub memory_bytes: u64,
     /// Connections per host at most.
     pub connections: usize,
@@ -138,7 +138,7 @@ pub struct FetchOptions {
     /// Whether everything is brought to the store in the end, while nobody reads.
     pub fetch_all: bool,
     /// Where chunks stay when the process goes; none keeps them in memory only.
-    pub store: Option<Arc<Store>>,
+    pub store: Option<Arc<DiskCache>>,
     /// How https servers are believed; without it only http works. See [`default_tls`].
     pub tls: Option<Arc<ClientConfig>>,
 }
@@ -336,12 +336,12 @@ pub(crate) enum SharedLayer {
     /// Lies in a file as it is, and nobody asks for it to be checked.
     Local { path: PathBuf, file: OwnedFd, size: u64 },
     /// Has to be brought: fetched, decoded or checked.
-    Brought(Brought),
+    Fetched(FetchedLayer),
 }
 
 /// A layer that has to be brought.
 #[derive(Debug)]
-pub(crate) struct Brought {
+pub(crate) struct FetchedLayer {
     /// The tar's length.
     size: u64,
     /// Set at the start, or once the layer has to be streamed.
@@ -352,7 +352,7 @@ pub(crate) struct Brought {
     poison: OnceLock<FetchError>,
 }
 
-impl Brought {
+impl FetchedLayer {
     fn new(size: u64, is_checked: bool) -> Self {
         let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
         Self {
@@ -377,7 +377,7 @@ impl SharedLayer {
     fn size(&self) -> u64 {
         match self {
             Self::Local { size, .. } => *size,
-            Self::Brought(layer) => layer.size,
+            Self::Fetched(layer) => layer.size,
         }
     }
 }
@@ -385,7 +385,7 @@ impl SharedLayer {
 /// What all handles and the fetch thread share.
 pub(crate) struct Shared {
     layers: Vec<SharedLayer>,
-    tier: Tier,
+    memory: MemoryCache,
     counters: Arc<Counters>,
     /// First uses of what was fetched on suspicion, for the planner to hear.
     touches: Mutex<Vec<Touch>>,
@@ -400,10 +400,10 @@ pub(crate) struct Touch {
 }
 
 impl Shared {
-    fn new(layers: Vec<SharedLayer>, tier: Tier) -> Self {
+    fn new(layers: Vec<SharedLayer>, memory: MemoryCache) -> Self {
         Self {
             layers,
-            tier,
+            memory,
             counters: Arc::default(),
             touches: Mutex::default(),
             nudge: Notify::new(),
@@ -479,14 +479,14 @@ impl Fetcher {
                 add(&counters.bytes_disk, asked.range.len);
                 Located::File(file.as_raw_fd(), asked.range.start.0)
             }
-            Some(SharedLayer::Brought(layer)) => {
+            Some(SharedLayer::Fetched(layer)) => {
                 if layer.poison.get().is_some() {
                     return Located::Elsewhere;
                 }
                 if let Some(slices) = self.locate_in_memory(asked) {
                     return Located::Memory(slices);
                 }
-                let stretch = Stretch::of(asked.layer, asked.range);
+                let stretch = ChunkRange::of(asked.layer, asked.range);
                 match layer.find(stretch.first, stretch.end) {
                     Some(file) => {
                         add(&counters.reads, 1);
@@ -504,7 +504,7 @@ impl Fetcher {
         let mut slices = Slices::new();
         let (mut paid, mut first_use, mut wake) = (0, false, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
-            let Some(chunk) = shared.tier.get(key) else {
+            let Some(chunk) = shared.memory.get(key) else {
                 slices.clear();
                 break;
             };
@@ -529,10 +529,10 @@ impl Fetcher {
     }
 
     /// Leaves a demand read of `ranges` with the fetch thread and returns at once.
-    pub fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+    pub fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
         let command = Command::Read {
             ranges,
-            waiter: engine::Owed::new(waiter),
+            waiter: engine::CompleteOnDrop::new(waiter),
             asked: Instant::now(),
         };
         // When the thread is gone the command comes back and is dropped, and dropping it tells the waiter.
@@ -542,10 +542,10 @@ impl Fetcher {
     /// Reads `ranges` and waits for them. Not for the threads that answer the kernel.
     ///
     /// # Errors
-    /// As a [`Waiter`] is told.
+    /// As a [`ReadCallback`] is told.
     pub fn read_blocking(&self, ranges: Vec<LayerRange>) -> Result<Vec<Slice>, FetchError> {
         struct Channel(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
-        impl Waiter for Channel {
+        impl ReadCallback for Channel {
             fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
                 // Nobody listening is nobody to tell.
                 let _nobody_listens = self.0.send(outcome);
@@ -561,7 +561,7 @@ impl Fetcher {
     pub fn stats(&self) -> FetchStats {
         let mut stats = self.shared.counters.snapshot();
         for layer in &self.shared.layers {
-            if let SharedLayer::Brought(layer) = layer {
+            if let SharedLayer::Fetched(layer) = layer {
                 stats.bytes_layers += layer.size;
                 stats.bytes_held += layer.cache.get().map_or(0, |cache| cache.bytes_held());
             }

@@ -27,7 +27,7 @@ use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cache::disk::StoreError;
+use crate::cache::disk::DiskCacheError;
 use crate::digest::Digest;
 use crate::fetch;
 use crate::image::ImageError;
@@ -159,7 +159,7 @@ pub enum OpenError {
     Fetch(#[from] fetch::StartError),
     /// The store of fetched bytes cannot be used.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    DiskCache(#[from] DiskCacheError),
     /// Something cannot be kept or read in the cache directory.
     #[error("cache {path}: {cause}; name another one with --cache, or use --no-cache")]
     Cache {

@@ -39,7 +39,7 @@ pub type Peek<'a> = &'a dyn Fn(ChunkKey, &mut dyn FnMut(&[u8])) -> bool;
 
 /// Chunks of one layer, side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Stretch {
+pub struct ChunkRange {
     /// The layer.
     pub layer: LayerId,
     /// The first chunk's number.
@@ -48,22 +48,22 @@ pub struct Stretch {
     pub end: u32,
 }
 
-impl Hint {
+impl Reason {
     /// A want for this reason.
     #[must_use]
-    pub const fn of(self, stretch: Stretch) -> Want {
-        Want { stretch, hint: self }
+    pub const fn of(self, stretch: ChunkRange) -> Planned {
+        Planned { stretch, hint: self }
     }
 }
 
-impl From<ChunkKey> for Want {
+impl From<ChunkKey> for Planned {
     /// A reader waits for this chunk.
     fn from(key: ChunkKey) -> Self {
-        Hint::Demand.of(key.into())
+        Reason::Demand.of(key.into())
     }
 }
 
-impl From<ChunkKey> for Stretch {
+impl From<ChunkKey> for ChunkRange {
     fn from(key: ChunkKey) -> Self {
         Self {
             layer: key.layer,
@@ -73,7 +73,7 @@ impl From<ChunkKey> for Stretch {
     }
 }
 
-impl Stretch {
+impl ChunkRange {
     /// The chunks that hold `range`; none when it is empty.
     #[must_use]
     pub fn of(layer: LayerId, range: TarRange) -> Self {
@@ -122,7 +122,7 @@ impl Stretch {
 
 /// Why a stretch is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Hint {
+pub enum Reason {
     /// A reader waits for it.
     Demand,
     /// It belongs with what a reader waits for: the rest of a small file, the surroundings in a big one.
@@ -139,11 +139,11 @@ pub enum Hint {
 
 /// A stretch and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Want {
+pub struct Planned {
     /// What.
-    pub stretch: Stretch,
+    pub stretch: ChunkRange,
     /// Why.
-    pub hint: Hint,
+    pub hint: Reason,
 }
 
 /// The planner's numbers. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
@@ -238,7 +238,7 @@ pub struct Planner {
     options: PlanOptions,
     streams: VecDeque<Stream>,
     /// The rest of files and windows whose readers are known.
-    urgent: VecDeque<Want>,
+    urgent: VecDeque<Planned>,
     neighbours: Neighbours,
     programs: Programs,
     seen: Seen,
@@ -278,17 +278,17 @@ impl Planner {
 
     /// A reader waits for `range`. Appends to `now` what should be fetched at once: the range's chunks that are absent, and
     /// what belongs with them.
-    pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Want>) {
-        let wanted = Stretch::of(layer, range);
+    pub fn miss(&mut self, layer: LayerId, range: TarRange, look: Look<'_>, now: &mut Vec<Planned>) {
+        let wanted = ChunkRange::of(layer, range);
         if wanted.keys().all(|key| look(key) != Presence::Absent) {
             // It is on its way, and what belongs with it was thought of when it was asked for.
             self.hit(layer, range, look);
             return;
         }
         let with = self.belonging(layer, range);
-        now.push(Hint::Demand.of(wanted));
+        now.push(Reason::Demand.of(wanted));
         if with.bytes() <= self.options.with_demand.max(wanted.bytes()) {
-            now.push(Hint::Rest.of(with));
+            now.push(Reason::Rest.of(with));
         } else {
             // What lies behind the demanded chunks goes with them as far as it may; the rest follows.
             let room = self.options.with_demand.saturating_sub(wanted.bytes()) / CHUNK_BYTES;
@@ -296,9 +296,9 @@ impl Planner {
                 .end
                 .saturating_add(u32::try_from(room).unwrap_or(u32::MAX))
                 .min(with.end);
-            now.push(Hint::Rest.of(Stretch { end, ..wanted }));
-            self.want_soon(Stretch { first: end, ..with });
-            self.want_soon(Stretch {
+            now.push(Reason::Rest.of(ChunkRange { end, ..wanted }));
+            self.want_soon(ChunkRange { first: end, ..with });
+            self.want_soon(ChunkRange {
                 end: wanted.first.min(with.end),
                 ..with
             });
@@ -335,7 +335,7 @@ impl Planner {
     }
 
     /// The most likely absent stretch, at most `room` bytes, for a link that would otherwise be idle.
-    pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Want> {
+    pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Planned> {
         let most = u32::try_from((room / CHUNK_BYTES).max(1)).unwrap_or(u32::MAX);
         if !self.may_suspect(self.options.urgent_percent) {
             return None;
@@ -356,8 +356,8 @@ impl Planner {
     }
 
     /// What belongs with `range`: a small file whole; of a big one the surroundings, wider with every touch.
-    fn belonging(&mut self, layer: LayerId, range: TarRange) -> Stretch {
-        let mut all = Stretch::of(layer, range);
+    fn belonging(&mut self, layer: LayerId, range: TarRange) -> ChunkRange {
+        let mut all = ChunkRange::of(layer, range);
         let file_at = |at| self.files.as_ref().and_then(|files| files.file_at(layer, at));
         let begins_in = file_at(range.start);
         let ends_in = file_at(TarOffset(range.end().0.saturating_sub(1))).filter(|last| begins_in != Some(*last));
@@ -371,12 +371,12 @@ impl Planner {
                 let window = file.range.start.plus(offset);
                 let end = window.plus(widest).min(file.range.end());
                 // What lies before the range would keep its reader waiting: it follows.
-                let before = Stretch::of(layer, TarRange::new(window, start.since(window)));
+                let before = ChunkRange::of(layer, TarRange::new(window, start.since(window)));
                 self.want_soon(before);
                 TarRange::new(start, end.since(start))
             };
-            let part = Stretch::of(layer, part);
-            all = Stretch {
+            let part = ChunkRange::of(layer, part);
+            all = ChunkRange {
                 layer,
                 first: all.first.min(part.first),
                 end: all.end.max(part.end),
@@ -397,9 +397,9 @@ impl Planner {
         width
     }
 
-    fn want_soon(&mut self, stretch: Stretch) {
+    fn want_soon(&mut self, stretch: ChunkRange) {
         if !stretch.is_empty() {
-            self.urgent.push_front(Hint::Rest.of(stretch));
+            self.urgent.push_front(Reason::Rest.of(stretch));
         }
     }
 
@@ -440,7 +440,7 @@ impl Planner {
             let until = stream.at.plus(window).min(stream.file.end());
             if until > from {
                 let window = TarRange::new(from, until.since(from));
-                self.urgent.push_back(Hint::Ahead.of(Stretch::of(layer, window)));
+                self.urgent.push_back(Reason::Ahead.of(ChunkRange::of(layer, window)));
                 stream.queued = until;
             }
         }
@@ -462,27 +462,27 @@ impl Planner {
 
     /// A chunk has come; `peek` shows it and others. Appends to `now` what it says will be read next: that is no guess, and
     /// is fetched like demand.
-    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Want>) {
+    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Planned>) {
         if self.programs.awaits(key) {
             self.look_inside(peek, now);
         }
     }
 
     /// The same for what was touched and had come before.
-    pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Want>) {
+    pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Planned>) {
         if self.programs.is_fresh() {
             self.look_inside(peek, now);
         }
     }
 
-    fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Want>) {
+    fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Planned>) {
         let Some(files) = self.files.clone() else { return };
         let wanted = self.programs.read_on(&*files, &self.options, peek);
-        let want = |wanted: &Wanted| wanted.hint.of(Stretch::of(wanted.layer, wanted.range));
+        let want = |wanted: &Wanted| wanted.hint.of(ChunkRange::of(wanted.layer, wanted.range));
         now.extend(wanted.iter().filter(|wanted| wanted.certain).map(want));
         // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
         // module's imports are read before those of the ones that import it.
-        let mut likely: Vec<Want> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
+        let mut likely: Vec<Planned> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
         likely.sort_unstable_by_key(|want| want.stretch);
         for want in likely.into_iter().rev() {
             self.urgent.push_front(want);
@@ -513,9 +513,9 @@ fn may_bridge(layer: LayerId, from: u32, to: u32, look: Look<'_>) -> bool {
 }
 
 /// Cuts the next absent stretch of at most `most` chunks from the front of `queue`, merged with what follows closely.
-fn take_from(queue: &mut VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) -> Option<Want> {
-    let mut found: Option<Want> = None;
-    while let Some(Want { stretch: front, hint }) = queue.front_mut() {
+fn take_from(queue: &mut VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
+    let mut found: Option<Planned> = None;
+    while let Some(Planned { stretch: front, hint }) = queue.front_mut() {
         while front.first < front.end {
             let key = ChunkKey {
                 layer: front.layer,
@@ -524,7 +524,7 @@ fn take_from(queue: &mut VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) ->
             if look(key) == Presence::Absent {
                 match &mut found {
                     None => found = Some(hint.of(key.into())),
-                    Some(Want { stretch: so_far, .. }) => {
+                    Some(Planned { stretch: so_far, .. }) => {
                         let close = so_far.layer == key.layer
                             && key.index >= so_far.end
                             && key.index - so_far.end <= gap
@@ -549,7 +549,7 @@ fn take_from(queue: &mut VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) ->
 }
 
 /// Lets `found` grow by what else is wanted close to it, on both sides, up to `most` chunks: one request instead of two.
-fn gather(found: &mut Stretch, queue: &VecDeque<Want>, most: u32, gap: u32, look: Look<'_>) {
+fn gather(found: &mut ChunkRange, queue: &VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>) {
     const MOST_LOOKED_AT: usize = 256;
     let absent = |index| {
         look(ChunkKey {
@@ -560,7 +560,7 @@ fn gather(found: &mut Stretch, queue: &VecDeque<Want>, most: u32, gap: u32, look
     let (mut first, mut end) = (found.first, found.end);
     loop {
         let before = (first, end);
-        for Want { stretch: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
+        for Planned { stretch: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
             if near.layer != found.layer || near.is_empty() {
                 continue;
             }
@@ -590,7 +590,7 @@ fn gather(found: &mut Stretch, queue: &VecDeque<Want>, most: u32, gap: u32, look
 
 /// Puts the absent chunks of `wanted` together to flights: neighbours over gaps of up to `gap` chunks, none longer than
 /// `longest`.
-pub fn merge(wanted: &[Want], gap: u32, longest: u32, look: Look<'_>) -> Vec<Stretch> {
+pub fn merge(wanted: &[Planned], gap: u32, longest: u32, look: Look<'_>) -> Vec<ChunkRange> {
     let mut keys: Vec<ChunkKey> = wanted
         .iter()
         .flat_map(|want| want.stretch.keys())
@@ -598,7 +598,7 @@ pub fn merge(wanted: &[Want], gap: u32, longest: u32, look: Look<'_>) -> Vec<Str
         .collect();
     keys.sort_unstable();
     keys.dedup();
-    let mut flights: Vec<Stretch> = Vec::new();
+    let mut flights: Vec<ChunkRange> = Vec::new();
     for key in keys {
         match flights.last_mut() {
             Some(last)
@@ -609,7 +609,7 @@ pub fn merge(wanted: &[Want], gap: u32, longest: u32, look: Look<'_>) -> Vec<Str
             {
                 last.end = key.index + 1;
             }
-            _ => flights.push(Stretch {
+            _ => flights.push(ChunkRange {
                 layer: key.layer,
                 first: key.index,
                 end: key.index + 1,

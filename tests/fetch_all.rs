@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use fetched::{at_origin, joined, quick, range, sha256, u};
 use tarblk::bench::origin::{Fault, Origin};
-use tarblk::cache::disk::Store;
+use tarblk::cache::disk::DiskCache;
 use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows};
 use tarblk::layer::{Coding, Indexer};
 
@@ -63,7 +63,7 @@ fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchErr
 fn start(layer: LayerSource, store: &Path) -> Fetcher {
     let options = FetchOptions {
         fetch_all: true,
-        store: Some(Store::open(store).unwrap()),
+        store: Some(DiskCache::open(store).unwrap()),
         ..quick()
     };
     Fetcher::start(vec![layer], options, None).unwrap()

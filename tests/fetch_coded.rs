@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, quick, range, read, sha256, u};
 use tarblk::bench::origin::{Fault, Origin, Request, at_random};
-use tarblk::cache::disk::Store;
+use tarblk::cache::disk::DiskCache;
 use tarblk::fetch::{
-    Blob, Check, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
+    Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located, Verifier,
     WholeDigests, Windows,
 };
 use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
@@ -127,10 +127,10 @@ impl Made {
         }
     }
 
-    fn check(&self) -> Check {
+    fn check(&self) -> Verifier {
         let chunk = usize::try_from(CHUNK_BYTES).unwrap();
         let digests: Vec<[u8; 32]> = self.tar.chunks(chunk).map(sha256).collect();
-        Check::chunks(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
+        Verifier::chunks(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
     }
 
     fn whole(&self) -> WholeDigests {
@@ -235,7 +235,7 @@ fn a_failing_server_costs_time_and_no_bytes() {
         origin.set_faults(at_random(11, 350, menu));
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(Store::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path()).unwrap()),
             ..quick()
         };
         let fetcher = start(made.over_http(&origin), options());
@@ -299,7 +299,7 @@ fn a_flipped_byte_is_never_served() {
         origin.serve_blob("/blob", damaged(&made));
         let dir = tempfile::tempdir().unwrap();
         let options = FetchOptions {
-            store: Some(Store::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path()).unwrap()),
             ..quick()
         };
         let fetcher = start(made.over_http(&origin), options.clone());
@@ -539,7 +539,7 @@ fn what_one_process_kept_another_uses_and_checks() {
         let origin = made.served();
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(Store::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path()).unwrap()),
             prefetch: false,
             ..quick()
         };
@@ -619,7 +619,7 @@ fn a_whole_layer_is_checked_against_its_own_digest() {
         let origin = made.served();
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(Store::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path()).unwrap()),
             ..quick()
         };
         // No chunk digests: only the whole can say so.
@@ -721,7 +721,7 @@ fn layers_of_all_kinds_are_read_side_by_side() {
     origin.set_faults(at_random(5, 200, menu));
     let dir = tempfile::tempdir().unwrap();
     let options = FetchOptions {
-        store: Some(Store::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path()).unwrap()),
         ..quick()
     };
     let fetcher = Fetcher::start(layers, options, None).unwrap();

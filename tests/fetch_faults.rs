@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, noise, range, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::cache::disk::Store;
+use tarblk::cache::disk::DiskCache;
 use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
 
 const SIZE: usize = 3_000_321;
@@ -129,7 +129,7 @@ fn everything_at_once_with_a_store() {
         ..layer(&origin, "/layer.tar")
     };
     let options = || FetchOptions {
-        store: Some(Store::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path()).unwrap()),
         ..quick()
     };
     let fetcher = start(layer.clone(), options());
@@ -276,7 +276,7 @@ fn a_restart_finds_what_was_kept() {
     let (origin, data) = served();
     let dir = tempfile::tempdir().unwrap();
     let options = || FetchOptions {
-        store: Some(Store::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path()).unwrap()),
         prefetch: false,
         ..quick()
     };
@@ -395,7 +395,7 @@ fn a_full_disk_is_no_end() {
     origin.serve_blob("/layer.tar", data.as_slice());
     origin.set_ranges(false);
     let options = FetchOptions {
-        store: Some(Store::open(small.0.path()).unwrap()),
+        store: Some(DiskCache::open(small.0.path()).unwrap()),
         ..quick()
     };
     let big = HttpLayer {

@@ -13,8 +13,8 @@ use std::time::Duration;
 use common::chunked::{self, Chunked, noise};
 use fetched::{at_origin, hammer, quick, read, u};
 use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::cache::disk::Store;
-use tarblk::fetch::{Blob, Check, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Windows};
+use tarblk::cache::disk::DiskCache;
+use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
 use tarblk::index::toc::Place;
 use tarblk::index::{Index, IndexBuilder, PieceDigests};
 
@@ -81,13 +81,13 @@ impl Made {
         let http = at_origin(origin, "/blob", self.layer.blob.len());
         let layer = LayerSource {
             coding: Some(self.coded.clone()),
-            digests: Some(Check::Pieces(self.pieces.clone())),
+            digests: Some(Verifier::Pieces(self.pieces.clone())),
             identity: Some("sha256:test and its contents".to_owned()),
             ..Blob::Http(http).into()
         };
         let options = FetchOptions {
             prefetch: false,
-            store: store.map(|dir| Store::open(dir).unwrap()),
+            store: store.map(|dir| DiskCache::open(dir).unwrap()),
             ..quick()
         };
         Fetcher::start(vec![layer], options, None).unwrap()

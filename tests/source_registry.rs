@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
-use tarblk::fetch::{Check, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
 use tarblk::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, LayerCoding, Login, OCI_INDEX, OCI_MANIFEST,
     Reference, Registry, RegistryOptions, Version, resolve,
@@ -119,7 +119,7 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
 }
 
 /// The same, by somebody who knows what the chunks have to be.
-fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<Check>) -> Fetcher {
+fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<Verifier>) -> Fetcher {
     let told: BlobAccess = serde_json::from_str(&serde_json::to_string(access).unwrap()).unwrap();
     let layer = HttpLayer {
         url: String::new(),
@@ -484,7 +484,7 @@ fn a_wrong_chunk_is_asked_of_another_endpoint() {
     let spoiled: Vec<u8> = layer.iter().map(|byte| byte ^ 1).collect();
     mirror.put_blob_as(access.digest(), &spoiled);
     let right = layer.clone();
-    let check = Check::chunks(move |index, bytes| {
+    let check = Verifier::chunks(move |index, bytes| {
         let start = usize::try_from(u64::from(index) * CHUNK_BYTES).unwrap();
         right.get(start..start + bytes.len()) == Some(bytes)
     });

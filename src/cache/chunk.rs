@@ -45,7 +45,7 @@ pub(crate) fn chunk_len(size: u64, index: u32) -> u64 {
     size.saturating_sub(u64::from(index) * CHUNK_BYTES).min(CHUNK_BYTES)
 }
 
-/// Read since the memory tier's hand last passed.
+/// Read since the memory cache's hand last passed.
 const RECENT: u8 = 1;
 /// Read at least once by somebody who needed it.
 const USED: u8 = 2;
@@ -56,7 +56,7 @@ const MARKER: u8 = 8;
 /// Nobody asked for it: it came with what was asked for, and cost nothing of its own.
 const ALONG: u8 = 16;
 
-/// Immutable bytes in memory with the marks that the memory tier and the planner keep on them.
+/// Immutable bytes in memory with the marks that the memory cache and the planner keep on them.
 pub(crate) struct Chunk {
     bytes: Vec<u8>,
     marks: AtomicU8,

@@ -37,7 +37,7 @@ const TRAILER_MAGIC: &[u8; 8] = b"TARBLKDT";
 /// Why a store cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: cannot {doing}: {source}; the cache can be put elsewhere, or deleted at any time")]
-pub struct StoreError {
+pub struct DiskCacheError {
     /// Which file or directory.
     pub path: PathBuf,
     /// What was tried.
@@ -46,7 +46,7 @@ pub struct StoreError {
     pub source: io::Error,
 }
 
-impl StoreError {
+impl DiskCacheError {
     fn new(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self { path, doing, source }
@@ -55,7 +55,7 @@ impl StoreError {
 
 /// A directory of layer caches.
 #[derive(Debug)]
-pub struct Store {
+pub struct DiskCache {
     dir: PathBuf,
     /// Those open in this process: a lock is a process's own business only as long as it opens each file once.
     open: Mutex<HashMap<[u8; 32], Weak<LayerCache>>>,
@@ -141,14 +141,14 @@ fn nonce() -> [u8; 16] {
     nonce
 }
 
-impl Store {
+impl DiskCache {
     /// Opens the store in `dir`, which is made when it is missing.
     ///
     /// # Errors
     /// When the directory cannot be made.
-    pub fn open(dir: impl Into<PathBuf>) -> Result<Arc<Self>, StoreError> {
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Arc<Self>, DiskCacheError> {
         let dir = dir.into();
-        fs::create_dir_all(&dir).map_err(StoreError::new(&dir, "make the cache directory"))?;
+        fs::create_dir_all(&dir).map_err(DiskCacheError::new(&dir, "make the cache directory"))?;
         Ok(Arc::new(Self {
             dir,
             open: Mutex::default(),
@@ -160,7 +160,7 @@ impl Store {
     ///
     /// # Errors
     /// When its files can neither be opened nor made.
-    pub fn layer(&self, key: LayerKey, size: u64) -> Result<Arc<LayerCache>, StoreError> {
+    pub fn layer(&self, key: LayerKey, size: u64) -> Result<Arc<LayerCache>, DiskCacheError> {
         let key = key.0;
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(cache) = open
@@ -181,7 +181,7 @@ impl Store {
     ///
     /// # Errors
     /// When no file can be made in the directory.
-    pub fn unnamed(&self, size: u64) -> Result<Arc<LayerCache>, StoreError> {
+    pub fn unnamed(&self, size: u64) -> Result<Arc<LayerCache>, DiskCacheError> {
         Ok(Arc::new(LayerCache::temporary(&self.dir, size)?))
     }
 
@@ -191,8 +191,8 @@ impl Store {
     ///
     /// # Errors
     /// When the directory cannot be listed.
-    pub fn trim(&self, limit: u64) -> Result<u64, StoreError> {
-        let listing = fs::read_dir(&self.dir).map_err(StoreError::new(&self.dir, "list the cache directory"))?;
+    pub fn trim(&self, limit: u64) -> Result<u64, DiskCacheError> {
+        let listing = fs::read_dir(&self.dir).map_err(DiskCacheError::new(&self.dir, "list the cache directory"))?;
         let mut caches = Vec::new();
         let mut freed = 0;
         for entry in listing.flatten() {
@@ -238,7 +238,7 @@ fn unused(path: &Path) -> Option<File> {
 }
 
 impl LayerCache {
-    fn open(dir: &Path, key: [u8; 32], size: u64) -> Result<Self, StoreError> {
+    fn open(dir: &Path, key: [u8; 32], size: u64) -> Result<Self, DiskCacheError> {
         const ATTEMPTS: u32 = 16;
         let path = dir.join(format!("{}.data", hex(&key)));
         let map_path = path.with_extension("map");
@@ -251,13 +251,13 @@ impl LayerCache {
                 .truncate(false)
                 .mode(0o600)
                 .open(&path)
-                .map_err(StoreError::new(&path, "open"))?;
+                .map_err(DiskCacheError::new(&path, "open"))?;
             if flock(&data, FlockOperation::NonBlockingLockExclusive).is_err() {
                 let others = Self::believed(&data, &map_path, key, size, count).map(|(_, _, bits)| (data, bits));
                 return Self::nameless(dir, key, size, others);
             }
             // Somebody may have deleted it between our opening and our locking: then the lock is on a file without a name.
-            let ours = data.metadata().map_err(StoreError::new(&path, "look at"))?;
+            let ours = data.metadata().map_err(DiskCacheError::new(&path, "look at"))?;
             if fs::metadata(&path).map_or(true, |named| (named.dev(), named.ino()) != (ours.dev(), ours.ino())) {
                 continue;
             }
@@ -270,15 +270,16 @@ impl LayerCache {
             // Nothing to believe: begin anew. Another process may still read what the map said when it came, so a file
             // that was ever in use is never emptied: it loses its name instead, and the next attempt makes another.
             if ours.len() > 0 {
-                fs::remove_file(&path).map_err(StoreError::new(&path, "remove data that no map fits"))?;
+                fs::remove_file(&path).map_err(DiskCacheError::new(&path, "remove data that no map fits"))?;
                 continue;
             }
             // The map goes first, so that it never speaks of the new data.
             match fs::remove_file(&map_path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(StoreError::new(&map_path, "remove a map that does not fit its data")(
-                        error,
-                    ));
+                    return Err(DiskCacheError::new(
+                        &map_path,
+                        "remove a map that does not fit its data",
+                    )(error));
                 }
                 _ => {}
             }
@@ -287,7 +288,7 @@ impl LayerCache {
                 key,
                 nonce: nonce(),
             };
-            Self::begin(&data, &identity).map_err(StoreError::new(&path, "set its length"))?;
+            Self::begin(&data, &identity).map_err(DiskCacheError::new(&path, "set its length"))?;
             return Ok(Self::assemble(
                 identity,
                 count,
@@ -297,26 +298,26 @@ impl LayerCache {
                 None,
             ));
         }
-        Err(StoreError::new(&path, "lock")(io::Error::other(
+        Err(DiskCacheError::new(&path, "lock")(io::Error::other(
             "it is deleted again and again",
         )))
     }
 
     /// A cache that goes with the process.
-    fn nameless(dir: &Path, key: [u8; 32], size: u64, others: Option<(File, Bits)>) -> Result<Self, StoreError> {
+    fn nameless(dir: &Path, key: [u8; 32], size: u64, others: Option<(File, Bits)>) -> Result<Self, DiskCacheError> {
         let data = OpenOptions::new()
             .read(true)
             .write(true)
             .mode(0o600)
             .custom_flags(libc::O_TMPFILE)
             .open(dir)
-            .map_err(StoreError::new(dir, "make a temporary file in it"))?;
+            .map_err(DiskCacheError::new(dir, "make a temporary file in it"))?;
         let identity = Identity {
             size,
             key,
             nonce: nonce(),
         };
-        Self::begin(&data, &identity).map_err(StoreError::new(dir, "set the length of a temporary file in it"))?;
+        Self::begin(&data, &identity).map_err(DiskCacheError::new(dir, "set the length of a temporary file in it"))?;
         let count = chunk_count(size).unwrap_or(u32::MAX);
         Ok(Self::assemble(identity, count, data, Bits::new(count), None, others))
     }
@@ -325,7 +326,7 @@ impl LayerCache {
     ///
     /// # Errors
     /// When no file can be made there.
-    pub(crate) fn temporary(dir: &Path, layer_size: u64) -> Result<Self, StoreError> {
+    pub(crate) fn temporary(dir: &Path, layer_size: u64) -> Result<Self, DiskCacheError> {
         Self::nameless(dir, [0; 32], layer_size, None)
     }
 
@@ -544,7 +545,7 @@ impl LayerCache {
     ///
     /// # Errors
     /// When they cannot be written; then nothing more is.
-    pub fn put(&self, at: TarOffset, bytes: &[u8]) -> Result<(), StoreError> {
+    pub fn put(&self, at: TarOffset, bytes: &[u8]) -> Result<(), DiskCacheError> {
         let size = self.identity.size;
         let mut index = u32::try_from(at.0.div_ceil(CHUNK_BYTES)).unwrap_or(u32::MAX);
         while index < self.count && self.takes_more() {
@@ -556,7 +557,7 @@ impl LayerCache {
             if !self.has(index) {
                 if let Err(error) = self.data.write_all_at(chunk, u64::from(index) * CHUNK_BYTES) {
                     self.stop_writing(&error);
-                    return Err(StoreError::new(
+                    return Err(DiskCacheError::new(
                         self.map_path.as_deref().unwrap_or(Path::new("cache")),
                         "write",
                     )(error));
@@ -572,7 +573,7 @@ impl LayerCache {
     ///
     /// # Errors
     /// When the disk does not take it; the old map stays.
-    pub fn commit(&self) -> Result<(), StoreError> {
+    pub fn commit(&self) -> Result<(), DiskCacheError> {
         let Some(path) = &self.map_path else { return Ok(()) };
         let _one_at_a_time = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_poisoned() {
@@ -587,12 +588,12 @@ impl LayerCache {
         })
     }
 
-    fn commit_to(&self, path: &Path) -> Result<(), StoreError> {
+    fn commit_to(&self, path: &Path) -> Result<(), DiskCacheError> {
         // The bits are taken before the data is made durable: those set meanwhile wait for the next time.
         let bytes = map::encode(&self.identity, self.is_sealed(), &self.written);
         self.data
             .sync_data()
-            .map_err(StoreError::new(path, "sync the data of"))?;
+            .map_err(DiskCacheError::new(path, "sync the data of"))?;
         let temporary = path.with_extension(format!("map.{}", std::process::id()));
         let write = || {
             let mut file = OpenOptions::new()
@@ -608,11 +609,11 @@ impl LayerCache {
         write().map_err(|error| {
             // It may not have been made at all.
             let _harmless = fs::remove_file(&temporary);
-            StoreError::new(path, "write")(error)
+            DiskCacheError::new(path, "write")(error)
         })
     }
 
-    /// Sets the map's time, by which [`Store::trim`] finds what is cold.
+    /// Sets the map's time, by which [`DiskCache::trim`] finds what is cold.
     fn mark_used(&self) {
         if let Some(path) = &self.map_path
             && let Ok(map) = File::open(path)

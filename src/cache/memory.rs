@@ -1,4 +1,4 @@
-//! The memory tier: the chunks that are at hand. In: chunks as they arrive. Out: the same to anybody who asks, from any
+//! The memory cache. In: chunks as they arrive. Out: the same to anybody who asks, from any
 //! thread, under a lock held for a hash lookup.
 //!
 //! Bounded by CLOCK: a hand goes round and takes what nobody has read since it last passed. A chunk on loan in a
@@ -16,7 +16,7 @@ const NEIGHBOURHOOD_BITS: u32 = 3;
 const MOST_SHARDS: usize = 16;
 
 #[derive(Debug)]
-pub(crate) struct Tier {
+pub(crate) struct MemoryCache {
     shards: Box<[Mutex<Shard>]>,
 }
 
@@ -35,8 +35,8 @@ fn hash(key: ChunkKey) -> u64 {
     mixed ^ (mixed >> 29)
 }
 
-impl Tier {
-    /// A tier of at most `bytes` bytes, at least a few chunks.
+impl MemoryCache {
+    /// A cache of at most `bytes` bytes, and of at least 8 chunks.
     pub(crate) fn new(bytes: u64) -> Self {
         let chunks = len_usize(bytes / CHUNK_BYTES).max(8);
         let count = (chunks / 64).clamp(1, MOST_SHARDS);
@@ -141,36 +141,36 @@ mod tests {
 
     #[test]
     fn holds_no_more_than_its_bound() {
-        let tier = Tier::new(16 * CHUNK_BYTES);
+        let memory = MemoryCache::new(16 * CHUNK_BYTES);
         for n in 0..100u8 {
-            tier.insert(key(n.into()), chunk(n));
+            memory.insert(key(n.into()), chunk(n));
         }
-        let held = (0..100).filter(|&n| tier.holds(key(n))).count();
+        let held = (0..100).filter(|&n| memory.holds(key(n))).count();
         assert_eq!(held, 16);
-        assert!(tier.holds(key(99)));
+        assert!(memory.holds(key(99)));
     }
 
     #[test]
     fn what_is_read_stays_and_a_scan_passes_by() {
-        let tier = Tier::new(16 * CHUNK_BYTES);
+        let memory = MemoryCache::new(16 * CHUNK_BYTES);
         for n in 0..4u8 {
-            tier.insert(key(n.into()), chunk(n));
+            memory.insert(key(n.into()), chunk(n));
         }
         for n in 4..200u8 {
             for hot in 0..4 {
-                tier.get(key(hot)).expect("a chunk in use was evicted").touch();
+                memory.get(key(hot)).expect("a chunk in use was evicted").touch();
             }
-            tier.insert(key(n.into()), chunk(n));
+            memory.insert(key(n.into()), chunk(n));
         }
     }
 
     #[test]
     fn agrees_with_a_plain_map_while_nothing_is_evicted() {
-        let tier = Tier::new(4096 * CHUNK_BYTES);
+        let memory = MemoryCache::new(4096 * CHUNK_BYTES);
         for layer in 0..3u32 {
             for index in 0..500u32 {
                 let byte = u8::try_from((layer * 7 + index) % 251).unwrap();
-                tier.insert(
+                memory.insert(
                     ChunkKey {
                         layer: LayerId(layer),
                         index,
@@ -181,7 +181,7 @@ mod tests {
         }
         for layer in 0..3u32 {
             for index in 0..500u32 {
-                let found = tier
+                let found = memory
                     .get(ChunkKey {
                         layer: LayerId(layer),
                         index,
@@ -191,19 +191,20 @@ mod tests {
             }
         }
         assert!(
-            tier.get(ChunkKey {
-                layer: LayerId(3),
-                index: 0
-            })
-            .is_none()
+            memory
+                .get(ChunkKey {
+                    layer: LayerId(3),
+                    index: 0
+                })
+                .is_none()
         );
     }
 
     #[test]
     fn replacing_keeps_one_copy() {
-        let tier = Tier::new(16 * CHUNK_BYTES);
-        assert!(tier.insert(key(1), chunk(1)).is_none());
-        assert_eq!(tier.insert(key(1), chunk(2)).unwrap().bytes()[0], 1);
-        assert_eq!(tier.get(key(1)).unwrap().bytes()[0], 2);
+        let memory = MemoryCache::new(16 * CHUNK_BYTES);
+        assert!(memory.insert(key(1), chunk(1)).is_none());
+        assert_eq!(memory.insert(key(1), chunk(2)).unwrap().bytes()[0], 1);
+        assert_eq!(memory.get(key(1)).unwrap().bytes()[0], 2);
     }
 }

@@ -25,7 +25,7 @@ use std::{fmt, thread};
 use serde::{Deserialize, Serialize};
 
 use super::state::{State, StateDir, StateError};
-use super::volume::LayerBytes;
+use super::volume::BlobReader;
 use super::{DeviceError, DeviceOptions};
 use crate::image::BlockImage;
 pub use control::{ControlError, DaemonStats, detach, stats};
@@ -61,7 +61,7 @@ pub struct Served {
     /// The image.
     pub image: Arc<dyn BlockImage>,
     /// The bytes of its layers.
-    pub bytes: Arc<dyn LayerBytes>,
+    pub bytes: Arc<dyn BlobReader>,
     /// What the fetcher has counted, in its own words.
     pub fetch_stats: Box<dyn Fn() -> serde_json::Value>,
     /// Called when the device is gone: ends the fetcher in good order.

@@ -1,7 +1,7 @@
 //! What a device counts while it serves. In: one call per read. Out: a snapshot with percentiles.
 //!
-//! Counting must cost next to nothing on the threads that answer the kernel: every such thread has a [`Lane`] of its own,
-//! made of relaxed atomics on cache lines that nobody else writes, and only a snapshot ever adds lanes up.
+//! Counting must cost next to nothing on the threads that answer the kernel: every such thread has a [`ThreadCounters`] of its own,
+//! made of relaxed atomics on cache lines that nobody else writes, and only a snapshot ever adds threads up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,7 +26,7 @@ pub enum Source {
 /// Counters of one thread. Shared by reference; see the module's comment for why there are several.
 #[derive(Debug)]
 #[repr(align(128))]
-pub struct Lane {
+pub struct ThreadCounters {
     reads: AtomicU64,
     errors: AtomicU64,
     refused: AtomicU64,
@@ -38,7 +38,7 @@ pub struct Lane {
     latency: Histogram,
 }
 
-impl Default for Lane {
+impl Default for ThreadCounters {
     fn default() -> Self {
         Self {
             reads: AtomicU64::new(0),
@@ -54,7 +54,7 @@ impl Default for Lane {
     }
 }
 
-impl Lane {
+impl ThreadCounters {
     /// Counts one read, whatever becomes of it.
     pub fn read(&self) {
         self.reads.fetch_add(1, Ordering::Relaxed);
@@ -149,12 +149,12 @@ pub struct Latency {
     pub max_ns: u64,
 }
 
-/// Adds up `lanes`.
-pub(super) fn snapshot<'a>(lanes: impl Iterator<Item = &'a Lane>) -> DeviceStats {
+/// Adds up `threads`.
+pub(super) fn snapshot<'a>(threads: impl Iterator<Item = &'a ThreadCounters>) -> DeviceStats {
     let mut total = DeviceStats::default();
     let mut latency = [0; BUCKETS];
-    for lane in lanes {
-        lane.add_to(&mut total, &mut latency);
+    for counters in threads {
+        counters.add_to(&mut total, &mut latency);
     }
     total.latency = summarise(&latency);
     total
@@ -244,12 +244,12 @@ mod tests {
 
     #[test]
     fn percentiles_of_a_known_mix() {
-        let lane = Lane::default();
-        lane.took(Duration::from_micros(10), 900);
-        lane.took(Duration::from_millis(20), 100);
-        lane.read();
-        lane.bytes(Source::Disk, 4096);
-        let stats = snapshot([&lane, &Lane::default()].into_iter());
+        let counters = ThreadCounters::default();
+        counters.took(Duration::from_micros(10), 900);
+        counters.took(Duration::from_millis(20), 100);
+        counters.read();
+        counters.bytes(Source::Disk, 4096);
+        let stats = snapshot([&counters, &ThreadCounters::default()].into_iter());
         assert_eq!((stats.reads, stats.bytes.disk, stats.latency.count), (1, 4096, 1000));
         assert!((10_000..13_000).contains(&stats.latency.p50_ns));
         assert!((10_000..13_000).contains(&stats.latency.p90_ns));
@@ -259,6 +259,6 @@ mod tests {
 
     #[test]
     fn an_idle_device_has_no_latency() {
-        assert_eq!(snapshot([Lane::default()].iter()), DeviceStats::default());
+        assert_eq!(snapshot([ThreadCounters::default()].iter()), DeviceStats::default());
     }
 }

@@ -1,7 +1,7 @@
 //! The image as a ublk block device. In: a volume. Out: `/dev/ublkbN`, served by threads of this process.
 //!
 //! libublk stays inside this module and its parts: its next version changes everything. `queue` answers the kernel,
-//! `landing` brings back what the fetch thread found, and here is what creates, starts, stops and deletes the device.
+//! `completion` brings back what the fetch thread found, and here is what creates, starts, stops and deletes the device.
 //!
 //! The device is privileged (an unprivileged one has its server killed when a read takes 30 seconds, and reads over a
 //! network may), read-only, of 4096-byte blocks, and recoverable: when this process dies without notice, reads wait
@@ -28,7 +28,7 @@ use libublk::{UblkError, UblkFlags, sys};
 use super::volume::Volume;
 use super::{DeviceError, DeviceOptions, STOP_GRACE, wait_until};
 use crate::units::BLOCK_SIZE;
-use queue::Landings;
+use queue::Completions;
 
 const CONTROL: &str = "/dev/ublk-control";
 
@@ -44,7 +44,7 @@ pub struct UblkDevice {
     id: u32,
     path: PathBuf,
     volume: Arc<Volume>,
-    landings: Vec<Arc<Landings>>,
+    completions: Vec<Arc<Completions>>,
     control: JoinHandle<()>,
     ended: mpsc::Receiver<()>,
 }
@@ -81,15 +81,15 @@ impl UblkDevice {
     /// [`DeviceError::NoUblk`] when there is no driver, [`DeviceError::Ublk`] when it refuses or does not come back.
     pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<Self, DeviceError> {
         preflight()?;
-        let landings: Vec<_> = (0..options.queues).map(|_| Landings::new(options.depth)).collect();
+        let completions: Vec<_> = (0..options.queues).map(|_| Completions::new(options.depth)).collect();
         let (tell, told) = mpsc::channel();
         let (end, ended) = mpsc::channel();
         let control = {
-            let (volume, options, landings) = (Arc::clone(volume), options.clone(), landings.clone());
+            let (volume, options, completions) = (Arc::clone(volume), options.clone(), completions.clone());
             thread::Builder::new()
                 .name("ublk-control".to_owned())
                 .spawn(move || {
-                    if let Err(error) = run(&volume, &options, &landings, &tell) {
+                    if let Err(error) = run(&volume, &options, &completions, &tell) {
                         let _ = tell.send(Progress::Failed(error));
                     }
                     drop(end);
@@ -125,7 +125,7 @@ impl UblkDevice {
             id,
             path: path_of(id),
             volume: Arc::clone(volume),
-            landings,
+            completions,
             control,
             ended,
         };
@@ -179,8 +179,8 @@ impl UblkDevice {
             self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
         {
             self.volume.close();
-            for landings in &self.landings {
-                landings.give_up();
+            for completions in &self.completions {
+                completions.give_up();
             }
             grace = Instant::now() + Duration::from_millis(200);
             if Instant::now() > deadline {
@@ -265,7 +265,7 @@ fn path_of(id: u32) -> PathBuf {
 fn run(
     volume: &Arc<Volume>,
     options: &DeviceOptions,
-    landings: &[Arc<Landings>],
+    completions: &[Arc<Completions>],
     tell: &mpsc::Sender<Progress>,
 ) -> Result<(), DeviceError> {
     let ctrl = UblkCtrlBuilder::default()
@@ -282,7 +282,7 @@ fn run(
     let dev =
         UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
     let dev = Arc::new(dev);
-    let queues = start_queues(&ctrl, &dev, volume, options.pin_queues, landings)?;
+    let queues = start_queues(&ctrl, &dev, volume, options.pin_queues, completions)?;
     let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
     if started.is_ok() {
         let _ = tell.send(Progress::Started);
@@ -308,16 +308,21 @@ fn start_queues(
     dev: &Arc<UblkDev>,
     volume: &Arc<Volume>,
     pin: bool,
-    landings: &[Arc<Landings>],
+    completions: &[Arc<Completions>],
 ) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     let (tell, told) = mpsc::channel();
     let mut queues = Vec::new();
-    for (id, landings) in (0u16..).zip(landings).take(usize::from(dev.dev_info.nr_hw_queues)) {
-        let (dev, volume, landings, tell) = (Arc::clone(dev), Arc::clone(volume), Arc::clone(landings), tell.clone());
+    for (id, completions) in (0u16..).zip(completions).take(usize::from(dev.dev_info.nr_hw_queues)) {
+        let (dev, volume, completions, tell) = (
+            Arc::clone(dev),
+            Arc::clone(volume),
+            Arc::clone(completions),
+            tell.clone(),
+        );
         let thread = thread::Builder::new().name(format!("ublk-queue-{id}")).spawn(move || {
             // Marks the thread as one that memory reclaim waits for, so that it never waits for reclaim itself.
             let tid = UblkCtrl::init_queue_thread();
-            queue::serve(id, &dev, &volume, &landings, |ready| {
+            queue::serve(id, &dev, &volume, &completions, |ready| {
                 let _ = tell.send((id, tid, ready));
             });
         });

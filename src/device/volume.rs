@@ -9,27 +9,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
 use crate::cache::Slice;
-use crate::fetch::{FetchError, Fetcher, LayerRange, Located, Waiter};
+use crate::fetch::{FetchError, Fetcher, LayerRange, Located, ReadCallback};
 use crate::image::{BlockImage, Origin, Piece};
 use crate::units::{BLOCK_SIZE, TarRange};
 
-use super::stats::{DeviceStats, Lane, Source, snapshot};
+use super::stats::{DeviceStats, Source, ThreadCounters, snapshot};
 
 /// Where layer bytes come from, as a device sees it: [`Fetcher`], or what stands for it in tests and benchmarks.
-pub trait LayerBytes: Send + Sync + std::fmt::Debug {
+pub trait BlobReader: Send + Sync + std::fmt::Debug {
     /// See [`Fetcher::locate`].
     fn locate(&self, range: LayerRange) -> Located;
 
     /// See [`Fetcher::read`].
-    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>);
+    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>);
 }
 
-impl LayerBytes for Fetcher {
+impl BlobReader for Fetcher {
     fn locate(&self, range: LayerRange) -> Located {
         Fetcher::locate(self, range)
     }
 
-    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
         Fetcher::read(self, ranges, waiter);
     }
 }
@@ -99,23 +99,23 @@ pub struct Scratch {
 #[derive(Debug)]
 pub struct Volume {
     image: Arc<dyn BlockImage>,
-    bytes: Arc<dyn LayerBytes>,
+    bytes: Arc<dyn BlobReader>,
     len: u64,
-    lanes: Box<[Lane]>,
+    per_thread: Box<[ThreadCounters]>,
     closed: AtomicBool,
 }
 
 impl Volume {
-    /// A volume for `threads` answering threads, each with its own [`Lane`].
+    /// A volume for `threads` answering threads, each with its own [`ThreadCounters`].
     #[must_use]
-    pub fn new(image: Arc<dyn BlockImage>, bytes: Arc<dyn LayerBytes>, threads: usize) -> Self {
+    pub fn new(image: Arc<dyn BlockImage>, bytes: Arc<dyn BlobReader>, threads: usize) -> Self {
         let len = image.len();
-        let lanes = (0..threads.max(1)).map(|_| Lane::default()).collect();
+        let per_thread = (0..threads.max(1)).map(|_| ThreadCounters::default()).collect();
         Self {
             image,
             bytes,
             len,
-            lanes,
+            per_thread,
             closed: AtomicBool::new(false),
         }
     }
@@ -134,21 +134,27 @@ impl Volume {
 
     /// The counters of the answering thread `thread`; threads past the number given to [`Volume::new`] share.
     #[must_use]
-    pub fn lane(&self, thread: usize) -> &Lane {
-        &self.lanes[thread % self.lanes.len()]
+    pub fn counters(&self, thread: usize) -> &ThreadCounters {
+        &self.per_thread[thread % self.per_thread.len()]
     }
 
     /// All counters added up.
     #[must_use]
     pub fn stats(&self) -> DeviceStats {
-        snapshot(self.lanes.iter())
+        snapshot(self.per_thread.iter())
     }
 
     /// Fills `buf` with the image from `offset` on as far as it is here, and says what is missing. Never blocks.
     ///
     /// # Errors
     /// [`ReadError::Unaligned`] when the range is not made of whole blocks.
-    pub fn look(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
+    pub fn look(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        scratch: &mut Scratch,
+        counters: &ThreadCounters,
+    ) -> Result<Found, ReadError> {
         let unaligned = || ReadError::Unaligned { offset, len: buf.len() };
         let len = u64::try_from(buf.len()).map_err(|_| unaligned())?;
         if !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE) {
@@ -161,7 +167,7 @@ impl Volume {
         if let [only] = scratch.pieces[..] {
             match only.origin {
                 Origin::Zero => {
-                    lane.bytes(Source::Zero, len);
+                    counters.bytes(Source::Zero, len);
                     return Ok(Found::Zero);
                 }
                 Origin::Layer(layer, start) => {
@@ -174,10 +180,10 @@ impl Volume {
                         && let [slice] = &slices[..]
                         && slice.len() == buf.len()
                     {
-                        lane.bytes(Source::Memory, len);
+                        counters.bytes(Source::Memory, len);
                         return Ok(Found::Memory(slice.clone()));
                     }
-                    place_located(&located, 0, range, buf, &mut scratch.gaps, lane)?;
+                    place_located(&located, 0, range, buf, &mut scratch.gaps, counters)?;
                     return Ok(if scratch.gaps.is_empty() {
                         Found::Filled
                     } else {
@@ -187,11 +193,17 @@ impl Volume {
                 Origin::Metadata => {}
             }
         }
-        self.assemble(offset, buf, scratch, lane)
+        self.assemble(offset, buf, scratch, counters)
     }
 
     /// The general case of [`Volume::look`]: piece by piece.
-    fn assemble(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch, lane: &Lane) -> Result<Found, ReadError> {
+    fn assemble(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        scratch: &mut Scratch,
+        counters: &ThreadCounters,
+    ) -> Result<Found, ReadError> {
         let Scratch { pieces, gaps } = scratch;
         let mut at = 0;
         for piece in pieces.iter() {
@@ -201,21 +213,21 @@ impl Volume {
             match piece.origin {
                 Origin::Zero => {
                     target.fill(0);
-                    lane.bytes(Source::Zero, piece.len);
+                    counters.bytes(Source::Zero, piece.len);
                 }
                 Origin::Metadata => {
                     let first = (offset + to_u64(at)) / BLOCK_SIZE;
                     for (block, out) in (first..).zip(target.chunks_exact_mut(BLOCK)) {
                         self.image.fill_metadata(block, out);
                     }
-                    lane.bytes(Source::Metadata, piece.len);
+                    counters.bytes(Source::Metadata, piece.len);
                 }
                 Origin::Layer(layer, start) => {
                     let range = LayerRange {
                         layer,
                         range: TarRange::new(start, to_u64(len)),
                     };
-                    place_located(&self.bytes.locate(range), at, range, buf, gaps, lane)?;
+                    place_located(&self.bytes.locate(range), at, range, buf, gaps, counters)?;
                 }
             }
             at += len;
@@ -230,8 +242,8 @@ impl Volume {
     }
 
     /// Counts a failed read, and logs it unless there were many: a reader that reads on regardless must not fill the disk.
-    pub fn failed(&self, lane: &Lane, offset: u64, len: usize, error: &ReadError) {
-        lane.error();
+    pub fn failed(&self, counters: &ThreadCounters, offset: u64, len: usize, error: &ReadError) {
+        counters.error();
         let errors = self.stats().errors;
         if errors <= LOGGED_ERRORS {
             log::error!("read of {len} bytes at {offset} failed (EIO): {error}");
@@ -249,7 +261,7 @@ impl Volume {
 
     /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
     /// dropped untold has to end its read itself.
-    pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn Waiter>) {
+    pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn ReadCallback>) {
         if self.closed.load(Ordering::Acquire) {
             return;
         }
@@ -261,18 +273,18 @@ impl Volume {
     /// # Errors
     /// Whatever kept the bytes away.
     pub fn read_blocking(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<(), ReadError> {
-        let lane = self.lane(0);
-        lane.read();
-        match self.look(offset, buf, scratch, lane)? {
+        let counters = self.counters(0);
+        counters.read();
+        match self.look(offset, buf, scratch, counters)? {
             Found::Zero => buf.fill(0),
             Found::Memory(slice) => buf.copy_from_slice(&slice),
             Found::Filled => {}
             Found::Gaps => {
                 let (tell, told) = mpsc::sync_channel(1);
-                self.fetch(&scratch.gaps, Box::new(ChannelWaiter(tell)));
+                self.fetch(&scratch.gaps, Box::new(ChannelCallback(tell)));
                 let slices = told.recv().map_err(|_| ReadError::Stopped)??;
                 fill_gaps(&scratch.gaps, &slices, buf)?;
-                count_gaps(&scratch.gaps, lane);
+                count_gaps(&scratch.gaps, counters);
             }
         }
         Ok(())
@@ -280,9 +292,9 @@ impl Volume {
 }
 
 /// Wakes a thread that waits on a channel.
-struct ChannelWaiter(mpsc::SyncSender<Result<Vec<Slice>, FetchError>>);
+struct ChannelCallback(mpsc::SyncSender<Result<Vec<Slice>, FetchError>>);
 
-impl Waiter for ChannelWaiter {
+impl ReadCallback for ChannelCallback {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
         // The receiver may have gone; then nobody wants the bytes any more.
         let _ = self.0.try_send(outcome);
@@ -322,14 +334,14 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
 }
 
 /// Counts the bytes of gaps that have been closed by the fetch thread.
-pub fn count_gaps(gaps: &[Gap], lane: &Lane) {
+pub fn count_gaps(gaps: &[Gap], counters: &ThreadCounters) {
     for gap in gaps {
         let source = if gap.file.is_some() {
             Source::Disk
         } else {
             Source::Fetched
         };
-        lane.bytes(source, to_u64(gap.len));
+        counters.bytes(source, to_u64(gap.len));
     }
 }
 
@@ -350,7 +362,7 @@ fn place_located(
     range: LayerRange,
     buf: &mut [u8],
     gaps: &mut Vec<Gap>,
-    lane: &Lane,
+    counters: &ThreadCounters,
 ) -> Result<(), ReadError> {
     let wanted = range.range.len;
     let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
@@ -363,7 +375,7 @@ fn place_located(
                 file: None,
             };
             fill_gaps(&[whole], slices, buf)?;
-            lane.bytes(Source::Memory, wanted);
+            counters.bytes(Source::Memory, wanted);
             return Ok(());
         }
         Located::File(fd, offset) => Some((fd, offset)),
@@ -434,7 +446,7 @@ mod tests {
         }
     }
 
-    impl LayerBytes for Letters {
+    impl BlobReader for Letters {
         fn locate(&self, range: LayerRange) -> Located {
             match range.layer.0 {
                 0 => Located::Memory(Self::slices(range.range).into()),
@@ -443,7 +455,7 @@ mod tests {
             }
         }
 
-        fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+        fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
             let mut slices: Vec<Slice> = ranges.iter().flat_map(|range| Self::slices(range.range)).collect();
             if self.short {
                 slices.pop();
@@ -468,7 +480,7 @@ mod tests {
         let mut buf = vec![b'?'; count * BLOCK];
         let mut scratch = Scratch::default();
         let found = volume
-            .look(block * BLOCK_SIZE, &mut buf, &mut scratch, volume.lane(0))
+            .look(block * BLOCK_SIZE, &mut buf, &mut scratch, volume.counters(0))
             .unwrap();
         (found, buf, scratch.gaps)
     }

@@ -19,7 +19,7 @@ pub struct LayerSource {
     /// How the tar comes out of the blob. Without it the blob is the tar: tar space is its byte space.
     pub coding: Option<Coded>,
     /// What its bytes have to be. With it no chunk is handed out that was not checked by this process.
-    pub digests: Option<Check>,
+    pub digests: Option<Verifier>,
     /// What the whole has to be, checked once the whole has passed by or lies in the store.
     pub whole: WholeDigests,
     /// The store's name for the layer: layers of the same name share what is kept. It has to stay the same as long as the
@@ -122,20 +122,20 @@ impl fmt::Debug for Windows {
 
 /// What a layer's bytes have to be, range by range. A range is checked as a whole before any byte of it is handed out.
 #[derive(Clone)]
-pub enum Check {
+pub enum Verifier {
     /// Every chunk is a range of its own.
-    Chunks(ChunkCheck),
+    Chunks(ChunkVerifier),
     /// Ranges of any length (up to [`crate::index::MAX_PIECE`]), which have to lie inside of one span each. What lies in none of
     /// them is nobody's content and handed out as zeros.
     Pieces(PieceDigests),
 }
 
-impl Check {
-    /// Every chunk by itself: asks `is_right` for its number and bytes. Called on any thread, for every chunk: whatever it needs
+impl Verifier {
+    /// Every chunk by itself: asks `matches` for its number and bytes. Called on any thread, for every chunk: whatever it needs
     /// is in memory.
     #[must_use]
-    pub fn chunks(is_right: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
-        Self::Chunks(ChunkCheck(Arc::new(is_right)))
+    pub fn chunks(matches: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
+        Self::Chunks(ChunkVerifier(Arc::new(matches)))
     }
 
     /// The ranges, if they are not simply the chunks.
@@ -147,9 +147,9 @@ impl Check {
     }
 
     /// Whether `bytes` are chunk `index`, where that can be told of a chunk alone; of others it was told before there was a chunk.
-    pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+    pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
         match self {
-            Self::Chunks(check) => check.is_right(index, bytes),
+            Self::Chunks(check) => check.matches(index, bytes),
             Self::Pieces(_) => true,
         }
     }
@@ -163,7 +163,7 @@ impl Check {
     }
 }
 
-impl fmt::Debug for Check {
+impl fmt::Debug for Verifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Chunks(_) => f.write_str("Chunks"),
@@ -174,20 +174,20 @@ impl fmt::Debug for Check {
 
 /// Says of a chunk, by its number and bytes, whether it is what the layer's index says.
 #[derive(Clone)]
-pub struct ChunkCheck(Arc<IsRight>);
+pub struct ChunkVerifier(Arc<IsRight>);
 
 type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
 
-impl ChunkCheck {
+impl ChunkVerifier {
     /// Whether `bytes` are chunk `index`.
-    pub(crate) fn is_right(&self, index: u32, bytes: &[u8]) -> bool {
+    pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
         (self.0)(index, bytes)
     }
 }
 
-impl fmt::Debug for ChunkCheck {
+impl fmt::Debug for ChunkVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ChunkCheck")
+        f.write_str("ChunkVerifier")
     }
 }
 

@@ -6,8 +6,8 @@
 //! blocks it: files and sockets go through its ring, decoding and digests to worker threads.
 //!
 //! Parts: `remote` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
-//! from end to end), `origin` and `window` (where bytes come from), `course` and `partial` (how they become chunks), `disk`
-//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `sieve` and `proof` (what is believed).
+//! from end to end), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how they become chunks), `disk`
+//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `pieces_verifier` and `proof` (what is believed).
 
 mod coded;
 mod disk;
@@ -38,17 +38,17 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use self::disk::LARGEST_BACKLOG;
 use self::fill::Filler;
 use self::origin::Origin;
-use self::remote::{Remote, take_in};
-pub(crate) use self::request::Owed;
-use self::request::{Pending, Request, Waiting, Why};
+use self::remote::{LayerState, take_in};
+pub(crate) use self::request::CompleteOnDrop;
+use self::request::{Pending, Purpose, Request, Waiting};
 use super::stats::add;
 use super::transport::Client;
-use super::{Brought, FetchError, FetchOptions, LayerRange, LayerSource, Shared, SharedLayer, StartError};
+use super::{FetchError, FetchOptions, FetchedLayer, LayerRange, LayerSource, Shared, SharedLayer, StartError};
 use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
-use crate::cache::memory::Tier;
+use crate::cache::memory::MemoryCache;
 use crate::image::FileMap;
-use crate::prefetch::bandwidth::Link;
-use crate::prefetch::{PlanOptions, Planner, Presence, Stretch, Want, merge};
+use crate::prefetch::bandwidth::BdpEstimator;
+use crate::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, merge};
 use crate::units::{CHUNK_BYTES, LayerId, len_u64};
 
 /// A flight is at most this long; longer stretches fly side by side.
@@ -66,7 +66,7 @@ const WARM_CONNECTIONS: usize = 4;
 pub(crate) enum Command {
     Read {
         ranges: Vec<LayerRange>,
-        waiter: Owed,
+        waiter: CompleteOnDrop,
         asked: Instant,
     },
     Shutdown(mpsc::Sender<()>),
@@ -76,10 +76,10 @@ struct Engine {
     shared: Arc<Shared>,
     options: FetchOptions,
     client: Client,
-    remotes: Vec<Option<Rc<Remote>>>,
+    remotes: Vec<Option<Rc<LayerState>>>,
     pending: RefCell<HashMap<ChunkKey, Pending>>,
     planner: RefCell<Planner>,
-    link: RefCell<Link>,
+    link: RefCell<BdpEstimator>,
     gap: u32,
     /// Bytes asked for and not here yet.
     outstanding: Cell<u64>,
@@ -122,7 +122,7 @@ pub(crate) fn start(
         remotes.push(remote);
     }
     let (commands, inbox) = unbounded_channel();
-    let shared = Arc::new(Shared::new(shared_layers, Tier::new(options.memory_bytes)));
+    let shared = Arc::new(Shared::new(shared_layers, MemoryCache::new(options.memory_bytes)));
     let parts = Parts {
         shared: shared.clone(),
         options,
@@ -170,7 +170,7 @@ impl Engine {
             files,
         } = parts;
         // Whatever could be wrong with them was found before.
-        let remote = |source: LayerSource| Remote::new(source).ok().map(Rc::new);
+        let remote = |source: LayerSource| LayerState::new(source).ok().map(Rc::new);
         // More ahead of a reader than this would push out of memory what it has not read yet.
         let largest_window = (options.memory_bytes / 4).max(CHUNK_BYTES);
         let defaults = PlanOptions::default();
@@ -279,13 +279,13 @@ impl Engine {
         }
     }
 
-    fn remote(&self, layer: LayerId) -> Option<&Rc<Remote>> {
+    fn remote(&self, layer: LayerId) -> Option<&Rc<LayerState>> {
         self.remotes.get(usize::try_from(layer.0).ok()?)?.as_ref()
     }
 
-    fn brought(&self, layer: LayerId) -> Option<&Brought> {
+    fn brought(&self, layer: LayerId) -> Option<&FetchedLayer> {
         match self.shared.layers.get(usize::try_from(layer.0).ok()?)? {
-            SharedLayer::Brought(layer) => Some(layer),
+            SharedLayer::Fetched(layer) => Some(layer),
             SharedLayer::Local { .. } => None,
         }
     }
@@ -310,7 +310,7 @@ impl Engine {
         let Some(remote) = self.remote(key.layer) else {
             return Presence::Here;
         };
-        if self.shared.tier.holds(key) || self.is_kept(key) {
+        if self.shared.memory.holds(key) || self.is_kept(key) {
             Presence::Here
         } else if remote.streaming.get() {
             Presence::Coming
@@ -324,9 +324,9 @@ impl Engine {
     fn admit(
         self: &Rc<Self>,
         ranges: &[LayerRange],
-        waiter: Owed,
+        waiter: CompleteOnDrop,
         asked: Instant,
-        now: &mut Vec<Want>,
+        now: &mut Vec<Planned>,
         cached: &mut Vec<ChunkKey>,
     ) {
         self.last_read.set(asked);
@@ -341,7 +341,7 @@ impl Engine {
                     return;
                 }
                 Some(SharedLayer::Local { .. }) => self.read_local(&request, *asked),
-                Some(SharedLayer::Brought(layer)) => {
+                Some(SharedLayer::Fetched(layer)) => {
                     if let Some(error) = layer.poison.get() {
                         request.end(Err(error.clone()));
                         return;
@@ -354,13 +354,13 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Want>, cached: &mut Vec<ChunkKey>) {
+    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Planned>, cached: &mut Vec<ChunkKey>) {
         let counters = &self.shared.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
             let remote = self.remote(key.layer);
             let waiting_to_be_written = || remote.and_then(|remote| remote.writer.queued(key.index));
-            if let Some(chunk) = self.shared.tier.get(key).or_else(waiting_to_be_written) {
+            if let Some(chunk) = self.shared.memory.get(key).or_else(waiting_to_be_written) {
                 match chunk.touch() {
                     FirstUse::Yes { suspected: true, .. } => paid += len_u64(chunk.bytes().len()),
                     FirstUse::Yes { .. } => found_first = true,
@@ -386,7 +386,7 @@ impl Engine {
                 cached.push(key);
                 continue;
             }
-            if std::mem::take(&mut pending.why) == Why::Suspected {
+            if std::mem::take(&mut pending.why) == Purpose::Prefetch {
                 paid += CHUNK_BYTES;
             }
             if remote.is_some_and(|remote| remote.streaming.get()) {
@@ -417,7 +417,7 @@ impl Engine {
 
     /// Shows a chunk that is in memory.
     fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
-        let chunk = self.shared.tier.get(key);
+        let chunk = self.shared.memory.get(key);
         if let Some(chunk) = &chunk {
             show(chunk.bytes());
         }
@@ -425,7 +425,7 @@ impl Engine {
     }
 
     /// Sends demand flights for what is absent of `stretches`.
-    fn launch(self: &Rc<Self>, wants: &[Want]) {
+    fn launch(self: &Rc<Self>, wants: &[Planned]) {
         if wants.is_empty() {
             return;
         }
@@ -455,7 +455,7 @@ impl Engine {
     }
 
     /// Sends flights for stretches that are absent.
-    fn send(self: &Rc<Self>, flights: &[Stretch], demand: bool) {
+    fn send(self: &Rc<Self>, flights: &[ChunkRange], demand: bool) {
         for of_one_layer in flights.chunk_by(|a, b| a.layer == b.layer) {
             let Some(layer) = of_one_layer.first().map(|flight| flight.layer) else {
                 continue;
@@ -476,7 +476,7 @@ impl Engine {
         }
     }
 
-    fn send_plain(self: &Rc<Self>, flight: Stretch, demand: bool) {
+    fn send_plain(self: &Rc<Self>, flight: ChunkRange, demand: bool) {
         let mut planner = self.planner.borrow_mut();
         let mut all = self.pending.borrow_mut();
         for key in flight.keys() {
@@ -484,10 +484,10 @@ impl Engine {
             pending.coming = true;
             pending.marker =
                 flight.count() <= MARKED_WHOLE || (key.index - flight.first).is_multiple_of(MARKER_DISTANCE);
-            if pending.waiters.is_empty() && pending.why == Why::Filling {
+            if pending.waiters.is_empty() && pending.why == Purpose::Fill {
                 add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
             } else if pending.waiters.is_empty() {
-                pending.why = Why::Suspected;
+                pending.why = Purpose::Prefetch;
                 planner.suspected(CHUNK_BYTES);
                 add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
             } else {
@@ -507,21 +507,21 @@ impl Engine {
             return;
         }
         let known = self.pending.borrow_mut().remove(&key);
-        if known.is_none() && self.shared.tier.holds(key) {
+        if known.is_none() && self.shared.memory.holds(key) {
             return;
         }
-        let why = known.as_ref().map_or(Why::Along, |pending| pending.why);
+        let why = known.as_ref().map_or(Purpose::Bundled, |pending| pending.why);
         let pending = known.unwrap_or_default();
-        if why == Why::Filling && pending.waiters.is_empty() {
+        if why == Purpose::Fill && pending.waiters.is_empty() {
             let _unless_the_store_is_full = self.keep(key, Arc::new(Chunk::along(bytes, false)), false);
             return;
         }
         let chunk = Arc::new(match why {
-            Why::Wanted => Chunk::demanded(bytes),
-            Why::Suspected => Chunk::prefetched(bytes, pending.marker),
-            Why::Along | Why::Filling => Chunk::along(bytes, pending.marker),
+            Purpose::Demand => Chunk::demanded(bytes),
+            Purpose::Prefetch => Chunk::prefetched(bytes, pending.marker),
+            Purpose::Bundled | Purpose::Fill => Chunk::along(bytes, pending.marker),
         });
-        if let Some(old) = self.shared.tier.insert(key, chunk.clone())
+        if let Some(old) = self.shared.memory.insert(key, chunk.clone())
             && old.wasted()
         {
             add(&self.shared.counters.prefetched_unused, len_u64(old.bytes().len()));
@@ -542,12 +542,12 @@ impl Engine {
     }
 
     /// Chunks that will not come: whoever waits for one is told.
-    fn give_up(&self, stretch: Stretch, error: &FetchError) {
+    fn give_up(&self, stretch: ChunkRange, error: &FetchError) {
         for key in self.pending_of(stretch) {
             let Some(pending) = self.pending.borrow_mut().remove(&key) else {
                 continue;
             };
-            if pending.why == Why::Suspected {
+            if pending.why == Purpose::Prefetch {
                 self.planner.borrow_mut().lost(CHUNK_BYTES);
             }
             for waiting in pending.waiters {
@@ -557,7 +557,7 @@ impl Engine {
     }
 
     /// Fails the reads that would have waited past the deadline after another `pause`.
-    fn expire(&self, stretch: Stretch, pause: Duration, error: &FetchError) {
+    fn expire(&self, stretch: ChunkRange, pause: Duration, error: &FetchError) {
         let mut late = Vec::new();
         for key in self.pending_of(stretch) {
             if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
@@ -575,7 +575,7 @@ impl Engine {
     }
 
     /// The chunks of `stretch` that are not here and that somebody waits for, or that are on their way.
-    fn pending_of(&self, stretch: Stretch) -> Vec<ChunkKey> {
+    fn pending_of(&self, stretch: ChunkRange) -> Vec<ChunkKey> {
         let all = self.pending.borrow();
         if all.len() > usize::try_from(stretch.count()).unwrap_or(usize::MAX) {
             return stretch.keys().filter(|key| all.contains_key(key)).collect();
@@ -591,7 +591,7 @@ impl Engine {
             .is_some_and(|pending| pending.waiters.iter().any(|waiting| waiting.request.is_short()))
     }
 
-    fn anybody_waits(&self, stretch: Stretch) -> bool {
+    fn anybody_waits(&self, stretch: ChunkRange) -> bool {
         let all = self.pending.borrow();
         stretch
             .keys()

@@ -64,14 +64,14 @@ impl Drop for Gather {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::disk::Store;
+    use crate::cache::disk::DiskCache;
     use crate::fetch::{HttpLayer, Validator};
     use crate::units::CHUNK_BYTES;
 
     #[test]
     fn pieces_of_many_places_become_chunks() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path()).unwrap();
         let size = 40 * CHUNK_BYTES + 100;
         let layer = HttpLayer {
             url: "http://localhost/layer".into(),

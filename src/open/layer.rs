@@ -9,7 +9,7 @@ use super::gather::Gather;
 use super::record::{Recording, algorithms, record_blob};
 use super::serve_spec::http_layer;
 use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
-use crate::cache::disk::{LayerKey, Store, StoreError};
+use crate::cache::disk::{DiskCache, DiskCacheError, LayerKey};
 use crate::digest::Digest;
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
@@ -304,7 +304,7 @@ fn read_headers(
         Place::Http(_) | Place::File(_) => Reading::Headers,
     };
     let mut progress = |at: TarOffset, _: u64| reached(reading, at.0);
-    let cache = |store: Arc<Store>| match (&facts.digest, &blob.place) {
+    let cache = |store: Arc<DiskCache>| match (&facts.digest, &blob.place) {
         (Some(digest), Place::Http(http)) => store.layer(
             LayerKey::of_content(&unchecked(&http.name(), digest), blob.len),
             blob.len,
@@ -317,7 +317,7 @@ fn read_headers(
     };
     let mut gather = match (&blob.place, &options.cache) {
         (Place::Http(_), Some(kept)) => {
-            going_on_when_full(Store::open(kept.layers()).and_then(cache))?.map(Gather::new)
+            going_on_when_full(DiskCache::open(kept.layers()).and_then(cache))?.map(Gather::new)
         }
         _ => None,
     };
@@ -351,7 +351,9 @@ fn read_all(
     // A plain tar in a file is its own store.
     let is_its_own = coding == Coding::Plain && matches!(blob.place, Place::File(_));
     let mut filling = match &options.cache {
-        Some(cache) if !is_its_own => going_on_when_full(Store::open(cache.layers()).and_then(|store| store.fill()))?,
+        Some(cache) if !is_its_own => {
+            going_on_when_full(DiskCache::open(cache.layers()).and_then(|store| store.fill()))?
+        }
         _ => None,
     };
     let mut keep = |_: TarOffset, bytes: &[u8]| {
@@ -401,7 +403,7 @@ fn read_all(
 }
 
 /// A full disk costs nothing but the cache.
-fn going_on_when_full<T>(outcome: Result<T, StoreError>) -> Result<Option<T>, OpenError> {
+fn going_on_when_full<T>(outcome: Result<T, DiskCacheError>) -> Result<Option<T>, OpenError> {
     match outcome {
         Ok(value) => Ok(Some(value)),
         Err(error) if is_full(&error.source) => {

@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use super::index_cache::read_hot;
 use super::layer::PreparedLayer;
 use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
-use crate::cache::disk::Store;
+use crate::cache::disk::DiskCache;
 use crate::digest::Digest;
 use crate::fetch::{
-    self, Blob, Check, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, WholeDigests, Windows,
+    self, Blob, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Verifier, WholeDigests, Windows,
 };
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
@@ -361,8 +361,8 @@ fn layer_source(
     let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
     let digests = index.chunk_digests().cloned();
-    let digests = digests.map(|digests| Check::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
-    let pieces = index.piece_digests().cloned().map(Check::Pieces);
+    let digests = digests.map(|digests| Verifier::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
+    let pieces = index.piece_digests().cloned().map(Verifier::Pieces);
     LayerSource {
         blob,
         coding: table.map(|table| Coded {
@@ -386,7 +386,7 @@ fn start(
 ) -> Result<Opened, OpenError> {
     // A plain local file is its own store.
     let needs_store = |layer: &LayerSource| matches!(layer.blob, Blob::Http(_)) || layer.coding.is_some();
-    let store = match store.filter(|_| layers.iter().any(needs_store)).map(Store::open) {
+    let store = match store.filter(|_| layers.iter().any(needs_store)).map(DiskCache::open) {
         Some(Ok(store)) => Some(store),
         Some(Err(error)) if is_full(&error.source) => {
             log::warn!("{error}; going on without a cache");

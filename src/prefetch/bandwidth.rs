@@ -23,7 +23,7 @@ const MOST_SAMPLES: usize = 256;
 
 /// The estimate for one origin.
 #[derive(Debug)]
-pub struct Link {
+pub struct BdpEstimator {
     trips: VecDeque<(Instant, Duration)>,
     /// Bytes a second.
     rates: VecDeque<(Instant, u64)>,
@@ -31,13 +31,13 @@ pub struct Link {
     sample: Option<(Instant, u64, Instant)>,
 }
 
-impl Default for Link {
+impl Default for BdpEstimator {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Link {
+impl BdpEstimator {
     /// Knows nothing yet.
     #[must_use]
     pub fn new() -> Self {
@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     /// Lets `total` bytes arrive at `rate` bytes a second in pieces of 16 KiB.
-    fn stream(link: &mut Link, mut now: Instant, rate: u64, total: u64) -> Instant {
+    fn stream(link: &mut BdpEstimator, mut now: Instant, rate: u64, total: u64) -> Instant {
         for _ in 0..total / (16 << 10) {
             now += Duration::from_micros((16 << 10) * 1_000_000 / rate);
             link.arrived(now, 16 << 10);
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn finds_the_bandwidth_delay_product() {
-        let mut link = Link::new();
+        let mut link = BdpEstimator::new();
         assert_eq!(link.window(), FIRST_WINDOW);
         let now = Instant::now();
         link.head(now, Duration::from_millis(20));
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn silence_is_not_slowness() {
-        let mut link = Link::new();
+        let mut link = BdpEstimator::new();
         let mut now = Instant::now();
         link.head(now, Duration::from_millis(20));
         for _ in 0..10 {
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_slower_link_is_noticed() {
-        let mut link = Link::new();
+        let mut link = BdpEstimator::new();
         let now = Instant::now();
         link.head(now, Duration::from_millis(20));
         let now = stream(&mut link, now, 25_000_000, 2_000_000);
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_longer_trip_replaces_a_short_one_when_that_is_old() {
-        let mut link = Link::new();
+        let mut link = BdpEstimator::new();
         let now = Instant::now();
         link.head(now, Duration::from_millis(10));
         link.head(now + Duration::from_secs(1), Duration::from_millis(50));

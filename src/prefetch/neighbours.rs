@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::ControlFlow;
 
-use super::{Hint, Look, PlanOptions, Presence, Stretch, Want, take_from};
+use super::{ChunkRange, Look, PlanOptions, Planned, Presence, Reason, take_from};
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 
 /// How many directories' wants are remembered.
@@ -32,7 +32,7 @@ struct Credit {
 pub(super) struct Neighbours {
     directories: HashMap<DirectoryId, Credit>,
     /// What to fetch, the latest touch's first.
-    batches: VecDeque<VecDeque<Want>>,
+    batches: VecDeque<VecDeque<Planned>>,
 }
 
 impl Neighbours {
@@ -49,7 +49,7 @@ impl Neighbours {
             credit.guessed_bytes -= file.range.len;
         }
         let limit = options.neighbours + credit.read / 100 * options.neighbours_percent;
-        let mut batch: VecDeque<Want> = VecDeque::new();
+        let mut batch: VecDeque<Planned> = VecDeque::new();
         let mut visits = 0;
         files.neighbours(file.file, &mut |next: StoredFile| {
             visits += 1;
@@ -60,17 +60,17 @@ impl Neighbours {
             if !small || next.range.is_empty() || credit.guessed.contains(&next.file) {
                 return ControlFlow::Continue(());
             }
-            let stretch = Stretch::of(next.layer, next.range);
+            let stretch = ChunkRange::of(next.layer, next.range);
             if stretch.keys().any(|key| look(key) == Presence::Absent) {
                 credit.guessed.insert(next.file);
                 credit.guessed_bytes += next.range.len;
                 match batch.back_mut() {
-                    Some(Want { stretch: last, .. })
+                    Some(Planned { stretch: last, .. })
                         if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) =>
                     {
                         last.end = last.end.max(stretch.end);
                     }
-                    _ => batch.push_back(Hint::Neighbour.of(stretch)),
+                    _ => batch.push_back(Reason::Neighbour.of(stretch)),
                 }
             }
             ControlFlow::Continue(())
@@ -82,7 +82,7 @@ impl Neighbours {
     }
 
     /// The most likely absent stretch of at most `most` chunks.
-    pub(super) fn next(&mut self, most: u32, gap: u32, look: Look<'_>) -> Option<Want> {
+    pub(super) fn next(&mut self, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
         while let Some(batch) = self.batches.front_mut() {
             if let Some(found) = take_from(batch, most, gap, look) {
                 return Some(found);

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use super::elf::{Needs, needs};
 use super::node;
 use super::python::{self, Modules, When};
-use super::{Hint, Peek, PlanOptions, Stretch};
+use super::{ChunkRange, Peek, PlanOptions, Reason};
 use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
@@ -31,7 +31,7 @@ const LONGEST_MODULE: u64 = 1 << 20;
 struct Open {
     file: StoredFile,
     /// What must be here before more can be said.
-    lacking: Vec<Stretch>,
+    lacking: Vec<ChunkRange>,
     /// How many files lie between it and one that a reader touched.
     hops: u8,
 }
@@ -41,7 +41,7 @@ struct Open {
 pub(super) struct Wanted {
     pub(super) layer: LayerId,
     pub(super) range: TarRange,
-    pub(super) hint: Hint,
+    pub(super) hint: Reason,
     /// It is read before the program that names it runs; else it is likely.
     pub(super) certain: bool,
 }
@@ -79,7 +79,7 @@ impl Programs {
         let range = |&(at, len): &(u64, u64)| TarRange::new(file.range.start.plus(at), len);
         let lacking = lacking
             .iter()
-            .map(|part| Stretch::of(file.layer, range(part)))
+            .map(|part| ChunkRange::of(file.layer, range(part)))
             .collect();
         self.open.push_back(Open { file, lacking, hops });
         if self.open.len() > MOST_OPEN {
@@ -94,7 +94,7 @@ impl Programs {
 
     /// Whether a chunk is one that is waited for.
     pub(super) fn awaits(&self, key: ChunkKey) -> bool {
-        let is_it = |part: &Stretch| part.layer == key.layer && (part.first..part.end).contains(&key.index);
+        let is_it = |part: &ChunkRange| part.layer == key.layer && (part.first..part.end).contains(&key.index);
         self.open.iter().any(|open| open.lacking.iter().any(is_it))
     }
 
@@ -104,7 +104,7 @@ impl Programs {
         let mut wanted = Vec::new();
         for _ in 0..self.open.len() {
             let Some(open) = self.open.pop_front() else { break };
-            let here = |part: &Stretch| part.keys().all(|key| peek(key, &mut |_| ()));
+            let here = |part: &ChunkRange| part.keys().all(|key| peek(key, &mut |_| ()));
             if open.lacking.iter().all(here) {
                 self.read(files, &open, options, peek, &mut wanted);
             } else {
@@ -172,7 +172,7 @@ impl Programs {
             self.want(module, options, hops + 1, wanted);
         }
         for wanted in &mut wanted[first..] {
-            (wanted.certain, wanted.hint) = (false, Hint::Import);
+            (wanted.certain, wanted.hint) = (false, Reason::Import);
         }
     }
 
@@ -267,7 +267,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     Wanted {
         layer: file.layer,
         range: TarRange::new(file.range.start.plus(at), len),
-        hint: Hint::Loader,
+        hint: Reason::Loader,
         certain: true,
     }
 }
@@ -276,7 +276,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
 fn bytes_of(file: StoredFile, at: u64, len: u64, peek: Peek<'_>) -> Option<Vec<u8>> {
     let range = TarRange::new(file.range.start.plus(at), len);
     let mut bytes = Vec::with_capacity(len_usize(len));
-    for key in Stretch::of(file.layer, range).keys() {
+    for key in ChunkRange::of(file.layer, range).keys() {
         let from = range.start.0.saturating_sub(key.start().0);
         let to = range.end().0 - key.start().0;
         peek(key, &mut |chunk| {

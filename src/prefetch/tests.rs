@@ -91,7 +91,7 @@ impl World {
                 Presence::Absent
             }
         };
-        if Stretch::of(LAYER, range).keys().all(|key| here.contains(&key)) {
+        if ChunkRange::of(LAYER, range).keys().all(|key| here.contains(&key)) {
             self.planner.hit(LAYER, range, &look);
         } else {
             self.planner.miss(LAYER, range, &look, &mut now);
@@ -101,7 +101,7 @@ impl World {
         self.here
             .borrow_mut()
             .extend(flights.iter().flat_map(|flight| flight.keys()));
-        self.planner.demanded(Stretch::of(LAYER, range).bytes());
+        self.planner.demanded(ChunkRange::of(LAYER, range).bytes());
         fetched
     }
 
@@ -117,7 +117,7 @@ impl World {
                     Presence::Absent
                 }
             };
-            let Some(Want { stretch: next, .. }) = self.planner.next(1 << 20, &look) else {
+            let Some(Planned { stretch: next, .. }) = self.planner.next(1 << 20, &look) else {
                 return all;
             };
             assert!(next.bytes() <= 1 << 20);
@@ -194,7 +194,7 @@ fn it_works_without_knowing_files() {
             }
         })
         .unwrap();
-    assert_eq!((next.stretch.first, next.hint), (16, Hint::Ahead));
+    assert_eq!((next.stretch.first, next.hint), (16, Reason::Ahead));
 }
 
 #[test]
@@ -233,15 +233,15 @@ fn only_who_reads_whole_files_is_followed_into_the_next() {
 /// What was wanted at different times and lies close together is one request, however it was wanted.
 #[test]
 fn wants_close_by_fly_together() {
-    let stretch = |first, end| Stretch {
+    let stretch = |first, end| ChunkRange {
         layer: LAYER,
         first,
         end,
     };
     let all = [(50, 52), (10, 12), (49, 50), (54, 55), (80, 81), (40, 44)];
-    let mut queue: VecDeque<Want> = all
+    let mut queue: VecDeque<Planned> = all
         .iter()
-        .map(|(first, end)| Hint::Import.of(stretch(*first, *end)))
+        .map(|(first, end)| Reason::Import.of(stretch(*first, *end)))
         .collect();
     let look = |key: ChunkKey| {
         if key.index == 45 {
@@ -280,10 +280,10 @@ proptest! {
                 Presence::Absent
             }
         };
-        let wants: Vec<Want> = wanted
+        let wants: Vec<Planned> = wanted
             .iter()
-            .map(|(layer, first, count)| Stretch { layer: LayerId(*layer), first: *first, end: first + count })
-            .map(|stretch| Hint::Rest.of(stretch))
+            .map(|(layer, first, count)| ChunkRange { layer: LayerId(*layer), first: *first, end: first + count })
+            .map(|stretch| Reason::Rest.of(stretch))
             .collect();
         let model: BTreeSet<ChunkKey> =
             wants.iter().flat_map(|want| want.stretch.keys()).filter(|key| look(*key) == Presence::Absent).collect();

@@ -16,8 +16,8 @@ use std::time::Duration;
 
 use tarblk::cache::Slice;
 use tarblk::device::DeviceError;
-use tarblk::device::volume::LayerBytes;
-use tarblk::fetch::{LayerRange, Located, Waiter};
+use tarblk::device::volume::BlobReader;
+use tarblk::fetch::{LayerRange, Located, ReadCallback};
 use tarblk::image::{BlockImage, Origin, Piece};
 use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset};
 
@@ -136,7 +136,7 @@ pub(crate) struct PatchworkBytes {
 
 struct FarRead {
     ranges: Vec<LayerRange>,
-    waiter: Box<dyn Waiter>,
+    waiter: Box<dyn ReadCallback>,
 }
 
 const CHUNK: usize = 64 << 10;
@@ -181,7 +181,7 @@ fn cut(chunks: &[Slice], range: LayerRange) -> Vec<Slice> {
     slices
 }
 
-impl LayerBytes for PatchworkBytes {
+impl BlobReader for PatchworkBytes {
     fn locate(&self, range: LayerRange) -> Located {
         match range.layer {
             IN_MEMORY => Located::Memory(cut(&self.chunks, range).into()),
@@ -190,23 +190,23 @@ impl LayerBytes for PatchworkBytes {
         }
     }
 
-    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn Waiter>) {
+    fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
         let _ = self.far_away.send(FarRead { ranges, waiter });
     }
 }
 
 /// The image and the bytes for the plain file at `path`.
-pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+pub(crate) fn patchwork(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn BlobReader>) {
     make(path, None, delay, File::open(path).unwrap())
 }
 
 /// The same, but the local file that is to hold bytes of the layers holds none.
-pub(crate) fn hollow(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+pub(crate) fn hollow(path: &Path, delay: Option<Duration>) -> (Arc<dyn BlockImage>, Arc<dyn BlobReader>) {
     make(path, None, delay, File::open("/dev/null").unwrap())
 }
 
 /// The same with every block from one place.
-pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImage>, Arc<dyn BlobReader>) {
     make(path, Some(everything), Some(Duration::ZERO), File::open(path).unwrap())
 }
 
@@ -215,7 +215,7 @@ fn make(
     uniform: Option<Everything>,
     delay: Option<Duration>,
     file: File,
-) -> (Arc<dyn BlockImage>, Arc<dyn LayerBytes>) {
+) -> (Arc<dyn BlockImage>, Arc<dyn BlobReader>) {
     let content = read_all(path);
     assert_eq!(content.len() % BLOCK, 0);
     let bytes = PatchworkBytes::new(&content, file, delay);

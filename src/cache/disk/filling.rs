@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use rustix::fs::{FlockOperation, flock};
 
 use super::map::{self, Bits, Identity};
-use super::{LayerCache, LayerKey, Store, StoreError, hex, nonce};
+use super::{DiskCache, DiskCacheError, LayerCache, LayerKey, hex, nonce};
 use crate::cache::chunk::chunk_count;
 use crate::units::len_u64;
 
@@ -31,7 +31,7 @@ pub(super) fn is_part(path: &Path) -> bool {
 /// See the module. Dropped before its end it leaves nothing.
 #[derive(Debug)]
 pub struct Filling {
-    store: Arc<Store>,
+    store: Arc<DiskCache>,
     file: tempfile::NamedTempFile,
     len: u64,
     unsynced: u64,
@@ -79,13 +79,13 @@ impl Drop for Syncer {
     }
 }
 
-impl Store {
+impl DiskCache {
     /// Begins to take a layer in from its first byte, without knowing its length.
     ///
     /// # Errors
     /// When no file can be made.
-    pub fn fill(self: &Arc<Self>) -> Result<Filling, StoreError> {
-        let failed = StoreError::new(&self.dir, "make a file in it");
+    pub fn fill(self: &Arc<Self>) -> Result<Filling, DiskCacheError> {
+        let failed = DiskCacheError::new(&self.dir, "make a file in it");
         let file = tempfile::Builder::new()
             .prefix(PART.0)
             .suffix(PART.1)
@@ -95,7 +95,7 @@ impl Store {
         if let Err(error) = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive) {
             log::debug!("{}: cannot lock it: {error}", file.path().display());
         }
-        let syncer = Syncer::start(file.as_file()).map_err(StoreError::new(file.path(), "start writing"))?;
+        let syncer = Syncer::start(file.as_file()).map_err(DiskCacheError::new(file.path(), "start writing"))?;
         Ok(Filling {
             store: Arc::clone(self),
             file,
@@ -111,7 +111,7 @@ impl Filling {
     ///
     /// # Errors
     /// When they cannot be written; then this is of no more use.
-    pub fn push(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), DiskCacheError> {
         let written = self.file.as_file_mut().write_all(bytes);
         written.map_err(|error| self.failed("write", error))?;
         self.len += len_u64(bytes.len());
@@ -139,7 +139,7 @@ impl Filling {
     ///
     /// # Errors
     /// When the disk does not keep it.
-    pub fn finish(self, identity: &str) -> Result<(), StoreError> {
+    pub fn finish(self, identity: &str) -> Result<(), DiskCacheError> {
         let size = self.len;
         let Some(count) = chunk_count(size) else {
             return Ok(());
@@ -162,14 +162,14 @@ impl Filling {
         // The old map goes first: it must never speak of the new data, nor the new map of the old.
         match fs::remove_file(&map_path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(StoreError::new(&map_path, "remove the old map")(error));
+                return Err(DiskCacheError::new(&map_path, "remove the old map")(error));
             }
             _ => {}
         }
         let map = map::encode(&identity, true, &bits);
         self.file
             .persist(&path)
-            .map_err(|error| StoreError::new(&path, "put the layer in its place")(error.error))?;
+            .map_err(|error| DiskCacheError::new(&path, "put the layer in its place")(error.error))?;
         let temporary = map_path.with_extension(format!("map.{}", std::process::id()));
         let write = || {
             let mut file = File::create(&temporary)?;
@@ -177,12 +177,12 @@ impl Filling {
             file.sync_data()?;
             fs::rename(&temporary, &map_path)
         };
-        write().map_err(StoreError::new(&map_path, "write"))
+        write().map_err(DiskCacheError::new(&map_path, "write"))
     }
 
-    fn failed(&self, doing: &'static str, error: io::Error) -> StoreError {
+    fn failed(&self, doing: &'static str, error: io::Error) -> DiskCacheError {
         let path: PathBuf = self.file.path().to_owned();
-        StoreError::new(&path, doing)(error)
+        DiskCacheError::new(&path, doing)(error)
     }
 }
 
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn what_was_filled_is_there_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path()).unwrap();
         let bytes: Vec<u8> = (0..5 * CHUNK_BYTES + 77)
             .map(|n| u8::try_from(n % 251).unwrap())
             .collect();
@@ -239,7 +239,7 @@ mod tests {
     #[test]
     fn what_was_not_finished_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path()).unwrap();
         let mut filling = store.fill().unwrap();
         filling.push(b"half").unwrap();
         drop(filling);
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn a_layer_that_is_open_stays_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path()).unwrap();
         let open = store.layer(LayerKey::of_content("sha256:abc", 4), 4).unwrap();
         let mut filling = store.fill().unwrap();
         filling.push(b"full").unwrap();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{LayerCache, StoreError};
+use super::{DiskCacheError, LayerCache};
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 /// Puts bytes that pass by into a cache, chunk after chunk, however they are cut.
@@ -29,7 +29,7 @@ impl Seeder {
     ///
     /// # Errors
     /// When a chunk cannot be written; then nothing more is, and going on is harmless.
-    pub fn push(&mut self, at: TarOffset, mut bytes: &[u8]) -> Result<(), StoreError> {
+    pub fn push(&mut self, at: TarOffset, mut bytes: &[u8]) -> Result<(), DiskCacheError> {
         if at != self.at.plus(len_u64(self.held.len())) || self.held.is_empty() {
             self.held.clear();
             self.at = TarOffset(at.0.next_multiple_of(CHUNK_BYTES));

@@ -52,7 +52,7 @@ fn the_file(dir: &Path, kind: &str) -> PathBuf {
 #[test]
 fn chunks_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     // From the middle of chunk 1 to the middle of chunk 4, and the short last one.
@@ -78,12 +78,12 @@ fn chunks_survive_a_restart() {
 #[test]
 fn without_a_commit_nothing_is_believed() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     cache.put(TarOffset(0), &content()[..len_usize(CHUNK_BYTES)]).unwrap();
     let crashed = tempfile::tempdir().unwrap();
     copy_dir(dir.path(), crashed.path());
-    let after = Store::open(crashed.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let after = DiskCache::open(crashed.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&after), NONE);
 }
 
@@ -92,7 +92,7 @@ fn without_a_commit_nothing_is_believed() {
 fn a_crash_loses_only_the_latest() {
     let dir = tempfile::tempdir().unwrap();
     let crashes = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut shots: Vec<(PathBuf, Vec<u32>)> = Vec::new();
@@ -126,7 +126,7 @@ fn a_crash_loses_only_the_latest() {
     }
     assert_eq!(shots.len(), 20);
     for (dir, expected) in shots {
-        let after = Store::open(dir).unwrap().layer(layer(), SIZE).unwrap();
+        let after = DiskCache::open(dir).unwrap().layer(layer(), SIZE).unwrap();
         assert_eq!(held(&after), expected);
         check(&after);
     }
@@ -167,7 +167,7 @@ fn files_that_do_not_belong_together_are_discarded() {
     ];
     for (number, harm) in damage.iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path()).unwrap();
         let cache = store.layer(layer(), SIZE).unwrap();
         cache.put(TarOffset(0), &content()).unwrap();
         drop(cache);
@@ -187,7 +187,7 @@ fn files_that_do_not_belong_together_are_discarded() {
 fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let all = content();
-    let first = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let first = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     first.put(TarOffset(0), &all[..len_usize(2 * CHUNK_BYTES)]).unwrap();
     first.commit().unwrap();
     first
@@ -197,7 +197,7 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
         )
         .unwrap();
     // Another store does not know of the first one's handles, as another process does not.
-    let second = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let second = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&second), [0, 1]);
     second
         .put(
@@ -212,7 +212,7 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     second.commit().unwrap();
     drop(second);
     drop(first);
-    let later = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let later = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&later), [0, 1, 2]);
     check(&later);
 }
@@ -220,7 +220,7 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
 #[test]
 fn another_state_of_the_layer_is_another_layer() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     store
         .layer(layer(), SIZE)
         .unwrap()
@@ -239,7 +239,7 @@ fn another_state_of_the_layer_is_another_layer() {
 #[test]
 fn seeding_takes_pieces_of_any_size() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut seeder = Seeder::new(cache.clone());
@@ -268,7 +268,7 @@ fn seeding_takes_pieces_of_any_size() {
 #[test]
 fn trimming_spares_what_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let other = LayerKey::of_url("https://host/other.tar", SIZE, "\"1\"");
     for layer in [layer(), other] {
         store.layer(layer, SIZE).unwrap().put(TarOffset(0), &content()).unwrap();
@@ -286,21 +286,21 @@ fn trimming_spares_what_is_in_use() {
 #[test]
 fn a_file_that_is_read_is_never_emptied() {
     let dir = tempfile::tempdir().unwrap();
-    let first = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let first = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     first.put(TarOffset(0), &content()).unwrap();
     first.commit().unwrap();
-    let second = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let second = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&second).len(), 11);
     drop(first);
     fs::remove_file(the_file(dir.path(), "map")).unwrap();
-    let third = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let third = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&third), NONE);
     assert_eq!(held(&second).len(), 11);
     check(&second);
     // The third one has the name now.
     third.put(TarOffset(0), &content()).unwrap();
     drop((second, third));
-    let later = Store::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let later = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
     assert_eq!(held(&later).len(), 11);
     check(&later);
 }
@@ -308,7 +308,7 @@ fn a_file_that_is_read_is_never_emptied() {
 #[test]
 fn what_killed_processes_were_filling_is_trimmed() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let left = dir.path().join("filling-Ab12Cd.part");
     fs::write(&left, content()).unwrap();
     let mut filling = store.fill().unwrap();
@@ -327,7 +327,7 @@ fn what_killed_processes_were_filling_is_trimmed() {
 #[test]
 fn what_could_not_be_read_back_is_not_believed_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     cache.put(TarOffset(0), &content()).unwrap();
     cache.seal();

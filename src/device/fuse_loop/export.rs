@@ -18,9 +18,9 @@ use fuser::{
 use rustix::io::ReadWriteFlags;
 
 use crate::cache::Slice;
-use crate::device::stats::{Lane, Source};
+use crate::device::stats::{Source, ThreadCounters};
 use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
-use crate::fetch::{FetchError, Waiter};
+use crate::fetch::{FetchError, ReadCallback};
 
 /// The file's name in the root directory.
 pub(super) const FILE_NAME: &str = "image";
@@ -40,7 +40,7 @@ const LONG_ANSWER: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Export {
     volume: Arc<Volume>,
-    next_lane: AtomicUsize,
+    next_thread: AtomicUsize,
     waiting: Arc<Waiting>,
     long_answers: mpsc::Sender<Arrived>,
 }
@@ -78,12 +78,13 @@ impl Waiting {
 
 thread_local! {
     /// What a session thread reuses from read to read: its lane's number, its lists, its buffer.
-    static DESK: std::cell::RefCell<Option<Desk>> = const { std::cell::RefCell::new(None) };
+    static THREAD_SCRATCH: std::cell::RefCell<Option<ThreadScratch>> = const { std::cell::RefCell::new(None) };
 }
 
 #[derive(Debug)]
-struct Desk {
-    lane: usize,
+struct ThreadScratch {
+    /// Which of the volume's counters are this thread's.
+    number: usize,
     scratch: Scratch,
     buf: Vec<u8>,
 }
@@ -92,7 +93,7 @@ struct Desk {
 #[derive(Debug)]
 struct Pending {
     volume: Arc<Volume>,
-    lane: usize,
+    thread: usize,
     offset: u64,
     buf: Vec<u8>,
     gaps: Vec<Gap>,
@@ -120,7 +121,7 @@ impl Export {
             })?;
         Ok(Self {
             volume,
-            next_lane: AtomicUsize::new(0),
+            next_thread: AtomicUsize::new(0),
             waiting,
             long_answers,
         })
@@ -151,17 +152,17 @@ impl Export {
         }
     }
 
-    fn serve(&self, desk: &mut Desk, offset: u64, size: u32, reply: ReplyData) {
+    fn serve(&self, thread: &mut ThreadScratch, offset: u64, size: u32, reply: ReplyData) {
         let began = Instant::now();
-        let lane = self.volume.lane(desk.lane);
-        lane.read();
+        let counters = self.volume.counters(thread.number);
+        counters.read();
         let left = self.volume.len().saturating_sub(offset);
         let len = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
-        if desk.buf.len() < len {
-            desk.buf.resize(len, 0);
+        if thread.buf.len() < len {
+            thread.buf.resize(len, 0);
         }
-        let buf = &mut desk.buf[..len];
-        match self.volume.look(offset, buf, &mut desk.scratch, lane) {
+        let buf = &mut thread.buf[..len];
+        match self.volume.look(offset, buf, &mut thread.scratch, counters) {
             Ok(Found::Zero) => {
                 buf.fill(0);
                 reply.data(buf);
@@ -169,14 +170,14 @@ impl Export {
             Ok(Found::Memory(slice)) => reply.data(&slice),
             Ok(Found::Filled) => reply.data(buf),
             Ok(Found::Gaps) => {
-                read_cached(&mut desk.scratch.gaps, buf, lane);
-                if desk.scratch.gaps.is_empty() {
+                read_cached(&mut thread.scratch.gaps, buf, counters);
+                if thread.scratch.gaps.is_empty() {
                     reply.data(buf);
                 } else {
-                    let gaps = desk.scratch.gaps.clone();
+                    let gaps = thread.scratch.gaps.clone();
                     let pending = Pending {
                         volume: Arc::clone(&self.volume),
-                        lane: desk.lane,
+                        thread: thread.number,
                         offset,
                         // Only what is here already has to be kept.
                         buf: if covers(&gaps, len) { vec![0; len] } else { buf.to_vec() },
@@ -185,17 +186,17 @@ impl Export {
                         reply,
                     };
                     let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
-                    let waiter = FuseWaiter {
+                    let waiter = FuseCallback {
                         number: waiting.add(pending),
                         waiting,
                         long_answers,
                     };
-                    return self.volume.fetch(&desk.scratch.gaps, Box::new(waiter));
+                    return self.volume.fetch(&thread.scratch.gaps, Box::new(waiter));
                 }
             }
-            Err(error) => fail(&self.volume, desk.lane, offset, len, &error, reply),
+            Err(error) => fail(&self.volume, thread.number, offset, len, &error, reply),
         }
-        lane.took(began.elapsed(), 1);
+        counters.took(began.elapsed(), 1);
     }
 }
 
@@ -204,19 +205,19 @@ fn covers(gaps: &[Gap], len: usize) -> bool {
     gaps.iter().map(|gap| gap.len).sum::<usize>() == len
 }
 
-fn fail(volume: &Volume, lane: usize, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
-    volume.failed(volume.lane(lane), offset, len, error);
+fn fail(volume: &Volume, thread: usize, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
+    volume.failed(volume.counters(thread), offset, len, error);
     reply.error(Errno::EIO);
 }
 
 /// Closes the gaps that lie in local files and whose bytes the page cache holds.
-fn read_cached(gaps: &mut Vec<Gap>, buf: &mut [u8], lane: &Lane) {
+fn read_cached(gaps: &mut Vec<Gap>, buf: &mut [u8], counters: &ThreadCounters) {
     gaps.retain(|gap| {
         let Some((fd, offset)) = gap.file else { return true };
         let target = &mut buf[gap.at..gap.at + gap.len];
         match read_if_cached(fd, target, offset) {
             Ok(n) if n == gap.len => {
-                lane.bytes(Source::Disk, to_u64(gap.len));
+                counters.bytes(Source::Disk, to_u64(gap.len));
                 false
             }
             // Not all of it without waiting: the fetch thread reads it, and finds out what is wrong if anything is.
@@ -250,13 +251,20 @@ impl Pending {
         } else {
             self.reply.data(&self.buf);
         }
-        let lane = self.volume.lane(self.lane);
-        count_gaps(&self.gaps, lane);
-        lane.took(self.began.elapsed(), 1);
+        let counters = self.volume.counters(self.thread);
+        count_gaps(&self.gaps, counters);
+        counters.took(self.began.elapsed(), 1);
     }
 
     fn fail(self, error: &ReadError) {
-        fail(&self.volume, self.lane, self.offset, self.buf.len(), error, self.reply);
+        fail(
+            &self.volume,
+            self.thread,
+            self.offset,
+            self.buf.len(),
+            error,
+            self.reply,
+        );
     }
 
     fn give_up(self) {
@@ -265,13 +273,13 @@ impl Pending {
 }
 
 /// Answers the kernel when the fetch thread has the bytes.
-struct FuseWaiter {
+struct FuseCallback {
     number: u64,
     waiting: Arc<Waiting>,
     long_answers: mpsc::Sender<Arrived>,
 }
 
-impl Waiter for FuseWaiter {
+impl ReadCallback for FuseCallback {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
         let Some(pending) = self.waiting.take(self.number) else {
             return;
@@ -286,7 +294,7 @@ impl Waiter for FuseWaiter {
     }
 }
 
-impl Drop for FuseWaiter {
+impl Drop for FuseCallback {
     /// A waiter that is dropped untold must not leave the kernel's request hanging.
     fn drop(&mut self) {
         if let Some(pending) = self.waiting.take(self.number) {
@@ -359,13 +367,13 @@ impl Filesystem for Export {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        DESK.with_borrow_mut(|desk| {
-            let desk = desk.get_or_insert_with(|| Desk {
-                lane: self.next_lane.fetch_add(1, Ordering::Relaxed),
+        THREAD_SCRATCH.with_borrow_mut(|thread| {
+            let thread = thread.get_or_insert_with(|| ThreadScratch {
+                number: self.next_thread.fetch_add(1, Ordering::Relaxed),
                 scratch: Scratch::default(),
                 buf: Vec::new(),
             });
-            self.serve(desk, offset, size, reply);
+            self.serve(thread, offset, size, reply);
         });
     }
 }

@@ -1,14 +1,14 @@
 //! How a miss comes back. In: the fetch thread's bytes. Out: a completion on the queue's own ring.
 //!
 //! A queue thread sleeps in `io_uring_enter` and cannot be woken by a waker of another thread. So the fetch thread leaves
-//! the bytes in a [`Landing`] and sends a message (`IORING_OP_MSG_RING`) to the queue's ring: the completion carries the
+//! the bytes in a [`Completion`] and sends a message (`IORING_OP_MSG_RING`) to the queue's ring: the completion carries the
 //! `user_data` of a libublk future that was made without an operation of its own.
 //!
 //! The message is sent on a small ring of the sending thread's own. That costs a system call that the fetch runtime's ring
 //! could have batched, but it works on every thread and at every time, also while that runtime is being torn down.
 //!
 //! The message must be sent exactly once: after the first the future's slot is reused, and a second one would complete
-//! somebody else's read. [`Landing::settle`] sees to that.
+//! somebody else's read. [`Completion::settle`] sees to that.
 
 use std::cell::RefCell;
 use std::io;
@@ -20,21 +20,21 @@ use io_uring::{IoUring, opcode, types};
 
 use crate::cache::Slice;
 use crate::device::volume::ReadError;
-use crate::fetch::{FetchError, Waiter};
+use crate::fetch::{FetchError, ReadCallback};
 
 type Outcome = Result<Vec<Slice>, ReadError>;
 
 /// Where the outcome of one miss is left for the queue's task.
 #[derive(Debug)]
-pub(super) struct Landing {
+pub(super) struct Completion {
     outcome: Mutex<Option<Outcome>>,
     settled: AtomicBool,
     ring: RawFd,
     user_data: u64,
 }
 
-impl Landing {
-    /// A landing whose arrival completes the future `user_data` on the ring `ring`.
+impl Completion {
+    /// A slot whose outcome completes the future `user_data` on the ring `ring`.
     pub(super) fn new(ring: RawFd, user_data: u64) -> Arc<Self> {
         Arc::new(Self {
             outcome: Mutex::new(None),
@@ -67,17 +67,17 @@ impl Landing {
     }
 }
 
-/// The fetch thread's end of a landing.
+/// The callback that the fetch thread gets: it puts the outcome into the slot.
 #[derive(Debug)]
-pub(super) struct RingWaiter(pub(super) Arc<Landing>);
+pub(super) struct RingCallback(pub(super) Arc<Completion>);
 
-impl Waiter for RingWaiter {
+impl ReadCallback for RingCallback {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
         self.0.settle(outcome.map_err(ReadError::from));
     }
 }
 
-impl Drop for RingWaiter {
+impl Drop for RingCallback {
     /// A waiter that is dropped untold (its fetch thread ended) must not leave the kernel's request hanging.
     fn drop(&mut self) {
         self.0.give_up();

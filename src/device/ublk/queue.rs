@@ -3,7 +3,7 @@
 //! A queue is one thread with one ring and one task for every tag. A task looks its request up in the volume; what is in
 //! memory it commits from where it lies, metadata it computes into a buffer, local files it reads through the
 //! queue's own ring, and for everything else it leaves a request with the fetch thread and sleeps until the answer lands
-//! (see `landing`). Nothing in here may block but `io_uring_enter`.
+//! (see `completion`). Nothing in here may block but `io_uring_enter`.
 //!
 //! Buffers belong to the queue, not to its tags: the kernel hands out tags by turns, and 128 buffers that have each been
 //! touched once are memory wasted. The driver copies an answer while it takes the commit, so a buffer is free again when
@@ -25,9 +25,9 @@ use libublk::io::{UblkDev, UblkQueue};
 use libublk::uring_async::{UblkUringOpFuture, ublk_reap_io_events_with_update_queue, ublk_wake_task};
 use libublk::{BufDesc, UblkError, UblkUringData, sys, ublk_init_task_ring, with_task_io_ring_mut};
 
-use super::completion::{Landing, RingWaiter};
+use super::completion::{Completion, RingCallback};
 use crate::cache::Slice;
-use crate::device::stats::Lane;
+use crate::device::stats::ThreadCounters;
 use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
 
 /// One hit in this many has its time taken.
@@ -35,36 +35,36 @@ const SAMPLE: u32 = 16;
 
 /// What a queue thread shares with the thread that stops the device.
 #[derive(Debug)]
-pub(super) struct Landings(Vec<Mutex<Option<Arc<Landing>>>>);
+pub(super) struct Completions(Vec<Mutex<Option<Arc<Completion>>>>);
 
-impl Landings {
+impl Completions {
     pub(super) fn new(depth: u16) -> Arc<Self> {
         Arc::new(Self((0..depth).map(|_| Mutex::new(None)).collect()))
     }
 
-    fn set(&self, tag: u16, landing: Option<Arc<Landing>>) {
+    fn set(&self, tag: u16, completion: Option<Arc<Completion>>) {
         if let Some(slot) = self.0.get(usize::from(tag)) {
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = landing;
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = completion;
         }
     }
 
     /// Answers every read that waits for the fetch thread with an error.
     pub(super) fn give_up(&self) {
         for slot in &self.0 {
-            let landing = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let Some(landing) = landing {
-                landing.give_up();
+            let completion = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some(completion) = completion {
+                completion.give_up();
             }
         }
     }
 }
 
 /// Everything the tasks of one queue share.
-struct Desk<'a> {
+struct QueueContext<'a> {
     queue: UblkQueue<'a>,
     volume: &'a Volume,
-    lane: &'a Lane,
-    landings: &'a Landings,
+    counters: &'a ThreadCounters,
+    completions: &'a Completions,
     io_bytes: usize,
     zeros: Box<[u8]>,
     /// Ready to be used, the last used first.
@@ -75,7 +75,7 @@ struct Desk<'a> {
     sampled: Cell<u32>,
 }
 
-impl Desk<'_> {
+impl QueueContext<'_> {
     fn take_buffer(&self) -> IoBuf<u8> {
         self.buffers
             .borrow_mut()
@@ -106,7 +106,7 @@ pub(super) fn serve(
     id: u16,
     dev: &UblkDev,
     volume: &Volume,
-    landings: &Landings,
+    completions: &Completions,
     ready: impl FnOnce(Result<(), UblkError>),
 ) {
     let depth = dev.dev_info.queue_depth;
@@ -115,11 +115,11 @@ pub(super) fn serve(
         Err(error) => return ready(Err(error)),
     };
     let io_bytes = usize::try_from(dev.dev_info.max_io_buf_bytes).unwrap_or(1 << 19);
-    let desk = Desk {
+    let context = QueueContext {
         queue,
         volume,
-        lane: volume.lane(usize::from(id)),
-        landings,
+        counters: volume.counters(usize::from(id)),
+        completions,
         io_bytes,
         zeros: vec![0; io_bytes].into_boxed_slice(),
         buffers: RefCell::default(),
@@ -128,25 +128,25 @@ pub(super) fn serve(
         sampled: Cell::new(0),
     };
     let executor = smol::LocalExecutor::new();
-    let desk = Rc::new(desk);
+    let context = Rc::new(context);
     // What FETCH names as its buffer is only ever written by a WRITE, which a read-only device does not get.
     let unused = Rc::new(IoBuf::<u8>::new(io_bytes));
-    let tag_task = |tag| executor.spawn(serve_tag(Rc::clone(&desk), tag, Rc::clone(&unused)));
-    let tasks: Vec<_> = desk.queue.tags().map(tag_task).collect();
+    let tag_task = |tag| executor.spawn(serve_tag(Rc::clone(&context), tag, Rc::clone(&unused)));
+    let tasks: Vec<_> = context.queue.tags().map(tag_task).collect();
     // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for.
     while executor.try_tick() {}
     ready(Ok(()));
     let mut look_out = LookOut::default();
     while !tasks.iter().all(smol::Task::is_finished) {
-        if let Err(error) = wait_for_events(&desk.queue, &mut look_out) {
+        if let Err(error) = wait_for_events(&context.queue, &mut look_out) {
             log::error!("ublk queue {id} ends: {error}");
             // Operations may still be in flight and write to the tags' buffers: those must never be freed.
-            std::mem::forget((executor, tasks, desk, unused));
+            std::mem::forget((executor, tasks, context, unused));
             return;
         }
         // A kernel short of memory takes only a part of what is queued: then a commit may still be to come.
         if with_task_io_ring_mut(|ring: &mut IoUring<squeue::Entry>| ring.submission().is_empty()) {
-            desk.buffers.borrow_mut().append(&mut desk.retiring.borrow_mut());
+            context.buffers.borrow_mut().append(&mut context.retiring.borrow_mut());
         }
         while executor.try_tick() {}
     }
@@ -246,8 +246,8 @@ fn wait_for_events(queue: &UblkQueue<'_>, look_out: &mut LookOut) -> Result<(), 
 }
 
 /// The life of one tag: fetch a request, answer it, fetch the next.
-async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
-    let queue = &desk.queue;
+async fn serve_tag(context: Rc<QueueContext<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
+    let queue = &context.queue;
     let mut next = queue
         .submit_io_prep_cmd(tag, BufDesc::Slice(unused.as_slice()), 0, Some(&unused))
         .await;
@@ -260,12 +260,12 @@ async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
             }
             Err(_) => return,
         }
-        let answer = answer(&desk, tag).await;
+        let answer = answer(&context, tag).await;
         if queue.is_stopping() {
             return;
         }
         let (address, result) = match &answer {
-            Answer::Zeros(result) => (desk.zeros.as_ptr(), *result),
+            Answer::Zeros(result) => (context.zeros.as_ptr(), *result),
             Answer::Memory(slice, result) => (slice.as_ptr(), *result),
             Answer::Buffer(buf, result) => (buf.as_ptr(), *result),
             Answer::Bare(result) => (unused.as_ptr(), *result),
@@ -273,7 +273,7 @@ async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
         // A slice is kept until the commit's completion, which is the tag's next request.
         let _kept = match answer {
             Answer::Buffer(buf, _) => {
-                desk.retiring.borrow_mut().push(buf);
+                context.retiring.borrow_mut().push(buf);
                 None
             }
             Answer::Memory(slice, _) => Some(slice),
@@ -290,64 +290,64 @@ async fn serve_tag(desk: Rc<Desk<'_>>, tag: u16, unused: Rc<IoBuf<u8>>) {
 const SERVE: i32 = sys::UBLK_IO_RES_OK as i32;
 
 /// Answers the request that tag `tag` holds.
-async fn answer(desk: &Desk<'_>, tag: u16) -> Answer {
-    let request = desk.queue.get_iod(tag);
+async fn answer(context: &QueueContext<'_>, tag: u16) -> Answer {
+    let request = context.queue.get_iod(tag);
     let (op, sectors, start) = (request.op_flags & 0xff, request.nr_sectors, request.start_sector);
     match op {
         sys::UBLK_IO_OP_READ => {}
         sys::UBLK_IO_OP_FLUSH => return Answer::Bare(0),
         sys::UBLK_IO_OP_WRITE => {
-            desk.lane.refused();
+            context.counters.refused();
             return Answer::Bare(-libc::EROFS);
         }
         _ => {
-            desk.lane.refused();
+            context.counters.refused();
             return Answer::Bare(-libc::EOPNOTSUPP);
         }
     }
-    desk.lane.read();
+    context.counters.read();
     let len = usize::try_from(sectors).unwrap_or(usize::MAX).saturating_mul(512);
     let done = match i32::try_from(len) {
-        Ok(done) if len <= desk.io_bytes => done,
+        Ok(done) if len <= context.io_bytes => done,
         _ => return Answer::Bare(-libc::EINVAL),
     };
-    let sampled = desk.sampled.get();
-    desk.sampled.set(sampled.wrapping_add(1));
+    let sampled = context.sampled.get();
+    context.sampled.set(sampled.wrapping_add(1));
     let began = sampled.is_multiple_of(SAMPLE).then(Instant::now);
     let offset = start.saturating_mul(512);
-    let mut scratch = desk.scratch.borrow_mut().pop().unwrap_or_default();
-    let mut buf = desk.take_buffer();
-    let found = desk
+    let mut scratch = context.scratch.borrow_mut().pop().unwrap_or_default();
+    let mut buf = context.take_buffer();
+    let found = context
         .volume
-        .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, desk.lane);
+        .look(offset, &mut buf.as_mut_slice()[..len], &mut scratch, context.counters);
     let found = match found {
         Ok(Found::Gaps) => {
             let began = began.unwrap_or_else(Instant::now);
-            let closed = close_gaps(desk, tag, &scratch.gaps, &mut buf, len).await;
-            desk.lane.took(began.elapsed(), 1);
+            let closed = close_gaps(context, tag, &scratch.gaps, &mut buf, len).await;
+            context.counters.took(began.elapsed(), 1);
             closed
         }
         found => {
             if let Some(began) = began {
-                desk.lane.took(began.elapsed(), u64::from(SAMPLE));
+                context.counters.took(began.elapsed(), u64::from(SAMPLE));
             }
             found
         }
     };
-    desk.scratch.borrow_mut().push(scratch);
+    context.scratch.borrow_mut().push(scratch);
     match found {
         Ok(Found::Filled | Found::Gaps) => Answer::Buffer(buf, done),
         Ok(Found::Zero) => {
-            desk.give_back(buf);
+            context.give_back(buf);
             Answer::Zeros(done)
         }
         Ok(Found::Memory(slice)) => {
-            desk.give_back(buf);
+            context.give_back(buf);
             Answer::Memory(slice, done)
         }
         Err(error) => {
-            desk.give_back(buf);
-            desk.volume.failed(desk.lane, offset, len, &error);
+            context.give_back(buf);
+            context.volume.failed(context.counters, offset, len, &error);
             Answer::Bare(-libc::EIO)
         }
     }
@@ -356,25 +356,25 @@ async fn answer(desk: &Desk<'_>, tag: u16) -> Answer {
 /// Brings what is missing: local files through this queue's ring, everything else from the fetch thread, all at once.
 /// The buffer is filled, unless one slice turns out to be the whole request.
 async fn close_gaps(
-    desk: &Desk<'_>,
+    context: &QueueContext<'_>,
     tag: u16,
     gaps: &[Gap],
     buf: &mut IoBuf<u8>,
     len: usize,
 ) -> Result<Found, ReadError> {
     let remote: Vec<Gap> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
-    let fetched = (!remote.is_empty()).then(|| ask(desk, tag, &remote));
-    let unread = read_files(desk, gaps, buf).await;
+    let fetched = (!remote.is_empty()).then(|| ask(context, tag, &remote));
+    let unread = read_files(context, gaps, buf).await;
     let slices = match fetched {
-        Some(asked) => hear(desk, tag, asked).await?,
+        Some(asked) => hear(context, tag, asked).await?,
         None => Vec::new(),
     };
     if !unread.is_empty() {
         // A file of the cache that cannot be read is no end: the fetch thread has other ways, or knows what is wrong.
-        let slices = hear(desk, tag, ask(desk, tag, &unread)).await?;
+        let slices = hear(context, tag, ask(context, tag, &unread)).await?;
         fill_gaps(&unread, &slices, buf.as_mut_slice())?;
     }
-    count_gaps(gaps, desk.lane);
+    count_gaps(gaps, context.counters);
     if let ([gap], [slice]) = (&remote[..], &slices[..])
         && gap.len == len
         && slice.len() == len
@@ -386,23 +386,25 @@ async fn close_gaps(
 }
 
 /// Asks the fetch thread for `gaps`. What comes back has to be heard: the future may not be dropped.
-fn ask(desk: &Desk<'_>, tag: u16, gaps: &[Gap]) -> (UblkUringOpFuture, Arc<Landing>) {
+fn ask(context: &QueueContext<'_>, tag: u16, gaps: &[Gap]) -> (UblkUringOpFuture, Arc<Completion>) {
     let arrival = UblkUringOpFuture::new(TARGET);
-    let landing = Landing::new(ring_fd(&desk.queue), arrival.user_data);
-    desk.landings.set(tag, Some(Arc::clone(&landing)));
-    desk.volume.fetch(gaps, Box::new(RingWaiter(Arc::clone(&landing))));
-    (arrival, landing)
+    let completion = Completion::new(ring_fd(&context.queue), arrival.user_data);
+    context.completions.set(tag, Some(Arc::clone(&completion)));
+    context
+        .volume
+        .fetch(gaps, Box::new(RingCallback(Arc::clone(&completion))));
+    (arrival, completion)
 }
 
 /// Waits for what the fetch thread was asked for.
 async fn hear(
-    desk: &Desk<'_>,
+    context: &QueueContext<'_>,
     tag: u16,
-    (arrival, landing): (UblkUringOpFuture, Arc<Landing>),
+    (arrival, completion): (UblkUringOpFuture, Arc<Completion>),
 ) -> Result<Vec<Slice>, ReadError> {
     arrival.await;
-    desk.landings.set(tag, None);
-    landing.take()
+    context.completions.set(tag, None);
+    completion.take()
 }
 
 /// Marks a completion as ours, not the driver's.
@@ -414,13 +416,13 @@ fn ring_fd(queue: &UblkQueue<'_>) -> RawFd {
 }
 
 /// Reads the gaps that lie in local files into `buf`, all in flight together. Returns those whose files did not give them.
-async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<Gap> {
+async fn read_files(context: &QueueContext<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<Gap> {
     let base = buf.as_mut_ptr();
     let mut unread = Vec::new();
     let mut reads = Vec::new();
     for gap in gaps {
         if let Some((fd, offset)) = gap.file {
-            reads.push((gap, 0, submit_read(desk, base, gap, fd, offset, 0)));
+            reads.push((gap, 0, submit_read(context, base, gap, fd, offset, 0)));
         }
     }
     while let Some((gap, done, read)) = reads.pop() {
@@ -433,9 +435,9 @@ async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<G
         match usize::try_from(result) {
             Ok(0) => failed(&"it ends before"),
             Ok(n) if done + n >= gap.len => {}
-            Ok(n) => reads.push((gap, done + n, submit_read(desk, base, gap, fd, offset, done + n))),
+            Ok(n) => reads.push((gap, done + n, submit_read(context, base, gap, fd, offset, done + n))),
             Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => {
-                reads.push((gap, done, submit_read(desk, base, gap, fd, offset, done)));
+                reads.push((gap, done, submit_read(context, base, gap, fd, offset, done)));
             }
             Err(_) => failed(&std::io::Error::from_raw_os_error(-result)),
         }
@@ -444,7 +446,14 @@ async fn read_files(desk: &Desk<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<G
 }
 
 /// Queues a read of what `gap` still lacks after its first `done` bytes.
-fn submit_read(desk: &Desk<'_>, base: *mut u8, gap: &Gap, fd: RawFd, offset: u64, done: usize) -> UblkUringOpFuture {
+fn submit_read(
+    context: &QueueContext<'_>,
+    base: *mut u8,
+    gap: &Gap,
+    fd: RawFd,
+    offset: u64,
+    done: usize,
+) -> UblkUringOpFuture {
     // `look` keeps gaps inside the buffer that it was given.
     let target = base.wrapping_add(gap.at + done);
     let len = u32::try_from(gap.len - done).unwrap_or(u32::MAX);
@@ -452,7 +461,7 @@ fn submit_read(desk: &Desk<'_>, base: *mut u8, gap: &Gap, fd: RawFd, offset: u64
         .offset(offset + to_u64(done))
         .build();
     // The buffer outlives the operation because the task that holds it awaits it, and nobody drops the task before that.
-    desk.queue.ublk_submit_sqe(entry)
+    context.queue.ublk_submit_sqe(entry)
 }
 
 #[cfg(test)]

@@ -10,18 +10,18 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::flight::{Answer, Patience};
+use super::flight::{Answer, Backoff};
 use super::origin::Trouble;
 use super::partial::{Partials, Ranges, subtract};
-use super::pipeline::{Course, Cut, Cutter};
-use super::request::Why;
+use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
+use super::request::Purpose;
 use super::window::WindowShelf;
-use super::{Engine, LONGEST_FLIGHT, MARKED_WHOLE, MARKER_DISTANCE, Remote};
+use super::{Engine, LONGEST_FLIGHT, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::stats::add;
 use crate::fetch::{Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
-use crate::prefetch::{Presence, Stretch, Want};
+use crate::prefetch::{ChunkRange, Planned, Presence};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64};
 
 /// Spans this far apart, in bytes of the blob, are one request.
@@ -32,7 +32,7 @@ pub(super) struct CodedLayer {
     pub(super) table: SpanTable,
     windows: WindowShelf,
     /// The flights under way.
-    airborne: RefCell<Vec<Rc<Route>>>,
+    in_flight: RefCell<Vec<Rc<SpanRequest>>>,
     partials: RefCell<Partials>,
 }
 
@@ -41,7 +41,7 @@ impl CodedLayer {
         Ok(Self {
             table: coded.table,
             windows: WindowShelf::new(coded.windows)?,
-            airborne: RefCell::default(),
+            in_flight: RefCell::default(),
             partials: RefCell::default(),
         })
     }
@@ -59,14 +59,14 @@ impl CodedLayer {
         for range in &mut lacking {
             *range = range.start + start..range.end + start;
         }
-        for route in &*self.airborne.borrow() {
+        for route in &*self.in_flight.borrow() {
             subtract(&mut lacking, &(route.delivered.get()..route.to));
         }
         lacking
     }
 
     /// Puts spans together to flights: neighbours, none much longer than a flight may be.
-    fn routes(&self, layer: LayerId, spans: &BTreeSet<usize>) -> Vec<Rc<Route>> {
+    fn routes(&self, layer: LayerId, spans: &BTreeSet<usize>) -> Vec<Rc<SpanRequest>> {
         let mut groups: Vec<Range<usize>> = Vec::new();
         for &span in spans {
             let joins = groups.last().is_some_and(|group| {
@@ -85,7 +85,7 @@ impl CodedLayer {
         }
         let route = |group: Range<usize>| {
             let (first, last) = (self.table.span(group.start), self.table.span(group.end - 1));
-            Rc::new(Route {
+            Rc::new(SpanRequest {
                 layer,
                 from: first.tar.start.0,
                 to: last.tar.end().0,
@@ -99,7 +99,7 @@ impl CodedLayer {
 
 /// What one flight is to bring.
 #[derive(Debug)]
-struct Route {
+struct SpanRequest {
     layer: LayerId,
     from: u64,
     to: u64,
@@ -108,28 +108,28 @@ struct Route {
     delivered: Cell<u64>,
 }
 
-impl Route {
+impl SpanRequest {
     fn blob_len(&self) -> u64 {
         self.blob.end.saturating_sub(self.blob.start)
     }
 
     /// The chunks of which it has brought nothing or a part.
-    fn rest(&self) -> Stretch {
+    fn rest(&self) -> ChunkRange {
         let from = self.delivered.get();
-        Stretch::of(self.layer, TarRange::new(TarOffset(from), self.to - from))
+        ChunkRange::of(self.layer, TarRange::new(TarOffset(from), self.to - from))
     }
 
     /// All chunks of which it brings something.
-    fn all(&self) -> Stretch {
-        Stretch::of(self.layer, TarRange::new(TarOffset(self.from), self.to - self.from))
+    fn all(&self) -> ChunkRange {
+        ChunkRange::of(self.layer, TarRange::new(TarOffset(self.from), self.to - self.from))
     }
 }
 
 /// However a flight ends, nobody is left waiting for it.
 struct Landing {
     engine: Rc<Engine>,
-    remote: Rc<Remote>,
-    route: Rc<Route>,
+    remote: Rc<LayerState>,
+    route: Rc<SpanRequest>,
     /// Bytes of the blob that it still counts as on their way.
     owed: Cell<u64>,
     /// The chunk that was wrong.
@@ -147,13 +147,13 @@ impl Landing {
     }
 
     /// Takes what came out of the decoder.
-    fn land(&self, coded: &CodedLayer, cut: Cut) {
+    fn land(&self, coded: &CodedLayer, cut: ChunkOut) {
         if self.wrong.get().is_some() {
             return;
         }
         let (engine, remote, layer) = (&self.engine, &self.remote, self.route.layer);
         match cut {
-            Cut::Whole { index, bytes, right } => {
+            ChunkOut::Whole { index, bytes, right } => {
                 engine.count_checked(remote);
                 if !right {
                     self.wrong.set(Some(index));
@@ -165,8 +165,8 @@ impl Landing {
                 Engine::found_right(remote, index);
                 engine.bring(ChunkKey { layer, index }, bytes, true);
             }
-            Cut::Wrong { index } => self.wrong.set(Some(index)),
-            Cut::Part { at, bytes } => {
+            ChunkOut::Wrong { index } => self.wrong.set(Some(index)),
+            ChunkOut::Part { at, bytes } => {
                 self.advance(at + len_u64(bytes.len()));
                 add(&engine.shared.counters.bytes_decoded, len_u64(bytes.len()));
                 engine.bring_part(coded, layer, at, &bytes);
@@ -198,7 +198,7 @@ impl Drop for Landing {
         }
         if let Some(coded) = &self.remote.coded {
             coded
-                .airborne
+                .in_flight
                 .borrow_mut()
                 .retain(|route| !Rc::ptr_eq(route, &self.route));
             self.engine.settle_borders(coded, &self.route);
@@ -210,9 +210,9 @@ impl Engine {
     /// Sends flights for what is absent of `stretches`, which are all of one compressed layer.
     pub(super) fn launch_coded(
         self: &Rc<Self>,
-        remote: &Rc<Remote>,
+        remote: &Rc<LayerState>,
         coded: &CodedLayer,
-        stretches: &[Stretch],
+        stretches: &[ChunkRange],
         demand: bool,
     ) {
         let Some(layer) = stretches.first().map(|stretch| stretch.layer) else {
@@ -232,7 +232,7 @@ impl Engine {
         }
         let routes = coded.routes(layer, &spans);
         for route in &routes {
-            coded.airborne.borrow_mut().push(route.clone());
+            coded.in_flight.borrow_mut().push(route.clone());
         }
         let mut coming: BTreeSet<ChunkKey> = wanted.iter().copied().collect();
         coming.extend(routes.iter().flat_map(|route| route.all().keys()));
@@ -272,14 +272,14 @@ impl Engine {
         pending.marker = marker;
         if !pending.waiters.is_empty() {
             self.planner.borrow_mut().demanded(CHUNK_BYTES);
-        } else if planned && pending.why == Why::Filling {
+        } else if planned && pending.why == Purpose::Fill {
             add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
         } else if planned {
-            pending.why = Why::Suspected;
+            pending.why = Purpose::Prefetch;
             self.planner.borrow_mut().suspected(CHUNK_BYTES);
             add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
         } else {
-            pending.why = Why::Along;
+            pending.why = Purpose::Bundled;
         }
     }
 
@@ -295,8 +295,8 @@ impl Engine {
 
     async fn pursue_coded(self: &Rc<Self>, landing: &Landing, coded: &CodedLayer) -> Result<(), FetchError> {
         let (remote, route) = (&landing.remote, &landing.route);
-        let mut patience = Patience::new();
-        let mut course = None;
+        let mut patience = Backoff::new();
+        let mut pipeline = None;
         loop {
             if let Some(error) = self.poison_of(route.layer) {
                 return Err(error);
@@ -311,7 +311,7 @@ impl Engine {
                 // All of it came before the connection broke.
                 return Ok(());
             }
-            let trouble = match self.attempt_coded(landing, coded, &mut course).await {
+            let trouble = match self.attempt_coded(landing, coded, &mut pipeline).await {
                 Ok(Answer::Complete) => return Ok(()),
                 Ok(Answer::Whole(body)) => {
                     self.start_stream(remote, route.layer, Some(body));
@@ -321,7 +321,7 @@ impl Engine {
             };
             if let Trouble::Wrong(why) = &trouble {
                 // Begin anew, with the window read anew as well.
-                course = None;
+                pipeline = None;
                 let at = TarOffset(route.delivered.get());
                 let key = match landing.wrong.take() {
                     Some(index) => ChunkKey {
@@ -345,13 +345,13 @@ impl Engine {
         self: &Rc<Self>,
         landing: &Landing,
         coded: &CodedLayer,
-        kept: &mut Option<Course>,
+        kept: &mut Option<DecodePipeline>,
     ) -> Result<Answer, Trouble> {
         let (remote, route) = (&landing.remote, &landing.route);
         let stop = route.blob.end;
         let delivered = route.delivered.get();
-        let (mut course, mut body) = if let Some(course) = kept.take() {
-            let start = course.blob_at;
+        let (mut pipeline, mut body) = if let Some(pipeline) = kept.take() {
+            let start = pipeline.blob_at;
             let asked = if start < stop {
                 remote
                     .origin
@@ -361,9 +361,9 @@ impl Engine {
                 Err(Trouble::Wrong("a span holds less than the index says".to_owned()))
             };
             match asked {
-                Ok(body) => (course, body),
+                Ok(body) => (pipeline, body),
                 Err(trouble) => {
-                    *kept = Some(course);
+                    *kept = Some(pipeline);
                     return Err(trouble);
                 }
             }
@@ -384,8 +384,11 @@ impl Engine {
             let decoder = Decoder::start(&coded.table, number, &window?)
                 .map_err(|error| Trouble::Wrong(error.to_string()))?
                 .until(remote.checked_end(TarOffset(route.to)));
-            let cutter = Cutter::new(remote.size, span.tar.start.0, delivered, route.to);
-            (Course::new(Some(decoder), start, cutter, remote.check.clone()), body)
+            let chunker = Chunker::new(remote.size, span.tar.start.0, delivered, route.to);
+            (
+                DecodePipeline::new(Some(decoder), start, chunker, remote.check.clone()),
+                body,
+            )
         };
         if body.is_whole() {
             return Ok(Answer::Whole(body));
@@ -396,7 +399,7 @@ impl Engine {
             let piece = match next {
                 Ok(Some(piece)) => piece,
                 ended => {
-                    *kept = Some(course);
+                    *kept = Some(pipeline);
                     ended?;
                     break;
                 }
@@ -404,9 +407,9 @@ impl Engine {
             let len = len_u64(piece.len());
             self.note_arrival(remote, len);
             landing.arrived(len);
-            let feeding = self.feed(course, piece, async |cut| landing.land(coded, cut));
+            let feeding = self.feed(pipeline, piece, async |cut| landing.land(coded, cut));
             let (fed, following) = tokio::join!(feeding, body.next());
-            course = fed.map_err(Trouble::Wrong)?;
+            pipeline = fed.map_err(Trouble::Wrong)?;
             if landing.wrong.get().is_some() {
                 return Err(Trouble::Wrong("it is not what the index says".to_owned()));
             }
@@ -437,7 +440,7 @@ impl Engine {
     }
 
     /// A flight has ended: chunks at its borders that come with no flight any more are fetched if somebody waits for them.
-    fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, route: &Route) {
+    fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, route: &SpanRequest) {
         let all = route.all();
         if self.stopping.get() || all.is_empty() {
             return;
@@ -463,12 +466,12 @@ impl Engine {
             }
             waits.coming = false;
             if waits.waiters.is_empty() {
-                if waits.why == Why::Suspected {
+                if waits.why == Purpose::Prefetch {
                     self.planner.borrow_mut().lost(CHUNK_BYTES);
                 }
                 pending.remove(&key);
             } else {
-                again.push(Want::from(key));
+                again.push(Planned::from(key));
             }
         }
         self.launch(&again);

@@ -11,11 +11,11 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use super::request::Request;
-use super::{Engine, Remote};
+use super::{Engine, LayerState};
 use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
 use crate::cache::disk::{LayerCache, RunWriter};
 use crate::fetch::stats::add;
-use crate::fetch::{Check, FetchError, LayerRange, SharedLayer};
+use crate::fetch::{FetchError, LayerRange, SharedLayer, Verifier};
 use crate::units::{TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
@@ -145,14 +145,14 @@ impl Engine {
         let len = len_usize(chunk_len(remote.size, key.index));
         let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
         let trusted = self.is_checked(key);
-        if let Some(pieces) = remote.check.as_ref().and_then(Check::pieces).filter(|_| !trusted) {
+        if let Some(pieces) = remote.check.as_ref().and_then(Verifier::pieces).filter(|_| !trusted) {
             drop(read);
             return self.clone().bring_proven(remote, pieces, key).await;
         }
         let why = match read.await {
             Ok(bytes) if trusted => return self.bring(key, bytes, false),
             Ok(bytes) => {
-                let (right, bytes) = self.is_right(remote, key.index, bytes).await;
+                let (right, bytes) = self.matches(remote, key.index, bytes).await;
                 if right {
                     self.mark_checked(key);
                     return self.bring(key, bytes, false);
@@ -166,7 +166,7 @@ impl Engine {
     }
 
     /// A chunk in the cache is no use.
-    pub(super) fn lose(&self, remote: &Remote, key: ChunkKey, why: &str) {
+    pub(super) fn lose(&self, remote: &LayerState, key: ChunkKey, why: &str) {
         let Some(cache) = self.cache(key.layer) else { return };
         if cache.has(key.index) {
             add(&self.shared.counters.chunks_wrong, 1);
@@ -272,7 +272,7 @@ impl Engine {
         self.pump();
     }
 
-    fn commit_later(remote: &Rc<Remote>, cache: &Arc<LayerCache>) {
+    fn commit_later(remote: &Rc<LayerState>, cache: &Arc<LayerCache>) {
         let delay = if cache.dirty_bytes() >= COMMIT_BYTES {
             Duration::ZERO
         } else {
@@ -303,7 +303,7 @@ impl Engine {
         }
         self.keep_parts().await;
         for layer in &self.shared.layers {
-            if let SharedLayer::Brought(layer) = layer
+            if let SharedLayer::Fetched(layer) = layer
                 && let Some(cache) = layer.cache.get()
             {
                 commit(cache.clone()).await;

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::Engine;
-use super::request::Why;
+use super::request::Purpose;
 use crate::cache::chunk::{ChunkKey, chunk_count};
-use crate::prefetch::{Presence, Stretch};
+use crate::prefetch::{ChunkRange, Presence};
 use crate::units::{CHUNK_BYTES, LayerId};
 
 /// So long after the last read that had to wait, nobody is reading.
@@ -27,7 +27,7 @@ pub(super) struct Filler {
     /// Where it goes on.
     at: ChunkKey,
     /// What was asked for last, until it is known what came of it.
-    asked: Option<Stretch>,
+    asked: Option<ChunkRange>,
     /// Whether this walk has met chunks that are on their way, or missing.
     lacking: bool,
     pause: Duration,
@@ -58,7 +58,7 @@ impl Filler {
         most: u64,
         chunks: &dyn Fn(LayerId) -> Option<u32>,
         see: &dyn Fn(ChunkKey) -> Presence,
-    ) -> Option<Stretch> {
+    ) -> Option<ChunkRange> {
         if let Some(asked) = self.asked {
             if asked.keys().any(|key| see(key) == Presence::Coming) {
                 return None;
@@ -103,7 +103,7 @@ impl Filler {
         }
     }
 
-    fn absent_from_here(&self, count: u32, most: u64, see: &dyn Fn(ChunkKey) -> Presence) -> Stretch {
+    fn absent_from_here(&self, count: u32, most: u64, see: &dyn Fn(ChunkKey) -> Presence) -> ChunkRange {
         let ChunkKey { layer, index: first } = self.at;
         let longest = u32::try_from(most / CHUNK_BYTES).unwrap_or(u32::MAX).max(1);
         let limit = first.saturating_add(longest).min(count);
@@ -112,7 +112,7 @@ impl Filler {
             .take_while(absent)
             .last()
             .map_or(first + 1, |last| last + 1);
-        Stretch { layer, first, end }
+        ChunkRange { layer, first, end }
     }
 }
 
@@ -130,7 +130,7 @@ impl Engine {
     }
 
     /// A stretch of what the store lacks, marked as on its way there, if nobody reads.
-    pub(super) fn rest(self: &Rc<Self>, most: u64) -> Option<Stretch> {
+    pub(super) fn rest(self: &Rc<Self>, most: u64) -> Option<ChunkRange> {
         let mut filler = self.filler.as_ref()?.borrow_mut();
         if self.last_read.get().elapsed() < QUIET {
             return None;
@@ -148,7 +148,7 @@ impl Engine {
         for key in stretch.keys() {
             let pending = all.entry(key).or_default();
             if pending.waiters.is_empty() {
-                pending.why = Why::Filling;
+                pending.why = Purpose::Fill;
             }
         }
         Some(stretch)
@@ -159,7 +159,7 @@ impl Engine {
         if self.is_kept(key) {
             return Presence::Here;
         }
-        let held = || self.shared.tier.get(key);
+        let held = || self.shared.memory.get(key);
         match self.look(key) {
             Presence::Here if held().is_some_and(|chunk| self.keep(key, chunk, false)) => Presence::Here,
             // The store does not keep up.
@@ -199,7 +199,7 @@ mod tests {
             }
         }
 
-        fn put(&self, stretch: Stretch, presence: Presence) {
+        fn put(&self, stretch: ChunkRange, presence: Presence) {
             self.at.borrow_mut().extend(stretch.keys().map(|key| (key, presence)));
         }
 
@@ -217,7 +217,7 @@ mod tests {
 
         fn arrive(&self, (layer, first, end): (u32, u32, u32), presence: Presence) {
             let layer = LayerId(layer);
-            self.put(Stretch { layer, first, end }, presence);
+            self.put(ChunkRange { layer, first, end }, presence);
         }
     }
 

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::origin::{Body, Trouble};
-use super::{Engine, Remote};
+use super::{Engine, LayerState};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::fetch::transport::Failure;
-use crate::prefetch::Stretch;
+use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, TarOffset, TarRange, len_u64, len_usize};
 
 /// Wrong answers and refusals in a row before a read fails.
@@ -29,12 +29,12 @@ pub(super) enum Answer {
 }
 
 /// How often and how long something is tried again.
-pub(super) struct Patience {
+pub(super) struct Backoff {
     backoff: Duration,
     wrong: u32,
 }
 
-impl Patience {
+impl Backoff {
     pub(super) const fn new() -> Self {
         Self {
             backoff: FIRST_BACKOFF,
@@ -46,7 +46,7 @@ impl Patience {
     pub(super) fn pause(
         &mut self,
         trouble: &Trouble,
-        remote: &Remote,
+        remote: &LayerState,
         range: TarRange,
     ) -> Result<Duration, FetchError> {
         let url = remote.origin.name();
@@ -93,7 +93,7 @@ impl Patience {
 /// However a flight ends, nobody is left waiting for it.
 struct Landing {
     engine: Rc<Engine>,
-    stretch: Stretch,
+    stretch: ChunkRange,
     /// The first chunk that has not landed.
     next: Cell<u32>,
     demand: bool,
@@ -109,8 +109,8 @@ impl Landing {
     }
 
     /// What has not landed.
-    fn rest(&self) -> Stretch {
-        Stretch {
+    fn rest(&self) -> ChunkRange {
+        ChunkRange {
             first: self.next.get(),
             ..self.stretch
         }
@@ -136,7 +136,7 @@ impl Drop for Landing {
 
 impl Engine {
     /// Fetches a stretch, whatever it takes.
-    pub(super) async fn fly(self: Rc<Self>, stretch: Stretch, demand: bool) {
+    pub(super) async fn fly(self: Rc<Self>, stretch: ChunkRange, demand: bool) {
         let landing = Landing {
             engine: self.clone(),
             stretch,
@@ -152,8 +152,8 @@ impl Engine {
         self.pump();
     }
 
-    async fn pursue(self: &Rc<Self>, remote: &Rc<Remote>, landing: &Landing) -> Result<(), FetchError> {
-        let mut patience = Patience::new();
+    async fn pursue(self: &Rc<Self>, remote: &Rc<LayerState>, landing: &Landing) -> Result<(), FetchError> {
+        let mut patience = Backoff::new();
         loop {
             if remote.streaming.get() {
                 self.leave_to_stream(landing.rest());
@@ -188,9 +188,9 @@ impl Engine {
     /// patience for that.
     pub(super) async fn be_patient(
         self: &Rc<Self>,
-        remote: &Remote,
-        rest: Stretch,
-        patience: &mut Patience,
+        remote: &LayerState,
+        rest: ChunkRange,
+        patience: &mut Backoff,
         trouble: &Trouble,
     ) -> Result<(), FetchError> {
         let counters = &self.shared.counters;
@@ -219,8 +219,8 @@ impl Engine {
     }
 
     /// One request for what is left of a flight.
-    async fn attempt(self: &Rc<Self>, remote: &Remote, landing: &Landing) -> Result<Answer, Trouble> {
-        let Stretch { layer, end, .. } = landing.stretch;
+    async fn attempt(self: &Rc<Self>, remote: &LayerState, landing: &Landing) -> Result<Answer, Trouble> {
+        let ChunkRange { layer, end, .. } = landing.stretch;
         let size = remote.size;
         let start = u64::from(landing.next.get()) * CHUNK_BYTES;
         let stop = (u64::from(end) * CHUNK_BYTES).min(size);
@@ -268,7 +268,7 @@ impl Engine {
     }
 
     /// Counts bytes of a blob that came, and learns from when they came.
-    pub(super) fn note_arrival(&self, remote: &Remote, len: u64) {
+    pub(super) fn note_arrival(&self, remote: &LayerState, len: u64) {
         if remote.is_local() {
             return;
         }

@@ -1,7 +1,7 @@
 //! The way from a blob's bytes to chunks. In: compressed bytes as they come. Out: chunks, checked where they can be, and at
 //! both ends what is less than a chunk.
 //!
-//! A course runs on worker threads, one piece at a time, and hands over what comes out through a short channel: however much
+//! A pipeline runs on worker threads, one piece at a time, and hands over what comes out through a short channel: however much
 //! a few bytes unpack to, no more than that waits in memory.
 
 use bytes::Bytes;
@@ -9,9 +9,9 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::Engine;
-use super::verify_piece::Sieve;
+use super::verify_piece::PieceVerifier;
 use crate::cache::chunk::chunk_len;
-use crate::fetch::Check;
+use crate::fetch::Verifier;
 use crate::layer::Decoder;
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
@@ -20,7 +20,7 @@ const CUTS_ON_THE_WAY: usize = 32;
 
 /// A piece of tar space that came out.
 #[derive(Debug)]
-pub(super) enum Cut {
+pub(super) enum ChunkOut {
     /// A whole chunk, and whether it is what it has to be; `true` where nobody can tell.
     Whole { index: u32, bytes: Vec<u8>, right: bool },
     /// What begins in this chunk is not what it has to be. Nothing that matters follows.
@@ -31,7 +31,7 @@ pub(super) enum Cut {
 
 /// Cuts a run of tar bytes into chunks.
 #[derive(Debug)]
-pub(super) struct Cutter {
+pub(super) struct Chunker {
     /// The tar's length.
     size: u64,
     /// Where the next byte lies.
@@ -43,7 +43,7 @@ pub(super) struct Cutter {
     held: Vec<u8>,
 }
 
-impl Cutter {
+impl Chunker {
     /// For bytes that come from `at` on, of which those from `begin` to `to` are wanted.
     pub(super) fn new(size: u64, at: u64, begin: u64, to: u64) -> Self {
         Self {
@@ -79,30 +79,30 @@ impl Cutter {
 }
 
 /// What a flight keeps from one request to the next.
-pub(super) struct Course {
+pub(super) struct DecodePipeline {
     /// None: the blob is the tar.
     decoder: Option<Decoder>,
     /// The next byte of the blob.
     pub(super) blob_at: u64,
     /// Where in the blob decoding begins.
     begins: u64,
-    cutter: Cutter,
-    check: Option<Check>,
+    chunker: Chunker,
+    check: Option<Verifier>,
     /// Checks pieces before they are cut.
-    sieve: Option<Sieve>,
-    /// Digests of blob and tar, for a course that begins at their beginning.
+    pieces_verifier: Option<PieceVerifier>,
+    /// Digests of blob and tar, for a pipeline that begins at their beginning.
     hashes: Option<Box<(Sha256, Sha256)>>,
 }
 
-impl Course {
+impl DecodePipeline {
     /// From byte `blob_at` of the blob on, where no piece that can be checked is cut.
-    pub(super) fn new(decoder: Option<Decoder>, blob_at: u64, cutter: Cutter, check: Option<Check>) -> Self {
-        let pieces = check.as_ref().and_then(Check::pieces).cloned();
+    pub(super) fn new(decoder: Option<Decoder>, blob_at: u64, chunker: Chunker, check: Option<Verifier>) -> Self {
+        let pieces = check.as_ref().and_then(Verifier::pieces).cloned();
         Self {
             decoder,
             blob_at,
-            sieve: pieces.map(|pieces| Sieve::new(pieces, cutter.at)),
-            cutter,
+            pieces_verifier: pieces.map(|pieces| PieceVerifier::new(pieces, chunker.at)),
+            chunker,
             check,
             begins: blob_at,
             hashes: None,
@@ -123,7 +123,7 @@ impl Course {
 
     /// Where the next byte that comes out lies.
     pub(super) fn tar_at(&self) -> u64 {
-        self.cutter.at
+        self.chunker.at
     }
 
     /// The digests of blob and tar, once all has come by.
@@ -133,11 +133,11 @@ impl Course {
     }
 
     /// Takes the blob's next bytes.
-    fn feed(&mut self, piece: &[u8], give: &mut dyn FnMut(Cut)) -> Result<(), String> {
+    fn feed(&mut self, piece: &[u8], give: &mut dyn FnMut(ChunkOut)) -> Result<(), String> {
         let before = len_usize(self.begins.saturating_sub(self.blob_at)).min(piece.len());
         self.blob_at += len_u64(piece.len());
-        let size = self.cutter.size;
-        let (cutter, check, sieve) = (&mut self.cutter, self.check.as_ref(), &mut self.sieve);
+        let size = self.chunker.size;
+        let (chunker, check, pieces_verifier) = (&mut self.chunker, self.check.as_ref(), &mut self.pieces_verifier);
         let mut wrong = None;
         let (mut blob_hash, mut tar_hash) = match self.hashes.as_deref_mut() {
             Some((blob, tar)) => (Some(blob), Some(tar)),
@@ -151,19 +151,19 @@ impl Course {
                 hash.update(bytes);
             }
             let mut cut = |bytes: &[u8]| {
-                cutter.push(bytes, &mut |at, index, bytes| {
+                chunker.push(bytes, &mut |at, index, bytes| {
                     give(if len_u64(bytes.len()) == chunk_len(size, index) {
-                        let right = check.is_none_or(|check| check.is_right(index, &bytes));
-                        Cut::Whole { index, bytes, right }
+                        let right = check.is_none_or(|check| check.matches(index, &bytes));
+                        ChunkOut::Whole { index, bytes, right }
                     } else {
-                        Cut::Part { at, bytes }
+                        ChunkOut::Part { at, bytes }
                     });
                 });
             };
-            match sieve {
+            match pieces_verifier {
                 // Whatever follows something wrong is decoded, but nobody sees it.
                 _ if wrong.is_some() => {}
-                Some(sieve) => wrong = sieve.push(bytes, &mut cut).err(),
+                Some(pieces_verifier) => wrong = pieces_verifier.push(bytes, &mut cut).err(),
                 None => cut(bytes),
             }
         };
@@ -176,31 +176,31 @@ impl Course {
         };
         if let Some(TarOffset(at)) = wrong {
             let index = u32::try_from(at / CHUNK_BYTES).unwrap_or(u32::MAX);
-            give(Cut::Wrong { index });
+            give(ChunkOut::Wrong { index });
         }
         fed
     }
 }
 
 impl Engine {
-    /// Sends a piece through a course on a worker thread; `land` gets what comes out, in order. The course comes back
+    /// Sends a piece through a pipeline on a worker thread; `land` gets what comes out, in order. The pipeline comes back
     /// unless it broke.
     pub(super) async fn feed(
         &self,
-        mut course: Course,
+        mut pipeline: DecodePipeline,
         piece: Bytes,
-        mut land: impl AsyncFnMut(Cut),
-    ) -> Result<Course, String> {
+        mut land: impl AsyncFnMut(ChunkOut),
+    ) -> Result<DecodePipeline, String> {
         // The semaphore is never closed; without a permit it would only be busier.
         let permit = self.workers.clone().acquire_owned().await.ok();
         let (give, mut take) = mpsc::channel(CUTS_ON_THE_WAY);
         let job = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            let fed = course.feed(&piece, &mut |cut| {
+            let fed = pipeline.feed(&piece, &mut |cut| {
                 // Nobody listens any more: what comes out is dropped.
                 let _gone = give.blocking_send(cut);
             });
-            fed.map(|()| course)
+            fed.map(|()| pipeline)
         });
         while let Some(cut) = take.recv().await {
             land(cut).await;
@@ -217,10 +217,10 @@ mod tests {
     /// Cuts `at..` of a tar of `size` bytes in pieces of `step`, and returns what came out as ranges.
     fn cut(size: u64, at: u64, begin: u64, to: u64, step: usize) -> Vec<(u64, u64)> {
         let content: Vec<u8> = (0..size).map(|at| u8::try_from(at % 251).unwrap()).collect();
-        let mut cutter = Cutter::new(size, at, begin, to);
+        let mut chunker = Chunker::new(size, at, begin, to);
         let mut out = Vec::new();
         for piece in content[len_usize(at)..].chunks(step) {
-            cutter.push(piece, &mut |at, index, bytes| {
+            chunker.push(piece, &mut |at, index, bytes| {
                 let end = at + len_u64(bytes.len());
                 assert_eq!(bytes, content[len_usize(at)..len_usize(end)]);
                 assert_eq!(u64::from(index), at / CHUNK_BYTES);

@@ -9,21 +9,21 @@ use super::coded::CodedLayer;
 use super::disk::Writer;
 use super::origin::Origin;
 use crate::cache::chunk::chunk_count;
-use crate::cache::disk::{LayerCache, LayerKey, Store, StoreError};
+use crate::cache::disk::{DiskCache, DiskCacheError, LayerCache, LayerKey};
 use crate::fetch::transport::RemoteLayer;
-use crate::fetch::{Blob, Brought, Check, FetchOptions, LayerSource, SharedLayer, StartError, WholeDigests};
+use crate::fetch::{Blob, FetchOptions, FetchedLayer, LayerSource, SharedLayer, StartError, Verifier, WholeDigests};
 use crate::layer::Coding;
-use crate::prefetch::Stretch;
+use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// A layer that has to be brought, as the fetch thread sees it.
-pub(super) struct Remote {
+pub(super) struct LayerState {
     pub(super) origin: Origin,
     /// The tar's length.
     pub(super) size: u64,
     /// None: the blob is the tar.
     pub(super) coded: Option<CodedLayer>,
-    pub(super) check: Option<Check>,
+    pub(super) check: Option<Verifier>,
     pub(super) whole: WholeDigests,
     pub(super) writer: Writer,
     /// Whether the layer is being read from end to end.
@@ -40,7 +40,7 @@ pub(super) struct Remote {
     pub(super) proving: tokio::sync::Mutex<()>,
 }
 
-impl Remote {
+impl LayerState {
     pub(super) fn new(source: LayerSource) -> Result<Self, StartError> {
         let size = source.size();
         Ok(Self {
@@ -88,8 +88,8 @@ impl Remote {
     }
 
     /// All its chunks.
-    pub(super) fn all(&self, layer: LayerId) -> Stretch {
-        Stretch {
+    pub(super) fn all(&self, layer: LayerId) -> ChunkRange {
+        ChunkRange {
             layer,
             first: 0,
             end: chunk_count(self.size).unwrap_or(u32::MAX),
@@ -99,7 +99,7 @@ impl Remote {
 
 /// The cache of a layer, under the best name that it has. A layer on a server that says neither a digest nor a validator gets one
 /// that goes with the process.
-fn cache_of(store: &Store, source: &LayerSource) -> Result<Arc<LayerCache>, StoreError> {
+fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, DiskCacheError> {
     let size = source.size();
     let key = match (&source.identity, &source.blob) {
         (Some(identity), _) => Some(LayerKey::of_content(identity, size)),
@@ -135,7 +135,7 @@ pub(super) fn take_in(
         }
     }
     let as_it_is = source.coding.is_none() && source.digests.is_none();
-    let brought = Brought::new(size, source.digests.is_some());
+    let brought = FetchedLayer::new(size, source.digests.is_some());
     match &source.blob {
         Blob::File(_) if as_it_is => {
             let Blob::File(local) = source.blob else {
@@ -166,5 +166,5 @@ pub(super) fn take_in(
             }
         }
     }
-    Ok((SharedLayer::Brought(brought), Some(source)))
+    Ok((SharedLayer::Fetched(brought), Some(source)))
 }

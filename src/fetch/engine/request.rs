@@ -9,24 +9,24 @@ use smallvec::SmallVec;
 
 use crate::cache::chunk::Slice;
 use crate::fetch::stats::{Counters, add, take};
-use crate::fetch::{FetchError, Waiter};
+use crate::fetch::{FetchError, ReadCallback};
 
 /// A waiter that is owed an answer: dropped without one it is told that the fetcher has stopped.
-pub(crate) struct Owed(Option<Box<dyn Waiter>>);
+pub(crate) struct CompleteOnDrop(Option<Box<dyn ReadCallback>>);
 
-impl Owed {
-    pub(crate) fn new(waiter: Box<dyn Waiter>) -> Self {
+impl CompleteOnDrop {
+    pub(crate) fn new(waiter: Box<dyn ReadCallback>) -> Self {
         Self(Some(waiter))
     }
 
-    fn pay(mut self, outcome: Result<Vec<Slice>, FetchError>) {
+    fn complete(mut self, outcome: Result<Vec<Slice>, FetchError>) {
         if let Some(waiter) = self.0.take() {
             waiter.complete(outcome);
         }
     }
 }
 
-impl Drop for Owed {
+impl Drop for CompleteOnDrop {
     fn drop(&mut self) {
         if let Some(waiter) = self.0.take() {
             waiter.complete(Err(FetchError::Stopped));
@@ -39,14 +39,14 @@ pub(super) struct Request {
     /// In the order asked; filled as chunks land.
     slots: RefCell<Vec<Option<Slice>>>,
     missing: Cell<usize>,
-    waiter: RefCell<Option<Owed>>,
+    waiter: RefCell<Option<CompleteOnDrop>>,
     pub(super) asked: Instant,
     counters: Arc<Counters>,
 }
 
 impl Request {
     /// A read whose slots are still being added: it does not look whole until [`Request::ready`].
-    pub(super) fn new(waiter: Owed, asked: Instant, counters: Arc<Counters>) -> Rc<Self> {
+    pub(super) fn new(waiter: CompleteOnDrop, asked: Instant, counters: Arc<Counters>) -> Rc<Self> {
         add(&counters.reads, 1);
         add(&counters.in_flight, 1);
         Rc::new(Self {
@@ -109,7 +109,7 @@ impl Request {
             add(&self.counters.read_errors, 1);
             log::error!("read failed: {error}");
         }
-        waiter.pay(outcome);
+        waiter.complete(outcome);
     }
 }
 
@@ -122,27 +122,27 @@ pub(super) struct Waiting {
     pub(super) len: u64,
 }
 
-/// Why a chunk comes.
+/// Why a chunk is fetched. It decides how the chunk is accounted for and where it goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Why {
-    /// Somebody wants it.
+pub(super) enum Purpose {
+    /// A reader waits for it, or has waited.
     #[default]
-    Wanted,
-    /// It was asked for on suspicion and nobody has wanted it yet.
-    Suspected,
-    /// It comes with something else, and nobody has wanted it yet.
-    Along,
-    /// Everything is to be in the store, and nobody has wanted it yet.
-    Filling,
+    Demand,
+    /// The planner expects it to be read; no reader has asked for it yet.
+    Prefetch,
+    /// It lies in a span or request that is fetched for another chunk.
+    Bundled,
+    /// The whole layer is to be in the disk cache; no reader has asked for it yet.
+    Fill,
 }
 
-/// A chunk that is not here, and whom it is for.
+/// A chunk in the table of chunks in flight: who waits for it and whether it comes.
 #[derive(Default)]
 pub(super) struct Pending {
     pub(super) waiters: SmallVec<[Waiting; 1]>,
-    /// Whether a flight or a disk read brings it.
+    /// Whether a request or a read of the disk cache brings it.
     pub(super) coming: bool,
-    pub(super) why: Why,
+    pub(super) why: Purpose,
     /// Whether its first reader should wake the planner.
     pub(super) marker: bool,
 }

@@ -12,23 +12,23 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::disk::LARGEST_BACKLOG;
-use super::flight::Patience;
+use super::flight::Backoff;
 use super::origin::{Body, Trouble};
-use super::pipeline::{Course, Cut, Cutter};
-use super::request::Why;
-use super::{Engine, Remote};
+use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
+use super::request::Purpose;
+use super::{Engine, LayerState};
 use crate::cache::chunk::{Chunk, ChunkKey, Slice};
 use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
-use crate::prefetch::{Stretch, Want};
+use crate::prefetch::{ChunkRange, Planned};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64, len_usize};
 
 impl Engine {
     /// Starts reading a layer from end to end, unless that is under way. `first` is an answer that has the whole blob.
-    pub(super) fn start_stream(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId, first: Option<Body>) {
-        struct Streaming(Rc<Engine>, Rc<Remote>, LayerId);
+    pub(super) fn start_stream(self: &Rc<Self>, remote: &Rc<LayerState>, layer: LayerId, first: Option<Body>) {
+        struct Streaming(Rc<Engine>, Rc<LayerState>, LayerId);
         impl Drop for Streaming {
             fn drop(&mut self) {
                 self.1.streaming.set(false);
@@ -53,21 +53,23 @@ impl Engine {
 
     async fn stream(
         self: &Rc<Self>,
-        remote: &Rc<Remote>,
+        remote: &Rc<LayerState>,
         layer: LayerId,
         mut first: Option<Body>,
     ) -> Result<(), FetchError> {
-        let mut patience = Patience::new();
-        let mut course = None;
+        let mut patience = Backoff::new();
+        let mut pipeline = None;
         let wrong = Cell::new(None);
         // When something last came.
         let mut alive = Instant::now();
         loop {
-            let before = course.as_ref().map_or(0, |course: &Course| course.blob_at);
-            let trouble = match self.stream_on(remote, layer, &mut course, &wrong, first.take()).await {
+            let before = pipeline
+                .as_ref()
+                .map_or(0, |pipeline: &DecodePipeline| pipeline.blob_at);
+            let trouble = match self.stream_on(remote, layer, &mut pipeline, &wrong, first.take()).await {
                 Ok(()) => {
                     remote.suspects.borrow_mut().clear();
-                    if let Some((blob, tar)) = course.and_then(Course::digests) {
+                    if let Some((blob, tar)) = pipeline.and_then(DecodePipeline::digests) {
                         self.judge_whole(remote, layer, Some(blob), tar);
                     }
                     return Ok(());
@@ -78,11 +80,11 @@ impl Engine {
             add(&self.shared.counters.errors, 1);
             if let Trouble::Wrong(why) = &trouble {
                 // From the beginning, once more.
-                course = None;
+                pipeline = None;
                 let index = wrong.take().unwrap_or(0);
                 self.found_wrong(remote, ChunkKey { layer, index }, why)?;
             }
-            if course.as_ref().map_or(0, |course| course.blob_at) > before {
+            if pipeline.as_ref().map_or(0, |pipeline| pipeline.blob_at) > before {
                 patience.renew();
                 alive = Instant::now();
             }
@@ -107,22 +109,22 @@ impl Engine {
     /// One request for what is left of the blob.
     async fn stream_on(
         self: &Rc<Self>,
-        remote: &Rc<Remote>,
+        remote: &Rc<LayerState>,
         layer: LayerId,
-        kept: &mut Option<Course>,
+        kept: &mut Option<DecodePipeline>,
         wrong: &Cell<Option<u32>>,
         first: Option<Body>,
     ) -> Result<(), Trouble> {
-        let mut course = match kept.take() {
-            Some(course) => course,
+        let mut pipeline = match kept.take() {
+            Some(pipeline) => pipeline,
             None => Self::course_of_all(remote)?,
         };
-        let (start, blob_len) = (course.blob_at, remote.blob_size());
+        let (start, blob_len) = (pipeline.blob_at, remote.blob_size());
         let asked = match first {
             Some(body) => Ok(body),
             None if start == blob_len => {
-                let short = course.tar_at() < remote.size;
-                *kept = Some(course);
+                let short = pipeline.tar_at() < remote.size;
+                *kept = Some(pipeline);
                 return if short { Err(holds_less()) } else { Ok(()) };
             }
             None => remote.origin.get(&self.client, start, blob_len - start, true).await,
@@ -130,7 +132,7 @@ impl Engine {
         let mut body = match asked {
             Ok(body) => body,
             Err(trouble) => {
-                *kept = Some(course);
+                *kept = Some(pipeline);
                 return Err(trouble);
             }
         };
@@ -142,8 +144,8 @@ impl Engine {
             let mut piece = match next {
                 Ok(Some(piece)) => piece,
                 ended => {
-                    let short = course.tar_at() < remote.size;
-                    *kept = Some(course);
+                    let short = pipeline.tar_at() < remote.size;
+                    *kept = Some(pipeline);
                     ended?;
                     return if short { Err(holds_less()) } else { Ok(()) };
                 }
@@ -154,14 +156,14 @@ impl Engine {
             self.note_arrival(remote, len_u64(piece.len()));
             let skipped = len_usize(skip).min(piece.len());
             skip -= len_u64(skipped);
-            let feeding = self.feed(course, piece.split_off(skipped), async |cut| match cut {
-                Cut::Whole {
+            let feeding = self.feed(pipeline, piece.split_off(skipped), async |cut| match cut {
+                ChunkOut::Whole {
                     index, right: false, ..
                 } => {
                     wrong.set(wrong.take().or(Some(index)));
                 }
-                Cut::Wrong { index } => wrong.set(wrong.take().or(Some(index))),
-                Cut::Whole { index, bytes, .. } if wrong.get().is_none() => {
+                ChunkOut::Wrong { index } => wrong.set(wrong.take().or(Some(index))),
+                ChunkOut::Whole { index, bytes, .. } if wrong.get().is_none() => {
                     self.bring_from_stream(remote, ChunkKey { layer, index }, bytes);
                     // The stream is as fast as the disk: what is not kept would have to be streamed again.
                     while self.backlog.get() > LARGEST_BACKLOG && !remote.writer.is_idle() {
@@ -171,7 +173,7 @@ impl Engine {
                 _ => {}
             });
             let (fed, following) = tokio::join!(feeding, body.next());
-            course = fed.map_err(Trouble::Wrong)?;
+            pipeline = fed.map_err(Trouble::Wrong)?;
             if let Some(index) = wrong.get() {
                 return Err(Trouble::Wrong(format!("chunk {index} is not what the index says")));
             }
@@ -180,33 +182,33 @@ impl Engine {
     }
 
     /// From the first byte to the last.
-    fn course_of_all(remote: &Remote) -> Result<Course, Trouble> {
+    fn course_of_all(remote: &LayerState) -> Result<DecodePipeline, Trouble> {
         let decoder = match &remote.coded {
             Some(coded) => {
                 Some(Decoder::start(&coded.table, 0, &[]).map_err(|error| Trouble::Wrong(error.to_string()))?)
             }
             None => None,
         };
-        let cutter = Cutter::new(remote.size, 0, 0, remote.size);
+        let chunker = Chunker::new(remote.size, 0, 0, remote.size);
         // A table of contents begins with the first file's content, and the blob with its headers.
         let begins = remote.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
-        let course = Course::new(decoder, begins, cutter, remote.check.clone()).fed_from_the_first_byte();
+        let pipeline = DecodePipeline::new(decoder, begins, chunker, remote.check.clone()).fed_from_the_first_byte();
         Ok(if remote.whole.is_empty() {
-            course
+            pipeline
         } else {
-            course.hashing()
+            pipeline.hashing()
         })
     }
 
     /// A chunk has come by, whether somebody wants it or not: to memory if somebody does, and to the store.
-    fn bring_from_stream(self: &Rc<Self>, remote: &Rc<Remote>, key: ChunkKey, bytes: Vec<u8>) {
+    fn bring_from_stream(self: &Rc<Self>, remote: &Rc<LayerState>, key: ChunkKey, bytes: Vec<u8>) {
         self.count_checked(remote);
         let pending = self.pending.borrow_mut().remove(&key);
         let chunk = Arc::new(Chunk::demanded(bytes));
         let kept = self.keep(key, chunk.clone(), true);
         let wanted = pending.as_ref().is_some_and(|pending| !pending.waiters.is_empty());
         if wanted || !kept {
-            drop(self.shared.tier.insert(key, chunk.clone()));
+            drop(self.shared.memory.insert(key, chunk.clone()));
         }
         for waiting in pending.into_iter().flat_map(|pending| pending.waiters) {
             waiting
@@ -216,7 +218,7 @@ impl Engine {
     }
 
     /// What a flight does not bring: the stream does, or has.
-    pub(super) fn leave_to_stream(self: &Rc<Self>, stretch: Stretch) {
+    pub(super) fn leave_to_stream(self: &Rc<Self>, stretch: ChunkRange) {
         let mut cached = Vec::new();
         for key in stretch.keys() {
             if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
@@ -247,7 +249,7 @@ impl Engine {
             if pending.get(&key).is_some_and(|pending| pending.waiters.is_empty())
                 && pending
                     .remove(&key)
-                    .is_some_and(|pending| pending.why == Why::Suspected)
+                    .is_some_and(|pending| pending.why == Purpose::Prefetch)
             {
                 self.planner.borrow_mut().lost(CHUNK_BYTES);
             }
@@ -255,10 +257,10 @@ impl Engine {
         again.retain(|key| pending.contains_key(key));
         drop(pending);
         self.read_cached(cached);
-        self.launch(&again.into_iter().map(Want::from).collect::<Vec<_>>());
+        self.launch(&again.into_iter().map(Planned::from).collect::<Vec<_>>());
     }
 
-    fn make_room_for_stream(&self, remote: &Remote, layer: LayerId) {
+    fn make_room_for_stream(&self, remote: &LayerState, layer: LayerId) {
         let name = remote.origin.name();
         if remote.can_seek() && !remote.warned.replace(true) {
             log::warn!(

@@ -10,21 +10,21 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Engine, Origin, Remote};
+use super::{Engine, LayerState, Origin};
 use crate::cache::chunk::ChunkKey;
 use crate::fetch::stats::add;
-use crate::fetch::{Check, FetchError};
+use crate::fetch::{FetchError, Verifier};
 use crate::units::LayerId;
 
 impl Engine {
-    pub(super) fn count_checked(&self, remote: &Remote) {
+    pub(super) fn count_checked(&self, remote: &LayerState) {
         if remote.check.is_some() {
             add(&self.shared.counters.chunks_checked, 1);
         }
     }
 
     /// Whether `bytes` are the chunk, and the bytes again.
-    pub(super) async fn is_right(&self, remote: &Remote, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
+    pub(super) async fn matches(&self, remote: &LayerState, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
         let Some(check) = remote.check.clone() else {
             return (true, bytes);
         };
@@ -32,7 +32,7 @@ impl Engine {
         let permit = self.workers.clone().acquire_owned().await.ok();
         let job = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            (check.is_right(index, &bytes), bytes)
+            (check.matches(index, &bytes), bytes)
         });
         job.await.unwrap_or_default()
     }
@@ -43,7 +43,7 @@ impl Engine {
             return;
         };
         // What is checked piece by piece was checked before it was cut.
-        let Some(Check::Chunks(check)) = &remote.check else {
+        let Some(Verifier::Chunks(check)) = &remote.check else {
             for (key, bytes) in chunks {
                 self.count_checked(remote);
                 self.bring(key, bytes, true);
@@ -55,7 +55,7 @@ impl Engine {
         let others = chunks.split_off(chunks.iter().take_while(at_once).count());
         for (key, bytes) in std::mem::replace(&mut chunks, others) {
             self.count_checked(remote);
-            let right = check.is_right(key.index, &bytes);
+            let right = check.matches(key.index, &bytes);
             self.heed_check(remote, key, right, bytes);
         }
         if chunks.is_empty() {
@@ -71,7 +71,7 @@ impl Engine {
                 let _permit = permit;
                 for (key, bytes) in chunks {
                     // Nobody listens when the engine is gone.
-                    let _gone = give.send((check.is_right(key.index, &bytes), bytes));
+                    let _gone = give.send((check.matches(key.index, &bytes), bytes));
                 }
             });
             for key in keys {
@@ -85,7 +85,7 @@ impl Engine {
     }
 
     /// A chunk was checked: it is brought if it was right.
-    fn heed_check(self: &Rc<Self>, remote: &Rc<Remote>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
+    fn heed_check(self: &Rc<Self>, remote: &Rc<LayerState>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
         if right {
             Self::found_right(remote, key.index);
             self.bring(key, bytes, true);
@@ -104,7 +104,12 @@ impl Engine {
 
     /// Something about a chunk was wrong. Fine for the first time: it is to be fetched once more. The second time the layer
     /// is poisoned, which is the error.
-    pub(super) fn found_wrong(self: &Rc<Self>, remote: &Remote, key: ChunkKey, why: &str) -> Result<(), FetchError> {
+    pub(super) fn found_wrong(
+        self: &Rc<Self>,
+        remote: &LayerState,
+        key: ChunkKey,
+        why: &str,
+    ) -> Result<(), FetchError> {
         add(&self.shared.counters.chunks_wrong, 1);
         if let Some(error) = self.poison_of(key.layer) {
             return Err(error);
@@ -121,7 +126,7 @@ impl Engine {
     }
 
     /// A chunk came right.
-    pub(super) fn found_right(remote: &Remote, index: u32) {
+    pub(super) fn found_right(remote: &LayerState, index: u32) {
         if !remote.suspects.borrow().is_empty() {
             remote.suspects.borrow_mut().remove(&index);
         }
@@ -157,7 +162,13 @@ impl Engine {
     }
 
     /// The whole layer has passed by: is it what it has to be?
-    pub(super) fn judge_whole(self: &Rc<Self>, remote: &Remote, layer: LayerId, blob: Option<[u8; 32]>, tar: [u8; 32]) {
+    pub(super) fn judge_whole(
+        self: &Rc<Self>,
+        remote: &LayerState,
+        layer: LayerId,
+        blob: Option<[u8; 32]>,
+        tar: [u8; 32],
+    ) {
         let differs = |expected: Option<[u8; 32]>, found| expected.is_some_and(|expected| expected != found);
         let blob_known = blob.is_some() && remote.whole.blob.is_some();
         if blob.is_some_and(|blob| differs(remote.whole.blob, blob)) {
@@ -176,7 +187,7 @@ impl Engine {
     }
 
     /// After something was written: when the layer is complete, its tar is digested in the background, once.
-    pub(super) fn judge_if_whole(self: &Rc<Self>, remote: &Rc<Remote>, layer: LayerId) {
+    pub(super) fn judge_if_whole(self: &Rc<Self>, remote: &Rc<LayerState>, layer: LayerId) {
         let Some(cache) = self.cache(layer) else { return };
         if cache.is_sealed() || cache.is_borrowed() || cache.is_poisoned() || !cache.is_whole() {
             return;
@@ -201,7 +212,7 @@ impl Engine {
                 let mut wrong = None;
                 let read = whole.read_whole(&mut |index, bytes| {
                     hash.update(bytes);
-                    if check.as_ref().is_some_and(|check| !check.is_right(index, bytes)) {
+                    if check.as_ref().is_some_and(|check| !check.matches(index, bytes)) {
                         wrong = Some(index);
                     }
                     wrong.is_none() && !give.is_closed()

@@ -9,14 +9,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::disk::read_exactly;
-use super::{Engine, Remote};
+use super::{Engine, LayerState};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::cache::disk::LayerCache;
-use crate::fetch::Check;
+use crate::fetch::Verifier;
 use crate::index::PieceDigests;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 
-/// Why a chunk is not believed.
+/// Why a cached chunk cannot be used.
 enum Doubt {
     /// Not all of its pieces are there.
     Incomplete,
@@ -26,7 +26,7 @@ enum Doubt {
 
 impl Engine {
     /// Brings a chunk from the store to memory if it can be proven; else it is fetched again.
-    pub(super) async fn bring_proven(self: Rc<Self>, remote: &Rc<Remote>, pieces: &PieceDigests, key: ChunkKey) {
+    pub(super) async fn bring_proven(self: Rc<Self>, remote: &Rc<LayerState>, pieces: &PieceDigests, key: ChunkKey) {
         match self.prove(remote, pieces, key).await {
             Ok(bytes) => return self.bring(key, bytes, false),
             Err(Doubt::Wrong(why)) => self.lose(remote, key, &why),
@@ -39,7 +39,7 @@ impl Engine {
         self.fetch_again(key);
     }
 
-    async fn prove(&self, remote: &Rc<Remote>, pieces: &PieceDigests, key: ChunkKey) -> Result<Vec<u8>, Doubt> {
+    async fn prove(&self, remote: &Rc<LayerState>, pieces: &PieceDigests, key: ChunkKey) -> Result<Vec<u8>, Doubt> {
         // Neighbours are asked for at the same time and lie in the same pieces: the first one proves them for all.
         let _one_at_a_time = remote.proving.lock().await;
         let cache = self.cache(key.layer).ok_or(Doubt::Incomplete)?;
@@ -101,7 +101,7 @@ impl Engine {
             let (Some(remote), Some(cache)) = (remote, self.cache(layer).filter(has_room)) else {
                 continue;
             };
-            let pieces = remote.check.as_ref().and_then(Check::pieces);
+            let pieces = remote.check.as_ref().and_then(Verifier::pieces);
             let (Some(coded), Some(_), Ok(file)) = (&remote.coded, pieces, cache.parts()) else {
                 continue;
             };

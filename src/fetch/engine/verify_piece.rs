@@ -9,7 +9,7 @@ const NOTHING: [u8; 4096] = [0; 4096];
 
 /// Holds back at most one piece.
 #[derive(Debug)]
-pub(super) struct Sieve {
+pub(super) struct PieceVerifier {
     pieces: PieceDigests,
     /// The piece that is coming, or the next to come.
     next: usize,
@@ -18,7 +18,7 @@ pub(super) struct Sieve {
     held: Vec<u8>,
 }
 
-impl Sieve {
+impl PieceVerifier {
     /// For bytes that come from `at` on.
     pub(super) fn new(pieces: PieceDigests, at: u64) -> Self {
         Self {
@@ -102,9 +102,9 @@ mod tests {
     }
 
     fn through(pieces: &PieceDigests, at: usize, content: &[u8], step: usize) -> (Vec<u8>, Result<(), TarOffset>) {
-        let (mut out, mut sieve) = (Vec::new(), Sieve::new(pieces.clone(), len_u64(at)));
+        let (mut out, mut pieces_verifier) = (Vec::new(), PieceVerifier::new(pieces.clone(), len_u64(at)));
         for part in content[at..].chunks(step) {
-            let passed = sieve.push(part, &mut |bytes| out.extend_from_slice(bytes));
+            let passed = pieces_verifier.push(part, &mut |bytes| out.extend_from_slice(bytes));
             if passed.is_err() {
                 return (out, passed);
             }
