@@ -20,6 +20,7 @@ mod decoder;
 mod error;
 mod gzip;
 mod indexer;
+mod media_type;
 mod stream;
 pub(crate) mod table;
 #[cfg(test)]
@@ -29,6 +30,7 @@ pub(crate) mod zstd;
 pub use decoder::Decoder;
 pub use error::LayerError;
 pub use indexer::{Indexer, SPACING, Spans};
+pub use media_type::LayerType;
 pub use table::{Begins, Span, SpanTable};
 
 /// How a layer's blob is compressed.
@@ -61,24 +63,10 @@ impl Coding {
         }
     }
 
-    /// What a layer's media type says, if it is one that is known. Parameters behind a `;` do not count.
+    /// What a layer's media type says, if it says something ([`LayerType`]). What the blob is its first bytes tell.
     #[must_use]
     pub fn of_media_type(media_type: &str) -> Option<Self> {
-        let essence = media_type.split(';').next().unwrap_or_default().trim();
-        let oci = essence
-            .strip_prefix("application/vnd.oci.image.layer.v1.tar")
-            .or_else(|| essence.strip_prefix("application/vnd.oci.image.layer.nondistributable.v1.tar"));
-        match (oci, essence) {
-            (Some(""), _) | (_, "application/vnd.docker.image.rootfs.diff.tar") => Some(Self::Plain),
-            (Some("+gzip"), _)
-            | (
-                _,
-                "application/vnd.docker.image.rootfs.diff.tar.gzip"
-                | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-            ) => Some(Self::Gzip),
-            (Some("+zstd"), _) | (_, "application/vnd.docker.image.rootfs.diff.tar.zstd") => Some(Self::Zstd),
-            _ => None,
-        }
+        LayerType::parse(media_type).ok()?.coding
     }
 
     const fn number(self) -> u8 {

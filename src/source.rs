@@ -32,6 +32,7 @@ pub use remote::Tap;
 pub use secret::Secret;
 pub use stream::{BlobSink, first_bytes, read_range, stream};
 
+use crate::digest::Digest;
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};
 
@@ -168,6 +169,8 @@ pub fn without_secrets(text: &str) -> String {
 pub struct LayerBlob {
     /// What was named.
     pub source: Source,
+    /// Its digest, if a manifest tells it.
+    pub digest: Option<Digest>,
     /// Its length in bytes.
     pub len: u64,
     /// Where its bytes are.
@@ -186,6 +189,15 @@ pub enum Place {
 }
 
 impl LayerBlob {
+    /// For messages: what was named, and which of its blobs this is.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.digest {
+            Some(digest) => format!("{}, blob {digest}", self.source),
+            None => self.source.to_string(),
+        }
+    }
+
     /// Tells one state of the layer from another: a server's validator, or for a file its inode, length and times. The time of
     /// change is among them, because anybody can set the time of the content.
     #[must_use]
@@ -224,6 +236,7 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
             let blob = http::probe(url, patience)?;
             Ok(LayerBlob {
                 source: source.clone(),
+                digest: None,
                 len: blob.len,
                 place: Place::Http(Box::new(blob)),
                 path: None,
@@ -236,16 +249,20 @@ pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceErr
     }
 }
 
-/// Opens one layer of an image that was resolved. The blob is as the registry holds it: compressed, if
-/// [`ImageLayer::coding`] says so. No server is asked.
+/// Opens one layer of an image that was resolved. The blob is as the registry holds it: compressed, as its first bytes say. No
+/// server is asked.
 ///
 /// # Errors
 /// [`SourceError::File`] for a layer of a layout that cannot be opened.
 pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, SourceError> {
     match &layer.place {
-        BlobPlace::File(path) => open_file(&Source::Image(image.clone()), path),
+        BlobPlace::File(path) => Ok(LayerBlob {
+            digest: Some(layer.descriptor.digest.clone()),
+            ..open_file(&Source::Image(image.clone()), path)?
+        }),
         BlobPlace::Registry(access) => Ok(LayerBlob {
             source: Source::Image(image.clone()),
+            digest: Some(access.digest().clone()),
             len: access.size(),
             place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
             path: None,
@@ -260,6 +277,7 @@ pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, So
 pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<LayerBlob, SourceError> {
     Ok(LayerBlob {
         source: Source::Image(image.clone()),
+        digest: Some(access.digest().clone()),
         len: access.size(),
         place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
         path: None,
@@ -299,6 +317,7 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
     let len = file.metadata().map_err(failed)?.len();
     Ok(LayerBlob {
         source: source.clone(),
+        digest: None,
         len,
         place: Place::File(file),
         path: Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())),
@@ -318,7 +337,7 @@ pub fn walk<'a>(
     progress: Progress<'a>,
 ) -> Result<Walked, SourceError> {
     let bad_tar = |error| SourceError::Tar {
-        source_name: blob.source.to_string(),
+        source_name: blob.name(),
         source: error,
     };
     match &blob.place {

@@ -46,6 +46,11 @@ fn images_that_lie_are_never_served() {
         &[],
         &honest,
     ));
+    // A wrong media type is no lie that counts: the first bytes say what a blob is, and the digests what it has to be.
+    for tag in ["not-gzip", "not-plain", "not-zstd"] {
+        let right = umoci_unpack(&layout, &format!("{tag}-whole"), &work.path().join(tag));
+        none(&compare(&mut session, tag, &oci(&images, "hostile", tag), &[], &right));
+    }
     // Damage is found while the headers are read, or when what is damaged is read; found it is.
     for tag in ["flipped", "flipped-plain", "flipped-zstd", "swapped", "short"] {
         let right = umoci_unpack(&layout, &format!("{tag}-whole"), &work.path().join(tag));
@@ -64,7 +69,7 @@ fn images_that_lie_are_never_served() {
         "missing-blob",
         "unknown-type",
         "foreign",
-        "not-gzip",
+        "not-gzip-wrong",
     ] {
         refused(&mut session, &oci(&images, "hostile", tag), &[]);
     }

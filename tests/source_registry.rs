@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
+use tarblk::layer::Coding;
 use tarblk::source::registry::{
-    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, LayerCoding, Login, OCI_INDEX, OCI_MANIFEST,
-    Reference, Registry, RegistryOptions, Version, resolve,
+    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
+    RegistryOptions, Version, resolve,
 };
 use tarblk::source::{Patience, SourceError};
 use tarblk::units::CHUNK_BYTES;
@@ -181,8 +182,8 @@ fn an_image_is_found_by_tag_and_digest_and_platform() {
     let image = find(&registry.name("some/image:v1"), &options()).unwrap();
     assert_eq!(image.manifest_digest, digest);
     assert_eq!(image.layers.len(), 2);
-    assert_eq!(image.layers[0].coding, LayerCoding::Plain);
-    assert_eq!(image.layers[1].coding, LayerCoding::Gzip);
+    assert_eq!(image.layers[0].kind.coding, Some(Coding::Plain));
+    assert_eq!(image.layers[1].kind.coding, Some(Coding::Gzip));
     assert_eq!(
         image.layers[1].diff_id.as_ref().unwrap(),
         &Digest::of(Algorithm::Sha256, &two)
@@ -368,15 +369,6 @@ fn nothing_is_believed_that_has_another_digest() {
     assert!(error.contains("the index says"), "{error}");
     for (tag, kind, json, word) in [
         (
-            "foreign",
-            OCI_MANIFEST,
-            manifest_of(
-                &config,
-                &[(b"layer", "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")],
-            ),
-            "foreign",
-        ),
-        (
             "unknown",
             OCI_MANIFEST,
             manifest_of(&config, &[(b"layer", "application/x-squashfs")]),
@@ -549,6 +541,7 @@ fn things_are_pushed_and_found_again() {
             media_type: OCI_MANIFEST.into(),
             digest: Digest::of(Algorithm::Sha256, &bytes),
             size: u64::try_from(bytes.len()).unwrap(),
+            urls: Vec::new(),
             annotations: [("a".to_owned(), "b".to_owned())].into(),
             artifact_type: Some(kind.into()),
             platform: None,
@@ -607,6 +600,48 @@ fn a_layout_is_read_and_checked() {
         };
         assert_eq!(std::fs::read(path).unwrap(), layer);
     }
+    // One image for several machines, named or not.
+    let both = |names: [Option<&str>; 2], platforms: [&str; 2]| {
+        let manifests = names.iter().zip(platforms).map(|(name, architecture)| {
+            let mut entry = entry(name.unwrap_or_default());
+            if name.is_none() {
+                entry.as_object_mut().unwrap().remove("annotations");
+            }
+            if !architecture.is_empty() {
+                entry["platform"] = serde_json::json!({ "os": "linux", "architecture": architecture });
+            }
+            if architecture == "arm64" {
+                entry["digest"] = serde_json::json!(Digest::of(Algorithm::Sha256, b"not here"));
+            }
+            entry
+        });
+        let index = serde_json::json!({ "schemaVersion": 2, "manifests": manifests.collect::<Vec<_>>() });
+        std::fs::write(root.join("index.json"), index.to_string()).unwrap();
+    };
+    for (names, rest) in [([Some("one"); 2], ":one"), ([Some("one"); 2], ""), ([None; 2], "")] {
+        both(names, ["arm64", "amd64"]);
+        assert_eq!(
+            find(&name(rest), &options()).unwrap().manifest_digest,
+            digest,
+            "{names:?}"
+        );
+        both(names, ["arm64", "s390x"]);
+        let error = find(&name(rest), &options()).unwrap_err().to_string();
+        assert!(error.contains("linux/arm64, linux/s390x"), "{error}");
+    }
+    // Several of one name for no machine in particular: the first, as skopeo does.
+    both([Some("one"); 2], ["", ""]);
+    assert_eq!(find(&name(":one"), &options()).unwrap().manifest_digest, digest);
+    both([None; 2], ["", ""]);
+    let error = find(&name(""), &options()).unwrap_err().to_string();
+    assert!(error.contains("2 images"), "{error}");
+    // An entry that makes no sense leaves the others as they are.
+    std::fs::write(
+        root.join("index.json"),
+        serde_json::json!({ "manifests": [{ "digest": "md5:0", "size": 1 }, entry("one")] }).to_string(),
+    )
+    .unwrap();
+    assert_eq!(find(&name(":one"), &options()).unwrap().manifest_digest, digest);
     index(&["one", "two"]);
     let error = find(&name(""), &options()).unwrap_err().to_string();
     assert!(error.contains("2 images") && error.contains("one, two"), "{error}");

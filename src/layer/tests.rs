@@ -224,9 +224,40 @@ fn codings_are_told_apart() {
         ),
         ("application/vnd.docker.image.rootfs.diff.tar.gzip", Some(Coding::Gzip)),
         ("application/vnd.docker.image.rootfs.diff.tar", Some(Coding::Plain)),
+        (
+            "application/vnd.docker.container.image.rootfs.diff",
+            Some(Coding::Plain),
+        ),
+        ("Application/Vnd.OCI.image.layer.v1.TAR+GZIP", Some(Coding::Gzip)),
+        (
+            "application/vnd.docker.image.rootfs.foreign.diff.tar",
+            Some(Coding::Plain),
+        ),
+        ("application/octet-stream", None),
+        ("", None),
         ("application/vnd.oci.image.layer.v1.tar+encrypted", None),
         ("application/vnd.oci.empty.v1+json", None),
     ] {
         assert_eq!(Coding::of_media_type(media_type), coding, "{media_type}");
+    }
+}
+
+#[test]
+fn layers_of_files_are_told_from_everything_else() {
+    for (text, foreign) in [
+        ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", true),
+        ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", true),
+        ("application/vnd.oci.image.layer.v1.tar", false),
+        ("", false),
+    ] {
+        assert_eq!(LayerType::parse(text).unwrap().foreign, foreign, "{text}");
+    }
+    for (text, word) in [
+        ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", "encrypted"),
+        ("application/vnd.oci.image.layer.v1.tar+brotli", "not a tar layer"),
+        ("application/vnd.in-toto+json", "not a tar layer"),
+        ("text/html", "not a tar layer"),
+    ] {
+        assert!(LayerType::parse(text).unwrap_err().contains(word), "{text}");
     }
 }

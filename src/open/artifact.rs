@@ -74,6 +74,7 @@ fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descriptor {
         media_type: media_type.to_owned(),
         digest,
         size,
+        urls: Vec::new(),
         annotations: BTreeMap::new(),
         artifact_type: None,
         platform: None,

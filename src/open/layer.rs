@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Gather;
-use super::record::{Recording, algorithms, record_blob};
+use super::record::{Recording, algorithms, coding_of, record_blob};
 use super::serve_spec::http_layer;
 use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
 use crate::cache::disk::{DiskCache, DiskCacheError, LayerKey};
@@ -14,7 +14,7 @@ use crate::digest::Digest;
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
-use crate::source::registry::{ImageLayer, LayerCoding};
+use crate::source::registry::ImageLayer;
 use crate::source::{self, HttpBlob, LayerBlob, Place, Source, SourceError};
 use crate::units::{CHUNK_BYTES, TarOffset};
 
@@ -25,10 +25,12 @@ pub(super) struct Facts {
     pub(super) digest: Option<Digest>,
     /// The tar's digest, from an image's configuration.
     pub(super) diff_id: Option<Digest>,
-    /// How it is compressed; its first bytes say it, if nobody else does.
+    /// How its media type says that it is compressed. Its first bytes know better.
     pub(super) coding: Option<Coding>,
     /// What else a manifest says of it.
     pub(super) annotations: BTreeMap<String, String>,
+    /// Why a registry may not have it, of a foreign layer.
+    pub(super) foreign: Option<String>,
     /// An index that somebody has published.
     pub(super) published: Option<Published>,
 }
@@ -39,12 +41,9 @@ impl Facts {
         Self {
             digest: Some(layer.descriptor.digest.clone()),
             diff_id: layer.diff_id.clone(),
-            coding: Some(match layer.coding {
-                LayerCoding::Plain => Coding::Plain,
-                LayerCoding::Gzip => Coding::Gzip,
-                LayerCoding::Zstd => Coding::Zstd,
-            }),
+            coding: layer.kind.coding,
             annotations: layer.descriptor.annotations.clone(),
+            foreign: layer.descriptor.foreign(),
             published: None,
         }
     }
@@ -98,18 +97,15 @@ impl PreparedLayer {
         let identity = index.identity();
         let (expected, found) = (identity.blob_len, blob.len);
         let bad = |cause| OpenError::Index {
-            name: format!("index for {}", blob.source),
+            name: format!("index for {}", blob.name()),
             cause,
         };
         let digest = identity.blob_digest.clone();
         if expected != found {
             return Err(OpenError::OtherLayer {
-                name: format!("of {}", blob.source),
+                name: format!("of {}", blob.name()),
                 expected,
-                source_name: facts
-                    .digest
-                    .as_ref()
-                    .map_or_else(|| blob.source.to_string(), ToString::to_string),
+                source_name: facts.digest.as_ref().map_or_else(|| blob.name(), ToString::to_string),
                 found,
             });
         }
@@ -122,6 +118,23 @@ impl PreparedLayer {
                 found: found.to_string(),
                 wanted: wanted.to_string(),
             }));
+        }
+        // A blob that is not compressed is the tar. Of what a table of contents makes up there is no digest.
+        let of_tar = match identity.coding {
+            _ if index.is_of_contents() => None,
+            Coding::Plain => identity.diff_id.as_ref().or(facts.digest.as_ref()),
+            Coding::Gzip | Coding::Zstd => identity.diff_id.as_ref(),
+        };
+        if let (Some(found), Some(wanted)) = (of_tar, &facts.diff_id)
+            && found.algorithm() == wanted.algorithm()
+            && found != wanted
+        {
+            return Err(OpenError::Digest {
+                source_name: blob.name(),
+                what: "tar",
+                expected: wanted.to_string(),
+                found: found.to_string(),
+            });
         }
         // Without them what is compressed would be taken for the tar.
         if identity.coding != Coding::Plain && index.spans().is_none() {
@@ -210,9 +223,30 @@ pub(super) fn prepare(
     options: &OpenOptions,
     reached: Reached<'_>,
 ) -> Result<PreparedLayer, OpenError> {
+    let name = blob.name();
+    find_index(blob, facts, options, reached).map_err(|error| named_if_foreign(error, name, facts.foreign.as_deref()))
+}
+
+/// Of a foreign layer that is not there: that it is one, and who has it.
+pub(super) fn named_if_foreign(error: OpenError, name: String, foreign: Option<&str>) -> OpenError {
+    match (&error, foreign) {
+        (OpenError::Source(absence), Some(why)) if absence.is_absence() => {
+            let why = why.to_owned();
+            SourceError::Image { name, why }.into()
+        }
+        _ => error,
+    }
+}
+
+fn find_index(
+    blob: LayerBlob,
+    facts: &Facts,
+    options: &OpenOptions,
+    reached: Reached<'_>,
+) -> Result<PreparedLayer, OpenError> {
     if blob.len >= TOO_LONG {
         let why = format!("it is said to be {} bytes long, which no layer is", blob.len);
-        let source_name = blob.source.to_string();
+        let source_name = blob.name();
         return Err(SourceError::Unusable { source_name, why }.into());
     }
     if let Some(Published {
@@ -255,16 +289,18 @@ pub(super) fn prepare(
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
         }
     }
-    let coding = match facts.coding {
-        Some(coding) => coding,
-        None => super::record::coding_of(&blob, &options.patience)?,
+    // The first bytes decide. Of a blob in a registry they are not asked for by themselves: what its media type says is tried,
+    // and when the first bytes come along and say something else, they are followed.
+    let coding = match (&blob.place, facts.coding) {
+        (Place::Http(_), Some(said)) => said,
+        (Place::File(_), _) | (Place::Http(_), None) => coding_of(&blob, &options.patience)?,
     };
     if takes_contents && let Some((bytes, origin)) = toc::fetch(&blob, coding, facts, &options.patience) {
         let kept = match (cache, &contents_under) {
             (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
             _ => None,
         };
-        let index = open_index(bytes, &blob.source.to_string())?;
+        let index = open_index(bytes, &blob.name())?;
         return PreparedLayer::new(blob, facts, index, origin, kept);
     }
     if options.index == IndexChoice::Require {
@@ -274,13 +310,16 @@ pub(super) fn prepare(
     }
     // A file at hand that has to have a digest is read whole: it takes little, and damage is found before anybody reads it.
     let must_check = facts.digest.is_some() && matches!(blob.place, Place::File(_));
-    let (bytes, origin) = match coding {
-        Coding::Plain if options.index != IndexChoice::Build && !must_check => {
-            read_headers(&blob, facts, options, reached)?
-        }
-        Coding::Plain | Coding::Gzip | Coding::Zstd => read_all(&blob, coding, facts, options, reached)?,
+    let by_headers = if coding == Coding::Plain && options.index != IndexChoice::Build && !must_check {
+        read_headers(&blob, facts, options, reached)?
+    } else {
+        None
     };
-    let index = open_index(bytes, &blob.source.to_string())?;
+    let (bytes, origin) = match by_headers {
+        Some(made) => made,
+        None => read_all(&blob, coding, facts, options, reached)?,
+    };
+    let index = open_index(bytes, &blob.name())?;
     if facts.digest.is_some() && index.identity().blob_digest == facts.digest {
         under = facts.digest.as_ref().map(ToString::to_string);
     }
@@ -291,13 +330,14 @@ pub(super) fn prepare(
     PreparedLayer::new(blob, facts, index, origin, kept)
 }
 
-/// Reads a plain layer's headers into an index file. Payload of a remote layer that comes with them is put into the store.
+/// Reads a plain layer's headers into an index file; `None` when its first bytes say that it is compressed. Payload of a remote
+/// layer that comes with them is put into the store.
 fn read_headers(
     blob: &LayerBlob,
     facts: &Facts,
     options: &OpenOptions,
     reached: Reached<'_>,
-) -> Result<(Vec<u8>, IndexOrigin), OpenError> {
+) -> Result<Option<(Vec<u8>, IndexOrigin)>, OpenError> {
     let mut builder = IndexBuilder::new();
     let reading = match &blob.place {
         Place::Http(http) if !http.ranges => Reading::Download,
@@ -315,28 +355,111 @@ fn read_headers(
         },
         (_, Place::File(_)) => unreachable!("only layers on servers are gathered"),
     };
-    let mut gather = match (&blob.place, &options.cache) {
+    let gather = match (&blob.place, &options.cache) {
         (Place::Http(_), Some(kept)) => {
             going_on_when_full(DiskCache::open(kept.layers()).and_then(cache))?.map(Gather::new)
         }
         _ => None,
     };
-    let tap = gather.as_mut().map(|gather| -> &mut dyn source::Tap { gather });
-    let walked = source::walk(blob, &mut builder, tap, &options.patience, &mut progress)?;
+    let mut beginning = Beginning::new(gather);
+    let walked = match &blob.place {
+        Place::Http(_) => source::walk(
+            blob,
+            &mut builder,
+            Some(&mut beginning),
+            &options.patience,
+            &mut progress,
+        ),
+        Place::File(_) => source::walk(blob, &mut builder, None, &options.patience, &mut progress),
+    };
+    if let Some(coding) = beginning.coding()
+        && coding != Coding::Plain
+    {
+        log::info!(
+            "{}: its media type says that it is not compressed, and it is {coding}",
+            blob.name()
+        );
+        return Ok(None);
+    }
+    let walked = walked?;
     // The store lets go of the layer here, and the daemon can take it.
-    drop(gather);
+    drop(beginning);
     let bytes = builder.finish(walked.tar_len, walked.end);
     let (reads, bytes_read) = (walked.reads, walked.bytes_read);
-    Ok((
+    Ok(Some((
         bytes,
         IndexOrigin::Read {
             reads,
             bytes: bytes_read,
         },
-    ))
+    )))
 }
 
-/// Reads all of a compressed layer once, into an index file; what comes out of it is put into the store.
+/// So much that comes before a blob's first bytes waits for them, in bytes.
+const MOST_WAITING: usize = 4 << 20;
+
+/// Sees the first bytes of a blob among what a walk receives, and lets what passes go on to the store only when they are a tar's.
+struct Beginning {
+    /// The first bytes, as far as they came without a gap, until they tell the coding.
+    first: Vec<u8>,
+    /// What came before they told it, and where it belongs.
+    waiting: Vec<(TarOffset, Vec<u8>)>,
+    coding: Option<Coding>,
+    gather: Option<Gather>,
+}
+
+impl Beginning {
+    const fn new(gather: Option<Gather>) -> Self {
+        Self {
+            first: Vec::new(),
+            waiting: Vec::new(),
+            coding: None,
+            gather,
+        }
+    }
+
+    /// What the first bytes say, if they came.
+    const fn coding(&self) -> Option<Coding> {
+        self.coding
+    }
+}
+
+impl source::Tap for Beginning {
+    fn bytes(&mut self, at: TarOffset, bytes: &[u8]) {
+        if self.coding.is_none() {
+            let reached = self.first.len();
+            let known = u64::try_from(reached)
+                .ok()
+                .and_then(|reached| reached.checked_sub(at.0));
+            let new = known.and_then(|known| bytes.get(usize::try_from(known).ok()?..));
+            let new = new.unwrap_or_default();
+            let missing = Coding::TELLING - reached;
+            self.first.extend_from_slice(&new[..new.len().min(missing)]);
+            if self.first.len() == Coding::TELLING {
+                self.coding = Some(Coding::of_bytes(&self.first));
+            }
+        }
+        let Some(gather) = &mut self.gather else { return };
+        match self.coding {
+            Some(Coding::Plain) => {
+                for (at, bytes) in std::mem::take(&mut self.waiting) {
+                    gather.bytes(at, &bytes);
+                }
+                gather.bytes(at, bytes);
+            }
+            Some(_) => self.waiting.clear(),
+            None => {
+                let waiting: usize = self.waiting.iter().map(|(_, bytes)| bytes.len()).sum();
+                if waiting + bytes.len() <= MOST_WAITING {
+                    self.waiting.push((at, bytes.to_vec()));
+                }
+            }
+        }
+    }
+}
+
+/// Reads all of a layer once, into an index file; what comes out of it is put into the store. How it is compressed its first bytes
+/// say; `coding` is what is expected.
 fn read_all(
     blob: &LayerBlob,
     coding: Coding,
@@ -368,7 +491,6 @@ fn read_all(
     let mut progress = |at| reached(reading, at);
     let recorded = record_blob(
         blob,
-        coding,
         &recording,
         algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
         &options.patience,
@@ -384,7 +506,7 @@ fn read_all(
             && expected != found
         {
             return Err(OpenError::Digest {
-                source_name: blob.source.to_string(),
+                source_name: blob.name(),
                 what,
                 expected: expected.to_string(),
                 found: found.to_string(),

@@ -12,7 +12,8 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::record::{algorithms, coding_of};
+use super::layer::named_if_foreign;
+use super::record::algorithms;
 use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
@@ -281,16 +282,15 @@ fn made_of(
         contents: Contents::FULL,
         spacing,
     };
-    let coding = coding_of(&blob, &options.patience)?;
     let recorded = record_blob(
         &blob,
-        coding,
         &recording,
         algorithms(Some(&layer.descriptor.digest), layer.diff_id.as_ref()),
         &options.patience,
         reached,
         &mut |_, _| (),
-    )?;
+    )
+    .map_err(|error| named_if_foreign(error, blob.name(), layer.descriptor.foreign().as_deref()))?;
     let bad = |cause: IndexError| OpenError::Index {
         name: format!("layer {} of {image}", layer.descriptor.digest),
         cause,

@@ -1,7 +1,7 @@
 //! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
 //! whatever digests, entry points and header bytes were asked for.
 
-use super::layer::PreparedLayer;
+use super::layer::{PreparedLayer, named_if_foreign};
 use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::{BlobRecorder, Contents};
@@ -42,19 +42,18 @@ pub fn record(
 ) -> Result<PreparedLayer, OpenError> {
     let (blob, facts) = find_one(text, options)?;
     warn_without_ranges(&blob);
-    let coding = coding_of(&blob, &options.patience)?;
     let reading = Reading::all_of(&blob);
     let mut reached = |at| watch.reading(reading, at, blob.len);
     let recorded = record_blob(
         &blob,
-        coding,
         recording,
         algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
         &options.patience,
         &mut reached,
         &mut |_, _| (),
-    )?;
-    let index = open_index(recorded.index, &blob.source.to_string())?;
+    )
+    .map_err(|error| named_if_foreign(error, blob.name(), facts.foreign.as_deref()))?;
+    let index = open_index(recorded.index, &blob.name())?;
     let origin = IndexOrigin::Read {
         reads: recorded.reads,
         bytes: blob.len,
@@ -67,14 +66,13 @@ pub(super) fn algorithms(digest: Option<&Digest>, diff_id: Option<&Digest>) -> [
     [digest, diff_id].map(|digest| digest.map_or(Algorithm::Sha256, Digest::algorithm))
 }
 
-/// Reads all of a layer's blob into an index file, whose digests of blob and tar are made by these algorithms. Tells `reached`
-/// how far in the blob it is, and hands the tar's bytes to `tap` as they pass.
+/// Reads all of a layer's blob into an index file, whose digests of blob and tar are made by these algorithms. How the blob is
+/// compressed its first bytes say. Tells `reached` how far in the blob it is, and hands the tar's bytes to `tap` as they pass.
 ///
 /// # Errors
 /// [`OpenError::Source`]: what is wrong with the server, the compression or the tar.
 pub fn record_blob(
     blob: &LayerBlob,
-    coding: Coding,
     recording: &Recording,
     [of_blob, of_tar]: [Algorithm; 2],
     patience: &Patience,
@@ -82,17 +80,42 @@ pub fn record_blob(
     tap: &mut dyn FnMut(TarOffset, &[u8]),
 ) -> Result<RecordedBlob, OpenError> {
     let bad_tar = |source| SourceError::Tar {
-        source_name: blob.source.to_string(),
+        source_name: blob.name(),
         source,
     };
-    let recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
-    let mut recorder = recorder.algorithms(of_blob, of_tar);
+    let recorder_of = |first: &[u8]| {
+        let recorder = BlobRecorder::new(Coding::of_bytes(first), recording.spacing, recording.contents);
+        recorder.algorithms(of_blob, of_tar)
+    };
+    // The bytes that came before there were enough of them to tell the coding.
+    let mut first = Vec::new();
+    let mut recorder = None;
     let mut sink = |bytes: &[u8]| {
+        let recorder = if let Some(recorder) = &mut recorder {
+            recorder
+        } else {
+            first.extend_from_slice(bytes);
+            if first.len() < Coding::TELLING {
+                return Ok(());
+            }
+            recorder.insert(recorder_of(&first))
+        };
+        let bytes = if first.is_empty() { bytes } else { &first };
         recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap)?;
+        first.clear();
         reached(recorder.blob_position());
         Ok(())
     };
     let reads = source::stream(blob, patience, &mut sink)?;
+    let recorder = if let Some(recorder) = recorder {
+        recorder
+    } else {
+        let mut recorder = recorder_of(&first);
+        recorder
+            .feed_into(&first, &mut None::<IndexBuilder>, tap)
+            .map_err(bad_tar)?;
+        recorder
+    };
     let whole = recorder.finish().map_err(bad_tar)?;
     Ok(RecordedBlob {
         identity: whole.identity(),

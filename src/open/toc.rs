@@ -69,7 +69,7 @@ pub(super) fn fetch(
             (index, IndexOrigin::Contents { reads, bytes })
         }),
         Err(why) => {
-            log::warn!("{}: {why}", blob.source);
+            log::warn!("{}: {why}", blob.name());
             None
         }
     }

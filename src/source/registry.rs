@@ -27,15 +27,14 @@ pub use access::{BlobAccess, Located};
 pub use client::{BlobHead, Fetched, Registry};
 pub use credentials::{Keyring, Login};
 pub use hosts::DEFAULT_HOSTS_DIR;
-pub use manifest::{
-    DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, LayerCoding, OCI_INDEX, OCI_MANIFEST, Platform,
-};
+pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, OCI_INDEX, OCI_MANIFEST, Platform};
 pub use reference::{ImageName, LayoutName, Reference, Version};
 
 use super::SourceError;
 use super::http::Patience;
 use crate::digest::Digest;
-use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest};
+use crate::layer::LayerType;
+use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest, Wanted};
 use oci_layout::Layout;
 
 /// An index in an index in an index is somebody's joke.
@@ -98,8 +97,8 @@ pub struct Image {
 pub struct ImageLayer {
     /// What the manifest says of it.
     pub descriptor: Descriptor,
-    /// How its tar is packed, by its media type.
-    pub coding: LayerCoding,
+    /// What its media type says; its first bytes know better.
+    pub kind: LayerType,
     /// Of the uncompressed tar, from the configuration.
     pub diff_id: Option<Digest>,
     /// Where its bytes are.
@@ -132,11 +131,10 @@ pub fn resolve(name: &ImageName, options: &RegistryOptions) -> Result<Image, Sou
 pub struct Found {
     name: ImageName,
     manifest_digest: Digest,
-    layers: Vec<(Descriptor, LayerCoding, BlobPlace)>,
+    layers: Vec<(Descriptor, LayerType, BlobPlace)>,
     config: Descriptor,
     holder: Holder,
-    wanted: Platform,
-    insisted: bool,
+    wanted: Wanted,
 }
 
 /// Finds an image's manifest, through indexes if need be: in one request, or two. See [`resolve`].
@@ -148,7 +146,7 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
         name: name.to_string(),
         why,
     };
-    let wanted = options.platform.clone().unwrap_or_else(Platform::here);
+    let wanted = Wanted::of(options.platform.as_ref());
     let (holder, mut fetched) = match name {
         ImageName::Registry(reference) => {
             let registry = Registry::new(reference, options)?;
@@ -157,7 +155,7 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
         }
         ImageName::Layout(name) => {
             let layout = Layout::open(&name.dir)?;
-            let descriptor = layout.find(name)?;
+            let descriptor = layout.find(name, &wanted)?;
             let holder = Holder::Layout(layout);
             let fetched = holder.manifest(&descriptor)?;
             (holder, fetched)
@@ -166,16 +164,16 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
     for _ in 0..DEEPEST_INDEX {
         match Manifest::parse(&fetched.bytes, &fetched.media_type).map_err(bad)? {
             Manifest::Index(manifests) => {
-                let chosen = manifest::choose(&manifests, &wanted).map_err(bad)?;
+                let chosen = wanted.choose(&manifests).map_err(bad)?;
                 fetched = holder.manifest(chosen)?;
             }
             Manifest::Image { config, layers } => {
                 let count = layers.len();
                 let layers = layers.into_iter().enumerate().map(|(number, descriptor)| {
-                    let coding = LayerCoding::of(&descriptor.media_type)
-                        .map_err(|why| bad(format!("layer {} of {count} {why}", number + 1)))?;
+                    let kind = LayerType::parse(&descriptor.media_type)
+                        .map_err(|why| bad(format!("layer {} of {count} ({}) {why}", number + 1, descriptor.digest)))?;
                     let place = holder.blob(&descriptor)?;
-                    Ok((descriptor, coding, place))
+                    Ok((descriptor, kind, place))
                 });
                 let layers = layers.collect::<Result<_, SourceError>>()?;
                 return Ok(Found {
@@ -185,7 +183,6 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
                     config,
                     holder,
                     wanted,
-                    insisted: options.platform.is_some(),
                 });
             }
         }
@@ -226,18 +223,18 @@ impl Found {
         };
         let json = self.holder.small(&self.config, "configuration", LONGEST_CONFIG)?;
         let config = ImageConfig::parse(json, self.config.digest.clone(), self.layers.len()).map_err(bad)?;
-        if !config.serves(&self.wanted) {
-            if self.insisted {
+        if !self.wanted.can_use(&config.platform) {
+            if self.wanted.insisted {
                 return Err(bad(format!(
                     "the image is for {}, not for {}",
-                    config.platform, self.wanted
+                    config.platform, self.wanted.platform
                 )));
             }
             log::warn!(
                 "{}: the image is for {}; this machine is {}",
                 self.name,
                 config.platform,
-                self.wanted
+                self.wanted.platform
             );
         }
         Ok(config)
@@ -247,7 +244,7 @@ impl Found {
     #[must_use]
     pub fn by_manifest(&self) -> Image {
         self.image(ImageConfig {
-            platform: self.wanted.clone(),
+            platform: self.wanted.platform.clone(),
             diff_ids: Vec::new(),
             digest: self.config.digest.clone(),
             json: Vec::new(),
@@ -266,9 +263,9 @@ impl Found {
             name: self.name.to_string(),
             manifest_digest: self.manifest_digest.clone(),
             layers: layers
-                .map(|(number, (descriptor, coding, place))| ImageLayer {
+                .map(|(number, (descriptor, kind, place))| ImageLayer {
                     descriptor,
-                    coding,
+                    kind,
                     diff_id: config.diff_ids.get(number).cloned(),
                     place,
                 })
@@ -344,7 +341,7 @@ mod tests {
             drop(ImageName::parse(&format!("docker://{text}")));
             drop(ImageName::parse(&format!("oci:{text}")));
             drop(text.parse::<Platform>());
-            drop(LayerCoding::of(&text));
+            drop(LayerType::parse(&text));
             for text in [text.clone(), format!("Bearer realm={text}"), format!("Basic x=\"{text}\", Bearer {text}")] {
                 if let Ok(value) = HeaderValue::from_str(&text) {
                     let mut headers = HeaderMap::new();

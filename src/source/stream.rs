@@ -21,7 +21,7 @@ pub type BlobSink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), IndexError>;
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; what `sink` returns, as a fault of the layer.
 pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Result<u64, SourceError> {
-    let name = blob.source.to_string();
+    let name = blob.name();
     let mut sink = |bytes: &[u8]| {
         sink(bytes).map_err(|source| SourceError::Tar {
             source_name: name.clone(),
@@ -61,7 +61,7 @@ pub fn read_range(blob: &LayerBlob, range: Range<u64>, patience: &Patience) -> R
                 whole.then_some(()).ok_or_else(|| ErrorKind::UnexpectedEof.into())
             });
             read.map(|()| bytes).map_err(|source| SourceError::Tar {
-                source_name: blob.source.to_string(),
+                source_name: blob.name(),
                 source: IndexError::Read {
                     at: TarOffset(range.start),
                     source,
@@ -145,7 +145,7 @@ type Named<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), SourceError>;
 
 fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<u64, SourceError> {
     let bad = |source| SourceError::Tar {
-        source_name: blob.source.to_string(),
+        source_name: blob.name(),
         source,
     };
     let mut buffer = vec![0; STRIDE];

@@ -200,6 +200,10 @@ impl TestRegistry {
         lock(&self.shared.held).blobs.insert(digest.to_string(), bytes.into());
     }
 
+    pub(crate) fn remove_blob(&self, digest: &Digest) {
+        lock(&self.shared.held).blobs.remove(&digest.to_string());
+    }
+
     pub(crate) fn put_manifest(&self, repository: &str, tag: &str, media_type: &str, bytes: &[u8]) -> Digest {
         let digest = Digest::of(Algorithm::Sha256, bytes);
         let mut held = lock(&self.shared.held);

@@ -7,7 +7,7 @@ otherwise; `honest` is the one that the others distort.
   flipped-zstd      the same with zstd
   swapped           the digest's blob is another, well-formed layer of the same length
   short             the blob ends early
-  …-whole           what each of these five should be
+  …-whole           what each of these five, and each not-…, should be
   wrong-size        the manifest's size is not the blob's
   wrong-diff-id     the config says another tar
   wrong-manifest    the index names a manifest by a digest that is not its own
@@ -15,7 +15,10 @@ otherwise; `honest` is the one that the others distort.
   missing-blob      the layer's blob is not there
   unknown-type      a layer of a media type nobody knows
   foreign           a layer that is somewhere else (Windows' base layers)
-  not-gzip          plain bytes under gzip's media type
+  not-gzip          plain bytes under gzip's media type; no lie, since a blob's first bytes say what it is
+  not-plain         gzip under plain's media type
+  not-zstd          gzip under zstd's media type
+  not-gzip-wrong    like not-gzip, and the config says another tar
   bomb-gzip         4 GiB of zeros behind a tar's end, in 4 MiB of gzip
   bomb-zstd         the same in zstd
   bomb-file         a file of 4 GiB of zeros, in gzip
@@ -110,17 +113,29 @@ def make(top, work):
     one = own("missing-blob", GZIP, 9, compress)
     layout.image("missing-blob", [one])
     layout.path(one.digest).unlink()
+    unsaid = digest_of(other)
     unknown = "application/vnd.test.layer.v1.tar+brotli"
     layout.image("unknown-type", [variant("unknown-type", honest.blob.read_bytes(), media_type=unknown)])
     foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+    elsewhere = gzipped(work / "elsewhere.gz", small(work / "elsewhere.tar", 13).read_bytes())
     layout.image(
         "foreign",
         [honest],
         descriptors=[
-            {"mediaType": foreign, "digest": digest_of(other), "size": 5, "urls": ["https://layers.test.invalid/base"]},
+            {
+                "mediaType": foreign, "digest": digest_of(elsewhere), "size": elsewhere.stat().st_size,
+                "urls": ["https://layers.test.invalid/base"],
+            },
         ],
     )
-    layout.image("not-gzip", [variant("not-gzip", b"", layer(other, LAYER), blob=other, media_type=GZIP)])
+    for seed, (name, media_type, encode) in enumerate(
+        (("not-gzip", GZIP, bytes), ("not-plain", LAYER, compress), ("not-zstd", ZSTD, compress)), 14
+    ):
+        one = own(name, LAYER if encode is bytes else GZIP, seed, encode)
+        layout.image(name, [variant(name, one.blob.read_bytes(), one, media_type=media_type)])
+        layout.image(f"{name}-whole", [one])
+        if name == "not-gzip":
+            layout.image("not-gzip-wrong", [variant(name, one.blob.read_bytes(), one, media_type=media_type, diff_id=unsaid)])
 
     # A digest that is well-formed, and nothing's.
     for name in ("wrong-manifest", "wrong-config"):
@@ -136,7 +151,6 @@ def make(top, work):
     end = bytes(1024)
     tar = small(work / "bomb.tar", 12).read_bytes().rstrip(b"\0")
     tar += bytes(-len(tar) % 512) + end
-    unsaid = digest_of(other)
     layout.image("bomb-gzip", [layer(zero_bomb(work / "bomb.gz", tar, 4 * GIB), GZIP, diff_id=unsaid)])
     with open(work / "bomb.zst", "wb") as file:
         file.write(zstd(tar))

@@ -11,7 +11,9 @@ use url::Url;
 use super::access::BlobAccess;
 use super::answer::{body, refusal};
 use super::hosts;
-use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
+use super::manifest::{
+    DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, ManifestList, OCI_INDEX, OCI_MANIFEST,
+};
 use super::reference::{Reference, Version, check_tag};
 use super::session::{Need, Session, Spec};
 use super::{RegistryOptions, SmallThings};
@@ -515,14 +517,11 @@ fn fallback_tag(subject: &Digest) -> Version {
     Version::Tag(format!("{}-{digits}", subject.algorithm().name()))
 }
 
+/// The entries of a list of referrers, without those that make no sense.
 fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
-    #[derive(serde::Deserialize)]
-    struct Index {
-        #[serde(default)]
-        manifests: Option<Vec<Descriptor>>,
-    }
-    let index: Index = serde_json::from_slice(bytes).map_err(|error| format!("a list that makes no sense: {error}"))?;
-    Ok(index.manifests.unwrap_or_default())
+    let list: ManifestList =
+        serde_json::from_slice(bytes).map_err(|error| format!("a list that makes no sense: {error}"))?;
+    Ok(list.manifests.unwrap_or_default())
 }
 
 fn upload_place(url: &Url, headers: &HeaderMap) -> Result<Url, Failure> {

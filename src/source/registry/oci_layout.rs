@@ -8,12 +8,20 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::manifest::{Descriptor, LONGEST_MANIFEST};
+use super::manifest::{Descriptor, LONGEST_MANIFEST, ManifestList, Wanted};
 use super::reference::{LayoutName, Version};
 use crate::source::SourceError;
 
 /// Under which annotations a layout's manifests are named, by OCI and by containerd.
 const NAMES: [&str; 2] = ["org.opencontainers.image.ref.name", "io.containerd.image.name"];
+
+/// The names of an entry of a layout's index.
+fn names(descriptor: &Descriptor) -> Vec<String> {
+    NAMES
+        .iter()
+        .filter_map(|key| descriptor.annotations.get(*key).cloned())
+        .collect()
+}
 
 /// A directory with the layout.
 #[derive(Debug)]
@@ -47,30 +55,43 @@ impl Layout {
         }
     }
 
-    /// The descriptor of what is wanted.
-    pub(super) fn find(&self, name: &LayoutName) -> Result<Descriptor, SourceError> {
-        #[derive(Deserialize)]
-        struct Index {
-            #[serde(default)]
-            manifests: Vec<Descriptor>,
-        }
+    /// The descriptor of what is named. Several of one name are one image for several platforms (image specification issue
+    /// 581): then `wanted` chooses, as in an index.
+    pub(super) fn find(&self, name: &LayoutName, wanted: &Wanted) -> Result<Descriptor, SourceError> {
         let bytes = read(&self.dir.join("index.json"), LONGEST_MANIFEST)?;
-        let index: Index = serde_json::from_slice(&bytes).map_err(|error| self.bad(format!("index.json: {error}")))?;
-        let names = |descriptor: &Descriptor| -> Vec<String> {
-            NAMES
+        let index: ManifestList =
+            serde_json::from_slice(&bytes).map_err(|error| self.bad(format!("index.json: {error}")))?;
+        let all = index.manifests.unwrap_or_default();
+        let named: Vec<&Descriptor> = match &name.version {
+            Some(Version::Digest(digest)) => all
                 .iter()
-                .filter_map(|key| descriptor.annotations.get(*key).cloned())
-                .collect()
+                .filter(|descriptor| descriptor.digest == *digest)
+                .take(1)
+                .collect(),
+            Some(Version::Tag(tag)) => all
+                .iter()
+                .filter(|descriptor| names(descriptor).contains(tag))
+                .collect(),
+            None => {
+                let images: Vec<_> = all
+                    .iter()
+                    .filter(|descriptor| descriptor.artifact_type.is_none())
+                    .collect();
+                let one_name = images.windows(2).all(|pair| names(pair[0]) == names(pair[1]));
+                if one_name { images } else { Vec::new() }
+            }
         };
-        let all = &index.manifests;
-        let found = match &name.version {
-            Some(Version::Digest(digest)) => all.iter().find(|descriptor| descriptor.digest == *digest),
-            Some(Version::Tag(tag)) => all.iter().find(|descriptor| names(descriptor).contains(tag)),
-            None if all.len() == 1 => all.first(),
-            None => None,
-        };
-        if let Some(found) = found {
-            return Ok(found.clone());
+        let has_platforms = named.iter().any(|descriptor| descriptor.platform.is_some());
+        match named[..] {
+            [] => {}
+            [only] => return Ok(only.clone()),
+            [..] if has_platforms => {
+                let chosen = wanted.choose(named.iter().copied()).map_err(|why| self.bad(why))?;
+                return Ok(chosen.clone());
+            }
+            // With nothing to tell them apart the first is as good as any, if it was named.
+            [first, ..] if name.version.is_some() => return Ok(first.clone()),
+            [..] => {}
         }
         let mut offered: Vec<String> = all
             .iter()
@@ -101,9 +122,12 @@ impl Layout {
             .join("blobs")
             .join(digest.algorithm().name())
             .join(digest.hex());
-        let meta = std::fs::metadata(&path).map_err(|source| SourceError::File {
-            path: path.clone(),
-            source,
+        let meta = std::fs::metadata(&path).map_err(|source| match descriptor.foreign() {
+            Some(why) if source.kind() == io::ErrorKind::NotFound => self.bad(format!("layer {digest}: {why}")),
+            _ => SourceError::File {
+                path: path.clone(),
+                source,
+            },
         })?;
         if !meta.is_file() || meta.len() != *size {
             return Err(self.bad(format!(
