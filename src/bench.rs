@@ -6,8 +6,10 @@
 //! run against. This room measures and must not help: no run may profit from what an earlier one left in a cache, and
 //! nothing may be left behind, whatever happens.
 
+mod alternative;
 mod child;
 mod image;
+mod mounted;
 pub mod origin;
 mod outcome;
 mod report;
@@ -15,6 +17,7 @@ mod root;
 mod rows;
 mod stage;
 mod unpack;
+mod whiteouts;
 
 use std::ffi::OsString;
 use std::io;
@@ -24,9 +27,9 @@ use crate::interrupt::{Interrupt, Interrupted};
 use crate::source::registry::LayoutName;
 use origin::Link;
 
+pub use alternative::Row;
 pub use outcome::{Machine, Outcome, Phase, RowOutcome, Run, Touched};
 pub use report::html;
-pub use rows::Row;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -169,7 +172,9 @@ pub fn run(options: &BenchOptions, interrupt: &Interrupt, watch: &mut dyn Watch)
     if !rustix::process::geteuid().is_root() {
         return Err(BenchError::NotRoot);
     }
-    let stage = stage::Stage::set(options, interrupt, watch)?;
+    let mut stage = stage::Stage::set(options, interrupt, watch)?;
+    watch.step("filling a cache", 0, 0);
+    stage.fill_cache()?;
     let all = u32::try_from(options.rows.len())
         .unwrap_or(u32::MAX)
         .saturating_mul(options.runs);

@@ -11,9 +11,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::origin::Origin;
-use super::rows::Given;
-use super::stage::{Layer, Stage, tar_option};
-use super::unpack::Whiteouts;
+use super::stage::{Given, Layer, Stage, tar_option};
+use super::whiteouts::Whiteouts;
 use super::{BenchError, Watch, child};
 use crate::digest::{Algorithm, Digest};
 use crate::index::Index;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use super::BenchSource;
-use super::rows::{Row, Traffic};
+use super::alternative::{Row, Traffic};
 use super::stage::Stage;
 use crate::quantity::{show_count, show_rate, show_size, show_time};
 use crate::source::registry::ImageName;

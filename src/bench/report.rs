@@ -6,8 +6,8 @@ mod chart;
 
 use std::fmt::Write as _;
 
+use super::alternative::Row;
 use super::outcome::{Outcome, show_seconds};
-use super::rows::Row;
 use crate::quantity::{show_count, show_size, show_time};
 
 /// The style sheet: colours by role, so that light and dark differ in one place.

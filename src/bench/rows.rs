@@ -1,217 +1,19 @@
-//! The alternatives: what happens between nothing and the command's end, for each of them.
+//! The alternatives: one cold run of each, from nothing to the command's end, and the run that counts what is touched.
 
-use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::BenchError;
+use super::alternative::{Row, Traffic};
 use super::child::{self, Running};
-use super::outcome::{Phase, Run};
+use super::mounted::{TarblkMount, Unmount};
+use super::origin::Link;
+use super::outcome::{Phase, Run, Touched};
 use super::root::Dressed;
-use super::stage::Stage;
-
-/// One way from nothing to the command's end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Row {
-    /// tarblk with an index that comes over the same link, nothing cached.
-    Empty,
-    /// tarblk without an index: it reads the headers over the link first.
-    Walk,
-    /// tarblk with everything in its cache on disk.
-    Full,
-    /// Download everything and untar it onto the disk as it comes.
-    Untar,
-    /// Download the whole image to the disk and loop-mount it.
-    Loop,
-}
-
-impl Row {
-    /// What it is called in tables.
-    #[must_use]
-    pub const fn title(self) -> &'static str {
-        match self {
-            Self::Empty => "tarblk, nothing cached",
-            Self::Walk => "tarblk, nothing cached, no index",
-            Self::Full => "tarblk, all cached",
-            Self::Untar => "download and untar",
-            Self::Loop => "download image and loop-mount",
-        }
-    }
-
-    /// Whether it is one of tarblk's.
-    #[must_use]
-    pub const fn is_tarblk(self) -> bool {
-        matches!(self, Self::Empty | Self::Walk | Self::Full)
-    }
-}
-
-/// What `tarblk mount --json` says.
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Mounted {
-    pub(super) device: PathBuf,
-    pub(super) backend: String,
-    /// Seconds until the device was there.
-    attach_seconds: f64,
-}
-
-/// What `tarblk stats --json` says, as far as it matters here.
-#[derive(Clone, Debug, Deserialize)]
-struct Counted {
-    counters: Stats,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Stats {
-    pub(super) device: DevicePart,
-    pub(super) fetch: FetchPart,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct DevicePart {
-    pub(super) reads: u64,
-    pub(super) bytes: BytesPart,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct BytesPart {
-    pub(super) memory: u64,
-    pub(super) disk: u64,
-    pub(super) fetched: u64,
-}
-
-impl BytesPart {
-    /// Bytes of the layer, wherever they were.
-    pub(super) const fn of_layer(&self) -> u64 {
-        self.memory + self.disk + self.fetched
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct FetchPart {
-    pub(super) requests: u64,
-    pub(super) bytes_fetched: u64,
-}
-
-/// What `tarblk mount` is given: the source and options that go with it.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Given {
-    pub(super) source: String,
-    pub(super) options: Vec<OsString>,
-}
-
-/// A layer mounted by `tarblk mount`; unmounted when dropped.
-#[derive(Debug)]
-pub(super) struct TarblkMount<'a> {
-    stage: &'a Stage<'a>,
-    dir: PathBuf,
-    /// Whether it is (or may be) still there.
-    there: bool,
-    pub(super) said: Mounted,
-}
-
-impl<'a> TarblkMount<'a> {
-    /// Mounts the layer on the stage's mount point.
-    pub(super) fn new(stage: &'a Stage<'a>, given: &Given, cache: &Path) -> Result<Self, BenchError> {
-        let dir = stage.mount_point()?;
-        let mut command = stage.tarblk();
-        command
-            .arg("mount")
-            .arg(&given.source)
-            .arg(&dir)
-            .arg("--cache")
-            .arg(cache)
-            .args(["--json", "--quiet"]);
-        command.args(&stage.options.mount_options).args(&given.options);
-        let mut ended = child::run(&mut command, stage.scratch(), stage.interrupt)?;
-        let output = ended.output();
-        let said = serde_json::from_str(&output).map_err(|e| BenchError::Output {
-            program: ended.line.clone(),
-            cause: format!("{e} in {output:?}"),
-        });
-        let mut mounted = Self {
-            stage,
-            dir,
-            there: true,
-            said: Mounted {
-                device: PathBuf::new(),
-                backend: String::new(),
-                attach_seconds: 0.0,
-            },
-        };
-        mounted.said = said?;
-        Ok(mounted)
-    }
-
-    pub(super) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// The device's counters now.
-    pub(super) fn stats(&self) -> Result<Stats, BenchError> {
-        let mut command = self.stage.tarblk();
-        command.arg("stats").arg(&self.said.device).arg("--json");
-        let mut ended = child::run(&mut command, self.stage.scratch(), self.stage.interrupt)?;
-        let output = ended.output();
-        let counted: Result<Counted, _> = serde_json::from_str(&output);
-        counted.map(|counted| counted.counters).map_err(|e| BenchError::Output {
-            program: ended.line,
-            cause: format!("{e} in {output:?}"),
-        })
-    }
-
-    /// Unmounts it and waits until the device is gone.
-    pub(super) fn unmount(mut self) -> Result<(), BenchError> {
-        self.there = false;
-        child::run(
-            self.stage.tarblk().arg("umount").arg(&self.dir),
-            self.stage.scratch(),
-            self.stage.interrupt,
-        )?;
-        Ok(())
-    }
-}
-
-impl Drop for TarblkMount<'_> {
-    fn drop(&mut self) {
-        if !self.there {
-            return;
-        }
-        // No interrupt may stop the cleaning up after an interrupt. What is busy for a moment is tried again, and the last
-        // try says on standard error what is left.
-        for last in [false, false, false, true] {
-            let mut command = self.stage.tarblk();
-            command.arg("umount").arg(&self.dir).stdout(Stdio::null());
-            if !last {
-                command.stderr(Stdio::null());
-            }
-            if command.status().is_ok_and(|status| status.success()) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(300));
-        }
-    }
-}
-
-/// What `mount` has mounted here; unmounted when dropped, with its loop device if it has one.
-#[derive(Debug)]
-pub(super) struct Unmount<'a>(pub(super) &'a Path);
-
-impl Drop for Unmount<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount")
-            .arg("-d")
-            .arg(self.0)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-    }
-}
+use super::stage::{Given, Stage};
 
 impl Stage<'_> {
     /// One cold run of one alternative.
@@ -330,6 +132,30 @@ impl Stage<'_> {
         ))
     }
 
+    /// What the command touches, and how long it takes with everything in memory.
+    ///
+    /// Touched are the layer's bytes that the kernel reads from the device when it starts with an empty page cache and reads
+    /// nothing ahead; a page that it has once it does not read again.
+    pub(super) fn touched(&self) -> Result<(Touched, Vec<Duration>), BenchError> {
+        self.set_link(Link::default());
+        self.chill()?;
+        let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
+        no_read_ahead(&mounted.said.device)?;
+        let dressed = Dressed::new(mounted.dir())?;
+        let before = mounted.stats()?;
+        self.run_command("the counting run", mounted.dir())?;
+        let after = mounted.stats()?;
+        let bytes = after.device.bytes.of_layer() - before.device.bytes.of_layer();
+        let reads = after.device.reads - before.device.reads;
+        let mut local = Vec::new();
+        for _ in 0..self.options.runs.max(3) {
+            local.push(self.run_command("the warm run", mounted.dir())?);
+        }
+        drop(dressed);
+        mounted.unmount()?;
+        Ok((Touched { bytes, reads }, local))
+    }
+
     /// Runs the measured command with `root` as its root directory; it must succeed. Returns how long it took.
     pub(super) fn run_command(&self, row: &str, root: &Path) -> Result<Duration, BenchError> {
         let mut command = Command::new("chroot");
@@ -380,11 +206,12 @@ impl Stage<'_> {
     }
 }
 
-/// What went over the link during a run.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Traffic {
-    pub(super) bytes: u64,
-    pub(super) requests: u64,
-    /// Seconds since the clock started, bytes by then.
-    pub(super) timeline: Vec<(f64, u64)>,
+/// Switches a block device's read-ahead off, for files opened from now on.
+fn no_read_ahead(device: &Path) -> Result<(), BenchError> {
+    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let path = PathBuf::from(format!("/sys/block/{name}/queue/read_ahead_kb"));
+    fs::write(&path, "0").map_err(BenchError::step(format!(
+        "{}: cannot switch read-ahead off",
+        path.display()
+    )))
 }

@@ -3,19 +3,17 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use super::alternative::{Row, Traffic};
 use super::child;
 use super::origin::{Link, Origin};
-use super::outcome::Touched;
-use super::root::Dressed;
-use super::rows::{Given, Row, TarblkMount, Traffic};
-use super::unpack::Whiteouts;
+use super::whiteouts::Whiteouts;
 use super::{BenchError, BenchOptions, BenchSource, Watch};
 use crate::index::Index;
 use crate::interrupt::Interrupt;
@@ -49,6 +47,13 @@ pub(super) struct Stage<'a> {
     /// Served from disk because they are big: read before each run, so that the origin's disk is not measured.
     warm: Vec<PathBuf>,
     scratch: tempfile::TempDir,
+}
+
+/// What `tarblk mount` is given: the source and options that go with it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Given {
+    pub(super) source: String,
+    pub(super) options: Vec<OsString>,
 }
 
 /// A layer to download.
@@ -114,8 +119,6 @@ impl<'a> Stage<'a> {
             BenchSource::Image { layout, .. } => stage.set_registry(layout, watch)?,
             BenchSource::Url { url, index } => stage.use_url(url, index.as_deref(), watch)?,
         }
-        watch.step("filling a cache", 0, 0);
-        stage.fill_cache()?;
         Ok(stage)
     }
 
@@ -223,34 +226,7 @@ impl<'a> Stage<'a> {
         self.set_layer(url, index)
     }
 
-    /// Reads the whole device once with a cache directory that stays, over an unlimited link.
-    fn fill_cache(&mut self) -> Result<(), BenchError> {
-        let link = self.options.source.link().unwrap_or_default();
-        self.set_link(Link::default());
-        let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
-        let device = mounted.said.device.clone();
-        let mut file =
-            File::open(&device).map_err(BenchError::step(format!("{}: cannot open it", device.display())))?;
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            self.interrupt.check()?;
-            if file
-                .read(&mut buffer)
-                .map_err(BenchError::step(format!("{}: cannot read it", device.display())))?
-                == 0
-            {
-                break;
-            }
-        }
-        drop(file);
-        let backend = mounted.said.backend.clone();
-        mounted.unmount()?;
-        self.backend = backend;
-        self.set_link(link);
-        Ok(())
-    }
-
-    fn set_link(&self, link: Link) {
+    pub(super) fn set_link(&self, link: Link) {
         if let Some(origin) = &self.origin {
             origin.set_link(link);
         }
@@ -334,30 +310,6 @@ impl<'a> Stage<'a> {
             timeline,
         })
     }
-
-    /// What the command touches, and how long it takes with everything in memory.
-    ///
-    /// Touched are the layer's bytes that the kernel reads from the device when it starts with an empty page cache and reads
-    /// nothing ahead; a page that it has once it does not read again.
-    pub(super) fn touched(&self) -> Result<(Touched, Vec<Duration>), BenchError> {
-        self.set_link(Link::default());
-        self.chill()?;
-        let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
-        no_read_ahead(&mounted.said.device)?;
-        let dressed = Dressed::new(mounted.dir())?;
-        let before = mounted.stats()?;
-        self.run_command("the counting run", mounted.dir())?;
-        let after = mounted.stats()?;
-        let bytes = after.device.bytes.of_layer() - before.device.bytes.of_layer();
-        let reads = after.device.reads - before.device.reads;
-        let mut local = Vec::new();
-        for _ in 0..self.options.runs.max(3) {
-            local.push(self.run_command("the warm run", mounted.dir())?);
-        }
-        drop(dressed);
-        mounted.unmount()?;
-        Ok((Touched { bytes, reads }, local))
-    }
 }
 
 /// The option with which tar undoes a compression.
@@ -390,14 +342,4 @@ fn in_memory(path: &Path) -> io::Result<Option<File>> {
     let mut copy = File::from(memfd_create("tarblk-origin", MemfdFlags::CLOEXEC)?);
     io::copy(&mut file, &mut copy)?;
     Ok(Some(copy))
-}
-
-/// Switches a block device's read-ahead off, for files opened from now on.
-fn no_read_ahead(device: &Path) -> Result<(), BenchError> {
-    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let path = PathBuf::from(format!("/sys/block/{name}/queue/read_ahead_kb"));
-    fs::write(&path, "0").map_err(BenchError::step(format!(
-        "{}: cannot switch read-ahead off",
-        path.display()
-    )))
 }

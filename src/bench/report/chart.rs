@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::super::alternative::Row;
 use super::super::outcome::{Outcome, RowOutcome, show_seconds};
-use super::super::rows::Row;
 use crate::quantity::show_time;
 
 /// Width of both drawings, in SVG units.
