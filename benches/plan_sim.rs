@@ -126,12 +126,12 @@ impl Simulation<'_> {
     fn send_all(&mut self, now: &[Planned], demanded: &[ChunkKey], planner: &mut Planner) {
         for flight in merge(now, self.gap, 128, &|key| self.presence(key)) {
             for key in flight.keys() {
-                let want = now.iter().find(|want| want.stretch.keys().any(|wanted| wanted == key));
-                self.why.insert(key, want.map(|want| want.hint));
+                let want = now.iter().find(|want| want.chunks.keys().any(|wanted| wanted == key));
+                self.why.insert(key, want.map(|want| want.reason));
                 if demanded.contains(&key) {
                     planner.demanded(CHUNK_BYTES);
                 } else if self.presence(key) == Presence::Absent {
-                    planner.suspected(CHUNK_BYTES);
+                    planner.prefetched(CHUNK_BYTES);
                     self.unread.insert(key);
                 }
             }
@@ -142,17 +142,17 @@ impl Simulation<'_> {
     /// Fills the link behind demand.
     fn pump(&mut self, planner: &mut Planner) {
         loop {
-            let window = self.link.window();
+            let window = self.link.in_flight_limit();
             let room = window.saturating_sub(self.outstanding);
             if room < window / 2 {
                 return;
             }
             let next = planner.next(room, &|key| self.presence(key));
-            let Some(Planned { stretch: flight, hint }) = next else {
+            let Some(Planned { chunks: flight, reason }) = next else {
                 return;
             };
-            self.why.extend(flight.keys().map(|key| (key, Some(hint))));
-            planner.suspected(flight.bytes());
+            self.why.extend(flight.keys().map(|key| (key, Some(reason))));
+            planner.prefetched(flight.bytes());
             self.unread.extend(flight.keys());
             self.send(flight);
         }
@@ -180,7 +180,7 @@ impl Simulation<'_> {
                     self.coming.remove(&key);
                     self.here.insert(key);
                     let mut now = Vec::new();
-                    planner.landed(key, &|key, show| self.peek(key, show), &mut now);
+                    planner.arrived(key, &|key, show| self.peek(key, show), &mut now);
                     self.send_all(&now, &[], planner);
                     self.pump(planner);
                 }
@@ -255,8 +255,8 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         });
     }
     let mut hints: BTreeMap<Option<Reason>, (u64, u64)> = BTreeMap::new();
-    for (key, hint) in &sim.why {
-        let (fetched, read) = hints.entry(*hint).or_default();
+    for (key, reason) in &sim.why {
+        let (fetched, read) = hints.entry(*reason).or_default();
         *fetched += 1;
         *read += u64::from(sim.read.contains(key));
     }
@@ -278,23 +278,23 @@ fn tell_waste(case: &Case, sim: &Simulation<'_>) {
     use tarblk::image::FileMap as _;
     const TOLD: usize = 50;
     let mut waste: BTreeMap<(Option<Reason>, Vec<u8>), u64> = BTreeMap::new();
-    for (key, hint) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
+    for (key, reason) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
         // The first file that has bytes in the chunk.
         let begins = |n: u64| TarOffset(u64::from(key.index) * CHUNK_BYTES + n * 512);
         let file = (0..CHUNK_BYTES / 512).find_map(|n| case.image.file_at(key.layer, begins(n)));
         let path = file.and_then(|file| case.image.path(file.file)).unwrap_or_default();
-        *waste.entry((*hint, path)).or_default() += CHUNK_BYTES;
+        *waste.entry((*reason, path)).or_default() += CHUNK_BYTES;
     }
     let mut waste: Vec<_> = waste.into_iter().collect();
     waste.sort_by_key(|(_, bytes)| Reverse(*bytes));
-    for ((hint, path), bytes) in waste.iter().take(TOLD) {
+    for ((reason, path), bytes) in waste.iter().take(TOLD) {
         let path = String::from_utf8_lossy(path);
-        println!("waste {:>6} KiB {} {path}", bytes >> 10, name_of(*hint));
+        println!("waste {:>6} KiB {} {path}", bytes >> 10, name_of(*reason));
     }
 }
 
-fn name_of(hint: Option<Reason>) -> String {
-    hint.map_or("between".to_owned(), |hint| format!("{hint:?}").to_lowercase())
+fn name_of(reason: Option<Reason>) -> String {
+    reason.map_or("between".to_owned(), |reason| format!("{reason:?}").to_lowercase())
 }
 
 /// The layer at `path`, read by nobody yet.
@@ -449,8 +449,8 @@ fn main() {
             mib(out.touched)
         );
         if arguments.get(4).is_none() {
-            for (hint, (fetched, read)) in out.hints {
-                let name = name_of(hint);
+            for (reason, (fetched, read)) in out.hints {
+                let name = name_of(reason);
                 let (fetched, read) = (mib(fetched * CHUNK_BYTES), mib(read * CHUNK_BYTES));
                 println!("{name:>52} {fetched:>8.1} MiB, {read:.1} of it read");
             }

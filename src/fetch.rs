@@ -511,7 +511,7 @@ impl Fetcher {
             let first = chunk.touch();
             first_use |= first != FirstUse::No;
             wake |= matches!(first, FirstUse::Yes { marker: true, .. });
-            if matches!(first, FirstUse::Yes { suspected: true, .. }) {
+            if matches!(first, FirstUse::Yes { prefetched: true, .. }) {
                 paid += crate::units::len_u64(chunk.bytes().len());
             }
             slices.push(Slice::new(chunk, from, len));
@@ -529,10 +529,10 @@ impl Fetcher {
     }
 
     /// Leaves a demand read of `ranges` with the fetch thread and returns at once.
-    pub fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
+    pub fn read(&self, ranges: Vec<LayerRange>, callback: Box<dyn ReadCallback>) {
         let command = Command::Read {
             ranges,
-            waiter: engine::CompleteOnDrop::new(waiter),
+            callback: engine::CompleteOnDrop::new(callback),
             asked: Instant::now(),
         };
         // When the thread is gone the command comes back and is dropped, and dropping it tells the waiter.

@@ -52,7 +52,10 @@ impl Reason {
     /// A want for this reason.
     #[must_use]
     pub const fn of(self, stretch: ChunkRange) -> Planned {
-        Planned { stretch, hint: self }
+        Planned {
+            chunks: stretch,
+            reason: self,
+        }
     }
 }
 
@@ -141,9 +144,9 @@ pub enum Reason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planned {
     /// What.
-    pub stretch: ChunkRange,
+    pub chunks: ChunkRange,
     /// Why.
-    pub hint: Reason,
+    pub reason: Reason,
 }
 
 /// The planner's numbers. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
@@ -319,7 +322,7 @@ impl Planner {
     }
 
     /// So many bytes were asked for on suspicion.
-    pub fn suspected(&mut self, bytes: u64) {
+    pub fn prefetched(&mut self, bytes: u64) {
         self.unread += bytes;
     }
 
@@ -330,28 +333,28 @@ impl Planner {
     }
 
     /// Of those, so many never came.
-    pub fn lost(&mut self, bytes: u64) {
+    pub fn not_fetched(&mut self, bytes: u64) {
         self.unread = self.unread.saturating_sub(bytes);
     }
 
     /// The most likely absent stretch, at most `room` bytes, for a link that would otherwise be idle.
     pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Planned> {
         let most = u32::try_from((room / CHUNK_BYTES).max(1)).unwrap_or(u32::MAX);
-        if !self.may_suspect(self.options.urgent_percent) {
+        if !self.may_prefetch(self.options.urgent_percent) {
             return None;
         }
         if let Some(mut found) = take_from(&mut self.urgent, most, self.options.gap, look) {
-            gather(&mut found.stretch, &self.urgent, most, self.options.gap, look);
+            gather(&mut found.chunks, &self.urgent, most, self.options.gap, look);
             return Some(found);
         }
-        if !self.may_suspect(self.options.credit_percent) {
+        if !self.may_prefetch(self.options.credit_percent) {
             return None;
         }
         self.neighbours.next(most, self.options.gap, look)
     }
 
     /// Whether what lies here unread is little enough, measured by what was read.
-    fn may_suspect(&self, percent: u64) -> bool {
+    fn may_prefetch(&self, percent: u64) -> bool {
         self.unread <= self.options.credit + self.read / 100 * percent
     }
 
@@ -462,7 +465,7 @@ impl Planner {
 
     /// A chunk has come; `peek` shows it and others. Appends to `now` what it says will be read next: that is no guess, and
     /// is fetched like demand.
-    pub fn landed(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Planned>) {
+    pub fn arrived(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Planned>) {
         if self.programs.awaits(key) {
             self.look_inside(peek, now);
         }
@@ -478,12 +481,12 @@ impl Planner {
     fn look_inside(&mut self, peek: Peek<'_>, now: &mut Vec<Planned>) {
         let Some(files) = self.files.clone() else { return };
         let wanted = self.programs.read_on(&*files, &self.options, peek);
-        let want = |wanted: &Wanted| wanted.hint.of(ChunkRange::of(wanted.layer, wanted.range));
+        let want = |wanted: &Wanted| wanted.reason.of(ChunkRange::of(wanted.layer, wanted.range));
         now.extend(wanted.iter().filter(|wanted| wanted.certain).map(want));
         // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
         // module's imports are read before those of the ones that import it.
         let mut likely: Vec<Planned> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
-        likely.sort_unstable_by_key(|want| want.stretch);
+        likely.sort_unstable_by_key(|want| want.chunks);
         for want in likely.into_iter().rev() {
             self.urgent.push_front(want);
         }
@@ -515,7 +518,7 @@ fn may_bridge(layer: LayerId, from: u32, to: u32, look: Look<'_>) -> bool {
 /// Cuts the next absent stretch of at most `most` chunks from the front of `queue`, merged with what follows closely.
 fn take_from(queue: &mut VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
     let mut found: Option<Planned> = None;
-    while let Some(Planned { stretch: front, hint }) = queue.front_mut() {
+    while let Some(Planned { chunks: front, reason }) = queue.front_mut() {
         while front.first < front.end {
             let key = ChunkKey {
                 layer: front.layer,
@@ -523,8 +526,8 @@ fn take_from(queue: &mut VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>)
             };
             if look(key) == Presence::Absent {
                 match &mut found {
-                    None => found = Some(hint.of(key.into())),
-                    Some(Planned { stretch: so_far, .. }) => {
+                    None => found = Some(reason.of(key.into())),
+                    Some(Planned { chunks: so_far, .. }) => {
                         let close = so_far.layer == key.layer
                             && key.index >= so_far.end
                             && key.index - so_far.end <= gap
@@ -536,7 +539,7 @@ fn take_from(queue: &mut VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>)
                         so_far.end = key.index + 1;
                     }
                 }
-                if found.is_some_and(|so_far| so_far.stretch.count() >= most) {
+                if found.is_some_and(|so_far| so_far.chunks.count() >= most) {
                     front.first += 1;
                     return found;
                 }
@@ -560,7 +563,7 @@ fn gather(found: &mut ChunkRange, queue: &VecDeque<Planned>, most: u32, gap: u32
     let (mut first, mut end) = (found.first, found.end);
     loop {
         let before = (first, end);
-        for Planned { stretch: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
+        for Planned { chunks: near, .. } in queue.iter().take(MOST_LOOKED_AT) {
             if near.layer != found.layer || near.is_empty() {
                 continue;
             }
@@ -593,7 +596,7 @@ fn gather(found: &mut ChunkRange, queue: &VecDeque<Planned>, most: u32, gap: u32
 pub fn merge(wanted: &[Planned], gap: u32, longest: u32, look: Look<'_>) -> Vec<ChunkRange> {
     let mut keys: Vec<ChunkKey> = wanted
         .iter()
-        .flat_map(|want| want.stretch.keys())
+        .flat_map(|want| want.chunks.keys())
         .filter(|key| look(*key) == Presence::Absent)
         .collect();
     keys.sort_unstable();

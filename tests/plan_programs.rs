@@ -83,9 +83,9 @@ impl World {
             let Some(want) = now.pop().or_else(|| planner.next(1 << 20, &look)) else {
                 return;
             };
-            for key in want.stretch.keys() {
+            for key in want.chunks.keys() {
                 if here.borrow_mut().insert(key) {
-                    planner.landed(key, &peek, &mut now);
+                    planner.arrived(key, &peek, &mut now);
                 }
             }
         }

@@ -54,7 +54,7 @@ const PREFETCHED: u8 = 4;
 /// The planner wants to hear at once when this one is first read.
 const MARKER: u8 = 8;
 /// Nobody asked for it: it came with what was asked for, and cost nothing of its own.
-const ALONG: u8 = 16;
+const BUNDLED: u8 = 16;
 
 /// Immutable bytes in memory with the marks that the memory cache and the planner keep on them.
 pub(crate) struct Chunk {
@@ -78,7 +78,7 @@ pub(crate) enum FirstUse {
     /// It came before anybody needed it.
     Yes {
         /// It was fetched on suspicion, which now pays; else it came along with what was asked for.
-        suspected: bool,
+        prefetched: bool,
         /// The planner asked to be told at once.
         marker: bool,
     },
@@ -99,10 +99,10 @@ impl Chunk {
         }
     }
 
-    pub(crate) fn along(bytes: Vec<u8>, marker: bool) -> Self {
+    pub(crate) fn bundled(bytes: Vec<u8>, marker: bool) -> Self {
         Self {
             bytes,
-            marks: AtomicU8::new(if marker { ALONG | MARKER } else { ALONG }),
+            marks: AtomicU8::new(if marker { BUNDLED | MARKER } else { BUNDLED }),
         }
     }
 
@@ -121,7 +121,7 @@ impl Chunk {
             return FirstUse::No;
         }
         FirstUse::Yes {
-            suspected: before & PREFETCHED != 0,
+            prefetched: before & PREFETCHED != 0,
             marker: before & MARKER != 0,
         }
     }
@@ -132,7 +132,7 @@ impl Chunk {
     }
 
     /// Whether it was fetched on suspicion and nobody read it.
-    pub(crate) fn wasted(&self) -> bool {
+    pub(crate) fn is_unread_prefetch(&self) -> bool {
         self.marks.load(Ordering::Relaxed) & (PREFETCHED | USED) == PREFETCHED
     }
 }
@@ -232,20 +232,20 @@ mod tests {
     #[test]
     fn a_first_use_is_told_once() {
         let chunk = Chunk::prefetched(vec![0; 8], true);
-        assert!(chunk.wasted());
+        assert!(chunk.is_unread_prefetch());
         let first = FirstUse::Yes {
-            suspected: true,
+            prefetched: true,
             marker: true,
         };
         assert_eq!(chunk.touch(), first);
         assert_eq!(chunk.touch(), FirstUse::No);
-        assert!(!chunk.wasted());
+        assert!(!chunk.is_unread_prefetch());
         assert!(chunk.cool());
         assert!(!chunk.cool());
         assert_eq!(chunk.touch(), FirstUse::No);
-        let chunk = Chunk::along(vec![0; 8], false);
-        assert!(!chunk.wasted());
-        assert!(matches!(chunk.touch(), FirstUse::Yes { suspected: false, .. }));
+        let chunk = Chunk::bundled(vec![0; 8], false);
+        assert!(!chunk.is_unread_prefetch());
+        assert!(matches!(chunk.touch(), FirstUse::Yes { prefetched: false, .. }));
         assert_eq!(chunk.touch(), FirstUse::No);
     }
 

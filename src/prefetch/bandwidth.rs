@@ -107,7 +107,7 @@ impl BdpEstimator {
     /// How many bytes may be asked for and not yet here: half more than the link holds, so that it never runs dry and a
     /// faster link shows itself.
     #[must_use]
-    pub fn window(&self) -> u64 {
+    pub fn in_flight_limit(&self) -> u64 {
         let Some(rate) = self.rate() else { return FIRST_WINDOW };
         let trip = u64::try_from(self.trip().as_micros()).unwrap_or(u64::MAX);
         let held = rate.saturating_mul(trip) / 1_000_000;
@@ -143,13 +143,17 @@ mod tests {
     #[test]
     fn finds_the_bandwidth_delay_product() {
         let mut link = BdpEstimator::new();
-        assert_eq!(link.window(), FIRST_WINDOW);
+        assert_eq!(link.in_flight_limit(), FIRST_WINDOW);
         let now = Instant::now();
         link.head(now, Duration::from_millis(20));
         stream(&mut link, now, 25_000_000, 2_000_000);
         let rate = link.rate().unwrap();
         assert!((24_000_000..26_000_000).contains(&rate), "{rate}");
-        assert!((700_000..800_000).contains(&link.window()), "{}", link.window());
+        assert!(
+            (700_000..800_000).contains(&link.in_flight_limit()),
+            "{}",
+            link.in_flight_limit()
+        );
     }
 
     #[test]
@@ -171,7 +175,7 @@ mod tests {
         let now = stream(&mut link, now, 25_000_000, 2_000_000);
         stream(&mut link, now, 2_000_000, 16_000_000);
         assert!(link.rate().unwrap() < 2_200_000);
-        assert_eq!(link.window(), SMALLEST_WINDOW.max(60_000));
+        assert_eq!(link.in_flight_limit(), SMALLEST_WINDOW.max(60_000));
     }
 
     #[test]

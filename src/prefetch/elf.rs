@@ -2,7 +2,7 @@
 //! parts of it that its loader reads before anything runs, the interpreter of a script.
 //!
 //! In: a file's length and whatever of its bytes is here. Out: names and ranges, or which bytes would have to be here to
-//! say. Pure, and only a hint: what is wrong in a file makes the hint worse and nothing else. Sources: the System V ABI
+//! say. Pure, and only a reason: what is wrong in a file makes the reason worse and nothing else. Sources: the System V ABI
 //! (gabi 4.1, chapters 4 and 5), elf(5), and what glibc's and musl's loaders read.
 
 use std::cell::RefCell;

@@ -65,7 +65,7 @@ impl Neighbours {
                 credit.guessed.insert(next.file);
                 credit.guessed_bytes += next.range.len;
                 match batch.back_mut() {
-                    Some(Planned { stretch: last, .. })
+                    Some(Planned { chunks: last, .. })
                         if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) =>
                     {
                         last.end = last.end.max(stretch.end);

@@ -4,7 +4,7 @@
 //! Only names that stand in the text as literals are seen, wherever they stand, and each is looked for as Node does
 //! (`modules.md` of its documentation): beside the file, or in the `node_modules` of the directories above it; failing that
 //! beside the package itself, which is how distributions lay packages out. A package's directory begins with its
-//! `package.json`, whose `main` says which file is the package. Pure, and only a hint.
+//! `package.json`, whose `main` says which file is the package. Pure, and only a reason.
 
 /// Names taken from one file.
 const MOST_NAMES: usize = 256;

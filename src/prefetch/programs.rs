@@ -41,7 +41,7 @@ struct Open {
 pub(super) struct Wanted {
     pub(super) layer: LayerId,
     pub(super) range: TarRange,
-    pub(super) hint: Reason,
+    pub(super) reason: Reason,
     /// It is read before the program that names it runs; else it is likely.
     pub(super) certain: bool,
 }
@@ -172,7 +172,7 @@ impl Programs {
             self.want(module, options, hops + 1, wanted);
         }
         for wanted in &mut wanted[first..] {
-            (wanted.certain, wanted.hint) = (false, Reason::Import);
+            (wanted.certain, wanted.reason) = (false, Reason::Import);
         }
     }
 
@@ -267,7 +267,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     Wanted {
         layer: file.layer,
         range: TarRange::new(file.range.start.plus(at), len),
-        hint: Reason::Loader,
+        reason: Reason::Loader,
         certain: true,
     }
 }

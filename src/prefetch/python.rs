@@ -3,7 +3,7 @@
 //!
 //! The statements come from the module's bytecode, or of a version that [`bytecode`] does not know from its short strings
 //! (`marshal.c` of `CPython`: type `z` or `Z`, one byte of length, ASCII), among which are the names of what it imports: few
-//! others are a file's. Pure, and only a hint.
+//! others are a file's. Pure, and only a reason.
 
 mod bytecode;
 

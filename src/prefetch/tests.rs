@@ -117,11 +117,11 @@ impl World {
                     Presence::Absent
                 }
             };
-            let Some(Planned { stretch: next, .. }) = self.planner.next(1 << 20, &look) else {
+            let Some(Planned { chunks: next, .. }) = self.planner.next(1 << 20, &look) else {
                 return all;
             };
             assert!(next.bytes() <= 1 << 20);
-            self.planner.suspected(next.bytes());
+            self.planner.prefetched(next.bytes());
             all.extend(next.first..next.end);
             self.here.borrow_mut().extend(next.keys());
         }
@@ -194,7 +194,7 @@ fn it_works_without_knowing_files() {
             }
         })
         .unwrap();
-    assert_eq!((next.stretch.first, next.hint), (16, Reason::Ahead));
+    assert_eq!((next.chunks.first, next.reason), (16, Reason::Ahead));
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn only_who_reads_whole_files_is_followed_into_the_next() {
             let range = TarRange::new(TarOffset(n * CHUNK), CHUNK);
             planner.hit(LAYER, range, &|_| Presence::Absent);
         }
-        planner.urgent.iter().map(|want| want.stretch.end).max()
+        planner.urgent.iter().map(|want| want.chunks.end).max()
     };
     assert!(ahead(0).unwrap() > 50, "{:?}", ahead(0));
     assert_eq!(ahead(20), Some(40));
@@ -250,7 +250,7 @@ fn wants_close_by_fly_together() {
             Presence::Absent
         }
     };
-    let mut found = take_from(&mut queue, 128, 4, &look).unwrap().stretch;
+    let mut found = take_from(&mut queue, 128, 4, &look).unwrap().chunks;
     assert_eq!(found, stretch(50, 52));
     gather(&mut found, &queue, 128, 4, &look);
     assert_eq!(found, stretch(49, 55), "not over what is coming, nor far away");
@@ -286,7 +286,7 @@ proptest! {
             .map(|stretch| Reason::Rest.of(stretch))
             .collect();
         let model: BTreeSet<ChunkKey> =
-            wants.iter().flat_map(|want| want.stretch.keys()).filter(|key| look(*key) == Presence::Absent).collect();
+            wants.iter().flat_map(|want| want.chunks.keys()).filter(|key| look(*key) == Presence::Absent).collect();
         let flights = merge(&wants, gap, longest, &look);
         let flown: Vec<ChunkKey> = flights.iter().flat_map(|flight| flight.keys()).collect();
         let once: BTreeSet<ChunkKey> = flown.iter().copied().collect();

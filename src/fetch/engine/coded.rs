@@ -10,11 +10,10 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::flight::{Answer, Backoff};
-use super::origin::Trouble;
+use super::flight::{Flight, FlightGuard, Received};
+use super::origin::{Body, Trouble};
 use super::partial::{Partials, Ranges, subtract};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
-use super::request::Purpose;
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
@@ -31,7 +30,7 @@ const BRIDGE: u64 = 16 << 10;
 pub(super) struct CodedLayer {
     pub(super) table: SpanTable,
     windows: WindowShelf,
-    /// The flights under way.
+    /// The requests under way.
     in_flight: RefCell<Vec<Rc<SpanRequest>>>,
     partials: RefCell<Partials>,
 }
@@ -59,14 +58,14 @@ impl CodedLayer {
         for range in &mut lacking {
             *range = range.start + start..range.end + start;
         }
-        for route in &*self.in_flight.borrow() {
-            subtract(&mut lacking, &(route.delivered.get()..route.to));
+        for request in &*self.in_flight.borrow() {
+            subtract(&mut lacking, &(request.delivered.get()..request.to));
         }
         lacking
     }
 
     /// Puts spans together to flights: neighbours, none much longer than a flight may be.
-    fn routes(&self, layer: LayerId, spans: &BTreeSet<usize>) -> Vec<Rc<SpanRequest>> {
+    fn requests_for(&self, layer: LayerId, spans: &BTreeSet<usize>) -> Vec<Rc<SpanRequest>> {
         let mut groups: Vec<Range<usize>> = Vec::new();
         for &span in spans {
             let joins = groups.last().is_some_and(|group| {
@@ -83,7 +82,7 @@ impl CodedLayer {
                 _ => groups.push(span..span + 1),
             }
         }
-        let route = |group: Range<usize>| {
+        let request = |group: Range<usize>| {
             let (first, last) = (self.table.span(group.start), self.table.span(group.end - 1));
             Rc::new(SpanRequest {
                 layer,
@@ -93,18 +92,21 @@ impl CodedLayer {
                 delivered: Cell::new(first.tar.start.0),
             })
         };
-        groups.into_iter().map(route).collect()
+        groups.into_iter().map(request).collect()
     }
 }
 
-/// What one flight is to bring.
+/// One range request over spans that lie side by side.
 #[derive(Debug)]
 struct SpanRequest {
     layer: LayerId,
+    /// The first byte of tar space that it brings...
     from: u64,
+    /// ...and one past the last.
     to: u64,
+    /// The bytes of the blob that hold them.
     blob: Range<u64>,
-    /// Up to where it has brought it.
+    /// Everything before this byte of tar space has been delivered.
     delivered: Cell<u64>,
 }
 
@@ -119,109 +121,209 @@ impl SpanRequest {
         ChunkRange::of(self.layer, TarRange::new(TarOffset(from), self.to - from))
     }
 
+    /// Everything before byte `end` of tar space has been delivered.
+    fn advance(&self, end: u64) {
+        self.delivered.set(end.clamp(self.delivered.get(), self.to));
+    }
+
     /// All chunks of which it brings something.
     fn all(&self) -> ChunkRange {
         ChunkRange::of(self.layer, TarRange::new(TarOffset(self.from), self.to - self.from))
     }
 }
 
-/// However a flight ends, nobody is left waiting for it.
-struct Landing {
-    engine: Rc<Engine>,
-    remote: Rc<LayerState>,
-    route: Rc<SpanRequest>,
-    /// Bytes of the blob that it still counts as on their way.
-    owed: Cell<u64>,
+/// A request for spans on its way.
+pub(super) struct CodedFlight {
+    coded: Rc<CodedLayer>,
+    request: Rc<SpanRequest>,
     /// The chunk that was wrong.
     wrong: Cell<Option<u32>>,
-    demand: bool,
+    /// Between two requests: the decoder, where the last one left it.
+    pipeline: RefCell<Option<DecodePipeline>>,
 }
 
-impl Landing {
-    /// So many bytes of the blob are not on their way any more.
-    fn arrived(&self, len: u64) {
-        let by = len.min(self.owed.get());
-        self.owed.set(self.owed.get() - by);
-        let engine = &self.engine;
-        engine.outstanding.set(engine.outstanding.get().saturating_sub(by));
-    }
-
-    /// Takes what came out of the decoder.
-    fn land(&self, coded: &CodedLayer, cut: ChunkOut) {
+impl CodedFlight {
+    /// Delivers what came out of the decoder.
+    fn deliver(&self, engine: &Rc<Engine>, state: &Rc<LayerState>, out: ChunkOut) {
         if self.wrong.get().is_some() {
             return;
         }
-        let (engine, remote, layer) = (&self.engine, &self.remote, self.route.layer);
-        match cut {
+        let layer = self.request.layer;
+        match out {
             ChunkOut::Whole { index, bytes, right } => {
-                engine.count_checked(remote);
+                engine.count_verified(state);
                 if !right {
                     self.wrong.set(Some(index));
                     return;
                 }
-                let end = u64::from(index) * CHUNK_BYTES + len_u64(bytes.len());
-                self.advance(end);
-                add(&engine.shared.counters.bytes_decoded, len_u64(bytes.len()));
-                Engine::found_right(remote, index);
-                engine.bring(ChunkKey { layer, index }, bytes, true);
+                self.request
+                    .advance(u64::from(index) * CHUNK_BYTES + len_u64(bytes.len()));
+                add(&engine.counters.bytes_decoded, len_u64(bytes.len()));
+                Engine::digest_matched(state, index);
+                engine.deliver(ChunkKey { layer, index }, bytes, true);
             }
             ChunkOut::Wrong { index } => self.wrong.set(Some(index)),
             ChunkOut::Part { at, bytes } => {
-                self.advance(at + len_u64(bytes.len()));
-                add(&engine.shared.counters.bytes_decoded, len_u64(bytes.len()));
-                engine.bring_part(coded, layer, at, &bytes);
+                self.request.advance(at + len_u64(bytes.len()));
+                add(&engine.counters.bytes_decoded, len_u64(bytes.len()));
+                engine.deliver_part(&self.coded, layer, at, &bytes);
             }
         }
     }
 
-    fn advance(&self, end: u64) {
-        self.route
-            .delivered
-            .set(end.clamp(self.route.delivered.get(), self.route.to));
-    }
-
-    /// Nothing more comes: what is waited for is given up with `error`.
-    fn give_up(&self, error: &FetchError) {
-        let rest = self.route.rest();
-        self.advance(self.route.to);
-        self.engine.give_up(rest, error);
+    /// Asks for what is left and has a decoder for it: the one of the last request, or one that begins at the next span.
+    async fn begin(
+        &self,
+        engine: &Rc<Engine>,
+        state: &LayerState,
+        demand: bool,
+    ) -> Result<(Option<DecodePipeline>, Body), Trouble> {
+        let (coded, request) = (&*self.coded, &*self.request);
+        let stop = request.blob.end;
+        let kept = self.pipeline.take();
+        if let Some(pipeline) = kept {
+            let start = pipeline.blob_at;
+            let asked = if start < stop {
+                state.origin.get(&engine.client, start, stop - start, demand).await
+            } else {
+                Err(holds_less())
+            };
+            return match asked {
+                Ok(body) => Ok((Some(pipeline), body)),
+                Err(trouble) => {
+                    self.pipeline.replace(Some(pipeline));
+                    Err(trouble)
+                }
+            };
+        }
+        let delivered = request.delivered.get();
+        let number = coded.table.span_at(TarOffset(delivered));
+        let span = coded.table.span(number);
+        let start = span.blob.start;
+        let len = stop.saturating_sub(start).max(1);
+        let (window, body) = tokio::join!(
+            engine.window(&coded.windows, number, span.window, demand),
+            state.origin.get(&engine.client, start, len, demand),
+        );
+        let body = body?;
+        if body.is_whole() {
+            return Ok((None, body));
+        }
+        let decoder = Decoder::start(&coded.table, number, &window?)
+            .map_err(|error| Trouble::Wrong(error.to_string()))?
+            .until(state.checked_end(TarOffset(request.to)));
+        let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.to);
+        let pipeline = DecodePipeline::new(Some(decoder), start, chunker, state.verifier.clone());
+        Ok((Some(pipeline), body))
     }
 }
 
-impl Drop for Landing {
-    fn drop(&mut self) {
-        self.arrived(self.owed.get());
-        self.give_up(&FetchError::Stopped);
-        if !self.demand {
-            let prefetching = &self.engine.prefetching;
-            prefetching.set(prefetching.get().saturating_sub(1));
-        }
-        if let Some(coded) = &self.remote.coded {
-            coded
-                .in_flight
-                .borrow_mut()
-                .retain(|route| !Rc::ptr_eq(route, &self.route));
-            self.engine.settle_borders(coded, &self.route);
-        }
+impl Flight for CodedFlight {
+    fn layer(&self) -> LayerId {
+        self.request.layer
     }
+
+    fn rest(&self) -> ChunkRange {
+        self.request.rest()
+    }
+
+    fn progress(&self) -> u64 {
+        self.request.delivered.get()
+    }
+
+    fn is_done(&self, _engine: &Engine) -> bool {
+        // All of it may have come before the connection broke.
+        let SpanRequest {
+            from, to, delivered, ..
+        } = &*self.request;
+        delivered.get() >= *to && delivered.get() > *from
+    }
+
+    fn finish(&self) {
+        self.request.advance(self.request.to);
+    }
+
+    async fn attempt(
+        &self,
+        engine: &Rc<Engine>,
+        state: &Rc<LayerState>,
+        guard: &FlightGuard<Self>,
+    ) -> Result<Received, Trouble> {
+        let (pipeline, mut body) = self.begin(engine, state, guard.demand).await?;
+        let mut pipeline = match pipeline {
+            Some(pipeline) if !body.is_whole() => pipeline,
+            _ => return Ok(Received::WholeBlob(body)),
+        };
+        engine.note_head(&body);
+        let mut next = body.next().await;
+        loop {
+            let piece = match next {
+                Ok(Some(piece)) => piece,
+                ended => {
+                    self.pipeline.replace(Some(pipeline));
+                    ended?;
+                    break;
+                }
+            };
+            let len = len_u64(piece.len());
+            engine.note_arrival(state, len);
+            guard.arrived(len);
+            let feeding = engine.feed(pipeline, piece, async |out| self.deliver(engine, state, out));
+            let (fed, following) = tokio::join!(feeding, body.next());
+            pipeline = fed.map_err(Trouble::Wrong)?;
+            if self.wrong.get().is_some() {
+                return Err(Trouble::Wrong("it is not what the index says".to_owned()));
+            }
+            engine.pump();
+            next = following;
+        }
+        if self.request.delivered.get() < self.request.to {
+            return Err(holds_less());
+        }
+        Ok(Received::Range)
+    }
+
+    /// The decoder begins anew, with its window read anew as well.
+    fn mismatched(&self, engine: &Rc<Engine>, state: &LayerState, why: &str) -> Result<(), FetchError> {
+        self.pipeline.take();
+        let layer = self.request.layer;
+        let at = TarOffset(self.request.delivered.get());
+        let key = match self.wrong.take() {
+            Some(index) => ChunkKey { layer, index },
+            None => ChunkKey::holding(layer, at),
+        };
+        self.coded.windows.forget(self.coded.table.span_at(at));
+        engine.digest_mismatched(state, key, why)
+    }
+
+    fn ended(&self, engine: &Rc<Engine>) {
+        let mut in_flight = self.coded.in_flight.borrow_mut();
+        in_flight.retain(|request| !Rc::ptr_eq(request, &self.request));
+        drop(in_flight);
+        engine.settle_borders(&self.coded, &self.request);
+    }
+}
+
+fn holds_less() -> Trouble {
+    Trouble::Wrong("a span holds less than the index says".to_owned())
 }
 
 impl Engine {
-    /// Sends flights for what is absent of `stretches`, which are all of one compressed layer.
-    pub(super) fn launch_coded(
+    /// Sends flights for what is absent of `ranges`, which are all of one compressed layer.
+    pub(super) fn send_coded(
         self: &Rc<Self>,
-        remote: &Rc<LayerState>,
-        coded: &CodedLayer,
-        stretches: &[ChunkRange],
+        state: &Rc<LayerState>,
+        coded: &Rc<CodedLayer>,
+        ranges: &[ChunkRange],
         demand: bool,
     ) {
-        let Some(layer) = stretches.first().map(|stretch| stretch.layer) else {
+        let Some(layer) = ranges.first().map(|chunks| chunks.layer) else {
             return;
         };
-        let wanted: HashSet<ChunkKey> = stretches
+        let wanted: HashSet<ChunkKey> = ranges
             .iter()
-            .flat_map(|stretch| stretch.keys())
-            .filter(|key| self.look(*key) == Presence::Absent && !remote.checking.borrow().contains(&key.index))
+            .flat_map(|chunks| chunks.keys())
+            .filter(|key| self.look(*key) == Presence::Absent && !state.verifying.borrow().contains(&key.index))
             .collect();
         let mut spans = BTreeSet::new();
         for key in &wanted {
@@ -230,247 +332,71 @@ impl Engine {
                 spans.extend(coded.table.span_at(TarOffset(range.start))..=last);
             }
         }
-        let routes = coded.routes(layer, &spans);
-        for route in &routes {
-            coded.in_flight.borrow_mut().push(route.clone());
-        }
+        let requests = coded.requests_for(layer, &spans);
+        coded.in_flight.borrow_mut().extend(requests.iter().cloned());
         let mut coming: BTreeSet<ChunkKey> = wanted.iter().copied().collect();
-        coming.extend(routes.iter().flat_map(|route| route.all().keys()));
+        coming.extend(requests.iter().flat_map(|request| request.all().keys()));
         for key in coming {
-            let short = routes
+            let short = requests
                 .iter()
-                .map(|route| route.all())
+                .map(|request| request.all())
                 .any(|all| (all.first..all.end).contains(&key.index) && all.count() <= MARKED_WHOLE);
-            let planned = !demand && wanted.contains(&key);
-            self.expect_coded(coded, key, planned, short || key.index.is_multiple_of(MARKER_DISTANCE));
-        }
-        for route in routes {
-            self.outstanding.set(self.outstanding.get() + route.blob_len());
-            if !demand {
-                self.prefetching.set(self.prefetching.get() + 1);
+            // Only if all of it comes.
+            if self.look(key) == Presence::Absent && coded.lacking(key.index).is_empty() {
+                let planned = !demand && wanted.contains(&key);
+                self.expect(key, planned, short || key.index.is_multiple_of(MARKER_DISTANCE));
             }
-            let landing = Landing {
-                engine: self.clone(),
-                remote: remote.clone(),
-                owed: Cell::new(route.blob_len()),
+        }
+        for request in requests {
+            let bytes = request.blob_len();
+            let flight = CodedFlight {
+                coded: coded.clone(),
+                request,
                 wrong: Cell::new(None),
-                route,
-                demand,
+                pipeline: RefCell::default(),
             };
-            tokio_uring::spawn(self.clone().fly_coded(landing));
+            let guard = FlightGuard::new(self, state, flight, bytes, demand);
+            tokio_uring::spawn(self.clone().fly(guard));
         }
-    }
-
-    /// Notes that a chunk comes, if all of it does.
-    fn expect_coded(&self, coded: &CodedLayer, key: ChunkKey, planned: bool, marker: bool) {
-        if self.look(key) != Presence::Absent || !coded.lacking(key.index).is_empty() {
-            return;
-        }
-        let mut all = self.pending.borrow_mut();
-        let pending = all.entry(key).or_default();
-        pending.coming = true;
-        pending.marker = marker;
-        if !pending.waiters.is_empty() {
-            self.planner.borrow_mut().demanded(CHUNK_BYTES);
-        } else if planned && pending.why == Purpose::Fill {
-            add(&self.shared.counters.bytes_filled, CHUNK_BYTES);
-        } else if planned {
-            pending.why = Purpose::Prefetch;
-            self.planner.borrow_mut().suspected(CHUNK_BYTES);
-            add(&self.shared.counters.bytes_prefetched, CHUNK_BYTES);
-        } else {
-            pending.why = Purpose::Bundled;
-        }
-    }
-
-    async fn fly_coded(self: Rc<Self>, landing: Landing) {
-        if let Some(coded) = &landing.remote.coded
-            && let Err(error) = self.pursue_coded(&landing, coded).await
-        {
-            landing.give_up(&error);
-        }
-        drop(landing);
-        self.pump();
-    }
-
-    async fn pursue_coded(self: &Rc<Self>, landing: &Landing, coded: &CodedLayer) -> Result<(), FetchError> {
-        let (remote, route) = (&landing.remote, &landing.route);
-        let mut patience = Backoff::new();
-        let mut pipeline = None;
-        loop {
-            if let Some(error) = self.poison_of(route.layer) {
-                return Err(error);
-            }
-            if remote.streaming.get() {
-                self.leave_to_stream(route.rest());
-                landing.advance(route.to);
-                return Ok(());
-            }
-            let before = route.delivered.get();
-            if before >= route.to && before > route.from {
-                // All of it came before the connection broke.
-                return Ok(());
-            }
-            let trouble = match self.attempt_coded(landing, coded, &mut pipeline).await {
-                Ok(Answer::Complete) => return Ok(()),
-                Ok(Answer::Whole(body)) => {
-                    self.start_stream(remote, route.layer, Some(body));
-                    continue;
-                }
-                Err(trouble) => trouble,
-            };
-            if let Trouble::Wrong(why) = &trouble {
-                // Begin anew, with the window read anew as well.
-                pipeline = None;
-                let at = TarOffset(route.delivered.get());
-                let key = match landing.wrong.take() {
-                    Some(index) => ChunkKey {
-                        layer: route.layer,
-                        index,
-                    },
-                    None => ChunkKey::holding(route.layer, at),
-                };
-                coded.windows.forget(coded.table.span_at(at));
-                self.found_wrong(remote, key, why)?;
-            }
-            if route.delivered.get() > before {
-                patience.renew();
-            }
-            self.be_patient(remote, route.rest(), &mut patience, &trouble).await?;
-        }
-    }
-
-    /// One request for what is left of a flight.
-    async fn attempt_coded(
-        self: &Rc<Self>,
-        landing: &Landing,
-        coded: &CodedLayer,
-        kept: &mut Option<DecodePipeline>,
-    ) -> Result<Answer, Trouble> {
-        let (remote, route) = (&landing.remote, &landing.route);
-        let stop = route.blob.end;
-        let delivered = route.delivered.get();
-        let (mut pipeline, mut body) = if let Some(pipeline) = kept.take() {
-            let start = pipeline.blob_at;
-            let asked = if start < stop {
-                remote
-                    .origin
-                    .get(&self.client, start, stop - start, landing.demand)
-                    .await
-            } else {
-                Err(Trouble::Wrong("a span holds less than the index says".to_owned()))
-            };
-            match asked {
-                Ok(body) => (pipeline, body),
-                Err(trouble) => {
-                    *kept = Some(pipeline);
-                    return Err(trouble);
-                }
-            }
-        } else {
-            let number = coded.table.span_at(TarOffset(delivered));
-            let span = coded.table.span(number);
-            let start = span.blob.start;
-            let (window, body) = tokio::join!(
-                self.window(&coded.windows, number, span.window, landing.demand),
-                remote
-                    .origin
-                    .get(&self.client, start, stop.saturating_sub(start).max(1), landing.demand),
-            );
-            let body = body?;
-            if body.is_whole() {
-                return Ok(Answer::Whole(body));
-            }
-            let decoder = Decoder::start(&coded.table, number, &window?)
-                .map_err(|error| Trouble::Wrong(error.to_string()))?
-                .until(remote.checked_end(TarOffset(route.to)));
-            let chunker = Chunker::new(remote.size, span.tar.start.0, delivered, route.to);
-            (
-                DecodePipeline::new(Some(decoder), start, chunker, remote.check.clone()),
-                body,
-            )
-        };
-        if body.is_whole() {
-            return Ok(Answer::Whole(body));
-        }
-        self.note_head(&body);
-        let mut next = body.next().await;
-        loop {
-            let piece = match next {
-                Ok(Some(piece)) => piece,
-                ended => {
-                    *kept = Some(pipeline);
-                    ended?;
-                    break;
-                }
-            };
-            let len = len_u64(piece.len());
-            self.note_arrival(remote, len);
-            landing.arrived(len);
-            let feeding = self.feed(pipeline, piece, async |cut| landing.land(coded, cut));
-            let (fed, following) = tokio::join!(feeding, body.next());
-            pipeline = fed.map_err(Trouble::Wrong)?;
-            if landing.wrong.get().is_some() {
-                return Err(Trouble::Wrong("it is not what the index says".to_owned()));
-            }
-            self.pump();
-            next = following;
-        }
-        if route.delivered.get() < route.to {
-            return Err(Trouble::Wrong("a span holds less than the index says".to_owned()));
-        }
-        Ok(Answer::Complete)
     }
 
     /// A part of a chunk has come.
-    fn bring_part(self: &Rc<Self>, coded: &CodedLayer, layer: LayerId, at: u64, bytes: &[u8]) {
+    fn deliver_part(self: &Rc<Self>, coded: &CodedLayer, layer: LayerId, at: u64, bytes: &[u8]) {
         let key = ChunkKey::holding(layer, TarOffset(at));
         if self.look(key) == Presence::Here {
             return;
         }
-        let needed = |index| self.pending.borrow().contains_key(&ChunkKey { layer, index });
+        let needed = |index| self.in_flight.contains(ChunkKey { layer, index });
         let len = chunk_len(coded.table.tar_len(), key.index);
         let whole = coded
             .partials
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.bring_checked(vec![(key, whole)]);
+            self.verify_and_deliver(vec![(key, whole)]);
         }
     }
 
-    /// A flight has ended: chunks at its borders that come with no flight any more are fetched if somebody waits for them.
-    fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, route: &SpanRequest) {
-        let all = route.all();
+    /// A request has ended: chunks at its borders that come with no other are fetched if a reader waits for them.
+    fn settle_borders(self: &Rc<Self>, coded: &CodedLayer, request: &SpanRequest) {
+        let all = request.all();
+        let Some(state) = self.layer(request.layer) else { return };
         if self.stopping.get() || all.is_empty() {
             return;
         }
-        if self.remote(route.layer).is_some_and(|remote| remote.streaming.get()) {
+        if state.streaming.get() {
             // Another flight would only be told the same.
             self.leave_to_stream(all);
             return;
         }
         let mut again = Vec::new();
         for index in [all.first, all.end - 1] {
+            let comes = state.verifying.borrow().contains(&index) || coded.lacking(index).is_empty();
             let key = ChunkKey {
-                layer: route.layer,
+                layer: request.layer,
                 index,
             };
-            let checking = self
-                .remote(key.layer)
-                .is_some_and(|remote| remote.checking.borrow().contains(&index));
-            let mut pending = self.pending.borrow_mut();
-            let Some(waits) = pending.get_mut(&key) else { continue };
-            if checking || coded.lacking(index).is_empty() {
-                continue;
-            }
-            waits.coming = false;
-            if waits.waiters.is_empty() {
-                if waits.why == Purpose::Prefetch {
-                    self.planner.borrow_mut().lost(CHUNK_BYTES);
-                }
-                pending.remove(&key);
-            } else {
+            if !comes && self.release(key) {
                 again.push(Planned::from(key));
             }
         }

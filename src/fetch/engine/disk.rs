@@ -16,15 +16,12 @@ use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
 use crate::cache::disk::{LayerCache, RunWriter};
 use crate::fetch::stats::add;
 use crate::fetch::{FetchError, LayerRange, SharedLayer, Verifier};
-use crate::units::{TarRange, len_u64, len_usize};
+use crate::units::{LayerId, TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
 const LONGEST_LOCAL_READ: u64 = 1 << 20;
 /// Chunks written by one operation: 2 MiB.
 const LONGEST_WRITE: usize = 64;
-/// Chunks that wait to be written are memory. Above half of this nothing more is prefetched, above all of it chunks are
-/// not cached at all.
-pub(super) const LARGEST_BACKLOG: u64 = 64 << 20;
 /// As long as no more than this waits to be written, the disk keeps up and long runs go past the page cache.
 const DIRECT_BACKLOG: u64 = 16 << 20;
 /// As long as no more than this waits to be written, writing waits a moment: whoever reads on finds the thread and the CPUs
@@ -87,7 +84,7 @@ impl Writer {
 impl Engine {
     /// Adds the slots of a local range to `request` and starts reading them.
     pub(super) fn read_local(self: &Rc<Self>, request: &Rc<Request>, asked: LayerRange) {
-        add(&self.shared.counters.bytes_disk, asked.range.len);
+        add(&self.counters.bytes_disk, asked.range.len);
         let mut at = asked.range.start;
         while at < asked.range.end() {
             let len = asked.range.end().since(at).min(LONGEST_LOCAL_READ);
@@ -136,41 +133,41 @@ impl Engine {
     }
 
     async fn read_cached_chunk(self: Rc<Self>, key: ChunkKey) {
-        let Some(remote) = self.remote(key.layer) else { return };
-        if let Some(chunk) = remote.writer.queued(key.index) {
-            self.bring(key, chunk.bytes().to_vec(), false);
+        let Some(state) = self.layer(key.layer) else { return };
+        if let Some(chunk) = state.writer.queued(key.index) {
+            self.deliver(key, chunk.bytes().to_vec(), false);
             return;
         }
         let Some(cache) = self.cache(key.layer) else { return };
-        let len = len_usize(chunk_len(remote.size, key.index));
+        let len = len_usize(chunk_len(state.size, key.index));
         let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
-        let trusted = self.is_checked(key);
-        if let Some(pieces) = remote.check.as_ref().and_then(Verifier::pieces).filter(|_| !trusted) {
+        let trusted = self.is_verified(key);
+        if let Some(pieces) = state.verifier.as_ref().and_then(Verifier::pieces).filter(|_| !trusted) {
             drop(read);
-            return self.clone().bring_proven(remote, pieces, key).await;
+            return self.clone().deliver_verified_pieces(state, pieces, key).await;
         }
         let why = match read.await {
-            Ok(bytes) if trusted => return self.bring(key, bytes, false),
+            Ok(bytes) if trusted => return self.deliver(key, bytes, false),
             Ok(bytes) => {
-                let (right, bytes) = self.matches(remote, key.index, bytes).await;
+                let (right, bytes) = self.matches(state, key.index, bytes).await;
                 if right {
-                    self.mark_checked(key);
-                    return self.bring(key, bytes, false);
+                    self.mark_verified(key);
+                    return self.deliver(key, bytes, false);
                 }
                 "it is not what the index says".to_owned()
             }
             Err(error) => error.to_string(),
         };
-        self.lose(remote, key, &why);
+        self.drop_cached(state, key, &why);
         self.fetch_again(key);
     }
 
     /// A chunk in the cache is no use.
-    pub(super) fn lose(&self, remote: &LayerState, key: ChunkKey, why: &str) {
+    pub(super) fn drop_cached(&self, state: &LayerState, key: ChunkKey, why: &str) {
         let Some(cache) = self.cache(key.layer) else { return };
         if cache.has(key.index) {
-            add(&self.shared.counters.chunks_wrong, 1);
-            let name = remote.origin.name();
+            add(&self.counters.chunks_wrong, 1);
+            let name = state.origin.name();
             log::warn!(
                 "cache of {name}: chunk {}: {why}; it is fetched again when it is wanted",
                 key.index
@@ -180,38 +177,38 @@ impl Engine {
     }
 
     /// Whether what lies in the cache of a chunk was checked by this process, or is not to be checked.
-    pub(super) fn is_checked(&self, key: ChunkKey) -> bool {
-        let checked = self.brought(key.layer).and_then(|layer| layer.checked.as_ref());
+    pub(super) fn is_verified(&self, key: ChunkKey) -> bool {
+        let checked = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref());
         checked.is_none_or(|checked| checked.has(key.index))
     }
 
     /// A chunk that lies in the cache was checked by this process.
-    pub(super) fn mark_checked(&self, key: ChunkKey) {
-        if let Some(checked) = self.brought(key.layer).and_then(|layer| layer.checked.as_ref()) {
+    pub(super) fn mark_verified(&self, key: ChunkKey) {
+        if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref()) {
             checked.set(key.index);
         }
     }
 
-    pub(super) fn cache(&self, layer: crate::units::LayerId) -> Option<&Arc<LayerCache>> {
-        self.brought(layer)?.cache.get()
+    pub(super) fn cache(&self, layer: LayerId) -> Option<&Arc<LayerCache>> {
+        self.fetched(layer)?.cache.get()
     }
 
     /// Leaves a chunk to be written to the cache, if there is one that takes it; says whether it is there or will be.
-    pub(super) fn keep(self: &Rc<Self>, key: ChunkKey, chunk: Arc<Chunk>, even_if_behind: bool) -> bool {
-        let (Some(remote), Some(cache)) = (self.remote(key.layer), self.cache(key.layer)) else {
+    pub(super) fn queue_write(self: &Rc<Self>, key: ChunkKey, chunk: Arc<Chunk>, even_if_behind: bool) -> bool {
+        let (Some(state), Some(cache)) = (self.layer(key.layer), self.cache(key.layer)) else {
             return false;
         };
-        if cache.has(key.index) || remote.writer.queued(key.index).is_some() {
+        if cache.has(key.index) || state.writer.queued(key.index).is_some() {
             return true;
         }
-        let behind = self.backlog.get() > LARGEST_BACKLOG && !even_if_behind;
+        let behind = self.budget.is_disk_behind() && !even_if_behind;
         if behind || !cache.takes_more() || self.stopping.get() {
             return false;
         }
-        remote.writer.queued.borrow_mut().insert(key.index, chunk.clone());
-        self.backlog.set(self.backlog.get() + len_u64(chunk.bytes().len()));
-        remote.writer.queue.borrow_mut().insert(key.index, chunk);
-        if !remote.writer.running.replace(true) {
+        state.writer.queued.borrow_mut().insert(key.index, chunk.clone());
+        self.budget.queue_write(len_u64(chunk.bytes().len()));
+        state.writer.queue.borrow_mut().insert(key.index, chunk);
+        if !state.writer.running.replace(true) {
             tokio_uring::spawn(self.clone().write_behind(key));
         }
         true
@@ -219,15 +216,15 @@ impl Engine {
 
     /// Writes what is queued for the layer of `key` until nothing is.
     async fn write_behind(self: Rc<Self>, key: ChunkKey) {
-        let (Some(remote), Some(cache)) = (self.remote(key.layer), self.cache(key.layer)) else {
+        let (Some(state), Some(cache)) = (self.layer(key.layer), self.cache(key.layer)) else {
             return;
         };
         let mut file = cache.writer();
         loop {
-            if self.backlog.get() < SMALL_BACKLOG && !self.stopping.get() {
+            if self.budget.unwritten() < SMALL_BACKLOG && !self.stopping.get() {
                 sleep(WRITE_DELAY).await;
             }
-            let batch = remote.writer.next_run();
+            let batch = state.writer.next_run();
             let Some((first, _)) = batch.first() else { break };
             let first = *first;
             let bytes = batch.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
@@ -238,7 +235,7 @@ impl Engine {
             }
             .start()
             .0;
-            let direct = self.backlog.get() <= DIRECT_BACKLOG;
+            let direct = self.budget.unwritten() <= DIRECT_BACKLOG;
             let written;
             (file, written) = match file {
                 Ok(file) if cache.takes_more() => write_run(file, start, len_usize(bytes), batch, direct).await,
@@ -248,41 +245,41 @@ impl Engine {
                     (Err(error), Err(again))
                 }
             };
-            self.backlog.set(self.backlog.get().saturating_sub(bytes));
+            self.budget.end_write(bytes);
             match written {
                 Ok(()) => {
                     for index in indexes.clone() {
-                        self.mark_checked(ChunkKey {
+                        self.mark_verified(ChunkKey {
                             layer: key.layer,
                             index,
                         });
                         cache.wrote(index);
                     }
-                    add(&self.shared.counters.bytes_stored, bytes);
-                    Self::commit_later(remote, cache);
+                    add(&self.counters.bytes_stored, bytes);
+                    Self::commit_later(state, cache);
                 }
                 Err(error) => cache.stop_writing(&error),
             }
-            indexes.for_each(|index| drop(remote.writer.queued.borrow_mut().remove(&index)));
-            self.judge_if_whole(remote, key.layer);
-            remote.writer.drained.notify_waiters();
+            indexes.for_each(|index| drop(state.writer.queued.borrow_mut().remove(&index)));
+            self.verify_if_complete(state, key.layer);
+            state.writer.drained.notify_waiters();
         }
-        remote.writer.running.set(false);
-        remote.writer.drained.notify_waiters();
+        state.writer.running.set(false);
+        state.writer.drained.notify_waiters();
         self.pump();
     }
 
-    fn commit_later(remote: &Rc<LayerState>, cache: &Arc<LayerCache>) {
+    fn commit_later(state: &Rc<LayerState>, cache: &Arc<LayerCache>) {
         let delay = if cache.dirty_bytes() >= COMMIT_BYTES {
             Duration::ZERO
         } else {
             COMMIT_DELAY
         };
-        if !remote.writer.commit_due.replace(true) {
-            let (remote, cache) = (remote.clone(), cache.clone());
+        if !state.writer.commit_due.replace(true) {
+            let (state, cache) = (state.clone(), cache.clone());
             tokio_uring::spawn(async move {
                 sleep(delay).await;
-                remote.writer.commit_due.set(false);
+                state.writer.commit_due.set(false);
                 commit(cache).await;
             });
         }
@@ -291,21 +288,19 @@ impl Engine {
     /// Waits for what is queued and puts it in the maps; gives up on disks that take too long.
     pub(super) async fn settle(&self) {
         const PATIENCE: Duration = Duration::from_secs(30);
-        for remote in self.remotes.iter().flatten() {
+        for state in self.layers.iter().flatten() {
             let written = async {
-                while !remote.writer.is_idle() {
-                    remote.writer.progress().await;
+                while !state.writer.is_idle() {
+                    state.writer.progress().await;
                 }
             };
             if tokio::time::timeout(PATIENCE, written).await.is_err() {
                 log::warn!("the cache's disk does not keep up; what it has not taken is forgotten");
             }
         }
-        self.keep_parts().await;
-        for layer in &self.shared.layers {
-            if let SharedLayer::Fetched(layer) = layer
-                && let Some(cache) = layer.cache.get()
-            {
+        self.write_parts().await;
+        for layer in (0..).map(LayerId).take(self.layers.len()) {
+            if let Some(cache) = self.cache(layer) {
                 commit(cache.clone()).await;
             }
         }

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
 use super::Engine;
-use super::request::Purpose;
 use crate::cache::chunk::{ChunkKey, chunk_count};
 use crate::prefetch::{ChunkRange, Presence};
 use crate::units::{CHUNK_BYTES, LayerId};
@@ -130,38 +129,32 @@ impl Engine {
     }
 
     /// A stretch of what the store lacks, marked as on its way there, if nobody reads.
-    pub(super) fn rest(self: &Rc<Self>, most: u64) -> Option<ChunkRange> {
+    pub(super) fn next_to_fill(self: &Rc<Self>, most: u64) -> Option<ChunkRange> {
         let mut filler = self.filler.as_ref()?.borrow_mut();
         if self.last_read.get().elapsed() < QUIET {
             return None;
         }
         let chunks = |layer: LayerId| {
-            let remote = self.remotes.get(usize::try_from(layer.0).ok()?)?;
-            let count = remote.as_ref().filter(|remote| {
+            let state = self.layers.get(usize::try_from(layer.0).ok()?)?;
+            let count = state.as_ref().filter(|state| {
                 let takes_more = self.cache(layer).is_some_and(|cache| cache.takes_more());
-                takes_more && remote.can_seek() && !remote.streaming.get() && self.poison_of(layer).is_none()
+                takes_more && state.can_seek() && !state.streaming.get() && self.poison_of(layer).is_none()
             });
-            Some(count.and_then(|remote| chunk_count(remote.size)).unwrap_or(0))
+            Some(count.and_then(|state| chunk_count(state.size)).unwrap_or(0))
         };
-        let stretch = filler.next(Instant::now(), most, &chunks, &|key| self.see(key))?;
-        let mut all = self.pending.borrow_mut();
-        for key in stretch.keys() {
-            let pending = all.entry(key).or_default();
-            if pending.waiters.is_empty() {
-                pending.why = Purpose::Fill;
-            }
-        }
+        let stretch = filler.next(Instant::now(), most, &chunks, &|key| self.on_disk(key))?;
+        self.in_flight.mark_fill(stretch);
         Some(stretch)
     }
 
     /// Where a chunk is on its way to the store. One that is in memory alone is sent there.
-    fn see(self: &Rc<Self>, key: ChunkKey) -> Presence {
-        if self.is_kept(key) {
+    fn on_disk(self: &Rc<Self>, key: ChunkKey) -> Presence {
+        if self.is_stored(key) {
             return Presence::Here;
         }
-        let held = || self.shared.memory.get(key);
+        let held = || self.memory_cache().get(key);
         match self.look(key) {
-            Presence::Here if held().is_some_and(|chunk| self.keep(key, chunk, false)) => Presence::Here,
+            Presence::Here if held().is_some_and(|chunk| self.queue_write(key, chunk, false)) => Presence::Here,
             // The store does not keep up.
             Presence::Here => Presence::Coming,
             elsewhere => elsewhere,

@@ -1,55 +1,58 @@
-//! One flight: a stretch of chunks by one request at a time, until all have landed or the patience of those who wait is
-//! at an end. Here the blob is the tar; `coded` has the flights of compressed layers.
+//! Requests in flight. In: a [`Flight`], which knows how to ask for its chunks and what of them has come. Out: all of its
+//! chunks delivered, or their readers told why not.
+//!
+//! One guard and one retry loop serve both kinds of flights: [`PlainFlight`](super::plain::PlainFlight) where the blob is the
+//! tar, [`CodedFlight`](super::coded::CodedFlight) where it has to be decoded.
 
-use std::cell::Cell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::time::sleep;
 
+use super::budget::Share;
 use super::origin::{Body, Trouble};
 use super::{Engine, LayerState};
-use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::fetch::transport::Failure;
 use crate::prefetch::ChunkRange;
-use crate::units::{CHUNK_BYTES, TarOffset, TarRange, len_u64, len_usize};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 /// Wrong answers and refusals in a row before a read fails.
-const PATIENCE_WITH_WRONG: u32 = 6;
+const MOST_WRONG_ANSWERS: u32 = 6;
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
 
-/// What one request came to.
-pub(super) enum Answer {
-    Complete,
-    /// The server sends the whole blob whatever is asked.
-    Whole(Body),
+/// What one request brought.
+pub(super) enum Received {
+    /// All that was asked for.
+    Range,
+    /// The beginning of the whole blob: the server does not know ranges.
+    WholeBlob(Body),
 }
 
-/// How often and how long something is tried again.
+/// How often and how long something is tried again: the state of one retry loop.
 pub(super) struct Backoff {
-    backoff: Duration,
-    wrong: u32,
+    pause: Duration,
+    wrong_answers: u32,
 }
 
 impl Backoff {
     pub(super) const fn new() -> Self {
         Self {
-            backoff: FIRST_BACKOFF,
-            wrong: 0,
+            pause: FIRST_BACKOFF,
+            wrong_answers: 0,
         }
     }
 
-    /// How long to wait before the next try, or why there is none.
+    /// How long to wait before the next try of `range`, or why there is none.
     pub(super) fn pause(
         &mut self,
         trouble: &Trouble,
-        remote: &LayerState,
+        state: &LayerState,
         range: TarRange,
     ) -> Result<Duration, FetchError> {
-        let url = remote.origin.name();
+        let url = state.origin.name();
         let pause = match trouble {
             Trouble::File(error) => {
                 return Err(FetchError::File {
@@ -60,8 +63,8 @@ impl Backoff {
             }
             Trouble::Net(Failure::Changed(how)) => return Err(FetchError::Changed { url, how: how.clone() }),
             Trouble::Net(Failure::Suspect { why, status }) => {
-                self.wrong += 1;
-                if self.wrong >= PATIENCE_WITH_WRONG {
+                self.wrong_answers += 1;
+                if self.wrong_answers >= MOST_WRONG_ANSWERS {
                     let why = why.clone();
                     return Err(match status {
                         Some(status) => FetchError::Refused {
@@ -72,132 +75,162 @@ impl Backoff {
                         None => FetchError::WrongAnswer { url, range, why },
                     });
                 }
-                jittered(self.backoff)
+                jittered(self.pause)
             }
-            // Who tries again after wrong bytes has decided so.
+            // After wrong bytes there is one more try, at once: see `Engine::digest_mismatched`.
             Trouble::Wrong(_) | Trouble::Net(Failure::Away { stale: true, .. }) => Duration::ZERO,
-            Trouble::Net(Failure::Away { after, .. }) => after.unwrap_or_else(|| jittered(self.backoff)),
+            Trouble::Net(Failure::Away { after, .. }) => after.unwrap_or_else(|| jittered(self.pause)),
         };
         if !pause.is_zero() {
-            self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+            self.pause = (self.pause * 2).min(LONGEST_BACKOFF);
         }
         Ok(pause)
     }
 
     /// Something came: whatever goes wrong next is another matter.
-    pub(super) const fn renew(&mut self) {
+    pub(super) const fn reset(&mut self) {
         *self = Self::new();
     }
 }
 
-/// However a flight ends, nobody is left waiting for it.
-struct Landing {
-    engine: Rc<Engine>,
-    stretch: ChunkRange,
-    /// The first chunk that has not landed.
-    next: Cell<u32>,
-    demand: bool,
-}
+/// What a request is to bring, and how far it is. Everything takes `&self`: a flight is seen by its retry loop and by its guard.
+pub(super) trait Flight {
+    /// The layer that it is of.
+    fn layer(&self) -> LayerId;
 
-impl Landing {
-    /// Everything before chunk `next` has landed, or is somebody else's business now.
-    fn advance(&self, next: u32) {
-        let by = u64::from(next.saturating_sub(self.next.replace(next))) * CHUNK_BYTES;
-        self.engine
-            .outstanding
-            .set(self.engine.outstanding.get().saturating_sub(by));
+    /// The chunks that it has not brought, or not all of.
+    fn rest(&self) -> ChunkRange;
+
+    /// A number that grows whenever something of it has come.
+    fn progress(&self) -> u64;
+
+    /// Whether nothing is left to ask for.
+    fn is_done(&self, engine: &Engine) -> bool;
+
+    /// Nothing more comes of it: from now on nothing is left.
+    fn finish(&self);
+
+    /// Sends one request for what is left, and delivers what comes of it.
+    async fn attempt(
+        &self,
+        engine: &Rc<Engine>,
+        state: &Rc<LayerState>,
+        guard: &FlightGuard<Self>,
+    ) -> Result<Received, Trouble>
+    where
+        Self: Sized;
+
+    /// What came was wrong. An error ends the flight.
+    fn mismatched(&self, _engine: &Rc<Engine>, _state: &LayerState, _why: &str) -> Result<(), FetchError> {
+        Ok(())
     }
 
-    /// What has not landed.
-    fn rest(&self) -> ChunkRange {
-        ChunkRange {
-            first: self.next.get(),
-            ..self.stretch
+    /// It has ended, and its chunks were delivered or given up.
+    fn ended(&self, _engine: &Rc<Engine>) {}
+}
+
+/// Keeps the promise of a request in flight: however the request ends, whoever waits for its chunks is told, and its share of
+/// the budget is given back.
+pub(super) struct FlightGuard<F: Flight> {
+    engine: Rc<Engine>,
+    state: Rc<LayerState>,
+    flight: F,
+    share: Share,
+    /// Whether a reader waits for it.
+    pub(super) demand: bool,
+}
+
+impl<F: Flight> FlightGuard<F> {
+    /// For a request that will bring `bytes` bytes.
+    pub(super) fn new(engine: &Rc<Engine>, state: &Rc<LayerState>, flight: F, bytes: u64, demand: bool) -> Self {
+        Self {
+            engine: engine.clone(),
+            state: state.clone(),
+            flight,
+            share: engine.budget.request(bytes, demand),
+            demand,
         }
     }
 
+    /// So many bytes are not under way any more.
+    pub(super) fn arrived(&self, len: u64) {
+        self.share.arrived(len);
+    }
+
+    /// Nothing more comes: whoever waits for the rest is told `error`.
     fn give_up(&self, error: &FetchError) {
-        let rest = self.rest();
-        self.advance(self.stretch.end);
+        let rest = self.flight.rest();
+        self.flight.finish();
         self.engine.give_up(rest, error);
     }
 }
 
-impl Drop for Landing {
+impl<F: Flight> Drop for FlightGuard<F> {
     fn drop(&mut self) {
         self.give_up(&FetchError::Stopped);
-        if !self.demand {
-            self.engine
-                .prefetching
-                .set(self.engine.prefetching.get().saturating_sub(1));
-        }
+        self.flight.ended(&self.engine);
     }
 }
 
 impl Engine {
-    /// Fetches a stretch, whatever it takes.
-    pub(super) async fn fly(self: Rc<Self>, stretch: ChunkRange, demand: bool) {
-        let landing = Landing {
-            engine: self.clone(),
-            stretch,
-            next: Cell::new(stretch.first),
-            demand,
-        };
-        if let Some(remote) = self.remote(stretch.layer)
-            && let Err(error) = self.pursue(remote, &landing).await
-        {
-            landing.give_up(&error);
+    /// Fetches what a flight is to bring, whatever it takes.
+    pub(super) async fn fly<F: Flight>(self: Rc<Self>, guard: FlightGuard<F>) {
+        if let Err(error) = self.pursue(&guard).await {
+            guard.give_up(&error);
         }
-        drop(landing);
+        drop(guard);
         self.pump();
     }
 
-    async fn pursue(self: &Rc<Self>, remote: &Rc<LayerState>, landing: &Landing) -> Result<(), FetchError> {
-        let mut patience = Backoff::new();
+    /// The retry loop.
+    async fn pursue<F: Flight>(self: &Rc<Self>, guard: &FlightGuard<F>) -> Result<(), FetchError> {
+        let (state, flight) = (&guard.state, &guard.flight);
+        let mut backoff = Backoff::new();
         loop {
-            if remote.streaming.get() {
-                self.leave_to_stream(landing.rest());
-                landing.advance(landing.stretch.end);
+            if let Some(error) = self.poison_of(flight.layer()) {
+                return Err(error);
+            }
+            if state.streaming.get() {
+                self.leave_to_stream(flight.rest());
+                flight.finish();
                 return Ok(());
             }
-            let before = landing.next.get();
-            if !landing
-                .rest()
-                .keys()
-                .any(|key| self.pending.borrow().contains_key(&key))
-            {
-                landing.advance(landing.stretch.end);
+            if flight.is_done(self) {
+                flight.finish();
                 return Ok(());
             }
-            let trouble = match self.attempt(remote, landing).await {
-                Ok(Answer::Complete) => return Ok(()),
-                Ok(Answer::Whole(body)) => {
-                    self.start_stream(remote, landing.stretch.layer, Some(body));
+            let before = flight.progress();
+            let trouble = match flight.attempt(self, state, guard).await {
+                Ok(Received::Range) => return Ok(()),
+                Ok(Received::WholeBlob(body)) => {
+                    self.start_stream(state, flight.layer(), Some(body));
                     continue;
                 }
                 Err(trouble) => trouble,
             };
-            if landing.next.get() > before {
-                patience.renew();
+            if let Trouble::Wrong(why) = &trouble {
+                flight.mismatched(self, state, why)?;
             }
-            self.be_patient(remote, landing.rest(), &mut patience, &trouble).await?;
+            if flight.progress() > before {
+                backoff.reset();
+            }
+            self.back_off(state, flight.rest(), &mut backoff, &trouble).await?;
         }
     }
 
-    /// After something went wrong with `rest`: waits until it is time for another try. An error, when nobody has the
-    /// patience for that.
-    pub(super) async fn be_patient(
+    /// After something went wrong with `rest`: waits until it is time for another try. An error, when no reader would still
+    /// wait then.
+    async fn back_off(
         self: &Rc<Self>,
-        remote: &LayerState,
+        state: &LayerState,
         rest: ChunkRange,
-        patience: &mut Backoff,
+        backoff: &mut Backoff,
         trouble: &Trouble,
     ) -> Result<(), FetchError> {
-        let counters = &self.shared.counters;
-        add(&counters.errors, 1);
-        let url = remote.origin.name();
+        add(&self.counters.errors, 1);
+        let url = state.origin.name();
         let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
-        let pause = patience.pause(trouble, remote, range)?;
+        let pause = backoff.pause(trouble, state, range)?;
         let late = FetchError::Deadline {
             url: url.clone(),
             range,
@@ -205,75 +238,33 @@ impl Engine {
             why: trouble.to_string(),
         };
         self.expire(rest, pause, &late);
-        if !self.anybody_waits(rest) {
-            // Nobody has asked for it yet: whoever does starts afresh.
-            log::debug!("{url}: bytes {range}: {trouble}; not wanted enough to ask again");
+        if !self.in_flight.has_readers(rest) {
+            // No reader has asked for it yet: the one who does starts afresh.
+            log::debug!("{url}: bytes {range}: {trouble}; no reader waits for them, so they are not asked for again");
             return Err(late);
         }
         if !pause.is_zero() {
             log::warn!("{url}: bytes {range}: {trouble}; asking again in {pause:.1?}");
             sleep(pause).await;
         }
-        add(&counters.retries, 1);
+        add(&self.counters.retries, 1);
         Ok(())
-    }
-
-    /// One request for what is left of a flight.
-    async fn attempt(self: &Rc<Self>, remote: &LayerState, landing: &Landing) -> Result<Answer, Trouble> {
-        let ChunkRange { layer, end, .. } = landing.stretch;
-        let size = remote.size;
-        let start = u64::from(landing.next.get()) * CHUNK_BYTES;
-        let stop = (u64::from(end) * CHUNK_BYTES).min(size);
-        let mut body = remote
-            .origin
-            .get(&self.client, start, stop.saturating_sub(start), landing.demand)
-            .await?;
-        if body.is_whole() {
-            return Ok(Answer::Whole(body));
-        }
-        self.note_head(&body);
-        let mut chunk = Vec::new();
-        while let Some(mut data) = body.next().await? {
-            self.note_arrival(remote, len_u64(data.len()));
-            let mut landed = Vec::new();
-            while !data.is_empty() {
-                let key = ChunkKey {
-                    layer,
-                    index: landing.next.get(),
-                };
-                let whole = len_usize(chunk_len(size, key.index));
-                if chunk.capacity() == 0 {
-                    chunk.reserve_exact(whole);
-                }
-                let part = data.split_to(data.len().min(whole - chunk.len()));
-                chunk.extend_from_slice(&part);
-                if chunk.len() == whole {
-                    landing.advance(key.index + 1);
-                    landed.push((key, std::mem::take(&mut chunk)));
-                }
-            }
-            if !landed.is_empty() {
-                self.bring_checked(landed);
-                self.pump();
-            }
-        }
-        Ok(Answer::Complete)
     }
 
     /// Learns from the time that an answer's head took.
     pub(super) fn note_head(&self, body: &Body) {
         if let Some(took) = body.head_took() {
-            self.link.borrow_mut().head(Instant::now(), took);
+            self.budget.note_head(took);
         }
     }
 
     /// Counts bytes of a blob that came, and learns from when they came.
-    pub(super) fn note_arrival(&self, remote: &LayerState, len: u64) {
-        if remote.is_local() {
+    pub(super) fn note_arrival(&self, state: &LayerState, len: u64) {
+        if state.is_local() {
             return;
         }
-        add(&self.shared.counters.bytes_fetched, len);
-        self.link.borrow_mut().arrived(Instant::now(), len);
+        add(&self.counters.bytes_fetched, len);
+        self.budget.note_arrival(len);
     }
 }
 

@@ -5,8 +5,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use smallvec::SmallVec;
-
 use crate::cache::chunk::Slice;
 use crate::fetch::stats::{Counters, add, take};
 use crate::fetch::{FetchError, ReadCallback};
@@ -15,21 +13,21 @@ use crate::fetch::{FetchError, ReadCallback};
 pub(crate) struct CompleteOnDrop(Option<Box<dyn ReadCallback>>);
 
 impl CompleteOnDrop {
-    pub(crate) fn new(waiter: Box<dyn ReadCallback>) -> Self {
-        Self(Some(waiter))
+    pub(crate) fn new(callback: Box<dyn ReadCallback>) -> Self {
+        Self(Some(callback))
     }
 
     fn complete(mut self, outcome: Result<Vec<Slice>, FetchError>) {
-        if let Some(waiter) = self.0.take() {
-            waiter.complete(outcome);
+        if let Some(callback) = self.0.take() {
+            callback.complete(outcome);
         }
     }
 }
 
 impl Drop for CompleteOnDrop {
     fn drop(&mut self) {
-        if let Some(waiter) = self.0.take() {
-            waiter.complete(Err(FetchError::Stopped));
+        if let Some(callback) = self.0.take() {
+            callback.complete(Err(FetchError::Stopped));
         }
     }
 }
@@ -39,20 +37,20 @@ pub(super) struct Request {
     /// In the order asked; filled as chunks land.
     slots: RefCell<Vec<Option<Slice>>>,
     missing: Cell<usize>,
-    waiter: RefCell<Option<CompleteOnDrop>>,
+    callback: RefCell<Option<CompleteOnDrop>>,
     pub(super) asked: Instant,
     counters: Arc<Counters>,
 }
 
 impl Request {
     /// A read whose slots are still being added: it does not look whole until [`Request::ready`].
-    pub(super) fn new(waiter: CompleteOnDrop, asked: Instant, counters: Arc<Counters>) -> Rc<Self> {
+    pub(super) fn new(callback: CompleteOnDrop, asked: Instant, counters: Arc<Counters>) -> Rc<Self> {
         add(&counters.reads, 1);
         add(&counters.in_flight, 1);
         Rc::new(Self {
             slots: RefCell::default(),
             missing: Cell::new(1),
-            waiter: RefCell::new(Some(waiter)),
+            callback: RefCell::new(Some(callback)),
             asked,
             counters,
         })
@@ -102,47 +100,13 @@ impl Request {
 
     /// Tells the waiter; only the first time.
     pub(super) fn end(&self, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(waiter) = self.waiter.take() else { return };
+        let Some(callback) = self.callback.take() else { return };
         take(&self.counters.in_flight, 1);
         self.counters.latency.record(self.asked.elapsed());
         if let Err(error) = &outcome {
             add(&self.counters.read_errors, 1);
             log::error!("read failed: {error}");
         }
-        waiter.complete(outcome);
+        callback.complete(outcome);
     }
-}
-
-/// A place in a request that a chunk fills.
-pub(super) struct Waiting {
-    pub(super) request: Rc<Request>,
-    pub(super) slot: usize,
-    /// The part of the chunk.
-    pub(super) from: u64,
-    pub(super) len: u64,
-}
-
-/// Why a chunk is fetched. It decides how the chunk is accounted for and where it goes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// A reader waits for it, or has waited.
-    #[default]
-    Demand,
-    /// The planner expects it to be read; no reader has asked for it yet.
-    Prefetch,
-    /// It lies in a span or request that is fetched for another chunk.
-    Bundled,
-    /// The whole layer is to be in the disk cache; no reader has asked for it yet.
-    Fill,
-}
-
-/// A chunk in the table of chunks in flight: who waits for it and whether it comes.
-#[derive(Default)]
-pub(super) struct Pending {
-    pub(super) waiters: SmallVec<[Waiting; 1]>,
-    /// Whether a request or a read of the disk cache brings it.
-    pub(super) coming: bool,
-    pub(super) why: Purpose,
-    /// Whether its first reader should wake the planner.
-    pub(super) marker: bool,
 }

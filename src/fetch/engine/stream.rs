@@ -11,53 +11,51 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use super::disk::LARGEST_BACKLOG;
 use super::flight::Backoff;
 use super::origin::{Body, Trouble};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
-use super::request::Purpose;
 use super::{Engine, LayerState};
-use crate::cache::chunk::{Chunk, ChunkKey, Slice};
+use crate::cache::chunk::ChunkKey;
 use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
-use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64, len_usize};
+use crate::units::{LayerId, TarOffset, TarRange, len_u64, len_usize};
 
 impl Engine {
     /// Starts reading a layer from end to end, unless that is under way. `first` is an answer that has the whole blob.
-    pub(super) fn start_stream(self: &Rc<Self>, remote: &Rc<LayerState>, layer: LayerId, first: Option<Body>) {
+    pub(super) fn start_stream(self: &Rc<Self>, state: &Rc<LayerState>, layer: LayerId, first: Option<Body>) {
         struct Streaming(Rc<Engine>, Rc<LayerState>, LayerId);
         impl Drop for Streaming {
             fn drop(&mut self) {
                 self.1.streaming.set(false);
-                self.0.after_stream(self.2);
+                self.0.after_stream(&self.1, self.2);
             }
         }
-        if remote.streaming.replace(true) {
+        if state.streaming.replace(true) {
             return;
         }
-        self.make_room_for_stream(remote, layer);
-        let guard = Streaming(self.clone(), remote.clone(), layer);
+        self.make_room_for_stream(state, layer);
+        let guard = Streaming(self.clone(), state.clone(), layer);
         tokio_uring::spawn(async move {
-            let Streaming(engine, remote, layer) = &guard;
-            if let Err(error) = engine.stream(remote, *layer, first).await {
+            let Streaming(engine, state, layer) = &guard;
+            if let Err(error) = engine.stream(state, *layer, first).await {
                 if !matches!(error, FetchError::Stopped) {
                     log::warn!("{error}");
                 }
-                engine.give_up(remote.all(*layer), &error);
+                engine.give_up(state.all(*layer), &error);
             }
         });
     }
 
     async fn stream(
         self: &Rc<Self>,
-        remote: &Rc<LayerState>,
+        state: &Rc<LayerState>,
         layer: LayerId,
         mut first: Option<Body>,
     ) -> Result<(), FetchError> {
-        let mut patience = Backoff::new();
+        let mut backoff = Backoff::new();
         let mut pipeline = None;
         let wrong = Cell::new(None);
         // When something last came.
@@ -66,31 +64,31 @@ impl Engine {
             let before = pipeline
                 .as_ref()
                 .map_or(0, |pipeline: &DecodePipeline| pipeline.blob_at);
-            let trouble = match self.stream_on(remote, layer, &mut pipeline, &wrong, first.take()).await {
+            let trouble = match self.stream_on(state, layer, &mut pipeline, &wrong, first.take()).await {
                 Ok(()) => {
-                    remote.suspects.borrow_mut().clear();
+                    state.mismatched.borrow_mut().clear();
                     if let Some((blob, tar)) = pipeline.and_then(DecodePipeline::digests) {
-                        self.judge_whole(remote, layer, Some(blob), tar);
+                        self.verify_whole(state, layer, Some(blob), tar);
                     }
                     return Ok(());
                 }
                 Err(_) if self.stopping.get() => return Err(FetchError::Stopped),
                 Err(trouble) => trouble,
             };
-            add(&self.shared.counters.errors, 1);
+            add(&self.counters.errors, 1);
             if let Trouble::Wrong(why) = &trouble {
                 // From the beginning, once more.
                 pipeline = None;
                 let index = wrong.take().unwrap_or(0);
-                self.found_wrong(remote, ChunkKey { layer, index }, why)?;
+                self.digest_mismatched(state, ChunkKey { layer, index }, why)?;
             }
             if pipeline.as_ref().map_or(0, |pipeline| pipeline.blob_at) > before {
-                patience.renew();
+                backoff.reset();
                 alive = Instant::now();
             }
-            let range = TarRange::new(TarOffset(0), remote.size);
-            let pause = patience.pause(&trouble, remote, range)?;
-            let name = remote.origin.name();
+            let range = TarRange::new(TarOffset(0), state.size);
+            let pause = backoff.pause(&trouble, state, range)?;
+            let name = state.origin.name();
             if alive.elapsed().saturating_add(pause) > self.options.deadline {
                 let late = FetchError::Deadline {
                     url: name.clone(),
@@ -98,18 +96,18 @@ impl Engine {
                     after: self.options.deadline,
                     why: trouble.to_string(),
                 };
-                self.expire(remote.all(layer), Duration::MAX, &late);
+                self.expire(state.all(layer), Duration::MAX, &late);
             }
             log::warn!("{name}: {trouble}; reading on in {pause:.1?}");
             sleep(pause).await;
-            add(&self.shared.counters.retries, 1);
+            add(&self.counters.retries, 1);
         }
     }
 
     /// One request for what is left of the blob.
     async fn stream_on(
         self: &Rc<Self>,
-        remote: &Rc<LayerState>,
+        state: &Rc<LayerState>,
         layer: LayerId,
         kept: &mut Option<DecodePipeline>,
         wrong: &Cell<Option<u32>>,
@@ -117,17 +115,17 @@ impl Engine {
     ) -> Result<(), Trouble> {
         let mut pipeline = match kept.take() {
             Some(pipeline) => pipeline,
-            None => Self::course_of_all(remote)?,
+            None => Self::course_of_all(state)?,
         };
-        let (start, blob_len) = (pipeline.blob_at, remote.blob_size());
+        let (start, blob_len) = (pipeline.blob_at, state.blob_size());
         let asked = match first {
             Some(body) => Ok(body),
             None if start == blob_len => {
-                let short = pipeline.tar_at() < remote.size;
+                let short = pipeline.tar_at() < state.size;
                 *kept = Some(pipeline);
                 return if short { Err(holds_less()) } else { Ok(()) };
             }
-            None => remote.origin.get(&self.client, start, blob_len - start, true).await,
+            None => state.origin.get(&self.client, start, blob_len - start, true).await,
         };
         let mut body = match asked {
             Ok(body) => body,
@@ -144,7 +142,7 @@ impl Engine {
             let mut piece = match next {
                 Ok(Some(piece)) => piece,
                 ended => {
-                    let short = pipeline.tar_at() < remote.size;
+                    let short = pipeline.tar_at() < state.size;
                     *kept = Some(pipeline);
                     ended?;
                     return if short { Err(holds_less()) } else { Ok(()) };
@@ -153,7 +151,7 @@ impl Engine {
             if self.stopping.get() {
                 return Err(Trouble::Wrong("the fetcher was shut down".to_owned()));
             }
-            self.note_arrival(remote, len_u64(piece.len()));
+            self.note_arrival(state, len_u64(piece.len()));
             let skipped = len_usize(skip).min(piece.len());
             skip -= len_u64(skipped);
             let feeding = self.feed(pipeline, piece.split_off(skipped), async |cut| match cut {
@@ -164,10 +162,10 @@ impl Engine {
                 }
                 ChunkOut::Wrong { index } => wrong.set(wrong.take().or(Some(index))),
                 ChunkOut::Whole { index, bytes, .. } if wrong.get().is_none() => {
-                    self.bring_from_stream(remote, ChunkKey { layer, index }, bytes);
+                    self.deliver_streamed(state, ChunkKey { layer, index }, bytes);
                     // The stream is as fast as the disk: what is not kept would have to be streamed again.
-                    while self.backlog.get() > LARGEST_BACKLOG && !remote.writer.is_idle() {
-                        remote.writer.progress().await;
+                    while self.budget.is_disk_behind() && !state.writer.is_idle() {
+                        state.writer.progress().await;
                     }
                 }
                 _ => {}
@@ -182,93 +180,62 @@ impl Engine {
     }
 
     /// From the first byte to the last.
-    fn course_of_all(remote: &LayerState) -> Result<DecodePipeline, Trouble> {
-        let decoder = match &remote.coded {
+    fn course_of_all(state: &LayerState) -> Result<DecodePipeline, Trouble> {
+        let decoder = match &state.coded {
             Some(coded) => {
                 Some(Decoder::start(&coded.table, 0, &[]).map_err(|error| Trouble::Wrong(error.to_string()))?)
             }
             None => None,
         };
-        let chunker = Chunker::new(remote.size, 0, 0, remote.size);
+        let chunker = Chunker::new(state.size, 0, 0, state.size);
         // A table of contents begins with the first file's content, and the blob with its headers.
-        let begins = remote.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
-        let pipeline = DecodePipeline::new(decoder, begins, chunker, remote.check.clone()).fed_from_the_first_byte();
-        Ok(if remote.whole.is_empty() {
+        let begins = state.coded.as_ref().map_or(0, |coded| coded.table.span(0).blob.start);
+        let pipeline = DecodePipeline::new(decoder, begins, chunker, state.verifier.clone()).fed_from_the_first_byte();
+        Ok(if state.whole.is_empty() {
             pipeline
         } else {
             pipeline.hashing()
         })
     }
 
-    /// A chunk has come by, whether somebody wants it or not: to memory if somebody does, and to the store.
-    fn bring_from_stream(self: &Rc<Self>, remote: &Rc<LayerState>, key: ChunkKey, bytes: Vec<u8>) {
-        self.count_checked(remote);
-        let pending = self.pending.borrow_mut().remove(&key);
-        let chunk = Arc::new(Chunk::demanded(bytes));
-        let kept = self.keep(key, chunk.clone(), true);
-        let wanted = pending.as_ref().is_some_and(|pending| !pending.waiters.is_empty());
-        if wanted || !kept {
-            drop(self.shared.memory.insert(key, chunk.clone()));
-        }
-        for waiting in pending.into_iter().flat_map(|pending| pending.waiters) {
-            waiting
-                .request
-                .fill(waiting.slot, Slice::new(chunk.clone(), waiting.from, waiting.len));
-        }
-    }
-
-    /// What a flight does not bring: the stream does, or has.
-    pub(super) fn leave_to_stream(self: &Rc<Self>, stretch: ChunkRange) {
+    /// Leaves `chunks` to the stream: it brings them, or has brought them already.
+    pub(super) fn leave_to_stream(self: &Rc<Self>, chunks: ChunkRange) {
         let mut cached = Vec::new();
-        for key in stretch.keys() {
-            if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
-                pending.coming = true;
+        for key in self.in_flight.keys_in(chunks) {
+            self.in_flight.set_coming(key);
+            if self.is_stored(key) {
                 cached.push(key);
             }
         }
-        cached.retain(|key| self.is_kept(*key));
         self.read_cached(cached);
     }
 
-    /// The stream is at an end: who came too late finds it in the store, or makes the layer be read again.
-    fn after_stream(self: &Rc<Self>, layer: LayerId) {
+    /// The stream is at an end: a reader that came too late finds its chunk in the cache, or makes the layer be read again.
+    fn after_stream(self: &Rc<Self>, state: &LayerState, layer: LayerId) {
         if self.stopping.get() {
             return;
         }
         let (mut cached, mut again) = (Vec::new(), Vec::new());
-        let mut pending = self.pending.borrow_mut();
-        for (key, pending) in pending.iter_mut().filter(|(key, _)| key.layer == layer) {
-            if self.is_kept(*key) {
-                cached.push(*key);
-            } else {
-                pending.coming = false;
-                again.push(*key);
+        for key in self.in_flight.keys_in(state.all(layer)) {
+            if self.is_stored(key) {
+                cached.push(key);
+            } else if self.release(key) {
+                again.push(Planned::from(key));
             }
         }
-        for key in again.clone() {
-            if pending.get(&key).is_some_and(|pending| pending.waiters.is_empty())
-                && pending
-                    .remove(&key)
-                    .is_some_and(|pending| pending.why == Purpose::Prefetch)
-            {
-                self.planner.borrow_mut().lost(CHUNK_BYTES);
-            }
-        }
-        again.retain(|key| pending.contains_key(key));
-        drop(pending);
         self.read_cached(cached);
-        self.launch(&again.into_iter().map(Planned::from).collect::<Vec<_>>());
+        self.launch(&again);
     }
 
-    fn make_room_for_stream(&self, remote: &LayerState, layer: LayerId) {
-        let name = remote.origin.name();
-        if remote.can_seek() && !remote.warned.replace(true) {
+    fn make_room_for_stream(&self, state: &LayerState, layer: LayerId) {
+        let name = state.origin.name();
+        if state.can_seek() && !state.warned.replace(true) {
             log::warn!(
                 "{name}: the server answers 200 to a Range: reading all {} bytes once, in order",
-                remote.blob_size()
+                state.blob_size()
             );
         }
-        if let Some(shared) = self.brought(layer)
+        if let Some(shared) = self.fetched(layer)
             && shared.cache.get().is_none()
         {
             match LayerCache::temporary(&std::env::temp_dir(), shared.size) {

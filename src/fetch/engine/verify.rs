@@ -17,18 +17,18 @@ use crate::fetch::{FetchError, Verifier};
 use crate::units::LayerId;
 
 impl Engine {
-    pub(super) fn count_checked(&self, remote: &LayerState) {
-        if remote.check.is_some() {
-            add(&self.shared.counters.chunks_checked, 1);
+    pub(super) fn count_verified(&self, state: &LayerState) {
+        if state.verifier.is_some() {
+            add(&self.counters.chunks_checked, 1);
         }
     }
 
     /// Whether `bytes` are the chunk, and the bytes again.
-    pub(super) async fn matches(&self, remote: &LayerState, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
-        let Some(check) = remote.check.clone() else {
+    pub(super) async fn matches(&self, state: &LayerState, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
+        let Some(check) = state.verifier.clone() else {
             return (true, bytes);
         };
-        self.count_checked(remote);
+        self.count_verified(state);
         let permit = self.workers.clone().acquire_owned().await.ok();
         let job = tokio::task::spawn_blocking(move || {
             let _permit = permit;
@@ -38,32 +38,32 @@ impl Engine {
     }
 
     /// Chunks have come as they are, in this order; each is brought once it was checked.
-    pub(super) fn bring_checked(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
-        let Some(remote) = chunks.first().and_then(|(key, _)| self.remote(key.layer)) else {
+    pub(super) fn verify_and_deliver(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
+        let Some(state) = chunks.first().and_then(|(key, _)| self.layer(key.layer)) else {
             return;
         };
         // What is checked piece by piece was checked before it was cut.
-        let Some(Verifier::Chunks(check)) = &remote.check else {
+        let Some(Verifier::Chunks(check)) = &state.verifier else {
             for (key, bytes) in chunks {
-                self.count_checked(remote);
-                self.bring(key, bytes, true);
+                self.count_verified(state);
+                self.deliver(key, bytes, true);
             }
             return;
         };
         // Waking a thread and being woken by it takes longer than a digest, and a short read waits for nothing else.
-        let at_once = |(key, _): &&(ChunkKey, Vec<u8>)| self.is_waited_for_alone(*key);
+        let at_once = |(key, _): &&(ChunkKey, Vec<u8>)| self.in_flight.has_short_reader(*key);
         let others = chunks.split_off(chunks.iter().take_while(at_once).count());
         for (key, bytes) in std::mem::replace(&mut chunks, others) {
-            self.count_checked(remote);
+            self.count_verified(state);
             let right = check.matches(key.index, &bytes);
-            self.heed_check(remote, key, right, bytes);
+            self.deliver_if_verified(state, key, right, bytes);
         }
         if chunks.is_empty() {
             return;
         }
         let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
-        remote.checking.borrow_mut().extend(keys.iter().map(|key| key.index));
-        let (engine, remote, check) = (self.clone(), remote.clone(), check.clone());
+        state.verifying.borrow_mut().extend(keys.iter().map(|key| key.index));
+        let (engine, state, check) = (self.clone(), state.clone(), check.clone());
         tokio_uring::spawn(async move {
             let permit = engine.workers.clone().acquire_owned().await.ok();
             let (give, mut take) = unbounded_channel();
@@ -77,46 +77,47 @@ impl Engine {
             for key in keys {
                 // In the order that they were given in; a worker that died has found nothing right.
                 let (right, bytes) = take.recv().await.unwrap_or_default();
-                remote.checking.borrow_mut().remove(&key.index);
-                engine.count_checked(&remote);
-                engine.heed_check(&remote, key, right, bytes);
+                state.verifying.borrow_mut().remove(&key.index);
+                engine.count_verified(&state);
+                engine.deliver_if_verified(&state, key, right, bytes);
             }
         });
     }
 
     /// A chunk was checked: it is brought if it was right.
-    fn heed_check(self: &Rc<Self>, remote: &Rc<LayerState>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
+    fn deliver_if_verified(self: &Rc<Self>, state: &Rc<LayerState>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
         if right {
-            Self::found_right(remote, key.index);
-            self.bring(key, bytes, true);
-        } else if self.found_wrong(remote, key, "it is not what the index says").is_ok() {
+            Self::digest_matched(state, key.index);
+            self.deliver(key, bytes, true);
+        } else if self
+            .digest_mismatched(state, key, "it is not what the index says")
+            .is_ok()
+        {
             self.fetch_again(key);
         }
     }
 
     /// Fetches a chunk that was lost on its way, if somebody waits for it.
     pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
-        if let Some(pending) = self.pending.borrow_mut().get_mut(&key) {
-            pending.coming = false;
-        }
+        self.in_flight.set_absent(key);
         self.launch(&[key.into()]);
     }
 
     /// Something about a chunk was wrong. Fine for the first time: it is to be fetched once more. The second time the layer
     /// is poisoned, which is the error.
-    pub(super) fn found_wrong(
+    pub(super) fn digest_mismatched(
         self: &Rc<Self>,
-        remote: &LayerState,
+        state: &LayerState,
         key: ChunkKey,
         why: &str,
     ) -> Result<(), FetchError> {
-        add(&self.shared.counters.chunks_wrong, 1);
+        add(&self.counters.chunks_wrong, 1);
         if let Some(error) = self.poison_of(key.layer) {
             return Err(error);
         }
-        let name = remote.origin.name();
-        if remote.suspects.borrow_mut().insert(key.index) {
-            if let Origin::Http(layer) = &remote.origin {
+        let name = state.origin.name();
+        if state.mismatched.borrow_mut().insert(key.index) {
+            if let Origin::Http(layer) = &state.origin {
                 layer.distrust();
             }
             log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
@@ -126,60 +127,58 @@ impl Engine {
     }
 
     /// A chunk came right.
-    pub(super) fn found_right(remote: &LayerState, index: u32) {
-        if !remote.suspects.borrow().is_empty() {
-            remote.suspects.borrow_mut().remove(&index);
+    pub(super) fn digest_matched(state: &LayerState, index: u32) {
+        if !state.mismatched.borrow().is_empty() {
+            state.mismatched.borrow_mut().remove(&index);
         }
     }
 
     pub(super) fn poison_of(&self, layer: LayerId) -> Option<FetchError> {
-        self.brought(layer)?.poison.get().cloned()
+        self.fetched(layer)?.poison.get().cloned()
     }
 
     /// Gives up a layer for good: whoever waits for it and whoever will is told why.
     pub(super) fn poison(self: &Rc<Self>, layer: LayerId, why: &str) -> FetchError {
-        let name = self
-            .remote(layer)
-            .map_or_else(String::new, |remote| remote.origin.name());
+        let name = self.layer(layer).map_or_else(String::new, |state| state.origin.name());
         let error = FetchError::Poisoned {
             name,
             why: why.to_owned(),
         };
-        let Some(shared) = self.brought(layer) else {
+        let Some(shared) = self.fetched(layer) else {
             return error;
         };
         if shared.poison.set(error.clone()).is_ok() {
             log::error!("{error}");
-            add(&self.shared.counters.layers_poisoned, 1);
+            add(&self.counters.layers_poisoned, 1);
             if let Some(cache) = shared.cache.get() {
                 cache.poison();
             }
         }
-        if let Some(remote) = self.remote(layer) {
-            self.give_up(remote.all(layer), &error);
+        if let Some(state) = self.layer(layer) {
+            self.give_up(state.all(layer), &error);
         }
         error
     }
 
     /// The whole layer has passed by: is it what it has to be?
-    pub(super) fn judge_whole(
+    pub(super) fn verify_whole(
         self: &Rc<Self>,
-        remote: &LayerState,
+        state: &LayerState,
         layer: LayerId,
         blob: Option<[u8; 32]>,
         tar: [u8; 32],
     ) {
         let differs = |expected: Option<[u8; 32]>, found| expected.is_some_and(|expected| expected != found);
-        let blob_known = blob.is_some() && remote.whole.blob.is_some();
-        if blob.is_some_and(|blob| differs(remote.whole.blob, blob)) {
+        let blob_known = blob.is_some() && state.whole.blob.is_some();
+        if blob.is_some_and(|blob| differs(state.whole.blob, blob)) {
             self.poison(layer, "the blob's SHA-256 is not the manifest's");
-        } else if remote.is_whole_tar() && differs(remote.whole.tar, tar) {
+        } else if state.is_whole_tar() && differs(state.whole.tar, tar) {
             self.poison(layer, "the tar's SHA-256 is not the image's diffID");
-        } else if (blob_known || (remote.is_whole_tar() && remote.whole.tar.is_some()))
+        } else if (blob_known || (state.is_whole_tar() && state.whole.tar.is_some()))
             && let Some(cache) = self.cache(layer)
-            && !remote.sealing.get()
+            && !state.verifying_whole.get()
         {
-            remote.passed.set(true);
+            state.whole_verified.set(true);
             if cache.is_whole() {
                 cache.seal();
             }
@@ -187,22 +186,22 @@ impl Engine {
     }
 
     /// After something was written: when the layer is complete, its tar is digested in the background, once.
-    pub(super) fn judge_if_whole(self: &Rc<Self>, remote: &Rc<LayerState>, layer: LayerId) {
+    pub(super) fn verify_if_complete(self: &Rc<Self>, state: &Rc<LayerState>, layer: LayerId) {
         let Some(cache) = self.cache(layer) else { return };
         if cache.is_sealed() || cache.is_borrowed() || cache.is_poisoned() || !cache.is_whole() {
             return;
         }
-        if remote.passed.get() {
+        if state.whole_verified.get() {
             cache.seal();
             return;
         }
         // A stream under way will say so itself.
-        let asked = remote.whole.tar.is_some() && remote.is_whole_tar() && !remote.streaming.get();
-        if !asked || remote.sealing.replace(true) {
+        let asked = state.whole.tar.is_some() && state.is_whole_tar() && !state.streaming.get();
+        if !asked || state.verifying_whole.replace(true) {
             return;
         }
         let (give, take) = tokio::sync::oneshot::channel();
-        let (whole, check) = (Arc::clone(cache), remote.check.clone());
+        let (whole, check) = (Arc::clone(cache), state.verifier.clone());
         let thread = std::thread::Builder::new()
             .name("tarblk-seal".to_owned())
             .spawn(move || {
@@ -224,17 +223,17 @@ impl Engine {
             log::warn!("cannot check the whole layer: {error}");
             return;
         }
-        let (engine, remote) = (self.clone(), remote.clone());
+        let (engine, state) = (self.clone(), state.clone());
         tokio_uring::spawn(async move {
             let verdict = take.await;
-            remote.sealing.set(false);
+            state.verifying_whole.set(false);
             match verdict {
                 // What the disk spoiled is not the layer's fault.
                 Ok(Ok((Some(index), _))) => {
-                    engine.lose(&remote, ChunkKey { layer, index }, "it is not what the index says");
+                    engine.drop_cached(&state, ChunkKey { layer, index }, "it is not what the index says");
                 }
-                Ok(Ok((None, tar))) => engine.judge_whole(&remote, layer, None, tar),
-                Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", remote.origin.name()),
+                Ok(Ok((None, tar))) => engine.verify_whole(&state, layer, None, tar),
+                Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", state.origin.name()),
                 Err(_) => {}
             }
         });

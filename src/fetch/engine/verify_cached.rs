@@ -17,20 +17,25 @@ use crate::index::PieceDigests;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 
 /// Why a cached chunk cannot be used.
-enum Doubt {
+enum CachedFault {
     /// Not all of its pieces are there.
     Incomplete,
     /// They are, and are something else.
-    Wrong(String),
+    Unreadable(String),
 }
 
 impl Engine {
     /// Brings a chunk from the store to memory if it can be proven; else it is fetched again.
-    pub(super) async fn bring_proven(self: Rc<Self>, remote: &Rc<LayerState>, pieces: &PieceDigests, key: ChunkKey) {
-        match self.prove(remote, pieces, key).await {
-            Ok(bytes) => return self.bring(key, bytes, false),
-            Err(Doubt::Wrong(why)) => self.lose(remote, key, &why),
-            Err(Doubt::Incomplete) => {
+    pub(super) async fn deliver_verified_pieces(
+        self: Rc<Self>,
+        state: &Rc<LayerState>,
+        pieces: &PieceDigests,
+        key: ChunkKey,
+    ) {
+        match self.read_verified_pieces(state, pieces, key).await {
+            Ok(bytes) => return self.deliver(key, bytes, false),
+            Err(CachedFault::Unreadable(why)) => self.drop_cached(state, key, &why),
+            Err(CachedFault::Incomplete) => {
                 if let Some(cache) = self.cache(key.layer) {
                     cache.lost(key.index);
                 }
@@ -39,34 +44,39 @@ impl Engine {
         self.fetch_again(key);
     }
 
-    async fn prove(&self, remote: &Rc<LayerState>, pieces: &PieceDigests, key: ChunkKey) -> Result<Vec<u8>, Doubt> {
+    async fn read_verified_pieces(
+        &self,
+        state: &Rc<LayerState>,
+        pieces: &PieceDigests,
+        key: ChunkKey,
+    ) -> Result<Vec<u8>, CachedFault> {
         // Neighbours are asked for at the same time and lie in the same pieces: the first one proves them for all.
-        let _one_at_a_time = remote.proving.lock().await;
-        let cache = self.cache(key.layer).ok_or(Doubt::Incomplete)?;
-        let chunk = |index| TarRange::new(ChunkKey { index, ..key }.start(), chunk_len(remote.size, index));
+        let _one_at_a_time = state.verifying_pieces.lock().await;
+        let cache = self.cache(key.layer).ok_or(CachedFault::Incomplete)?;
+        let chunk = |index| TarRange::new(ChunkKey { index, ..key }.start(), chunk_len(state.size, index));
         let own = chunk(key.index);
         let one = |index: u32| cache.find(index, index.saturating_add(1));
-        let place = one(key.index).ok_or(Doubt::Incomplete)?;
+        let place = one(key.index).ok_or(CachedFault::Incomplete)?;
         let read = async |range: TarRange| {
             let file = cache.file_of(key.index);
             match file {
                 Ok(file) => read_exactly(file, range.start.0, len_usize(range.len)).await,
                 Err(error) => Err(error),
             }
-            .map_err(|error| Doubt::Wrong(error.to_string()))
+            .map_err(|error| CachedFault::Unreadable(error.to_string()))
         };
-        if self.is_checked(key) {
+        if self.is_verified(key) {
             return read(own).await;
         }
         let wide = pieces.widened(own);
         let bytes = read(wide).await?;
-        self.count_checked(remote);
+        self.count_verified(state);
         let permit = self.workers.clone().acquire_owned().await.ok();
         let job = {
             let pieces = pieces.clone();
             tokio::task::spawn_blocking(move || {
                 let _permit = permit;
-                judge(&pieces, own, wide, &bytes)
+                verify_pieces(&pieces, own, wide, &bytes)
             })
         };
         match job.await {
@@ -76,7 +86,7 @@ impl Engine {
                 for index in (first..last).filter_map(|index| u32::try_from(index).ok()) {
                     let all = pieces.widened(chunk(index));
                     if all.start >= wide.start && all.end() <= wide.end() && one(index) == Some(place) {
-                        self.mark_checked(ChunkKey { index, ..key });
+                        self.mark_verified(ChunkKey { index, ..key });
                     }
                 }
                 Ok(bytes)
@@ -85,24 +95,24 @@ impl Engine {
                 let first = u32::try_from(wrong.start.0 / CHUNK_BYTES).unwrap_or(u32::MAX);
                 let end = u32::try_from(wrong.end().0.div_ceil(CHUNK_BYTES)).unwrap_or(u32::MAX);
                 Err(match cache.find(first, end) {
-                    Some(_) => Doubt::Wrong("it is not what the layer's table of contents says".to_owned()),
-                    None => Doubt::Incomplete,
+                    Some(_) => CachedFault::Unreadable("it is not what the layer's table of contents says".to_owned()),
+                    None => CachedFault::Incomplete,
                 })
             }
-            Err(error) => Err(Doubt::Wrong(error.to_string())),
+            Err(error) => Err(CachedFault::Unreadable(error.to_string())),
         }
     }
 
     /// Leaves what has come of chunks that did not become whole where their pieces can be proven later. Only when nothing else is
     /// written any more: whole chunks may go past the page cache, and must not meet an older page of theirs there.
-    pub(super) async fn keep_parts(&self) {
-        for (layer, remote) in (0..).map(LayerId).zip(&self.remotes) {
+    pub(super) async fn write_parts(&self) {
+        for (layer, state) in (0..).map(LayerId).zip(&self.layers) {
             let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
-            let (Some(remote), Some(cache)) = (remote, self.cache(layer).filter(has_room)) else {
+            let (Some(state), Some(cache)) = (state, self.cache(layer).filter(has_room)) else {
                 continue;
             };
-            let pieces = remote.check.as_ref().and_then(Verifier::pieces);
-            let (Some(coded), Some(_), Ok(file)) = (&remote.coded, pieces, cache.parts()) else {
+            let pieces = state.verifier.as_ref().and_then(Verifier::pieces);
+            let (Some(coded), Some(_), Ok(file)) = (&state.coded, pieces, cache.parts()) else {
                 continue;
             };
             let mut parts = coded.take_parts();
@@ -112,7 +122,7 @@ impl Engine {
                 parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at))
             });
             if let Ok(Err(error)) = job.await {
-                log::debug!("{}: parts of chunks are not kept: {error}", remote.origin.name());
+                log::debug!("{}: parts of chunks are not kept: {error}", state.origin.name());
             }
         }
     }
@@ -120,7 +130,7 @@ impl Engine {
 
 /// The chunk at `own` if all pieces in it are right, with zeros between them; else the first one that is not. `bytes` lie at
 /// `wide`, which has all of them.
-fn judge(pieces: &PieceDigests, own: TarRange, wide: TarRange, bytes: &[u8]) -> Result<Vec<u8>, TarRange> {
+fn verify_pieces(pieces: &PieceDigests, own: TarRange, wide: TarRange, bytes: &[u8]) -> Result<Vec<u8>, TarRange> {
     let part = |range: TarRange| {
         let from = len_usize(range.start.since(wide.start));
         bytes.get(from..)?.get(..len_usize(range.len))
@@ -160,7 +170,7 @@ mod tests {
         let wide = pieces.widened(own);
         assert_eq!((wide.start.0, wide.end().0), (10, 65_900));
         let mut bytes = content[10..65_900].to_vec();
-        let chunk = judge(&pieces, own, wide, &bytes).unwrap();
+        let chunk = verify_pieces(&pieces, own, wide, &bytes).unwrap();
         let expected: Vec<u8> = (32_768..65_536)
             .map(|at| {
                 if (40_010..40_100).contains(&at) || (60_100..65_000).contains(&at) {
@@ -173,11 +183,11 @@ mod tests {
         assert!(chunk == expected);
         // Between the pieces anything may lie; in them, or in what of them lies in other chunks, nothing else.
         bytes[40_020] = 1;
-        assert!(judge(&pieces, own, wide, &bytes).unwrap() == expected);
+        assert!(verify_pieces(&pieces, own, wide, &bytes).unwrap() == expected);
         for (at, first) in [(0, 10), (39_999, 10), (40_090, 40_100), (65_889, 65_000)] {
             let mut bad = bytes.clone();
             bad[at] ^= 1;
-            assert_eq!(judge(&pieces, own, wide, &bad).unwrap_err().start.0, first);
+            assert_eq!(verify_pieces(&pieces, own, wide, &bad).unwrap_err().start.0, first);
         }
     }
 }

@@ -52,7 +52,7 @@ impl PieceVerifier {
                 give(head);
             } else if ends && self.held.is_empty() {
                 // As a whole it is in the decoder's hands already.
-                self.judge(piece.start, head)?;
+                self.verify(piece.start, head)?;
                 give(head);
             } else {
                 if self.held.is_empty() {
@@ -61,7 +61,7 @@ impl PieceVerifier {
                 self.held.extend_from_slice(head);
                 if ends {
                     let whole = std::mem::take(&mut self.held);
-                    self.judge(piece.start, &whole)?;
+                    self.verify(piece.start, &whole)?;
                     give(&whole);
                 }
             }
@@ -71,7 +71,7 @@ impl PieceVerifier {
         Ok(())
     }
 
-    fn judge(&self, start: TarOffset, bytes: &[u8]) -> Result<(), TarOffset> {
+    fn verify(&self, start: TarOffset, bytes: &[u8]) -> Result<(), TarOffset> {
         if self.pieces.check(self.next, bytes) {
             Ok(())
         } else {

@@ -166,7 +166,7 @@ impl Engine {
         let mut frame = Vec::with_capacity(len);
         while let Some(piece) = body.next().await? {
             if body.head_took().is_some() {
-                add(&self.shared.counters.bytes_fetched, len_u64(piece.len()));
+                add(&self.counters.bytes_fetched, len_u64(piece.len()));
             }
             let skipped = len_usize(skip).min(piece.len());
             skip -= len_u64(skipped);

@@ -3,6 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use super::coded::CodedLayer;
@@ -22,22 +23,22 @@ pub(super) struct LayerState {
     /// The tar's length.
     pub(super) size: u64,
     /// None: the blob is the tar.
-    pub(super) coded: Option<CodedLayer>,
-    pub(super) check: Option<Verifier>,
+    pub(super) coded: Option<Rc<CodedLayer>>,
+    pub(super) verifier: Option<Verifier>,
     pub(super) whole: WholeDigests,
     pub(super) writer: Writer,
     /// Whether the layer is being read from end to end.
     pub(super) streaming: Cell<bool>,
     /// Whether that has ended well: what comes out of the blob is what it has to be.
-    pub(super) passed: Cell<bool>,
+    pub(super) whole_verified: Cell<bool>,
     /// Whether what the store holds is being digested.
-    pub(super) sealing: Cell<bool>,
+    pub(super) verifying_whole: Cell<bool>,
     pub(super) warned: Cell<bool>,
     /// Chunks that are being checked, and chunks that were wrong once.
-    pub(super) checking: RefCell<HashSet<u32>>,
-    pub(super) suspects: RefCell<HashSet<u32>>,
+    pub(super) verifying: RefCell<HashSet<u32>>,
+    pub(super) mismatched: RefCell<HashSet<u32>>,
     /// Held by who proves what comes back from the store, which is done once.
-    pub(super) proving: tokio::sync::Mutex<()>,
+    pub(super) verifying_pieces: tokio::sync::Mutex<()>,
 }
 
 impl LayerState {
@@ -46,17 +47,17 @@ impl LayerState {
         Ok(Self {
             origin: Origin::new(source.blob)?,
             size,
-            coded: source.coding.map(CodedLayer::new).transpose()?,
-            check: source.digests,
+            coded: source.coding.map(CodedLayer::new).transpose()?.map(Rc::new),
+            verifier: source.digests,
             whole: source.whole,
             writer: Writer::default(),
             streaming: Cell::new(false),
-            passed: Cell::new(false),
-            sealing: Cell::new(false),
+            whole_verified: Cell::new(false),
+            verifying_whole: Cell::new(false),
             warned: Cell::new(false),
-            checking: RefCell::default(),
-            suspects: RefCell::default(),
-            proving: tokio::sync::Mutex::default(),
+            verifying: RefCell::default(),
+            mismatched: RefCell::default(),
+            verifying_pieces: tokio::sync::Mutex::default(),
         })
     }
 
@@ -77,7 +78,7 @@ impl LayerState {
     /// How far to decode so that everything before `end` can be checked.
     pub(super) fn checked_end(&self, end: TarOffset) -> TarOffset {
         let last = TarRange::new(TarOffset(end.0.saturating_sub(1)), 1);
-        self.check
+        self.verifier
             .as_ref()
             .map_or(end, |check| check.widened(last).end().max(end))
     }

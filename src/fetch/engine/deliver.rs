@@ -1,0 +1,125 @@
+//! Chunks that have come, and chunks that will not. In: a chunk's bytes, verified where they can be, or an error. Out: the
+//! readers that waited for it told, the chunk in the memory cache and on its way to the disk cache.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use smallvec::SmallVec;
+
+use super::in_flight::{Purpose, Released, Waiter};
+use super::{Engine, LayerState};
+use crate::cache::Slice;
+use crate::cache::chunk::{Chunk, ChunkKey};
+use crate::fetch::FetchError;
+use crate::fetch::stats::add;
+use crate::prefetch::ChunkRange;
+use crate::units::{CHUNK_BYTES, len_u64};
+
+impl Engine {
+    /// A request brings a chunk, and was planned to or brings it along.
+    pub(super) fn expect(&self, key: ChunkKey, planned: bool, marker: bool) {
+        match self.in_flight.expect(key, planned, marker) {
+            Purpose::Demand => self.planner.borrow_mut().demanded(CHUNK_BYTES),
+            Purpose::Prefetch => {
+                self.planner.borrow_mut().prefetched(CHUNK_BYTES);
+                add(&self.counters.bytes_prefetched, CHUNK_BYTES);
+            }
+            Purpose::Fill => add(&self.counters.bytes_filled, CHUNK_BYTES),
+            Purpose::Bundled => {}
+        }
+    }
+
+    /// A chunk has come, by a request or from the disk cache: it goes to memory and to all readers that wait for it, and with
+    /// `store` to the disk cache.
+    pub(super) fn deliver(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>, store: bool) {
+        if self.fetched(key.layer).is_none_or(|layer| layer.poison.get().is_some()) {
+            return;
+        }
+        let known = self.in_flight.take(key);
+        if known.is_none() && self.memory_cache().holds(key) {
+            return;
+        }
+        let purpose = known.as_ref().map_or(Purpose::Bundled, |pending| pending.purpose);
+        let pending = known.unwrap_or_default();
+        if purpose == Purpose::Fill && pending.waiters.is_empty() {
+            let _unless_the_cache_is_full = self.queue_write(key, Arc::new(Chunk::bundled(bytes, false)), false);
+            return;
+        }
+        let chunk = Arc::new(match purpose {
+            Purpose::Demand => Chunk::demanded(bytes),
+            Purpose::Prefetch => Chunk::prefetched(bytes, pending.marker),
+            Purpose::Bundled | Purpose::Fill => Chunk::bundled(bytes, pending.marker),
+        });
+        if let Some(old) = self.memory_cache().insert(key, chunk.clone())
+            && old.is_unread_prefetch()
+        {
+            add(&self.counters.prefetched_unused, len_u64(old.bytes().len()));
+        }
+        tell(pending.waiters, &chunk);
+        let mut now = Vec::new();
+        self.planner
+            .borrow_mut()
+            .arrived(key, &|key, show| self.peek(key, show), &mut now);
+        self.launch(&now);
+        if store {
+            let _in_memory_anyway = self.queue_write(key, chunk, false);
+        }
+    }
+
+    /// A chunk of a layer that is read from end to end has come: it goes to the disk cache, and to memory only if a reader waits
+    /// for it or the disk cache does not take it.
+    pub(super) fn deliver_streamed(self: &Rc<Self>, state: &LayerState, key: ChunkKey, bytes: Vec<u8>) {
+        self.count_verified(state);
+        let waiters = self
+            .in_flight
+            .take(key)
+            .map(|pending| pending.waiters)
+            .unwrap_or_default();
+        let chunk = Arc::new(Chunk::demanded(bytes));
+        let stored = self.queue_write(key, chunk.clone(), true);
+        if !waiters.is_empty() || !stored {
+            drop(self.memory_cache().insert(key, chunk.clone()));
+        }
+        tell(waiters, &chunk);
+    }
+
+    /// Chunks that will not come: whoever waits for one is told.
+    pub(super) fn give_up(&self, chunks: ChunkRange, error: &FetchError) {
+        for key in self.in_flight.keys_in(chunks) {
+            let Some(pending) = self.in_flight.take(key) else {
+                continue;
+            };
+            if pending.purpose == Purpose::Prefetch {
+                self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
+            }
+            for waiter in pending.waiters {
+                waiter.request.end(Err(error.clone()));
+            }
+        }
+    }
+
+    /// Fails the reads that would have waited past the deadline after another `pause`.
+    pub(super) fn expire(&self, chunks: ChunkRange, pause: Duration, error: &FetchError) {
+        for waiter in self.in_flight.take_late(chunks, pause, self.options.deadline) {
+            waiter.request.end(Err(error.clone()));
+        }
+    }
+
+    /// No request brings a chunk any more; says whether readers wait for it, so that it has to be asked for again.
+    pub(super) fn release(&self, key: ChunkKey) -> bool {
+        let released = self.in_flight.release(key);
+        if released == Released::Dropped(Purpose::Prefetch) {
+            self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
+        }
+        released == Released::Wanted
+    }
+}
+
+/// Fills a chunk's place in all reads that wait for it.
+fn tell(waiters: SmallVec<[Waiter; 1]>, chunk: &Arc<Chunk>) {
+    for waiter in waiters {
+        let slice = Slice::new(chunk.clone(), waiter.from, waiter.len);
+        waiter.request.fill(waiter.slot, slice);
+    }
+}
