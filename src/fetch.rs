@@ -13,6 +13,7 @@
 
 mod blob;
 mod engine;
+mod runtime;
 mod stats;
 mod transport;
 

@@ -44,6 +44,7 @@ use self::layer_state::{LayerState, take_in};
 use self::origin::Origin;
 pub(crate) use self::request::CompleteOnDrop;
 use self::request::Request;
+use super::runtime::{self, Runtime};
 use super::stats::{Counters, add};
 use super::transport::Client;
 use super::{FetchError, FetchOptions, FetchedLayer, LayerRange, LayerSource, Shared, SharedLayer, StartError};
@@ -131,7 +132,7 @@ pub(crate) fn start(
     std::thread::Builder::new()
         .name("tarblk-fetch".to_owned())
         .spawn(move || {
-            let runtime = match runtime() {
+            let runtime = match Runtime::new() {
                 Ok(runtime) => runtime,
                 Err(error) => {
                     let _starter_is_gone = ready.send(Err(error));
@@ -147,16 +148,6 @@ pub(crate) fn start(
         Ok(Err(error)) => Err(StartError::Thread(error)),
         Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
     }
-}
-
-/// The thread's runtime and ring. `COOP_TASKRUN` (Linux 5.19) spares it interrupts while it runs: it asks often enough.
-fn runtime() -> io::Result<tokio_uring::Runtime> {
-    let mut ring = tokio_uring::uring_builder();
-    ring.setup_coop_taskrun();
-    let mut builder = tokio_uring::builder();
-    builder.entries(512);
-    tokio_uring::Runtime::new(builder.uring_builder(&ring))
-        .or_else(|_| tokio_uring::Runtime::new(tokio_uring::builder().entries(512)))
 }
 
 impl Engine {
@@ -266,7 +257,7 @@ impl Engine {
             }
         }
         if self.filler.is_some() {
-            tokio_uring::spawn(self.clone().keep_filling());
+            runtime::spawn(self.clone().keep_filling());
         }
     }
 

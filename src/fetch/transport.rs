@@ -6,7 +6,6 @@
 pub(crate) mod answer;
 pub(crate) mod pool;
 mod proxy;
-pub(crate) mod stream;
 mod target;
 
 use std::cell::RefCell;
@@ -22,7 +21,6 @@ use hyper::body::Incoming;
 use hyper::header;
 use hyper::{Request, StatusCode};
 use rustls::ClientConfig;
-use tokio::time::timeout;
 use url::Url;
 
 use self::answer::{Asked, Verdict, judge};
@@ -31,6 +29,7 @@ use self::proxy::Proxies;
 use self::target::Spot;
 pub(crate) use self::target::{RemoteLayer, stable_name, without_secrets};
 use super::FetchOptions;
+use super::runtime::{self, timeout};
 use super::stats::{Counters, add};
 use crate::source::tls::{self, Trust};
 
@@ -355,7 +354,7 @@ impl Client {
 /// Reads the little that follows a refusal, in the background, so that its connection can be used again.
 fn drain(mut body: Incoming, lease: Lease, within: Duration) {
     const WORTH_READING: usize = 64 << 10;
-    tokio_uring::spawn(async move {
+    runtime::spawn(async move {
         let read = timeout(within, async {
             let mut seen = 0;
             while let Some(frame) = body.frame().await {

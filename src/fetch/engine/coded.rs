@@ -17,6 +17,7 @@ use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
 use super::window::WindowShelf;
 use super::{Engine, LONGEST_FLIGHT, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
+use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::fetch::{Coded, FetchError, StartError};
 use crate::layer::{Decoder, SpanTable};
@@ -356,7 +357,7 @@ impl Engine {
                 pipeline: RefCell::default(),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
-            tokio_uring::spawn(self.clone().fly(guard));
+            runtime::spawn(self.clone().fly(guard));
         }
     }
 

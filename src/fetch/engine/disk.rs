@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::sleep;
 
 use super::request::Request;
 use super::{Engine, LayerState};
 use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
 use crate::cache::disk::{LayerCache, RunWriter};
+use crate::fetch::runtime::{self, File, sleep};
 use crate::fetch::stats::add;
 use crate::fetch::{FetchError, LayerRange, SharedLayer, Verifier};
 use crate::units::{LayerId, TarRange, len_u64, len_usize};
@@ -91,7 +91,7 @@ impl Engine {
             let range = TarRange::new(at, len);
             let slot = request.expect();
             let (engine, request) = (self.clone(), request.clone());
-            tokio_uring::spawn(async move {
+            runtime::spawn(async move {
                 match engine
                     .read_file(LayerRange {
                         layer: asked.layer,
@@ -120,7 +120,8 @@ impl Engine {
             why: Arc::new(why),
         };
         let own = file.try_clone().map_err(fail)?;
-        read_exactly(own.into(), asked.range.start.0, len_usize(asked.range.len))
+        File::from(std::fs::File::from(own))
+            .read_exact_at(asked.range.start.0, len_usize(asked.range.len))
             .await
             .map_err(fail)
     }
@@ -128,7 +129,7 @@ impl Engine {
     /// Brings cached chunks to memory. What cannot be read back, or is not what it has to be, is fetched again.
     pub(super) fn read_cached(self: &Rc<Self>, keys: Vec<ChunkKey>) {
         for key in keys {
-            tokio_uring::spawn(self.clone().read_cached_chunk(key));
+            runtime::spawn(self.clone().read_cached_chunk(key));
         }
     }
 
@@ -140,7 +141,11 @@ impl Engine {
         }
         let Some(cache) = self.cache(key.layer) else { return };
         let len = len_usize(chunk_len(state.size, key.index));
-        let read = async { read_exactly(cache.file_of(key.index)?, key.start().0, len).await };
+        let read = async {
+            File::from(cache.file_of(key.index)?)
+                .read_exact_at(key.start().0, len)
+                .await
+        };
         let trusted = self.is_verified(key);
         if let Some(pieces) = state.verifier.as_ref().and_then(Verifier::pieces).filter(|_| !trusted) {
             drop(read);
@@ -209,7 +214,7 @@ impl Engine {
         self.budget.queue_write(len_u64(chunk.bytes().len()));
         state.writer.queue.borrow_mut().insert(key.index, chunk);
         if !state.writer.running.replace(true) {
-            tokio_uring::spawn(self.clone().write_behind(key));
+            runtime::spawn(self.clone().write_behind(key));
         }
         true
     }
@@ -277,7 +282,7 @@ impl Engine {
         };
         if !state.writer.commit_due.replace(true) {
             let (state, cache) = (state.clone(), cache.clone());
-            tokio_uring::spawn(async move {
+            runtime::spawn(async move {
                 sleep(delay).await;
                 state.writer.commit_due.set(false);
                 commit(cache).await;
@@ -294,7 +299,7 @@ impl Engine {
                     state.writer.progress().await;
                 }
             };
-            if tokio::time::timeout(PATIENCE, written).await.is_err() {
+            if runtime::timeout(PATIENCE, written).await.is_err() {
                 log::warn!("the cache's disk does not keep up; what it has not taken is forgotten");
             }
         }
@@ -309,7 +314,7 @@ impl Engine {
 
 /// Commits on a thread that may block.
 async fn commit(cache: Arc<LayerCache>) {
-    match tokio::task::spawn_blocking(move || cache.commit()).await {
+    match runtime::blocking(move || cache.commit()).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log::warn!("{error}"),
         Err(error) => log::warn!("the cache was not committed: {error}"),
@@ -324,7 +329,7 @@ async fn write_run(
     batch: Vec<(u32, Arc<Chunk>)>,
     direct: bool,
 ) -> (io::Result<RunWriter>, io::Result<()>) {
-    let job = tokio::task::spawn_blocking(move || {
+    let job = runtime::blocking(move || {
         let pieces = batch.iter().map(|(_, chunk)| chunk.bytes());
         let written = file.write(start, len, pieces, direct);
         (file, written)
@@ -332,18 +337,5 @@ async fn write_run(
     match job.await {
         Ok((file, written)) => (Ok(file), written),
         Err(error) => (Err(io::Error::other(error.to_string())), Err(io::Error::other(error))),
-    }
-}
-
-/// Reads `len` bytes; a file that ends before is an error. The ring's file type closes its descriptor, so `file` is one
-/// that nobody else uses.
-pub(super) async fn read_exactly(file: std::fs::File, at: u64, len: usize) -> io::Result<Vec<u8>> {
-    let file = tokio_uring::fs::File::from_std(file);
-    let (result, buffer) = file.read_exact_at(Vec::with_capacity(len), at).await;
-    result?;
-    if buffer.len() == len {
-        Ok(buffer)
-    } else {
-        Err(io::ErrorKind::UnexpectedEof.into())
     }
 }

@@ -7,10 +7,9 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use tokio::time::sleep;
-
 use super::Engine;
 use crate::cache::chunk::{ChunkKey, chunk_count};
+use crate::fetch::runtime::sleep;
 use crate::prefetch::{ChunkRange, Presence};
 use crate::units::{CHUNK_BYTES, LayerId};
 

@@ -7,12 +7,11 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::time::sleep;
-
 use super::budget::Share;
 use super::origin::{Body, Trouble};
 use super::{Engine, LayerState};
 use crate::fetch::FetchError;
+use crate::fetch::runtime::sleep;
 use crate::fetch::stats::add;
 use crate::fetch::transport::Failure;
 use crate::prefetch::ChunkRange;

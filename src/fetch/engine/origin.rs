@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::fetch::runtime;
 use crate::fetch::transport::{Client, Failure, RemoteLayer, Reply};
 use crate::fetch::{Blob, FileLayer, StartError};
-use crate::units::{len_u64, len_usize};
+use crate::units::len_usize;
 
 /// A local blob is read in pieces of this.
 const PIECE: u64 = 256 << 10;
@@ -74,7 +75,7 @@ impl Origin {
             Self::File { file, .. } => {
                 let own = file.try_clone().map_err(Trouble::File)?;
                 Ok(Body::File {
-                    file: tokio_uring::fs::File::from_std(own),
+                    file: own.into(),
                     at: start,
                     left: len,
                 })
@@ -86,11 +87,7 @@ impl Origin {
 /// What was asked for, as it comes.
 pub(super) enum Body {
     Http(Reply),
-    File {
-        file: tokio_uring::fs::File,
-        at: u64,
-        left: u64,
-    },
+    File { file: runtime::File, at: u64, left: u64 },
 }
 
 impl Body {
@@ -114,11 +111,7 @@ impl Body {
             Self::File { left: 0, .. } => Ok(None),
             Self::File { file, at, left } => {
                 let len = PIECE.min(*left);
-                let (result, buffer) = file.read_exact_at(Vec::with_capacity(len_usize(len)), *at).await;
-                result.map_err(Trouble::File)?;
-                if len_u64(buffer.len()) != len {
-                    return Err(Trouble::File(io::ErrorKind::UnexpectedEof.into()));
-                }
+                let buffer = file.read_exact_at(*at, len_usize(len)).await.map_err(Trouble::File)?;
                 *at += len;
                 *left -= len;
                 Ok(Some(buffer.into()))

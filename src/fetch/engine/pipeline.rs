@@ -12,6 +12,7 @@ use super::Engine;
 use super::verify_piece::PieceVerifier;
 use crate::cache::chunk::chunk_len;
 use crate::fetch::Verifier;
+use crate::fetch::runtime;
 use crate::layer::Decoder;
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
@@ -194,7 +195,7 @@ impl Engine {
         // The semaphore is never closed; without a permit it would only be busier.
         let permit = self.workers.clone().acquire_owned().await.ok();
         let (give, mut take) = mpsc::channel(CUTS_ON_THE_WAY);
-        let job = tokio::task::spawn_blocking(move || {
+        let job = runtime::blocking(move || {
             let _permit = permit;
             let fed = pipeline.feed(&piece, &mut |cut| {
                 // Nobody listens any more: what comes out is dropped.

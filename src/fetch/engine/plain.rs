@@ -7,6 +7,7 @@ use super::flight::{Flight, FlightGuard, Received};
 use super::origin::Trouble;
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
+use crate::fetch::runtime;
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, len_u64, len_usize};
 
@@ -101,6 +102,6 @@ impl Engine {
             next: Cell::new(chunks.first),
         };
         let guard = FlightGuard::new(self, state, flight, chunks.bytes(), demand);
-        tokio_uring::spawn(self.clone().fly(guard));
+        runtime::spawn(self.clone().fly(guard));
     }
 }

@@ -9,8 +9,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::time::sleep;
-
 use super::flight::Backoff;
 use super::origin::{Body, Trouble};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
@@ -18,6 +16,7 @@ use super::{Engine, LayerState};
 use crate::cache::chunk::ChunkKey;
 use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
+use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
@@ -38,7 +37,7 @@ impl Engine {
         }
         self.make_room_for_stream(state, layer);
         let guard = Streaming(self.clone(), state.clone(), layer);
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let Streaming(engine, state, layer) = &guard;
             if let Err(error) = engine.stream(state, *layer, first).await {
                 if !matches!(error, FetchError::Stopped) {

@@ -12,6 +12,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use super::{Engine, LayerState, Origin};
 use crate::cache::chunk::ChunkKey;
+use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::fetch::{FetchError, Verifier};
 use crate::units::LayerId;
@@ -30,7 +31,7 @@ impl Engine {
         };
         self.count_verified(state);
         let permit = self.workers.clone().acquire_owned().await.ok();
-        let job = tokio::task::spawn_blocking(move || {
+        let job = runtime::blocking(move || {
             let _permit = permit;
             (check.matches(index, &bytes), bytes)
         });
@@ -64,10 +65,10 @@ impl Engine {
         let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
         state.verifying.borrow_mut().extend(keys.iter().map(|key| key.index));
         let (engine, state, check) = (self.clone(), state.clone(), check.clone());
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let permit = engine.workers.clone().acquire_owned().await.ok();
             let (give, mut take) = unbounded_channel();
-            tokio::task::spawn_blocking(move || {
+            runtime::blocking(move || {
                 let _permit = permit;
                 for (key, bytes) in chunks {
                     // Nobody listens when the engine is gone.
@@ -224,7 +225,7 @@ impl Engine {
             return;
         }
         let (engine, state) = (self.clone(), state.clone());
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let verdict = take.await;
             state.verifying_whole.set(false);
             match verdict {

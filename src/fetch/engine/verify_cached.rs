@@ -8,11 +8,11 @@ use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::disk::read_exactly;
 use super::{Engine, LayerState};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::cache::disk::LayerCache;
 use crate::fetch::Verifier;
+use crate::fetch::runtime::{self, File};
 use crate::index::PieceDigests;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 
@@ -60,7 +60,11 @@ impl Engine {
         let read = async |range: TarRange| {
             let file = cache.file_of(key.index);
             match file {
-                Ok(file) => read_exactly(file, range.start.0, len_usize(range.len)).await,
+                Ok(file) => {
+                    File::from(file)
+                        .read_exact_at(range.start.0, len_usize(range.len))
+                        .await
+                }
                 Err(error) => Err(error),
             }
             .map_err(|error| CachedFault::Unreadable(error.to_string()))
@@ -74,7 +78,7 @@ impl Engine {
         let permit = self.workers.clone().acquire_owned().await.ok();
         let job = {
             let pieces = pieces.clone();
-            tokio::task::spawn_blocking(move || {
+            runtime::blocking(move || {
                 let _permit = permit;
                 verify_pieces(&pieces, own, wide, &bytes)
             })
@@ -117,7 +121,7 @@ impl Engine {
             };
             let mut parts = coded.take_parts();
             parts.retain(|(at, _)| !cache.has(ChunkKey::holding(layer, TarOffset(*at)).index));
-            let job = tokio::task::spawn_blocking(move || {
+            let job = runtime::blocking(move || {
                 // What is not there is fetched again.
                 parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at))
             });

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::Engine;
 use super::origin::{Origin, Trouble};
+use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::fetch::{Blob, FileLayer, StartError, Windows};
 use crate::index::{ColdDirectory, ColdPart, ColdPiece};
@@ -97,10 +98,7 @@ fn piece_of(directory: &ColdDirectory, n: usize, len: u32) -> Result<ColdPiece, 
 async fn keep_frame(file: &Origin, at: u64, frame: Vec<u8>) {
     let Origin::File { file, .. } = file else { return };
     let written = match file.try_clone() {
-        Ok(own) => {
-            let own = tokio_uring::fs::File::from_std(own);
-            own.write_all_at(frame, at).await.0
-        }
+        Ok(own) => runtime::File::from(own).write_all_at(at, frame).await,
         Err(error) => Err(error),
     };
     if let Err(error) = written {

@@ -18,11 +18,10 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 use url::Url;
 
 use super::proxy::Proxy;
-use super::stream::UringStream;
+use crate::fetch::runtime::{self, TcpStream, timeout};
 use crate::fetch::stats::{Counters, add};
 use crate::source::tls::Trust;
 
@@ -242,7 +241,7 @@ impl Host {
         self.count.set(self.count.get() + 1);
         self.opening.set(self.opening.get() + 1);
         let host = self.clone();
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             let opened = host.connect().await;
             host.opening.set(host.opening.get() - 1);
             match opened {
@@ -284,7 +283,7 @@ impl Host {
     }
 
     async fn connect_to(&self, address: SocketAddr) -> io::Result<SendRequest<Empty<Bytes>>> {
-        let stream = UringStream::connect(address).await?;
+        let stream = TcpStream::connect(address).await?;
         match &self.proxy {
             None => self.secured(stream).await,
             Some(proxy) if proxy.tls => self.through(proxy, proxy.secured(stream).await?).await,
@@ -328,7 +327,7 @@ impl Host {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
-        tokio_uring::spawn(async move {
+        runtime::spawn(async move {
             // Whoever waits for an answer on it hears of the failure; an idle one just goes.
             if let Err(error) = connection.await {
                 log::debug!("connection ended: {error}");
@@ -348,7 +347,7 @@ impl Host {
             None => (self.key.host.as_str(), self.key.port),
         };
         let host = host.trim_matches(['[', ']']).to_owned();
-        let looking = tokio::task::spawn_blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
+        let looking = runtime::blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
         let addresses = match timeout(self.connect_deadline, looking).await {
             Ok(Ok(found)) => found?,
             Ok(Err(error)) => return Err(io::Error::other(error)),

@@ -13,7 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_uring::BufResult;
-use tokio_uring::net::TcpStream;
+use tokio_uring::net::TcpStream as Socket;
 
 /// What a quiet connection holds: room for a response head and a chunk, so that a lone chunk comes with one read.
 const SMALLEST_READ: usize = 64 << 10;
@@ -36,18 +36,18 @@ enum Writing {
     Waiting(Operation<()>),
 }
 
-/// See the module.
-pub(crate) struct UringStream {
-    socket: Rc<TcpStream>,
+/// A connection; see the module.
+pub(crate) struct TcpStream {
+    socket: Rc<Socket>,
     reading: Reading,
     writing: Writing,
     next_read: usize,
 }
 
-impl UringStream {
+impl TcpStream {
     /// Connects; no deadline of its own.
     pub(crate) async fn connect(address: SocketAddr) -> io::Result<Self> {
-        let socket = TcpStream::connect(address).await?;
+        let socket = Socket::connect(address).await?;
         socket.set_nodelay(true)?;
         Ok(Self {
             socket: Rc::new(socket),
@@ -76,7 +76,7 @@ impl UringStream {
     }
 }
 
-impl AsyncRead for UringStream {
+impl AsyncRead for TcpStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             match &mut self.reading {
@@ -111,7 +111,7 @@ impl AsyncRead for UringStream {
     }
 }
 
-impl AsyncWrite for UringStream {
+impl AsyncWrite for TcpStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_written(cx))?;
         if let Writing::Ready(buffer) = &mut self.writing {
@@ -149,7 +149,7 @@ impl AsyncWrite for UringStream {
     }
 }
 
-impl Drop for UringStream {
+impl Drop for TcpStream {
     /// A read that is on the ring keeps the socket open after its future is gone; this ends it.
     fn drop(&mut self) {
         // It may be closed already; then there is nothing to end.
