@@ -133,12 +133,4 @@ pub enum ImageError {
         /// How many it has.
         count: usize,
     },
-    /// An access control list that is none.
-    #[error("{path}: {name} is not a valid access control list")]
-    Acl {
-        /// What has it.
-        path: String,
-        /// The attribute.
-        name: String,
-    },
 }

@@ -37,13 +37,12 @@ mod writer;
 pub use cold::{ColdDirectory, ColdPart, ColdPiece};
 pub use compare::{Difference, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
-pub use entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+pub use entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub use identity::LayerIdentity;
 #[cfg(feature = "command")]
 pub(crate) use identity::hexadecimal;
 pub use parser::{EndOfArchive, Parser, looks_like_header};
-pub(crate) use pax::base64_decoded;
 pub use pieces::{MAX_PIECE, PieceDigests};
 pub use reader::{Entries, Index, hot_len, is_index};
 pub use rebuild::{Payload, RebuildError, rebuild_tar};

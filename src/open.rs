@@ -655,7 +655,11 @@ fn tree_of<'i>(
     for (number, index) in (0..).zip(indexes) {
         tree.begin_layer(LayerId(number))
             .map_err(|error| failed(IndexError::Sink(error.into())))?;
-        index.replay(&mut tree).map_err(failed)?;
+        match mode {
+            TreeMode::Plain => index.replay(&mut tree),
+            TreeMode::Merged | TreeMode::Overlay => index.replay_in_image(&mut tree),
+        }
+        .map_err(failed)?;
     }
     Ok(tree.finish())
 }

@@ -13,6 +13,7 @@ use std::fmt;
 use crate::index::{Segment, Timestamp};
 use crate::units::{LayerId, TarOffset, to_usize};
 
+mod acl;
 mod builder;
 mod error;
 pub mod listing;
@@ -21,7 +22,7 @@ mod path;
 mod table;
 mod xattrs;
 
-pub use builder::{TreeBuilder, TreeMode};
+pub use builder::{TreeBuilder, TreeMode, Whiteout};
 pub use error::TreeError;
 pub use xattrs::{XattrSetId, Xattrs};
 
@@ -35,6 +36,9 @@ pub const NAME_MAX: usize = 255;
 
 /// The longest text of a symbolic link, in bytes: the kernel's `PATH_MAX` less its closing NUL.
 pub const LINK_TEXT_MAX: usize = 4095;
+
+/// The longest path, in bytes: the kernel's `PATH_MAX` less its closing NUL.
+pub const PATH_MAX: usize = 4095;
 
 /// A node of a [`Tree`]: an index into its arena. Nodes are numbered in the order in which the tar made them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

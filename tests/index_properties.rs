@@ -9,8 +9,8 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use tarblk::digest::{Algorithm, Digest};
 use tarblk::index::{
-    ChunkDigests, ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, Index, IndexBuilder, IndexError,
-    IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
+    ChunkDigests, ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, InImage, Index, IndexBuilder,
+    IndexError, IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
 };
 use tarblk::layer::{Coding, Indexer, Spans};
 use tarblk::units::{TarOffset, TarRange};
@@ -39,8 +39,8 @@ fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
     ];
     let owner = (
         0_u16..0o10000,
-        prop_oneof![Just(0), Just(1000), any::<u64>()],
-        prop_oneof![Just(0), any::<u64>()],
+        prop_oneof![Just(0), Just(1000), any::<i64>()],
+        prop_oneof![Just(0), any::<i64>()],
     );
     let mtime = prop_oneof![
         (1_700_000_000_i64..1_700_000_010).prop_map(|secs| Timestamp { secs, nanos: 0 }),
@@ -109,9 +109,27 @@ fn any_entry() -> impl Strategy<Value = (Entry, u64, u64)> {
                 }
                 _ => {}
             }
+            entry.in_image = other_in_image(&entry, device_major, device_minor);
             (entry, gap, blocks)
         },
     )
+}
+
+/// What is read otherwise in an image, for every fourth entry, by the bits of a number.
+fn other_in_image(entry: &Entry, which: u32, bits: u32) -> Option<Box<InImage>> {
+    let is = |bit: u32| bits >> bit & 1 != 0;
+    let other = InImage {
+        path: is(0).then(|| entry.path.iter().rev().copied().collect()),
+        link: is(1).then(|| b"elsewhere".to_vec()),
+        uid: is(2).then_some(entry.gid),
+        gid: is(3).then_some(entry.uid),
+        mtime: is(4).then_some(Timestamp {
+            secs: entry.mtime.secs.wrapping_neg(),
+            ..entry.mtime
+        }),
+        refused_type: is(5).then_some(bits.to_le_bytes()[3]),
+    };
+    (which.is_multiple_of(4) && other != InImage::default()).then(|| other.into())
 }
 
 /// Puts entries one behind the other; returns the tar's length as well.
@@ -273,7 +291,7 @@ proptest! {
         prop_assert_eq!(all.0.len(), files.len());
         for (entry, (path, content, mode, uid, mtime)) in all.0.iter().zip(&files) {
             prop_assert_eq!(&entry.path, path.as_bytes());
-            prop_assert_eq!((u32::from(entry.mode), entry.uid), (*mode, u64::from(*uid)));
+            prop_assert_eq!((u32::from(entry.mode), entry.uid), (*mode, i64::from(*uid)));
             prop_assert_eq!(entry.mtime, Timestamp { secs: i64::try_from(*mtime).unwrap(), nanos: 0 });
             let start = usize::try_from(entry.payload().start.0).unwrap();
             prop_assert_eq!(&tar[start..start + content.len()], content.as_slice());
@@ -333,7 +351,7 @@ fn many_entries_span_many_batches() {
         let entry = Entry {
             path: format!("dir-{}/file-{n}", n / 100).into_bytes(),
             // More different owners and attributes than there are numbers for.
-            uid: n % 70_000,
+            uid: i64::try_from(n % 70_000).unwrap(),
             xattrs: vec![Xattr {
                 name: b"user.n".to_vec(),
                 value: n.to_le_bytes().to_vec(),

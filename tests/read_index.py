@@ -18,10 +18,15 @@ import sys
 MAGIC = bytes.fromhex("89 74 62 69 0d 0a 1a 0a")
 BLOCK = 512
 CHUNK = 32768
-SUMMARY, ENTRIES, LAYER, CHUNKS, SPANS, DIRECTORY, WINDOWS, PAYLOADS, HEADERS = 1, 2, 3, 4, 5, 6, 16, 17, 18
+SUMMARY, ENTRIES, LAYER, CHUNKS, SPANS, DIRECTORY, IN_IMAGE, WINDOWS, PAYLOADS, HEADERS = 1, 2, 3, 4, 5, 6, 8, 16, 17, 18
 FILE, DIR, SYMLINK, HARDLINK, CHAR, BLOCKDEV, FIFO = range(7)
 KINDS = ["file", "directory", "symlink", "hardlink", "char", "block", "fifo"]
 PLACED, SPARSE, ATTRIBUTES = 8, 16, 32
+
+
+def wrapped(number):
+    """A 64-bit number as two's complement."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def need(truth, what):
@@ -158,6 +163,32 @@ class IndexFile:
         need(sum(map(len, pieces)) == length, f"decoded length of section {kind}")
         return pieces
 
+    def in_image(self):
+        """What is read otherwise in images: number of the entry -> field -> value."""
+        others, number = {}, -1
+        if IN_IMAGE not in self.raw:
+            return others
+        section = Bytes(self.raw[IN_IMAGE])
+        while further := section.varint():
+            number += further
+            fields = section.varint()
+            need(0 < fields < 64, "fields of what is read otherwise")
+            other = others[number] = {}
+            for bit, key in [(1, "path"), (2, "link")]:
+                if fields & bit:
+                    size = section.varint()
+                    need(size <= 1 << 20, "a name that is read otherwise")
+                    other[key] = section.take(size).decode(errors="replace")
+            for bit, key in [(4, "uid"), (8, "gid")]:
+                if fields & bit:
+                    other[key] = wrapped(section.varint())
+            if fields & 16:
+                other["mtime"], other["mtime_nanos"] = section.signed(), section.varint()
+            if fields & 32:
+                other["refused_type"] = section.varint()
+        section.end("what is read otherwise")
+        return others
+
     def entries(self):
         section = Bytes(self.raw[ENTRIES])
         owners, sets, set_weight = [], [], 0
@@ -176,7 +207,7 @@ class IndexFile:
                 need(kind <= FIFO and tag < 64, "a tag")
                 number = owner.varint()
                 if number == len(owners):
-                    mine = (new_owners.varint(), new_owners.varint(), new_owners.varint())
+                    mine = (new_owners.varint(), wrapped(new_owners.varint()), wrapped(new_owners.varint()))
                     if len(owners) < 65536:
                         owners.append(mine)
                 else:
@@ -321,6 +352,16 @@ def check(index, blob, tar):
     """Holds everything that the index says against the layer; returns the entries."""
     summary, layer = index.summary(), index.layer()
     entries = list(index.entries())
+    others = index.in_image()
+    need(all(number < len(entries) for number in others), "what is read otherwise is of entries")
+    for number, other in others.items():
+        entries[number]["in_image"] = other
+    gaps = before = 0
+    for entry in entries:
+        gaps = max(gaps, entry["headers"][0] - before)
+        at, length = entry["headers"]
+        before = -(-(at + length + sum(part[2] for part in entry["segments"])) // BLOCK) * BLOCK
+    need((IN_IMAGE in index.raw) == bool(others or gaps >= 1024), "the table of what is read otherwise is there")
     need(layer[1] == len(blob) and summary[0] == len(tar), "lengths of blob and tar")
     need((layer[0] == 0) == (blob == tar), "compression")
     for named, data in [(layer[2], blob), (layer[3], tar)]:
@@ -389,6 +430,8 @@ def line(entry):
     said["headers"] = entry["headers"]
     if entry["segments"]:
         said["segments"] = entry["segments"]
+    if "in_image" in entry:
+        said["in_image"] = entry["in_image"]
     return json.dumps(said)
 
 

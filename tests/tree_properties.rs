@@ -73,7 +73,7 @@ impl Op {
         let mut entry = Entry {
             path: path.into_bytes(),
             mode: self.seed & 0o7777,
-            uid: u64::from(self.seed),
+            uid: i64::from(self.seed),
             mtime: Timestamp {
                 secs: i64::from(self.seed) * 3,
                 nanos: u32::from(self.seed),
@@ -211,7 +211,12 @@ impl Model {
                 self.names.remove(&op.path);
                 let inode = if let What::Link(to) = what {
                     match self.names.get(to) {
-                        Some(&inode) if self.inodes[inode].entry.kind != Kind::Directory => inode,
+                        Some(&inode) if self.inodes[inode].entry.kind != Kind::Directory => {
+                            // The link's own header counts for the file, but for what is of no use to a link.
+                            let file = &mut self.inodes[inode].entry;
+                            (file.mode, file.uid, file.mtime) = (entry.mode, entry.uid, entry.mtime);
+                            inode
+                        }
                         _ => return false,
                     }
                 } else {
@@ -300,7 +305,7 @@ fn check_tree(tree: &Tree, model: &Model) {
         };
         let mode = if kind == Kind::Symlink { 0o777 } else { entry.mode };
         assert_eq!((kind, node.mode() & 0o7777), (entry.kind, mode), "{path}");
-        assert_eq!((u64::from(node.uid()), node.layer().0), (entry.uid, *layer), "{path}");
+        assert_eq!((i64::from(node.uid()), node.layer().0), (entry.uid, *layer), "{path}");
         if !implied {
             assert_eq!(node.mtime(), entry.mtime, "{path}");
         }

@@ -26,7 +26,7 @@ struct RawEntry {
     path: RawPath,
     kind: u8,
     mode: u16,
-    owner: (u64, u64),
+    owner: (i64, i64),
     mtime: (i64, u32),
     size: u64,
     link: RawPath,

@@ -91,7 +91,14 @@ fn of_digests(index: &LayerIdentity, layer: &LayerIdentity) -> Option<Difference
 }
 
 fn of_counts(index: &Summary, layer: &Summary) -> Option<Difference> {
-    let marked = |summary: &Summary| if summary.end_marked { "there" } else { "missing" }.to_owned();
+    let marked = |summary: &Summary| {
+        match (summary.end_marked, summary.lone_zero_block) {
+            (true, _) => "there",
+            (false, true) => "a lone zero block",
+            (false, false) => "missing",
+        }
+        .to_owned()
+    };
     differ(|| "the tar's length".to_owned(), &index.tar_bytes, &layer.tar_bytes)
         .or_else(|| differ(|| "the tar's end mark".to_owned(), &marked(index), &marked(layer)))
         .or_else(|| {
@@ -163,6 +170,7 @@ fn of_entry(number: u64, index: &Entry, layer: &Entry) -> Difference {
     .or_else(|| differ(|| at("headers' place"), &index.headers, &layer.headers))
     .or_else(|| debug("attributes", &index.xattrs, &layer.xattrs))
     .or_else(|| debug("segments", &index.segments, &layer.segments))
+    .or_else(|| debug("reading in images", &index.in_image, &layer.in_image))
     .unwrap_or_else(|| Difference {
         at: at("device numbers"),
         index: format!("{}/{}", index.device_major, index.device_minor),

@@ -1,5 +1,7 @@
 //! One thing that a layer holds, as its headers describe it: the unit between parser, index file and tree.
 
+use std::borrow::Cow;
+
 use crate::units::{TarOffset, TarRange};
 
 /// A point in time as tar and the filesystems hold it.
@@ -61,10 +63,10 @@ pub struct Entry {
     pub kind: Kind,
     /// Permission bits with set-id and sticky: the low twelve.
     pub mode: u16,
-    /// Owner. Tar can hold more than a filesystem can: the image refuses what it cannot store.
-    pub uid: u64,
+    /// Owner as recorded, which may be below zero or beyond what Linux has: the tree decides what becomes of such ones.
+    pub uid: i64,
     /// Group, like `uid`.
-    pub gid: u64,
+    pub gid: i64,
     /// When its content last changed.
     pub mtime: Timestamp,
     /// The file's length in bytes as a reader sees it, holes included. Zero for everything but files.
@@ -81,9 +83,57 @@ pub struct Entry {
     pub segments: Vec<Segment>,
     /// Its header blocks, extension headers included, payload not.
     pub headers: TarRange,
+    /// What containerd reads in the same headers and GNU tar does not; `None` where both read the same, which is nearly
+    /// always. The other fields say what GNU tar reads.
+    pub in_image: Option<Box<InImage>>,
+}
+
+/// What of an [`Entry`] is different when it belongs to a layer of an image, because Go's archive/tar, with which containerd
+/// reads layers, reads the same headers otherwise than GNU tar does. What is `None` is the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct InImage {
+    /// Its name: a GNU long name goes before a PAX path.
+    pub path: Option<Vec<u8>>,
+    /// Its link text or target, likewise.
+    pub link: Option<Vec<u8>>,
+    /// Its owner without what global headers say.
+    pub uid: Option<i64>,
+    /// Its group, likewise.
+    pub gid: Option<i64>,
+    /// Its time, likewise.
+    pub mtime: Option<Timestamp>,
+    /// The type flag for which containerd refuses the layer, while GNU tar extracts a regular file.
+    pub refused_type: Option<u8>,
 }
 
 impl Entry {
+    /// The entry as containerd reads it: this one, with what [`in_image`](Self::in_image) says.
+    #[must_use]
+    pub fn as_in_image(&self) -> Cow<'_, Self> {
+        let Some(other) = &self.in_image else {
+            return Cow::Borrowed(self);
+        };
+        let mut entry = self.clone();
+        let InImage {
+            path,
+            link,
+            uid,
+            gid,
+            mtime,
+            refused_type: _,
+        } = other.as_ref();
+        if let Some(path) = path {
+            entry.path.clone_from(path);
+        }
+        if let Some(link) = link {
+            entry.link.clone_from(link);
+        }
+        entry.uid = uid.unwrap_or(self.uid);
+        entry.gid = gid.unwrap_or(self.gid);
+        entry.mtime = mtime.unwrap_or(self.mtime);
+        Cow::Owned(entry)
+    }
+
     /// How many of its bytes the tar holds: less than `size` for a sparse file, zero for what is no file.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {

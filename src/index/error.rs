@@ -127,7 +127,9 @@ pub enum HeaderFault {
     #[error("it continues a file from another volume: join the volumes first")]
     MultiVolume,
     /// An extension header longer than the limit.
-    #[error("it is an extension header of {len} bytes, more than the {limit} that any tool accepts")]
+    #[error(
+        "it is an extension header of {len} bytes, more than the {limit} that container tools and this program accept"
+    )]
     ExtensionTooLong {
         /// Its size in bytes.
         len: u64,
@@ -152,8 +154,10 @@ pub enum HeaderFault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ArchiveFault {
-    /// One zero block and then something else: neither an end nor an entry.
-    #[error("a single zero block is followed by something else")]
+    /// One zero block and then something else: neither an end nor an entry to containerd, and the end to GNU tar.
+    #[error(
+        "a single zero block is followed by something else, which container tools refuse in a layer (as a tar by itself it can be used: it ends here for GNU tar)"
+    )]
     LoneZeroBlock,
     /// The walker brought bytes from behind the place where the parser wanted them.
     #[error("bytes were skipped that are needed")]
@@ -178,6 +182,9 @@ pub enum IndexFault {
         /// This program's.
         known: u16,
     },
+    /// It is of a tar with global headers, and was made before indexes told what these do not change in images.
+    #[error("an older program made it, which did not tell what global headers change in images")]
+    Outdated,
     /// It has a section that must be understood and is not.
     #[error("it has a section of kind {0} that this program must know and does not")]
     UnknownSection(u32),

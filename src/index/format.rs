@@ -39,6 +39,7 @@ pub(super) const CHUNK_DIGESTS: u32 = 4;
 pub(super) const SPANS: u32 = 5;
 pub(super) const COLD_DIRECTORY: u32 = 6;
 pub(super) const PIECE_DIGESTS: u32 = 7;
+pub(super) const IN_IMAGE: u32 = 8;
 pub(super) const WINDOWS: u32 = 16;
 pub(super) const PAYLOAD_DIGESTS: u32 = 17;
 pub(super) const HEADERS: u32 = 18;
@@ -76,6 +77,7 @@ pub(super) fn section_name(kind: u32) -> &'static str {
         SPANS => "span table",
         COLD_DIRECTORY => "cold directory",
         PIECE_DIGESTS => "table of piece digests",
+        IN_IMAGE => "table of what images read otherwise",
         WINDOWS => "decoder windows",
         PAYLOAD_DIGESTS => "payload digests",
         HEADERS => "header bytes",
@@ -119,6 +121,19 @@ pub(super) const TAG_SPARSE: u8 = 0b0001_0000;
 pub(super) const TAG_XATTRS: u8 = 0b0010_0000;
 /// It has a link text though it is no link, or device numbers though it is no device, or a size though it is no file.
 pub(super) const TAG_UNUSED: u8 = 0b1100_0000;
+
+/// What is different for an entry that containerd reads otherwise: which fields a record of that table has, in this order.
+pub(super) const OTHER_PATH: u64 = 1;
+pub(super) const OTHER_LINK: u64 = 2;
+pub(super) const OTHER_UID: u64 = 4;
+pub(super) const OTHER_GID: u64 = 8;
+pub(super) const OTHER_MTIME: u64 = 16;
+pub(super) const REFUSED_TYPE: u64 = 32;
+/// The longest name or target in it: what an extension header can hold.
+pub(super) const MAX_OTHER_TEXT: u64 = 1 << 20;
+/// How many bytes may lie unaccounted for before an entry's headers until it must be assumed that a global header is among
+/// them: it takes a block and one of content at least.
+pub(super) const GLOBAL_HEADER: u64 = 1024;
 
 /// The columns of a batch, in their order.
 #[derive(Debug, Default)]
@@ -381,7 +396,7 @@ pub(super) fn encode_summary(summary: &Summary, digest: &[u8; 32]) -> Vec<u8> {
         summary.payload_bytes,
         summary.file_bytes,
         summary.header_bytes,
-        u64::from(summary.end_marked),
+        u64::from(summary.end_marked) | u64::from(summary.lone_zero_block) << 1,
     ] {
         out.extend_from_slice(&number.to_le_bytes());
     }
@@ -392,7 +407,7 @@ pub(super) fn encode_summary(summary: &Summary, digest: &[u8; 32]) -> Vec<u8> {
 /// Reads the summary section; later versions may append to it.
 pub(super) fn decode_summary(section: &[u8]) -> Result<(Summary, [u8; 32]), IndexFault> {
     let mut fields = Fields(section);
-    let summary = Summary {
+    let mut summary = Summary {
         tar_bytes: fields.u64()?,
         entries: fields.u64()?,
         files: fields.u64()?,
@@ -404,7 +419,9 @@ pub(super) fn decode_summary(section: &[u8]) -> Result<(Summary, [u8; 32]), Inde
         payload_bytes: fields.u64()?,
         file_bytes: fields.u64()?,
         header_bytes: fields.u64()?,
-        end_marked: fields.u64()? & 1 != 0,
+        ..Summary::default()
     };
+    let end = fields.u64()?;
+    (summary.end_marked, summary.lone_zero_block) = (end & 1 != 0, end & 3 == 2);
     Ok((summary, *fields.array()?))
 }

@@ -11,7 +11,7 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use super::entry::{Entry, Kind};
+use super::entry::{Entry, InImage, Kind};
 use super::error::IndexError;
 use super::reader::Index;
 use text::{Base64, DateTime, Escaped, Permissions};
@@ -90,8 +90,8 @@ pub(crate) struct Line<'a> {
     kind: &'static str,
     /// Octal, as people write it.
     mode: String,
-    uid: u64,
-    gid: u64,
+    uid: i64,
+    gid: i64,
     mtime: i64,
     mtime_nanos: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,6 +114,44 @@ pub(crate) struct Line<'a> {
     /// Offset in the file, offset in the tar, length, each in bytes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     segments: Vec<[u64; 3]>,
+    /// What is different where the layer is of an image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    in_image: Option<InImageLine<'a>>,
+}
+
+/// What of an entry containerd reads otherwise, as JSON has it.
+#[derive(Debug, Serialize)]
+struct InImageLine<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<std::borrow::Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    link: Option<std::borrow::Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gid: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtime: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtime_nanos: Option<u32>,
+    /// The type's number, for which containerd refuses the layer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused_type: Option<u8>,
+}
+
+impl<'a> InImageLine<'a> {
+    fn of(other: &'a InImage) -> Self {
+        let text = |text: &'a Option<Vec<u8>>| text.as_ref().map(|text| String::from_utf8_lossy(text));
+        Self {
+            path: text(&other.path),
+            link: text(&other.link),
+            uid: other.uid,
+            gid: other.gid,
+            mtime: other.mtime.map(|time| time.secs),
+            mtime_nanos: other.mtime.map(|time| time.nanos),
+            refused_type: other.refused_type,
+        }
+    }
 }
 
 impl<'a> Line<'a> {
@@ -154,6 +192,7 @@ impl<'a> Line<'a> {
                 .iter()
                 .map(|s| [s.file_offset, s.tar_offset.0, s.len])
                 .collect(),
+            in_image: entry.in_image.as_deref().map(InImageLine::of),
         }
     }
 

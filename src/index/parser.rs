@@ -2,10 +2,10 @@
 
 mod sparse;
 
-use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp};
+use super::entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp};
 use super::error::{ArchiveFault, HeaderFault, IndexError};
 use super::header::{Block, Header, SparseMap};
-use super::pax::Records;
+use super::pax::{Globals, Records, Setting};
 use super::sparse::{DecimalMap, MapBuilder};
 use super::{TAR_BLOCK, align_up, len_u64};
 use crate::units::{TarOffset, TarRange};
@@ -24,25 +24,29 @@ const BLOCK: usize = 512;
 /// the parser is of no further use.
 ///
 /// # What a header means
-/// What container tools see in a layer is what Go's archive/tar and containerd make of it, so this parser agrees with them:
-/// * Names: ustar and star prefixes; `path` before the header's own name, a GNU long name before `path`, a sparse file's real
-///   name before both. Of several extension headers of a kind the last one counts, and only it: they are not merged.
+/// Two programs read tars that this one has to agree with: containerd (with Go's archive/tar) reads the layers of images, GNU
+/// tar reads tars by themselves. They mostly agree; an entry says what GNU tar reads, and where containerd reads something
+/// else in the same headers, [`Entry::in_image`] says that. docs/rules.md lists every difference and how it was checked.
+/// * Names: ustar and star prefixes; `path` before the header's own name and before a GNU long name (Go: behind it), a
+///   sparse file's real name before both. Of several extension headers of a kind the last one counts, and only it.
 /// * Types: `0`, `7` and NUL are files; NUL with a trailing slash is a directory (v7). Links, devices, directories and fifos
-///   have no payload whatever their size says. Old GNU sparse files (`S`) and dump directories (`D`), which containerd
-///   refuses, are what they are in GNU tar; volume labels (`V`) are passed over; Solaris' `X` is `x`. A continued file (`M`)
-///   and every other type is an error, as in containerd, and not guessed at.
+///   have no payload whatever their size says. Old GNU sparse files (`S`) and dump directories (`D`) are what they are in
+///   GNU tar; volume labels (`V`) are passed over; Solaris' `X` is `x`. Every other type is a regular file in GNU tar and
+///   refused by containerd, but for a continued file (`M`), which both refuse.
 /// * Extension headers longer than 1 MiB, PAX records that are not well formed, numbers that are none, sizes below zero and
 ///   sparse maps that do not fit the stored bytes are errors. The checksum may be of signed or unsigned bytes.
 /// * The end is two zero blocks, or one at the end of the tar, or the end of the tar, with or without the last padding.
-///   What follows the end is ignored. A zero block in the middle is an error.
+///   What follows the end is ignored. One zero block in the middle ends a tar for GNU tar, and containerd refuses it:
+///   [`EndOfArchive::LoneZeroBlock`].
+/// * Global PAX headers: in GNU tar `uid`, `gid` and `mtime` apply to the entries behind; in containerd nothing does.
 ///
 /// And where it goes its own way, deliberately:
-/// * Global PAX headers: Go and bsdtar ignore them, GNU tar and Python apply them. Here `uid`, `gid`, `mtime` and extended
-///   attributes apply to the entries behind, as POSIX has it; a name, link target, size or sparse map that would be that of
-///   many entries is ignored, because it could only hide or forge entries. A global header between an extension header and
-///   its entry is an error: Go forgets the extension there and others do not, so two readers could see two archives.
+/// * A name, link target, size or sparse map in a global header is ignored: it would be that of many entries, and could only
+///   hide or forge entries. A later global header changes only what it names (POSIX; GNU tar forgets the one before). A
+///   global header between an extension header and its entry is an error: Go forgets the extension there and others do
+///   not, so two readers could see two archives.
 /// * `SCHILY.xattr` with an empty value is an attribute with an empty value (containerd and GNU tar agree); every other
-///   keyword with an empty value is unset. `LIBARCHIVE.xattr` counts for names that the former does not give.
+///   keyword with an empty value is unset.
 /// * Only what is used of a header is checked: nonsense in a file's device numbers does no harm.
 #[derive(Debug)]
 pub struct Parser {
@@ -54,7 +58,7 @@ pub struct Parser {
     /// What has come of it so far, when it comes in pieces.
     unit: Vec<u8>,
     before: Before,
-    globals: Records,
+    globals: Globals,
     entry: Entry,
     map: MapBuilder,
     decimal_map: DecimalMap,
@@ -74,7 +78,7 @@ enum State {
     GnuMap,
     /// A block of a PAX 1.0 sparse map.
     DecimalMap,
-    Ended,
+    Ended(EndOfArchive),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +117,8 @@ pub enum EndOfArchive {
     Marked,
     /// The tar just ends, which is common and harmless.
     Missing,
+    /// One zero block with something else behind it: the end for GNU tar, while containerd refuses such a layer.
+    LoneZeroBlock,
 }
 
 impl Default for Parser {
@@ -138,7 +144,7 @@ impl Parser {
             unit_len: BLOCK,
             unit: Vec::new(),
             before: Before::default(),
-            globals: Records::default(),
+            globals: Globals::default(),
             entry: Entry::default(),
             map: MapBuilder::default(),
             decimal_map: DecimalMap::default(),
@@ -150,17 +156,21 @@ impl Parser {
     /// Where the next byte lies that the parser needs; it may be past the tar's end. `None` once the end mark was seen.
     #[must_use]
     pub fn wants(&self) -> Option<TarOffset> {
-        (self.state != State::Ended).then(|| TarOffset(self.unit_at + len_u64(self.unit.len())))
+        (!self.has_ended()).then(|| TarOffset(self.unit_at + len_u64(self.unit.len())))
     }
 
     /// How many bytes are needed from [`wants`](Self::wants) on, at least, to get any further. Zero after the end.
     #[must_use]
     pub fn wants_len(&self) -> usize {
-        if self.state == State::Ended {
+        if self.has_ended() {
             0
         } else {
             self.unit_len - self.unit.len()
         }
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self.state, State::Ended(_))
     }
 
     /// Whether the next byte needed is the first of an entry (or of its extension headers, or of the end mark).
@@ -218,8 +228,8 @@ impl Parser {
     /// [`IndexError::Truncated`] when the tar stops in the middle of a header or payload, [`IndexError::NotATar`] when it is
     /// too short to be one.
     pub fn finish(&mut self, len: TarOffset) -> Result<EndOfArchive, IndexError> {
-        if self.state == State::Ended {
-            return Ok(EndOfArchive::Marked);
+        if let State::Ended(end) = self.state {
+            return Ok(end);
         }
         let truncated = |needs, what, path| IndexError::Truncated {
             len,
@@ -249,14 +259,14 @@ impl Parser {
             State::Header | State::AfterZeroBlock => Err(truncated(unit_end, "a header", None)),
             State::Body(_) => Err(truncated(unit_end, "an extension header", None)),
             State::GnuMap | State::DecimalMap => Err(truncated(unit_end, "a sparse file's map", path())),
-            State::Ended => Ok(EndOfArchive::Marked),
+            State::Ended(end) => Ok(end),
         }
     }
 
     fn take_unit(&mut self, unit: &[u8], sink: &mut (impl EntrySink + ?Sized)) -> Result<(), IndexError> {
         match self.state {
             State::Body(extension) => self.take_body(extension, unit),
-            State::Ended => Ok(()),
+            State::Ended(_) => Ok(()),
             State::Header | State::AfterZeroBlock | State::GnuMap | State::DecimalMap => {
                 // Every unit that is no body is a block.
                 let Some(block) = unit.first_chunk::<BLOCK>() else {
@@ -286,17 +296,15 @@ impl Parser {
         let at = self.unit_at;
         if block[0] == 0 && block.iter().all(|b| *b == 0) {
             if self.state == State::AfterZeroBlock {
-                self.state = State::Ended;
+                self.state = State::Ended(EndOfArchive::Marked);
             } else {
                 self.expect(State::AfterZeroBlock, at + TAR_BLOCK, BLOCK);
             }
             return Ok(());
         }
         if self.state == State::AfterZeroBlock {
-            return Err(IndexError::Archive {
-                at: TarOffset(at),
-                fault: ArchiveFault::LoneZeroBlock,
-            });
+            self.state = State::Ended(EndOfArchive::LoneZeroBlock);
+            return Ok(());
         }
         let Some(header) = Header::new(block) else {
             return Err(if at == 0 {
@@ -348,9 +356,7 @@ impl Parser {
         match extension {
             Extension::Local => self.before.records = Some(Records::parse(body).map_err(fault_at)?),
             Extension::Global => {
-                self.globals
-                    .update_globals(Records::parse(body).map_err(fault_at)?)
-                    .map_err(fault_at)?;
+                self.globals.update(Records::parse(body).map_err(fault_at)?);
             }
             Extension::LongName => set(&mut self.before.long_name, until_nul(body)),
             Extension::LongLink => set(&mut self.before.long_link, until_nul(body)),
@@ -366,7 +372,14 @@ impl Parser {
         let type_flag = header.type_flag();
         let kind = match type_flag {
             b'V' => None,
-            _ => Some(self.kind(type_flag).map_err(|fault| self.fault_at(at, fault))?),
+            _ => match self.kind(type_flag) {
+                // What GNU tar extracts as a regular file, and says so.
+                Err(HeaderFault::UnknownType(_)) => {
+                    in_image(&mut self.entry.in_image).refused_type = Some(type_flag);
+                    Some(Kind::File)
+                }
+                kind => Some(kind.map_err(|fault| self.fault_at(at, fault))?),
+            },
         };
         let headers_start = self.before.start.take().unwrap_or(at);
         let stored = match kind {
@@ -417,10 +430,13 @@ impl Parser {
     fn take_names(&mut self, header: Header<'_>, records: &Records) {
         self.entry.clear();
         let path = &mut self.entry.path;
-        if !self.before.long_name.is_empty() {
-            std::mem::swap(path, &mut self.before.long_name);
-        } else if let Some(name) = records.path.get() {
+        if let Some(name) = records.path.get() {
             path.extend_from_slice(name);
+            if !self.before.long_name.is_empty() && self.before.long_name != *name {
+                in_image(&mut self.entry.in_image).path = Some(self.before.long_name.clone());
+            }
+        } else if !self.before.long_name.is_empty() {
+            std::mem::swap(path, &mut self.before.long_name);
         } else {
             let prefix = header.prefix();
             if !prefix.is_empty() {
@@ -430,10 +446,13 @@ impl Parser {
             path.extend_from_slice(header.name());
         }
         let link = &mut self.entry.link;
-        if !self.before.long_link.is_empty() {
-            std::mem::swap(link, &mut self.before.long_link);
-        } else if let Some(target) = records.linkpath.get() {
+        if let Some(target) = records.linkpath.get() {
             link.extend_from_slice(target);
+            if !self.before.long_link.is_empty() && self.before.long_link != *target {
+                in_image(&mut self.entry.in_image).link = Some(self.before.long_link.clone());
+            }
+        } else if !self.before.long_link.is_empty() {
+            std::mem::swap(link, &mut self.before.long_link);
         } else {
             link.extend_from_slice(header.link_name());
         }
@@ -472,10 +491,18 @@ impl Parser {
     }
 
     fn take_attributes(&mut self, header: Header<'_>, records: &Records) -> Result<(), HeaderFault> {
-        let id = |record: Option<&i64>, field: Option<i64>, name| {
-            let value = record.copied().or(field).ok_or(HeaderFault::Number(name))?;
-            u64::try_from(value).map_err(|_| HeaderFault::OutOfRange(name))
-        };
+        /// What a header says, and what it says without global headers where that is something else.
+        fn both<T: Copy + PartialEq>(
+            record: &Setting<T>,
+            global: &Setting<T>,
+            field: Option<T>,
+            name: &'static str,
+        ) -> Result<(T, Option<T>), HeaderFault> {
+            let own = record.get().copied().or(field);
+            let value = record.over(global).copied().or(field);
+            let value = value.ok_or(HeaderFault::Number(name))?;
+            Ok((value, own.filter(|own| *own != value)))
+        }
         let device = |field: Option<i64>, name| {
             let value = field.ok_or(HeaderFault::Number(name))?;
             u32::try_from(value).map_err(|_| HeaderFault::OutOfRange(name))
@@ -483,23 +510,27 @@ impl Parser {
         let (entry, globals) = (&mut self.entry, &self.globals);
         let mode = header.mode().ok_or(HeaderFault::Number("mode"))? & 0o7777;
         entry.mode = u16::try_from(mode).map_err(|_| HeaderFault::Number("mode"))?;
-        entry.uid = id(records.uid.over(&globals.uid), header.uid(), "uid")?;
-        entry.gid = id(records.gid.over(&globals.gid), header.gid(), "gid")?;
-        entry.mtime = match records.mtime.over(&globals.mtime) {
-            Some(time) => *time,
-            None => Timestamp {
-                secs: header.mtime().ok_or(HeaderFault::Number("mtime"))?,
-                nanos: 0,
-            },
-        };
+        let (uid, uid_in_image) = both(&records.uid, &globals.uid, header.uid(), "uid")?;
+        let (gid, gid_in_image) = both(&records.gid, &globals.gid, header.gid(), "gid")?;
+        let mtime = header.mtime().map(|secs| Timestamp { secs, nanos: 0 });
+        let (mtime, mtime_in_image) = both(&records.mtime, &globals.mtime, mtime, "mtime")?;
+        (entry.uid, entry.gid, entry.mtime) = (uid, gid, mtime);
+        if uid_in_image.is_some() || gid_in_image.is_some() || mtime_in_image.is_some() {
+            let other = in_image(&mut entry.in_image);
+            (other.uid, other.gid, other.mtime) = (uid_in_image, gid_in_image, mtime_in_image);
+        }
         if matches!(entry.kind, Kind::CharDevice | Kind::BlockDevice) {
             entry.device_major = device(header.device_major(), "major device number")?;
             entry.device_minor = device(header.device_minor(), "minor device number")?;
         }
         if !matches!(entry.kind, Kind::Symlink | Kind::Hardlink) {
             entry.link.clear();
+            if let Some(other) = &mut entry.in_image {
+                other.link = None;
+            }
         }
-        records.collect_xattrs(globals, &mut entry.xattrs);
+        entry.xattrs.clone_from(&records.xattrs);
+        entry.in_image = entry.in_image.take().filter(|other| **other != InImage::default());
         Ok(())
     }
 
@@ -510,6 +541,11 @@ impl Parser {
             fault,
         )
     }
+}
+
+/// What containerd reads differently, to be filled in.
+fn in_image(slot: &mut Option<Box<InImage>>) -> &mut InImage {
+    slot.get_or_insert_default()
 }
 
 fn payload_size(size: Option<i64>) -> Result<u64, HeaderFault> {

@@ -1,14 +1,11 @@
 //! PAX extension headers: `length key=value` records.
 //!
-//! In: the body of an `x` or `g` header. Out: the [`Records`] that mean something here. Everything else (`atime`, `ctime`,
-//! `uname`, `comment`, `SCHILY.dev`, `SCHILY.acl.*` …) is checked for its form and passed over, as container tools do.
+//! In: the body of an `x` or `g` header. Out: the [`Records`] that mean something here, and the [`Globals`] that stay. Everything else (`atime`, `ctime`,
+//! `uname`, `comment`, `SCHILY.dev`, `SCHILY.acl.*`, `LIBARCHIVE.xattr.*` …) is checked for its form and passed over, as container tools do.
 
 use super::entry::{Timestamp, Xattr};
 use super::error::HeaderFault;
 use super::number;
-
-/// The most bytes of extended attributes that global headers may give to all entries.
-const MAX_GLOBAL_XATTRS: usize = 16 << 10;
 
 /// A keyword's state in one header: PAX lets an empty value take back what a global header said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,7 +56,25 @@ pub(super) struct SparseRecords {
     pub(super) map: Option<Vec<i64>>,
 }
 
-/// What one `x` header says, or all `g` headers so far together.
+/// What all `g` headers so far say together of the entries behind them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Globals {
+    pub(super) uid: Setting<i64>,
+    pub(super) gid: Setting<i64>,
+    pub(super) mtime: Setting<Timestamp>,
+}
+
+impl Globals {
+    /// Takes over what a later global header says. Names, link targets, sizes and sparse maps cannot sensibly be those of
+    /// many entries: in a global header they are ignored, and extended attributes are as well, as in GNU tar and Go.
+    pub(super) fn update(&mut self, later: Records) {
+        self.uid.update(later.uid);
+        self.gid.update(later.gid);
+        self.mtime.update(later.mtime);
+    }
+}
+
+/// What one extension header says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Records {
     pub(super) path: Setting<Vec<u8>>,
@@ -71,8 +86,6 @@ pub(super) struct Records {
     pub(super) sparse: SparseRecords,
     /// From `SCHILY.xattr.*`, sorted, one a name.
     pub(super) xattrs: Vec<Xattr>,
-    /// From `LIBARCHIVE.xattr.*`: counts for names that the other spelling does not have.
-    pub(super) fallback_xattrs: Vec<Xattr>,
 }
 
 impl Records {
@@ -89,7 +102,6 @@ impl Records {
             body = rest;
         }
         settle(&mut records.xattrs);
-        settle(&mut records.fallback_xattrs);
         if !pairs.is_empty() {
             records.sparse.map = Some(pairs);
         }
@@ -116,10 +128,6 @@ impl Records {
                         name: name.to_vec(),
                         value: value.to_vec(),
                     });
-                } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                    let name = url_decoded(name);
-                    let value = base64_decoded(value).ok_or(HeaderFault::PaxValue("LIBARCHIVE.xattr"))?;
-                    self.fallback_xattrs.push(Xattr { name, value });
                 }
             }
         }
@@ -150,45 +158,6 @@ impl Records {
             _ => {}
         }
         Ok(())
-    }
-
-    /// Takes over what a later global header says about the entries behind it. Names, link targets, sizes and sparse maps
-    /// cannot sensibly be those of many entries: in a global header they are ignored.
-    ///
-    /// # Errors
-    /// When the attributes for all entries together grow beyond [`MAX_GLOBAL_XATTRS`].
-    pub(super) fn update_globals(&mut self, later: Self) -> Result<(), HeaderFault> {
-        self.uid.update(later.uid);
-        self.gid.update(later.gid);
-        self.mtime.update(later.mtime);
-        for (known, later) in [
-            (&mut self.xattrs, later.xattrs),
-            (&mut self.fallback_xattrs, later.fallback_xattrs),
-        ] {
-            known.extend(later);
-            settle(known);
-            // Every entry behind it gets a copy.
-            if known.iter().map(|x| x.name.len() + x.value.len()).sum::<usize>() > MAX_GLOBAL_XATTRS {
-                return Err(HeaderFault::PaxValue("xattr (too much of it in a global header)"));
-            }
-        }
-        Ok(())
-    }
-
-    /// The attributes of an entry into `out`: sorted, one a name. This header's go before the global one's, and the raw
-    /// spelling goes before libarchive's.
-    pub(super) fn collect_xattrs(&self, global: &Self, out: &mut Vec<Xattr>) {
-        out.clear();
-        let sources = [
-            &self.xattrs,
-            &self.fallback_xattrs,
-            &global.xattrs,
-            &global.fallback_xattrs,
-        ];
-        out.extend(sources.into_iter().flatten().cloned());
-        // The sort is stable: of equal names the first stays, which is the one from the stronger source.
-        out.sort_by(|a, b| a.name.cmp(&b.name));
-        out.dedup_by(|later, first| later.name == first.name);
     }
 }
 
@@ -236,56 +205,6 @@ fn parsed<T>(value: &[u8], name: &'static str, parse: impl Fn(&[u8]) -> Option<T
     parse(value).map(Setting::Set).ok_or(HeaderFault::PaxValue(name))
 }
 
-/// `%41` is `A`; a per cent sign with anything else behind it stands for itself, as in libarchive.
-fn url_decoded(mut text: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(text.len());
-    while let Some((first, rest)) = text.split_first() {
-        let hex = |at: usize| {
-            rest.get(at)
-                .and_then(|b| char::from(*b).to_digit(16))
-                .and_then(|d| u8::try_from(d).ok())
-        };
-        if let (b'%', Some(high), Some(low)) = (*first, hex(0), hex(1)) {
-            out.push(high << 4 | low);
-            text = &rest[2..];
-        } else {
-            out.push(*first);
-            text = rest;
-        }
-    }
-    out
-}
-
-/// The standard alphabet, padded or not; libarchive writes it without.
-pub(crate) fn base64_decoded(text: &[u8]) -> Option<Vec<u8>> {
-    let text = text.trim_ascii_end();
-    let text = text
-        .strip_suffix(b"==")
-        .or_else(|| text.strip_suffix(b"="))
-        .unwrap_or(text);
-    let mut out = Vec::with_capacity(text.len() / 4 * 3 + 3);
-    for group in text.chunks(4) {
-        if group.len() == 1 {
-            return None;
-        }
-        let mut bits = 0_u32;
-        for place in 0..4 {
-            let value = match group.get(place) {
-                None => 0,
-                Some(c @ b'A'..=b'Z') => c - b'A',
-                Some(c @ b'a'..=b'z') => c - b'a' + 26,
-                Some(c @ b'0'..=b'9') => c - b'0' + 52,
-                Some(b'+') => 62,
-                Some(b'/') => 63,
-                Some(_) => return None,
-            };
-            bits = bits << 6 | u32::from(value);
-        }
-        out.extend_from_slice(&bits.to_be_bytes()[1..group.len()]);
-    }
-    Some(out)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -310,8 +229,7 @@ mod tests {
             ("SCHILY.xattr.user.a", b"1"),
             ("SCHILY.xattr.user.a", b"\0two\n"),
             ("SCHILY.xattr.user.empty", b""),
-            ("LIBARCHIVE.xattr.user.%61", b"b25l"),
-            ("LIBARCHIVE.xattr.user.b%20%zz", b"dHc"),
+            ("LIBARCHIVE.xattr.user.b", b"dHc"),
         ]))
         .unwrap();
         assert_eq!(records.path, Setting::Set(b"a/b".to_vec()));
@@ -326,17 +244,8 @@ mod tests {
                 nanos: 500_000_000
             })
         );
-        let mut xattrs = Vec::new();
-        records.collect_xattrs(&Records::default(), &mut xattrs);
-        let xattrs: Vec<_> = xattrs.iter().map(|x| (&x.name[..], &x.value[..])).collect();
-        assert_eq!(
-            xattrs,
-            [
-                (&b"user.a"[..], &b"\0two\n"[..]),
-                (b"user.b %zz", b"tw"),
-                (b"user.empty", b"")
-            ]
-        );
+        let xattrs: Vec<_> = records.xattrs.iter().map(|x| (&x.name[..], &x.value[..])).collect();
+        assert_eq!(xattrs, [(&b"user.a"[..], &b"\0two\n"[..]), (b"user.empty", b"")]);
     }
 
     #[test]
@@ -371,23 +280,6 @@ mod tests {
             Records::parse(&body(&[("mtime", b"1.2.3")])),
             Err(HeaderFault::PaxValue("mtime"))
         );
-        assert!(Records::parse(&body(&[("LIBARCHIVE.xattr.a", b"!!")])).is_err());
         assert!(Records::parse(&body(&[("GNU.sparse.numbytes", b"1")])).is_err());
-    }
-
-    #[test]
-    fn base64_takes_every_length() {
-        for (text, value) in [
-            ("", ""),
-            ("YQ", "a"),
-            ("YQ==", "a"),
-            ("YWI", "ab"),
-            ("YWI=", "ab"),
-            ("YWJj", "abc"),
-        ] {
-            assert_eq!(base64_decoded(text.as_bytes()).as_deref(), Some(value.as_bytes()));
-        }
-        assert_eq!(base64_decoded(b"Y"), None);
-        assert_eq!(base64_decoded(b"Y*=="), None);
     }
 }

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::cold::{ColdDirectory, ColdPart, decompress};
 use super::digests::ChunkDigests;
 use super::entry::EntrySink;
-use super::error::{IndexError, IndexFault};
+use super::error::{ArchiveFault, IndexError, IndexFault};
 use super::format::{self, SectionRecord, SectionTable};
 use super::identity::LayerIdentity;
 use super::len_u64;
@@ -27,6 +27,8 @@ pub struct Index<B> {
     summary: Summary,
     digest: [u8; 32],
     entries: SectionRecord,
+    /// What containerd reads otherwise; missing where nothing can be different, and in older indexes.
+    in_image: Option<SectionRecord>,
     identity: LayerIdentity,
     chunk_digests: Option<ChunkDigests>,
     piece_digests: Option<PieceDigests>,
@@ -84,7 +86,7 @@ impl<B: AsRef<[u8]>> Index<B> {
                     false,
                 )
                 | (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
-                (format::ENTRIES | format::SPANS, false) => record.encoding == format::ZSTD,
+                (format::ENTRIES | format::SPANS | format::IN_IMAGE, false) => record.encoding == format::ZSTD,
                 (format::WINDOWS | format::HEADERS, true) => record.encoding == format::ZSTD_PIECES,
                 _ => false,
             };
@@ -120,11 +122,13 @@ impl<B: AsRef<[u8]>> Index<B> {
             .unwrap_or_default();
         check_windows(spans.as_ref(), &cold)?;
         let entries = *entries;
+        let in_image = find(format::IN_IMAGE, format::ZSTD).copied();
         Ok(Self {
             bytes,
             summary,
             digest,
             entries,
+            in_image,
             identity,
             chunk_digests,
             piece_digests,
@@ -152,6 +156,8 @@ impl<B: AsRef<[u8]>> Index<B> {
     pub fn end(&self) -> EndOfArchive {
         if self.summary.end_marked {
             EndOfArchive::Marked
+        } else if self.summary.lone_zero_block {
+            EndOfArchive::LoneZeroBlock
         } else {
             EndOfArchive::Missing
         }
@@ -256,8 +262,10 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// # Errors
     /// [`IndexError::Index`] when the entry table cannot even be begun.
     pub fn entries(&self) -> Result<Entries<'_>, IndexError> {
-        let body = section(self.bytes.as_ref(), &self.entries)?;
-        Entries::new(body, self.entries.decoded, self.summary)
+        let table =
+            |record: &SectionRecord| Ok::<_, IndexFault>((section(self.bytes.as_ref(), record)?, record.decoded));
+        let in_image = self.in_image.as_ref().map(table).transpose()?;
+        Entries::new(table(&self.entries)?, in_image, self.summary)
     }
 
     /// Hands every entry to `sink`, as a walk over the tar would.
@@ -268,6 +276,29 @@ impl<B: AsRef<[u8]>> Index<B> {
         let mut entries = self.entries()?;
         while let Some(entry) = entries.next_entry()? {
             sink.entry(entry)?;
+        }
+        Ok(())
+    }
+
+    /// The same for an image that the layer is of: hands every entry to `sink` with what containerd reads in its place
+    /// ([`Entry::in_image`](super::Entry::in_image)), and refuses what containerd does.
+    ///
+    /// # Errors
+    /// As [`replay`](Self::replay); [`ArchiveFault::LoneZeroBlock`]; [`IndexFault::Outdated`] for an index that may lack
+    /// something because it was made before indexes told what is different in images.
+    pub fn replay_in_image(&self, sink: &mut (impl EntrySink + ?Sized)) -> Result<(), IndexError> {
+        let mut entries = self.entries()?;
+        while let Some(entry) = entries.next_entry()? {
+            sink.entry(entry)?;
+        }
+        if self.end() == EndOfArchive::LoneZeroBlock {
+            return Err(IndexError::Archive {
+                at: entries.end(),
+                fault: ArchiveFault::LoneZeroBlock,
+            });
+        }
+        if entries.may_lack_in_image() && !self.is_of_contents() {
+            return Err(IndexFault::Outdated.into());
         }
         Ok(())
     }

@@ -31,6 +31,10 @@ pub struct Summary {
     pub tar_bytes: u64,
     /// Whether the tar ends with the zero blocks that should end it.
     pub end_marked: bool,
+    /// Whether it ends with one zero block that something else follows: the end for GNU tar, while containerd refuses such
+    /// a layer.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lone_zero_block: bool,
 }
 
 impl Summary {

@@ -20,6 +20,11 @@ pub(super) fn put_signed(out: &mut Vec<u8>, value: i64) {
     put(out, ((value << 1) ^ (value >> 63)).cast_unsigned());
 }
 
+/// The signed number that [`put_signed`] wrote as this one.
+pub(super) fn unzigzag(value: u64) -> i64 {
+    (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
+}
+
 /// A column of an index that is being read: bytes from the front, never past the end.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Cursor<'a> {
@@ -69,7 +74,7 @@ impl<'a> Cursor<'a> {
 
     pub(super) fn signed(&mut self) -> Result<i64, IndexFault> {
         let value = self.number()?;
-        Ok((value >> 1).cast_signed() ^ -(value & 1).cast_signed())
+        Ok(unzigzag(value))
     }
 }
 

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::cold::{ColdPart, Packed};
 use super::digests::ChunkDigests;
-use super::entry::{Entry, EntrySink, Kind, Segment, Timestamp, Xattr};
+use super::entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp, Xattr};
 use super::error::IndexError;
 use super::format::{self, Columns, SectionRecord, assemble};
 use super::identity::LayerIdentity;
@@ -21,6 +21,84 @@ use crate::units::{TarOffset, TarRange};
 
 /// How hard zstd tries. Higher levels save a tenth of the bytes and cost more time than everything else together.
 const LEVEL: i32 = 1;
+
+/// The table of what containerd reads otherwise than GNU tar, while it is made: see docs/index-format.md, "Read in images".
+struct InImageTable {
+    output: zstd::stream::write::Encoder<'static, Vec<u8>>,
+    /// Its bytes before compression, so far.
+    decoded: u64,
+    /// The number of the entry that the last record is of, counted from 1.
+    last: u64,
+}
+
+impl InImageTable {
+    fn new() -> Self {
+        let mut output = zstd::stream::write::Encoder::new(Vec::new(), LEVEL).expect("memory for a zstd context");
+        output.window_log(format::WINDOW_LOG).expect("a legal window size");
+        Self {
+            output,
+            decoded: 0,
+            last: 0,
+        }
+    }
+
+    /// Adds what is different for the entry of this number, counted from 1.
+    fn add(&mut self, number: u64, other: &InImage) {
+        let InImage {
+            path,
+            link,
+            uid,
+            gid,
+            mtime,
+            refused_type,
+        } = other;
+        let mut record = Vec::new();
+        varint::put(&mut record, number - self.last);
+        self.last = number;
+        let fields = [
+            (path.is_some(), format::OTHER_PATH),
+            (link.is_some(), format::OTHER_LINK),
+            (uid.is_some(), format::OTHER_UID),
+            (gid.is_some(), format::OTHER_GID),
+            (mtime.is_some(), format::OTHER_MTIME),
+            (refused_type.is_some(), format::REFUSED_TYPE),
+        ];
+        let there = fields.iter().filter(|(there, _)| *there);
+        varint::put(&mut record, there.fold(0, |sum, (_, field)| sum | field));
+        for text in [path, link].into_iter().flatten() {
+            varint::put(&mut record, len_u64(text.len()));
+            record.extend_from_slice(text);
+        }
+        for id in [uid, gid].into_iter().flatten() {
+            varint::put(&mut record, id.cast_unsigned());
+        }
+        if let Some(time) = mtime {
+            varint::put_signed(&mut record, time.secs);
+            varint::put(&mut record, u64::from(time.nanos));
+        }
+        if let Some(flag) = refused_type {
+            varint::put(&mut record, u64::from(*flag));
+        }
+        self.put(&record);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.decoded += len_u64(bytes.len());
+        self.output.write_all(bytes).expect("writing to memory");
+    }
+
+    fn section(mut self) -> (SectionRecord, Vec<u8>) {
+        self.put(&[0]);
+        let record = SectionRecord {
+            kind: format::IN_IMAGE,
+            flags: format::REQUIRED,
+            encoding: format::ZSTD,
+            decoded: self.decoded,
+            ..SectionRecord::default()
+        };
+        (record, self.output.finish().expect("writing to memory"))
+    }
+}
 
 /// Collects a layer's entries into an index file.
 pub struct IndexBuilder {
@@ -39,6 +117,8 @@ pub struct IndexBuilder {
     chunk_digests: Option<ChunkDigests>,
     piece_digests: Option<PieceDigests>,
     spans: Option<SpanTable>,
+    /// Where a global header may have been, or an entry is read otherwise in images.
+    in_image: Option<InImageTable>,
     /// Windows, payload digests, header bytes: those that there are, in this order.
     cold: [Option<Packed>; 3],
 }
@@ -137,6 +217,7 @@ impl IndexBuilder {
             chunk_digests: None,
             piece_digests: None,
             spans: None,
+            in_image: None,
             cold: [None, None, None],
         }
     }
@@ -205,6 +286,7 @@ impl IndexBuilder {
         let entries = self.output.finish().expect("writing to memory");
         self.summary.tar_bytes = tar_len;
         self.summary.end_marked = end == EndOfArchive::Marked;
+        self.summary.lone_zero_block = end == EndOfArchive::LoneZeroBlock;
         let digest: [u8; 32] = self.digest.finalize().into();
         let summary = format::encode_summary(&self.summary, &digest);
         if let Some(table) = &self.spans {
@@ -249,6 +331,11 @@ impl IndexBuilder {
         }
         if let Some(pieces) = &self.piece_digests {
             sections.push(raw(format::PIECE_DIGESTS, format::REQUIRED, pieces.encode()));
+        }
+        // A table of contents has no global headers, whatever lies between its contents.
+        let of_contents = self.piece_digests.is_some();
+        if let Some(table) = self.in_image.filter(|table| table.last > 0 || !of_contents) {
+            sections.push(table.section());
         }
         sections.extend(cold.into_iter().map(Packed::section));
         assemble(&mut sections)
@@ -367,8 +454,8 @@ impl EntrySink for IndexBuilder {
         self.columns.tags.push(tag);
         self.put_owner(Owner {
             mode: entry.mode,
-            uid: entry.uid,
-            gid: entry.gid,
+            uid: entry.uid.cast_unsigned(),
+            gid: entry.gid.cast_unsigned(),
         });
         self.put_time(entry.mtime);
 
@@ -405,6 +492,14 @@ impl EntrySink for IndexBuilder {
             self.put_segments(&entry.segments);
         }
 
+        let gap = entry.headers.start.since(self.state.next);
+        if gap >= format::GLOBAL_HEADER || entry.in_image.is_some() {
+            let table = self.in_image.get_or_insert_with(InImageTable::new);
+            if let Some(other) = &entry.in_image {
+                table.add(self.summary.entries + 1, other);
+            }
+        }
+
         self.state.path.clone_from(&entry.path);
         self.state.next = TarOffset(align_up(entry.payload().end().0));
         self.summary.count(entry);
@@ -436,6 +531,14 @@ fn check(entry: &Entry, next: TarOffset) -> Result<(), &'static str> {
         return Err("its headers are not blocks behind the entry before");
     }
     if entry.mtime.nanos >= 1_000_000_000 {
+        return Err("its time has too many nanoseconds");
+    }
+    let other_nanos = entry
+        .in_image
+        .as_ref()
+        .and_then(|other| other.mtime)
+        .map_or(0, |time| time.nanos);
+    if other_nanos >= 1_000_000_000 {
         return Err("its time has too many nanoseconds");
     }
     if entry.mode > 0o7777 {

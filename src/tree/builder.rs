@@ -5,8 +5,9 @@
 //!   tree these may be links of lower layers: `lib/x` over `lib -> usr/lib` is `usr/lib/x`.
 //! - A directory over a directory brings its attributes and leaves the content. Anything else over anything is an unlink
 //!   and a new node: a hard link made before keeps the old one, a directory goes with all it holds.
-//! - A hard link names what its target is at that moment. Attributes in the link's own entry are not applied (GNU tar's
-//!   rule, and umoci's; containerd chowns the shared inode again, to what is in practice the same owner).
+//! - A hard link names what its target is at that moment. In an image the link's own entry gives owner, mode, time and
+//!   attributes to the file that it names, as containerd has it; in a tar by itself it does not, as in GNU tar. A hard link
+//!   to itself leaves what is there as it is.
 //! - Missing directories are made: 0755, root's, with the time of the entry that needed them (containerd and GNU tar: now,
 //!   which no image that is to be the same everywhere can use).
 //!
@@ -17,12 +18,12 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::error::show;
+use super::error::{show, show_beginning};
 use super::names::{self, Dirent};
 use super::path;
 use super::table::{NONE, Name, NameTable};
 use super::xattrs::{XattrSetId, XattrTable};
-use super::{NAME_MAX, Node, NodeKind, Tree, TreeError, pair, type_bits, unpair};
+use super::{NAME_MAX, Node, NodeKind, PATH_MAX, Tree, TreeError, pair, type_bits, unpair};
 use crate::index::{Entry, EntrySink, IndexError, Kind, Segment};
 use crate::units::{LayerId, to_usize};
 
@@ -30,8 +31,11 @@ mod attributes;
 mod check;
 mod whiteout;
 
-use check::{check, nanos, owner, too_much};
-use whiteout::{Layers, Whiteout};
+use attributes::Warnings;
+use check::{check, nanos, too_much};
+use whiteout::Layers;
+
+pub use whiteout::Whiteout;
 
 /// Links that may be followed on the way to one entry: containerd's number.
 const LINKS_MAX: u32 = 255;
@@ -39,18 +43,20 @@ const LINKS_MAX: u32 = 255;
 /// of 4095 bytes would cost half a million steps, entry after entry.
 const LINK_PARTS_MAX: usize = 8192;
 /// Missing directories that a layer may make us make: this many, and [`MADE_PER_ENTRY`] for each entry. Programs that leave
-/// directories out make a few for each file; a path of a hundred thousand parts, entry after entry, would fill the memory.
-const MADE_MAX: u64 = 1_000_000;
+/// directories out make a few for each file; paths of two thousand parts each, entry after entry, would make gigabytes of
+/// directories out of a kilobyte of a compressed layer.
+const MADE_MAX: u64 = 1 << 14;
 /// See [`MADE_MAX`].
 const MADE_PER_ENTRY: u64 = 32;
 
-/// What the entries are, and so what whiteouts among them mean.
+/// What the entries are, and so by whose rules they become files (docs/rules.md) and what whiteouts among them mean.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum TreeMode {
-    /// A tar like any other: whiteouts are the files they are.
+    /// A tar by itself, which becomes what GNU tar extracts: whiteouts are the files they are.
     #[default]
     Plain,
-    /// Layers of an image, the lowest first: whiteouts hide what lower layers have, and are not there themselves.
+    /// Layers of an image, the lowest first, which become what containerd makes of them: whiteouts hide what lower layers
+    /// have, and are not there themselves.
     Merged,
     /// One layer as overlayfs wants it among others: whiteouts become 0/0 character devices, opaque directories get
     /// `trusted.overlay.opaque`, directories with whiteouts in them `trusted.overlay.origin`.
@@ -70,8 +76,15 @@ pub struct TreeBuilder {
     /// whenever a name changes its meaning.
     last_directory: Vec<u8>,
     last_directory_node: u32,
+    /// The length of its path, in bytes.
+    last_directory_len: usize,
+    /// The directory, with no name in the tree, of what AUFS kept for hard links to it; [`NONE`] where there is none.
+    aufs_links: u32,
+    warnings: Warnings,
     parts: Vec<Range<usize>>,
     pending: Vec<Part>,
+    /// The lengths of the names on the way to where a walk is.
+    way: Vec<usize>,
     /// Missing directories that may still be made.
     may_make: u64,
     /// Whether the root's time is still that of no entry at all.
@@ -85,9 +98,18 @@ enum Part {
     Link(Range<usize>),
 }
 
+/// Where an entry goes.
+struct Spot<'e> {
+    directory: u32,
+    /// The length of the directory's path in bytes, with the slash behind it.
+    path_len: usize,
+    name: &'e [u8],
+}
+
 /// Where a walk ended.
 enum Walk {
-    Directory(u32),
+    /// At a directory, and how long its path is in bytes.
+    Directory(u32, usize),
     /// A part is not there. Only without `make`.
     Missing,
 }
@@ -146,6 +168,10 @@ impl TreeBuilder {
             xattrs: XattrTable::new(),
             last_directory: Vec::new(),
             last_directory_node: NONE,
+            last_directory_len: 0,
+            aufs_links: NONE,
+            warnings: Warnings::default(),
+            way: Vec::new(),
             parts: Vec::new(),
             pending: Vec::new(),
             may_make: MADE_MAX,
@@ -190,6 +216,33 @@ impl TreeBuilder {
     /// # Errors
     /// What the tree cannot hold, or what containerd would not unpack either. The builder is then of no more use.
     pub fn push(&mut self, entry: &Entry) -> Result<(), TreeError> {
+        if self.mode == TreeMode::Plain {
+            let is_directory = entry.kind == Kind::File
+                && entry.path.ends_with(b"/")
+                && entry.in_image.as_ref().is_none_or(|other| other.refused_type.is_none())
+                && path::split_plain(&entry.path).is_some();
+            if !is_directory {
+                return self.take(entry);
+            }
+            // GNU tar takes the slash's word for it, whatever the type says; containerd takes the type's.
+            let mut directory = entry.clone();
+            (directory.kind, directory.size) = (Kind::Directory, 0);
+            directory.segments.clear();
+            return self.take(&directory);
+        }
+        if let Some(flag) = entry.in_image.as_ref().and_then(|other| other.refused_type) {
+            let path = show(&entry.path);
+            return Err(TreeError::UnknownType { path, flag });
+        }
+        let mut entry = entry.as_in_image();
+        if entry.mtime != attributes::bounded(entry.mtime) {
+            entry.to_mut().mtime = attributes::bounded(entry.mtime);
+        }
+        self.take(&entry)
+    }
+
+    /// Takes an entry that is as it is to be understood.
+    fn take(&mut self, entry: &Entry) -> Result<(), TreeError> {
         check(entry)?;
         self.may_make = self.may_make.saturating_add(MADE_PER_ENTRY);
         if self.root_is_untouched {
@@ -198,9 +251,14 @@ impl TreeBuilder {
             self.nodes[0].mtime_nanos = entry.mtime.nanos;
         }
         if self.mode != TreeMode::Plain && whiteout::is_aufs_own(&entry.path) {
-            return Ok(());
+            return self.keep_for_aufs(entry);
         }
-        let Some((parent, name)) = self.place(entry)? else {
+        let Some(Spot {
+            directory: parent,
+            path_len,
+            name,
+        }) = self.place(entry)?
+        else {
             if entry.kind == Kind::Directory {
                 self.merge_directory(0, entry)?;
             }
@@ -211,6 +269,9 @@ impl TreeBuilder {
                 path: show(&entry.path),
                 len: name.len(),
             });
+        }
+        if path_len + name.len() > PATH_MAX {
+            return Err(too_long(&entry.path, path_len + name.len()));
         }
         if self.mode != TreeMode::Plain {
             self.touch(parent);
@@ -226,13 +287,22 @@ impl TreeBuilder {
                 if entry.kind == Kind::Directory && self.nodes[to_usize(old)].is_directory() {
                     return self.merge_directory(old, entry);
                 }
+                if entry.kind == Kind::Hardlink && self.is_link_to_itself(entry, parent, name, old)? {
+                    return Ok(());
+                }
                 replaces = true;
                 self.names.set_node(at, NONE);
                 self.forget_last_directory();
             }
         }
         let node = match entry.kind {
-            Kind::Hardlink => self.hardlink_target(entry, parent, name)?,
+            Kind::Hardlink => {
+                let node = self.hardlink_target(entry, parent, name)?;
+                if self.mode != TreeMode::Plain {
+                    self.relink(node, entry)?;
+                }
+                node
+            }
             _ => self.make_node(entry, parent)?,
         };
         if replaces && entry.kind == Kind::Directory && self.mode == TreeMode::Overlay {
@@ -255,6 +325,7 @@ impl TreeBuilder {
     /// Ends the build. What was replaced or hidden stays in the arena without links and without a name.
     #[must_use]
     pub fn finish(mut self) -> Tree {
+        self.warnings.finish();
         self.names.stop_finding();
         self.xattrs.finish();
         let mut dirents: Vec<Dirent> = Vec::with_capacity(self.names.len());
@@ -315,25 +386,47 @@ impl TreeBuilder {
     }
 
     /// The directory that the entry goes into and its name there; `None` for the root itself.
-    fn place<'e>(&mut self, entry: &'e Entry) -> Result<Option<(u32, &'e [u8])>, TreeError> {
-        if let Some((directory, name)) = path::split_plain(&entry.path) {
+    fn place<'e>(&mut self, entry: &'e Entry) -> Result<Option<Spot<'e>>, TreeError> {
+        if let Some((directory, name)) = path::split_plain(&entry.path).filter(|_| entry.path.len() <= PATH_MAX) {
             if self.last_directory_node != NONE && directory == self.last_directory {
-                return Ok(Some((self.last_directory_node, name)));
+                return Ok(Some(Spot {
+                    directory: self.last_directory_node,
+                    path_len: self.last_directory_len,
+                    name,
+                }));
             }
-            if let Walk::Directory(node) = self.walk(&entry.path, directory.len(), entry, true)? {
+            if let Walk::Directory(node, path_len) = self.walk(&entry.path, directory.len(), entry, true)? {
                 self.last_directory.clear();
                 self.last_directory.extend_from_slice(directory);
                 self.last_directory_node = node;
-                return Ok(Some((node, name)));
+                self.last_directory_len = path_len;
+                return Ok(Some(Spot {
+                    directory: node,
+                    path_len,
+                    name,
+                }));
             }
         }
         self.parts.clear();
         path::clean(&entry.path, false, &mut self.parts);
+        let len = self
+            .parts
+            .iter()
+            .map(|part| part.len() + 1)
+            .sum::<usize>()
+            .saturating_sub(1);
+        if len > PATH_MAX {
+            return Err(too_long(&entry.path, len));
+        }
         let Some(last) = self.parts.pop() else { return Ok(None) };
         self.pending.clear();
         self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
         match self.walk_pending(&entry.path, entry, true)? {
-            Walk::Directory(node) => Ok(Some((node, &entry.path[last]))),
+            Walk::Directory(directory, path_len) => Ok(Some(Spot {
+                directory,
+                path_len,
+                name: &entry.path[last],
+            })),
             Walk::Missing => Ok(None),
         }
     }
@@ -352,6 +445,9 @@ impl TreeBuilder {
         let mut directory = 0;
         let mut links = 0;
         let mut link_parts = 0;
+        // The length of the path so far with the slash behind it, and of each name on it.
+        let mut walked = 0;
+        self.way.clear();
         while let Some(part) = self.pending.pop() {
             let name = match &part {
                 Part::Own(range) => &path[range.clone()],
@@ -359,7 +455,12 @@ impl TreeBuilder {
             };
             if name == b".." {
                 directory = self.nodes[to_usize(directory)].parent;
+                walked -= self.way.pop().map_or(0, |name| name + 1);
                 continue;
+            }
+            let name_len = name.len();
+            if make && walked + name_len > PATH_MAX {
+                return Err(too_long(&entry.path, walked + name_len));
             }
             let found = self.names.find(directory, name);
             let node = found.map_or(NONE, |at| self.names.get(at).node);
@@ -368,10 +469,16 @@ impl TreeBuilder {
                     return Ok(Walk::Missing);
                 }
                 directory = self.make_missing(directory, found, &part, path, entry)?;
+                self.way.push(name_len);
+                walked += name_len + 1;
                 continue;
             }
             match self.nodes[to_usize(node)].kind() {
-                NodeKind::Directory => directory = node,
+                NodeKind::Directory => {
+                    directory = node;
+                    self.way.push(name_len);
+                    walked += name_len + 1;
+                }
                 NodeKind::CharDevice if self.is_whiteout(node) => {
                     if !make {
                         return Ok(Walk::Missing);
@@ -379,6 +486,8 @@ impl TreeBuilder {
                     // Hidden and there again: the new one must not show what the old one had.
                     directory = self.make_missing(directory, found, &part, path, entry)?;
                     self.make_opaque(directory, entry)?;
+                    self.way.push(name_len);
+                    walked += name_len + 1;
                 }
                 NodeKind::Symlink => {
                     links += 1;
@@ -396,6 +505,8 @@ impl TreeBuilder {
                     }
                     if absolute {
                         directory = 0;
+                        walked = 0;
+                        self.way.clear();
                     }
                     let moved = |part: Range<usize>| Part::Link(part.start + start..part.end + start);
                     self.pending.extend(self.parts.drain(..).rev().map(moved));
@@ -408,7 +519,7 @@ impl TreeBuilder {
                 }
             }
         }
-        Ok(Walk::Directory(directory))
+        Ok(Walk::Directory(directory, walked))
     }
 
     /// Makes a directory that no entry made: its name is `part`, already in the table at `found` or not at all.
@@ -473,12 +584,15 @@ impl TreeBuilder {
         let Some(last) = self.parts.pop() else {
             return Err(to_directory());
         };
+        let target_name = &entry.link[last];
+        if let Some(node) = self.aufs_link(&entry.link, target_name) {
+            return node.ok_or_else(missing);
+        }
         self.pending.clear();
         self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
-        let Walk::Directory(directory) = self.walk_pending(&entry.link, entry, false)? else {
+        let Walk::Directory(directory, _) = self.walk_pending(&entry.link, entry, false)? else {
             return Err(missing());
         };
-        let target_name = &entry.link[last];
         if directory == parent && target_name == name {
             return Err(TreeError::HardlinkToItself {
                 path: show(&entry.path),
@@ -495,11 +609,27 @@ impl TreeBuilder {
         Ok(node)
     }
 
-    fn make_node(&mut self, entry: &Entry, parent: u32) -> Result<u32, TreeError> {
+    /// Whether a hard link names itself where something is that it can name: `old`, which stays then.
+    fn is_link_to_itself(&mut self, entry: &Entry, parent: u32, name: &[u8], old: u32) -> Result<bool, TreeError> {
+        self.parts.clear();
+        path::clean(&entry.link, false, &mut self.parts);
+        let Some(last) = self.parts.pop() else {
+            return Ok(false);
+        };
+        if &entry.link[last] != name || self.is_whiteout(old) {
+            return Ok(false);
+        }
+        self.pending.clear();
+        self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
+        let walk = self.walk_pending(&entry.link, entry, false);
+        Ok(matches!(walk?, Walk::Directory(directory, _) if directory == parent))
+    }
+
+    pub(super) fn make_node(&mut self, entry: &Entry, parent: u32) -> Result<u32, TreeError> {
         let number = u32::try_from(self.nodes.len()).ok().filter(|&number| number < NONE);
         let number = number.ok_or_else(|| too_much(entry))?;
-        let (uid, gid) = owner(entry)?;
-        let xattrs = self.intern(entry)?;
+        let (uid, gid) = self.owner(entry);
+        let (mode, xattrs) = self.new_attributes(entry, parent)?;
         let mut detail = 0;
         let mut place = 0;
         let mut scattered = false;
@@ -548,18 +678,13 @@ impl TreeBuilder {
             mtime_secs: entry.mtime.secs,
             detail,
             place,
-            uid,
-            gid,
+            uid: uid.unwrap_or(0),
+            gid: gid.unwrap_or(0),
             mtime_nanos: nanos(entry.mtime),
             xattrs,
             parent,
             links: 0,
-            mode: type_bits
-                | (if entry.kind == Kind::Symlink {
-                    0o777
-                } else {
-                    entry.mode & 0o7777
-                }),
+            mode: type_bits | mode,
             layer: self.layer,
             scattered,
         });
@@ -577,5 +702,13 @@ impl TreeBuilder {
 
     fn forget_last_directory(&mut self) {
         self.last_directory_node = NONE;
+    }
+}
+
+/// That a path is longer than Linux allows.
+fn too_long(path: &[u8], len: usize) -> TreeError {
+    TreeError::PathTooLong {
+        path: show_beginning(path),
+        len,
     }
 }

@@ -67,8 +67,8 @@ pub enum TreeError {
         /// The one before it.
         last: u32,
     },
-    /// A hard link to its own path.
-    #[error("{path}: hard link to itself")]
+    /// A hard link to its own path, where nothing is.
+    #[error("{path}: hard link to itself, and no entry before it makes what it names")]
     HardlinkToItself {
         /// The entry.
         path: String,
@@ -89,15 +89,24 @@ pub enum TreeError {
         /// The text's length in bytes.
         len: usize,
     },
-    /// An owner or group beyond 32 bits.
-    #[error("{path}: owner {uid}:{gid}; Linux allows ids up to 4294967294: make the layer again with other owners")]
-    Owner {
+    /// A path longer than [`PATH_MAX`](super::PATH_MAX), as recorded or by way of symbolic links.
+    #[error("{path}: a path of {len} bytes; Linux allows 4095: shorten it and make the layer again")]
+    PathTooLong {
+        /// The path's beginning.
+        path: String,
+        /// Its length in bytes without what cleaning takes away.
+        len: usize,
+    },
+    /// An entry in a layer of an image whose type containerd does not know.
+    #[error(
+        "{path}: entries of type {:?} cannot be in a layer of an image: container tools refuse it; GNU tar extracts a regular file, and so does this program from a tar by itself",
+        char::from(*.flag)
+    )]
+    UnknownType {
         /// The entry.
         path: String,
-        /// The user.
-        uid: u64,
-        /// The group.
-        gid: u64,
+        /// Its type flag.
+        flag: u8,
     },
     /// Segments that are not what [`Entry::segments`](crate::index::Entry::segments) promises.
     #[error(
@@ -137,6 +146,16 @@ pub enum TreeError {
     },
 }
 
+/// The beginning of a long name in a layer as part of a one-line message.
+pub(super) fn show_beginning(bytes: &[u8]) -> String {
+    const SHOWN: usize = 100;
+    let mut shown = show(bytes.get(..SHOWN).unwrap_or(bytes));
+    if bytes.len() > SHOWN {
+        shown.push('…');
+    }
+    shown
+}
+
 /// Bytes of a layer as part of a one-line message: unprintable characters escaped, the middle of long ones left out.
 pub(crate) fn show(bytes: &[u8]) -> String {
     const HALF: usize = 100;
@@ -151,7 +170,7 @@ pub(crate) fn show(bytes: &[u8]) -> String {
         }
     };
     if bytes.is_empty() {
-        add(b"/");
+        add(b"(no name)");
     } else if bytes.len() <= 2 * HALF {
         add(bytes);
     } else {

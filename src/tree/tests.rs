@@ -4,6 +4,7 @@ use super::*;
 use crate::index::{Entry, Kind, Xattr};
 
 mod layers;
+mod rules;
 
 /// An entry with a mode and time of its own, so that it can be told apart.
 fn entry(path: &str, kind: Kind) -> Entry {
@@ -216,7 +217,7 @@ fn hard_links() {
     assert_eq!(tree.node(at(&tree, "deep/er").unwrap()).links(), 3);
     assert!(error(&[link("a", Kind::Hardlink, "b")]).contains("a: hard link to b, which no entry before it makes"));
     assert!(error(&[link("a", Kind::Hardlink, "b/c")]).contains("no entry before it"));
-    assert!(error(&[file("a", 1), link("./a", Kind::Hardlink, "/a")]).contains("itself"));
+    assert!(error(&[link("./a", Kind::Hardlink, "/a")]).contains("itself"));
     assert!(error(&[dir("d"), link("a", Kind::Hardlink, "d")]).contains("is a directory"));
     assert!(error(&[link("a", Kind::Hardlink, "/")]).contains("is a directory"));
     assert!(error(&[file("d/f", 1), link("d", Kind::Hardlink, "d/f")]).contains("no entry before it"));
@@ -230,20 +231,6 @@ fn what_linux_cannot_hold_is_refused() {
     assert!(error(&[file("a\0b", 1)]).contains("a\\u{0}b: a NUL"));
     assert!(error(&[link("a", Kind::Symlink, "")]).contains("0 bytes"));
     assert!(error(&[link("a", Kind::Symlink, &"t".repeat(4096))]).contains("4096"));
-    assert!(
-        error(&[Entry {
-            uid: 1 << 32,
-            ..dir("a")
-        }])
-        .contains("4294967296:0")
-    );
-    assert!(
-        error(&[Entry {
-            gid: u64::from(u32::MAX),
-            ..dir("a")
-        }])
-        .contains("0:4294967295")
-    );
     assert!(
         error(&[Entry {
             size: 2,
@@ -298,7 +285,7 @@ fn sparse_and_empty_files_keep_their_maps() {
 
 #[test]
 fn thousands_of_names_deep() {
-    let deep = "d/".repeat(20_000) + "f";
+    let deep = "d/".repeat(2_047) + "f";
     let tree = build(&[file(&deep, 1), file(&deep, 2)]).unwrap();
     assert_eq!(tree.content(at(&tree, &deep).unwrap()), Content::Whole(TarOffset(2)));
     assert_eq!(tree.path(at(&tree, &deep).unwrap()), deep.as_bytes());

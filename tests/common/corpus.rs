@@ -379,6 +379,9 @@ pub(crate) fn by_hand(to: &Path) -> Vec<Archive> {
         ("spellings", spellings(), vec![root.clone(), "implied".into()]),
         ("sparse", sparse_by_hand(), vec![root.clone()]),
         ("global-headers", global_headers(), vec![root.clone()]),
+        ("read-otherwise", read_otherwise(), vec![root.clone()]),
+        ("links-again", links_again(), vec![root.clone()]),
+        ("lone-zero-block", lone_zero_block(), vec![root.clone()]),
         ("times", times(), vec![root.clone()]),
         ("sizes", sizes(), vec![root.clone()]),
         ("gnu-long", gnu_long(), vec![root.clone()]),
@@ -574,6 +577,59 @@ fn global_headers() -> RawTar {
         .pax(b'g', &[("uid", b"14"), ("mtime", b"200")])
         .file(b"next-global", b"")
         .end()
+}
+
+/// What GNU tar reads otherwise than containerd.
+fn read_otherwise() -> RawTar {
+    let long = |kind, name: &[u8]| {
+        (
+            Header::gnu(kind, b"././@LongLink").size(u64::try_from(name.len()).unwrap()),
+            name.to_vec(),
+        )
+    };
+    let (long_name, name) = long(b'L', b"long\0");
+    let (long_link, target) = long(b'K', b"one\0");
+    RawTar::new()
+        .entry(long_name.clone(), &name)
+        .pax(b'x', &[("path", b"pax-behind-gnu")])
+        .file(b"short", b"1")
+        .pax(b'x', &[("path", b"pax-before-gnu")])
+        .entry(long_name, &name)
+        .file(b"short", b"2")
+        .entry(long_link, &target)
+        .pax(b'x', &[("linkpath", b"two")])
+        .entry(Header::new(b'2', b"symlink").link(b"three"), &[])
+        // Types that nobody knows are files.
+        .entry(Header::new(b'A', b"unknown-type").size(3).mode(0o604), b"acl")
+        .entry(Header::new(b'9', b"unknown-type-slash/").size(3), b"abc")
+        // A slash makes a directory.
+        .entry(Header::new(b'0', b"slash/").mode(0o711), &[])
+        .file(b"slash/inside", b"3")
+        .end()
+}
+
+/// Hard links whose headers say something else, and links to themselves.
+fn links_again() -> RawTar {
+    RawTar::new()
+        .entry(Header::new(b'0', b"file").size(2).mode(0o640).uid(1).mtime(5), b"hi")
+        .pax(b'x', &[("SCHILY.xattr.user.k", b"v")])
+        .entry(
+            Header::new(b'1', b"link").link(b"file").mode(0o600).uid(3).mtime(9),
+            &[],
+        )
+        .entry(Header::new(b'1', b"./file").link(b"file").mode(0o600), &[])
+        .entry(Header::new(b'2', b"symlink").link(b"file"), &[])
+        .entry(Header::new(b'1', b"symlink").link(b"symlink"), &[])
+        .entry(Header::new(b'1', b"both").link(b"symlink").uid(9), &[])
+        .end()
+}
+
+/// GNU tar takes one zero block for the end, whatever follows.
+fn lone_zero_block() -> RawTar {
+    let mut tar = RawTar::new().file(b"last", b"content");
+    tar.0.extend_from_slice(&[0; 512]);
+    tar.0.extend_from_slice(&[b'z'; 1024]);
+    tar
 }
 
 fn times() -> RawTar {

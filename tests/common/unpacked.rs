@@ -13,6 +13,9 @@
 //! In one thing containerd is followed: a whiteout in a directory that is not there (`missing-parent`) makes the directory, as
 //! any other entry would; umoci passes it over ([`is_known`]).
 //!
+//! In another it is, too: a hard link's header gives its attributes to the file ([`follow_containerd_in_hard_links`]);
+//! `tests/rules.rs` holds that against containerd.
+//!
 //! What umoci cannot be asked about: directories that no entry is for, and those that lose a name to an opaque mark further up
 //! (`opaque-last`), have the time of unpacking. [`Unpacked::implied`] lists them; of those only the existence is compared.
 
@@ -20,11 +23,17 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
+use tarblk::index::build::{BlobRecorder, Contents};
+use tarblk::index::{Entry, EntrySink, Index, IndexError, Kind, Timestamp};
+use tarblk::layer::{Coding, SPACING};
+use tarblk::tree::{Node, NodeId, NodeKind, TreeBuilder, TreeMode, Xattrs};
+use tarblk::units::LayerId;
 
 use super::{have, skip, succeed};
 
@@ -115,6 +124,7 @@ pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> Unpacked {
         .arg(to);
     succeed(&mut command);
     let root = to.join("rootfs");
+    follow_containerd_in_hard_links(layout, tag, &root);
     let mut implied = Vec::new();
     // Nothing in the images is as new as this.
     super::tree::directories(&root, &mut |name, metadata| {
@@ -124,6 +134,86 @@ pub(crate) fn umoci_unpack(layout: &Path, tag: &str, to: &Path) -> Unpacked {
         }
     });
     Unpacked { root, implied }
+}
+
+/// Hands entries on, with a time of their own for hard links.
+struct Marked<'a>(&'a mut TreeBuilder);
+
+const MARK: Timestamp = Timestamp {
+    secs: 123_456_789,
+    nanos: 987_654_321,
+};
+
+impl EntrySink for Marked<'_> {
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+        let mut entry = entry.clone();
+        if entry.kind == Kind::Hardlink {
+            (entry.mtime, entry.in_image) = (MARK, None);
+        }
+        self.0.entry(&entry)
+    }
+}
+
+/// Gives the files that a hard link's header describes the attributes that it says, as containerd does and umoci does not.
+fn follow_containerd_in_hard_links(layout: &Path, tag: &str, root: &Path) {
+    let indexes: Vec<_> = layers(layout, tag)
+        .iter()
+        .map(|digest| {
+            let blob = fs::read(blob(layout, digest)).unwrap();
+            let mut recorder = BlobRecorder::new(Coding::of_bytes(&blob), SPACING, Contents::ENTRIES);
+            recorder.feed(&blob).unwrap();
+            Index::open(recorder.finish().unwrap().into_index()).unwrap()
+        })
+        .collect();
+    let tree = |mark: bool| {
+        let mut builder = TreeBuilder::with_mode(TreeMode::Merged);
+        for (layer, index) in (0..).zip(&indexes) {
+            builder.begin_layer(LayerId(layer)).unwrap();
+            if mark {
+                index.replay_in_image(&mut Marked(&mut builder)).unwrap();
+            } else {
+                index.replay_in_image(&mut builder).unwrap();
+            }
+        }
+        builder.finish()
+    };
+    let (marked, tree) = (tree(true), tree(false));
+    let mut pending = vec![(root.to_owned(), NodeId::ROOT)];
+    while let Some((path, id)) = pending.pop() {
+        pending.extend(
+            tree.children(id)
+                .map(|child| (path.join(OsStr::from_bytes(child.name)), child.node)),
+        );
+        if marked.node(id).mtime() == MARK {
+            let node = tree.node(id);
+            set_attributes(&path, node, tree.xattrs(node.xattr_set()));
+        }
+    }
+}
+
+fn set_attributes(path: &Path, node: &Node, xattrs: Xattrs<'_>) {
+    let (uid, gid) = (node.uid(), node.gid());
+    std::os::unix::fs::lchown(path, Some(uid), Some(gid)).unwrap();
+    let mut names = vec![0; 1 << 16];
+    let len = rustix::fs::llistxattr(path, &mut names).unwrap();
+    for name in names[..len].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+        rustix::fs::lremovexattr(path, name).unwrap();
+    }
+    for (name, value) in xattrs {
+        rustix::fs::lsetxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+    }
+    if node.kind() != NodeKind::Symlink {
+        fs::set_permissions(path, fs::Permissions::from_mode(u32::from(node.mode() & 0o7777))).unwrap();
+    }
+    let time = rustix::fs::Timespec {
+        tv_sec: node.mtime().secs,
+        tv_nsec: node.mtime().nanos.into(),
+    };
+    let times = rustix::fs::Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    rustix::fs::utimensat(rustix::fs::CWD, path, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
 /// The directories of a layer's tar that hold something and have no entry of their own, the empty path being the root: by GNU

@@ -7,9 +7,9 @@ const NAMED_USER: u16 = 0x02;
 const NAMED_GROUP: u16 = 0x08;
 const TAGS: [u16; 6] = [0x01, NAMED_USER, 0x04, NAMED_GROUP, 0x10, 0x20];
 
-/// The stored form of `value`; `Some(None)` for a list without entries, which means no list; `None` for what is no list.
-#[expect(clippy::option_option, reason = "three outcomes, spelled out above")]
-pub(super) fn stored(value: &[u8]) -> Option<Option<Vec<u8>>> {
+/// The stored form of `value`; `None` for one without entries, which means no list, and for what is no list: the tree lets
+/// no such ones through.
+pub(super) fn stored(value: &[u8]) -> Option<Vec<u8>> {
     let (version, entries) = value.split_first_chunk::<4>()?;
     if u32::from_le_bytes(*version) != SYSTEM_CALL_VERSION || !entries.len().is_multiple_of(8) {
         return None;
@@ -23,7 +23,7 @@ pub(super) fn stored(value: &[u8]) -> Option<Option<Vec<u8>>> {
         let is_named = tag == NAMED_USER || tag == NAMED_GROUP;
         stored.extend_from_slice(if is_named { entry } else { &entry[..4] });
     }
-    Some((!entries.is_empty()).then_some(stored))
+    (!entries.is_empty()).then_some(stored)
 }
 
 #[cfg(test)]
@@ -36,8 +36,8 @@ mod tests {
             2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 7, 0, 0xe8, 3, 0, 0, 0x20, 0, 4, 0, 255, 255, 255, 255,
         ];
         let converted = [1, 0, 0, 0, 1, 0, 6, 0, 2, 0, 7, 0, 0xe8, 3, 0, 0, 0x20, 0, 4, 0];
-        assert_eq!(stored(&list), Some(Some(converted.to_vec())));
-        assert_eq!(stored(&list[..4]), Some(None));
+        assert_eq!(stored(&list), Some(converted.to_vec()));
+        assert_eq!(stored(&list[..4]), None);
         assert_eq!(stored(&list[..27]), None);
         assert_eq!(stored(&[3, 0, 0, 0]), None);
         assert_eq!(stored(&[2, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0]), None);

@@ -96,15 +96,12 @@ impl Attribute<'_> {
     }
 }
 
-/// Why a set cannot be stored.
+/// That a set has more attributes than an inode and its block can name.
 #[derive(Debug)]
-enum Misfit<'a> {
-    NotAnAcl(&'a [u8]),
-    TooMany,
-}
+struct TooMany;
 
 /// A set as ext4 has it: what its holder cannot have left out, sorted as blocks are, every attribute with its home.
-fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, Misfit<'_>> {
+fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, TooMany> {
     let mut attributes = Vec::new();
     for (name, value) in set {
         let Some((prefix, rest)) = prefix_of(name, holder) else {
@@ -112,7 +109,7 @@ fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, Misfit
         };
         let mut value = Cow::Borrowed(value);
         if rest.is_empty() {
-            match acl::stored(&value).ok_or(Misfit::NotAnAcl(name))? {
+            match acl::stored(&value) {
                 Some(stored) => value = stored.into(),
                 None => continue,
             }
@@ -135,7 +132,7 @@ fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, Misfit
     // Values can move, entries cannot; with that, there are at most 200 of them to move.
     let entries = attributes.iter().filter(|attribute| attribute.home != Home::Inode);
     if entries.map(Attribute::entry_len).sum::<usize>() > IN_BLOCK {
-        return Err(Misfit::TooMany);
+        return Err(TooMany);
     }
     loop {
         let in_block = || attributes.iter().filter(|attribute| attribute.home != Home::Inode);
@@ -147,7 +144,7 @@ fn arrange(set: Xattrs<'_>, holder: Holder) -> Result<Vec<Attribute<'_>>, Misfit
         let biggest = movable
             .max_by_key(|attribute| attribute.value.len())
             .filter(|biggest| !biggest.value.is_empty());
-        biggest.ok_or(Misfit::TooMany)?.home = Home::OwnInode;
+        biggest.ok_or(TooMany)?.home = Home::OwnInode;
     }
 }
 
@@ -381,16 +378,9 @@ impl XattrPlan {
 }
 
 fn needs_of(tree: &Tree, node: NodeId, set: XattrSetId, holder: Holder) -> Result<Needs, ImageError> {
-    let path = || show(&tree.path(node));
-    let arranged = arrange(tree.xattrs(set), holder).map_err(|misfit| match misfit {
-        Misfit::NotAnAcl(name) => ImageError::Acl {
-            path: path(),
-            name: show(name),
-        },
-        Misfit::TooMany => ImageError::Xattrs {
-            path: path(),
-            count: tree.xattrs(set).count(),
-        },
+    let arranged = arrange(tree.xattrs(set), holder).map_err(|TooMany| ImageError::Xattrs {
+        path: show(&tree.path(node)),
+        count: tree.xattrs(set).count(),
     })?;
     Ok(if arranged.iter().any(|attribute| attribute.home == Home::OwnInode) {
         Needs::BlockAndInodes

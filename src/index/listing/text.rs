@@ -108,21 +108,7 @@ pub(super) struct Base64<'a>(pub(super) &'a [u8]);
 
 impl fmt::Display for Base64<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        for group in self.0.chunks(3) {
-            let byte = |place: usize| group.get(place).copied().unwrap_or(0);
-            let (a, b, c) = (byte(0), byte(1), byte(2));
-            let letters = [a >> 2, (a & 3) << 4 | b >> 4, (b & 15) << 2 | c >> 6, c & 63];
-            for (place, letter) in letters.into_iter().enumerate() {
-                let letter = if place <= group.len() {
-                    ALPHABET[usize::from(letter)]
-                } else {
-                    b'='
-                };
-                write!(f, "{}", char::from(letter))?;
-            }
-        }
-        Ok(())
+        base64::display::Base64Display::new(self.0, &base64::engine::general_purpose::STANDARD).fmt(f)
     }
 }
 

@@ -82,6 +82,9 @@ impl Parser {
         let at = self.file.header_at;
         if let Some(name) = &records.sparse.name {
             set(&mut self.entry.path, name);
+            if let Some(other) = &mut self.entry.in_image {
+                other.path = None;
+            }
         }
         if let Some(size) = records.sparse.real_size {
             self.file.size = payload_size(Some(size)).map_err(|fault| self.fault_at(at, fault))?;

@@ -5,11 +5,11 @@ use std::io::Read;
 
 use sha2::{Digest, Sha256};
 
-use crate::index::entry::{Entry, Kind, Segment, Timestamp, Xattr};
+use crate::index::entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 use crate::index::error::{IndexError, IndexFault};
 use crate::index::format::{self, Columns};
 use crate::index::summary::Summary;
-use crate::index::varint::Cursor;
+use crate::index::varint::{self, Cursor};
 use crate::index::writer::{Owner, State};
 use crate::index::{TAR_BLOCK, align_up, len_u64};
 use crate::units::{TarOffset, TarRange};
@@ -50,9 +50,97 @@ impl Stream<'_> {
     }
 }
 
+/// The table of what containerd reads otherwise, while it is decoded.
+struct InImageTable<'a> {
+    stream: Stream<'a>,
+    /// The entry that the next record is of, counted from 1; `None` behind the last one.
+    next: Option<u64>,
+}
+
+/// All fields that a record can have.
+const KNOWN: u64 = 2 * format::REFUSED_TYPE - 1;
+const IN_IMAGE_FAULT: IndexFault = IndexFault::Malformed("table of what images read otherwise");
+
+impl InImageTable<'_> {
+    /// Reads which entry the next record is of.
+    fn advance(&mut self, last: u64) -> Result<(), IndexFault> {
+        let further = self.stream.number()?;
+        self.next = match further {
+            0 if self.stream.left > 0 => return Err(IN_IMAGE_FAULT),
+            0 => None,
+            further => Some(last.checked_add(further).ok_or(IN_IMAGE_FAULT)?),
+        };
+        Ok(())
+    }
+
+    /// What is different for the entry of this number, counted from 1.
+    fn take(&mut self, number: u64) -> Result<Option<Box<InImage>>, IndexFault> {
+        if self.next != Some(number) {
+            return Ok(None);
+        }
+        let stream = &mut self.stream;
+        let fields = stream.number()?;
+        if fields == 0 || fields & !KNOWN != 0 {
+            return Err(IN_IMAGE_FAULT);
+        }
+        let has = |field: u64| fields & field != 0;
+        let mut other = Box::<InImage>::default();
+        for (field, text) in [
+            (format::OTHER_PATH, &mut other.path),
+            (format::OTHER_LINK, &mut other.link),
+        ] {
+            if has(field) {
+                let len = stream.number()?;
+                if len > format::MAX_OTHER_TEXT {
+                    return Err(IndexFault::TooLarge("table of what images read otherwise"));
+                }
+                stream.read(len, text.get_or_insert_default())?;
+            }
+        }
+        for (field, id) in [(format::OTHER_UID, &mut other.uid), (format::OTHER_GID, &mut other.gid)] {
+            if has(field) {
+                *id = Some(stream.number()?.cast_signed());
+            }
+        }
+        if has(format::OTHER_MTIME) {
+            let secs = varint::unzigzag(stream.number()?);
+            let nanos = u32::try_from(stream.number()?)
+                .ok()
+                .filter(|nanos| *nanos < 1_000_000_000);
+            other.mtime = Some(Timestamp {
+                secs,
+                nanos: nanos.ok_or(IN_IMAGE_FAULT)?,
+            });
+        }
+        if has(format::REFUSED_TYPE) {
+            let flag = u8::try_from(stream.number()?).map_err(|_| IN_IMAGE_FAULT)?;
+            other.refused_type = Some(flag);
+        }
+        self.advance(number)?;
+        Ok(Some(other))
+    }
+}
+
+fn open_frame(body: &[u8], left: u64) -> Result<Stream<'_>, IndexFault> {
+    let unusable = |_| IndexFault::Malformed("entry table (compression)");
+    let mut frame = zstd::stream::read::Decoder::with_buffer(body)
+        .map_err(unusable)?
+        .single_frame();
+    frame.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
+    Ok(Stream {
+        frame,
+        left,
+        digest: None,
+    })
+}
+
 /// The entries of an index, lent one at a time.
 pub struct Entries<'a> {
     stream: Stream<'a>,
+    in_image: Option<InImageTable<'a>>,
+    /// Whether bytes lie before an entry that could be a global header's, and the index does not say what one would have
+    /// changed: it was made before indexes said so.
+    may_lack_in_image: bool,
     summary: Summary,
     batch: Vec<u8>,
     /// Where each column continues in `batch`, and where it ends.
@@ -76,18 +164,24 @@ impl std::fmt::Debug for Entries<'_> {
 }
 
 impl<'a> Entries<'a> {
-    pub(super) fn new(body: &'a [u8], decoded: u64, summary: Summary) -> Result<Self, IndexError> {
-        let unusable = |_| IndexFault::Malformed("entry table (compression)");
-        let mut frame = zstd::stream::read::Decoder::with_buffer(body)
-            .map_err(unusable)?
-            .single_frame();
-        frame.window_log_max(format::WINDOW_LOG).map_err(unusable)?;
+    /// Of the entry table's bytes in the file and its decoded length, and the same of the table of what images read otherwise.
+    pub(super) fn new(
+        (body, decoded): (&'a [u8], u64),
+        in_image: Option<(&'a [u8], u64)>,
+        summary: Summary,
+    ) -> Result<Self, IndexError> {
+        let in_image = in_image.map(|(body, decoded)| {
+            let mut table = InImageTable {
+                stream: open_frame(body, decoded)?,
+                next: None,
+            };
+            table.advance(0)?;
+            Ok::<_, IndexFault>(table)
+        });
         Ok(Self {
-            stream: Stream {
-                frame,
-                left: decoded,
-                digest: None,
-            },
+            stream: open_frame(body, decoded)?,
+            in_image: in_image.transpose()?,
+            may_lack_in_image: false,
             summary,
             batch: Vec::new(),
             columns: Columns::default(),
@@ -121,6 +215,17 @@ impl<'a> Entries<'a> {
         Ok(Some(&self.entry))
     }
 
+    /// Where the last entry's content and its padding end.
+    pub(super) fn end(&self) -> TarOffset {
+        self.state.next
+    }
+
+    /// Whether what was read so far may be different in an image without the index saying so: it is of a tar that may have
+    /// global headers, and was made before indexes told of them.
+    pub(super) fn may_lack_in_image(&self) -> bool {
+        self.may_lack_in_image
+    }
+
     /// Reads what is left and returns the SHA-256 of all that is decoded from here on.
     pub(super) fn read_to_end(mut self) -> Result<[u8; 32], IndexError> {
         self.stream.digest = Some(Sha256::new());
@@ -134,6 +239,9 @@ impl<'a> Entries<'a> {
             self.ended = true;
             if self.done != self.summary.entries || self.stream.left != 0 {
                 return Err(IndexFault::Malformed("entry table (not as many entries as announced)"));
+            }
+            if self.in_image.as_ref().is_some_and(|table| table.next.is_some()) {
+                return Err(IN_IMAGE_FAULT);
             }
             return Ok(());
         }
@@ -169,7 +277,8 @@ impl<'a> Entries<'a> {
         entry.kind = *kind.ok_or(IndexFault::Malformed("entry table (a kind)"))?;
 
         let owner = read_owner(&mut columns, &mut self.owners)?;
-        (entry.mode, entry.uid, entry.gid) = (owner.mode, owner.uid, owner.gid);
+        entry.mode = owner.mode;
+        (entry.uid, entry.gid) = (owner.uid.cast_signed(), owner.gid.cast_signed());
         entry.mtime = read_time(&mut columns, &mut self.state)?;
 
         let (shared, fresh) = (columns.shared.number()?, columns.fresh.number()?);
@@ -211,6 +320,12 @@ impl<'a> Entries<'a> {
         let end = entry.payload().end();
         if end.0 > self.summary.tar_bytes {
             return Err(IndexFault::Malformed("entry table (content beyond the tar's end)"));
+        }
+        if let Some(table) = &mut self.in_image {
+            entry.in_image = table.take(self.done + 1)?;
+        } else {
+            let gap = entry.headers.start.since(self.state.next);
+            self.may_lack_in_image |= gap >= format::GLOBAL_HEADER;
         }
         self.state.next = TarOffset(align_up(end.0));
 

@@ -9,11 +9,14 @@ mod tests;
 use std::borrow::Cow;
 use std::fmt;
 
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use base64::{Engine as _, alphabet};
+use jiff::fmt::temporal::{Pieces, PiecesOffset};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::wrong;
-use crate::index::{Entry, IndexError, Kind, Segment, TAR_BLOCK, Timestamp, Xattr, base64_decoded};
+use crate::index::{Entry, IndexError, Kind, Segment, TAR_BLOCK, Timestamp, Xattr};
 use crate::layer::LayerError;
 use crate::units::{TarOffset, TarRange};
 
@@ -87,9 +90,9 @@ struct Raw<'a> {
     #[serde(default)]
     mode: i64,
     #[serde(default)]
-    uid: u64,
+    uid: i64,
     #[serde(default)]
-    gid: u64,
+    gid: i64,
     #[serde(default)]
     offset: u64,
     #[serde(default)]
@@ -112,6 +115,12 @@ struct Raw<'a> {
     chunk_type: Cow<'a, str>,
 }
 
+/// The standard alphabet, padded or not.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
 /// Attributes: names with values in base64.
 #[derive(Debug, Default)]
 struct Xattrs<'a>(Vec<(Cow<'a, str>, Vec<u8>)>);
@@ -132,8 +141,8 @@ impl<'de: 'a, 'a> Deserialize<'de> for Xattrs<'a> {
                     if all.len() == MAX_XATTRS {
                         return Err(A::Error::custom("too many attributes"));
                     }
-                    let value = base64_decoded(value.as_bytes())
-                        .ok_or_else(|| A::Error::custom("an attribute's value is not base64"))?;
+                    let value = BASE64.decode(value.as_bytes());
+                    let value = value.map_err(|_| A::Error::custom("an attribute's value is not base64"))?;
                     all.push((name, value));
                 }
                 Ok(all)
@@ -459,55 +468,27 @@ fn rfc3339(text: &str) -> Option<Timestamp> {
     if text.is_empty() {
         return Some(Timestamp::default());
     }
-    let bytes = text.as_bytes();
-    let number = |range: std::ops::Range<usize>| -> Option<i64> {
-        let digits = bytes
-            .get(range)
-            .filter(|digits| digits.iter().all(u8::is_ascii_digit))?;
-        std::str::from_utf8(digits).ok()?.parse().ok()
-    };
-    let fixed = |at: usize, any: &[u8]| bytes.get(at).is_some_and(|byte| any.contains(byte));
-    let separators = fixed(4, b"-") && fixed(7, b"-") && fixed(10, b"Tt ") && fixed(13, b":") && fixed(16, b":");
-    let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
-    let (hour, minute, second) = (number(11..13)?, number(14..16)?, number(17..19)?);
-    if !separators || !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60
-    {
-        return None;
-    }
-    let rest = &text[19..];
-    let (nanos, zone) = match rest.strip_prefix('.') {
-        None => (0, rest),
-        Some(fraction) => {
-            let digits = fraction.bytes().take_while(u8::is_ascii_digit).count();
-            let shown = &fraction[..digits.min(9)];
-            let scale = 10_u32.checked_pow(u32::try_from(9 - shown.len()).ok()?)?;
-            (shown.parse::<u32>().ok()? * scale, &fraction[digits..])
+    // Go writes nine digits of a second at most, and more than these jiff does not read.
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let text = match text.split_once('.') {
+        Some((whole, fraction)) if digits(fraction) > 9 => {
+            Cow::Owned(format!("{whole}.{}{}", &fraction[..9], &fraction[digits(fraction)..]))
         }
+        _ => Cow::Borrowed(text),
     };
-    let east = match zone.as_bytes() {
-        b"Z" | b"z" => 0,
-        [sign @ (b'+' | b'-'), _, _, b':', _, _] => {
-            let at = text.len() - zone.len();
-            let minutes = number(at + 1..at + 3)? * 60 + number(at + 4..at + 6)?;
-            if *sign == b'+' { minutes } else { -minutes }
-        }
-        _ => return None,
+    let pieces = Pieces::parse(&*text).ok()?;
+    let east = match pieces.offset()? {
+        PiecesOffset::Numeric(offset) => offset.offset().seconds(),
+        _ => 0,
     };
-    let days = days_before(year, month) + day - 1;
+    let time = pieces.date().to_datetime(pieces.time()?);
+    // Years up to 9999 are fewer nanoseconds than 128 bits hold.
+    let nanos = time
+        .duration_since(jiff::civil::date(1970, 1, 1).at(0, 0, 0, 0))
+        .as_nanos();
+    let nanos = nanos - i128::from(east) * 1_000_000_000;
     Some(Timestamp {
-        secs: days * 86_400 + hour * 3600 + (minute - east) * 60 + second,
-        nanos,
+        secs: i64::try_from(nanos.div_euclid(1_000_000_000)).ok()?,
+        nanos: u32::try_from(nanos.rem_euclid(1_000_000_000)).ok()?,
     })
-}
-
-/// Days from 1970-01-01 to the first of a month in the Gregorian calendar.
-fn days_before(year: i64, month: i64) -> i64 {
-    // Years that begin in March have their leap day at the end.
-    let (year, month) = if month > 2 {
-        (year, month - 3)
-    } else {
-        (year - 1, month + 9)
-    };
-    let century = year.div_euclid(100);
-    365 * year + year.div_euclid(4) - century + century.div_euclid(4) + (153 * month + 2) / 5 - 719_468
 }

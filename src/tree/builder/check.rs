@@ -13,16 +13,6 @@ pub(super) fn too_much(entry: &Entry) -> TreeError {
     }
 }
 
-/// Owner and group as Linux has them: -1 is not an owner, it is what `chown` leaves alone.
-pub(super) fn owner(entry: &Entry) -> Result<(u32, u32), TreeError> {
-    let id = |id: u64| u32::try_from(id).ok().filter(|&id| id != u32::MAX);
-    id(entry.uid).zip(id(entry.gid)).ok_or_else(|| TreeError::Owner {
-        path: show(&entry.path),
-        uid: entry.uid,
-        gid: entry.gid,
-    })
-}
-
 /// The attributes by name; where several have one name, the last of them.
 pub(super) fn last_of_each(mut xattrs: Vec<Xattr>) -> Vec<Xattr> {
     xattrs.reverse();

@@ -20,7 +20,8 @@
 //!   overlayfs shows; containerd's plain unpacking adds to them). Within one layer they add up, as containerd has it.
 //! - Attributes `trusted.*` are not taken from a layer (containerd): for overlayfs they would be orders.
 //! - `.wh.`, `.wh..` and `.wh...` are errors (containerd). `.wh..wh.*` but for the opaque one, and what is below such a
-//!   name in the root directory, are AUFS's own and ignored (containerd, moby).
+//!   name in the root directory, are AUFS's own and not there (moby). What is in `/.wh..wh.plnk` can be the target of hard
+//!   links, which is what AUFS kept it for (containerd, moby).
 //!
 //! One thing depends on the order: which links an entry's path leads through, because that is the order in which a layer
 //! is unpacked everywhere. An entry below a link that a whiteout of the same layer takes away later has followed it.
@@ -36,12 +37,12 @@
 
 use std::collections::HashSet;
 
-use super::check::{nanos, owner, too_much};
+use super::check::{nanos, too_much};
 use super::{TreeBuilder, TreeMode};
 use crate::index::{Entry, Kind, Xattr};
 use crate::tree::error::show;
 use crate::tree::table::NONE;
-use crate::tree::{NodeKind, TreeError, XattrSetId, pair, type_bits, unpair};
+use crate::tree::{NAME_MAX, NodeKind, TreeError, XattrSetId, pair, type_bits, unpair};
 use crate::units::to_usize;
 
 const PREFIX: &[u8] = b".wh.";
@@ -67,9 +68,12 @@ impl Layers {
     }
 }
 
-/// A name that is a whiteout.
+/// Where AUFS kept the files that have several names, under names that nobody asks for.
+const AUFS_LINKS: &[u8] = b".wh..wh.plnk";
+
+/// A name that is a whiteout: what the last part of an entry's path says in a layer of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Whiteout<'a> {
+pub enum Whiteout<'a> {
     /// Hides all that lower layers have in its directory.
     Opaque,
     /// Hides one name.
@@ -79,7 +83,9 @@ pub(super) enum Whiteout<'a> {
 }
 
 impl<'a> Whiteout<'a> {
-    pub(super) fn of(name: &'a [u8]) -> Option<Self> {
+    /// The whiteout that a name is, if it is one.
+    #[must_use]
+    pub fn of(name: &'a [u8]) -> Option<Self> {
         let hidden = name.strip_prefix(PREFIX)?;
         Some(if name == OPAQUE {
             Self::Opaque
@@ -92,14 +98,60 @@ impl<'a> Whiteout<'a> {
 }
 
 /// Whether a path leads into one of AUFS's own directories, which lie in the root.
-pub(super) fn is_aufs_own(mut path: &[u8]) -> bool {
-    while let Some(rest) = path.strip_prefix(b"/").or_else(|| path.strip_prefix(b"./")) {
-        path = rest;
-    }
+pub(super) fn is_aufs_own(path: &[u8]) -> bool {
+    let path = from_root(path);
     path.starts_with(AUFS_PREFIX) && !path.starts_with(OPAQUE)
 }
 
+/// The name of a file that AUFS kept for hard links, in its path.
+fn aufs_link_name(path: &[u8]) -> Option<&[u8]> {
+    let name = from_root(path).strip_prefix(AUFS_LINKS)?.strip_prefix(b"/")?;
+    (!name.is_empty() && !name.contains(&b'/')).then_some(name)
+}
+
+/// A path without what says that it begins at the root.
+fn from_root(mut path: &[u8]) -> &[u8] {
+    while let Some(rest) = path.strip_prefix(b"/").or_else(|| path.strip_prefix(b"./")) {
+        path = rest;
+    }
+    path
+}
+
 impl TreeBuilder {
+    /// Takes an entry that is AUFS's own: a file that it kept for hard links is there for them, everything else is not.
+    pub(super) fn keep_for_aufs(&mut self, entry: &Entry) -> Result<(), TreeError> {
+        let Some(name) = aufs_link_name(&entry.path) else {
+            return Ok(());
+        };
+        if matches!(entry.kind, Kind::Directory | Kind::Hardlink) || name.len() > NAME_MAX {
+            return Ok(());
+        }
+        if self.aufs_links == NONE {
+            let directory = Entry {
+                kind: Kind::Directory,
+                ..Entry::default()
+            };
+            self.aufs_links = self.make_node(&directory, NONE)?;
+        }
+        let node = self.make_node(entry, self.aufs_links)?;
+        if let Some(at) = self.names.find(self.aufs_links, name) {
+            self.names.set_node(at, node);
+            return Ok(());
+        }
+        let added = self.add_name(self.aufs_links, name, node);
+        added.map(drop).ok_or_else(|| too_much(entry))
+    }
+
+    /// The node that a hard link to a file of AUFS's names, if there is such a file; `None` for every other target.
+    #[expect(clippy::option_option, reason = "three outcomes, spelled out above")]
+    pub(super) fn aufs_link(&self, target: &[u8], name: &[u8]) -> Option<Option<u32>> {
+        if self.mode == TreeMode::Plain || aufs_link_name(target) != Some(name) {
+            return None;
+        }
+        let at = (self.aufs_links != NONE).then(|| self.names.find(self.aufs_links, name));
+        Some(at.flatten().map(|at| self.names.get(at).node))
+    }
+
     /// This layer in a directory's marks, where 0 is no layer.
     fn stamp(&self) -> u32 {
         u32::from(self.layer) + 1
@@ -239,7 +291,6 @@ impl TreeBuilder {
                 Ok(())
             };
         }
-        owner(entry)?;
         let device = Entry {
             kind: Kind::CharDevice,
             uid: entry.uid,
