@@ -19,7 +19,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use support::{Runs, ratios};
-use tarblk::bench::origin::{Link, Origin};
+use tarblk::internals::bench::origin::{Link, Origin};
 
 const MIB: u64 = 1 << 20;
 const FILE_BYTES: u64 = 4 * MIB;

@@ -10,11 +10,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use tarblk::bench::origin::{Link, Origin};
-use tarblk::cache::Slice;
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, ReadCallback};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::bench::origin::{Link, Origin};
+use tarblk::internals::cache::Slice;
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{
+    FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, ReadCallback,
+};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const MIB: u64 = 1 << 20;
 

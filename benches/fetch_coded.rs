@@ -10,16 +10,16 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
-use tarblk::bench::origin::{Link, Origin};
-use tarblk::cache::Slice;
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{
+use tarblk::internals::bench::origin::{Link, Origin};
+use tarblk::internals::cache::Slice;
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{
     Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
     ReadCallback, Verifier, Windows,
 };
-use tarblk::layer::{Coding, Decoder, Indexer, Spans};
-use tarblk::units::CHUNK_BYTES;
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::layer::{Coding, Decoder, Indexer, Spans};
+use tarblk::internals::units::CHUNK_BYTES;
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 #[path = "support/mod.rs"]
 mod support;

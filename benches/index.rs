@@ -7,7 +7,7 @@ use std::fs::File;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use tarblk::index::{Collector, Entry, EntrySink, Index, IndexBuilder, IndexError, walk};
+use tarblk::internals::index::{Collector, Entry, EntrySink, Index, IndexBuilder, IndexError, walk};
 
 const RUNS: usize = 15;
 

@@ -11,8 +11,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tarblk::layer::{Coding, Decoder, Indexer, LayerError, Spans};
-use tarblk::units::TarOffset;
+use tarblk::internals::layer::{Coding, Decoder, Indexer, LayerError, Spans};
+use tarblk::internals::units::TarOffset;
 
 const RUNS: usize = 5;
 const READS: usize = 200;

@@ -25,15 +25,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use support::{Runs, ratios, time_ratios};
-use tarblk::device::volume::Volume;
-use tarblk::device::{Device, DeviceOptions};
-use tarblk::fetch::{FetchOptions, Fetcher, FileLayer, LayerSource};
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage as _, Origin};
-use tarblk::index::{Entry, EntrySink as _, Index, IndexBuilder, Kind, Segment, Timestamp, walk};
-use tarblk::mount::{MountOptions, mount_device};
-use tarblk::tree::{TreeBuilder, TreeMode};
-use tarblk::units::{LayerId, TarOffset};
+use tarblk::internals::device::volume::Volume;
+use tarblk::internals::device::{Device, DeviceOptions};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, FileLayer, LayerSource};
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage as _, Origin};
+use tarblk::internals::index::{Entry, EntrySink as _, Index, IndexBuilder, Kind, Segment, Timestamp, walk};
+use tarblk::internals::mount::{MountOptions, mount_device};
+use tarblk::internals::tree::{TreeBuilder, TreeMode};
+use tarblk::internals::units::{LayerId, TarOffset};
 
 const RUNS: usize = 15;
 const ENTRIES: u32 = 1_000_000;
@@ -309,7 +309,7 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
     let start = Instant::now();
     let listed = fs::read_dir(dir).map(Iterator::count);
     let ls = start.elapsed();
-    let ublk = device.backend() == tarblk::device::Backend::Ublk;
+    let ublk = device.backend() == tarblk::internals::device::Backend::Ublk;
     if mounted.is_ok() {
         rustix::mount::unmount(dir, rustix::mount::UnmountFlags::empty())?;
     }
@@ -398,7 +398,7 @@ fn make_index(numbers: Range<u32>) -> Outcome<Vec<u8>> {
         }
         builder.entry(&entry)?;
     }
-    Ok(builder.finish(at + 1024, tarblk::index::EndOfArchive::Marked))
+    Ok(builder.finish(at + 1024, tarblk::internals::index::EndOfArchive::Marked))
 }
 
 fn layer_path(path: &str, layer: u32) -> String {

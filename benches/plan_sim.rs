@@ -20,15 +20,15 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tarblk::cache::ChunkKey;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage as _, Origin};
-use tarblk::index::walk;
-use tarblk::prefetch::bandwidth::BdpEstimator;
-use tarblk::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, Reason, merge};
-use tarblk::tree::TreeBuilder;
-use tarblk::units::CHUNK_BYTES;
-use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
+use tarblk::internals::cache::ChunkKey;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage as _, Origin};
+use tarblk::internals::index::walk;
+use tarblk::internals::prefetch::bandwidth::BdpEstimator;
+use tarblk::internals::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, Reason, merge};
+use tarblk::internals::tree::TreeBuilder;
+use tarblk::internals::units::CHUNK_BYTES;
+use tarblk::internals::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
 
 struct Read {
     pause_us: u64,
@@ -275,7 +275,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
 
 /// Says of which files most was fetched that nobody read, and why.
 fn tell_waste(case: &Case, sim: &Simulation<'_>) {
-    use tarblk::image::FileMap as _;
+    use tarblk::internals::image::FileMap as _;
     const TOLD: usize = 50;
     let mut waste: BTreeMap<(Option<Reason>, Vec<u8>), u64> = BTreeMap::new();
     for (key, reason) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
@@ -364,10 +364,10 @@ fn invented(directory: &std::path::Path) -> Case {
     tar.finish().expect("room for the layer");
     let mut case = case(path.to_str().expect("a plain path"));
     let mut reads = Vec::new();
-    let mut collect = |file: tarblk::image::StoredFile| reads.push((file.file.0, file.range));
+    let mut collect = |file: tarblk::internals::image::StoredFile| reads.push((file.file.0, file.range));
     let mut at = TarOffset(512);
     while at.0 < case.size {
-        use tarblk::image::FileMap as _;
+        use tarblk::internals::image::FileMap as _;
         match case.image.file_at(LayerId(0), at) {
             Some(file) => {
                 collect(file);

@@ -6,8 +6,8 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use tarblk::index::build::{Contents, Recorder};
-use tarblk::index::{ColdPart, Index, IndexError};
+use tarblk::internals::index::build::{Contents, Recorder};
+use tarblk::internals::index::{ColdPart, Index, IndexError};
 
 const RUNS: usize = 7;
 

@@ -16,8 +16,8 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
 use support::Everything;
-use tarblk::device::volume::Volume;
-use tarblk::device::{BackendChoice, Device, DeviceOptions, fuse_loop, ublk};
+use tarblk::internals::device::volume::Volume;
+use tarblk::internals::device::{BackendChoice, Device, DeviceOptions, fuse_loop, ublk};
 
 struct Plan {
     seconds: usize,

@@ -12,9 +12,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use support::{Runs, time_ratios};
-use tarblk::bench::origin::{Link, Origin};
-use tarblk::index::{EntrySink, IndexBuilder, walk::Walked};
-use tarblk::source::{self, Patience, Source};
+use tarblk::internals::bench::origin::{Link, Origin};
+use tarblk::internals::index::{EntrySink, IndexBuilder, walk::Walked};
+use tarblk::internals::source::{self, Patience, Source};
 
 const RUNS: usize = 7;
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tarblk::bench::origin::{Link, Origin};
+use tarblk::internals::bench::origin::{Link, Origin};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);

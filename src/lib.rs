@@ -53,36 +53,46 @@
 //! | merge an image's layers | [`TreeBuilder`] with [`TreeMode::Merged`] |
 //! | have blocks | [`Ext4Image`], a [`BlockImage`] |
 
-pub mod diff;
-pub mod digest;
-pub mod image;
-pub mod index;
-pub mod layer;
-pub mod tree;
-pub mod units;
+// Invariant: rooms are private; what a user of the library needs is re-exported below. With `unstable-internals`, under which
+// everything is linted, all of it is reachable for tests; without it these lints would name each item that only rooms or
+// tests use.
+#![cfg_attr(
+    not(feature = "unstable-internals"),
+    allow(dead_code, unused_imports, unreachable_pub)
+)]
+// What is re-exported names no type that is not.
+#![cfg_attr(not(feature = "unstable-internals"), warn(unnameable_types))]
+
+mod diff;
+mod digest;
+mod image;
+mod index;
+mod layer;
+mod tree;
+mod units;
 
 #[cfg(feature = "command")]
-pub mod bench;
+mod bench;
 #[cfg(feature = "command")]
-pub mod cache;
+mod cache;
 #[cfg(feature = "command")]
-pub mod commands;
+mod commands;
 #[cfg(feature = "command")]
-pub mod device;
+mod device;
 #[cfg(feature = "command")]
-pub mod fetch;
+mod fetch;
 #[cfg(feature = "command")]
-pub mod interrupt;
+mod interrupt;
 #[cfg(feature = "command")]
-pub mod mount;
+mod mount;
 #[cfg(feature = "command")]
-pub mod open;
+mod open;
 #[cfg(feature = "command")]
-pub mod prefetch;
+mod prefetch;
 #[cfg(feature = "command")]
-pub mod quantity;
+mod quantity;
 #[cfg(feature = "command")]
-pub mod source;
+mod source;
 
 /// Runs the `tarblk` command on this process's arguments: all that `src/main.rs` does.
 #[cfg(feature = "command")]
@@ -95,12 +105,16 @@ pub use index::build::{BlobRecorded, BlobRecorder, Contents, Recorded, Recorder}
 pub use index::walk::{Progress, Walked, local as walk_headers};
 pub use index::{
     ArchiveFault, ChunkDigests, ColdDirectory, ColdPart, ColdPiece, Collector, EndOfArchive, Entries, Entry, EntrySink,
-    HeaderFault, Index, IndexBuilder, IndexError, IndexFault, Kind, LayerIdentity, MAX_PIECE, Payload, PieceDigests,
-    RebuildError, Segment, Summary, Tee, Timestamp, Xattr, rebuild_tar,
+    HeaderFault, Index, IndexBuilder, IndexError, IndexFault, Kind, LayerIdentity, MAX_PIECE, Parser, Payload,
+    PieceDigests, RebuildError, Segment, Summary, Tee, Timestamp, Xattr, hot_len, is_index, looks_like_header,
+    rebuild_tar,
 };
-pub use layer::{Begins, Coding, Decoder, Indexer, LayerError, SPACING, Span, SpanTable, Spans};
-pub use tree::{Child, Content, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeError, TreeMode, XattrSetId, Xattrs};
-pub use units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
+pub use layer::{Begins, Coding, Decoder, Indexer, LayerError, LayerType, SPACING, Span, SpanTable, Spans};
+pub use tree::{
+    Child, Content, LINK_TEXT_MAX, NAME_MAX, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeError, TreeMode,
+    XattrSetId, Xattrs,
+};
+pub use units::{BLOCK_SIZE, CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 /// Every room with all that is public in it, for this project's own tests, benchmarks, examples and fuzz targets. It changes
 /// with every version, also smaller ones: nothing outside of this repository may use it.

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    tarblk::commands::main()
+    tarblk::run_command()
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use lab::{Lab, devices, mounts_below, pattern, skip, text};
 use serde_json::Value;
-use tarblk::bench::origin::Origin;
+use tarblk::internals::bench::origin::Origin;
 
 #[test]
 fn usage_is_told_from_failure() {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use lab::{Lab, devices, have, mounts_below, root, skip, text};
 use rustix::process::{Pid, Signal, kill_process};
-use tarblk::bench::origin::{Fault, Link, Origin};
+use tarblk::internals::bench::origin::{Fault, Link, Origin};
 
 /// A header block with the given fields, its checksum right.
 fn header(name: &str, size: &[u8], kind: u8, link: &str) -> Vec<u8> {

@@ -5,7 +5,7 @@ mod support;
 use std::process::ExitCode;
 
 use support::{device_cases, harness};
-use tarblk::device::{BackendChoice, fuse_loop};
+use tarblk::internals::device::{BackendChoice, fuse_loop};
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(harness::DAEMON) {

@@ -6,7 +6,7 @@ mod support;
 use std::process::ExitCode;
 
 use support::{device_cases, harness};
-use tarblk::device::{BackendChoice, ublk};
+use tarblk::internals::device::{BackendChoice, ublk};
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(harness::DAEMON) {

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fetched::{at_origin, joined, quick, range, sha256, u};
-use tarblk::bench::origin::{Fault, Origin};
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows};
-use tarblk::layer::{Coding, Indexer};
+use tarblk::internals::bench::origin::{Fault, Origin};
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{
+    Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows,
+};
+use tarblk::internals::layer::{Coding, Indexer};
 
 const SIZE: usize = 6_000_321;
 

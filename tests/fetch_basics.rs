@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
 use fetched::{joined, noise, range};
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Located};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Located};
 
 fn answer(mut stream: TcpStream, data: &[u8]) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);

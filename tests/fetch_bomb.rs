@@ -4,10 +4,10 @@ use std::fs::File;
 use std::process::Command;
 use std::sync::Arc;
 
-use tarblk::bench::origin::Origin;
-use tarblk::fetch::{Blob, Coded, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Windows};
-use tarblk::layer::{Coding, Indexer};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::bench::origin::Origin;
+use tarblk::internals::fetch::{Blob, Coded, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Windows};
+use tarblk::internals::layer::{Coding, Indexer};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const LEN: u64 = 320 << 20;
 /// A decoder, a megabyte of chunks, and what waits for the disk (64 MiB at most); far from the layer's length.

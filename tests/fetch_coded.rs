@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, quick, range, read, sha256, u};
-use tarblk::bench::origin::{Fault, Origin, Request, at_random};
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{
+use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{
     Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located, Verifier,
     WholeDigests, Windows,
 };
-use tarblk::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
-use tarblk::layer::{Coding, Indexer, Spans};
-use tarblk::units::CHUNK_BYTES;
-use tarblk::units::LayerId;
+use tarblk::internals::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
+use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::units::CHUNK_BYTES;
+use tarblk::internals::units::LayerId;
 
 const SIZE: usize = 5_000_321;
 const SPACING: u64 = 200_000;
@@ -481,7 +481,7 @@ fn windows_that_were_fetched_are_kept_in_the_index_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kept.hot");
     // The hot part, and a hole.
-    let hot = usize::try_from(tarblk::index::hot_len(&cold).unwrap().unwrap()).unwrap();
+    let hot = usize::try_from(tarblk::internals::index::hot_len(&cold).unwrap().unwrap()).unwrap();
     std::fs::write(&path, &cold[..hot]).unwrap();
     let file = || File::options().read(true).write(true).open(&path).unwrap();
     file().set_len(u(cold.len())).unwrap();

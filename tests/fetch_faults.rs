@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fetched::{at_origin, hammer, joined, noise, range, u};
-use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
+use tarblk::internals::bench::origin::{Fault, Origin, at_random};
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
 
 const SIZE: usize = 3_000_321;
 

@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use common::chunked::{self, Chunked, noise};
 use fetched::{at_origin, hammer, quick, read, u};
-use tarblk::bench::origin::{Fault, Origin, at_random};
-use tarblk::cache::disk::DiskCache;
-use tarblk::fetch::{Blob, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
-use tarblk::index::toc::Place;
-use tarblk::index::{Index, IndexBuilder, PieceDigests};
+use tarblk::internals::bench::origin::{Fault, Origin, at_random};
+use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::fetch::{Blob, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
+use tarblk::internals::index::toc::Place;
+use tarblk::internals::index::{Index, IndexBuilder, PieceDigests};
 
 fn s(n: u64) -> usize {
     usize::try_from(n).unwrap()

@@ -22,8 +22,8 @@ use common::rawtar::{RawTar, noise};
 use common::session::{Session, device, is_mounted, leftovers};
 use common::unpacked::{self, Unpacked, umoci_unpack};
 use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};
-use tarblk::bench::origin::{Fault, Link, Origin, at_random};
-use tarblk::device::ublk;
+use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
+use tarblk::internals::device::ublk;
 
 // ------------------------------------------------------------------------------------------------------------ where
 

@@ -16,7 +16,7 @@ use common::session::Session;
 use common::unpacked::{self, umoci_unpack};
 use registry::{Access, Registry};
 use serde_json::{Value, json};
-use tarblk::bench::origin::Origin;
+use tarblk::internals::bench::origin::Origin;
 
 /// The images of the laboratory that have such layers only, as far as they were made.
 fn with_contents(images: &Path) -> Vec<(&'static str, &'static str)> {

@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use common::rawtar::{Header, RawTar, noise};
 use scripted::TestRegistry;
-use tarblk::digest::{Algorithm, Digest};
-use tarblk::index::Collector;
-use tarblk::layer::Coding;
-use tarblk::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
-use tarblk::source::Patience;
-use tarblk::source::registry::{DOCKER_MANIFEST, Keyring, OCI_MANIFEST, RegistryOptions};
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::index::Collector;
+use tarblk::internals::layer::Coding;
+use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
+use tarblk::internals::source::Patience;
+use tarblk::internals::source::registry::{DOCKER_MANIFEST, Keyring, OCI_MANIFEST, RegistryOptions};
 
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
@@ -221,19 +221,20 @@ fn the_first_bytes_decide() {
 #[test]
 fn a_published_index_says_what_a_blob_is() {
     struct Silent;
-    impl tarblk::open::Watch for Silent {
-        fn reading(&mut self, _what: tarblk::open::Reading, _at: u64, _len: u64) {}
+    impl tarblk::internals::open::Watch for Silent {
+        fn reading(&mut self, _what: tarblk::internals::open::Reading, _at: u64, _len: u64) {}
     }
-    impl tarblk::open::publish::PublishWatch for Silent {
+    impl tarblk::internals::open::publish::PublishWatch for Silent {
         fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
     }
     let tar = tar(2);
     for (blob, said, coding) in [(tar.clone(), GZIP, Coding::Plain), (gzip(&tar), PLAIN, Coding::Gzip)] {
         let registry = TestRegistry::start();
         let name = in_registry(&registry, &Layer::new(&blob, &tar, said));
-        let reference = tarblk::source::registry::Reference::parse(name.strip_prefix("docker://").unwrap()).unwrap();
+        let reference =
+            tarblk::internals::source::registry::Reference::parse(name.strip_prefix("docker://").unwrap()).unwrap();
         let options = options(None);
-        tarblk::open::publish::push(&reference, &options.registry, 1 << 20, false, &mut Silent).unwrap();
+        tarblk::internals::open::publish::push(&reference, &options.registry, 1 << 20, false, &mut Silent).unwrap();
         registry.take_log();
         let prepared = open(
             &name,

@@ -13,8 +13,8 @@ use oracle::{Mounted, Payload, assert_clean, assert_same, can_mount, extracted, 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, lsetxattr, makedev, mknodat, utimensat,
 };
-use tarblk::image::export::export;
-use tarblk::units::TarOffset;
+use tarblk::internals::image::export::export;
+use tarblk::internals::units::TarOffset;
 
 fn noise(len: usize, from: u64) -> Vec<u8> {
     let mut bytes = vec![0; len];

@@ -8,11 +8,11 @@ use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use oracle::{Payload, check_entries, expected, image_of_entries, write_image};
-use tarblk::image::ImageError;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::index::{Entry, Kind, Segment, Timestamp, Xattr};
-use tarblk::tree::TreeBuilder;
-use tarblk::units::TarOffset;
+use tarblk::internals::image::ImageError;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::index::{Entry, Kind, Segment, Timestamp, Xattr};
+use tarblk::internals::tree::TreeBuilder;
+use tarblk::internals::units::TarOffset;
 
 fn entry(path: impl Into<Vec<u8>>, kind: Kind) -> Entry {
     let mtime = Timestamp {
@@ -488,7 +488,10 @@ fn sparse_files() {
             }
         }
     }
-    assert!(tarblk::image::BlockImage::len(&image) < 20 << 20, "holes take no room");
+    assert!(
+        tarblk::internals::image::BlockImage::len(&image) < 20 << 20,
+        "holes take no room"
+    );
 }
 
 #[test]
@@ -502,7 +505,7 @@ fn hundreds_of_gigabytes() {
         file("more", 45 * GIB + 3, 181 * GIB + 4097),
     ];
     let (checked, image) = check_entries(&entries, Payload::Rare);
-    assert!(tarblk::image::BlockImage::len(&image) > 224 * GIB);
+    assert!(tarblk::internals::image::BlockImage::len(&image) > 224 * GIB);
     if let Some(mounted) = checked.mounted {
         for entry in &entries[1..] {
             let file = fs::File::open(mounted.path().join(std::str::from_utf8(&entry.path).unwrap())).unwrap();

@@ -11,12 +11,12 @@ use std::sync::Arc;
 use ext4_view::{Ext4, Ext4Read};
 use oracle::{Item, Kind, Mounted, Snapshot, assert_clean, assert_same, digest, snapshot};
 use proptest::prelude::*;
-use tarblk::image::export::export;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage, FileMap, Origin, Piece};
-use tarblk::index::{Collector, EndOfArchive, Entry, Parser};
-use tarblk::tree::{Content, NodeId, NodeKind, Tree, TreeBuilder};
-use tarblk::units::{LayerId, TarOffset};
+use tarblk::internals::image::export::export;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage, FileMap, Origin, Piece};
+use tarblk::internals::index::{Collector, EndOfArchive, Entry, Parser};
+use tarblk::internals::tree::{Content, NodeId, NodeKind, Tree, TreeBuilder};
+use tarblk::internals::units::{LayerId, TarOffset};
 
 /// One entry to tar.
 #[derive(Clone, Debug)]

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use sha2::{Digest, Sha256};
-use tarblk::index::{
+use tarblk::internals::index::{
     Collector, Entry, HeaderFault, Index, IndexBuilder, IndexError, Kind, Parser, Timestamp, listing, walk,
 };
-use tarblk::units::TarOffset;
+use tarblk::internals::units::TarOffset;
 
 /// A length as a position.
 fn bytes(len: usize) -> u64 {

@@ -9,15 +9,15 @@ use std::ops::Range;
 use common::rawtar::{Header, RawTar, noise};
 use common::{corpus, no_loop_mounts, scratch, skip};
 use sha2::{Digest, Sha256};
-use tarblk::index::build::{Contents, Recorder};
-use tarblk::index::{ColdPart, Collector, Entry, Index, IndexError, Parser, RebuildError, rebuild_tar};
-use tarblk::units::TarOffset;
+use tarblk::internals::index::build::{Contents, Recorder};
+use tarblk::internals::index::{ColdPart, Collector, Entry, Index, IndexError, Parser, RebuildError, rebuild_tar};
+use tarblk::internals::units::TarOffset;
 
 fn long(len: usize) -> u64 {
     u64::try_from(len).unwrap()
 }
 
-fn place(range: tarblk::units::TarRange) -> Range<usize> {
+fn place(range: tarblk::internals::units::TarRange) -> Range<usize> {
     usize::try_from(range.start.0).unwrap()..usize::try_from(range.end().0).unwrap()
 }
 
@@ -81,7 +81,7 @@ fn check(name: &str, tar: &[u8]) {
     for (number, chunk) in (0..).zip(tar.chunks(32 << 10)) {
         assert!(digests.check(number, chunk), "{name}: chunk {number}");
     }
-    let whole = tarblk::digest::Digest::of(tarblk::digest::Algorithm::Sha256, tar);
+    let whole = tarblk::internals::digest::Digest::of(tarblk::internals::digest::Algorithm::Sha256, tar);
     assert_eq!(index.identity().diff_id.as_ref(), Some(&whole), "{name}");
     assert_eq!(
         (index.identity().blob_digest.as_ref(), index.identity().blob_len),
@@ -210,7 +210,7 @@ fn without_header_bytes_there_is_no_tar() {
     assert!(matches!(rebuild(&index, &tar), Err(RebuildError::NoHeaders)));
     // The hot part alone knows that there are header bytes, but has none.
     let whole = record(&tar, Contents::FULL, &[1000]).unwrap();
-    let hot = tarblk::index::hot_len(&whole).unwrap().unwrap();
+    let hot = tarblk::internals::index::hot_len(&whole).unwrap().unwrap();
     let hot = Index::open_hot(whole[..usize::try_from(hot).unwrap()].to_vec()).unwrap();
     assert!(matches!(rebuild(&hot, &tar), Err(RebuildError::Index(_))));
 }

@@ -7,13 +7,13 @@ use std::sync::OnceLock;
 
 use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
-use tarblk::digest::{Algorithm, Digest};
-use tarblk::index::{
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::index::{
     ChunkDigests, ChunkHasher, ColdPart, Collector, EndOfArchive, Entry, EntrySink, InImage, Index, IndexBuilder,
     IndexError, IndexFault, Kind, LayerIdentity, Parser, Segment, Timestamp, Xattr, hot_len, is_index,
 };
-use tarblk::layer::{Coding, Indexer, Spans};
-use tarblk::units::{TarOffset, TarRange};
+use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::units::{TarOffset, TarRange};
 
 /// A length as a position.
 fn long(len: usize) -> u64 {

@@ -13,20 +13,20 @@ use std::time::Duration;
 
 use common::rawtar::{RawTar, noise};
 use scripted::TestRegistry;
-use tarblk::digest::{Algorithm, Digest};
-use tarblk::index::build::{BlobRecorder, Contents};
-use tarblk::index::{ColdPart, Index};
-use tarblk::layer::Coding;
-use tarblk::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
-use tarblk::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
-use tarblk::open::publish::{Publication, PublishWatch, Published, copy, push};
-use tarblk::open::{
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::index::build::{BlobRecorder, Contents};
+use tarblk::internals::index::{ColdPart, Index};
+use tarblk::internals::layer::Coding;
+use tarblk::internals::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
+use tarblk::internals::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
+use tarblk::internals::open::publish::{Publication, PublishWatch, Published, copy, push};
+use tarblk::internals::open::{
     Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Unwatched, Watch, prepare,
 };
-use tarblk::source::registry::{
+use tarblk::internals::source::registry::{
     Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
 };
-use tarblk::source::{Patience, SourceError};
+use tarblk::internals::source::{Patience, SourceError};
 
 const SPACING: u64 = 64 << 10;
 
@@ -194,7 +194,7 @@ impl Reader {
     fn find(&self, pin: Option<&Digest>) -> Vec<Option<Found<OpenError>>> {
         let found = find_indexes(&self.registry, &self.image, pin).unwrap();
         let fetch = |(layer, found): (_, Option<_>)| {
-            found.map(|found: tarblk::open::discover::FoundIndex| {
+            found.map(|found: tarblk::internals::open::discover::FoundIndex| {
                 (found.by, fetch_hot(&self.name, layer, &found, &Patience::default()))
             })
         };
@@ -345,8 +345,8 @@ fn indexes_that_lie_are_refused() {
     let said = publish(&list(&other.index(), &layer.digest()), &other.index()).unwrap_err();
     assert!(said.contains("another layer"), "{said}");
     // Of a tar of which nobody knows whose it is.
-    let mut unknown = tarblk::index::IndexBuilder::new();
-    let unknown = std::mem::take(&mut unknown).finish(0, tarblk::index::EndOfArchive::Marked);
+    let mut unknown = tarblk::internals::index::IndexBuilder::new();
+    let unknown = std::mem::take(&mut unknown).finish(0, tarblk::internals::index::EndOfArchive::Marked);
     let said = publish(&list(&unknown, &layer.digest()), &unknown).unwrap_err();
     assert!(said.contains("another layer"), "{said}");
     // A flipped bit in the hot part; cut short; longer than was said.
@@ -552,7 +552,7 @@ fn what_was_found_once_is_kept_and_only_the_tag_is_asked_for() {
     let (pinned, asked) = opener.open(name, &IndexChoice::Auto, other.artifact.as_ref());
     let pinned = pinned.unwrap();
     assert!(is_published(&pinned.layers[0].origin), "{asked:?}");
-    let spans = |index: &Index<Vec<u8>>| index.spans().map_or(0, tarblk::layer::SpanTable::len);
+    let spans = |index: &Index<Vec<u8>>| index.spans().map_or(0, tarblk::internals::layer::SpanTable::len);
     assert!(spans(&pinned.layers[0].index) > spans(&Index::open(one.index()).unwrap()));
 }
 

@@ -14,10 +14,10 @@ use std::process::{Command, Stdio};
 
 use common::{have, skip, unpacked};
 use sha2::{Digest, Sha256};
-use tarblk::index::toc::{Contents, Format, Place, TAIL};
-use tarblk::index::{Collector, Entry, EntrySink, Index, IndexBuilder, Kind, Parser, rebuild_tar};
-use tarblk::layer::{Coding, Decoder, Indexer, SPACING};
-use tarblk::units::TarOffset;
+use tarblk::internals::index::toc::{Contents, Format, Place, TAIL};
+use tarblk::internals::index::{Collector, Entry, EntrySink, Index, IndexBuilder, Kind, Parser, rebuild_tar};
+use tarblk::internals::layer::{Coding, Decoder, Indexer, SPACING};
+use tarblk::internals::units::TarOffset;
 
 type Annotations = BTreeMap<String, String>;
 
@@ -78,7 +78,7 @@ fn essence(entry: &Entry, seconds: bool) -> Entry {
         entry.mtime.nanos = 0;
     }
     entry.segments.clear();
-    entry.headers = tarblk::units::TarRange::default();
+    entry.headers = tarblk::internals::units::TarRange::default();
     entry
 }
 
@@ -159,7 +159,10 @@ fn check(what: &str, blob: &[u8], annotations: &Annotations) -> usize {
     }
     let mut encoded = Vec::new();
     table.encode(&mut encoded);
-    assert_eq!(tarblk::layer::SpanTable::decode(&encoded).as_ref(), Ok(table));
+    assert_eq!(
+        tarblk::internals::layer::SpanTable::decode(&encoded).as_ref(),
+        Ok(table)
+    );
     let (table, complete) = (table.clone(), contents.are_digests_complete());
     let index = Index::open(contents.into_index(IndexBuilder::new()).unwrap()).unwrap();
     assert!(index.is_of_contents() && index.spans() == Some(&table));

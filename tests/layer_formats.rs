@@ -12,8 +12,8 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use common::{have, skip};
-use tarblk::layer::{Begins, Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
-use tarblk::units::{TarOffset, TarRange};
+use tarblk::internals::layer::{Begins, Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
+use tarblk::internals::units::{TarOffset, TarRange};
 
 /// Close enough for many points in a few megabytes.
 const SPACING: u64 = 64 << 10;

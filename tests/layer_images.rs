@@ -14,10 +14,10 @@ use std::path::Path;
 use common::unpacked::{self, images};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
-use tarblk::index::toc::{Format, Place, TAIL};
-use tarblk::index::{Collector, Kind};
-use tarblk::layer::{Coding, Decoder, Indexer, Spans};
-use tarblk::units::TarOffset;
+use tarblk::internals::index::toc::{Format, Place, TAIL};
+use tarblk::internals::index::{Collector, Kind};
+use tarblk::internals::layer::{Coding, Decoder, Indexer, Spans};
+use tarblk::internals::units::TarOffset;
 
 const SPACING: u64 = 2 << 20;
 

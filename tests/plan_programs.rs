@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use tarblk::cache::ChunkKey;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{DirectoryId, FileMap, StoredFile};
-use tarblk::index::walk;
-use tarblk::prefetch::{PlanOptions, Planner, Presence};
-use tarblk::tree::TreeBuilder;
-use tarblk::units::CHUNK_BYTES;
-use tarblk::units::TarRange;
+use tarblk::internals::cache::ChunkKey;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{DirectoryId, FileMap, StoredFile};
+use tarblk::internals::index::walk;
+use tarblk::internals::prefetch::{PlanOptions, Planner, Presence};
+use tarblk::internals::tree::TreeBuilder;
+use tarblk::internals::units::CHUNK_BYTES;
+use tarblk::internals::units::TarRange;
 
 /// A layer whose every wish comes true at once, and the chunks that came.
 struct World {

@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use common::unpacked;
 use registry::front::Front;
 use registry::{Access, PASSWORD, Registry, USER};
-use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
-use tarblk::source::SourceError;
-use tarblk::source::registry::{BlobAccess, BlobPlace, Image, ImageName, Login, RegistryOptions, resolve};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::internals::source::SourceError;
+use tarblk::internals::source::registry::{BlobAccess, BlobPlace, Image, ImageName, Login, RegistryOptions, resolve};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 fn find(name: &str, options: &RegistryOptions) -> Result<Image, SourceError> {
     resolve(&ImageName::parse(name).unwrap(), options)

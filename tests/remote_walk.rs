@@ -7,11 +7,11 @@ use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use tarblk::bench::origin::{Fault, Link, Origin, at_random};
-use tarblk::index::walk::Walked;
-use tarblk::index::{Collector, Entry, walk};
-use tarblk::source::{self, Patience, Source, SourceError, Tap};
-use tarblk::units::TarOffset;
+use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
+use tarblk::internals::index::walk::Walked;
+use tarblk::internals::index::{Collector, Entry, walk};
+use tarblk::internals::source::{self, Patience, Source, SourceError, Tap};
+use tarblk::internals::units::TarOffset;
 
 /// A length as a position.
 fn bytes(len: usize) -> u64 {

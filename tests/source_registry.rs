@@ -12,16 +12,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use scripted::{Asked, Door, TestRegistry};
-use tarblk::digest::{Algorithm, Digest};
-use tarblk::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
-use tarblk::layer::Coding;
-use tarblk::source::registry::{
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
+use tarblk::internals::layer::Coding;
+use tarblk::internals::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
     RegistryOptions, Version, resolve,
 };
-use tarblk::source::{Patience, SourceError};
-use tarblk::units::CHUNK_BYTES;
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::source::{Patience, SourceError};
+use tarblk::internals::units::CHUNK_BYTES;
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -768,7 +768,7 @@ fn private_authorities_and_client_certificates_are_used_everywhere() {
 
 #[test]
 fn storage_may_have_the_registrys_private_authority() {
-    use tarblk::source;
+    use tarblk::internals::source;
     if !common::have("openssl") {
         return common::skip(
             "storage_may_have_the_registrys_private_authority",
@@ -926,7 +926,7 @@ fn proxies_of_the_environment_are_used_everywhere() {
 
 #[test]
 fn a_plain_layer_is_walked_where_it_lies() {
-    use tarblk::source;
+    use tarblk::internals::source;
     let registry = TestRegistry::start();
     let mut tar = tar::Builder::new(Vec::new());
     for number in 0..200_u32 {
@@ -948,9 +948,9 @@ fn a_plain_layer_is_walked_where_it_lies() {
     let blob = source::open_layer(&name, &image.layers[0]).unwrap();
     assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
     assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
-    let mut builder = tarblk::index::IndexBuilder::new();
+    let mut builder = tarblk::internals::index::IndexBuilder::new();
     let walked = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap();
-    let index = tarblk::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
+    let index = tarblk::internals::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
     assert_eq!(index.summary().files, 200);
     let log = registry.take_log();
     // The redirect is kept: storage is asked, the registry once or twice.
@@ -964,7 +964,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     let image = resolve(&ImageName::parse(&registry.name("some/image:v2")).unwrap(), &options()).unwrap();
     registry.rules(|rules| rules.lost = true);
     let blob = source::open_layer(&name, &image.layers[0]).unwrap();
-    let mut builder = tarblk::index::IndexBuilder::new();
+    let mut builder = tarblk::internals::index::IndexBuilder::new();
     let error = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
 }

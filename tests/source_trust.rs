@@ -14,16 +14,18 @@ use std::thread;
 use std::time::Duration;
 
 use scripted::{Door, TestRegistry};
-use tarblk::digest::{Algorithm, Digest};
-use tarblk::index::build::{Contents, Recorder};
-use tarblk::index::{Collector, LayerIdentity};
-use tarblk::layer::Coding;
-use tarblk::open::{
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::index::build::{Contents, Recorder};
+use tarblk::internals::index::{Collector, LayerIdentity};
+use tarblk::internals::layer::Coding;
+use tarblk::internals::open::{
     Cache, Fetching, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Unwatched, prepare, serve_here,
 };
-use tarblk::source::registry::{ImageName, Keyring, Login, OCI_MANIFEST, Registry, RegistryOptions, resolve};
-use tarblk::source::{self, Patience, Source, SourceError};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::source::registry::{
+    ImageName, Keyring, Login, OCI_MANIFEST, Registry, RegistryOptions, resolve,
+};
+use tarblk::internals::source::{self, Patience, Source, SourceError};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -259,7 +261,7 @@ fn first_bytes(prepared: Prepared, len: usize) -> Vec<u8> {
         store_bytes: 1 << 30,
     };
     let opened = serve_here(prepared, &fetching).unwrap();
-    let range = tarblk::fetch::LayerRange {
+    let range = tarblk::internals::fetch::LayerRange {
         layer: LayerId(0),
         range: TarRange::new(TarOffset(0), u64::try_from(len).unwrap()),
     };
@@ -373,8 +375,8 @@ fn a_pipe_is_refused_and_not_waited_for() {
     let (tell, told) = mpsc::channel();
     let name = pipe.to_str().unwrap().to_owned();
     thread::spawn(move || {
-        let listed = tarblk::open::index_of(&name, &OpenOptions::default(), &mut Unwatched);
-        let loaded = tarblk::open::load_index(&name, &patience());
+        let listed = tarblk::internals::open::index_of(&name, &OpenOptions::default(), &mut Unwatched);
+        let loaded = tarblk::internals::open::load_index(&name, &patience());
         tell.send([listed.map(drop), loaded.map(drop)]).unwrap();
     });
     let refused = told

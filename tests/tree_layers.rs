@@ -18,7 +18,7 @@ use layered::{
     write_oci_layout,
 };
 use oracle::{Item, Kind, Mounted, Snapshot, assert_clean, assert_same, can_mount, snapshot, unmount};
-use tarblk::tree::{TreeBuilder, TreeMode};
+use tarblk::internals::tree::{TreeBuilder, TreeMode};
 
 /// What a test compares with.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -9,11 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::ControlFlow;
 
 use proptest::prelude::*;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage as _, FileMap as _, Origin};
-use tarblk::index::{Entry, Kind, Segment, Timestamp, Xattr};
-use tarblk::tree::{Content, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeMode};
-use tarblk::units::{LayerId, TarOffset};
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage as _, FileMap as _, Origin};
+use tarblk::internals::index::{Entry, Kind, Segment, Timestamp, Xattr};
+use tarblk::internals::tree::{Content, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeMode};
+use tarblk::internals::units::{LayerId, TarOffset};
 
 /// One entry of a layer.
 #[derive(Clone, Debug)]

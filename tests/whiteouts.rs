@@ -12,7 +12,7 @@ use std::process::Command;
 use common::unpacked::{self, images, umoci_unpack};
 use common::{scratch, skip, tree};
 use oracle::Mounted;
-use tarblk::tree::TreeMode;
+use tarblk::internals::tree::TreeMode;
 
 /// The images, if everything is here to mount and unpack them.
 fn laboratory(test: &str) -> Option<PathBuf> {

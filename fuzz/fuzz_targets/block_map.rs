@@ -7,11 +7,11 @@ use std::ops::ControlFlow;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage, FileMap, Origin, Piece};
-use tarblk::index::{Entry, Kind, Segment, Timestamp, Xattr};
-use tarblk::tree::{TreeBuilder, TreeMode};
-use tarblk::units::{LayerId, TarOffset};
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage, FileMap, Origin, Piece};
+use tarblk::internals::index::{Entry, Kind, Segment, Timestamp, Xattr};
+use tarblk::internals::tree::{TreeBuilder, TreeMode};
+use tarblk::internals::units::{LayerId, TarOffset};
 
 #[derive(Arbitrary, Debug)]
 struct Input {

@@ -4,8 +4,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tarblk::index::fuzzing::{index_around, index_of_sections};
-use tarblk::index::{
+use tarblk::internals::index::fuzzing::{index_around, index_of_sections};
+use tarblk::internals::index::{
     ColdPart, Entry, EntrySink, Index, IndexBuilder, IndexError, first_difference, hot_len, listing, rebuild_tar,
 };
 
@@ -43,7 +43,7 @@ fn use_all_of(bytes: &[u8]) {
         assert_eq!(digests.len(), index.tar_len().div_ceil(32 << 10));
     }
     if let Some(pieces) = index.piece_digests() {
-        let all = pieces.widened(tarblk::units::TarRange::new(tarblk::units::TarOffset(0), index.tar_len()));
+        let all = pieces.widened(tarblk::internals::units::TarRange::new(tarblk::internals::units::TarOffset(0), index.tar_len()));
         assert_eq!((all.start.0, all.len), (0, index.tar_len()));
         assert_eq!(pieces.overlapping(all), 0..pieces.len());
         assert!(index.is_of_contents() && !index.spans().expect("it has spans").is_whole_tar());

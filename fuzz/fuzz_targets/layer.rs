@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
-use tarblk::index::{EntrySink, IndexBuilder};
-use tarblk::index::toc::Place;
-use tarblk::layer::{Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
+use tarblk::internals::index::{EntrySink, IndexBuilder};
+use tarblk::internals::index::toc::Place;
+use tarblk::internals::layer::{Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
 
 const LIMIT: u64 = 4 << 20;
 
@@ -95,7 +95,7 @@ fn contents(json: &[u8]) {
     let mut entries = 0;
     struct Counting<'a>(&'a mut IndexBuilder, &'a mut u64);
     impl EntrySink for Counting<'_> {
-        fn entry(&mut self, entry: &tarblk::index::Entry) -> Result<(), tarblk::index::IndexError> {
+        fn entry(&mut self, entry: &tarblk::internals::index::Entry) -> Result<(), tarblk::internals::index::IndexError> {
             *self.1 += 1;
             self.0.entry(entry)
         }
@@ -109,7 +109,7 @@ fn contents(json: &[u8]) {
     });
     // Only a piece that is too long to be checked keeps it from being an index.
     if let Ok(index) = contents.into_index(IndexBuilder::new()) {
-        let index = tarblk::index::Index::open(index).expect("what was written is read");
+        let index = tarblk::internals::index::Index::open(index).expect("what was written is read");
         assert!(index.is_of_contents());
         index.verify().expect("it is what was written");
     }

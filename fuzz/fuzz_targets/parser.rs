@@ -4,8 +4,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tarblk::index::{Collector, Entry, EntrySink, Index, IndexBuilder, IndexError, Parser};
-use tarblk::units::TarOffset;
+use tarblk::internals::index::{Collector, Entry, EntrySink, Index, IndexBuilder, IndexError, Parser};
+use tarblk::internals::units::TarOffset;
 
 /// The checksum is the first thing that random bytes get wrong; where a block looks meant as a header, it is put right.
 fn with_checksums(data: &[u8]) -> Vec<u8> {
@@ -46,7 +46,7 @@ fuzz_target!(|data: &[u8]| {
         builder.entry(entry).expect("a parser makes no entries that an index cannot hold");
     }
     let len = entries.last().map_or(0, |entry| entry.payload().end().0);
-    let index = Index::open(builder.finish(len, tarblk::index::EndOfArchive::Missing)).expect("our own index");
+    let index = Index::open(builder.finish(len, tarblk::internals::index::EndOfArchive::Missing)).expect("our own index");
     let mut replayed = Collector::default();
     index.replay(&mut replayed).expect("our own index");
     assert_eq!(replayed.0, entries);

@@ -182,7 +182,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     }
 
     /// Whether it was made from a table of contents that the layer brings along. Then tar space is made up (see
-    /// [`crate::index::toc`]): it is no index of the layer as anybody else would make it.
+    /// `index::toc`): it is no index of the layer as anybody else would make it.
     #[must_use]
     pub fn is_of_contents(&self) -> bool {
         self.piece_digests.is_some()

@@ -29,11 +29,11 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
-use tarblk::index::build::{BlobRecorder, Contents};
-use tarblk::index::{Entry, EntrySink, Index, IndexError, Kind, Timestamp};
-use tarblk::layer::{Coding, SPACING};
-use tarblk::tree::{Node, NodeId, NodeKind, TreeBuilder, TreeMode, Xattrs};
-use tarblk::units::LayerId;
+use tarblk::internals::index::build::{BlobRecorder, Contents};
+use tarblk::internals::index::{Entry, EntrySink, Index, IndexError, Kind, Timestamp};
+use tarblk::internals::layer::{Coding, SPACING};
+use tarblk::internals::tree::{Node, NodeId, NodeKind, TreeBuilder, TreeMode, Xattrs};
+use tarblk::internals::units::LayerId;
 
 use super::{have, skip, succeed};
 

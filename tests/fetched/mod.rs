@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use tarblk::bench::origin::Origin;
-use tarblk::cache::Slice;
-use tarblk::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located};
-use tarblk::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::bench::origin::Origin;
+use tarblk::internals::cache::Slice;
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 pub(crate) fn u(n: usize) -> u64 {
     u64::try_from(n).unwrap()

@@ -16,11 +16,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use sha2::{Digest as _, Sha256};
-use tarblk::image::export::export;
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::index::walk;
-use tarblk::tree::{Tree, TreeBuilder, TreeMode};
-use tarblk::units::LayerId;
+use tarblk::internals::image::export::export;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::index::walk;
+use tarblk::internals::tree::{Tree, TreeBuilder, TreeMode};
+use tarblk::internals::units::LayerId;
 
 /// One entry of a layer.
 #[derive(Clone, Debug)]

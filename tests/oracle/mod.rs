@@ -19,11 +19,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
-use tarblk::image::ext4::{Ext4Image, Ext4Options};
-use tarblk::image::{BlockImage, Origin, Piece};
-use tarblk::index::{Entry, walk};
-use tarblk::tree::TreeBuilder;
-use tarblk::units::TarOffset;
+use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
+use tarblk::internals::image::{BlockImage, Origin, Piece};
+use tarblk::internals::index::{Entry, walk};
+use tarblk::internals::tree::TreeBuilder;
+use tarblk::internals::units::TarOffset;
 
 /// What a tree holds under one path. Two are equal when no program could tell the two trees apart there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -431,7 +431,7 @@ pub fn expected(entries: &[Entry], payload: Payload) -> Snapshot {
     let mut first_paths: BTreeMap<Vec<u8>, Vec<Vec<u8>>> = BTreeMap::new();
     for entry in entries {
         let path = entry.path.strip_prefix(b"./").unwrap_or(&entry.path).to_vec();
-        if entry.kind == tarblk::index::Kind::Hardlink {
+        if entry.kind == tarblk::internals::index::Kind::Hardlink {
             let item = found[&entry.link].clone();
             first_paths
                 .entry(entry.link.clone())
@@ -453,16 +453,16 @@ pub fn expected(entries: &[Entry], payload: Payload) -> Snapshot {
             ..Item::default()
         };
         match entry.kind {
-            tarblk::index::Kind::Directory => (item.kind, item.names) = (Kind::Directory, 0),
-            tarblk::index::Kind::Symlink => {
+            tarblk::internals::index::Kind::Directory => (item.kind, item.names) = (Kind::Directory, 0),
+            tarblk::internals::index::Kind::Symlink => {
                 item.kind = Kind::Symlink;
                 item.mode = 0o777;
                 item.size = u64::try_from(entry.link.len()).unwrap();
                 item.link.clone_from(&entry.link);
             }
-            tarblk::index::Kind::CharDevice => item.kind = Kind::Char,
-            tarblk::index::Kind::BlockDevice => item.kind = Kind::Block,
-            tarblk::index::Kind::Fifo => item.kind = Kind::Fifo,
+            tarblk::internals::index::Kind::CharDevice => item.kind = Kind::Char,
+            tarblk::internals::index::Kind::BlockDevice => item.kind = Kind::Block,
+            tarblk::internals::index::Kind::Fifo => item.kind = Kind::Fifo,
             _ => {
                 item.size = entry.size;
                 item.digest = digest(entry.size, |at, out| payload.read(entry, at, out));

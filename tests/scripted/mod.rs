@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use tarblk::digest::{Algorithm, Digest};
+use tarblk::internals::digest::{Algorithm, Digest};
 
 /// How the registry wants to be asked.
 #[derive(Clone, Debug, Default)]

@@ -9,11 +9,11 @@ use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tarblk::device::daemon::{self, Attached, Launcher, Reach, ServeSpec, Served};
-use tarblk::device::registry::{self, Status};
-use tarblk::device::state::StateDir;
-use tarblk::device::{Backend, BackendChoice, DeviceOptions, users};
-use tarblk::mount;
+use tarblk::internals::device::daemon::{self, Attached, Launcher, Reach, ServeSpec, Served};
+use tarblk::internals::device::registry::{self, Status};
+use tarblk::internals::device::state::StateDir;
+use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
+use tarblk::internals::mount;
 
 use super::harness::{Case, DAEMON};
 use super::{hollow, make_ext4, patchwork, read_all};

@@ -14,12 +14,12 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tarblk::cache::Slice;
-use tarblk::device::DeviceError;
-use tarblk::device::volume::BlobReader;
-use tarblk::fetch::{LayerRange, Located, ReadCallback};
-use tarblk::image::{BlockImage, Origin, Piece};
-use tarblk::units::{BLOCK_SIZE, LayerId, TarOffset};
+use tarblk::internals::cache::Slice;
+use tarblk::internals::device::DeviceError;
+use tarblk::internals::device::volume::BlobReader;
+use tarblk::internals::fetch::{LayerRange, Located, ReadCallback};
+use tarblk::internals::image::{BlockImage, Origin, Piece};
+use tarblk::internals::units::{BLOCK_SIZE, LayerId, TarOffset};
 
 const BLOCK: usize = 4096;
 
