@@ -105,7 +105,7 @@ pub use index::build::{BlobRecorded, BlobRecorder, Contents, Recorded, Recorder}
 pub use index::walk::{Progress, Walked, local as walk_headers};
 pub use index::{
     ArchiveFault, ChunkDigests, ColdDirectory, ColdPart, ColdPiece, Collector, EndOfArchive, Entries, Entry, EntrySink,
-    HeaderFault, Index, IndexBuilder, IndexError, IndexFault, Kind, LayerIdentity, MAX_PIECE, Parser, Payload,
+    HeaderFault, InImage, Index, IndexBuilder, IndexError, IndexFault, Kind, LayerIdentity, MAX_PIECE, Parser, Payload,
     PieceDigests, RebuildError, Segment, Summary, Tee, Timestamp, Xattr, hot_len, is_index, looks_like_header,
     rebuild_tar,
 };
