@@ -57,7 +57,10 @@ pub fn main() -> ExitCode {
     }
     start_log(cli.talk);
     let session = Session {
-        talk: Talk { quiet: cli.talk.quiet },
+        talk: Talk {
+            quiet: cli.talk.quiet,
+            verbose: cli.talk.verbose > 0,
+        },
     };
     match run(&cli.command, session) {
         Ok(()) => ExitCode::SUCCESS,

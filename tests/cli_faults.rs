@@ -1134,3 +1134,55 @@ fn a_directory_that_has_a_layer_is_told() {
     assert!(said.contains(&format!("`tarblk detach {name}` cleans up")), "{said}");
     lab.good(&["detach", name]);
 }
+
+#[test]
+fn what_is_attached_is_called_after_its_layer() {
+    let Some(_alone) = devices("what_is_attached_is_called_after_its_layer") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    lab.good(&["mount", "layer.tar", "mnt", "-q", "--backend", "loop"]);
+    let listed = lab.json(&["ps", "--json"]);
+    // A list is read in other directories than the one where the layer was named.
+    let absolute = fs::canonicalize(lab.path("layer.tar")).unwrap();
+    assert_eq!(listed[0]["source"], absolute.to_str().unwrap());
+    let device = listed[0]["device"].as_str().unwrap().trim_start_matches("/dev/").to_owned();
+    let backing = fs::read_to_string(format!("/sys/block/{device}/loop/backing_file")).unwrap();
+    assert_eq!(backing.trim_end(), "/tarblk:layer.tar");
+    // A dead daemon's device is still known by it.
+    kill_and_wait(daemon_of(&lab, &format!("/dev/{device}")), Signal::KILL);
+    assert!(lab.bad(&["detach", "mnt"], 1).contains("in use"));
+    lab.good(&["umount", "mnt"]);
+    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn why_there_is_no_ublk_is_said_once() {
+    let test = "why_there_is_no_ublk_is_said_once";
+    let Some(_alone) = devices(test) else {
+        return;
+    };
+    if Path::new("/dev/ublk-control").exists() {
+        return skip(test, "there is ublk here");
+    }
+    let lab = Lab::new();
+    let said = |more: &[&str]| {
+        let output = lab.run(&[&["attach", "layer.tar"][..], more].concat());
+        let said = text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        lab.good(&["detach", text(&output.stdout).trim()]);
+        said.contains("no ublk")
+    };
+    assert!(!said(&["-q"]), "silence is no notice");
+    assert!(said(&[]), "the first time");
+    if rustix::fs::getxattr(lab.path("states"), "trusted.tarblk.no-ublk", &mut [0_u8; 64]).is_err() {
+        return skip(test, "no trusted attributes here");
+    }
+    assert!(!said(&[]), "the second time");
+    assert!(said(&["-v"]));
+    // Another boot, another notice.
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(lab.path("states"), "trusted.tarblk.no-ublk", b"before", flags).unwrap();
+    assert!(said(&[]));
+}

@@ -19,6 +19,8 @@ use crate::digest::Digest;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
 use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer};
+use crate::source::Source;
+use crate::source::registry::{ImageName, LayoutName};
 
 /// The hidden command that a daemon runs.
 pub(super) const SERVE: &str = "serve-device";
@@ -197,14 +199,18 @@ pub(super) fn states() -> StateDir {
     dir.map_or_else(StateDir::default, StateDir::new)
 }
 
-/// Which back end carries the device, if it is not the one that `auto` prefers.
+/// Which back end carries the device, if it is not the one that `auto` prefers. The machine stays as it is until it is started
+/// anew, so once is enough.
 fn say_which(attached: &Attached, session: Session) {
     log::info!(
         "{} is carried by {}",
         attached.state.device.display(),
         attached.state.backend
     );
-    if let Some(why) = &attached.why_not_ublk {
+    if let Some(why) = &attached.why_not_ublk
+        && !session.talk.quiet
+        && (session.talk.verbose || states().is_first_since_boot("no-ublk"))
+    {
         session
             .talk
             .note(format_args!("tarblk: {why}; using FUSE under a loop device instead"));
@@ -259,7 +265,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
     let queues = device
         .queues
         .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
-    let source = prepared.name.clone();
+    let source = from_anywhere(&layer.source.source, &prepared.name);
     let options = DeviceOptions {
         backend: match device.backend {
             BackendArg::Auto => BackendChoice::Auto,
@@ -282,6 +288,19 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
         indexes,
         _lent: lent,
     })
+}
+
+/// What a layer is called in lists, which are read in other directories than the one where it was named.
+fn from_anywhere(typed: &str, name: &str) -> String {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match Source::parse(typed) {
+        Ok(Source::Path(path)) => absolute(&path).display().to_string(),
+        Ok(Source::Image(ImageName::Layout(layout))) => {
+            let dir = absolute(&layout.dir);
+            ImageName::Layout(LayoutName { dir, ..layout }).to_string()
+        }
+        _ => name.to_owned(),
+    }
 }
 
 /// Makes image and fetcher of their description, in the daemon.

@@ -141,6 +141,8 @@ impl fmt::Display for Table {
 pub struct Talk {
     /// Nothing but errors.
     pub quiet: bool,
+    /// Also what is said once otherwise.
+    pub verbose: bool,
 }
 
 impl Talk {

@@ -75,7 +75,8 @@ impl FuseLoop {
         config.n_threads = Some(usize::from(options.queues.max(1)));
         config.clone_fd = true;
         let waiting = Arc::new(Waiting::default());
-        let export = Export::new(Arc::clone(volume), Arc::clone(&waiting)).map_err(failed("start a thread"))?;
+        let name = export::file_name(&options.label);
+        let export = Export::new(Arc::clone(volume), Arc::clone(&waiting), &name).map_err(failed("start a thread"))?;
         let session = Session::from_fd(export, channel.into(), SessionACL::Owner, config)
             .map_err(failed("speak FUSE with the kernel"))?;
         let session = thread::Builder::new()
@@ -83,7 +84,7 @@ impl FuseLoop {
             .spawn(move || session.run())
             .map_err(failed("start a thread"))?;
         let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(mount.as_fd(), export::FILE_NAME, flags, Mode::empty())
+        let file = rustix::fs::openat(mount.as_fd(), &*name, flags, Mode::empty())
             .map_err(io::Error::from)
             .map_err(failed("open the FUSE file"))?;
         let device = LoopDevice::attach(&file, &options.label).map_err(failed("set up a loop device"))?;
@@ -160,5 +161,6 @@ impl FuseLoop {
 #[must_use]
 pub fn is_ours(number: u32) -> bool {
     loop_device::backing_file(number)
-        .is_some_and(|file| file.trim_end_matches(" (deleted)") == format!("/{}", export::FILE_NAME))
+        .and_then(|file| file.strip_prefix('/').map(|name| name.starts_with(export::NAME_PREFIX)))
+        .unwrap_or(false)
 }

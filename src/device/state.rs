@@ -307,6 +307,22 @@ impl StateDir {
         Some(dir)
     }
 
+    /// Whether the machine was started since `what` was last asked for here; from then on it was asked for. Kept as an
+    /// attribute of the directory, because every file in it belongs to a device. Where that cannot be kept it is always the
+    /// first time.
+    #[must_use]
+    pub fn is_first_since_boot(&self, what: &str) -> bool {
+        let Ok(boot) = boot_id() else { return true };
+        let name = format!("trusted.tarblk.{what}");
+        let mut kept = [0; 64];
+        let len = rustix::fs::getxattr(&self.0, &*name, &mut kept).unwrap_or(0);
+        if kept.get(..len) == Some(boot.as_bytes()) {
+            return false;
+        }
+        let _ = rustix::fs::setxattr(&self.0, &*name, boot.as_bytes(), rustix::fs::XattrFlags::empty());
+        true
+    }
+
     /// Reads the state of device `name`.
     ///
     /// # Errors

@@ -4,7 +4,7 @@
 //! cache has it, and everything else is answered by the fetch thread when the bytes are there.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -22,8 +22,20 @@ use crate::device::stats::{Source, ThreadCounters};
 use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
 use crate::fetch::{FetchError, ReadCallback};
 
-/// The file's name in the root directory.
-pub(super) const FILE_NAME: &str = "image";
+/// Begins the file's name, by which a loop device of ours is known; what it holds follows.
+pub(super) const NAME_PREFIX: &str = "tarblk:";
+
+/// No longer name is made, in bytes: each filesystem of the kernel takes this much.
+const MOST_NAME: usize = 200;
+
+/// The file's name in the root directory, made of what the device holds as a person named it: mount(8), `losetup` and
+/// `findmnt` show it in place of the device. The last part of a path or a URL, whatever of it a terminal and a table can take.
+pub(super) fn file_name(label: &str) -> String {
+    let whole = label.split('?').next().unwrap_or(label);
+    let last = whole.trim_end_matches('/').rsplit('/').next().unwrap_or(whole);
+    let shown = last.chars().map(|c| if c.is_ascii_graphic() { c } else { '_' });
+    NAME_PREFIX.chars().chain(shown).take(MOST_NAME).collect()
+}
 
 const FILE: INodeNo = INodeNo(2);
 
@@ -43,6 +55,8 @@ pub(super) struct Export {
     next_thread: AtomicUsize,
     waiting: Arc<Waiting>,
     long_answers: mpsc::Sender<Arrived>,
+    /// The file's name.
+    name: OsString,
 }
 
 /// The reads whose bytes are on the way, by number.
@@ -109,8 +123,8 @@ struct Arrived {
 }
 
 impl Export {
-    /// Serves `volume`, with a thread for long answers that ends with the filesystem.
-    pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>) -> io::Result<Self> {
+    /// Serves `volume` as a file called `name`, with a thread for long answers that ends with the filesystem.
+    pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>, name: &str) -> io::Result<Self> {
         let (long_answers, arrivals) = mpsc::channel::<Arrived>();
         std::thread::Builder::new()
             .name("fuse-answers".to_owned())
@@ -124,6 +138,7 @@ impl Export {
             next_thread: AtomicUsize::new(0),
             waiting,
             long_answers,
+            name: name.into(),
         })
     }
 
@@ -323,7 +338,7 @@ impl Filesystem for Export {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if parent == INodeNo::ROOT && name == FILE_NAME {
+        if parent == INodeNo::ROOT && name == self.name {
             reply.entry(&FOR_EVER, &self.attributes(FILE), Generation(0));
         } else {
             reply.error(Errno::ENOENT);
@@ -397,4 +412,26 @@ pub(super) fn mount_detached(channel: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         FsMountFlags::FSMOUNT_CLOEXEC,
         attributes,
     )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_is_called_after_what_the_device_holds() {
+        for (label, name) in [
+            ("/layers/debian.tar", "tarblk:debian.tar"),
+            ("http://host:5000/a/layer.tar.gz", "tarblk:layer.tar.gz"),
+            ("https://host/layer.tar?\u{2026}", "tarblk:layer.tar"),
+            ("docker://host:5000/team/app:1.2", "tarblk:app:1.2"),
+            ("oci:/images/dir:latest", "tarblk:dir:latest"),
+            ("a layer\n\u{1b}[31m(deleted)", "tarblk:a_layer__[31m(deleted)"),
+            ("dir/", "tarblk:dir"),
+            ("", "tarblk:"),
+        ] {
+            assert_eq!(file_name(label), name);
+        }
+        assert_eq!(file_name(&"n".repeat(1000)).len(), MOST_NAME);
+    }
 }
