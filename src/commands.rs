@@ -12,6 +12,7 @@ mod diff;
 mod generate;
 mod index;
 mod layer;
+mod logs;
 pub mod output;
 mod ps;
 mod publish;
@@ -85,6 +86,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Detach(args) => attach::detach(args, session),
         Command::Ps(args) => ps::ps(args, session),
         Command::Stats(args) => ps::stats(args, session),
+        Command::Logs(args) => logs::logs(args),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
         Command::Demo(args) => demo::run(args, session),

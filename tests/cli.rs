@@ -330,9 +330,20 @@ fn man_pages_and_completions_come_from_the_definitions() {
         page.contains(".TH tarblk-mount 1") && page.contains("\\-\\-index"),
         "{page}"
     );
+    // How it is called with values, and what a reader of man pages looks for.
+    assert!(
+        page.contains("[\\-\\-cache <DIR>]") && page.contains("<SOURCE> <MOUNTPOINT>"),
+        "{page}"
+    );
+    for section in ["FILES", "ENVIRONMENT", "EXIT STATUS", "SEE ALSO"] {
+        assert!(page.contains(&format!(".SH \"{section}\"\n")), "{section}: {page}");
+    }
     for name in ["tarblk-attach.1", "tarblk-bench.1", "tarblk.1"] {
         let page = fs::read_to_string(lab.path("man").join(name)).unwrap();
-        assert!(page.contains(".SH EXAMPLES\n") && !page.contains("EXTRA"), "{page}");
+        assert!(
+            page.contains(".SH \"EXAMPLES\"\n.nf\n") && !page.contains("EXTRA"),
+            "{page}"
+        );
         assert!(page.is_ascii(), "{name} is not what roff reads");
     }
     assert!(
@@ -397,4 +408,138 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
     );
     assert!(lab.bad(&["mount", &origin.url("/gone"), "mnt"], 1).contains("404"));
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn help_and_other_names_of_commands() {
+    let lab = Lab::new();
+    for command in ["mount", "umount", "ps", "logs", "index"] {
+        assert_eq!(
+            lab.good(&["help", command]),
+            lab.good(&[command, "--help"]),
+            "{command}"
+        );
+    }
+    assert_eq!(lab.good(&["help"]), lab.good(&["--help"]));
+    assert!(lab.bad(&["help", "frobnicate"], 2).contains("frobnicate"));
+    for (alias, command) in [("unmount", "umount"), ("list", "ps")] {
+        let of = |name: &str| lab.good(&[name, "-h"]).lines().next().map(str::to_owned);
+        assert_eq!(of(alias), of(command));
+        assert!(lab.good(&["--help"]).contains(&format!("[alias: {alias}]")), "{alias}");
+    }
+    assert_eq!(lab.good(&["list", "--quiet"]), "");
+    // What a command does not take, its help does not offer.
+    let help = lab.good(&["bench", "--help"]);
+    assert!(!help.contains("docker://") && help.contains("oci:DIR"), "{help}");
+    assert!(
+        lab.bad(&["bench", "docker://127.0.0.1:1/x", "--", "true"], 2)
+            .contains("skopeo copy")
+    );
+    assert!(lab.good(&["index", "push", "--help"]).contains("hot part"));
+}
+
+#[test]
+fn ls_of_some_paths() {
+    use tar::EntryType::{Directory, Regular, Symlink};
+
+    let lab = Lab::new();
+    let mut tar = tar::Builder::new(File::create(lab.path("tree.tar")).unwrap());
+    let mut add = |path: &str, kind: tar::EntryType, link: &str| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.set_mode(0o755);
+        if link.is_empty() {
+            tar.append_data(&mut header, path, &b""[..]).unwrap();
+        } else {
+            tar.append_link(&mut header, path, link).unwrap();
+        }
+    };
+    for (path, kind, link) in [
+        ("usr/", Directory, ""),
+        ("usr/lib/", Directory, ""),
+        ("usr/lib/a", Regular, ""),
+        ("usr/lib/b", Regular, ""),
+        ("usr/lib64/c", Regular, ""),
+        ("lib", Symlink, "usr/lib"),
+        ("loop", Symlink, "loop"),
+    ] {
+        add(path, kind, link);
+    }
+    tar.into_inner().unwrap();
+    lab.good(&["index", "tree.tar", "-o", "tree.tarblk"]);
+    let names = |args: &[&str]| -> Vec<String> {
+        let listed = lab.good(&[&["ls"][..], args, &["--json"]].concat());
+        let name = |line: &str| {
+            serde_json::from_str::<Value>(line).unwrap()["path"]
+                .as_str()
+                .unwrap()
+                .to_owned()
+        };
+        listed.lines().map(name).collect()
+    };
+    for source in ["tree.tar", "tree.tarblk"] {
+        assert_eq!(names(&[source]).len(), 7);
+        assert_eq!(names(&[source, "/usr/lib"]), ["usr/lib/", "usr/lib/a", "usr/lib/b"]);
+        assert_eq!(
+            names(&[source, "usr/lib/a", "usr/lib64/"]),
+            ["usr/lib/a", "usr/lib64/c"]
+        );
+        // Links are followed on the way; a last one is what was asked for, unless it has to be a directory.
+        assert_eq!(names(&[source, "lib/b"]), ["usr/lib/b"]);
+        assert_eq!(names(&[source, "lib"]), ["lib"]);
+        assert_eq!(names(&[source, "lib/"]), ["usr/lib/", "usr/lib/a", "usr/lib/b", "lib"]);
+        assert_eq!(names(&[source, "/"]).len(), 7);
+        for absent in ["usr/li", "lib/c", "usr/lib/a/x", "loop/x"] {
+            let said = lab.bad(&["ls", source, "usr", absent], 1);
+            assert!(said.contains(&format!("{source} has no {absent}")), "{said}");
+        }
+        let mtree = lab.good(&["ls", source, "usr/lib/a", "--mtree"]);
+        assert_eq!(mtree.lines().count(), 2, "{mtree}");
+        assert!(mtree.contains("\n./usr/lib/a "), "{mtree}");
+    }
+}
+
+#[test]
+fn logs_of_a_device() {
+    let Some(_alone) = devices("logs_of_a_device") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    assert!(lab.bad(&["logs", "mnt"], 1).contains("tarblk ps"));
+    lab.good(&["mount", "layer.tar", "mnt", "-q"]);
+    let device = lab.json(&["ps", "--json"])[0]["device"].as_str().unwrap().to_owned();
+    let mounted = fs::canonicalize(lab.path("mnt")).unwrap();
+    assert_eq!(
+        lab.good(&["ps", "--names"]),
+        format!("{device}\n{}\n", mounted.display())
+    );
+    let log = lab.good(&["logs", "mnt"]);
+    assert!(log.contains("serving ") && log.contains("layer.tar"), "{log}");
+    assert_eq!(lab.good(&["logs", &device]), log);
+    let last = lab.good(&["logs", "-n", "1", "mnt"]);
+    assert!(log.ends_with(&last) && last.lines().count() == 1, "{last}");
+    assert_eq!(lab.good(&["logs", "-n", "0", "mnt"]), "");
+    // Followed until the device is gone; what a name in it holds moves no cursor.
+    let file = lab
+        .path("states")
+        .join(device.trim_start_matches("/dev/"))
+        .with_extension("log");
+    let mut command = lab.tarblk();
+    command.args(["logs", "--follow", "mnt"]).stdout(Stdio::piped());
+    let mut following = command.spawn().unwrap();
+    let mut out = following.stdout.take().unwrap();
+    let mut start = vec![0; log.len()];
+    out.read_exact(&mut start).unwrap();
+    assert_eq!(text(&start), log);
+    let mut append = File::options().append(true).open(&file).unwrap();
+    std::io::Write::write_all(&mut append, b"added \x1b[31m\n").unwrap();
+    let mut added = [0; 12];
+    out.read_exact(&mut added).unwrap();
+    assert_eq!(text(&added), "added ?[31m\n");
+    lab.good(&["umount", "mnt"]);
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).unwrap();
+    assert!(following.wait().unwrap().success());
 }

@@ -1147,7 +1147,11 @@ fn what_is_attached_is_called_after_its_layer() {
     // A list is read in other directories than the one where the layer was named.
     let absolute = fs::canonicalize(lab.path("layer.tar")).unwrap();
     assert_eq!(listed[0]["source"], absolute.to_str().unwrap());
-    let device = listed[0]["device"].as_str().unwrap().trim_start_matches("/dev/").to_owned();
+    let device = listed[0]["device"]
+        .as_str()
+        .unwrap()
+        .trim_start_matches("/dev/")
+        .to_owned();
     let backing = fs::read_to_string(format!("/sys/block/{device}/loop/backing_file")).unwrap();
     assert_eq!(backing.trim_end(), "/tarblk:layer.tar");
     // A dead daemon's device is still known by it.

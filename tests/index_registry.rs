@@ -71,6 +71,40 @@ fn indexes_are_pushed_and_copied() {
         let layers = pushed["layers"].as_array().unwrap();
         let digests: Vec<_> = layers.iter().map(|layer| layer["layer"].as_str().unwrap()).collect();
         assert_eq!(digests, unpacked::layers(&layout, tag));
+        // Every tag that it made is told, and no other one.
+        let mut made: Vec<_> = registry
+            .requests()
+            .iter()
+            .filter(|line| line.starts_with("PUT"))
+            .filter_map(|line| {
+                Some(
+                    line.split_once("/manifests/")?
+                        .1
+                        .split([' ', '?', '"'])
+                        .next()?
+                        .to_owned(),
+                )
+            })
+            .filter(|version| !version.contains(':') && !version.contains("%3A"))
+            .filter(|version| version.starts_with("sha256-"))
+            .collect();
+        let told = pushed["tags"].as_array().unwrap().iter();
+        let mut told: Vec<_> = told.map(|tag| tag.as_str().unwrap().to_owned()).collect();
+        made.sort();
+        made.dedup();
+        told.sort();
+        assert_eq!(told, made);
+        assert!(
+            told.iter().filter(|tag| tag.ends_with(".tarblk-v1")).count() >= 1,
+            "{told:?}"
+        );
+        let said = tarblk(&registry, &["index", "push", &image]);
+        let (shown, noted) = (
+            String::from_utf8(said.stdout).unwrap(),
+            String::from_utf8(said.stderr).unwrap(),
+        );
+        assert!(told.iter().all(|tag| shown.contains(tag)), "{shown}");
+        assert!(noted.contains(&format!("{} tag", told.len())), "{noted}");
         for layer in layers {
             assert!(layer["hot_bytes"].as_u64().unwrap() <= layer["index_bytes"].as_u64().unwrap());
             verify(&registry, &layout, layer);

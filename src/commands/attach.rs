@@ -265,7 +265,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
     let queues = device
         .queues
         .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
-    let source = from_anywhere(&layer.source.source, &prepared.name);
+    let source = from_anywhere(&layer.source, &prepared.name);
     let options = DeviceOptions {
         backend: match device.backend {
             BackendArg::Auto => BackendChoice::Auto,

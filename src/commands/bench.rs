@@ -73,7 +73,7 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
         rtt: args.rtt.unwrap_or(Duration::ZERO),
         rate: args.rate,
     };
-    let parsed = Source::parse(&args.source.source)?;
+    let parsed = Source::parse(&args.source)?;
     if args.index.is_some() && !matches!(parsed, Source::Url(_)) {
         return Err(UsageError("--index is for a URL; of what is here the indexes are made".into()).into());
     }
@@ -94,7 +94,7 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
                 );
             }
             BenchSource::Url {
-                url: args.source.source.clone(),
+                url: args.source.clone(),
                 index: args.index.clone(),
             }
         }

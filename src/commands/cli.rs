@@ -26,16 +26,22 @@ use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
     version,
     max_term_width = 100,
     arg_required_else_help = true,
-    disable_help_subcommand = true,
     after_long_help = "Examples:
   tarblk mount https://example.org/layers/debian.tar /mnt
   chroot /mnt python3 -c 'import numpy'
   tarblk umount /mnt
 
-  tarblk index layer.tar -o layer.tarblk          made once, attached in one request ever after
-  tarblk mount https://example.org/layer.tar /mnt --index https://example.org/layer.tarblk
+  tarblk mount docker://registry.example.org/team/app:1.2 /mnt
+  tarblk stats /mnt
+  tarblk umount /mnt
 
-  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'
+  # Made once, attached in one request ever after.
+  tarblk index layer.tar -o layer.tarblk
+  tarblk mount https://example.org/layer.tar /mnt \\
+      --index https://example.org/layer.tarblk
+
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html \\
+      -- python3 -c 'import numpy'
   tarblk demo"
 )]
 pub struct Cli {
@@ -80,11 +86,15 @@ pub enum Command {
     /// Attach a layer and mount it, read-only.
     Mount(MountArgs),
     /// Unmount a directory that `mount` mounted, and detach its device.
+    #[command(visible_alias = "unmount")]
     Umount(UmountArgs),
     /// Show what is attached.
+    #[command(visible_alias = "list")]
     Ps(PsArgs),
     /// Show the counters of an attached device.
     Stats(StatsArgs),
+    /// Show the log of a device's daemon.
+    Logs(LogsArgs),
     /// Detach a device; refused while it is mounted.
     Detach(DetachArgs),
     /// Measure a cold start: a command in a layer that is not there yet, against the usual ways to get it there.
@@ -95,26 +105,18 @@ pub enum Command {
     #[command(hide = true)]
     ServeDevice,
     /// Write man pages or shell completions.
-    #[command(subcommand)]
+    #[command(subcommand, disable_help_subcommand = true)]
     Generate(Generate),
-}
-
-/// The layer, wherever it is.
-#[derive(Clone, Debug, Args)]
-pub struct SourceArgs {
-    /// A layer: a tar, plain or compressed with gzip or zstd, as a path, a `file://` URL, or an `http(s)://` URL of a server
-    /// that answers Range. Or an image: `docker://HOST/NAME[:TAG|@DIGEST]` in a registry, `oci:DIR[:TAG|@DIGEST]` in a
-    /// directory.
-    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
-    pub source: String,
 }
 
 /// A layer whose headers may have been read before.
 #[derive(Clone, Debug, Args)]
 pub struct LayerArgs {
-    /// The layer.
-    #[command(flatten)]
-    pub source: SourceArgs,
+    /// A layer: a tar, plain or compressed with gzip or zstd, as a path, a `file://` URL, or an `http(s)://` URL of a server
+    /// that answers Range. Or an image: `docker://HOST/NAME[:TAG|@DIGEST]` in a registry, `oci:DIR[:TAG|@DIGEST]` in a
+    /// directory.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
     /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
     /// registry, or is kept here, or is the table of contents of an eStargz or zstd:chunked layer, else it is made; `require`: only
     /// a published one will do, or a table of contents whose digest the image's manifest names; `ignore`: one that is made here,
@@ -220,6 +222,7 @@ pub enum BackendArg {
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     subcommand_value_name = "ACTION",
+    disable_help_subcommand = true,
     after_help = "Of a local layer whose index is written everything is read, so that the index can check every byte; of a layer
 on a server only headers are, because everything else costs a download.
 
@@ -278,6 +281,14 @@ pub enum IndexAction {
 #[command(
     after_help = "Every layer is read once, whole. The image itself is not changed: its digest stays what it is.
 
+The repository gets, besides the indexes: a tag for each layer, sha256-DIGEST.tarblk-v1, by which a layer that several images
+share is found; an artifact that refers to the image; and, where the registry has no referrers API, the tag sha256-DIGEST of
+the image, whose list names the artifact. All are told at the end (`tags` in the JSON). To take the indexes back, delete
+these tags and the artifact.
+
+The hot part of an index is what every mount needs: names, attributes, where content lies and how to check it. It comes in
+one or two requests. The rest (places to decode from, header bytes) is fetched when something is read that needs it.
+
 Examples:
   tarblk index push docker://registry.example.org/team/app:1.2
   tarblk index push docker://localhost:5000/app --json | jq -r .artifact"
@@ -306,8 +317,10 @@ pub struct PushArgs {
     after_help = "Copies indexes, not images: copy those first, with skopeo for example, which leaves indexes behind.
 
 Examples:
-  skopeo copy docker://registry.example.org/app:1.2 docker://mirror.example.org/app:1.2
-  tarblk index copy docker://registry.example.org/app:1.2 docker://mirror.example.org/app:1.2"
+  skopeo copy docker://registry.example.org/app:1.2 \\
+      docker://mirror.example.org/app:1.2
+  tarblk index copy docker://registry.example.org/app:1.2 \\
+      docker://mirror.example.org/app:1.2"
 )]
 pub struct CopyArgs {
     /// An image whose layers have indexes, `docker://host/repository:tag`.
@@ -342,12 +355,17 @@ pub struct VerifyArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   tarblk ls layer.tar
+  tarblk ls docker://registry.example.org/team/app:1.2 /etc /usr/lib/os-release
   tarblk ls layer.tarblk --json | jq -r 'select(.size > 1000000).path'
-  tarblk ls layer.tar --mtree > layer.mtree && bsdtar -xpf layer.tar -C root && mtree -f layer.mtree -p root")]
+  tarblk ls layer.tar --mtree >layer.mtree
+  bsdtar -xpf layer.tar -C root && mtree -f layer.mtree -p root")]
 pub struct LsArgs {
-    /// A layer (path or URL of a tar), or an index made from one.
+    /// An image, a layer (path or URL of a tar), or an index made from one.
     #[arg(value_name = "SOURCE|INDEX", value_hint = ValueHint::FilePath)]
     pub source: String,
+    /// List only these files, and of directories what is below them. Symbolic links on the way are followed.
+    #[arg(value_name = "PATH", value_hint = ValueHint::Other)]
+    pub paths: Vec<OsString>,
     /// One JSON object a line.
     #[arg(long, conflicts_with = "mtree")]
     pub json: bool,
@@ -373,7 +391,8 @@ there are differences.
 
 Examples:
   tarblk diff old.tar new.tar
-  tarblk diff old.tarblk new.tarblk --json | jq -r 'select(.change == \"added\").after.path'"
+  tarblk diff old.tarblk new.tarblk --json |
+      jq -r 'select(.change == \"added\").after.path'"
 )]
 pub struct DiffArgs {
     /// What was: an image, a layer (path or URL of a tar), or an index made from one.
@@ -477,17 +496,34 @@ pub struct PsArgs {
     /// As JSON.
     #[arg(long)]
     pub json: bool,
+    /// Only what the other commands take: each device and each place where it is mounted, one a line.
+    #[arg(long, conflicts_with = "json")]
+    pub names: bool,
 }
 
 /// Arguments of `tarblk stats`.
 #[derive(Debug, Args)]
 pub struct StatsArgs {
-    /// The device, as `attach` printed it.
-    #[arg(value_name = "DEVICE", value_hint = ValueHint::FilePath)]
+    /// The device, as `attach` printed it, or where it is mounted.
+    #[arg(value_name = "DEVICE|MOUNTPOINT", value_hint = ValueHint::AnyPath)]
     pub device: PathBuf,
     /// As JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `tarblk logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// The device, as `attach` printed it, or where it is mounted.
+    #[arg(value_name = "DEVICE|MOUNTPOINT", value_hint = ValueHint::AnyPath)]
+    pub device: PathBuf,
+    /// Print what is added until the device is gone.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Begin with the last N lines [default: the whole log].
+    #[arg(short = 'n', long, value_name = "N")]
+    pub lines: Option<usize>,
 }
 
 /// Arguments of `tarblk detach`.
@@ -517,7 +553,8 @@ pub enum RowArg {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:
-  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'",
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html \\
+      -- python3 -c 'import numpy'",
     after_long_help = "Runs COMMAND with the layer as its root directory (chroot; /dev has null, zero, full, random, urandom and tty,
 /proc is mounted), each time from a cold cache: page cache dropped, a process of its own, nothing kept. A run's clock
 starts with nothing and stops when COMMAND has ended; COMMAND must exit with 0. The runs are interleaved.
@@ -526,17 +563,20 @@ An image (oci:DIR[:TAG]) is served as by a registry, over the same kind of link,
 indexes published beside it, and, for `--with walk`, without. Download and untar then means all blobs at the same time,
 each into a tar of its own as it comes, and overlayfs over the layers' directories.
 
-The floor is what no system of this kind can beat: the bytes COMMAND touched over the rate, two round trips, and the
-time COMMAND takes when everything is in memory.
+The floor is what no system of this kind can beat: the bytes COMMAND touched, as short as they travel (those of a compressed
+layer at the ratio of the whole layer), over the rate, two round trips, and the time COMMAND takes when everything is in
+memory.
 
 Example:
-  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html -- python3 -c 'import numpy'"
+  tarblk bench layer.tar --rtt 20ms --rate 200mbit --report report.html \\
+      -- python3 -c 'import numpy'"
 )]
 pub struct BenchArgs {
-    /// The layer; served from an origin of its own over a simulated link if it is a file, used as it is if it is a URL. Or an
-    /// image in a directory, `oci:DIR[:TAG]`, served as a registry serves it.
-    #[command(flatten)]
-    pub source: SourceArgs,
+    /// A layer, plain or compressed with gzip or zstd: a path or a `file://` URL, served from an origin of its own over a
+    /// simulated link; or an `http(s)://` URL, used as it is. Or an image in a directory, `oci:DIR[:TAG|@DIGEST]`, served as a
+    /// registry serves it.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
     /// The simulated link's round trip, for a local SOURCE.
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub rtt: Option<Duration>,

@@ -1,64 +1,94 @@
 //! `tarblk generate`: man pages and completions, made from the command definitions.
 
+mod man;
+
 use std::path::Path;
 
 use anyhow::Context as _;
-use clap::CommandFactory;
+use clap::builder::PossibleValuesParser;
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
 
 use super::cli::{Cli, Generate};
 use super::output::write_out;
+
+/// What the shells are told besides the definitions: they cannot know what is attached.
+const FOR_BASH: &str = include_str!("generate/complete.bash");
+const FOR_ZSH: &str = include_str!("generate/complete.zsh");
+const FOR_FISH: &str = include_str!("generate/complete.fish");
+
+/// Arguments whose words a function of [`FOR_ZSH`] gives: command, argument, function.
+const ZSH_WORDS: [(&str, &str, &str); 7] = [
+    ("umount", "dir", "_tarblk_mounts"),
+    ("detach", "device", "_tarblk_names"),
+    ("stats", "device", "_tarblk_names"),
+    ("logs", "device", "_tarblk_names"),
+    ("image", "index", "_tarblk_index"),
+    ("attach", "index", "_tarblk_index"),
+    ("mount", "index", "_tarblk_index"),
+];
 
 /// Writes what was asked for.
 pub(super) fn run(what: &Generate) -> anyhow::Result<()> {
     match what {
         Generate::Man { dir } => man_pages(dir).with_context(|| format!("{}: cannot write man pages", dir.display())),
         Generate::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "tarblk", &mut script);
-            write_out(|out| out.write_all(&script))
+            let script = completions(*shell);
+            write_out(|out| out.write_all(script.as_bytes()))
+        }
+    }
+}
+
+/// The script that makes a shell complete tarblk's command lines.
+fn completions(shell: Shell) -> String {
+    let generate = |mut command: Command| {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut command, "tarblk", &mut script);
+        String::from_utf8_lossy(&script).into_owned()
+    };
+    match shell {
+        Shell::Bash => generate(Cli::command()) + FOR_BASH,
+        Shell::Fish => generate(Cli::command()) + FOR_FISH,
+        Shell::Zsh => {
+            // A single possible value stands in the script where the function's name has to be.
+            let marked = ZSH_WORDS
+                .iter()
+                .fold(Cli::command(), |cli, (command, argument, function)| {
+                    cli.mut_subcommand(*command, |command| {
+                        command.mut_arg(*argument, |arg| {
+                            arg.value_parser(PossibleValuesParser::new([*function]))
+                        })
+                    })
+                });
+            let script = ZSH_WORDS.iter().fold(generate(marked), |script, (_, _, function)| {
+                script.replace(&format!("({function})"), function)
+            });
+            // Its first line says what the file is for.
+            match script.split_once('\n') {
+                Some((first, rest)) => format!("{first}\n\n{FOR_ZSH}{rest}"),
+                None => script,
+            }
+        }
+        other => {
+            debug_assert!(
+                matches!(other, Shell::Elvish | Shell::PowerShell),
+                "{other} is not known"
+            );
+            generate(Cli::command())
         }
     }
 }
 
 /// `tarblk.1`, `tarblk-mount.1`, …
 fn man_pages(dir: &Path) -> std::io::Result<()> {
-    let mut tarblk = Cli::command();
+    // `tarblk help` shows what the pages say.
+    let mut tarblk = Cli::command().disable_help_subcommand(true);
     // Fills in what pages are named by.
     tarblk.build();
-    man_page_and_below(&tarblk, dir)
-}
-
-fn man_page_and_below(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
-    for below in command.get_subcommands().filter(|below| !below.is_hide_set()) {
-        man_page_and_below(below, dir)?;
+    for (name, page) in man::pages(&tarblk)? {
+        std::fs::write(dir.join(name), page)?;
     }
-    let man = clap_mangen::Man::new(command.clone());
-    let mut page = Vec::new();
-    man.render(&mut page)?;
-    let page = with_examples(&String::from_utf8_lossy(&page));
-    std::fs::write(dir.join(man.get_filename()), in_ascii(&page))
-}
-
-/// The generator puts what a help text says at its end under "EXTRA"; readers of man pages look for notes and examples.
-fn with_examples(page: &str) -> String {
-    page.replace(".SH EXTRA\nExamples:\n", ".SH EXAMPLES\n")
-        .replace(".SH EXTRA\nExample:\n", ".SH EXAMPLES\n")
-        .replace(".SH EXTRA\n", ".SH NOTES\n")
-        .replace("\n\nExample:\n", "\n.SH EXAMPLES\n")
-}
-
-/// roff's input is ASCII; every other character has a name, and only those that read it through a converter (as `man` does)
-/// do without.
-fn in_ascii(page: &str) -> String {
-    use std::fmt::Write as _;
-    page.chars().fold(String::with_capacity(page.len()), |mut out, c| {
-        if c.is_ascii() {
-            out.push(c);
-        } else {
-            let _ = write!(out, "\\[u{:04X}]", u32::from(c));
-        }
-        out
-    })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -66,7 +96,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_ascii_whatever_help_says() {
-        assert_eq!(in_ascii("a … \u{1F600}\n"), "a \\[u2026] \\[u1F600]\n");
+    fn what_is_attached_is_completed_in_three_shells() {
+        for (shell, words) in [
+            (Shell::Bash, &["complete -F _tarblk_and_names"][..]),
+            (
+                Shell::Zsh,
+                &[
+                    "'--index=[",
+                    ":FILE|URL|WORD:_tarblk_index'",
+                    "Where it is mounted:_tarblk_mounts'",
+                ],
+            ),
+            (Shell::Fish, &["-l index -r -F -a", "string match -v"]),
+        ] {
+            let script = completions(shell);
+            for word in words {
+                assert!(script.contains(word), "{shell}: {word}");
+            }
+        }
+        assert!(completions(Shell::Zsh).starts_with("#compdef tarblk\n"));
     }
 }

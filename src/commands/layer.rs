@@ -1,12 +1,14 @@
 //! `tarblk ls` and `image`: what a layer holds, without a device; and opening a layer with its progress shown.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use indicatif::ProgressBar;
 
 use super::Session;
@@ -16,12 +18,13 @@ use super::replace::replace;
 use crate::fetch::LayerRange;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
-use crate::index::listing::{self, Format, ListingError};
+use crate::index::listing::{self, Format, ListingError, Selection};
 use crate::layer::Coding;
 use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, PreparedLayer, Reading, Watch};
 use crate::quantity::show_size;
 use crate::source::{Place, Source, without_secrets};
 use crate::tree::listing::write_tree;
+use crate::tree::{NodeId, Tree, TreeBuilder};
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// Draws how far layers are read, once it takes long enough to be noticed.
@@ -93,7 +96,7 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
         registry: args.registry.options()?,
         ..OpenOptions::default()
     };
-    let prepared = open::prepare(&args.source.source, &options, &mut Bar::new(session.talk))?;
+    let prepared = open::prepare(&args.source, &options, &mut Bar::new(session.talk))?;
     for (number, layer) in (1..).zip(&prepared.layers) {
         log::info!("{}: index of layer {number}: {}", prepared.name, layer.origin);
     }
@@ -125,12 +128,21 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     if let Source::Image(_) = Source::parse(&args.source)? {
         let tree = open::prepare(&args.source, &options, &mut bar)?.tree()?;
         drop(bar);
-        return write_out(|out| write_tree(&tree, format, out));
+        let selection = selection(&args.paths, &tree, &args.source)?;
+        return write_out(|out| write_tree(&tree, &selection, format, out));
     }
     let index = open::index_of(&args.source, &options, &mut bar)?;
     drop(bar);
+    let selection = if args.paths.is_empty() {
+        Selection::everything()
+    } else {
+        let mut tree = TreeBuilder::new();
+        let built = index.replay(&mut tree);
+        built.with_context(|| without_secrets(&args.source))?;
+        selection(&args.paths, &tree.finish(), &args.source)?
+    };
     let mut broken = None;
-    write_out(|out| match listing::write(&index, format, out) {
+    write_out(|out| match listing::write_selected(&index, &selection, format, out) {
         Err(ListingError::Index(error)) => {
             broken = Some(error);
             Ok(())
@@ -141,6 +153,36 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     broken.map_or(Ok(()), |error| {
         Err(anyhow::Error::new(error).context(without_secrets(&args.source)))
     })
+}
+
+/// What is to be listed: each path as it was typed, and where it leads by the symbolic links on its way.
+fn selection(paths: &[OsString], tree: &Tree, source: &str) -> anyhow::Result<Selection> {
+    let mut selection = Selection::everything();
+    for path in paths {
+        let path = path.as_bytes();
+        let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
+            Some(slash) => (&path[..slash], &path[slash + 1..]),
+            None => (&b""[..], path),
+        };
+        // A last link is what is asked for itself, unless a slash behind it says otherwise.
+        let directory = tree.resolve(NodeId::ROOT, parent);
+        let found = match name {
+            b"" | b"." | b".." => tree.resolve(NodeId::ROOT, path).map(|node| tree.path(node)),
+            name => directory.and_then(|directory| {
+                tree.child(directory, name)?;
+                let mut found = tree.path(directory);
+                found.push(b'/');
+                found.extend_from_slice(name);
+                Some(found)
+            }),
+        };
+        let Some(found) = found else {
+            bail!("{} has no {}", without_secrets(source), path.escape_ascii());
+        };
+        selection.add(path);
+        selection.add(&found);
+    }
+    Ok(selection)
 }
 
 /// `tarblk image`.

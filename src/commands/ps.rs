@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::Session;
 use super::attach::states;
 use super::cli::{PsArgs, StatsArgs};
-use super::output::{Table, print, println};
+use super::output::{Table, print, println, write_out};
 use crate::device::daemon::DaemonStats;
 use crate::device::registry::{self, Status};
 use crate::device::state::State;
@@ -22,6 +22,17 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
     }
     if args.json {
         return println(serde_json::to_string_pretty(&listed)?);
+    }
+    if args.names {
+        return write_out(|out| {
+            for line in &listed {
+                writeln!(out, "{}", line.state.device.display())?;
+                for dir in &line.mounts {
+                    writeln!(out, "{}", dir.display())?;
+                }
+            }
+            Ok(())
+        });
     }
     if listed.is_empty() {
         session.talk.note("nothing is attached");

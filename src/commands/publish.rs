@@ -65,6 +65,7 @@ struct Report<'a> {
     manifest: &'a Digest,
     artifact: Option<&'a Digest>,
     layers: Vec<LayerReport<'a>>,
+    tags: &'a [String],
 }
 
 #[derive(Debug, Serialize)]
@@ -97,6 +98,7 @@ fn report(image: &str, publication: &Publication, json: bool, session: Session) 
             manifest: &publication.image,
             artifact: publication.artifact.as_ref(),
             layers: layers.collect(),
+            tags: &publication.tags,
         };
         return println(serde_json::to_string_pretty(&report)?);
     }
@@ -127,5 +129,16 @@ fn report(image: &str, publication: &Publication, json: bool, session: Session) 
         None => "none, because not every layer has an index".to_owned(),
     };
     table.row(["artifact", &artifact]);
-    print(table)
+    for tag in &publication.tags {
+        table.row(["tag", tag]);
+    }
+    print(table)?;
+    session.talk.note(format_args!(
+        "{} beside the image's own keep this in the repository; the image itself is unchanged",
+        match publication.tags.len() {
+            1 => "1 tag".to_owned(),
+            tags => format!("{tags} tags"),
+        }
+    ));
+    Ok(())
 }

@@ -5,6 +5,7 @@
 //! what is not UTF-8 a second time in base64.
 
 pub(crate) mod mtree;
+mod selection;
 pub(crate) mod text;
 
 use std::io::{self, Write};
@@ -14,6 +15,7 @@ use serde::Serialize;
 use super::entry::{Entry, InImage, Kind};
 use super::error::IndexError;
 use super::reader::Index;
+pub use selection::Selection;
 use text::{Base64, DateTime, Escaped, Permissions};
 
 /// How entries are written.
@@ -45,11 +47,27 @@ pub enum ListingError {
 /// # Errors
 /// [`ListingError`]: the index's or the output's.
 pub fn write<B: AsRef<[u8]>>(index: &Index<B>, format: Format, out: &mut dyn Write) -> Result<(), ListingError> {
+    write_selected(index, &Selection::everything(), format, out)
+}
+
+/// Writes the entries of an index that are wanted.
+///
+/// # Errors
+/// Those of [`write()`].
+pub fn write_selected<B: AsRef<[u8]>>(
+    index: &Index<B>,
+    selection: &Selection,
+    format: Format,
+    out: &mut dyn Write,
+) -> Result<(), ListingError> {
     if format == Format::Mtree {
-        return mtree::write(index, out);
+        return mtree::write(index, selection, out);
     }
     let mut entries = index.entries()?;
     while let Some(entry) = entries.next_entry()? {
+        if !selection.takes(&entry.path) {
+            continue;
+        }
         match format {
             Format::Plain => plain(entry, out)?,
             _ => json(&Line::of(entry), out)?,

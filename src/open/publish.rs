@@ -58,6 +58,9 @@ pub struct Publication {
     pub artifact: Option<Digest>,
     /// For each layer its blob and what became of its index, the lowest first.
     pub layers: Vec<LayerIndex>,
+    /// The tags that hold all of this in the repository now: one for each different layer that has an index, and the image's
+    /// list of referrers where the registry has no API for that.
+    pub tags: Vec<String>,
 }
 
 /// Makes indexes of an image's layers, several at the same time, and publishes them in the image's repository. What others have published for a layer is
@@ -328,6 +331,11 @@ fn put_tag(registry: &Registry, listed: &Listed) -> Result<(), SourceError> {
 /// Puts the image's artifact into the registry, when all of its layers have indexes.
 fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Result<Publication, OpenError> {
     let listed: Option<Vec<Listed>> = layers.iter().map(|(_, _, listed)| listed.clone()).collect();
+    let mut tags: Vec<String> = Vec::new();
+    for (_, _, listed) in &layers {
+        let tag = listed.as_ref().map(|listed| layer_tag(&listed.layer).to_string());
+        tags.extend(tag.filter(|tag| !tags.contains(tag)));
+    }
     let artifact = match listed {
         Some(listed) if !listed.is_empty() => {
             registry.push_blob(&empty_config().digest, EMPTY_CONFIG)?;
@@ -335,7 +343,8 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
             let len = u64::try_from(own.bytes.len()).unwrap_or(u64::MAX);
             let bytes = manifest(&listed, Some((&own.media_type, &own.digest, len)));
             let entry = manifest_descriptor(&bytes);
-            registry.push_referrer(&image.manifest_digest, &entry, &bytes)?;
+            let listed_by = registry.push_referrer(&image.manifest_digest, &entry, &bytes)?;
+            tags.extend(listed_by.map(|tag| tag.to_string()));
             Some(entry.digest)
         }
         _ => None,
@@ -344,6 +353,7 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
         image: image.manifest_digest.clone(),
         artifact,
         layers,
+        tags,
     })
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 use super::{Content, NodeId, NodeKind, Tree};
 use crate::index::listing::text::Vis;
-use crate::index::listing::{Format, Line, json, mtree, plain};
+use crate::index::listing::{Format, Line, Selection, json, mtree, plain};
 use crate::index::{Entry, Kind, Segment, Xattr};
 
 impl Tree {
@@ -75,11 +75,11 @@ impl Tree {
     }
 }
 
-/// Writes all names of a tree.
+/// Writes the names of a tree that are wanted.
 ///
 /// # Errors
 /// The output's.
-pub fn write_tree(tree: &Tree, format: Format, out: &mut dyn Write) -> io::Result<()> {
+pub fn write_tree(tree: &Tree, selection: &Selection, format: Format, out: &mut dyn Write) -> io::Result<()> {
     // By node: the path that was written first, of files that have others.
     let mut first_paths = std::collections::HashMap::new();
     let mut entry = Entry::default();
@@ -88,6 +88,9 @@ pub fn write_tree(tree: &Tree, format: Format, out: &mut dyn Write) -> io::Resul
         writeln!(out, "#mtree")?;
     }
     tree.walk(|path, id| {
+        if !selection.takes(path) {
+            return Ok(());
+        }
         let node = tree.node(id);
         entry.path.clear();
         entry.path.extend_from_slice(path);

@@ -9,12 +9,16 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::Write;
 
-use super::ListingError;
 use super::text::Vis;
+use super::{ListingError, Selection};
 use crate::index::entry::{Entry, Kind};
 use crate::index::reader::Index;
 
-pub(super) fn write<B: AsRef<[u8]>>(index: &Index<B>, out: &mut dyn Write) -> Result<(), ListingError> {
+pub(super) fn write<B: AsRef<[u8]>>(
+    index: &Index<B>,
+    selection: &Selection,
+    out: &mut dyn Write,
+) -> Result<(), ListingError> {
     let mut targets = link_targets(index)?;
     let mut line = String::new();
     writeln!(out, "#mtree")?;
@@ -30,12 +34,10 @@ pub(super) fn write<B: AsRef<[u8]>>(index: &Index<B>, out: &mut dyn Write) -> Re
             Some(known) => line.push_str(known),
             None => attributes(entry, &mut line),
         }
-        if path.is_empty() {
-            write!(out, ".")?;
-        } else {
-            write!(out, "./{}", Vis(path))?;
+        if selection.takes(path) {
+            let name = if path.is_empty() { "." } else { "./" };
+            writeln!(out, "{name}{}{line}", Vis(path))?;
         }
-        writeln!(out, "{line}")?;
         if let Some(known) = targets.get_mut(path) {
             known.clone_from(&line);
         }

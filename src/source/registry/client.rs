@@ -468,23 +468,30 @@ impl Registry {
     }
 
     /// Puts a manifest that has a `subject` under its digest, and into the fallback tag's list where the registry has no
-    /// referrers API. `entry` describes it there.
+    /// referrers API. `entry` describes it there. Returns that tag, if it was needed.
     ///
     /// # Errors
     /// [`SourceError`].
-    pub fn push_referrer(&self, subject: &Digest, entry: &Descriptor, bytes: &[u8]) -> Result<(), SourceError> {
+    pub fn push_referrer(
+        &self,
+        subject: &Digest,
+        entry: &Descriptor,
+        bytes: &[u8],
+    ) -> Result<Option<Version>, SourceError> {
         let version = Version::Digest(entry.digest.clone());
         if self.push_manifest(&version, &entry.media_type, bytes)? {
-            return Ok(());
+            return Ok(None);
         }
+        let tag = fallback_tag(subject);
         let mut listed = self.fallback(subject)?;
         if listed.iter().any(|known| known.digest == entry.digest) {
-            return Ok(());
+            return Ok(Some(tag));
         }
         listed.push(entry.clone());
         let index = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed });
         let index = index.to_string().into_bytes();
-        self.push_manifest(&fallback_tag(subject), OCI_INDEX, &index).map(drop)
+        self.push_manifest(&tag, OCI_INDEX, &index)?;
+        Ok(Some(tag))
     }
 }
 

@@ -400,6 +400,7 @@ fn many_whiteouts_cost_little() {
 #[test]
 fn a_tree_is_listed() {
     use crate::index::listing::Format;
+    use crate::index::listing::Selection;
     use crate::tree::listing::write_tree;
 
     let lower = [
@@ -420,7 +421,7 @@ fn a_tree_is_listed() {
     ]);
     let listed = |format| {
         let mut out = Vec::new();
-        write_tree(&tree, format, &mut out).unwrap();
+        write_tree(&tree, &Selection::everything(), format, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     };
     let plain = "\
