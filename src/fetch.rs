@@ -13,44 +13,45 @@
 
 mod blob;
 mod engine;
+mod error;
 mod runtime;
+mod shared;
 mod stats;
 mod transport;
 
 use std::fmt;
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
-use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use blob::{Blob, ChunkVerifier, Coded, LayerSource, Verifier, WholeDigests, Windows};
+pub use error::{FetchError, StartError};
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 pub use transport::answer::Validator;
 
-use crate::cache::chunk::{self, FirstUse, pieces};
-use crate::cache::disk::{Bits, DiskCache, LayerCache, LayerKey};
-use crate::cache::memory::MemoryCache;
+use crate::cache::chunk::{FirstUse, pieces};
+use crate::cache::disk::{DiskCache, LayerKey};
 use crate::cache::{Slice, Slices};
 use crate::image::FileMap;
 use crate::prefetch::ChunkRange;
 use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use engine::Command;
-use stats::{Counters, add};
+use shared::{Shared, SharedLayer, Touch};
+use stats::add;
 
-/// Where a range of a layer is right now.
+/// Where a range of a layer is right now. Borrowed from the fetcher that said so.
 #[derive(Clone, Debug)]
-pub enum Located {
+pub enum Located<'a> {
     /// In memory: these slices in order, together as long as the range.
     Memory(Slices),
-    /// In a local file (the layer itself, or its cache file) from this offset on; a reader with a ring of its own may read
-    /// it there. The descriptor stays open as long as the fetcher.
-    File(RawFd, u64),
+    /// In a local file (the layer itself, or its cache file) from this byte on; a reader with a ring of its own may read it
+    /// there.
+    File(BorrowedFd<'a>, u64),
     /// Not here, or not all of it in one place: ask [`Fetcher::read`].
     Elsewhere,
 }
@@ -197,246 +198,6 @@ pub fn default_tls() -> Result<Arc<ClientConfig>, StartError> {
     Ok(Arc::new(config))
 }
 
-/// Why a fetcher did not start.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StartError {
-    /// A layer's URL or headers cannot be used.
-    #[error("{url}: {why}")]
-    Url {
-        /// Without secrets.
-        url: String,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A layer is longer than chunks can be numbered (128 TiB).
-    #[error("layer {layer} is {size} bytes long; more than 128 TiB cannot be fetched")]
-    TooLong {
-        /// Which.
-        layer: usize,
-        /// Its length in bytes.
-        size: u64,
-    },
-    /// A layer's index was made of another blob.
-    #[error("layer {layer} is {found} bytes long, but its index is of a blob of {said}: it belongs to another layer")]
-    OtherBlob {
-        /// Which.
-        layer: usize,
-        /// The blob's length in bytes, by the index.
-        said: u64,
-        /// Its length.
-        found: u64,
-    },
-    /// The machine's certificates cannot be used.
-    #[error("no certificate authority to check https servers with: {why}; install ca-certificates")]
-    Certificates {
-        /// The first thing that went wrong.
-        why: String,
-    },
-    /// The fetch thread or its ring could not be made.
-    #[error("cannot start the fetch thread: {0}; io_uring may be disabled here (sysctl kernel.io_uring_disabled)")]
-    Thread(#[from] io::Error),
-}
-
-/// Why a range could not be brought.
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FetchError {
-    /// The server has another layer now than the one that was attached.
-    #[error("{url}: the layer changed on the server: {how}; attach it again")]
-    Changed {
-        /// Without secrets.
-        url: String,
-        /// What differs.
-        how: String,
-    },
-    /// The server refused, again and again.
-    #[error("{url}: {why}; check the address and the credentials")]
-    Refused {
-        /// Without secrets.
-        url: String,
-        /// The last answer.
-        why: String,
-        /// The HTTP status.
-        status: u16,
-    },
-    /// The server's answers do not fit the questions.
-    #[error("{url}: bytes {range}: {why}")]
-    WrongAnswer {
-        /// Without secrets.
-        url: String,
-        /// What was asked for.
-        range: TarRange,
-        /// The last answer.
-        why: String,
-    },
-    /// The bytes did not come before the deadline.
-    #[error("{url}: bytes {range} did not come in {after:.0?}: {why}")]
-    Deadline {
-        /// Without secrets.
-        url: String,
-        /// What was asked for.
-        range: TarRange,
-        /// The deadline.
-        after: Duration,
-        /// The last thing that went wrong.
-        why: String,
-    },
-    /// A local file could not be read.
-    #[error("{path}: cannot read bytes {range}: {why}")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// What was asked for.
-        range: TarRange,
-        /// What the kernel said, or that the file is shorter than it was.
-        why: Arc<io::Error>,
-    },
-    /// No such layer, or not so long.
-    #[error("bytes {range} of layer {} do not exist", layer.0)]
-    OutOfRange {
-        /// Which layer was named.
-        layer: LayerId,
-        /// What was asked for.
-        range: TarRange,
-    },
-    /// The layer is not what it has to be: nothing more is read of it.
-    #[error("{name}: {why}; the layer or its index is damaged or forged, and nothing more is read of it")]
-    Poisoned {
-        /// Without secrets.
-        name: String,
-        /// What was found.
-        why: String,
-    },
-    /// The fetcher was shut down.
-    #[error("the fetcher was shut down")]
-    Stopped,
-}
-
-impl FetchError {
-    /// The error number that says it best to somebody who takes only numbers.
-    #[must_use]
-    pub fn errno(&self) -> i32 {
-        match self {
-            Self::Changed { .. } => libc::ESTALE,
-            Self::Refused { status: 404 | 410, .. } => libc::ENOENT,
-            Self::Refused { .. } => libc::EACCES,
-            Self::WrongAnswer { .. } => libc::EPROTO,
-            Self::Deadline { .. } => libc::ETIMEDOUT,
-            Self::File { why, .. } => why.raw_os_error().unwrap_or(libc::EIO),
-            Self::OutOfRange { .. } => libc::EINVAL,
-            Self::Poisoned { .. } => libc::EIO,
-            Self::Stopped => libc::ESHUTDOWN,
-        }
-    }
-}
-
-/// What the threads that ask and the fetch thread both see of a layer.
-#[derive(Debug)]
-pub(crate) enum SharedLayer {
-    /// Lies in a file as it is, and nobody asks for it to be checked.
-    Local { path: PathBuf, file: OwnedFd, size: u64 },
-    /// Has to be brought: fetched, decoded or checked.
-    Fetched(FetchedLayer),
-}
-
-/// A layer that has to be brought.
-#[derive(Debug)]
-pub(crate) struct FetchedLayer {
-    /// The tar's length.
-    size: u64,
-    /// Set at the start, or once the layer has to be streamed.
-    cache: OnceLock<Arc<LayerCache>>,
-    /// The chunks in the cache that this process has checked; none when they cannot be checked.
-    checked: Option<Bits>,
-    /// Set once, when the layer is found out.
-    poison: OnceLock<FetchError>,
-}
-
-impl FetchedLayer {
-    fn new(size: u64, is_checked: bool) -> Self {
-        let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
-        Self {
-            size,
-            cache: OnceLock::new(),
-            checked: is_checked.then(|| Bits::new(count)),
-            poison: OnceLock::new(),
-        }
-    }
-
-    /// The file in which all chunks from `first` up to `end` are together and may be believed.
-    fn find(&self, first: u32, end: u32) -> Option<RawFd> {
-        let believed = self.checked.as_ref().is_none_or(|checked| checked.has_all(first, end));
-        if !believed || self.poison.get().is_some() {
-            return None;
-        }
-        self.cache.get()?.find(first, end)
-    }
-}
-
-impl SharedLayer {
-    fn size(&self) -> u64 {
-        match self {
-            Self::Local { size, .. } => *size,
-            Self::Fetched(layer) => layer.size,
-        }
-    }
-}
-
-/// What all handles and the fetch thread share.
-pub(crate) struct Shared {
-    layers: Vec<SharedLayer>,
-    memory: MemoryCache,
-    counters: Arc<Counters>,
-    /// First uses of what was fetched on suspicion, for the planner to hear.
-    touches: Mutex<Vec<Touch>>,
-    /// Wakes the fetch thread for them.
-    nudge: Notify,
-}
-
-/// A range was found in memory, and `paid` bytes of it had been fetched on suspicion and not been read before.
-pub(crate) struct Touch {
-    asked: LayerRange,
-    paid: u64,
-}
-
-impl Shared {
-    fn new(layers: Vec<SharedLayer>, memory: MemoryCache) -> Self {
-        Self {
-            layers,
-            memory,
-            counters: Arc::default(),
-            touches: Mutex::default(),
-            nudge: Notify::new(),
-        }
-    }
-
-    /// Leaves word of a first use. Nobody waits for the planner: when it does not keep up, it misses some.
-    fn note_touch(&self, touch: Touch, wake: bool) {
-        const MOST: usize = 4096;
-        {
-            let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
-            if touches.len() < MOST {
-                touches.push(touch);
-            }
-        }
-        if wake {
-            self.nudge.notify_one();
-        }
-    }
-
-    fn take_touches(&self) -> Vec<Touch> {
-        std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The layer, when `asked` lies inside it.
-    fn layer_of(&self, asked: LayerRange) -> Option<&SharedLayer> {
-        let layer = self.layers.get(usize::try_from(asked.layer.0).ok()?)?;
-        let end = asked.range.start.0.checked_add(asked.range.len)?;
-        (end <= layer.size()).then_some(layer)
-    }
-}
-
 /// A handle on the fetch thread. Cheap to clone; the thread ends when the last handle is gone.
 #[derive(Clone)]
 pub struct Fetcher {
@@ -470,7 +231,7 @@ impl Fetcher {
 
     /// Where `range` is now, without waiting, system calls or long locks. Counts as a use of what it finds.
     #[must_use]
-    pub fn locate(&self, asked: LayerRange) -> Located {
+    pub fn locate(&self, asked: LayerRange) -> Located<'_> {
         let shared = &*self.shared;
         let counters = &*shared.counters;
         match shared.layer_of(asked) {
@@ -478,7 +239,7 @@ impl Fetcher {
             Some(SharedLayer::Local { file, .. }) => {
                 add(&counters.reads, 1);
                 add(&counters.bytes_disk, asked.range.len);
-                Located::File(file.as_raw_fd(), asked.range.start.0)
+                Located::File(file.as_fd(), asked.range.start.0)
             }
             Some(SharedLayer::Fetched(layer)) => {
                 if layer.poison.get().is_some() {

@@ -138,5 +138,4 @@ fn nobody_there_is_an_error_after_the_deadline() {
     let fetcher = Fetcher::start(vec![source], options, None).unwrap();
     let error = fetcher.read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Deadline { .. }), "{error}");
-    assert_eq!(error.errno(), libc::ETIMEDOUT);
 }

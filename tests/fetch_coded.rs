@@ -313,7 +313,6 @@ fn a_flipped_byte_is_never_served() {
         }
         let error = failed.unwrap_or_else(|| panic!("{way:?}: nobody noticed"));
         assert!(matches!(error, FetchError::Poisoned { .. }), "{way:?}: {error}");
-        assert_eq!(error.errno(), libc::EIO);
         let stats = fetcher.stats();
         assert!(
             stats.chunks_wrong >= 2 && stats.layers_poisoned == 1,

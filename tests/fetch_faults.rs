@@ -205,7 +205,6 @@ fn a_changed_layer_is_an_error_and_no_bytes() {
     };
     let error = start(longer, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Changed { .. }), "{error}");
-    assert_eq!(error.errno(), libc::ESTALE);
 }
 
 #[test]
@@ -215,7 +214,6 @@ fn what_is_not_there_is_refused() {
         .read_blocking(vec![range(0, 4096)])
         .unwrap_err();
     assert!(matches!(error, FetchError::Refused { status: 404, .. }), "{error}");
-    assert_eq!(error.errno(), libc::ENOENT);
 }
 
 #[test]

@@ -13,7 +13,7 @@ mod seeder;
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -401,15 +401,15 @@ impl LayerCache {
     }
 
     /// Where all chunks from `first` up to `end` are together in one file.
-    pub(crate) fn find(&self, first: u32, end: u32) -> Option<RawFd> {
+    pub(crate) fn find(&self, first: u32, end: u32) -> Option<BorrowedFd<'_>> {
         if self.is_poisoned() {
             return None;
         }
         if self.written.has_all(first, end) {
-            return Some(self.data.as_raw_fd());
+            return Some(self.data.as_fd());
         }
         let (file, bits) = self.others.as_ref()?;
-        bits.has_all(first, end).then(|| file.as_raw_fd())
+        bits.has_all(first, end).then(|| file.as_fd())
     }
 
     /// Whether chunk `index` is here.

@@ -41,9 +41,10 @@ pub enum StateError {
     /// A file cannot be read or written.
     #[error("{path}: {cause}")]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// What the kernel said.
+        #[source]
         cause: io::Error,
     },
     /// A file is not a state, or a damaged one.

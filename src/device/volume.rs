@@ -4,7 +4,7 @@
 //! Both back ends and `tarblk image` read through here, so that a block is the same block on every way out. Nothing here
 //! waits, except [`Volume::read_blocking`], which no thread that answers the kernel may call.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
@@ -18,14 +18,14 @@ use super::stats::{DeviceStats, Source, ThreadCounters, snapshot};
 /// Where layer bytes come from, as a device sees it: [`Fetcher`], or what stands for it in tests and benchmarks.
 pub trait BlobReader: Send + Sync + std::fmt::Debug {
     /// See [`Fetcher::locate`].
-    fn locate(&self, range: LayerRange) -> Located;
+    fn locate(&self, range: LayerRange) -> Located<'_>;
 
     /// See [`Fetcher::read`].
     fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>);
 }
 
 impl BlobReader for Fetcher {
-    fn locate(&self, range: LayerRange) -> Located {
+    fn locate(&self, range: LayerRange) -> Located<'_> {
         Fetcher::locate(self, range)
     }
 
@@ -34,7 +34,8 @@ impl BlobReader for Fetcher {
     }
 }
 
-/// Why a read failed. Every one is `EIO` to the kernel; the text is for the log.
+/// Why a read failed. Every one is `EIO` to the kernel, and the text is for the log: a filesystem's readers get `EIO` for every
+/// error of its device, and only who reads the device directly could see another.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReadError {
     /// The request does not lie on whole blocks.
@@ -62,16 +63,16 @@ pub enum ReadError {
 }
 
 /// A stretch of a read that is not in memory: where it goes in the reader's buffer, and where it can be had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Gap {
+#[derive(Clone, Copy, Debug)]
+pub struct Gap<'v> {
     /// Where in the buffer, in bytes.
     pub at: usize,
     /// How many bytes.
     pub len: usize,
     /// The layer's bytes that belong there.
     pub range: LayerRange,
-    /// The descriptor and offset of a local file that holds them, if one does.
-    pub file: Option<(RawFd, u64)>,
+    /// A local file that holds them, if one does, and from which byte on. Borrowed from the volume.
+    pub file: Option<(BorrowedFd<'v>, u64)>,
 }
 
 /// What [`Volume::look`] found.
@@ -89,10 +90,32 @@ pub enum Found {
 
 /// Lists that are reused from read to read, so that a hit allocates nothing.
 #[derive(Debug, Default)]
-pub struct Scratch {
+pub struct Scratch<'v> {
     pieces: Vec<Piece>,
     /// After [`Found::Gaps`]: what is missing, in order.
-    pub gaps: Vec<Gap>,
+    pub gaps: Vec<Gap<'v>>,
+}
+
+impl Gap<'_> {
+    /// The same without the file, to be kept longer than the volume is borrowed.
+    #[must_use]
+    pub fn detached(self) -> Gap<'static> {
+        Gap { file: None, ..self }
+    }
+}
+
+impl Scratch<'_> {
+    /// The same lists, empty, to be kept longer than the volume that they were filled from.
+    #[must_use]
+    pub fn emptied(mut self) -> Scratch<'static> {
+        self.gaps.clear();
+        // An empty list has no gap to convert; collecting it keeps its memory.
+        let gaps = self.gaps.into_iter().map(Gap::detached).collect();
+        Scratch {
+            pieces: self.pieces,
+            gaps,
+        }
+    }
 }
 
 /// An image, the bytes behind it, and the counters of the device that serves it.
@@ -148,11 +171,11 @@ impl Volume {
     ///
     /// # Errors
     /// [`ReadError::Unaligned`] when the range is not made of whole blocks.
-    pub fn look(
-        &self,
+    pub fn look<'v>(
+        &'v self,
         offset: u64,
         buf: &mut [u8],
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<'v>,
         counters: &ThreadCounters,
     ) -> Result<Found, ReadError> {
         let unaligned = || ReadError::Unaligned { offset, len: buf.len() };
@@ -197,11 +220,11 @@ impl Volume {
     }
 
     /// The general case of [`Volume::look`]: piece by piece.
-    fn assemble(
-        &self,
+    fn assemble<'v>(
+        &'v self,
         offset: u64,
         buf: &mut [u8],
-        scratch: &mut Scratch,
+        scratch: &mut Scratch<'v>,
         counters: &ThreadCounters,
     ) -> Result<Found, ReadError> {
         let Scratch { pieces, gaps } = scratch;
@@ -261,7 +284,7 @@ impl Volume {
 
     /// Asks the fetch thread for the gaps; `waiter` is told when they are all here, in the order of `gaps`. A waiter that is
     /// dropped untold has to end its read itself.
-    pub fn fetch(&self, gaps: &[Gap], waiter: Box<dyn ReadCallback>) {
+    pub fn fetch(&self, gaps: &[Gap<'_>], waiter: Box<dyn ReadCallback>) {
         if self.closed.load(Ordering::Acquire) {
             return;
         }
@@ -272,7 +295,12 @@ impl Volume {
     ///
     /// # Errors
     /// Whatever kept the bytes away.
-    pub fn read_blocking(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<(), ReadError> {
+    pub fn read_blocking<'v>(
+        &'v self,
+        offset: u64,
+        buf: &mut [u8],
+        scratch: &mut Scratch<'v>,
+    ) -> Result<(), ReadError> {
         let counters = self.counters(0);
         counters.read();
         match self.look(offset, buf, scratch, counters)? {
@@ -284,7 +312,7 @@ impl Volume {
                 self.fetch(&scratch.gaps, Box::new(ChannelCallback(tell)));
                 let slices = told.recv().map_err(|_| ReadError::Stopped)??;
                 fill_gaps(&scratch.gaps, &slices, buf)?;
-                count_gaps(&scratch.gaps, counters);
+                GapBytes::of(&scratch.gaps).count(counters);
             }
         }
         Ok(())
@@ -305,7 +333,7 @@ impl ReadCallback for ChannelCallback {
 ///
 /// # Errors
 /// [`ReadError::WrongLength`] when the slices are not exactly as long as the gaps.
-pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), ReadError> {
+pub fn fill_gaps(gaps: &[Gap<'_>], slices: &[Slice], buf: &mut [u8]) -> Result<(), ReadError> {
     let wanted: usize = gaps.iter().map(|gap| gap.len).sum();
     let got: usize = slices.iter().map(|slice| slice.len()).sum();
     if wanted != got {
@@ -333,15 +361,33 @@ pub fn fill_gaps(gaps: &[Gap], slices: &[Slice], buf: &mut [u8]) -> Result<(), R
     Ok(())
 }
 
-/// Counts the bytes of gaps that have been closed by the fetch thread.
-pub fn count_gaps(gaps: &[Gap], counters: &ThreadCounters) {
-    for gap in gaps {
-        let source = if gap.file.is_some() {
-            Source::Disk
-        } else {
-            Source::Fetched
-        };
-        counters.bytes(source, to_u64(gap.len));
+/// The bytes of gaps, by where they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GapBytes {
+    disk: u64,
+    fetched: u64,
+}
+
+impl GapBytes {
+    /// Adds up `gaps`.
+    #[must_use]
+    pub fn of(gaps: &[Gap<'_>]) -> Self {
+        let mut sum = Self::default();
+        for gap in gaps {
+            let place = if gap.file.is_some() {
+                &mut sum.disk
+            } else {
+                &mut sum.fetched
+            };
+            *place += to_u64(gap.len);
+        }
+        sum
+    }
+
+    /// Counts them as served.
+    pub fn count(self, counters: &ThreadCounters) {
+        counters.bytes(Source::Disk, self.disk);
+        counters.bytes(Source::Fetched, self.fetched);
     }
 }
 
@@ -356,12 +402,12 @@ pub(super) fn to_u64(n: usize) -> u64 {
 }
 
 /// Copies `range`'s bytes to `buf[at..]` if they are in memory, or adds a gap.
-fn place_located(
-    located: &Located,
+fn place_located<'v>(
+    located: &Located<'v>,
     at: usize,
     range: LayerRange,
     buf: &mut [u8],
-    gaps: &mut Vec<Gap>,
+    gaps: &mut Vec<Gap<'v>>,
     counters: &ThreadCounters,
 ) -> Result<(), ReadError> {
     let wanted = range.range.len;
@@ -387,6 +433,7 @@ fn place_located(
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
     use std::sync::Mutex;
 
     use super::*;
@@ -430,10 +477,11 @@ mod tests {
     }
 
     /// Layer bytes are the letter `a`, in slices of 1000 bytes; what is read is kept.
-    #[derive(Debug, Default)]
+    #[derive(Debug)]
     struct Letters {
         asked: Mutex<Vec<LayerRange>>,
         short: bool,
+        file: std::fs::File,
     }
 
     impl Letters {
@@ -447,10 +495,10 @@ mod tests {
     }
 
     impl BlobReader for Letters {
-        fn locate(&self, range: LayerRange) -> Located {
+        fn locate(&self, range: LayerRange) -> Located<'_> {
             match range.layer.0 {
                 0 => Located::Memory(Self::slices(range.range).into()),
-                1 => Located::File(7, range.range.start.0),
+                1 => Located::File(self.file.as_fd(), range.range.start.0),
                 _ => Located::Elsewhere,
             }
         }
@@ -470,13 +518,14 @@ mod tests {
             Arc::new(Sample),
             Arc::new(Letters {
                 short,
-                ..Letters::default()
+                asked: Mutex::default(),
+                file: std::fs::File::open("/dev/null").unwrap(),
             }),
             1,
         )
     }
 
-    fn look(volume: &Volume, block: u64, count: usize) -> (Found, Vec<u8>, Vec<Gap>) {
+    fn look(volume: &Volume, block: u64, count: usize) -> (Found, Vec<u8>, Vec<Gap<'_>>) {
         let mut buf = vec![b'?'; count * BLOCK];
         let mut scratch = Scratch::default();
         let found = volume
@@ -494,12 +543,13 @@ mod tests {
         let (found, _, gaps) = look(&volume, 3, 1);
         assert!(matches!(found, Found::Gaps));
         assert_eq!(
-            (gaps.len(), gaps[0].file, gaps[0].len),
-            (1, Some((7, 3 * BLOCK_SIZE)), BLOCK)
+            (gaps.len(), gaps[0].file.map(|(_, at)| at), gaps[0].len),
+            (1, Some(3 * BLOCK_SIZE), BLOCK)
         );
         let (found, _, gaps) = look(&volume, 4, 1);
         assert!(matches!(found, Found::Gaps));
-        assert_eq!((gaps[0].file, gaps[0].range.range.start.0), (None, 4 * BLOCK_SIZE));
+        assert!(gaps[0].file.is_none());
+        assert_eq!(gaps[0].range.range.start.0, 4 * BLOCK_SIZE);
         let (found, buf, _) = look(&volume, 5, 1);
         assert!(matches!(found, Found::Filled));
         assert_eq!((buf[99], buf[100], buf[4095]), (b'a', 0, 0));

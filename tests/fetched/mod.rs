@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,7 +78,7 @@ pub(crate) fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8
     Ok(match fetcher.locate(range(start, len)) {
         Located::Memory(slices) => joined(&slices),
         Located::File(fd, at) => {
-            let file = File::open(PathBuf::from(format!("/proc/self/fd/{fd}"))).unwrap();
+            let file = File::open(PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))).unwrap();
             let mut bytes = vec![0; len];
             file.read_exact_at(&mut bytes, at).unwrap();
             bytes

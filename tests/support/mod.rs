@@ -8,7 +8,7 @@ pub(crate) mod harness;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -182,10 +182,10 @@ fn cut(chunks: &[Slice], range: LayerRange) -> Vec<Slice> {
 }
 
 impl BlobReader for PatchworkBytes {
-    fn locate(&self, range: LayerRange) -> Located {
+    fn locate(&self, range: LayerRange) -> Located<'_> {
         match range.layer {
             IN_MEMORY => Located::Memory(cut(&self.chunks, range).into()),
-            IN_FILE => Located::File(self.file.as_raw_fd(), range.range.start.0),
+            IN_FILE => Located::File(self.file.as_fd(), range.range.start.0),
             _ => Located::Elsewhere,
         }
     }

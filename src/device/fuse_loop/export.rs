@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
@@ -19,7 +19,7 @@ use rustix::io::ReadWriteFlags;
 
 use crate::cache::Slice;
 use crate::device::stats::{Source, ThreadCounters};
-use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
+use crate::device::volume::{Found, Gap, GapBytes, ReadError, Scratch, Volume, fill_gaps, to_u64};
 use crate::fetch::{FetchError, ReadCallback};
 
 /// Begins the file's name, by which a loop device of ours is known; what it holds follows.
@@ -99,7 +99,7 @@ thread_local! {
 struct ThreadScratch {
     /// Which of the volume's counters are this thread's.
     number: usize,
-    scratch: Scratch,
+    scratch: Scratch<'static>,
     buf: Vec<u8>,
 }
 
@@ -110,7 +110,8 @@ struct Pending {
     thread: usize,
     offset: u64,
     buf: Vec<u8>,
-    gaps: Vec<Gap>,
+    gaps: Vec<Gap<'static>>,
+    gap_bytes: GapBytes,
     began: Instant,
     reply: ReplyData,
 }
@@ -168,16 +169,31 @@ impl Export {
     }
 
     fn serve(&self, thread: &mut ThreadScratch, offset: u64, size: u32, reply: ReplyData) {
+        let mut scratch: Scratch<'_> = std::mem::take(&mut thread.scratch);
+        self.serve_with(&mut scratch, thread.number, &mut thread.buf, offset, size, reply);
+        thread.scratch = scratch.emptied();
+    }
+
+    /// Answers a read of `size` bytes, with the lists and the buffer of the calling thread, which is number `thread`.
+    fn serve_with<'v>(
+        &'v self,
+        scratch: &mut Scratch<'v>,
+        thread: usize,
+        whole_buf: &mut Vec<u8>,
+        offset: u64,
+        size: u32,
+        reply: ReplyData,
+    ) {
         let began = Instant::now();
-        let counters = self.volume.counters(thread.number);
+        let counters = self.volume.counters(thread);
         counters.read();
         let left = self.volume.len().saturating_sub(offset);
         let len = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
-        if thread.buf.len() < len {
-            thread.buf.resize(len, 0);
+        if whole_buf.len() < len {
+            whole_buf.resize(len, 0);
         }
-        let buf = &mut thread.buf[..len];
-        match self.volume.look(offset, buf, &mut thread.scratch, counters) {
+        let buf = &mut whole_buf[..len];
+        match self.volume.look(offset, buf, scratch, counters) {
             Ok(Found::Zero) => {
                 buf.fill(0);
                 reply.data(buf);
@@ -185,38 +201,39 @@ impl Export {
             Ok(Found::Memory(slice)) => reply.data(&slice),
             Ok(Found::Filled) => reply.data(buf),
             Ok(Found::Gaps) => {
-                read_cached(&mut thread.scratch.gaps, buf, counters);
-                if thread.scratch.gaps.is_empty() {
+                let gaps = &mut scratch.gaps;
+                read_cached(gaps, buf, counters);
+                if gaps.is_empty() {
                     reply.data(buf);
                 } else {
-                    let gaps = thread.scratch.gaps.clone();
                     let pending = Pending {
                         volume: Arc::clone(&self.volume),
-                        thread: thread.number,
+                        thread,
                         offset,
                         // Only what is here already has to be kept.
-                        buf: if covers(&gaps, len) { vec![0; len] } else { buf.to_vec() },
-                        gaps,
+                        buf: if covers(gaps, len) { vec![0; len] } else { buf.to_vec() },
+                        gaps: gaps.iter().copied().map(Gap::detached).collect(),
+                        gap_bytes: GapBytes::of(gaps),
                         began,
                         reply,
                     };
                     let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
-                    let waiter = FuseCallback {
+                    let callback = FuseCallback {
                         number: waiting.add(pending),
                         waiting,
                         long_answers,
                     };
-                    return self.volume.fetch(&thread.scratch.gaps, Box::new(waiter));
+                    return self.volume.fetch(gaps, Box::new(callback));
                 }
             }
-            Err(error) => fail(&self.volume, thread.number, offset, len, &error, reply),
+            Err(error) => fail(&self.volume, thread, offset, len, &error, reply),
         }
         counters.took(began.elapsed(), 1);
     }
 }
 
 /// Whether the gaps are all there is of a read of `len` bytes.
-fn covers(gaps: &[Gap], len: usize) -> bool {
+fn covers(gaps: &[Gap<'_>], len: usize) -> bool {
     gaps.iter().map(|gap| gap.len).sum::<usize>() == len
 }
 
@@ -226,7 +243,7 @@ fn fail(volume: &Volume, thread: usize, offset: u64, len: usize, error: &ReadErr
 }
 
 /// Closes the gaps that lie in local files and whose bytes the page cache holds.
-fn read_cached(gaps: &mut Vec<Gap>, buf: &mut [u8], counters: &ThreadCounters) {
+fn read_cached(gaps: &mut Vec<Gap<'_>>, buf: &mut [u8], counters: &ThreadCounters) {
     gaps.retain(|gap| {
         let Some((fd, offset)) = gap.file else { return true };
         let target = &mut buf[gap.at..gap.at + gap.len];
@@ -241,10 +258,7 @@ fn read_cached(gaps: &mut Vec<Gap>, buf: &mut [u8], counters: &ThreadCounters) {
     });
 }
 
-fn read_if_cached(fd: RawFd, target: &mut [u8], offset: u64) -> io::Result<usize> {
-    // SAFETY: the fetcher promises that descriptors it names stay open as long as it lives, and the volume keeps it alive.
-    #[allow(unsafe_code)]
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+fn read_if_cached(fd: BorrowedFd<'_>, target: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut target = [io::IoSliceMut::new(target)];
     Ok(rustix::io::preadv2(fd, &mut target, offset, ReadWriteFlags::NOWAIT)?)
 }
@@ -267,7 +281,7 @@ impl Pending {
             self.reply.data(&self.buf);
         }
         let counters = self.volume.counters(self.thread);
-        count_gaps(&self.gaps, counters);
+        self.gap_bytes.count(counters);
         counters.took(self.began.elapsed(), 1);
     }
 

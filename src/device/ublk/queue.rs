@@ -14,7 +14,7 @@
 //! command would never be submitted and its future never resolve).
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -28,7 +28,7 @@ use libublk::{BufDesc, UblkError, UblkUringData, sys, ublk_init_task_ring, with_
 use super::completion::{Completion, RingCallback};
 use crate::cache::Slice;
 use crate::device::stats::ThreadCounters;
-use crate::device::volume::{Found, Gap, ReadError, Scratch, Volume, count_gaps, fill_gaps, to_u64};
+use crate::device::volume::{Found, Gap, GapBytes, ReadError, Scratch, Volume, fill_gaps, to_u64};
 
 /// One hit in this many has its time taken.
 const SAMPLE: u32 = 16;
@@ -71,7 +71,7 @@ struct QueueContext<'a> {
     buffers: RefCell<Vec<IoBuf<u8>>>,
     /// Committed, and free after the next system call.
     retiring: RefCell<Vec<IoBuf<u8>>>,
-    scratch: RefCell<Vec<Scratch>>,
+    scratch: RefCell<Vec<Scratch<'a>>>,
     sampled: Cell<u32>,
 }
 
@@ -358,11 +358,11 @@ async fn answer(context: &QueueContext<'_>, tag: u16) -> Answer {
 async fn close_gaps(
     context: &QueueContext<'_>,
     tag: u16,
-    gaps: &[Gap],
+    gaps: &[Gap<'_>],
     buf: &mut IoBuf<u8>,
     len: usize,
 ) -> Result<Found, ReadError> {
-    let remote: Vec<Gap> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
+    let remote: Vec<Gap<'_>> = gaps.iter().filter(|gap| gap.file.is_none()).copied().collect();
     let fetched = (!remote.is_empty()).then(|| ask(context, tag, &remote));
     let unread = read_files(context, gaps, buf).await;
     let slices = match fetched {
@@ -374,7 +374,7 @@ async fn close_gaps(
         let slices = hear(context, tag, ask(context, tag, &unread)).await?;
         fill_gaps(&unread, &slices, buf.as_mut_slice())?;
     }
-    count_gaps(gaps, context.counters);
+    GapBytes::of(gaps).count(context.counters);
     if let ([gap], [slice]) = (&remote[..], &slices[..])
         && gap.len == len
         && slice.len() == len
@@ -386,7 +386,7 @@ async fn close_gaps(
 }
 
 /// Asks the fetch thread for `gaps`. What comes back has to be heard: the future may not be dropped.
-fn ask(context: &QueueContext<'_>, tag: u16, gaps: &[Gap]) -> (UblkUringOpFuture, Arc<Completion>) {
+fn ask(context: &QueueContext<'_>, tag: u16, gaps: &[Gap<'_>]) -> (UblkUringOpFuture, Arc<Completion>) {
     let arrival = UblkUringOpFuture::new(TARGET);
     let completion = Completion::new(ring_fd(&context.queue), arrival.user_data);
     context.completions.set(tag, Some(Arc::clone(&completion)));
@@ -412,11 +412,11 @@ async fn hear(
 const TARGET: u64 = UblkUringData::Target as u64;
 
 fn ring_fd(queue: &UblkQueue<'_>) -> RawFd {
-    std::os::fd::AsRawFd::as_raw_fd(queue)
+    queue.as_raw_fd()
 }
 
 /// Reads the gaps that lie in local files into `buf`, all in flight together. Returns those whose files did not give them.
-async fn read_files(context: &QueueContext<'_>, gaps: &[Gap], buf: &mut IoBuf<u8>) -> Vec<Gap> {
+async fn read_files<'v>(context: &QueueContext<'_>, gaps: &[Gap<'v>], buf: &mut IoBuf<u8>) -> Vec<Gap<'v>> {
     let base = buf.as_mut_ptr();
     let mut unread = Vec::new();
     let mut reads = Vec::new();
@@ -449,15 +449,15 @@ async fn read_files(context: &QueueContext<'_>, gaps: &[Gap], buf: &mut IoBuf<u8
 fn submit_read(
     context: &QueueContext<'_>,
     base: *mut u8,
-    gap: &Gap,
-    fd: RawFd,
+    gap: &Gap<'_>,
+    fd: BorrowedFd<'_>,
     offset: u64,
     done: usize,
 ) -> UblkUringOpFuture {
     // `look` keeps gaps inside the buffer that it was given.
     let target = base.wrapping_add(gap.at + done);
     let len = u32::try_from(gap.len - done).unwrap_or(u32::MAX);
-    let entry = opcode::Read::new(types::Fd(fd), target, len)
+    let entry = opcode::Read::new(types::Fd(fd.as_raw_fd()), target, len)
         .offset(offset + to_u64(done))
         .build();
     // The buffer outlives the operation because the task that holds it awaits it, and nobody drops the task before that.

@@ -14,8 +14,9 @@ use super::{Engine, LayerState};
 use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
 use crate::cache::disk::{LayerCache, RunWriter};
 use crate::fetch::runtime::{self, File, sleep};
+use crate::fetch::shared::SharedLayer;
 use crate::fetch::stats::add;
-use crate::fetch::{FetchError, LayerRange, SharedLayer, Verifier};
+use crate::fetch::{FetchError, LayerRange, Verifier};
 use crate::units::{LayerId, TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.

@@ -4,6 +4,7 @@
 //! Pieces prove themselves, whatever the store's map says of the chunks that they reach into. That is why in the end also that
 //! is left in the data file which came of chunks that did not become whole.
 
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -55,7 +56,7 @@ impl Engine {
         let cache = self.cache(key.layer).ok_or(CachedFault::Incomplete)?;
         let chunk = |index| TarRange::new(ChunkKey { index, ..key }.start(), chunk_len(state.size, index));
         let own = chunk(key.index);
-        let one = |index: u32| cache.find(index, index.saturating_add(1));
+        let one = |index: u32| cache.find(index, index.saturating_add(1)).map(|file| file.as_raw_fd());
         let place = one(key.index).ok_or(CachedFault::Incomplete)?;
         let read = async |range: TarRange| {
             let file = cache.file_of(key.index);

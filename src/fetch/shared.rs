@@ -1,0 +1,123 @@
+//! What the threads that read and the fetch thread share. In: chunks, from the fetch thread. Out: the same chunks to threads that
+//! may not wait, and their first uses to the planner.
+//!
+//! Invariant: a chunk that is found here was verified, or cannot be: the fetch thread puts nothing else in, and a chunk of the
+//! disk cache is found only once this process has verified it.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::stats::Counters;
+use super::{FetchError, LayerRange};
+use crate::cache::chunk;
+use crate::cache::disk::{Bits, LayerCache};
+use crate::cache::memory::MemoryCache;
+
+/// A layer as every thread sees it.
+#[derive(Debug)]
+pub(crate) enum SharedLayer {
+    /// Lies in a file as it is, and is not verified.
+    Local { path: PathBuf, file: OwnedFd, size: u64 },
+    /// Has to be fetched, decoded or verified.
+    Fetched(FetchedLayer),
+}
+
+/// What every thread sees of a layer that has to be fetched, decoded or verified.
+#[derive(Debug)]
+pub(crate) struct FetchedLayer {
+    /// The tar's length.
+    pub(super) size: u64,
+    /// Set at the start, or once the layer has to be streamed.
+    pub(super) cache: OnceLock<Arc<LayerCache>>,
+    /// The chunks in the cache that this process has verified; none when the layer has no digests.
+    pub(super) checked: Option<Bits>,
+    /// Set once, when the layer turns out to be damaged or forged.
+    pub(super) poison: OnceLock<FetchError>,
+}
+
+impl FetchedLayer {
+    pub(super) fn new(size: u64, has_digests: bool) -> Self {
+        let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
+        Self {
+            size,
+            cache: OnceLock::new(),
+            checked: has_digests.then(|| Bits::new(count)),
+            poison: OnceLock::new(),
+        }
+    }
+
+    /// The file in which all chunks from `first` up to `end` are together and are verified.
+    pub(super) fn find(&self, first: u32, end: u32) -> Option<BorrowedFd<'_>> {
+        let verified = self.checked.as_ref().is_none_or(|checked| checked.has_all(first, end));
+        if !verified || self.poison.get().is_some() {
+            return None;
+        }
+        self.cache.get()?.find(first, end)
+    }
+}
+
+impl SharedLayer {
+    pub(super) fn size(&self) -> u64 {
+        match self {
+            Self::Local { size, .. } => *size,
+            Self::Fetched(layer) => layer.size,
+        }
+    }
+}
+
+/// What all handles and the fetch thread share.
+pub(crate) struct Shared {
+    pub(super) layers: Vec<SharedLayer>,
+    pub(super) memory: MemoryCache,
+    pub(super) counters: Arc<Counters>,
+    /// First uses of prefetched chunks, for the planner.
+    pub(super) touches: Mutex<Vec<Touch>>,
+    /// Wakes the fetch thread for them.
+    pub(super) nudge: Notify,
+}
+
+/// A range was found in memory, and `paid` bytes of it had been prefetched and not been read before.
+pub(crate) struct Touch {
+    pub(super) asked: LayerRange,
+    pub(super) paid: u64,
+}
+
+impl Shared {
+    pub(super) fn new(layers: Vec<SharedLayer>, memory: MemoryCache) -> Self {
+        Self {
+            layers,
+            memory,
+            counters: Arc::default(),
+            touches: Mutex::default(),
+            nudge: Notify::new(),
+        }
+    }
+
+    /// Notes a first use. No reader waits for the planner: when it does not keep up, it misses some.
+    pub(super) fn note_touch(&self, touch: Touch, wake: bool) {
+        const MOST: usize = 4096;
+        {
+            let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
+            if touches.len() < MOST {
+                touches.push(touch);
+            }
+        }
+        if wake {
+            self.nudge.notify_one();
+        }
+    }
+
+    pub(super) fn take_touches(&self) -> Vec<Touch> {
+        std::mem::take(&mut *self.touches.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The layer, when `asked` lies inside it.
+    pub(super) fn layer_of(&self, asked: LayerRange) -> Option<&SharedLayer> {
+        let layer = self.layers.get(usize::try_from(asked.layer.0).ok()?)?;
+        let end = asked.range.start.0.checked_add(asked.range.len)?;
+        (end <= layer.size()).then_some(layer)
+    }
+}
