@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use support::{Runs, time_ratios};
 use tarblk::internals::bench::origin::{Link, Origin};
+use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::{EntrySink, IndexBuilder, walk::Walked};
-use tarblk::internals::source::{self, Patience, Source};
+use tarblk::internals::source::{self, Source};
 
 const RUNS: usize = 7;
 
@@ -82,7 +83,7 @@ fn stream(url: &str) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn walk(url: &str) -> Result<(Walked, usize), Box<dyn std::error::Error>> {
-    let patience = Patience::default();
+    let patience = HttpOptions::default();
     let blob = source::open(&Source::parse(url)?, &patience)?;
     let mut index = IndexBuilder::new();
     let sink: &mut dyn EntrySink = &mut index;

@@ -31,11 +31,12 @@ use tokio::sync::mpsc::UnboundedSender;
 pub use blob::{Blob, ChunkVerifier, Coded, LayerSource, Verifier, WholeDigests, Windows};
 pub use error::{FetchError, StartError};
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
-pub use transport::answer::Validator;
 
 use crate::cache::chunk::{FirstUse, pieces};
 use crate::cache::disk::{DiskCache, LayerKey};
 use crate::cache::{Slice, Slices};
+use crate::http::tls;
+use crate::http::{Validator, stable_name, without_secrets};
 use crate::image::FileMap;
 use crate::prefetch::ChunkRange;
 use crate::source::registry::BlobAccess;
@@ -103,7 +104,7 @@ impl HttpLayer {
     #[must_use]
     pub fn cache_key(&self) -> Option<LayerKey> {
         let validator = self.validator.as_ref()?;
-        let name = transport::stable_name(&self.url);
+        let name = stable_name(&self.url);
         Some(LayerKey::of_url(&name, self.size, validator.value()))
     }
 }
@@ -111,7 +112,7 @@ impl HttpLayer {
 impl fmt::Debug for HttpLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HttpLayer")
-            .field("url", &transport::without_secrets(&self.url))
+            .field("url", &without_secrets(&self.url))
             .field("size", &self.size)
             .field("validator", &self.validator)
             .finish_non_exhaustive()
@@ -179,23 +180,7 @@ impl fmt::Debug for FetchOptions {
 /// # Errors
 /// When the machine has no certificates to believe in, or none of them can be read.
 pub fn default_tls() -> Result<Arc<ClientConfig>, StartError> {
-    let found = rustls_native_certs::load_native_certs();
-    let mut roots = rustls::RootCertStore::empty();
-    let (believed, _unreadable) = roots.add_parsable_certificates(found.certs);
-    if believed == 0 {
-        let why = found
-            .errors
-            .first()
-            .map_or_else(|| "none installed".to_owned(), ToString::to_string);
-        return Err(StartError::Certificates { why });
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| StartError::Certificates { why: e.to_string() })?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(Arc::new(config))
+    tls::client_config().map_err(StartError::Certificates)
 }
 
 /// A handle on the fetch thread. Cheap to clone; the thread ends when the last handle is gone.

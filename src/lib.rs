@@ -82,6 +82,8 @@ mod device;
 #[cfg(feature = "command")]
 mod fetch;
 #[cfg(feature = "command")]
+mod http;
+#[cfg(feature = "command")]
 mod interrupt;
 #[cfg(feature = "command")]
 mod mount;
@@ -138,6 +140,7 @@ pub mod internals {
         #[cfg(feature = "command")] commands
         #[cfg(feature = "command")] device
         #[cfg(feature = "command")] fetch
+        #[cfg(feature = "command")] http
         #[cfg(feature = "command")] interrupt
         #[cfg(feature = "command")] mount
         #[cfg(feature = "command")] open

@@ -30,12 +30,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::cache::disk::DiskCacheError;
 use crate::digest::Digest;
 use crate::fetch;
+use crate::http::{HttpOptions, without_secrets};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
-use crate::source::{self, LayerBlob, Patience, Place, Source, SourceError, registry};
+use crate::source::{self, LayerBlob, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use layer::Facts;
@@ -182,7 +183,7 @@ pub struct OpenOptions {
     /// Where indexes and fetched bytes are kept; nowhere if none.
     pub cache: Option<Cache>,
     /// How long to wait for servers.
-    pub patience: Patience,
+    pub http: HttpOptions,
     /// How registries are talked to.
     pub registry: RegistryOptions,
 }
@@ -361,7 +362,7 @@ fn chosen(mut image: Image, options: &OpenOptions) -> Result<(Image, TreeMode), 
 /// Finds a layer that is no image's. An image may have empty layers (old versions of Docker pushed blobs of 0 bytes, and
 /// containerd unpacks them to nothing); of a layer alone it means that something went wrong before.
 fn find_blob(source: &Source, options: &OpenOptions) -> Result<LayerBlob, OpenError> {
-    let blob = source::open(source, &options.patience)?;
+    let blob = source::open(source, &options.http)?;
     if blob.len == 0 {
         return Err(OpenError::Empty {
             name: source.to_string(),
@@ -400,7 +401,7 @@ fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), Ope
 /// # Errors
 /// [`OpenError`] when it cannot be found or read.
 pub fn coding_of(text: &str, options: &OpenOptions) -> Result<Coding, OpenError> {
-    record::coding_of(&find_one(text, options)?.0, &options.patience)
+    record::coding_of(&find_one(text, options)?.0, &options.http)
 }
 
 fn prepare_image(
@@ -513,7 +514,7 @@ fn prepare_all(
 fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
         let blob = scope.spawn(|| find_blob(source, options));
-        let bytes = bytes_of_named(name, &options.patience);
+        let bytes = bytes_of_named(name, &options.http);
         (blob.join(), bytes)
     });
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
@@ -522,7 +523,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
     let expected = index.identity().blob_len;
     if expected != blob.len {
         return Err(OpenError::OtherLayer {
-            name: source::without_secrets(name),
+            name: without_secrets(name),
             expected,
             source_name: source.to_string(),
             found: blob.len,
@@ -532,8 +533,8 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
 }
 
 /// The bytes of an index that was named where a word might have stood.
-fn bytes_of_named(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError> {
-    load_index(name, patience).map_err(|error| match error {
+fn bytes_of_named(name: &str, http: &HttpOptions) -> Result<Vec<u8>, OpenError> {
+    load_index(name, http).map_err(|error| match error {
         OpenError::ReadIndex { name, cause } if cause.kind() == io::ErrorKind::NotFound => OpenError::NoSuchIndex {
             words: IndexChoice::WORDS.join(", "),
             meant: IndexChoice::nearest_word(&name)
@@ -547,17 +548,13 @@ fn bytes_of_named(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
 
 /// An index that was named, and is the one that it has to be.
 fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
-    pinned(
-        open_index(bytes_of_named(name, &options.patience)?, name)?,
-        name,
-        options,
-    )
+    pinned(open_index(bytes_of_named(name, &options.http)?, name)?, name, options)
 }
 
 fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
     if index.is_of_contents() {
         return Err(OpenError::Index {
-            name: source::without_secrets(name),
+            name: without_secrets(name),
             cause: IndexFault::MadeUp.into(),
         });
     }
@@ -568,7 +565,7 @@ fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<In
 fn check_pin(index: &Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<(), OpenError> {
     match &options.index_digest {
         Some(pin) if !discover::is_pinned(index, pin) => Err(OpenError::Digest {
-            source_name: source::without_secrets(name),
+            source_name: without_secrets(name),
             what: "index",
             expected: pin.to_string(),
             found: discover::hot_digest(index).to_string(),
@@ -586,9 +583,9 @@ fn is_full(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// [`OpenError::ReadIndex`], [`OpenError::Source`].
-pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError> {
+pub fn load_index(name: &str, http: &HttpOptions) -> Result<Vec<u8>, OpenError> {
     let failed = |cause| OpenError::ReadIndex {
-        name: source::without_secrets(name),
+        name: without_secrets(name),
         cause,
     };
     match Source::parse(name)? {
@@ -602,7 +599,7 @@ pub fn load_index(name: &str, patience: &Patience) -> Result<Vec<u8>, OpenError>
             file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
             Ok(bytes)
         }
-        Source::Url(url) => Ok(source::http::get_whole(&url, MAX_INDEX_BYTES, patience)?),
+        Source::Url(url) => Ok(source::get_whole(&url, MAX_INDEX_BYTES, http)?),
         Source::Image(_) => Err(failed(io::Error::other("it is an image, not an index"))),
     }
 }
@@ -622,7 +619,7 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
         Source::Path(_) | Source::Image(_) => false,
     };
     if looks_like_an_index {
-        return open_index(load_index(text, &options.patience)?, text);
+        return open_index(load_index(text, &options.http)?, text);
     }
     Ok(prepare(text, options, watch)?.into_only()?.index)
 }
@@ -636,7 +633,7 @@ fn open_index(bytes: Vec<u8>, name: &str) -> Result<Index<Vec<u8>>, OpenError> {
         Index::open(bytes)
     };
     opened.map_err(|cause| OpenError::Index {
-        name: source::without_secrets(name),
+        name: without_secrets(name),
         cause,
     })
 }

@@ -6,33 +6,29 @@
 //! left out of every message and every `Debug`. It waits for nothing without a deadline, and it never gives the header
 //! parser a byte from another place than it says.
 
+mod blob;
 mod error;
-pub mod expiry;
-pub mod http;
 mod meant;
-mod net;
 pub mod registry;
 mod remote;
-mod secret;
+mod request;
 mod stream;
-pub mod tls;
 
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use registry::{BlobAccess, BlobPlace, ImageLayer, ImageName};
 use url::Url;
 
+pub use blob::{HttpBlob, LayerBlob, Place};
 pub use error::SourceError;
-pub use http::{HttpBlob, Patience, Validator};
 pub use meant::image_meant;
 pub use remote::Tap;
-pub use secret::Secret;
+pub use request::{get_whole, probe};
 pub use stream::{BlobSink, first_bytes, read_range, stream};
 
-use crate::digest::Digest;
+use crate::http::{HttpOptions, shown_url, without_secrets};
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EntrySink, walk as index_walk};
 
@@ -131,109 +127,15 @@ fn is_scheme(text: &str) -> bool {
             .all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'))
 }
 
-/// A URL as it may be printed: no user, no password, no query, no fragment.
-#[must_use]
-pub fn shown_url(url: &Url) -> String {
-    let mut shown = url.clone();
-    let has_query = shown.query().is_some();
-    shown.set_query(None);
-    shown.set_fragment(None);
-    // These two only fail for URLs that cannot have a user, which then have none to hide.
-    let _ = shown.set_username("");
-    let _ = shown.set_password(None);
-    if has_query {
-        format!("{shown}?…")
-    } else {
-        shown.into()
-    }
-}
-
-/// The same for text that may or may not be a URL.
-#[must_use]
-pub fn without_secrets(text: &str) -> String {
-    match Url::parse(text) {
-        Ok(url) if url.has_host() => shown_url(&url),
-        _ if text.contains("://") => {
-            // Not parsable, but it may still hold a password: keep what lies between `@` and `?`.
-            let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
-            let rest = rest.split(['?', '#']).next().unwrap_or_default();
-            let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
-            format!("{scheme}://{rest}")
-        }
-        _ => text.to_owned(),
-    }
-}
-
-/// A layer that was found.
-#[derive(Debug)]
-pub struct LayerBlob {
-    /// What was named.
-    pub source: Source,
-    /// Its digest, if a manifest tells it.
-    pub digest: Option<Digest>,
-    /// Its length in bytes.
-    pub len: u64,
-    /// Where its bytes are.
-    pub place: Place,
-    /// The file that they are in, if they are in one; absolute.
-    pub path: Option<PathBuf>,
-}
-
-/// Where a layer's bytes are.
-#[derive(Debug)]
-pub enum Place {
-    /// In a local file, open for reading.
-    File(File),
-    /// On a web server.
-    Http(Box<HttpBlob>),
-}
-
-impl LayerBlob {
-    /// For messages: what was named, and which of its blobs this is.
-    #[must_use]
-    pub fn name(&self) -> String {
-        match &self.digest {
-            Some(digest) => format!("{}, blob {digest}", self.source),
-            None => self.source.to_string(),
-        }
-    }
-
-    /// Tells one state of the layer from another: a server's validator, or for a file its inode, length and times. The time of
-    /// change is among them, because anybody can set the time of the content.
-    #[must_use]
-    pub fn fingerprint(&self) -> Option<String> {
-        match &self.place {
-            Place::File(file) => {
-                let meta = file.metadata().ok()?;
-                Some(format!(
-                    "file:{}:{}:{}:{}.{:09}:{}.{:09}",
-                    meta.dev(),
-                    meta.ino(),
-                    meta.len(),
-                    meta.mtime(),
-                    meta.mtime_nsec(),
-                    meta.ctime(),
-                    meta.ctime_nsec()
-                ))
-            }
-            // What has a digest cannot become something else.
-            Place::Http(blob) => match &blob.access {
-                Some(access) => Some(access.digest().to_string()),
-                None => blob.validator.as_ref().map(ToString::to_string),
-            },
-        }
-    }
-}
-
 /// Finds the layer: opens the file, or asks the server how long it is and whether it answers ranges.
 ///
 /// # Errors
 /// [`SourceError`], each naming the source without secrets, the cause and what to do.
-pub fn open(source: &Source, patience: &Patience) -> Result<LayerBlob, SourceError> {
+pub fn open(source: &Source, options: &HttpOptions) -> Result<LayerBlob, SourceError> {
     match source {
         Source::Path(path) => open_file(source, path),
         Source::Url(url) => {
-            let blob = http::probe(url, patience)?;
+            let blob = probe(url, options)?;
             Ok(LayerBlob {
                 source: source.clone(),
                 digest: None,
@@ -333,7 +235,7 @@ pub fn walk<'a>(
     blob: &'a LayerBlob,
     sink: &'a mut dyn EntrySink,
     tap: Option<&'a mut (dyn Tap + 'a)>,
-    patience: &Patience,
+    options: &HttpOptions,
     progress: Progress<'a>,
 ) -> Result<Walked, SourceError> {
     let bad_tar = |error| SourceError::Tar {
@@ -342,7 +244,7 @@ pub fn walk<'a>(
     };
     match &blob.place {
         Place::File(file) => index_walk::local(file, blob.len, sink, progress).map_err(bad_tar),
-        Place::Http(http) => remote::walk(http, sink, tap, patience, progress),
+        Place::Http(http) => remote::walk(http, sink, tap, options, progress),
     }
 }
 
@@ -358,7 +260,7 @@ mod tests {
     fn images_without_a_scheme_are_pointed_out() {
         let said = |text: &str| {
             let source = Source::parse(text).unwrap();
-            open(&source, &Patience::default()).unwrap_err().to_string()
+            open(&source, &HttpOptions::default()).unwrap_err().to_string()
         };
         for name in [
             "debian:12",
@@ -424,7 +326,7 @@ mod tests {
     #[test]
     fn odd_files_are_refused_in_one_line() {
         let dir = tempfile::tempdir().unwrap();
-        let open = |path: &Path| open(&Source::Path(path.to_owned()), &Patience::default());
+        let open = |path: &Path| open(&Source::Path(path.to_owned()), &HttpOptions::default());
         let message = open(dir.path()).unwrap_err().to_string();
         assert!(message.contains("is a directory"), "{message}");
         let message = open(&dir.path().join("absent")).unwrap_err().to_string();

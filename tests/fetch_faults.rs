@@ -11,7 +11,8 @@ use std::time::Duration;
 use fetched::{at_origin, hammer, joined, noise, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin, at_random};
 use tarblk::internals::cache::disk::DiskCache;
-use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located, Validator};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located};
+use tarblk::internals::http::Validator;
 
 const SIZE: usize = 3_000_321;
 

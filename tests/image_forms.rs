@@ -15,10 +15,10 @@ use std::time::Duration;
 use common::rawtar::{Header, RawTar, noise};
 use scripted::TestRegistry;
 use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::Collector;
 use tarblk::internals::layer::Coding;
 use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
-use tarblk::internals::source::Patience;
 use tarblk::internals::source::registry::{DOCKER_MANIFEST, Keyring, OCI_MANIFEST, RegistryOptions};
 
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -38,14 +38,18 @@ fn options(cache: Option<&Path>) -> OpenOptions {
     file.write_all(b"{}").unwrap();
     let authfile = dir.join("forms-no-credentials.json");
     file.persist(&authfile).unwrap();
-    let patience = Patience {
-        tries: 2,
-        backoff: Duration::from_millis(10),
-        ..Patience::default()
+    let http = HttpOptions {
+        retry: RetryPolicy {
+            tries: 2,
+            wrong: 2,
+            first_pause: Duration::from_millis(10),
+            ..RetryPolicy::default()
+        },
+        ..HttpOptions::default()
     };
     OpenOptions {
         cache: cache.map(|dir| Cache::new(dir).unwrap()),
-        patience,
+        http,
         registry: RegistryOptions {
             hosts_dir: "/nonexistent".into(),
             keyring: Keyring {
@@ -53,7 +57,7 @@ fn options(cache: Option<&Path>) -> OpenOptions {
                 authfile: Some(authfile),
             },
             platform: Some("linux/amd64".parse().unwrap()),
-            patience,
+            http,
             ..RegistryOptions::default()
         },
         ..OpenOptions::default()

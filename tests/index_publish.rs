@@ -14,6 +14,7 @@ use std::time::Duration;
 use common::rawtar::{RawTar, noise};
 use scripted::TestRegistry;
 use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{ColdPart, Index};
 use tarblk::internals::layer::Coding;
@@ -23,10 +24,10 @@ use tarblk::internals::open::publish::{Publication, PublishWatch, Published, cop
 use tarblk::internals::open::{
     Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Unwatched, Watch, prepare,
 };
+use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
     Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
 };
-use tarblk::internals::source::{Patience, SourceError};
 
 const SPACING: u64 = 64 << 10;
 
@@ -54,10 +55,14 @@ fn options() -> RegistryOptions {
             authfile: Some(authfile),
         },
         platform: Some("linux/amd64".parse().unwrap()),
-        patience: Patience {
-            tries: 2,
-            backoff: Duration::from_millis(10),
-            ..Patience::default()
+        http: HttpOptions {
+            retry: RetryPolicy {
+                tries: 2,
+                wrong: 2,
+                first_pause: Duration::from_millis(10),
+                ..RetryPolicy::default()
+            },
+            ..HttpOptions::default()
         },
         ..RegistryOptions::default()
     }
@@ -195,7 +200,7 @@ impl Reader {
         let found = find_indexes(&self.registry, &self.image, pin).unwrap();
         let fetch = |(layer, found): (_, Option<_>)| {
             found.map(|found: tarblk::internals::open::discover::FoundIndex| {
-                (found.by, fetch_hot(&self.name, layer, &found, &Patience::default()))
+                (found.by, fetch_hot(&self.name, layer, &found, &HttpOptions::default()))
             })
         };
         self.image.layers.iter().zip(found).map(fetch).collect()
@@ -454,7 +459,7 @@ fn indexes_are_copied_to_where_the_image_was_copied() {
     assert_eq!(outcomes(&publication), [Published::Kept, Published::Made]);
     assert!(matches!(
         copy(&from, &reference(&mirror, "absent"), &options(), &mut Silent),
-        Err(OpenError::Source(SourceError::Status { .. }))
+        Err(OpenError::Source(SourceError::Http(error))) if error.status_code().is_some()
     ));
 }
 

@@ -8,9 +8,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
+use tarblk::internals::http::{self, HttpOptions, Kind, RetryPolicy, Timeouts};
 use tarblk::internals::index::walk::Walked;
 use tarblk::internals::index::{Collector, Entry, walk};
-use tarblk::internals::source::{self, Patience, Source, SourceError, Tap};
+use tarblk::internals::source::{self, Source, SourceError, Tap};
 use tarblk::internals::units::TarOffset;
 
 /// A length as a position.
@@ -19,12 +20,28 @@ fn bytes(len: usize) -> u64 {
 }
 
 /// Small numbers, so that faults cost milliseconds.
-fn patience() -> Patience {
-    Patience {
-        connect: Duration::from_secs(5),
-        stall: Duration::from_secs(2),
-        tries: 12,
-        backoff: Duration::from_millis(1),
+fn patience() -> HttpOptions {
+    let second = Duration::from_secs(1);
+    HttpOptions {
+        timeouts: Timeouts {
+            connect: 5 * second,
+            head: 2 * second,
+            stall: 2 * second,
+        },
+        ..tries(12)
+    }
+}
+
+/// So many tries, with hardly a pause.
+fn tries(tries: u32) -> HttpOptions {
+    HttpOptions {
+        retry: RetryPolicy {
+            tries,
+            wrong: tries,
+            first_pause: Duration::from_millis(1),
+            ..RetryPolicy::default()
+        },
+        ..HttpOptions::default()
     }
 }
 
@@ -100,7 +117,7 @@ impl Tap for Keep {
     }
 }
 
-fn remote(url: &str, patience: &Patience) -> Result<(Vec<Entry>, Walked), SourceError> {
+fn remote(url: &str, patience: &HttpOptions) -> Result<(Vec<Entry>, Walked), SourceError> {
     let blob = source::open(&Source::parse(url)?, patience)?;
     let mut all = Collector::default();
     let walked = source::walk(&blob, &mut all, None, patience, &mut |_, _| {})?;
@@ -219,7 +236,7 @@ fn servers_that_will_not_are_one_line() {
     let origin = Origin::start().unwrap();
     let content = vec![0_u8; 1 << 20];
     origin.serve_blob("/layer.tar", content);
-    let message = |patience: &Patience| {
+    let message = |patience: &HttpOptions| {
         remote(&origin.url("/layer.tar?sig=secret"), patience)
             .unwrap_err()
             .to_string()
@@ -233,29 +250,27 @@ fn servers_that_will_not_are_one_line() {
         (Fault::Silence, "does not answer"),
     ] {
         origin.set_faults(move |_| vec![fault.clone()]);
-        let patience = Patience {
-            tries: 3,
-            stall: Duration::from_millis(50),
-            connect: Duration::from_millis(200),
-            ..patience()
+        let patience = HttpOptions {
+            timeouts: Timeouts {
+                connect: Duration::from_millis(200),
+                head: Duration::from_millis(50),
+                stall: Duration::from_millis(50),
+            },
+            ..tries(3)
         };
         let message = message(&patience);
         assert!(message.contains(words), "{message}");
         assert!(message.lines().count() == 1 && !message.contains("secret"), "{message}");
     }
     drop(origin);
-    let closed = remote("http://127.0.0.1:1/layer.tar", &Patience { tries: 2, ..patience() })
+    let closed = remote("http://127.0.0.1:1/layer.tar", &tries(2))
         .unwrap_err()
         .to_string();
     assert!(
         closed.contains("cannot connect") && closed.contains("refused"),
         "{closed}"
     );
-    let unknown = remote(
-        "http://no-such-host.invalid/l.tar",
-        &Patience { tries: 1, ..patience() },
-    )
-    .unwrap_err();
+    let unknown = remote("http://no-such-host.invalid/l.tar", &tries(1)).unwrap_err();
     assert!(unknown.to_string().contains("no-such-host.invalid"), "{unknown}");
 }
 
@@ -272,7 +287,7 @@ fn a_layer_that_changes_while_it_is_read_is_an_error() {
         }
     });
     let error = remote(&origin.url("/layer.tar"), &patience()).unwrap_err();
-    assert!(matches!(error, SourceError::Changed { .. }), "{error}");
+    assert_eq!(error.http().map(http::Error::kind), Some(Kind::Changed), "{error}");
 }
 
 #[test]

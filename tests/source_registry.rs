@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
+use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::layer::Coding;
+use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
     RegistryOptions, Version, resolve,
 };
-use tarblk::internals::source::{Patience, SourceError};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
@@ -48,10 +49,14 @@ fn options() -> RegistryOptions {
             authfile: Some(empty_authfile()),
         },
         platform: Some("linux/amd64".parse().unwrap()),
-        patience: Patience {
-            tries: 2,
-            backoff: Duration::from_millis(10),
-            ..Patience::default()
+        http: HttpOptions {
+            retry: RetryPolicy {
+                tries: 2,
+                wrong: 2,
+                first_pause: Duration::from_millis(10),
+                ..RetryPolicy::default()
+            },
+            ..HttpOptions::default()
         },
         ..RegistryOptions::default()
     }
@@ -802,7 +807,7 @@ fn storage_may_have_the_registrys_private_authority() {
     );
     // Whoever asks for a few bytes goes the same way.
     let blob = source::open_layer(&ImageName::parse(&name).unwrap(), &image.layers[0]).unwrap();
-    let bytes = source::read_range(&blob, 100..200, &Patience::default()).unwrap();
+    let bytes = source::read_range(&blob, 100..200, &HttpOptions::default()).unwrap();
     assert!(bytes == layer[100..200]);
     assert!(
         registry.take_log().iter().any(|asked| asked.storage),
@@ -949,7 +954,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
     assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
     let mut builder = tarblk::internals::index::IndexBuilder::new();
-    let walked = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap();
+    let walked = source::walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap();
     let index = tarblk::internals::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
     assert_eq!(index.summary().files, 200);
     let log = registry.take_log();
@@ -965,7 +970,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     registry.rules(|rules| rules.lost = true);
     let blob = source::open_layer(&name, &image.layers[0]).unwrap();
     let mut builder = tarblk::internals::index::IndexBuilder::new();
-    let error = source::walk(&blob, &mut builder, None, &Patience::default(), &mut |_, _| {}).unwrap_err();
+    let error = source::walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
 }
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use scripted::{Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::build::{Contents, Recorder};
 use tarblk::internals::index::{Collector, LayerIdentity};
 use tarblk::internals::layer::Coding;
@@ -24,17 +25,21 @@ use tarblk::internals::open::{
 use tarblk::internals::source::registry::{
     ImageName, Keyring, Login, OCI_MANIFEST, Registry, RegistryOptions, resolve,
 };
-use tarblk::internals::source::{self, Patience, Source, SourceError};
+use tarblk::internals::source::{self, Source, SourceError};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 
-fn patience() -> Patience {
-    Patience {
-        tries: 3,
-        backoff: Duration::from_millis(10),
-        ..Patience::default()
+fn patience() -> HttpOptions {
+    HttpOptions {
+        retry: RetryPolicy {
+            tries: 3,
+            wrong: 3,
+            first_pause: Duration::from_millis(10),
+            ..RetryPolicy::default()
+        },
+        ..HttpOptions::default()
     }
 }
 
@@ -52,7 +57,7 @@ fn options() -> RegistryOptions {
             authfile: Some(authfile),
         },
         platform: Some("linux/amd64".parse().unwrap()),
-        patience: patience(),
+        http: patience(),
         ..RegistryOptions::default()
     }
 }
@@ -115,7 +120,10 @@ fn a_registry_that_hangs_up_once_is_not_taken_for_one_with_tls() {
     });
     let name = ImageName::parse(&format!("docker://127.0.0.1:{port}/some/image:v1")).unwrap();
     let error = resolve(&name, &options()).unwrap_err();
-    assert!(matches!(error, SourceError::Status { .. }), "{error}");
+    assert!(
+        error.http().is_some_and(|error| error.status_code().is_some()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -167,7 +175,11 @@ fn credentials_are_for_the_registry_that_was_named() {
         },
         ..options()
     };
-    assert!(matches!(resolve(&name, &options), Err(SourceError::Status { .. })));
+    let error = resolve(&name, &options).unwrap_err();
+    assert!(
+        error.http().is_some_and(|error| error.status_code().is_some()),
+        "{error}"
+    );
 }
 
 #[test]
@@ -238,7 +250,7 @@ fn put_image(registry: &TestRegistry, layer: &[u8], digest: &Digest) {
 fn open_options(cache: &Path) -> OpenOptions {
     OpenOptions {
         cache: Some(Cache::new(cache).unwrap()),
-        patience: patience(),
+        http: patience(),
         registry: options(),
         ..OpenOptions::default()
     }

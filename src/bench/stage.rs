@@ -15,11 +15,11 @@ use super::child;
 use super::origin::{Link, Origin};
 use super::whiteouts::Whiteouts;
 use super::{BenchError, BenchOptions, BenchSource, Watch};
+use crate::http::{HttpOptions, without_secrets};
 use crate::index::Index;
 use crate::interrupt::Interrupt;
 use crate::layer::Coding;
 use crate::open::load_index;
-use crate::source::{Patience, without_secrets};
 
 /// A served file is kept in memory if it takes at most one in this many bytes of what is available.
 const MEMORY_SHARE: u64 = 4;
@@ -197,7 +197,7 @@ impl<'a> Stage<'a> {
         };
         let name = index.to_string_lossy();
         let failed = || BenchError::step(format!("{}: cannot read it", without_secrets(&name)));
-        let bytes = load_index(&name, &Patience::default()).map_err(|error| failed()(io::Error::other(error)))?;
+        let bytes = load_index(&name, &HttpOptions::default()).map_err(|error| failed()(io::Error::other(error)))?;
         let read = Index::open(bytes).map_err(|error| failed()(io::Error::other(error)))?;
         self.layers.push(Layer {
             url: url.into(),

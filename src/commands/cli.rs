@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::digest::Digest;
+use crate::http::Secret;
 use crate::open::{IndexChoice, LayerChoice};
 use crate::quantity::{parse_rate, parse_size, parse_time};
-use crate::source::Secret;
 use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
 
 /// A container layer as a block device, before it has been downloaded.

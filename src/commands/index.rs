@@ -14,12 +14,13 @@ use super::output::{Table, print, println};
 use super::publish;
 use super::replace::replace;
 use crate::digest::Digest;
+use crate::http::without_secrets;
 use crate::index::build::Contents;
 use crate::index::{ColdPart, EndOfArchive, Index, IndexError, IndexFault, Summary, first_difference, hexadecimal};
 use crate::layer::Coding;
 use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::{Place, Source, without_secrets};
+use crate::source::{Place, Source};
 
 /// `tarblk index` and what is below it.
 pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
@@ -256,7 +257,7 @@ struct Verdict<'a> {
 fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     let options = OpenOptions::default();
     let name = without_secrets(&args.index);
-    let index = Index::open(open::load_index(&args.index, &options.patience)?).with_context(|| name.clone())?;
+    let index = Index::open(open::load_index(&args.index, &options.http)?).with_context(|| name.clone())?;
     index.verify().with_context(|| name.clone())?;
     if index.is_of_contents() {
         return Err(anyhow::Error::new(IndexError::from(IndexFault::MadeUp)).context(name));

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 use super::UsageError;
 use super::cli::RegistryArgs;
-use crate::source::Secret;
+use crate::http::Secret;
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
 /// Nobody's password is longer.

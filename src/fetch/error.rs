@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::http;
 use crate::units::{LayerId, TarRange};
 
 /// Why a fetcher did not start.
@@ -41,11 +42,8 @@ pub enum StartError {
         found: u64,
     },
     /// The machine's certificates cannot be used.
-    #[error("no certificate authority to check https servers with: {why}; install ca-certificates")]
-    Certificates {
-        /// The first thing that went wrong.
-        why: String,
-    },
+    #[error("{0}")]
+    Certificates(#[source] http::Error),
     /// The fetch thread or its ring could not be made.
     #[error("cannot start the fetch thread: {0}; io_uring may be disabled here (sysctl kernel.io_uring_disabled)")]
     Thread(#[from] io::Error),

@@ -1,88 +1,41 @@
 //! Ranges of a layer over HTTP/1.1. In: a range. Out: its bytes as they arrive, or what went wrong and whether to try again.
 //!
 //! hyper speaks the protocol, over `io_uring` sockets. Every wait has a deadline. A byte leaves this module only after the
-//! response head was checked against the range asked for ([`answer`]), and never more bytes than that.
+//! response head was checked against the range asked for (`http::judge`), and never more bytes than that.
 
-pub(crate) mod answer;
 pub(crate) mod pool;
-mod proxy;
 mod target;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use http_body_util::{BodyExt, Empty};
+use hyper::Request;
 use hyper::body::Incoming;
 use hyper::header;
-use hyper::{Request, StatusCode};
 use rustls::ClientConfig;
 use url::Url;
 
-use self::answer::{Asked, Verdict, judge};
 use self::pool::{Host, HostKey, Lease};
-use self::proxy::Proxies;
+pub(crate) use self::target::RemoteLayer;
 use self::target::Spot;
-pub(crate) use self::target::{RemoteLayer, stable_name, without_secrets};
 use super::FetchOptions;
 use super::runtime::{self, timeout};
 use super::stats::{Counters, add};
-use crate::source::tls::{self, Trust};
+use crate::http::proxy::Proxies;
+use crate::http::tls::{self, Trust};
+use crate::http::{self, Asked, ByteRange, Encoding, Error, Redirects, USER_AGENT, Verdict, judge};
+use crate::units::len_u64;
 
-/// Registry → storage → region → object: four hops are seen in the wild; more is a loop.
-const MOST_REDIRECTS: usize = 8;
-/// We never wait longer than this because a server says so.
-const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// All hosts' pools and how to talk to them. Lives on the fetch thread; clones are the same client.
+#[derive(Clone)]
+pub(crate) struct Client(Rc<Pools>);
 
-/// Why a request brought nothing, or not all.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    /// The source is away or busy: worth trying until the deadline.
-    Away {
-        /// For the log and, at the deadline, the error.
-        why: String,
-        /// What the server asked us to wait.
-        after: Option<Duration>,
-        /// A kept connection had died: try again at once, on another.
-        stale: bool,
-    },
-    /// The answer was wrong or refused: worth a few more tries, not patience.
-    Suspect { why: String, status: Option<StatusCode> },
-    /// The layer is another one now.
-    Changed(String),
-}
-
-impl Failure {
-    fn away(why: impl Into<String>) -> Self {
-        Self::Away {
-            why: why.into(),
-            after: None,
-            stale: false,
-        }
-    }
-
-    fn suspect(why: impl Into<String>) -> Self {
-        Self::Suspect {
-            why: why.into(),
-            status: None,
-        }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Away { why, .. } | Self::Suspect { why, .. } | Self::Changed(why) => f.write_str(why),
-        }
-    }
-}
-
-/// All hosts' pools and how to talk to them. Lives on the fetch thread.
-pub(crate) struct Client {
+struct Pools {
     hosts: RefCell<HashMap<HostKey, Rc<Host>>>,
     tls: Option<Arc<ClientConfig>>,
     proxies: Proxies,
@@ -90,13 +43,16 @@ pub(crate) struct Client {
     counters: Arc<Counters>,
 }
 
-/// What came back from a GET.
+/// What came back from a GET: the range that was asked for, by as many requests as the server makes of it, or the whole blob.
 pub(crate) struct Reply {
-    /// From sending the request to the response head.
+    /// From sending the first request to the response head.
     pub(crate) head_took: Duration,
     /// Whether the body is the whole layer and not the range.
     pub(crate) whole: bool,
+    url: Url,
     body: Incoming,
+    /// What is asked for when this body has ended, where the server gives less than it was asked for.
+    rest: Option<Rest>,
     left: u64,
     known_len: bool,
     lease: Option<Lease>,
@@ -107,39 +63,47 @@ pub(crate) struct Reply {
     came: u64,
 }
 
+/// A range that is still to be asked for, and of whom.
+struct Rest {
+    client: Client,
+    layer: Rc<RemoteLayer>,
+    range: ByteRange,
+    demand: bool,
+}
+
 impl Client {
     pub(crate) fn new(options: &FetchOptions, counters: Arc<Counters>) -> Self {
-        Self {
+        Self(Rc::new(Pools {
             hosts: RefCell::default(),
             tls: options.tls.clone(),
             proxies: Proxies::default(),
             options: options.clone(),
             counters,
-        }
+        }))
     }
 
     /// The pool for a URL's host, as it is believed to be that host.
-    fn host(&self, url: &Url, trust: &Trust) -> Result<Rc<Host>, Failure> {
-        let key =
-            HostKey::of(url, trust).ok_or_else(|| Failure::suspect("redirected to something that is not http"))?;
-        if let Some(host) = self.hosts.borrow().get(&key) {
+    fn host(&self, url: &Url, trust: &Trust) -> Result<Rc<Host>, Error> {
+        let shared = &self.0;
+        let key = HostKey::of(url, trust).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
+        if let Some(host) = shared.hosts.borrow().get(&key) {
             return Ok(host.clone());
         }
-        let tls = match &self.tls {
+        let tls = match &shared.tls {
             _ if !key.tls => None,
             Some(given) if *trust == Trust::default() => Some(given.clone()),
-            _ => Some(tls::client_config_for(trust).map_err(|error| Failure::suspect(error.to_string()))?),
+            _ => Some(tls::client_config_for(trust)?),
         };
-        let proxy = self.proxies.of(url).map_err(Failure::suspect)?;
+        let proxy = shared.proxies.of(url).map_err(|why| Error::setup("the proxy", why))?;
         let host = Host::new(
             key.clone(),
             tls,
             proxy,
-            self.options.connections,
-            self.options.connect_deadline,
-            self.counters.clone(),
+            shared.options.connections,
+            shared.options.connect_deadline,
+            shared.counters.clone(),
         );
-        self.hosts.borrow_mut().insert(key, host.clone());
+        shared.hosts.borrow_mut().insert(key, host.clone());
         Ok(host)
     }
 
@@ -152,116 +116,139 @@ impl Client {
         }
     }
 
-    /// Sends one GET for `len` bytes from `start` on, follows redirects, asks again for what has expired, and comes back with
-    /// the checked head.
-    pub(crate) async fn get(&self, layer: &RemoteLayer, start: u64, len: u64, demand: bool) -> Result<Reply, Failure> {
+    /// Sends a GET for `len` bytes from `start` on, follows redirects, asks again for what has expired, and comes back with
+    /// the judged head. `len` is not zero.
+    pub(crate) async fn get(
+        &self,
+        layer: &Rc<RemoteLayer>,
+        start: u64,
+        len: u64,
+        demand: bool,
+    ) -> Result<Reply, Error> {
+        let range = ByteRange { start, len };
+        let stall = self.0.options.stall_deadline;
         let mut kept = layer.target();
         let mut spot = layer.spot(None).await?;
-        let mut url = kept.clone().unwrap_or_else(|| spot.url.clone());
-        let mut renewed = false;
-        for _ in 0..=MOST_REDIRECTS {
+        let mut chain = Redirects::from(kept.clone().unwrap_or_else(|| spot.url.clone()));
+        let (mut renewed, mut ranged) = (false, true);
+        // Each turn follows one redirect of the chain, or leaves behind for good what does not work: where a redirect led before,
+        // a spot, ranges.
+        loop {
+            let url = chain.url().clone();
             let asked = Asked {
-                start,
-                len,
+                range,
+                ranged,
                 size: layer.size,
                 validator: layer.validator.as_ref(),
+                encoding: Encoding::Any,
             };
             let sent = Instant::now();
             let (head, body, lease) = match self.exchange(&spot, &url, asked, demand).await {
                 Ok(answer) => answer,
                 Err(failure) => {
                     layer.forget_target(&url);
-                    if url == spot.url && !matches!(failure, Failure::Away { stale: true, .. }) {
+                    if url == spot.url && failure.kind() != http::Kind::Stale {
                         layer.doubt(&spot);
                     }
                     return Err(failure);
                 }
             };
-            match judge(&head, asked) {
-                verdict @ (Verdict::Partial | Verdict::Whole) => {
+            let verdict = judge(head.status, &head.headers, asked);
+            match verdict {
+                Verdict::Part { .. } | Verdict::Whole => {
                     if url != spot.url && kept.is_none() {
-                        layer.keep_target(url);
+                        layer.keep_target(url.clone());
                     }
-                    let whole = verdict == Verdict::Whole;
-                    let left = if whole { layer.size } else { len };
-                    return Ok(self.reply(whole, left, sent.elapsed(), body, lease));
+                    let part = match verdict {
+                        Verdict::Part { len } => Some(len),
+                        _ => None,
+                    };
+                    let rest = part.and_then(|part| self.rest(layer, range, part, demand));
+                    let (whole, left) = part.map_or((true, layer.size), |len| (false, len));
+                    let reply = self.reply(whole, left, url, sent.elapsed(), (body, lease));
+                    return Ok(Reply { rest, ..reply });
                 }
-                Verdict::Redirect(to) => {
-                    let next = url
-                        .join(&to)
-                        .map_err(|e| Failure::suspect(format!("redirected to {:?}: {e}", without_secrets(&to))))?;
-                    if url.scheme() == "https" && next.scheme() != "https" {
-                        return Err(Failure::suspect("redirected from https to plain http"));
+                Verdict::Redirect => {
+                    drain(body, lease, stall);
+                    if let Err(error) = chain.next(head.status, &head.headers) {
+                        layer.forget_target(&url);
+                        return Err(error);
                     }
-                    drain(body, lease, self.options.stall_deadline);
-                    url = next;
                 }
-                Verdict::Refused(status) => {
-                    let refusal = format!("{} answered {status}", without_secrets(url.as_str()));
-                    drain(body, lease, self.options.stall_deadline);
+                Verdict::NoRanges { .. } => {
+                    drain(body, lease, stall);
+                    ranged = false;
+                }
+                Verdict::Status { status, after } => {
+                    drain(body, lease, stall);
+                    let failure = Error::status(&url, status, None, after);
+                    if matches!(failure.kind(), http::Kind::Busy(_)) {
+                        layer.forget_target(&url);
+                        if url == spot.url {
+                            layer.doubt(&spot);
+                        }
+                        return Err(failure);
+                    }
                     if let Some(target) = kept.take() {
                         // The signature in the redirect's URL has run out: ask the original for a new one.
                         layer.forget_target(&target);
-                        url = spot.url.clone();
+                        chain = Redirects::from(spot.url.clone());
                         continue;
                     }
                     if layer.can_move() && url == spot.url && !renewed {
                         // The token has run out, or a mirror has lost the blob.
                         renewed = true;
                         spot = layer.spot(Some(&spot)).await?;
-                        url = spot.url.clone();
+                        chain = Redirects::from(spot.url.clone());
                         continue;
                     }
-                    return Err(Failure::Suspect {
-                        why: refusal,
-                        status: Some(status),
-                    });
-                }
-                Verdict::Later { status, after } => {
-                    drain(body, lease, self.options.stall_deadline);
-                    layer.forget_target(&url);
-                    if url == spot.url {
-                        layer.doubt(&spot);
-                    }
-                    let after = after.map(|wanted| wanted.min(LONGEST_RETRY_AFTER));
-                    return Err(Failure::Away {
-                        why: format!("{} answered {status}", without_secrets(url.as_str())),
-                        after,
-                        stale: false,
-                    });
+                    return Err(failure);
                 }
                 Verdict::Changed(how) => {
-                    drain(body, lease, self.options.stall_deadline);
+                    drain(body, lease, stall);
                     if let Some(target) = kept.take() {
                         // Only where the redirect led before has another layer now: the original may lead elsewhere.
                         layer.forget_target(&target);
-                        url = spot.url.clone();
+                        chain = Redirects::from(spot.url.clone());
                         continue;
                     }
                     layer.forget_target(&url);
-                    return Err(Failure::Changed(how));
+                    return Err(Error::changed(layer.name(), how));
                 }
                 Verdict::Wrong(why) => {
                     layer.forget_target(&url);
-                    return Err(Failure::suspect(format!("{}: {why}", without_secrets(url.as_str()))));
+                    return Err(Error::wrong(&url, why));
                 }
             }
         }
-        layer.forget_target(&url);
-        Err(Failure::suspect(format!("more than {MOST_REDIRECTS} redirects")))
+    }
+
+    /// What is to be asked for behind the first `part` bytes of `range`.
+    fn rest(&self, layer: &Rc<RemoteLayer>, range: ByteRange, part: u64, demand: bool) -> Option<Rest> {
+        (part < range.len).then(|| Rest {
+            client: self.clone(),
+            layer: layer.clone(),
+            range: ByteRange {
+                start: range.start + part,
+                len: range.len - part,
+            },
+            demand,
+        })
     }
 
     /// An answer whose body is to hold `left` bytes.
-    fn reply(&self, whole: bool, left: u64, head_took: Duration, body: Incoming, lease: Lease) -> Reply {
+    fn reply(&self, whole: bool, left: u64, url: Url, head_took: Duration, (body, lease): (Incoming, Lease)) -> Reply {
         Reply {
             head_took,
             whole,
+            url,
             left,
             known_len: hyper::body::Body::size_hint(&body).exact().is_some(),
             body,
+            rest: None,
             lease: Some(lease),
-            stall: self.options.stall_deadline,
-            slowest: self.options.slowest_body,
+            stall: self.0.options.stall_deadline,
+            slowest: self.0.options.slowest_body,
             began: Instant::now(),
             came: 0,
         }
@@ -274,16 +261,17 @@ impl Client {
         url: &Url,
         asked: Asked<'_>,
         demand: bool,
-    ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Failure> {
+    ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Error> {
         let own = url.origin() == spot.url.origin();
         let host = if own {
             self.host(url, &spot.trust)?
         } else {
             self.host(url, &spot.trust.elsewhere())?
         };
-        let mut lease = host.take(demand).await.map_err(|e| Failure::away(e.to_string()))?;
+        let lease = host.take(demand).await;
+        let mut lease = lease.map_err(|error| Error::unreachable(url, error.to_string()).caused_by(error))?;
         let request = Self::request(spot, url, own, &host, asked)?;
-        let response = self.send(&mut lease, request).await?;
+        let response = self.send(url, &mut lease, request).await?;
         let (head, body) = response.into_parts();
         Ok((head, body, lease))
     }
@@ -291,22 +279,21 @@ impl Client {
     /// Sends `request` and waits for the head of its answer.
     async fn send(
         &self,
+        url: &Url,
         lease: &mut Lease,
         request: Request<Empty<Bytes>>,
-    ) -> Result<hyper::Response<Incoming>, Failure> {
-        add(&self.counters.requests, 1);
-        let stale = lease.reused;
+    ) -> Result<hyper::Response<Incoming>, Error> {
+        add(&self.0.counters.requests, 1);
+        let reused = lease.reused;
         let Some(sender) = lease.sender() else {
-            return Err(Failure::away("the connection is gone"));
+            return Err(Error::unreachable(url, "the connection is gone"));
         };
-        match timeout(self.options.head_deadline, sender.send_request(request)).await {
+        let within = self.0.options.head_deadline;
+        match timeout(within, sender.send_request(request)).await {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(Failure::Away {
-                why: explain(&error),
-                after: None,
-                stale,
-            }),
-            Err(_) => Err(Failure::away(format!("no answer in {:?}", self.options.head_deadline))),
+            Ok(Err(error)) if reused => Err(Error::stale(url, explain(&error)).caused_by(error)),
+            Ok(Err(error)) => Err(Error::not_http(url, explain(&error)).caused_by(error)),
+            Err(_) => Err(Error::unreachable(url, format!("no answer in {within:?}"))),
         }
     }
 
@@ -316,7 +303,7 @@ impl Client {
         own: bool,
         host: &Host,
         asked: Asked<'_>,
-    ) -> Result<Request<Empty<Bytes>>, Failure> {
+    ) -> Result<Request<Empty<Bytes>>, Error> {
         let forwarder = host.forwarder();
         // A proxy that forwards has to be told the whole URL.
         let path = match forwarder {
@@ -326,13 +313,12 @@ impl Client {
         let authority = &url[url::Position::BeforeHost..url::Position::AfterPort];
         let mut request = Request::get(path)
             .header(header::HOST, authority)
-            .header(header::USER_AGENT, concat!("tarblk/", env!("CARGO_PKG_VERSION")))
-            .header(header::ACCEPT_ENCODING, "identity")
-            .header(
-                header::RANGE,
-                format!("bytes={}-{}", asked.start, asked.start + (asked.len - 1)),
-            );
-        if let Some(validator) = asked.validator
+            .header(header::USER_AGENT, USER_AGENT)
+            .header(header::ACCEPT_ENCODING, "identity");
+        if asked.ranged {
+            request = request.header(header::RANGE, asked.range.to_string());
+        }
+        if let Some(validator) = asked.validator.filter(|_| asked.ranged)
             && validator.is_strong()
         {
             request = request.header(header::IF_RANGE, validator.value());
@@ -347,7 +333,8 @@ impl Client {
                 request = request.header(name, value);
             }
         }
-        request.body(Empty::new()).map_err(|e| Failure::suspect(e.to_string()))
+        let request = request.body(Empty::new());
+        request.map_err(|error| Error::wrong(url, error.to_string()).lasting().caused_by(error))
     }
 }
 
@@ -385,31 +372,33 @@ fn explain(error: &hyper::Error) -> String {
 impl Reply {
     /// The next bytes of the body; `None` when all that was asked for has come. A body that ends early, is too long, or
     /// crawls is a failure.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         loop {
             if self.left == 0 {
                 self.finish().await?;
-                return Ok(None);
+                match self.rest.take() {
+                    None => return Ok(None),
+                    Some(rest) => self.go_on(rest).await?,
+                }
             }
             let frame = match timeout(self.stall, self.body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
-                Ok(Some(Err(error))) => return Err(Failure::away(explain(&error))),
-                Ok(None) => return Err(Failure::away(format!("the body ended {} bytes early", self.left))),
-                Err(_) => return Err(Failure::away(format!("nothing came for {:?}", self.stall))),
+                Ok(Some(Err(error))) => return Err(self.broken(error)),
+                Ok(None) => return Err(self.lost(format!("the body ended {} bytes early", self.left))),
+                Err(_) => return Err(self.lost(format!("nothing came for {:?}", self.stall))),
             };
             let Ok(data) = frame.into_data() else { continue };
-            let len = crate::units::len_u64(data.remaining());
+            let len = len_u64(data.remaining());
             if len > self.left {
-                return Err(Failure::suspect(format!(
-                    "the body is {} bytes too long",
-                    len - self.left
-                )));
+                let why = format!("a body that is {} bytes too long", len - self.left);
+                return Err(Error::wrong(&self.url, why));
             }
             self.left -= len;
             self.came += len;
             let took = self.began.elapsed();
-            if took > self.stall && self.left > 0 && self.came < self.slowest.saturating_mul(took.as_secs()) {
-                return Err(Failure::away(format!("only {} bytes came in {took:.0?}", self.came)));
+            let more = self.left > 0 || self.rest.is_some();
+            if took > self.stall && more && self.came < self.slowest.saturating_mul(took.as_secs()) {
+                return Err(self.lost(format!("only {} bytes came in {took:.0?}", self.came)));
             }
             if !data.is_empty() {
                 return Ok(Some(data));
@@ -417,8 +406,41 @@ impl Reply {
         }
     }
 
+    /// Asks for what the server has left out.
+    async fn go_on(&mut self, rest: Rest) -> Result<(), Error> {
+        let Rest {
+            client,
+            layer,
+            range,
+            demand,
+        } = rest;
+        let next = client.get(&layer, range.start, range.len, demand).await?;
+        if next.whole {
+            return Err(Error::wrong(
+                &next.url,
+                "the whole blob in place of the rest of a range",
+            ));
+        }
+        // How slow it is shows over all of it.
+        *self = Self {
+            head_took: self.head_took,
+            began: self.began,
+            came: self.came,
+            ..next
+        };
+        Ok(())
+    }
+
+    fn lost(&self, why: String) -> Error {
+        Error::unreachable(&self.url, why)
+    }
+
+    fn broken(&self, error: hyper::Error) -> Error {
+        self.lost(explain(&error)).caused_by(error)
+    }
+
     /// Sees the body's end, so that nothing follows what was asked for and the connection is free again.
-    async fn finish(&mut self) -> Result<(), Failure> {
+    async fn finish(&mut self) -> Result<(), Error> {
         let Some(lease) = self.lease.take() else { return Ok(()) };
         if self.known_len {
             // hyper ends such a body itself, exactly there.
@@ -433,11 +455,11 @@ impl Reply {
                 }
                 Ok(Some(Ok(frame))) => {
                     if frame.into_data().is_ok_and(|data| !data.is_empty()) {
-                        return Err(Failure::suspect("the body is longer than what was asked for"));
+                        return Err(Error::wrong(&self.url, "a body that is longer than what was asked for"));
                     }
                 }
-                Ok(Some(Err(error))) => return Err(Failure::away(explain(&error))),
-                Err(_) => return Err(Failure::away("the body does not end")),
+                Ok(Some(Err(error))) => return Err(self.broken(error)),
+                Err(_) => return Err(self.lost("the body does not end".to_owned())),
             }
         }
     }

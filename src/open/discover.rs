@@ -13,9 +13,10 @@ use std::thread;
 use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, listed_with, parse};
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
+use crate::http::{HttpOptions, without_secrets};
 use crate::index::{self, Index, IndexError, IndexFault};
 use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageName, Registry, Version};
-use crate::source::{self, LayerBlob, Patience, SourceError};
+use crate::source::{self, LayerBlob, SourceError};
 
 /// Where the index of a layer is to come from.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -44,7 +45,7 @@ impl fmt::Debug for IndexChoice {
             Self::Require => "Require",
             Self::Ignore => "Ignore",
             Self::Build => "Build",
-            Self::Named(name) => return write!(f, "Named({:?})", source::without_secrets(name)),
+            Self::Named(name) => return write!(f, "Named({:?})", without_secrets(name)),
         })
     }
 }
@@ -237,9 +238,9 @@ pub fn fetch_hot(
     image: &ImageName,
     layer: &ImageLayer,
     found: &FoundIndex,
-    patience: &Patience,
+    http: &HttpOptions,
 ) -> Result<Index<Vec<u8>>, OpenError> {
-    fetch_hot_in(image, layer, found, 1, patience)
+    fetch_hot_in(image, layer, found, 1, http)
 }
 
 /// Into how many requests each hot part is cut when all of them are fetched at once, so that `connections` of them bring equally
@@ -263,14 +264,14 @@ pub(super) fn fetch_hot_in(
     layer: &ImageLayer,
     found: &FoundIndex,
     pieces: u64,
-    patience: &Patience,
+    http: &HttpOptions,
 ) -> Result<Index<Vec<u8>>, OpenError> {
     let name = || format!("index {}", found.access.name());
     let bad = |cause| OpenError::Index { name: name(), cause };
     let blob = source::open_registry_blob(image, &found.access)?;
     let most = blob.len.min(MAX_INDEX_BYTES);
     let first = found.listed.hot.as_ref().map_or(GUESS, |(len, _)| *len).min(most);
-    let mut bytes = in_pieces(&blob, first, pieces, patience)?;
+    let mut bytes = in_pieces(&blob, first, pieces, http)?;
     let hot = index::hot_len(&bytes)
         .map_err(bad)?
         .ok_or_else(|| bad(IndexFault::Truncated.into()))?;
@@ -278,7 +279,7 @@ pub(super) fn fetch_hot_in(
         return Err(bad(IndexFault::Truncated.into()));
     }
     if hot > first {
-        bytes.extend(source::read_range(&blob, first..hot, patience)?);
+        bytes.extend(source::read_range(&blob, first..hot, http)?);
     }
     bytes.truncate(usize::try_from(hot).map_err(|_| bad(IndexFault::TooLarge("hot part").into()))?);
     if let Some((_, digest)) = &found.listed.hot
@@ -288,7 +289,7 @@ pub(super) fn fetch_hot_in(
     }
     // A manifest that does not name the hot part's digest vouches for the whole file alone.
     let index = if found.listed.hot.is_none() && found.by != FoundBy::Header {
-        let whole = source::read_range(&blob, 0..most, patience)?;
+        let whole = source::read_range(&blob, 0..most, http)?;
         if !found.listed.digest.matches(&whole) {
             return Err(bad(IndexFault::Checksum("file").into()));
         }
@@ -305,15 +306,15 @@ pub(super) fn fetch_hot_in(
 }
 
 /// The first `len` bytes of a blob, by so many requests at the same time.
-fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, http: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let size = len.div_ceil(pieces.max(1)).max(1);
     let ranges = (0..pieces).map(|number| (number * size).min(len)..((number + 1) * size).min(len));
     let ranges: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();
     if let [_] = ranges[..] {
-        return source::read_range(blob, 0..len, patience);
+        return source::read_range(blob, 0..len, http);
     }
     thread::scope(|scope| {
-        let ask = |range| scope.spawn(|| source::read_range(blob, range, patience));
+        let ask = |range| scope.spawn(|| source::read_range(blob, range, http));
         let asked: Vec<_> = ranges.into_iter().map(ask).collect();
         let mut bytes = Vec::new();
         for asked in asked {

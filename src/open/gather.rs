@@ -65,7 +65,8 @@ impl Drop for Gather {
 mod tests {
     use super::*;
     use crate::cache::disk::DiskCache;
-    use crate::fetch::{HttpLayer, Validator};
+    use crate::fetch::HttpLayer;
+    use crate::http::Validator;
     use crate::units::CHUNK_BYTES;
 
     #[test]

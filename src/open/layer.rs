@@ -293,9 +293,9 @@ fn find_index(
     // and when the first bytes come along and say something else, they are followed.
     let coding = match (&blob.place, facts.coding) {
         (Place::Http(_), Some(said)) => said,
-        (Place::File(_), _) | (Place::Http(_), None) => coding_of(&blob, &options.patience)?,
+        (Place::File(_), _) | (Place::Http(_), None) => coding_of(&blob, &options.http)?,
     };
-    if takes_contents && let Some((bytes, origin)) = toc::fetch(&blob, coding, facts, &options.patience) {
+    if takes_contents && let Some((bytes, origin)) = toc::fetch(&blob, coding, facts, &options.http) {
         let kept = match (cache, &contents_under) {
             (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, &bytes)?,
             _ => None,
@@ -363,14 +363,8 @@ fn read_headers(
     };
     let mut beginning = Beginning::new(gather);
     let walked = match &blob.place {
-        Place::Http(_) => source::walk(
-            blob,
-            &mut builder,
-            Some(&mut beginning),
-            &options.patience,
-            &mut progress,
-        ),
-        Place::File(_) => source::walk(blob, &mut builder, None, &options.patience, &mut progress),
+        Place::Http(_) => source::walk(blob, &mut builder, Some(&mut beginning), &options.http, &mut progress),
+        Place::File(_) => source::walk(blob, &mut builder, None, &options.http, &mut progress),
     };
     if let Some(coding) = beginning.coding()
         && coding != Coding::Plain
@@ -493,7 +487,7 @@ fn read_all(
         blob,
         &recording,
         algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
-        &options.patience,
+        &options.http,
         &mut progress,
         &mut keep,
     )?;

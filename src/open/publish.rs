@@ -257,7 +257,7 @@ fn whole_index(
     if blob.len > MAX_INDEX_BYTES {
         return Err(bad(crate::index::IndexFault::TooLarge("file").into()));
     }
-    let bytes = source::read_range(&blob, 0..blob.len, &options.patience)?;
+    let bytes = source::read_range(&blob, 0..blob.len, &options.http)?;
     if !listed.digest.matches(&bytes) {
         return Err(SourceError::Digest {
             name: access.name(),
@@ -289,7 +289,7 @@ fn made_of(
         &blob,
         &recording,
         algorithms(Some(&layer.descriptor.digest), layer.diff_id.as_ref()),
-        &options.patience,
+        &options.http,
         reached,
         &mut |_, _| (),
     )

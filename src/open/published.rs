@@ -177,7 +177,7 @@ pub(super) fn fetch(
             }))
         }
         Lead::Found(found) => {
-            let (index, found) = match discover::fetch_hot_in(name, layer, &found, pieces, &options.patience) {
+            let (index, found) = match discover::fetch_hot_in(name, layer, &found, pieces, &options.http) {
                 Ok(index) => (index, found),
                 Err(error) => by_tag(name, layer, &found, options).ok_or(error)?,
             };
@@ -230,7 +230,7 @@ fn by_tag(
     }
     let registry = Registry::new(reference, &options.registry).ok()?;
     let found = discover::find_of_layer(&registry, &layer.descriptor.digest).ok()??;
-    let index = discover::fetch_hot(name, layer, &found, &options.patience).ok()?;
+    let index = discover::fetch_hot(name, layer, &found, &options.http).ok()?;
     Some((index, Box::new(found)))
 }
 

@@ -4,10 +4,11 @@
 use super::layer::{PreparedLayer, named_if_foreign};
 use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
+use crate::http::HttpOptions;
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob, Patience, SourceError};
+use crate::source::{self, LayerBlob, SourceError};
 use crate::units::TarOffset;
 
 /// How a layer is recorded.
@@ -48,7 +49,7 @@ pub fn record(
         &blob,
         recording,
         algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
-        &options.patience,
+        &options.http,
         &mut reached,
         &mut |_, _| (),
     )
@@ -75,7 +76,7 @@ pub fn record_blob(
     blob: &LayerBlob,
     recording: &Recording,
     [of_blob, of_tar]: [Algorithm; 2],
-    patience: &Patience,
+    http: &HttpOptions,
     reached: &mut dyn FnMut(u64),
     tap: &mut dyn FnMut(TarOffset, &[u8]),
 ) -> Result<RecordedBlob, OpenError> {
@@ -106,7 +107,7 @@ pub fn record_blob(
         reached(recorder.blob_position());
         Ok(())
     };
-    let reads = source::stream(blob, patience, &mut sink)?;
+    let reads = source::stream(blob, http, &mut sink)?;
     let recorder = if let Some(recorder) = recorder {
         recorder
     } else {
@@ -128,7 +129,7 @@ pub fn record_blob(
 ///
 /// # Errors
 /// [`OpenError::Source`] when they cannot be read.
-pub(super) fn coding_of(blob: &LayerBlob, patience: &Patience) -> Result<Coding, OpenError> {
-    let start = source::first_bytes(blob, Coding::TELLING, patience)?;
+pub(super) fn coding_of(blob: &LayerBlob, http: &HttpOptions) -> Result<Coding, OpenError> {
+    let start = source::first_bytes(blob, Coding::TELLING, http)?;
     Ok(Coding::of_bytes(&start))
 }

@@ -19,6 +19,7 @@ use crate::digest::Digest;
 use crate::fetch::{
     self, Blob, Coded, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Verifier, WholeDigests, Windows,
 };
+use crate::http::{HttpOptions, Validator, without_secrets};
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
@@ -83,7 +84,7 @@ enum At {
     Http {
         url: String,
         len: u64,
-        validator: Option<Mark>,
+        validator: Option<Validator>,
         headers: Vec<(String, String)>,
         access: Option<BlobAccess>,
     },
@@ -93,32 +94,7 @@ impl std::fmt::Debug for At {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::File { path, .. } => write!(f, "File({})", path.display()),
-            Self::Http { url, .. } => write!(f, "Http({})", source::without_secrets(url)),
-        }
-    }
-}
-
-/// A validator in a spec.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-enum Mark {
-    ETag(String),
-    LastModified(String),
-}
-
-impl From<&source::Validator> for Mark {
-    fn from(validator: &source::Validator) -> Self {
-        match validator {
-            source::Validator::ETag(tag) => Self::ETag(tag.clone()),
-            source::Validator::LastModified(date) => Self::LastModified(date.clone()),
-        }
-    }
-}
-
-impl From<Mark> for fetch::Validator {
-    fn from(mark: Mark) -> Self {
-        match mark {
-            Mark::ETag(tag) => Self::ETag(tag),
-            Mark::LastModified(date) => Self::LastModified(date),
+            Self::Http { url, .. } => write!(f, "Http({})", without_secrets(url)),
         }
     }
 }
@@ -198,7 +174,7 @@ impl At {
         Self::Http {
             url,
             len: size,
-            validator: http.validator.as_ref().map(Into::into),
+            validator: http.validator.clone(),
             headers,
             access: http.access.clone(),
         }
@@ -207,7 +183,7 @@ impl At {
     fn open(self) -> Result<Blob, OpenError> {
         match self {
             Self::File { path, mark } => {
-                let blob = source::open(&Source::Path(path), &source::Patience::default())?;
+                let blob = source::open(&Source::Path(path), &HttpOptions::default())?;
                 if blob.fingerprint().as_deref() != Some(&mark) {
                     return Err(OpenError::Changed(blob.source.to_string()));
                 }
@@ -222,7 +198,7 @@ impl At {
             } => Ok(Blob::Http(HttpLayer {
                 url,
                 size: len,
-                validator: validator.map(Into::into),
+                validator,
                 headers,
                 access: access.map(Arc::new),
             })),
@@ -247,7 +223,7 @@ pub(super) fn http_layer(http: &HttpBlob) -> HttpLayer {
     HttpLayer {
         url: http.url.to_string(),
         size: http.len,
-        validator: http.validator.as_ref().map(|validator| Mark::from(validator).into()),
+        validator: http.validator.clone(),
         headers: authorization
             .map(|value| ("Authorization".to_owned(), value.to_owned()))
             .into_iter()

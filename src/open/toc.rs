@@ -16,10 +16,11 @@ use std::ops::Range;
 
 use super::IndexOrigin;
 use super::layer::{Facts, kept_under};
+use crate::http::HttpOptions;
 use crate::index::toc::{self, TAIL};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob, Patience, Place, SourceError};
+use crate::source::{self, LayerBlob, Place, SourceError};
 
 /// How much of a blob's end is asked for where its table is likely to lie: a hundredth of the blob within these bounds, in bytes.
 /// A table takes about that much, and what is too much of it costs less than a second question.
@@ -52,14 +53,14 @@ pub(super) fn fetch(
     blob: &LayerBlob,
     coding: Coding,
     facts: &Facts,
-    patience: &Patience,
+    http: &HttpOptions,
 ) -> Option<(Vec<u8>, IndexOrigin)> {
     if coding == Coding::Plain || !may_be_used(blob, facts) {
         return None;
     }
     let mut reader = Reader {
         blob,
-        patience,
+        http,
         reads: 0,
         bytes: 0,
     };
@@ -78,7 +79,7 @@ pub(super) fn fetch(
 /// What the registry or server was asked for.
 struct Reader<'b> {
     blob: &'b LayerBlob,
-    patience: &'b Patience,
+    http: &'b HttpOptions,
     reads: u64,
     bytes: u64,
 }
@@ -87,7 +88,7 @@ impl Reader<'_> {
     fn read(&mut self, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
         self.reads += 1;
         self.bytes += range.end.saturating_sub(range.start);
-        source::read_range(self.blob, range, self.patience)
+        source::read_range(self.blob, range, self.http)
     }
 }
 

@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 
+use url::Url;
+
+use crate::http::{self, Backoff};
 use crate::index::IndexError;
 
 /// Why a layer cannot be opened or walked. No variant holds a password or a query string.
@@ -32,40 +35,9 @@ pub enum SourceError {
         /// What is wrong.
         source: IndexError,
     },
-    /// The server answered, and will answer so again.
-    #[error("{url}: the server says {status}{advice}")]
-    Status {
-        /// Which URL.
-        url: String,
-        /// The status line's number and words.
-        status: String,
-        /// What that means here, with a separator in front, or nothing.
-        advice: &'static str,
-    },
-    /// The server cannot be reached, or stopped answering and did not come back.
-    #[error("{url}: {why}{}", Tries(*.tries))]
-    Unreachable {
-        /// Which URL.
-        url: String,
-        /// The last failure.
-        why: String,
-        /// How often it was tried.
-        tries: u32,
-    },
-    /// The server's answer contradicts the request or what it said before.
-    #[error("{url}: the server sent something else than was asked for: {why}")]
-    WrongAnswer {
-        /// Which URL.
-        url: String,
-        /// How it differs.
-        why: String,
-    },
-    /// The layer is another one than at the beginning.
-    #[error("{url}: the layer changed on the server while it was read; try again")]
-    Changed {
-        /// Which URL.
-        url: String,
-    },
+    /// A server that cannot be reached, refuses, or does not answer what was asked.
+    #[error(transparent)]
+    Http(#[from] http::Error),
     /// An image is not what it should be, or is not there for this machine.
     #[error("{name}: {why}")]
     Image {
@@ -108,33 +80,45 @@ pub enum SourceError {
         /// What is wrong with it.
         why: String,
     },
-    /// TLS or the runtime cannot be set up.
-    #[error("cannot set up {what}: {why}")]
-    Setup {
-        /// What.
-        what: &'static str,
-        /// Why not.
-        why: String,
-    },
 }
 
-/// `(after 5 tries)`, for more than one.
-struct Tries(u32);
-
-impl std::fmt::Display for Tries {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0 > 1 {
-            write!(f, " (after {} tries)", self.0)
-        } else {
-            Ok(())
-        }
-    }
-}
+/// The same, where a request has failed.
+pub(in crate::source) type Failure = SourceError;
 
 impl SourceError {
     /// Whether a server said that what was asked for is not there.
     #[must_use]
     pub fn is_absence(&self) -> bool {
-        matches!(self, Self::Status { status, .. } if status.starts_with("404") || status.starts_with("410"))
+        self.http().is_some_and(http::Error::is_absence)
+    }
+
+    /// The failed request behind it, if it is one.
+    #[must_use]
+    pub fn http(&self) -> Option<&http::Error> {
+        match self {
+            Self::Http(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// An answer of `url` that contradicts the question.
+    pub(in crate::source) fn wrong(url: &Url, why: impl Into<String>) -> Self {
+        http::Error::wrong(url, why).into()
+    }
+
+    /// No other try will change it.
+    pub(in crate::source) fn lasting(error: Self) -> Self {
+        error
+    }
+}
+
+/// Waits until it is time to ask again.
+///
+/// # Errors
+/// `failure`, when there is to be no other try.
+pub(in crate::source) async fn wait_after(backoff: &mut Backoff, failure: SourceError) -> Result<(), SourceError> {
+    match failure {
+        SourceError::Http(failure) => Ok(backoff.wait_after(failure).await?),
+        lasting => Err(lasting),
     }
 }

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use super::registry::ImageName;
-use super::without_secrets;
+use crate::http::without_secrets;
 
 /// What is put in front of names here, and what people also write for it.
 const TRANSPORTS: [(&str, &[&str]); 5] = [

@@ -30,9 +30,9 @@ pub use hosts::DEFAULT_HOSTS_DIR;
 pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, OCI_INDEX, OCI_MANIFEST, Platform};
 pub use reference::{ImageName, LayoutName, Reference, Version};
 
-use super::SourceError;
-use super::http::Patience;
+use super::error::SourceError;
 use crate::digest::Digest;
+use crate::http::HttpOptions;
 use crate::layer::LayerType;
 use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest, Wanted};
 use oci_layout::Layout;
@@ -52,7 +52,7 @@ pub struct RegistryOptions {
     /// containerd's directory of `hosts.toml` files.
     pub hosts_dir: PathBuf,
     /// How long to wait.
-    pub patience: Patience,
+    pub http: HttpOptions,
     /// Where what is small and named by its digest is kept; nowhere if none.
     pub kept: Option<Arc<dyn SmallThings>>,
 }
@@ -73,7 +73,7 @@ impl Default for RegistryOptions {
             plain_http: false,
             keyring: Keyring::default(),
             hosts_dir: DEFAULT_HOSTS_DIR.into(),
-            patience: Patience::default(),
+            http: HttpOptions::default(),
             kept: None,
         }
     }

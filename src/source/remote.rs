@@ -20,8 +20,10 @@ use std::sync::Arc;
 use futures_util::future::{Either, join_all, select};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::SourceError;
-use super::http::{HttpBlob, Patience, Requests, Tries};
+use super::blob::HttpBlob;
+use super::error::{SourceError, wait_after};
+use super::request::Requests;
+use crate::http::{HttpOptions, runtime};
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
 use crate::units::TarOffset;
@@ -46,27 +48,15 @@ const WAITING: usize = 1 << 20;
 const MAX_SCAN: u64 = 4 << 20;
 const SCAN_PART: u64 = 4;
 
-/// A runtime for one piece of waiting.
-pub(super) fn runtime() -> Result<tokio::runtime::Runtime, SourceError> {
-    let built = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build();
-    built.map_err(|error| SourceError::Setup {
-        what: "the network runtime",
-        why: error.to_string(),
-    })
-}
-
 /// Walks a layer on a web server.
 pub(super) fn walk<'a>(
     blob: &'a HttpBlob,
     sink: &'a mut dyn EntrySink,
     tap: Option<&'a mut (dyn Tap + 'a)>,
-    patience: &Patience,
+    options: &HttpOptions,
     progress: Progress<'a>,
 ) -> Result<Walked, SourceError> {
-    let requests = Requests::new(&blob.url, *patience)?;
+    let requests = Requests::new(&blob.url, options)?;
     let keep_all = tap.is_some();
     let wire = Wire {
         blob,
@@ -82,7 +72,7 @@ pub(super) fn walk<'a>(
         progress,
         blob,
     };
-    let end = runtime()?.block_on(async {
+    let end = runtime::runtime()?.block_on(async {
         if blob.len == 0 {
             truth.finish()
         } else if blob.ranges && wire.answers_ranges().await? {
@@ -146,7 +136,7 @@ impl Truth<'_> {
 /// Reads the layer from beginning to end, of a server that can do nothing else.
 async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> Result<EndOfArchive, SourceError> {
     let mut reached = 0;
-    let mut tries = Tries::default();
+    let mut backoff = wire.requests.backoff();
     loop {
         let failure = match wire.whole().await {
             Err(failure) => failure,
@@ -155,9 +145,9 @@ async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> 
                     Ok(None) => return truth.finish(),
                     Ok(Some((at, bytes))) => {
                         truth.feed(at, &bytes)?;
-                        if body.at > reached {
-                            reached = body.at;
-                            tries.succeeded();
+                        if body.at() > reached {
+                            reached = body.at();
+                            backoff.succeeded();
                         }
                         if truth.wants().is_none() && !keep_all {
                             return truth.finish();
@@ -167,7 +157,7 @@ async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> 
                 }
             },
         };
-        tries.failed(failure, &wire.requests.patience).await?;
+        wait_after(&mut backoff, failure).await?;
     }
 }
 

@@ -5,8 +5,10 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-use super::http::{Body, Failure, HttpBlob, Patience, Requests, Tries};
-use super::{LayerBlob, Place, SourceError, remote};
+use super::blob::{HttpBlob, LayerBlob, Place};
+use super::error::{Failure, SourceError, wait_after};
+use super::request::Requests;
+use crate::http::{Backoff, Body, HttpOptions, runtime};
 use crate::index::IndexError;
 use crate::units::TarOffset;
 
@@ -20,7 +22,7 @@ pub type BlobSink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), IndexError>;
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; what `sink` returns, as a fault of the layer.
-pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Result<u64, SourceError> {
+pub fn stream(blob: &LayerBlob, options: &HttpOptions, sink: BlobSink<'_>) -> Result<u64, SourceError> {
     let name = blob.name();
     let mut sink = |bytes: &[u8]| {
         sink(bytes).map_err(|source| SourceError::Tar {
@@ -30,7 +32,7 @@ pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Resu
     };
     match &blob.place {
         Place::File(file) => stream_file(file, blob, &mut sink),
-        Place::Http(http) => remote::runtime()?.block_on(stream_http(http, patience, &mut sink)),
+        Place::Http(http) => runtime::runtime()?.block_on(stream_http(http, options, &mut sink)),
     }
 }
 
@@ -38,16 +40,16 @@ pub fn stream(blob: &LayerBlob, patience: &Patience, sink: BlobSink<'_>) -> Resu
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server.
-pub fn first_bytes(blob: &LayerBlob, len: usize, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+pub fn first_bytes(blob: &LayerBlob, len: usize, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let len = u64::try_from(len).unwrap_or(u64::MAX).min(blob.len);
-    read_range(blob, 0..len, patience)
+    read_range(blob, 0..len, options)
 }
 
 /// Some bytes of the blob, by one request; a caller bounds how many. Must not be called from within an asynchronous runtime.
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; that the blob has not so many bytes.
-pub fn read_range(blob: &LayerBlob, range: Range<u64>, patience: &Patience) -> Result<Vec<u8>, SourceError> {
+pub fn read_range(blob: &LayerBlob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let want = range.end.saturating_sub(range.start);
     if want == 0 {
         return Ok(Vec::new());
@@ -68,7 +70,7 @@ pub fn read_range(blob: &LayerBlob, range: Range<u64>, patience: &Patience) -> R
                 },
             })
         }
-        Place::Http(http) => remote::runtime()?.block_on(range_of_http(http, range, patience)),
+        Place::Http(http) => runtime::runtime()?.block_on(range_of_http(http, range, options)),
     }
 }
 
@@ -86,9 +88,9 @@ impl Read for Offset<'_> {
     }
 }
 
-async fn range_of_http(blob: &HttpBlob, range: Range<u64>, patience: &Patience) -> Result<Vec<u8>, SourceError> {
-    let requests = Requests::new(&blob.url, *patience)?;
-    let mut tries = Tries::default();
+async fn range_of_http(blob: &HttpBlob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+    let requests = Requests::new(&blob.url, options)?;
+    let mut backoff = requests.backoff();
     let mut got = Vec::new();
     loop {
         let reached = range.start.saturating_add(u64::try_from(got.len()).unwrap_or(u64::MAX));
@@ -96,29 +98,23 @@ async fn range_of_http(blob: &HttpBlob, range: Range<u64>, patience: &Patience) 
             return Ok(got);
         }
         let answer = if blob.ranges {
-            requests.range_or_whole(blob, reached, range.end - reached).await
+            requests.range(blob, reached, range.end - reached).await
         } else {
             requests.whole(blob).await
         };
         let failure = match answer {
-            Ok(mut body) => collect(&mut body, &range, &mut got, &mut tries).await,
+            Ok(mut body) => collect(&mut body, &range, &mut got, &mut backoff).await,
             Err(failure) => Some(failure),
         };
-        match failure {
-            Some(failure) => tries.failed(failure, &requests.patience).await?,
-            None if u64::try_from(got.len()) == Ok(range.end - range.start) => return Ok(got),
-            None => {
-                return Err(SourceError::WrongAnswer {
-                    url: blob.name(),
-                    why: "fewer bytes than it has".to_owned(),
-                });
-            }
+        // Without a failure all of it has come, or as much as the server gives at once.
+        if let Some(failure) = failure {
+            wait_after(&mut backoff, failure).await?;
         }
     }
 }
 
 /// Takes what of an answer is wanted and not there yet.
-async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, tries: &mut Tries) -> Option<Failure> {
+async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff: &mut Backoff) -> Option<Failure> {
     loop {
         let next = range.start.saturating_add(u64::try_from(got.len()).unwrap_or(u64::MAX));
         if next >= range.end {
@@ -132,10 +128,10 @@ async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, tries: 
                 let room = usize::try_from(range.end - next).unwrap_or(usize::MAX);
                 if let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) {
                     got.extend_from_slice(&fresh[..fresh.len().min(room)]);
-                    tries.succeeded();
+                    backoff.succeeded();
                 }
             }
-            Err(failure) => return Some(failure),
+            Err(failure) => return Some(failure.into()),
         }
     }
 }
@@ -178,14 +174,14 @@ fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<u64, So
 }
 
 /// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
-async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> Result<u64, SourceError> {
-    let requests = Requests::new(&blob.url, *patience)?;
-    let mut tries = Tries::default();
+async fn stream_http(blob: &HttpBlob, options: &HttpOptions, sink: Named<'_>) -> Result<u64, SourceError> {
+    let requests = Requests::new(&blob.url, options)?;
+    let mut backoff = requests.backoff();
     let (mut reached, mut asked) = (0, 0);
     while reached < blob.len {
         asked += 1;
         let answer = if blob.ranges {
-            requests.range_or_whole(blob, reached, blob.len - reached).await
+            requests.range(blob, reached, blob.len - reached).await
         } else {
             requests.whole(blob).await
         };
@@ -198,17 +194,17 @@ async fn stream_http(blob: &HttpBlob, patience: &Patience, sink: Named<'_>) -> R
                         let known = usize::try_from(reached.saturating_sub(at)).unwrap_or(usize::MAX);
                         if let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) {
                             sink(fresh)?;
-                            reached = body.at;
-                            tries.succeeded();
+                            reached = body.at();
+                            backoff.succeeded();
                         }
                     }
-                    Err(failure) => break Some(failure),
+                    Err(failure) => break Some(SourceError::from(failure)),
                 }
             },
             Err(failure) => Some(failure),
         };
         if let Some(failure) = failed {
-            tries.failed(failure, &requests.patience).await?;
+            wait_after(&mut backoff, failure).await?;
         }
     }
     Ok(asked)

@@ -5,7 +5,7 @@
 //! tar, [`CodedFlight`](super::coded::CodedFlight) where it has to be decoded.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::budget::Share;
 use super::origin::{Body, Trouble};
@@ -13,14 +13,22 @@ use super::{Engine, LayerState};
 use crate::fetch::FetchError;
 use crate::fetch::runtime::sleep;
 use crate::fetch::stats::add;
-use crate::fetch::transport::Failure;
+use crate::http::{self, Kind, RetryPolicy};
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
-/// Wrong answers and refusals in a row before a read fails.
-const MOST_WRONG_ANSWERS: u32 = 6;
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(10);
+/// What follows a failure: a server that is away or busy is asked again for as long as readers wait, which their deadlines decide;
+/// wrong answers and refusals are worth a few more tries.
+const RETRY: RetryPolicy = RetryPolicy {
+    tries: u32::MAX,
+    wrong: 6,
+    refused: 6,
+    first_pause: Duration::from_millis(50),
+    longest_pause: Duration::from_secs(10),
+    deadline: Duration::MAX,
+};
+/// How often readers that have come meanwhile are looked at during a long pause.
+pub(super) const LOOK_AT_READERS: Duration = Duration::from_millis(250);
 
 /// What one request brought.
 pub(super) enum Received {
@@ -30,18 +38,12 @@ pub(super) enum Received {
     WholeBlob(Body),
 }
 
-/// How often and how long something is tried again: the state of one retry loop.
-pub(super) struct Backoff {
-    pause: Duration,
-    wrong_answers: u32,
-}
+/// [`http::Backoff`] for everything that can go wrong here: the state of one retry loop.
+pub(super) struct Backoff(http::Backoff);
 
 impl Backoff {
     pub(super) const fn new() -> Self {
-        Self {
-            pause: FIRST_BACKOFF,
-            wrong_answers: 0,
-        }
+        Self(http::Backoff::new(RETRY))
     }
 
     /// How long to wait before the next try of `range`, or why there is none.
@@ -52,7 +54,7 @@ impl Backoff {
         range: TarRange,
     ) -> Result<Duration, FetchError> {
         let url = state.origin.name();
-        let pause = match trouble {
+        let failure = match trouble {
             Trouble::File(error) => {
                 return Err(FetchError::File {
                     path: url.into(),
@@ -60,35 +62,34 @@ impl Backoff {
                     why: std::sync::Arc::new(std::io::Error::new(error.kind(), error.to_string())),
                 });
             }
-            Trouble::Net(Failure::Changed(how)) => return Err(FetchError::Changed { url, how: how.clone() }),
-            Trouble::Net(Failure::Suspect { why, status }) => {
-                self.wrong_answers += 1;
-                if self.wrong_answers >= MOST_WRONG_ANSWERS {
-                    let why = why.clone();
-                    return Err(match status {
-                        Some(status) => FetchError::Refused {
-                            url,
-                            why,
-                            status: status.as_u16(),
-                        },
-                        None => FetchError::WrongAnswer { url, range, why },
-                    });
-                }
-                jittered(self.pause)
-            }
             // After wrong bytes there is one more try, at once: see `Engine::digest_mismatched`.
-            Trouble::Wrong(_) | Trouble::Net(Failure::Away { stale: true, .. }) => Duration::ZERO,
-            Trouble::Net(Failure::Away { after, .. }) => after.unwrap_or_else(|| jittered(self.pause)),
+            Trouble::Wrong(_) => return Ok(Duration::ZERO),
+            Trouble::Net(failure) => failure,
         };
-        if !pause.is_zero() {
-            self.pause = (self.pause * 2).min(LONGEST_BACKOFF);
-        }
-        Ok(pause)
+        self.0.pause_after(failure.clone()).map_err(|failure| {
+            let why = if failure.place() == url {
+                failure.why()
+            } else {
+                failure.to_string()
+            };
+            match failure.kind() {
+                Kind::Changed => FetchError::Changed {
+                    url,
+                    how: failure.why(),
+                },
+                Kind::Refused(status) => FetchError::Refused {
+                    url,
+                    why,
+                    status: status.as_u16(),
+                },
+                _ => FetchError::WrongAnswer { url, range, why },
+            }
+        })
     }
 
     /// Something came: whatever goes wrong next is another matter.
-    pub(super) const fn reset(&mut self) {
-        *self = Self::new();
+    pub(super) fn reset(&mut self) {
+        self.0.succeeded();
     }
 }
 
@@ -236,15 +237,26 @@ impl Engine {
             after: self.options.deadline,
             why: trouble.to_string(),
         };
-        self.expire(rest, pause, &late);
-        if !self.in_flight.has_readers(rest) {
-            // No reader has asked for it yet: the one who does starts afresh.
-            log::debug!("{url}: bytes {range}: {trouble}; no reader waits for them, so they are not asked for again");
-            return Err(late);
-        }
-        if !pause.is_zero() {
-            log::warn!("{url}: bytes {range}: {trouble}; asking again in {pause:.1?}");
-            sleep(pause).await;
+        let mut waiting = None;
+        let until = Instant::now().checked_add(pause);
+        loop {
+            let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
+            self.expire(rest, left, &late);
+            if !self.in_flight.has_readers(rest) {
+                // No reader has asked for it yet, or none any more: the one who does starts afresh.
+                log::debug!(
+                    "{url}: bytes {range}: {trouble}; no reader waits for them, so they are not asked for again"
+                );
+                return Err(late);
+            }
+            if left.is_zero() {
+                break;
+            }
+            if waiting.is_none() {
+                log::warn!("{url}: bytes {range}: {trouble}; asking again in {pause:.1?}");
+                waiting = Some(http::stay(&url, &trouble.to_string(), pause));
+            }
+            sleep(left.min(LOOK_AT_READERS)).await;
         }
         add(&self.counters.retries, 1);
         Ok(())
@@ -265,11 +277,4 @@ impl Engine {
         add(&self.counters.bytes_fetched, len);
         self.budget.note_arrival(len);
     }
-}
-
-/// Between half and all of `pause`, so that many clients do not come back in step.
-fn jittered(pause: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let random = u32::try_from(RandomState::new().hash_one(0) & 0xFFFF).unwrap_or(0);
-    pause / 2 + pause / 2 * random / 0xFFFF
 }

@@ -4,13 +4,15 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use crate::fetch::runtime;
-use crate::fetch::transport::{Client, Failure, RemoteLayer, Reply};
+use crate::fetch::transport::{Client, RemoteLayer, Reply};
 use crate::fetch::{Blob, FileLayer, StartError};
+use crate::http;
 use crate::units::len_usize;
 
 /// A local blob is read in pieces of this.
@@ -20,15 +22,15 @@ const PIECE: u64 = 256 << 10;
 #[derive(Debug)]
 pub(super) enum Trouble {
     /// The network or the server.
-    Net(Failure),
+    Net(http::Error),
     /// The local file.
     File(io::Error),
     /// The bytes came, and are not what they have to be.
     Wrong(String),
 }
 
-impl From<Failure> for Trouble {
-    fn from(failure: Failure) -> Self {
+impl From<http::Error> for Trouble {
+    fn from(failure: http::Error) -> Self {
         Self::Net(failure)
     }
 }
@@ -45,14 +47,14 @@ impl fmt::Display for Trouble {
 
 /// A blob, or an index file that holds windows.
 pub(super) enum Origin {
-    Http(Box<RemoteLayer>),
+    Http(Rc<RemoteLayer>),
     File { path: PathBuf, file: File },
 }
 
 impl Origin {
     pub(super) fn new(blob: Blob) -> Result<Self, StartError> {
         Ok(match blob {
-            Blob::Http(layer) => Self::Http(Box::new(RemoteLayer::new(&layer)?)),
+            Blob::Http(layer) => Self::Http(Rc::new(RemoteLayer::new(&layer)?)),
             Blob::File(FileLayer { path, file, .. }) => Self::File {
                 path,
                 file: file.into(),
@@ -71,7 +73,7 @@ impl Origin {
     /// Asks for `len` bytes from `start` on; `len` is not zero.
     pub(super) async fn get(&self, client: &Client, start: u64, len: u64, demand: bool) -> Result<Body, Trouble> {
         match self {
-            Self::Http(layer) => Ok(Body::Http(client.get(layer, start, len, demand).await?)),
+            Self::Http(layer) => Ok(Body::Http(Box::new(client.get(layer, start, len, demand).await?))),
             Self::File { file, .. } => {
                 let own = file.try_clone().map_err(Trouble::File)?;
                 Ok(Body::File {
@@ -86,7 +88,7 @@ impl Origin {
 
 /// What was asked for, as it comes.
 pub(super) enum Body {
-    Http(Reply),
+    Http(Box<Reply>),
     File { file: runtime::File, at: u64, left: u64 },
 }
 

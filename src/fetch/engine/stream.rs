@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::flight::Backoff;
+use super::flight::{Backoff, LOOK_AT_READERS};
 use super::origin::{Body, Trouble};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
 use super::{Engine, LayerState};
@@ -18,6 +18,7 @@ use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
 use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
+use crate::http;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
 use crate::units::{LayerId, TarOffset, TarRange, len_u64, len_usize};
@@ -88,17 +89,25 @@ impl Engine {
             let range = TarRange::new(TarOffset(0), state.size);
             let pause = backoff.pause(&trouble, state, range)?;
             let name = state.origin.name();
-            if alive.elapsed().saturating_add(pause) > self.options.deadline {
-                let late = FetchError::Deadline {
-                    url: name.clone(),
-                    range,
-                    after: self.options.deadline,
-                    why: trouble.to_string(),
-                };
-                self.expire(state.all(layer), Duration::MAX, &late);
-            }
+            let late = FetchError::Deadline {
+                url: name.clone(),
+                range,
+                after: self.options.deadline,
+                why: trouble.to_string(),
+            };
             log::warn!("{name}: {trouble}; reading on in {pause:.1?}");
-            sleep(pause).await;
+            let _waiting = http::stay(&name, &trouble.to_string(), pause);
+            let until = Instant::now().checked_add(pause);
+            loop {
+                let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
+                if alive.elapsed().saturating_add(left) > self.options.deadline {
+                    self.expire(state.all(layer), Duration::MAX, &late);
+                }
+                if left.is_zero() || self.stopping.get() {
+                    break;
+                }
+                sleep(left.min(LOOK_AT_READERS)).await;
+            }
             add(&self.counters.retries, 1);
         }
     }

@@ -20,10 +20,10 @@ use rustls::pki_types::ServerName;
 use tokio::sync::oneshot;
 use url::Url;
 
-use super::proxy::Proxy;
 use crate::fetch::runtime::{self, TcpStream, timeout};
 use crate::fetch::stats::{Counters, add};
-use crate::source::tls::Trust;
+use crate::http::proxy::Proxy;
+use crate::http::tls::Trust;
 
 /// How long a host's addresses are believed. Short enough for a moved service, long enough to be off the hot path.
 const ADDRESSES_KEPT: Duration = Duration::from_secs(60);

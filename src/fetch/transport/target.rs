@@ -9,13 +9,12 @@ use std::time::{Duration, Instant, SystemTime};
 use hyper::header::{HeaderName, HeaderValue};
 use url::Url;
 
-use super::Failure;
-use super::answer::Validator;
 use super::pool::HostKey;
 use crate::fetch::{HttpLayer, StartError};
+use crate::http::tls::Trust;
+use crate::http::{Error, Validator, expiry, without_secrets};
+use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, Located};
-use crate::source::tls::Trust;
-use crate::source::{SourceError, expiry};
 
 /// How long answers that were asked for before a place was distrusted may still come in.
 const STRAGGLERS: Duration = Duration::from_secs(30);
@@ -140,7 +139,7 @@ impl RemoteLayer {
     }
 
     /// The spot to ask. `stale` is one that has just refused.
-    pub(crate) async fn spot(&self, stale: Option<&Rc<Spot>>) -> Result<Rc<Spot>, Failure> {
+    pub(crate) async fn spot(&self, stale: Option<&Rc<Spot>>) -> Result<Rc<Spot>, Error> {
         let moving = match &self.place {
             Place::Fixed(spot) => return Ok(spot.clone()),
             Place::Registry(moving) => moving,
@@ -154,7 +153,8 @@ impl RemoteLayer {
         }
         let old = stale.and_then(|spot| spot.located.as_ref());
         let located = moving.access.locate(old).await;
-        let spot = Rc::new(Spot::of(&located.map_err(|error| failure(&error))?).map_err(Failure::suspect)?);
+        let located = located.map_err(|error| failure(&self.name, error))?;
+        let spot = Rc::new(Spot::of(&located).map_err(|why| Error::setup("a request for a blob", why))?);
         *moving.spot.borrow_mut() = Some(spot.clone());
         Ok(spot)
     }
@@ -217,105 +217,10 @@ impl Moving {
 }
 
 /// What a failure to find the blob means for those who want its bytes.
-fn failure(error: &SourceError) -> Failure {
+fn failure(name: &str, error: SourceError) -> Error {
     match error {
-        SourceError::Unreachable { .. } | SourceError::WrongAnswer { .. } => Failure::away(error.to_string()),
-        _ => Failure::Suspect {
-            why: error.to_string(),
-            status: Some(if error.is_absence() {
-                hyper::StatusCode::NOT_FOUND
-            } else {
-                hyper::StatusCode::FORBIDDEN
-            }),
-        },
-    }
-}
-
-/// A URL fit for messages and logs: no password, no signed query.
-pub(crate) fn without_secrets(url: &str) -> String {
-    match Url::parse(url) {
-        Ok(mut parsed) => {
-            let query = parsed.query().is_some();
-            parsed.set_query(None);
-            parsed.set_fragment(None);
-            // These fail only for URLs that cannot hold them.
-            let _cannot_have_one = parsed.set_password(None);
-            let _cannot_have_one = parsed.set_username("");
-            if query {
-                format!("{parsed}?…")
-            } else {
-                parsed.to_string()
-            }
-        }
-        Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
-    }
-}
-
-/// What of a URL stays the same when passwords and signatures change: the store's name for it. Everything else of the
-/// query stays, because it may be what tells one layer from another.
-pub(crate) fn stable_name(url: &str) -> String {
-    const SIGNATURES: [&str; 17] = [
-        "signature",
-        "expires",
-        "key-pair-id",
-        "policy",
-        "sig",
-        "se",
-        "sp",
-        "st",
-        "sv",
-        "sr",
-        "spr",
-        "skoid",
-        "sktid",
-        "skt",
-        "ske",
-        "token",
-        "access_token",
-    ];
-    let Ok(mut parsed) = Url::parse(url) else {
-        return url.to_owned();
-    };
-    let passing = |name: &str| {
-        let name = name.to_ascii_lowercase();
-        name.starts_with("x-amz-") || name.starts_with("x-goog-") || SIGNATURES.contains(&name.as_str())
-    };
-    let kept: Vec<(String, String)> = parsed
-        .query_pairs()
-        .filter(|(name, _)| !passing(name))
-        .map(|(a, b)| (a.into(), b.into()))
-        .collect();
-    parsed.set_query(None);
-    if !kept.is_empty() {
-        parsed.query_pairs_mut().extend_pairs(kept);
-    }
-    parsed.set_fragment(None);
-    // These fail only for URLs that cannot hold them.
-    let _cannot_have_one = parsed.set_password(None);
-    let _cannot_have_one = parsed.set_username("");
-    parsed.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn messages_hold_no_secrets() {
-        assert_eq!(
-            without_secrets("https://me:word@host/a/b?X-Amz-Signature=1#f"),
-            "https://host/a/b?…"
-        );
-        assert_eq!(without_secrets("http://host:81/a"), "http://host:81/a");
-        assert!(!without_secrets("http://[broken/?secret=1").contains("secret"));
-    }
-
-    #[test]
-    fn a_name_survives_a_new_signature_and_nothing_else() {
-        let name = stable_name("https://u:p@host/layer?blob=7&X-Amz-Signature=1&X-Amz-Date=2");
-        assert_eq!(name, stable_name("https://host/layer?blob=7&X-Amz-Signature=3"));
-        assert_ne!(name, stable_name("https://host/layer?blob=8&X-Amz-Signature=1"));
-        assert_ne!(name, stable_name("https://host/layer2?blob=7"));
-        assert!(!name.contains(':') || !name.contains("u:p"));
+        SourceError::Http(error) => error,
+        // A refusal as any other, whatever words the registry finds for it.
+        other => Error::refused(name, other),
     }
 }

@@ -14,9 +14,9 @@ use super::answer::refusal;
 use super::credentials::Keyring;
 use super::session::{Grant, Need, Session, Spec, State, lock};
 use crate::digest::Digest;
-use crate::source::http::Failure;
-use crate::source::tls::Trust;
-use crate::source::{SourceError, expiry, net};
+use crate::http::tls::Trust;
+use crate::http::{ByteRange, expiry, runtime, without_secrets};
+use crate::source::error::{Failure, SourceError};
 
 /// A blob in a registry, and all that is needed to ask for it for as long as a device lives: endpoints, credentials and where
 /// they come from, tokens. It goes to another process through a pipe and never into a file; `Debug` shows no secrets.
@@ -95,7 +95,7 @@ pub struct Located {
 impl fmt::Debug for Located {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Located")
-            .field("url", &crate::source::without_secrets(&self.url))
+            .field("url", &without_secrets(&self.url))
             .field("expires", &self.expires)
             .field("trust", &self.trust)
             .finish_non_exhaustive()
@@ -175,10 +175,10 @@ impl BlobAccess {
     /// nothing is asked as long as what is known holds.
     ///
     /// # Errors
-    /// [`SourceError`]: no endpoint can be reached ([`SourceError::Unreachable`], may pass), or none gives the blob.
+    /// [`SourceError`]: no endpoint can be reached, or none gives the blob.
     pub async fn locate(&self, stale: Option<&Located>) -> Result<Located, SourceError> {
         let (this, stale) = (self.clone(), stale.cloned());
-        net::run(async move { this.find(stale).await.map_err(|failure| failure.error) }).await
+        runtime::run(async move { this.find(stale).await }).await
     }
 
     async fn find(&self, stale: Option<Located>) -> Result<Located, Failure> {
@@ -225,13 +225,13 @@ impl BlobAccess {
 
     /// Asks an endpoint for one byte: the cheapest request that means the same as the ones to come.
     async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<Located, Failure> {
-        let make = ranged("bytes=0-0");
+        let make = ranged(Some(ByteRange { start: 0, len: 1 }));
         let (url, response, grant) = self.session.ask(at, Need::Pull, &self.what(), stale, &make).await?;
         let status = response.status();
         if status.is_success() || status.is_redirection() || status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(self.located(at, &url, &grant));
         }
-        Err(refusal(&url, response, &self.session.spec.patience).await)
+        Err(refusal(&url, response, &self.session.spec.http).await)
     }
 
     fn located(&self, at: usize, url: &Url, grant: &Grant) -> Located {
@@ -249,14 +249,14 @@ impl BlobAccess {
         }
     }
 
-    /// Asks for a range (`bytes=0-99`), following redirects, logging in, and going on to the next endpoint as far as it takes.
+    /// Asks for a range, or for all of it, following redirects, logging in, and going on to the next endpoint as far as it takes.
     /// What comes back is a success or a 416.
-    pub(in crate::source) async fn get(&self, range: String) -> Result<Response, Failure> {
+    pub(in crate::source) async fn get(&self, range: Option<ByteRange>) -> Result<Response, Failure> {
         let this = self.clone();
-        net::run(async move { this.fetch(&range).await }).await
+        runtime::run(async move { this.fetch(range).await }).await
     }
 
-    async fn fetch(&self, range: &str) -> Result<Response, Failure> {
+    async fn fetch(&self, range: Option<ByteRange>) -> Result<Response, Failure> {
         let make = ranged(range);
         let kept = lock(&self.target).clone();
         if let Some(target) = kept.filter(|target| target.until.is_none_or(|until| SystemTime::now() < until)) {
@@ -288,7 +288,7 @@ impl BlobAccess {
         let (response, led_to) = self.session.chase(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
             let place = led_to.unwrap_or(url);
-            return Err(refusal(&place, response, &self.session.spec.patience).await);
+            return Err(refusal(&place, response, &self.session.spec.http).await);
         }
         *lock(&self.target) = led_to.map(|url| Target {
             at,
@@ -303,12 +303,12 @@ fn usable(status: StatusCode) -> bool {
     status.is_success() || status == StatusCode::RANGE_NOT_SATISFIABLE
 }
 
-fn ranged(range: &str) -> impl Fn(&Client, Url) -> RequestBuilder + Send + Sync + 'static {
-    let range = range.to_owned();
+fn ranged(range: Option<ByteRange>) -> impl Fn(&Client, Url) -> RequestBuilder + Send + Sync + 'static {
     move |client, url| {
-        client
-            .get(url)
-            .header(ACCEPT_ENCODING, "identity")
-            .header(RANGE, &range)
+        let request = client.get(url).header(ACCEPT_ENCODING, "identity");
+        match range {
+            Some(range) => request.header(RANGE, range.to_string()),
+            None => request,
+        }
     }
 }

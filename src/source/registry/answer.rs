@@ -1,45 +1,22 @@
 //! What registries and token servers answer: bodies that are not longer than they may be, and reasons for a refusal.
 
-use std::time::Duration;
-
-use reqwest::header::RETRY_AFTER;
 use reqwest::{Response, StatusCode};
 use serde::Deserialize;
 use url::Url;
 
-use crate::source::http::{Failure, Patience, classify};
-use crate::source::{SourceError, shown_url};
+use crate::http::{self, HttpOptions};
+use crate::source::error::Failure;
 
 /// No token server's or error's answer is longer.
 pub(super) const LONGEST_ANSWER: u64 = 256 << 10;
 
 /// Reads a whole body that is not longer than `most`.
-pub(super) async fn body(
-    url: &Url,
-    mut response: Response,
-    most: u64,
-    patience: &Patience,
-) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let too_long = || Failure::wrong(url, format!("more than {most} bytes"));
-    if response.content_length().is_some_and(|len| len > most) {
-        return Err(too_long());
-    }
-    loop {
-        let piece = tokio::time::timeout(patience.stall, response.chunk()).await;
-        let piece = piece.map_err(|_| Failure::passing(url, "the server stopped sending"))?;
-        match piece.map_err(|error| classify(url, &error))? {
-            Some(piece) => bytes.extend_from_slice(&piece),
-            None => return Ok(bytes),
-        }
-        if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
-            return Err(too_long());
-        }
-    }
+pub(super) async fn body(url: &Url, response: Response, most: u64, options: &HttpOptions) -> Result<Vec<u8>, Failure> {
+    Ok(http::receive(url, response, most, options.timeouts.stall).await?)
 }
 
 /// What a registry or token server says went wrong (distribution specification, "Error Codes"; RFC 6749, section 5.2).
-pub(super) async fn explanation(response: Response, patience: &Patience) -> Option<String> {
+pub(super) async fn explanation(response: Response, options: &HttpOptions) -> Option<String> {
     #[derive(Deserialize)]
     struct Said {
         #[serde(default)]
@@ -57,7 +34,7 @@ pub(super) async fn explanation(response: Response, patience: &Patience) -> Opti
         message: String,
     }
     let url = response.url().clone();
-    let bytes = body(&url, response, LONGEST_ANSWER, patience).await.ok()?;
+    let bytes = body(&url, response, LONGEST_ANSWER, options).await.ok()?;
     let said: Said = serde_json::from_slice(&bytes).ok()?;
     let text = match said.errors.into_iter().next() {
         Some(error) if error.message.is_empty() => error.code,
@@ -71,29 +48,13 @@ pub(super) async fn explanation(response: Response, patience: &Patience) -> Opti
 }
 
 /// What an answer means that brings nothing.
-pub(super) async fn refusal(url: &Url, response: Response, patience: &Patience) -> Failure {
+pub(super) async fn refusal(url: &Url, response: Response, options: &HttpOptions) -> Failure {
     let status = response.status();
-    let retry_after = response
-        .headers()
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.trim().parse().ok());
-    let passing = status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
-        || matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY
-        );
-    let said = explanation(response, patience).await;
-    let said = said.map_or_else(|| status.to_string(), |said| format!("{status}: {said}"));
-    if passing {
-        return Failure::passing(url, format!("the server says {said}")).after(retry_after.map(Duration::from_secs));
+    let wish = http::retry_after(response.headers());
+    let said = explanation(response, options).await;
+    let failure = http::Error::status(url, status, said.as_deref(), wish);
+    match status {
+        StatusCode::NOT_FOUND | StatusCode::GONE => failure.advising("; check the name and the tag").into(),
+        _ => failure.into(),
     }
-    let advice = match status {
-        StatusCode::NOT_FOUND | StatusCode::GONE => "; check the name and the tag",
-        _ => "",
-    };
-    Failure::lasting(SourceError::Status {
-        url: shown_url(url),
-        status: said,
-        advice,
-    })
 }

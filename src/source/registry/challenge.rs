@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::manifest::null_is_empty;
-use crate::source::secret::Secret;
+use crate::http::Secret;
 
 /// How long a token lasts when its server does not say (the token specification).
 const USUAL_LIFE: u64 = 60;

@@ -18,8 +18,8 @@ use super::reference::{Reference, Version, check_tag};
 use super::session::{Need, Session, Spec};
 use super::{RegistryOptions, SmallThings};
 use crate::digest::{Algorithm, Digest};
-use crate::source::http::{Failure, Tries};
-use crate::source::{SourceError, net, shown_url};
+use crate::http::{Backoff, runtime, shown_url};
+use crate::source::error::{Failure, SourceError, wait_after};
 
 /// A list of referrers in more pages is not read to its end.
 const MOST_PAGES: usize = 64;
@@ -76,7 +76,7 @@ impl Registry {
             repository: reference.repository.clone(),
             endpoints: hosts::endpoints(&reference.host, &options.hosts_dir, options.plain_http)?,
             keyring: options.keyring.clone(),
-            patience: options.patience,
+            http: options.http,
         };
         Ok(Self {
             session: Session::shared(spec, None),
@@ -106,14 +106,14 @@ impl Registry {
         for _ in 0..count {
             let session = self.session.clone();
             // Without the thread nobody gets an answer, and somebody else will say so.
-            let _ = net::spawn(async move { session.greet(at).await });
+            let _ = runtime::spawn(async move { session.greet(at).await });
         }
     }
 
     /// Asks one endpoint after the other, and all of them again where that may help.
     fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, Failure>) -> Result<T, SourceError> {
-        net::wait(async {
-            let mut tries = Tries::default();
+        runtime::wait(async {
+            let mut backoff = Backoff::new(self.session.spec.http.retry);
             loop {
                 let mut last = None;
                 for at in self.session.order(need) {
@@ -131,7 +131,7 @@ impl Registry {
                         why: "none of the configured hosts may be asked for this".to_owned(),
                     })
                 });
-                tries.failed(failure, &self.session.spec.patience).await?;
+                wait_after(&mut backoff, failure).await?;
             }
         })
     }
@@ -150,13 +150,13 @@ impl Registry {
     }
 
     async fn refused<T>(&self, url: &Url, response: Response) -> Result<T, Failure> {
-        Err(refusal(url, response, &self.session.spec.patience).await)
+        Err(refusal(url, response, &self.session.spec.http).await)
     }
 
     /// Brings a manifest or an index, checked against its digest.
     ///
     /// # Errors
-    /// [`SourceError`]; [`SourceError::Status`] when there is none.
+    /// [`SourceError`]; of a refused request when there is none.
     pub fn manifest(&self, version: &Version) -> Result<Fetched, SourceError> {
         let need = match version {
             Version::Tag(_) => Need::Resolve,
@@ -200,7 +200,7 @@ impl Registry {
         };
         let media_type = text("content-type").unwrap_or_default();
         let stated = text("docker-content-digest").and_then(|digest| digest.parse::<Digest>().ok());
-        let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
+        let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.http).await?;
         let expected = match version {
             Version::Digest(digest) => Some(digest.clone()),
             Version::Tag(_) => stated,
@@ -239,7 +239,7 @@ impl Registry {
             if response.status() != StatusCode::OK {
                 return self.refused(&url, response).await;
             }
-            let bytes = body(&url, response, size, &self.session.spec.patience).await?;
+            let bytes = body(&url, response, size, &self.session.spec.http).await?;
             if !u64::try_from(bytes.len()).is_ok_and(|len| len == size) || !digest.matches(&bytes) {
                 return Err(wrong_digest(&url, "blob", digest));
             }
@@ -441,7 +441,7 @@ impl Registry {
                     return Ok(None);
                 }
                 query = next_page(&url, response.headers());
-                let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.patience).await?;
+                let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.http).await?;
                 all.extend(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?);
                 if query.is_none() {
                     return Ok(Some(all));

@@ -20,8 +20,8 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::null_is_empty;
+use crate::http::Secret;
 use crate::source::SourceError;
-use crate::source::secret::Secret;
 
 /// What Docker Hub is called in credential files and by helpers.
 const HUB_KEY: &str = "https://index.docker.io/v1/";

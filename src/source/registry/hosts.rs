@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use toml::Value;
 use url::Url;
 
+use crate::http::tls::Trust;
 use crate::source::SourceError;
-use crate::source::tls::Trust;
 
 /// Where containerd keeps them.
 pub const DEFAULT_HOSTS_DIR: &str = "/etc/containerd/certs.d";
@@ -150,7 +150,7 @@ fn is_loopback(host: &str) -> bool {
 /// An endpoint with every right at `text`: a URL, or a host.
 fn endpoint(text: &str, override_path: bool) -> Result<Endpoint, SourceError> {
     let bad = |why: &str| SourceError::Unusable {
-        source_name: crate::source::without_secrets(text),
+        source_name: crate::http::without_secrets(text),
         why: why.to_owned(),
     };
     let with_scheme = if text.contains("://") {
@@ -210,7 +210,7 @@ fn parse(text: &str, host: &str, dir: &Path, own: &Endpoint) -> Result<Vec<Endpo
         return Err(format!("more than {MOST_MIRRORS} hosts"));
     }
     for (name, settings) in hosts {
-        let shown = crate::source::without_secrets(name);
+        let shown = crate::http::without_secrets(name);
         let settings = settings
             .as_table()
             .ok_or_else(|| format!("host {shown:?} is not a table"))?;

@@ -3,17 +3,14 @@
 
 use std::sync::OnceLock;
 
-use reqwest::header::{AUTHORIZATION, LOCATION};
-use reqwest::{Client, RequestBuilder, Response, StatusCode};
+use reqwest::header::AUTHORIZATION;
+use reqwest::{Client, RequestBuilder, Response};
 use url::Url;
 
 use super::session::{Grant, Session};
-use crate::source::http::Failure;
-use crate::source::tls::Trust;
-use crate::source::{SourceError, net};
-
-/// Registry, storage, region, object: four hops are seen in the wild.
-const MOST_REDIRECTS: usize = 8;
+use crate::http::tls::Trust;
+use crate::http::{self, Redirects};
+use crate::source::error::{Failure, SourceError};
 
 impl Session {
     /// Follows the redirects of an answer to a GET. `Authorization` and the endpoint's headers stay with its own origin.
@@ -26,18 +23,8 @@ impl Session {
         grant: &Grant,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Response, Option<Url>), Failure> {
-        let mut url = from.clone();
-        for _ in 0..MOST_REDIRECTS {
-            if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
-                return Ok((response, Some(url).filter(|url| url != from)));
-            }
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let next = location.and_then(|location| url.join(location).ok());
-            let next = next.ok_or_else(|| Failure::wrong(&url, "a redirect that leads nowhere"))?;
-            if url.scheme() == "https" && next.scheme() != "https" {
-                return Err(Failure::wrong(&url, "a redirect from https to plain http"));
-            }
-            url = next;
+        let mut chain = Redirects::from(from.clone());
+        while let Some(url) = chain.next(response.status(), response.headers())?.cloned() {
             let own = url.origin() == from.origin();
             let mut request = make(&self.client_for(at, own, &url)?, url.clone());
             if own {
@@ -50,7 +37,8 @@ impl Session {
             }
             response = self.exchange(&url, request).await?;
         }
-        Err(Failure::wrong(from, "redirects without end"))
+        let url = chain.url().clone();
+        Ok((response, Some(url).filter(|url| url != from)))
     }
 
     /// The endpoint's client for its own origin, and one that shows nothing to others.
@@ -69,7 +57,7 @@ impl Session {
         if let Some(client) = kept.get() {
             return Ok(client.clone());
         }
-        let client = net::client(&trust, secure, &self.spec.patience)?;
+        let client = http::build(&trust, secure, &self.spec.http.timeouts)?;
         if secure {
             return Ok(kept.get_or_init(|| client).clone());
         }

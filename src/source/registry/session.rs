@@ -21,9 +21,8 @@ use super::answer::{LONGEST_ANSWER, body, explanation, refusal};
 use super::challenge::{Challenge, Token, TokenAnswer};
 use super::credentials::{Keyring, Login};
 use super::hosts::Endpoint;
-use crate::source::http::{Failure, Patience, classify};
-use crate::source::secret::Secret;
-use crate::source::{SourceError, net, shown_url};
+use crate::http::{self, HttpOptions, Kind, Secret, shown_url};
+use crate::source::error::{Failure, SourceError};
 
 /// An endpoint that failed is not asked first again for this long.
 const DOWN: Duration = Duration::from_secs(60);
@@ -47,7 +46,7 @@ pub(super) struct Spec {
     pub(super) repository: String,
     pub(super) endpoints: Vec<Endpoint>,
     pub(super) keyring: Keyring,
-    pub(super) patience: Patience,
+    pub(super) http: HttpOptions,
 }
 
 /// See the module.
@@ -162,7 +161,7 @@ impl Session {
     pub(super) fn set_down(&self, at: usize, failure: &Failure) {
         if self.spec.endpoints.len() > 1 {
             let name = shown_url(&self.spec.endpoints[at].base);
-            log::info!("{name}: {}; asking others for {DOWN:?}", failure.error);
+            log::info!("{name}: {failure}; asking others for {DOWN:?}");
             self.avoid(at);
         }
     }
@@ -177,7 +176,7 @@ impl Session {
         if let Some(client) = self.hosts[at].client.get() {
             return Ok(client.clone());
         }
-        let client = net::client(&self.spec.endpoints[at].trust, secure, &self.spec.patience)?;
+        let client = http::build(&self.spec.endpoints[at].trust, secure, &self.spec.http.timeouts)?;
         Ok(self.hosts[at].client.get_or_init(|| client).clone())
     }
 
@@ -225,7 +224,7 @@ impl Session {
                 let speaks_tls = match &answer {
                     // What servers answer to plain HTTP on their TLS port.
                     Ok((response, _)) => response.status() == StatusCode::BAD_REQUEST,
-                    Err(failure) => failure.not_http,
+                    Err(failure) => failure.http().is_some_and(|error| error.kind() == Kind::NotHttp),
                 };
                 let mut base = self.spec.endpoints[at].base.clone();
                 if speaks_tls && base.set_scheme("https").is_ok() {
@@ -237,7 +236,9 @@ impl Session {
                     lock(&self.hosts[at].state).base = Some(base);
                 }
             }
-            if guessed && matches!(&answer, Err(failure) if matches!(failure.error, SourceError::Unreachable { .. })) {
+            if guessed
+                && matches!(&answer, Err(failure) if failure.http().is_some_and(|error| matches!(error.kind(), Kind::Unreachable | Kind::NotHttp)))
+            {
                 // Perhaps it only hung up the first time: the next request finds out anew.
                 lock(&self.hosts[at].state).base = None;
             }
@@ -257,7 +258,7 @@ impl Session {
         }
         // Only an answer that was read leaves its connection for others.
         if let Ok(response) = self.exchange(&base, request).await {
-            let _ = body(&base, response, LONGEST_ANSWER, &self.spec.patience).await;
+            let _ = body(&base, response, LONGEST_ANSWER, &self.spec.http).await;
         }
     }
 
@@ -274,12 +275,7 @@ impl Session {
 
     /// Sends a request with a deadline. `shown` is for messages.
     pub(super) async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, Failure> {
-        let patience = &self.spec.patience;
-        match tokio::time::timeout(patience.connect + patience.stall, request.send()).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(classify(shown, &error)),
-            Err(_) => Err(Failure::passing(shown, "the server does not answer")),
-        }
+        Ok(http::send(shown, request, &self.spec.http.timeouts).await?)
     }
 
     /// Sends a request to an endpoint, logging in as far as it asks for that. Any status that is not a refusal comes back;
@@ -328,7 +324,7 @@ impl Session {
 
     async fn denied(&self, at: usize, url: &Url, response: Response) -> Failure {
         let status = response.status();
-        let why = explanation(response, &self.spec.patience).await;
+        let why = explanation(response, &self.spec.http).await;
         let why = why.unwrap_or_else(|| status.to_string());
         let basic = lock(&self.hosts[at].state).challenge == Some(Challenge::Basic);
         Failure::lasting(SourceError::Denied {
@@ -364,7 +360,7 @@ impl Session {
             None => self.look_up(at).await?,
         };
         match self.enter(at, need, url, &login, stale).await {
-            Err(failure) if before.is_some() && matches!(failure.error, SourceError::Denied { .. }) => {
+            Err(failure) if before.is_some() && matches!(failure, SourceError::Denied { .. }) => {
                 // Helpers hand out passwords that expire, and people change files.
                 let again = self.look_up(at).await?;
                 if again == login {
@@ -423,12 +419,7 @@ impl Session {
         };
         let (keyring, repository) = (self.spec.keyring.clone(), self.spec.repository.clone());
         let looking = tokio::task::spawn_blocking(move || keyring.login(&host, &repository)).await;
-        let login = looking.map_err(|error| {
-            Failure::lasting(SourceError::Setup {
-                what: "the search for credentials",
-                why: error.to_string(),
-            })
-        })?;
+        let login = looking.map_err(|error| http::Error::setup("the search for credentials", error))?;
         let login = login.map_err(Failure::lasting)?;
         lock(&self.hosts[at].state).login = Some(login.clone());
         Ok(login)
@@ -528,16 +519,16 @@ impl Session {
         let status = response.status();
         if !status.is_success() {
             if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-                return Err(refusal(realm, response, &self.spec.patience).await);
+                return Err(refusal(realm, response, &self.spec.http).await);
             }
-            let why = explanation(response, &self.spec.patience).await;
+            let why = explanation(response, &self.spec.http).await;
             let why = why.unwrap_or_else(|| format!("the token server says {status}"));
             return Err(Failure::lasting(SourceError::Denied {
                 name: shown_url(realm),
                 why,
             }));
         }
-        let bytes = body(realm, response, LONGEST_ANSWER, &self.spec.patience).await?;
+        let bytes = body(realm, response, LONGEST_ANSWER, &self.spec.http).await?;
         let answer: TokenAnswer =
             serde_json::from_slice(&bytes).map_err(|_| Failure::wrong(realm, "an answer with no token in it"))?;
         if !answer.refresh_token.is_empty() && matches!(login, Login::Identity(_)) {

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::{BLOCK, Tap, len_u64};
+use crate::http::Body;
 use crate::index::TAR_BLOCK;
-use crate::source::SourceError;
-use crate::source::http::{Body, Failure, HttpBlob, Requests, Tries};
+use crate::source::blob::HttpBlob;
+use crate::source::error::{Failure, SourceError, wait_after};
+use crate::source::request::Requests;
 use crate::units::TarOffset;
 
 /// The shortest and the longest range asked for at once, and the first.
@@ -36,12 +38,12 @@ impl Wire<'_> {
         if self.blob.access.is_none() {
             return Ok(true);
         }
-        let mut tries = Tries::default();
+        let mut backoff = self.requests.backoff();
         loop {
             self.asked.set(self.asked.get() + 1);
             match self.requests.answers_ranges(self.blob).await {
                 Ok(answers) => return Ok(answers),
-                Err(failure) => tries.failed(failure, &self.requests.patience).await?,
+                Err(failure) => wait_after(&mut backoff, failure).await?,
             }
         }
     }
@@ -175,7 +177,7 @@ impl<'w, 'a> Reader<'w, 'a> {
 
     /// Bytes from exactly `at` on: at least one, as many as came together.
     pub(super) async fn read(&mut self, at: u64) -> Result<Bytes, SourceError> {
-        let mut tries = Tries::default();
+        let mut backoff = self.wire.requests.backoff();
         loop {
             if self.has(at) {
                 let skip = usize::try_from(at - self.held.0).unwrap_or(usize::MAX);
@@ -184,13 +186,13 @@ impl<'w, 'a> Reader<'w, 'a> {
             }
             let failure = match self.advance(at).await {
                 Ok(()) => {
-                    tries.succeeded();
+                    backoff.succeeded();
                     continue;
                 }
                 Err(failure) => failure,
             };
             self.body = None;
-            tries.failed(failure, &self.wire.requests.patience).await?;
+            wait_after(&mut backoff, failure).await?;
         }
     }
 
@@ -211,15 +213,15 @@ impl<'w, 'a> Reader<'w, 'a> {
         let reconnect = self.wire.link.bytes_in(RECONNECT);
         let useful = self.body.as_ref().is_some_and(|body| {
             // What has to be passed over before the answer is of use, or is at its end and its connection free again.
-            let useless = body.end.min(at).saturating_sub(body.at);
-            body.at <= at && body.at < body.end && useless <= reconnect
+            let useless = body.end().min(at).saturating_sub(body.at());
+            body.at() <= at && body.at() < body.end() && useless <= reconnect
         });
         if useful {
             if let Some(body) = &mut self.body {
                 if let Some(piece) = self.wire.piece(body).await? {
                     self.held = piece;
                 }
-                if body.at == body.end {
+                if body.at() == body.end() {
                     // Reading its end as well frees the connection for the next request.
                     self.wire.piece(body).await?;
                     self.body = None;

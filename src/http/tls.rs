@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use serde::{Deserialize, Serialize};
 
-use super::SourceError;
+use super::error::Error;
 
 /// Whom to believe that they are a server, and what to show it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,18 +41,18 @@ impl Trust {
 /// Loaded once for the process.
 ///
 /// # Errors
-/// [`SourceError::Setup`] when there is not one usable root certificate.
-pub fn client_config() -> Result<Arc<ClientConfig>, SourceError> {
+/// [`Kind::Setup`](super::Kind::Setup) when there is not one usable root certificate.
+pub fn client_config() -> Result<Arc<ClientConfig>, Error> {
     static CONFIG: OnceLock<Result<Arc<ClientConfig>, String>> = OnceLock::new();
     let config = CONFIG.get_or_init(|| builder(roots()?).map(Arc::new));
-    config.clone().map_err(|why| SourceError::Setup { what: "TLS", why })
+    config.clone().map_err(|why| Error::setup("TLS", why))
 }
 
 /// The configuration for a server with a trust of its own; made once for each, so that connections can be shared.
 ///
 /// # Errors
-/// [`SourceError::Setup`], naming the file that cannot be used.
-pub fn client_config_for(trust: &Trust) -> Result<Arc<ClientConfig>, SourceError> {
+/// [`Kind::Setup`](super::Kind::Setup), naming the file that cannot be used.
+pub fn client_config_for(trust: &Trust) -> Result<Arc<ClientConfig>, Error> {
     static CONFIGS: OnceLock<Mutex<HashMap<Trust, Arc<ClientConfig>>>> = OnceLock::new();
     if *trust == Trust::default() {
         return client_config();
@@ -64,7 +64,7 @@ pub fn client_config_for(trust: &Trust) -> Result<Arc<ClientConfig>, SourceError
     if let Some(config) = configs.get(trust) {
         return Ok(config.clone());
     }
-    let config = load(trust).map_err(|why| SourceError::Setup { what: "TLS", why })?;
+    let config = load(trust).map_err(|why| Error::setup("TLS", why))?;
     let config = Arc::new(config);
     configs.insert(trust.clone(), config.clone());
     Ok(config)
@@ -150,8 +150,8 @@ fn load(trust: &Trust) -> Result<ClientConfig, String> {
 }
 
 /// A configuration that trusts nobody, for plain HTTP where no certificates are installed. HTTPS fails with it, and says so.
-pub(super) fn trusting_nobody() -> Result<ClientConfig, SourceError> {
-    builder(RootCertStore::empty()).map_err(|why| SourceError::Setup { what: "TLS", why })
+pub(super) fn trusting_nobody() -> Result<ClientConfig, Error> {
+    builder(RootCertStore::empty()).map_err(|why| Error::setup("TLS", why))
 }
 
 /// Takes any certificate, because somebody wrote `skip_verify`; signatures must still fit it.

@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::client::TlsStream;
 use url::Url;
 
-use crate::source::tls;
+use super::tls;
 
 /// No proxy says more before the tunnel is open.
 const LONGEST_HEAD: usize = 16 << 10;

@@ -1,0 +1,41 @@
+//! HTTP as both clients speak it: reqwest, with which blobs are found (`source`), and hyper on `io_uring` sockets, with which
+//! they are fetched (`fetch`). In: requests and what servers answer. Out: whether an answer is what was asked for, where a
+//! redirect leads, whether and when to ask again, whom to trust, which proxy to use, and one [`Error`].
+//!
+//! A ground room: it imports no other, and nothing here knows what a layer is. It must never put a password, a token or a
+//! query string into a message, and never wait without a deadline.
+//!
+//! Parts: `error`; `redact` and `secret` (what may be printed); `validator`, `range` and `response` (is the answer right);
+//! `redirect`; `retry` (deadlines, retries, `Retry-After`, and who is waiting); `expiry` (signed URLs); `tls`; `proxy`;
+//! `runtime` (the thread for registries) and `client` (what only reqwest needs).
+
+mod client;
+mod error;
+pub mod expiry;
+pub(crate) mod proxy;
+mod range;
+mod redact;
+mod redirect;
+mod response;
+mod retry;
+pub(crate) mod runtime;
+mod secret;
+pub mod tls;
+mod validator;
+
+pub use error::{Error, Kind};
+pub use redact::{shown_url, stable_name, without_secrets};
+pub use redirect::MOST_REDIRECTS;
+pub use retry::{HttpOptions, RetryPolicy, Timeouts, Waiting, waiting};
+pub use secret::Secret;
+pub use validator::Validator;
+
+pub(crate) use client::{Body, build, receive, send};
+pub(crate) use range::ByteRange;
+pub(crate) use redact::split_credentials;
+pub(crate) use redirect::Redirects;
+pub(crate) use response::{Asked, Encoding, Found, Verdict, content_length, encoding, judge, judge_first};
+pub(crate) use retry::{Backoff, retry_after, stay};
+
+/// What servers are told of who asks.
+pub(crate) const USER_AGENT: &str = concat!("tarblk/", env!("CARGO_PKG_VERSION"));

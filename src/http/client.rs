@@ -1,0 +1,178 @@
+//! What both rooms that use reqwest need of it: a client, requests with deadlines, and bodies that are bounded.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use reqwest::{Client, RequestBuilder, Response, redirect};
+use url::Url;
+
+use super::error::{Error, innermost};
+use super::retry::Timeouts;
+use super::tls::{self, Trust};
+
+/// A client that follows no redirects by itself: where credentials go is decided by who follows. Proxies are taken from the
+/// environment. `secure` says whether it will be used for TLS, without which certificates need not be there.
+///
+/// # Errors
+/// [`Kind::Setup`](super::Kind::Setup).
+pub(crate) fn build(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<Client, Error> {
+    let config = match tls::client_config_for(trust) {
+        Ok(config) => (*config).clone(),
+        Err(error) if secure => return Err(error),
+        Err(_) => tls::trusting_nobody()?,
+    };
+    Client::builder()
+        .tls_backend_preconfigured(config)
+        .http1_only()
+        .tcp_nodelay(true)
+        .redirect(redirect::Policy::none())
+        .connect_timeout(timeouts.connect)
+        .user_agent(super::USER_AGENT)
+        .build()
+        .map_err(|error| Error::setup("the HTTP client", Innermost(error)))
+}
+
+/// Sends a request and waits for the head of its answer. `url` is for messages.
+///
+/// # Errors
+/// [`Error`]: no connection, no answer in time, none that is HTTP.
+pub(crate) async fn send(url: &Url, request: RequestBuilder, timeouts: &Timeouts) -> Result<Response, Error> {
+    match tokio::time::timeout(timeouts.connect + timeouts.head, request.send()).await {
+        Ok(Ok(response)) => Ok(response),
+        Ok(Err(error)) => Err(classify(url, error)),
+        Err(_) => Err(Error::unreachable(url, "the server does not answer")),
+    }
+}
+
+/// The next piece of a body; none behind the last.
+async fn piece(url: &Url, response: &mut Response, stall: Duration) -> Result<Option<Bytes>, Error> {
+    match tokio::time::timeout(stall, response.chunk()).await {
+        Ok(Ok(piece)) => Ok(piece),
+        Ok(Err(error)) => {
+            let cause = Innermost(error);
+            Err(Error::unreachable(url, cause.to_string()).caused_by(cause))
+        }
+        Err(_) => Err(Error::unreachable(url, "the server stopped sending")),
+    }
+}
+
+/// Reads a whole body that is not longer than `most` bytes.
+///
+/// # Errors
+/// [`Error`]: it is longer, breaks off or stalls.
+pub(crate) async fn receive(url: &Url, mut response: Response, most: u64, stall: Duration) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    let too_long = || Error::wrong(url, format!("more than {most} bytes"));
+    if response.content_length().is_some_and(|len| len > most) {
+        return Err(too_long());
+    }
+    while let Some(piece) = piece(url, &mut response, stall).await? {
+        bytes.extend_from_slice(&piece);
+        if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
+            return Err(too_long());
+        }
+    }
+    Ok(bytes)
+}
+
+/// An answer whose head was judged and whose body comes piece by piece, each with its place in the blob.
+#[derive(Debug)]
+pub(crate) struct Body {
+    response: Response,
+    at: u64,
+    end: u64,
+    stall: Duration,
+}
+
+impl Body {
+    /// The body holds the bytes of a blob from `at` up to `end`.
+    pub(crate) const fn new(response: Response, at: u64, end: u64, stall: Duration) -> Self {
+        Self {
+            response,
+            at,
+            end,
+            stall,
+        }
+    }
+
+    /// Where the next piece lies.
+    pub(crate) const fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Where the answer ends.
+    pub(crate) const fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// The next piece and where it lies; `None` behind the last.
+    ///
+    /// # Errors
+    /// [`Error`]: it stalls, breaks off, or is longer than its head said.
+    pub(crate) async fn next(&mut self) -> Result<Option<(u64, Bytes)>, Error> {
+        let url = self.response.url().clone();
+        match piece(&url, &mut self.response, self.stall).await? {
+            Some(bytes) => {
+                let at = self.at;
+                self.at = self.at.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
+                if self.at > self.end {
+                    return Err(Error::wrong(&url, "more bytes than it announced"));
+                }
+                Ok(Some((at, bytes)))
+            }
+            None if self.at < self.end => Err(Error::unreachable(&url, "the answer ended too early")),
+            None => Ok(None),
+        }
+    }
+}
+
+/// What reqwest's failure means.
+fn classify(url: &Url, error: reqwest::Error) -> Error {
+    let cause = Innermost(error);
+    let (error, why) = (&cause.0, cause.to_string());
+    if error.is_builder() {
+        return Error::wrong(url, why).lasting().caused_by(cause);
+    }
+    // What rustls says of an answer that is no TLS.
+    if url.scheme() == "https" && why.contains("InvalidContentType") {
+        let why = "cannot connect: the server does not speak TLS there; try http:// (--plain-http for a registry)";
+        return Error::not_http(url, why).lasting().caused_by(cause);
+    }
+    let failure = if error.is_connect() {
+        let why = format!("cannot connect: {why}; is the address right, and the server up?");
+        Error::unreachable(url, why)
+    } else if error.is_timeout() {
+        Error::unreachable(url, why.as_str())
+    } else {
+        Error::not_http(url, why.as_str())
+    };
+    // What certificates say does not change by trying again.
+    let failure = if why.contains("certificate") {
+        failure.lasting()
+    } else {
+        failure
+    };
+    failure.caused_by(cause)
+}
+
+/// reqwest's error by its innermost cause, which says most. Its own message is left out: it holds the URL with its secrets.
+struct Innermost(reqwest::Error);
+
+impl fmt::Display for Innermost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match innermost(&self.0) {
+            Some(text) => f.write_str(&text),
+            None if self.0.is_timeout() => f.write_str("timed out"),
+            None => f.write_str("the request failed"),
+        }
+    }
+}
+
+impl fmt::Debug for Innermost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Innermost({self})")
+    }
+}
+
+impl std::error::Error for Innermost {}

@@ -1,0 +1,279 @@
+//! Requests for a blob on a server, whoever serves it: a web server or a registry. In: a blob, ranges of it. Out: its bytes from
+//! where they were asked for, piece by piece, or an error that says whether trying again makes sense.
+//!
+//! No byte leaves this file before the answer's head was judged against the question (`http::judge`).
+
+use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, RANGE};
+use reqwest::{Client, Response, StatusCode};
+use url::Url;
+
+use super::blob::HttpBlob;
+use super::error::{SourceError, wait_after};
+use crate::http::tls::Trust;
+use crate::http::{
+    self, Asked, Backoff, Body, ByteRange, Encoding, Found, HttpOptions, Kind, Redirects, Validator, Verdict,
+    content_length, encoding, judge, judge_first, runtime, shown_url, split_credentials,
+};
+
+/// Requests to one server, with its deadlines.
+#[derive(Clone, Debug)]
+pub(super) struct Requests {
+    client: Client,
+    pub(super) options: HttpOptions,
+}
+
+/// An answer that was judged to hold bytes of a blob.
+struct Judged {
+    response: Response,
+    /// Where the body begins and ends.
+    at: u64,
+    end: u64,
+}
+
+impl Requests {
+    pub(super) fn new(url: &Url, options: &HttpOptions) -> Result<Self, SourceError> {
+        let client = http::build(&Trust::default(), url.scheme() == "https", &options.timeouts)?;
+        Ok(Self {
+            client,
+            options: *options,
+        })
+    }
+
+    /// How failures in a row are counted.
+    pub(super) fn backoff(&self) -> Backoff {
+        Backoff::new(self.options.retry)
+    }
+
+    /// A GET of `range`, or of everything, with redirects followed. `authorization` goes to `home`'s origin alone. Also returns
+    /// the URL that gave the answer.
+    async fn get(
+        &self,
+        from: &Url,
+        home: &Url,
+        authorization: Option<&HeaderValue>,
+        range: Option<ByteRange>,
+    ) -> Result<(Response, Url), http::Error> {
+        let mut chain = Redirects::from(from.clone());
+        loop {
+            let url = chain.url().clone();
+            let mut request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+            if let Some(range) = range {
+                request = request.header(RANGE, range.to_string());
+            }
+            if let Some(value) = authorization.filter(|_| url.origin() == home.origin()) {
+                request = request.header(AUTHORIZATION, value);
+            }
+            let response = http::send(&url, request, &self.options.timeouts).await?;
+            if chain.next(response.status(), response.headers())?.is_none() {
+                return Ok((response, url));
+            }
+        }
+    }
+
+    /// Asks for a range of a blob, or for all of it, wherever it is known to be.
+    async fn get_of(&self, blob: &HttpBlob, range: Option<ByteRange>) -> Result<Response, SourceError> {
+        if let Some(access) = &blob.access {
+            return access.get(range).await;
+        }
+        let authorization = blob.authorization.as_ref();
+        let (response, _) = self.get(&blob.resolved, &blob.url, authorization, range).await?;
+        let expired = matches!(
+            response.status(),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
+        );
+        if expired && blob.resolved != blob.url {
+            // Signed URLs expire; the one that was named leads to a new one.
+            return Ok(self.get(&blob.url, &blob.url, authorization, range).await?.0);
+        }
+        Ok(response)
+    }
+
+    /// Asks for a range, or for the whole where `ranged` is false, and judges the answer. None: the server has no ranges, which
+    /// it says with an error.
+    async fn ask(&self, blob: &HttpBlob, range: ByteRange, ranged: bool) -> Result<Option<Judged>, SourceError> {
+        let response = match self.get_of(blob, ranged.then_some(range)).await {
+            Ok(response) => response,
+            // A registry's refusals come as errors, with what it says of them.
+            Err(SourceError::Http(error)) if ranged && error.kind() == Kind::Refused(StatusCode::BAD_REQUEST) => {
+                return Ok(None);
+            }
+            Err(SourceError::Http(error)) if ranged && error.kind() == Kind::Refused(StatusCode::NOT_IMPLEMENTED) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let asked = Asked {
+            range,
+            ranged,
+            size: blob.len,
+            validator: blob.validator.as_ref(),
+            encoding: match &blob.access {
+                Some(_) => Encoding::Any,
+                None => Encoding::Same(blob.encoding.as_deref()),
+            },
+        };
+        match judge(response.status(), response.headers(), asked) {
+            Verdict::Part { len } => Ok(Some(Judged {
+                response,
+                at: range.start,
+                end: range.start + len,
+            })),
+            Verdict::Whole => Ok(Some(Judged {
+                response,
+                at: 0,
+                end: blob.len,
+            })),
+            Verdict::NoRanges { .. } => Ok(None),
+            Verdict::Changed(how) => Err(http::Error::changed(blob.name(), how).into()),
+            refused @ Verdict::Status { status, .. } => {
+                Err(refused.into_error(&blob.url).advising(advice(status)).into())
+            }
+            wrong => Err(wrong.into_error(&blob.url).into()),
+        }
+    }
+
+    fn body(&self, answer: Judged) -> Body {
+        Body::new(answer.response, answer.at, answer.end, self.options.timeouts.stall)
+    }
+
+    /// Asks for `len` bytes from `start` on. The body begins there; it may end before they do, and then the rest has to be asked
+    /// for. A server that is known to answer ranges and sends the whole blob is asked again; of a registry nobody knows, and the
+    /// body may begin at the blob's beginning.
+    pub(super) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, SourceError> {
+        let end = start.saturating_add(len).min(blob.len);
+        let range = ByteRange {
+            start,
+            len: end.saturating_sub(start),
+        };
+        let Some(answer) = self.ask(blob, range, true).await? else {
+            return self.whole(blob).await;
+        };
+        if answer.at != start && blob.access.is_none() {
+            let why = "the whole layer instead of a range, which it answered before";
+            return Err(http::Error::wrong(&blob.url, why).into());
+        }
+        Ok(self.body(answer))
+    }
+
+    /// Whether a registry answers ranges of a blob that is not empty, by asking for its first byte.
+    pub(super) async fn answers_ranges(&self, blob: &HttpBlob) -> Result<bool, SourceError> {
+        let first = ByteRange { start: 0, len: 1 };
+        let answer = self.ask(blob, first, true).await?;
+        Ok(answer.is_some_and(|answer| answer.end == 1))
+    }
+
+    /// Asks for the whole layer as one stream, of a server that answers no ranges.
+    pub(super) async fn whole(&self, blob: &HttpBlob) -> Result<Body, SourceError> {
+        let all = ByteRange {
+            start: 0,
+            len: blob.len,
+        };
+        match self.ask(blob, all, false).await? {
+            Some(answer) => Ok(self.body(answer)),
+            None => Err(http::Error::wrong(&blob.url, "no answer to a request without a range").into()),
+        }
+    }
+}
+
+/// What to do about a status, for the person.
+fn advice(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::NOT_FOUND | StatusCode::GONE => "; check the address",
+        StatusCode::UNAUTHORIZED => "; put user:password@ in front of the host name if you have them",
+        StatusCode::FORBIDDEN => "; you may not read it, or the signature in the address has expired",
+        _ => "",
+    }
+}
+
+/// Asks what is at `url`: its length, whether ranges are answered, how to recognise it again.
+///
+/// # Errors
+/// [`SourceError`]: unreachable, refused, or an answer that makes no sense.
+pub fn probe(url: &Url, options: &HttpOptions) -> Result<HttpBlob, SourceError> {
+    let requests = Requests::new(url, options)?;
+    runtime::runtime()?.block_on(async {
+        let mut backoff = requests.backoff();
+        loop {
+            match probe_once(&requests, url).await {
+                Ok(blob) => return Ok(blob),
+                Err(failure) => wait_after(&mut backoff, failure).await?,
+            }
+        }
+    })
+}
+
+/// Brings a small file, whole, in one request.
+///
+/// # Errors
+/// [`SourceError`]; also when it is longer than `most` bytes.
+pub fn get_whole(url: &Url, most: u64, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+    let requests = Requests::new(url, options)?;
+    runtime::runtime()?.block_on(async {
+        let mut backoff = requests.backoff();
+        loop {
+            match get_whole_once(&requests, url, most).await {
+                Ok(bytes) => return Ok(bytes),
+                Err(failure) => wait_after(&mut backoff, failure).await?,
+            }
+        }
+    })
+}
+
+async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<Vec<u8>, SourceError> {
+    let (url, authorization) = split_credentials(named);
+    let (response, _) = requests.get(&url, &url, authorization.as_ref(), None).await?;
+    if response.status() != StatusCode::OK {
+        return Err(refused(&url, &response).into());
+    }
+    if let Some(len) = content_length(response.headers())
+        && len > most
+    {
+        return Err(SourceError::Unusable {
+            source_name: shown_url(&url),
+            why: format!("the file is {len} bytes long, and no more than {most} can be used"),
+        });
+    }
+    Ok(http::receive(&url, response, most, requests.options.timeouts.stall).await?)
+}
+
+/// What an answer to a request without a range means that is not a 200.
+fn refused(url: &Url, response: &Response) -> http::Error {
+    let (status, headers) = (response.status(), response.headers());
+    match judge_first(status, headers, false) {
+        Found::Not(verdict) => verdict.into_error(url).advising(advice(status)),
+        _ => http::Error::wrong(url, format!("status {status}")),
+    }
+}
+
+async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, SourceError> {
+    let (url, authorization) = split_credentials(named);
+    let first = ByteRange { start: 0, len: 1 };
+    let (mut ranged, mut proven) = (true, false);
+    loop {
+        let range = ranged.then_some(first);
+        let (response, resolved) = requests.get(&url, &url, authorization.as_ref(), range).await?;
+        let (status, headers) = (response.status(), response.headers());
+        let (len, seekable) = match judge_first(status, headers, ranged) {
+            Found::Blob { len, ranges } => (len, ranges || proven),
+            Found::RangesOfUnknown => {
+                (ranged, proven) = (false, true);
+                continue;
+            }
+            Found::NoRanges => {
+                ranged = false;
+                continue;
+            }
+            Found::Not(verdict) => return Err(verdict.into_error(&url).advising(advice(status)).into()),
+        };
+        return Ok(HttpBlob {
+            resolved,
+            validator: Validator::of(headers),
+            url,
+            authorization,
+            len,
+            ranges: seekable,
+            encoding: encoding(headers).map(str::to_owned),
+            access: None,
+        });
+    }
+}
