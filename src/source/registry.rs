@@ -328,6 +328,8 @@ mod tests {
     use proptest::prelude::*;
     use reqwest::header::{HeaderMap, HeaderValue, WWW_AUTHENTICATE};
 
+    use url::Url;
+
     use super::challenge::Challenge;
     use super::*;
 
@@ -346,7 +348,7 @@ mod tests {
                 if let Ok(value) = HeaderValue::from_str(&text) {
                     let mut headers = HeaderMap::new();
                     headers.insert(WWW_AUTHENTICATE, value);
-                    drop(Challenge::of(&headers));
+                    drop(Challenge::of(&headers, &Url::parse("https://host/v2/").unwrap()));
                 }
             }
         }

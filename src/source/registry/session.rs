@@ -263,11 +263,11 @@ impl Session {
     }
 
     /// Notes what an answer says about how to be let in.
-    fn learn(&self, at: usize, headers: &HeaderMap, status: StatusCode) {
+    fn learn(&self, at: usize, url: &Url, headers: &HeaderMap, status: StatusCode) {
         let mut state = lock(&self.hosts[at].state);
         state.asked = true;
         if status == StatusCode::UNAUTHORIZED
-            && let Some(challenge) = Challenge::of(headers)
+            && let Some(challenge) = Challenge::of(headers, url)
         {
             state.challenge = Some(challenge);
         }
@@ -302,7 +302,7 @@ impl Session {
             }
             let response = self.exchange(url, request).await?;
             let status = response.status();
-            self.learn(at, response.headers(), status);
+            self.learn(at, url, response.headers(), status);
             let refused = status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN;
             if !refused {
                 return Ok((response, grant));
@@ -529,8 +529,8 @@ impl Session {
             }));
         }
         let bytes = body(realm, response, LONGEST_ANSWER, &self.spec.http).await?;
-        let answer: TokenAnswer =
-            serde_json::from_slice(&bytes).map_err(|_| Failure::wrong(realm, "an answer with no token in it"))?;
+        let answer =
+            TokenAnswer::parse(&bytes).ok_or_else(|| Failure::wrong(realm, "an answer with no token in it"))?;
         if !answer.refresh_token.is_empty() && matches!(login, Login::Identity(_)) {
             let login = Login::Identity(Secret::new(answer.refresh_token.clone()));
             lock(&self.hosts[at].state).login = Some(login);
