@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::rawtar::{RawTar, noise};
-use scripted::TestRegistry;
+use scripted::{Instead, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
@@ -751,4 +751,167 @@ fn layer_index(registry: &TestRegistry, layer: &Digest) -> Digest {
     let found = Registry::new(&reference(registry, "some/image"), &options()).unwrap();
     let manifest = found.manifest(&layer_tag(layer)).unwrap();
     artifact::parse(&manifest.bytes).unwrap().remove(0).digest
+}
+
+/// What a registry says to a question that it does not know.
+fn odd_answers() -> Vec<(u16, &'static str, String)> {
+    const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+    let digest = sha256(b"");
+    let mut odd: Vec<_> = [400, 401, 403, 404, 405, 406, 410, 415, 429, 500, 501, 502, 503, 303]
+        .map(|status| (status, "application/json", String::new()))
+        .into();
+    odd.extend([
+        (200, "text/html", "<html>".to_owned()),
+        (200, "application/json", "{}".to_owned()),
+        (200, INDEX, String::new()),
+        (200, INDEX, "<html>".to_owned()),
+        (200, INDEX, "{}".to_owned()),
+        (200, INDEX, r#"{"manifests":"none"}"#.to_owned()),
+        (200, INDEX, r#"{"manifests":[{"digest":"md5:0","size":1}]}"#.to_owned()),
+        (
+            200,
+            INDEX,
+            format!(r#"{{"manifests":[{{"digest":"{digest}","size":-1}}]}}"#),
+        ),
+    ]);
+    odd
+}
+
+fn instead(method: &'static str, path: &str, answer: &(u16, &'static str, String)) -> Instead {
+    Instead {
+        method,
+        path: path.to_owned(),
+        status: answer.0,
+        content_type: answer.1,
+        body: answer.2.clone(),
+    }
+}
+
+/// The referrers API may answer anything: it is asked once, and the fallback tag's list is found.
+#[test]
+fn an_odd_referrers_api_does_not_hide_the_fallback_tag() {
+    let registry = TestRegistry::start();
+    registry.rules(|rules| rules.referrers_api = false);
+    let layer = Layer::gzip(21);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    pushed(&image);
+    for odd in odd_answers() {
+        let reader = Reader::new(&image);
+        registry.rules(|rules| rules.instead = vec![instead("GET", "/referrers/", &odd)]);
+        registry.take_log();
+        let (by, index) = reader.find_one().unwrap();
+        assert!(by == FoundBy::Image && index.is_ok(), "{odd:?}");
+        let asked = registry.take_log();
+        let count = |part: &str| asked.iter().filter(|asked| asked.path.contains(part)).count();
+        assert_eq!((count("/referrers/"), count("/manifests/sha256-")), (1, 1), "{odd:?}");
+        // And publishing goes on.
+        registry.rules(|rules| rules.instead = vec![instead("GET", "/referrers/", &odd)]);
+        assert_eq!(outcomes(&pushed(&image)), [Published::Kept], "{odd:?}");
+        registry.rules(|rules| rules.instead.clear());
+    }
+}
+
+/// An image without indexes costs one question each, whatever a registry answers to them; and its layers are read.
+#[test]
+fn optional_questions_are_asked_once() {
+    let registry = TestRegistry::start();
+    let layer = Layer::gzip(22);
+    let image = put_image(&registry, "some/image", &[&layer]);
+    let head = format!("/blobs/{}", layer.digest());
+    for odd in odd_answers() {
+        for (method, path) in [
+            ("GET", "/referrers/"),
+            ("GET", "/manifests/sha256-"),
+            ("HEAD", head.as_str()),
+        ] {
+            registry.rules(|rules| rules.instead = vec![instead(method, path, &odd)]);
+            registry.take_log();
+            let options = OpenOptions {
+                registry: options(),
+                ..OpenOptions::default()
+            };
+            let prepared = prepare(
+                &ImageName::Registry(image.clone()).to_string(),
+                &options,
+                &mut Unwatched,
+            );
+            assert!(matches!(prepared.unwrap().layers[0].origin, IndexOrigin::Read { .. }));
+            // This registry says of each layer that its index is itself: two questions, of the layer and of the index.
+            let mut seen = std::collections::HashMap::new();
+            for asked in registry.take_log() {
+                let question = format!("{} {}", asked.method, asked.path);
+                let most = match asked.method.as_str() {
+                    "HEAD" => 2,
+                    _ if asked.path.contains("sha256-") || asked.path.contains("referrers") => 1,
+                    _ => continue,
+                };
+                let times = seen.entry(question.clone()).or_insert(0);
+                *times += 1;
+                assert!(*times <= most, "{question} again: {odd:?}");
+            }
+        }
+    }
+    // A HEAD that says no length still names an index.
+    registry.rules(|rules| {
+        rules.instead.clear();
+        rules.head_lengths = false;
+    });
+    assert!(Reader::new(&image).find_one().is_none());
+}
+
+/// What registries answer to what is put there: any success will do, as long as the digest is right.
+#[test]
+fn any_success_takes_what_is_pushed() {
+    for (manifest, blob, upload) in [(200, 201, 202), (202, 200, 202), (204, 204, 200), (201, 202, 201)] {
+        let registry = TestRegistry::start();
+        registry.rules(|rules| {
+            rules.taken_with = [manifest, blob, upload];
+            rules.head_lengths = false;
+        });
+        let layer = Layer::gzip(23);
+        let image = put_image(&registry, "some/image", &[&layer]);
+        assert_eq!(outcomes(&pushed(&image)), [Published::Made]);
+        assert_eq!(outcomes(&pushed(&image)), [Published::Kept]);
+        assert!(Reader::new(&image).find_one().unwrap().1.is_ok());
+        registry.rules(|rules| rules.taken_as = Some(sha256(b"something else").to_string()));
+        let error = push(&image, &options(), SPACING, true, &mut Silent)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("was pushed"), "{error}");
+    }
+    // A registry that does not say whether a blob is there is sent it.
+    for status in [400, 401, 403, 405, 500] {
+        let registry = TestRegistry::start();
+        registry.rules(|rules| rules.instead = vec![instead("HEAD", "/blobs/", &(status, "", String::new()))]);
+        let image = put_image(&registry, "some/image", &[&Layer::gzip(24)]);
+        assert_eq!(outcomes(&pushed(&image)), [Published::Made], "{status}");
+    }
+}
+
+/// The list of what refers to an image is others' as well: what is in it stays as it is.
+#[test]
+fn entries_of_others_stay_in_the_fallback_list() {
+    let registry = TestRegistry::start();
+    registry.rules(|rules| rules.referrers_api = false);
+    let image = put_image(&registry, "some/image", &[&Layer::gzip(25)]);
+    let reader = Reader::new(&image);
+    let tag = reader.image.manifest_digest.to_string().replace(':', "-");
+    let others = serde_json::json!([
+        { "mediaType": OCI_MANIFEST, "digest": sha256(b"signature"), "size": 7, "data": "e30=", "x-own": { "a": 1 } },
+        { "mediaType": "x", "digest": "blake3:00", "size": 7 },
+    ]);
+    let list = serde_json::json!({ "schemaVersion": 2, "manifests": others });
+    let kind = "application/vnd.oci.image.index.v1+json";
+    registry.put_manifest("some/image", &tag, kind, list.to_string().as_bytes());
+    pushed(&image);
+    let list = reader.registry.manifest(&Version::Tag(tag.clone())).unwrap();
+    let list: serde_json::Value = serde_json::from_slice(&list.bytes).unwrap();
+    let entries = list["manifests"].as_array().unwrap();
+    assert_eq!(entries[..2], others.as_array().unwrap()[..]);
+    assert_eq!(entries[2]["artifactType"], ARTIFACT_TYPE);
+    assert!(reader.find_one().unwrap().1.is_ok());
+    // Something else under the tag is no list, and gives way to one.
+    registry.put_manifest("some/image", &tag, "text/html", b"<html>");
+    pushed(&image);
+    assert_eq!(reader.find_one().unwrap().0, FoundBy::Image);
 }

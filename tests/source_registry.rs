@@ -517,7 +517,7 @@ fn things_are_pushed_and_found_again() {
     client.push_blob(&digest, &blob).unwrap();
     client.push_blob(&digest, &blob).unwrap();
     let head = client.head_blob(&digest).unwrap().unwrap();
-    assert_eq!(head.size, 100_000);
+    assert_eq!(head.size, Some(100_000));
     assert_eq!(head.header("lazypull-digest"), Some(digest.to_string().as_str()));
     assert_eq!(client.small_blob(&digest, 100_000, 1 << 20).unwrap(), blob);
     assert!(client.small_blob(&digest, 99_999, 1 << 20).is_err());
@@ -1012,4 +1012,64 @@ fn passwords_that_change_are_looked_up_again() {
         read_for(&fetcher, &layer, Duration::from_millis(1500));
         assert_eq!(fetcher.stats().errors, 0, "{door}");
     }
+}
+
+/// Registries that answer strangers as if there were nothing, and say only at their front door how to be let in.
+#[test]
+fn registries_that_hide_are_asked_how_to_be_let_in() {
+    let doors = |log: &[Asked]| log.iter().filter(|asked| asked.path == "/v2/").count();
+    for door in [Door::Basic("me:secret".into()), Door::Token(Duration::from_secs(60))] {
+        for status in [404, 403, 401] {
+            let registry = TestRegistry::start();
+            let layer = noise(50_000, 11);
+            put_image(&registry, "v1", &[(&layer, PLAIN)]);
+            registry.rules(|rules| {
+                rules.door = door.clone();
+                rules.token_user = Some("me:secret".into());
+                rules.hides = Some(status);
+            });
+            let name = registry.name("some/image:v1");
+            let image = find(&name, &given("me:secret")).unwrap();
+            let fetcher = fetcher(&access(&image, 0), Duration::from_secs(5));
+            assert_eq!(read(&fetcher, 0, 50_000).unwrap(), layer);
+            let log = registry.take_log();
+            assert_eq!(doors(&log), 1, "{door:?} {status}");
+            assert!(
+                log.iter()
+                    .all(|asked| asked.path != "/v2/" || !asked.headers.contains_key("authorization")),
+                "nothing is shown before it is asked for"
+            );
+            // What is not there is not there for who was let in either, and the door was open once.
+            let error = find(&registry.name("some/image:v2"), &given("me:secret")).unwrap_err();
+            assert!(
+                error.is_absence() || matches!(error, SourceError::Denied { .. }),
+                "{error}"
+            );
+            registry.take_log();
+            // Who has nothing to show does not ask.
+            let error = find(&name, &options()).unwrap_err().to_string();
+            assert!(
+                error.contains(&status.to_string()) || error.contains("no: HIDDEN"),
+                "{error}"
+            );
+            assert_eq!(doors(&registry.take_log()), 0);
+        }
+    }
+    // Where everything is open, one question is all that an absence costs, and none once something was there.
+    let registry = TestRegistry::start();
+    put_image(&registry, "v1", &[(b"layer", PLAIN)]);
+    let client = |options: &RegistryOptions| {
+        let reference = Reference::parse(&format!("{}/some/image", registry.host())).unwrap();
+        Registry::new(&reference, options).unwrap()
+    };
+    let missing = Version::Tag("missing".into());
+    let strange = client(&given("me:other"));
+    for _ in 0..2 {
+        assert!(strange.manifest(&missing).unwrap_err().is_absence());
+    }
+    assert_eq!(doors(&registry.take_log()), 1);
+    let known = client(&given("me:another"));
+    known.manifest(&Version::Tag("v1".into())).unwrap();
+    assert!(known.manifest(&missing).unwrap_err().is_absence());
+    assert_eq!(doors(&registry.take_log()), 0);
 }

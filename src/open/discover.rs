@@ -195,33 +195,46 @@ pub(super) fn find_of_layer(registry: &Registry, layer: &Digest) -> Result<Optio
     }))
 }
 
-/// The index of one layer, by its tag or by what a HEAD says.
+/// The index of one layer, by its tag or by what a HEAD says; both are asked for at the same time. Either may be answered with
+/// anything by a registry that has no such thing, which costs nothing but the index.
 fn of_layer(registry: &Registry, layer: &Digest) -> Result<Option<(Listed, FoundBy)>, SourceError> {
-    match registry.manifest(&layer_tag(layer)) {
-        Ok(manifest) => {
-            let listed = parse(&manifest.bytes).unwrap_or_default();
-            if let Some(listed) = listed.into_iter().find(|listed| listed.layer == *layer) {
-                return Ok(Some((listed, FoundBy::Layer)));
-            }
-        }
-        Err(error) if error.is_absence() => {}
-        Err(error) => return Err(error),
+    let (tagged, head) = thread::scope(|scope| {
+        let head = scope.spawn(|| registry.head_blob(layer));
+        let tagged = registry.optional_manifest(&layer_tag(layer));
+        let head = head.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (tagged, head)
+    });
+    let listed = match &tagged {
+        Ok(Some(manifest)) => parse(&manifest.bytes).unwrap_or_default(),
+        Ok(None) | Err(_) => Vec::new(),
+    };
+    if let Some(listed) = listed.into_iter().find(|listed| listed.layer == *layer) {
+        return Ok(Some((listed, FoundBy::Layer)));
     }
-    let head = registry.head_blob(layer)?;
-    let Some(digest) = head.and_then(|head| head.header(LAZY_PULL_HEADER)?.trim().parse::<Digest>().ok()) else {
-        return Ok(None);
+    let named = match &head {
+        Ok(Some(head)) => head
+            .header(LAZY_PULL_HEADER)
+            .and_then(|digest| digest.trim().parse::<Digest>().ok()),
+        Ok(None) | Err(_) => None,
     };
     // What it names may be anything; only its length is needed here.
-    let Some(head) = registry.head_blob(&digest)? else {
-        return Ok(None);
-    };
-    let listed = Listed {
-        layer: layer.clone(),
-        digest,
-        size: head.size,
-        hot: None,
-    };
-    Ok(Some((listed, FoundBy::Header)))
+    if let Some(digest) = named
+        && let Ok(Some(head)) = registry.head_blob(&digest)
+        && let Some(size) = head.size
+    {
+        let listed = Listed {
+            layer: layer.clone(),
+            digest,
+            size,
+            hot: None,
+        };
+        return Ok(Some((listed, FoundBy::Header)));
+    }
+    // A registry that is too busy to say may have it all the same.
+    match tagged {
+        Err(error) if error.may_pass() => Err(error),
+        _ => Ok(None),
+    }
 }
 
 /// How much is asked for of an index whose hot part's length nobody told.

@@ -218,8 +218,9 @@ fn tagged(
 ) -> Result<Option<Listed>, OpenError> {
     let manifest = match registry.manifest(&layer_tag(&layer.descriptor.digest)) {
         Ok(manifest) => manifest,
-        Err(error) if error.is_absence() => return Ok(None),
-        Err(error) => return Err(error.into()),
+        // A registry that is busy has it perhaps, and making it anew is long.
+        Err(error) if error.may_pass() => return Err(error.into()),
+        Err(_) => return Ok(None),
     };
     let listed = parse_manifest(&manifest.bytes).unwrap_or_default();
     let Some(listed) = listed

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use url::Url;
 
-use crate::http::{self, Backoff};
+use crate::http::{self, Backoff, Kind};
 use crate::index::IndexError;
 
 /// Why a layer cannot be opened or walked. No variant holds a password or a query string.
@@ -90,6 +90,16 @@ impl SourceError {
     #[must_use]
     pub fn is_absence(&self) -> bool {
         self.http().is_some_and(http::Error::is_absence)
+    }
+
+    /// Whether another time may bring what a failed request did not.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        let kind = self.http().map(http::Error::kind);
+        matches!(
+            kind,
+            Some(Kind::Unreachable | Kind::NotHttp | Kind::Stale | Kind::Busy(_))
+        )
     }
 
     /// The failed request behind it, if it is one.

@@ -56,6 +56,26 @@ pub(crate) struct Rules {
     pub(crate) ranges: bool,
     /// A header that every request must have.
     pub(crate) wanted_header: Option<(String, String)>,
+    /// What strangers are answered instead of a challenge, but for the question how to be let in.
+    pub(crate) hides: Option<u16>,
+    /// What requests whose method and path have these parts are answered, whatever they are.
+    pub(crate) instead: Vec<Instead>,
+    /// What a manifest, a blob and an upload that is begun are taken with.
+    pub(crate) taken_with: [u16; 3],
+    /// What is said of the digest of what was taken; the truth, if none.
+    pub(crate) taken_as: Option<String>,
+    /// Whether answers to HEAD say a length.
+    pub(crate) head_lengths: bool,
+}
+
+/// An answer of which a test knows.
+#[derive(Clone, Debug)]
+pub(crate) struct Instead {
+    pub(crate) method: &'static str,
+    pub(crate) path: String,
+    pub(crate) status: u16,
+    pub(crate) content_type: &'static str,
+    pub(crate) body: String,
 }
 
 impl Default for Rules {
@@ -74,6 +94,11 @@ impl Default for Rules {
             silent: false,
             ranges: true,
             wanted_header: None,
+            hides: None,
+            instead: Vec::new(),
+            taken_with: [201, 201, 202],
+            taken_as: None,
+            head_lengths: true,
         }
     }
 }
@@ -325,11 +350,12 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
         asked.status = answer.status;
         let head_only = asked.method == "HEAD";
         lock(&shared.held).log.push(asked);
-        let mut head = format!(
-            "HTTP/1.1 {} X\r\nContent-Length: {}\r\n",
-            answer.status,
-            answer.body.len()
-        );
+        let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
+        if !head_only || lock(&shared.held).rules.head_lengths {
+            let _infallible = write!(head, "Content-Length: {}\r\n", answer.body.len());
+        } else {
+            head.push_str("Transfer-Encoding: chunked\r\n");
+        }
         for (name, value) in &answer.headers {
             let _infallible = write!(head, "{name}: {value}\r\n");
         }
@@ -407,7 +433,19 @@ fn from_registry(asked: &Asked, shared: &Shared) -> Answer {
             .map(|(repository, rest)| (repository, *kind, rest))
     });
     let write = !matches!(asked.method.as_str(), "GET" | "HEAD");
+    let is_meant = |instead: &&Instead| instead.method == asked.method && asked.path.contains(&instead.path);
+    if let Some(instead) = held.rules.instead.iter().rfind(is_meant) {
+        let kind = [("Content-Type", instead.content_type), ("Location", "/login")];
+        return answer(instead.status, &kind, instead.body.as_bytes());
+    }
     let repository = parts.map_or("", |(repository, ..)| repository);
+    if let (Some(status), true, false) = (
+        held.rules.hides,
+        parts.is_some(),
+        asked.headers.contains_key("authorization"),
+    ) {
+        return error(status, "HIDDEN");
+    }
     if let Some(refusal) = at_the_door(asked, shared, &held, repository, write) {
         return refusal;
     }
@@ -432,7 +470,7 @@ fn from_registry(asked: &Asked, shared: &Shared) -> Answer {
             Some(mounted) if held.blobs.contains_key(&mounted) => answer(201, &[], b""),
             _ => {
                 let place = format!("/v2/{repository}/blobs/uploads/1?state=x%3Dy");
-                answer(202, &[("Location", &place)], b"")
+                answer(held.rules.taken_with[2], &[("Location", &place)], b"")
             }
         },
         ("PUT", "/blobs/") => {
@@ -441,7 +479,8 @@ fn from_registry(asked: &Asked, shared: &Shared) -> Answer {
                 return error(400, "DIGEST_INVALID");
             }
             held.blobs.insert(digest.to_string(), asked.body.as_slice().into());
-            answer(201, &[], b"")
+            let said = held.rules.taken_as.clone().unwrap_or_else(|| digest.to_string());
+            answer(held.rules.taken_with[1], &[("Docker-Content-Digest", &said)], b"")
         }
         ("GET", "/referrers/") if held.rules.referrers_api => referrers(&held, repository, rest, &asked.query),
         _ => error(404, "UNSUPPORTED"),
@@ -485,12 +524,13 @@ fn put_manifest(asked: &Asked, held: &mut Held, repository: &str, version: &str)
         );
     }
     let json: serde_json::Value = serde_json::from_slice(&asked.body).unwrap();
-    let mut headers = vec![("Docker-Content-Digest", digest)];
+    let said = held.rules.taken_as.clone().unwrap_or(digest);
+    let mut headers = vec![("Docker-Content-Digest", said)];
     if held.rules.referrers_api && json["subject"].is_object() {
         headers.push(("OCI-Subject", json["subject"]["digest"].as_str().unwrap().to_owned()));
     }
     Answer {
-        status: 201,
+        status: held.rules.taken_with[0],
         headers,
         body: [].into(),
     }

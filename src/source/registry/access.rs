@@ -12,7 +12,7 @@ use url::Url;
 
 use super::answer::refusal;
 use super::credentials::Keyring;
-use super::session::{Grant, Need, Session, Spec, State, lock};
+use super::session::{Effort, Grant, Need, Session, Spec, State, lock};
 use crate::digest::Digest;
 use crate::http::tls::Trust;
 use crate::http::{ByteRange, expiry, runtime, without_secrets};
@@ -226,7 +226,10 @@ impl BlobAccess {
     /// Asks an endpoint for one byte: the cheapest request that means the same as the ones to come.
     async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<Located, Failure> {
         let make = ranged(Some(ByteRange { start: 0, len: 1 }));
-        let (url, response, grant) = self.session.ask(at, Need::Pull, &self.what(), stale, &make).await?;
+        let (url, response, grant) = self
+            .session
+            .ask(at, Need::Pull, Effort::Full, &self.what(), stale, &make)
+            .await?;
         let status = response.status();
         if status.is_success() || status.is_redirection() || status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(self.located(at, &url, &grant));
@@ -284,7 +287,10 @@ impl BlobAccess {
         at: usize,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<Response, Failure> {
-        let (url, response, grant) = self.session.ask(at, Need::Pull, &self.what(), None, make).await?;
+        let (url, response, grant) = self
+            .session
+            .ask(at, Need::Pull, Effort::Full, &self.what(), None, make)
+            .await?;
         let (response, led_to) = self.session.chase(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
             let place = led_to.unwrap_or(url);

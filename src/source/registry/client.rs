@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LINK, LOCATION};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
@@ -11,15 +12,17 @@ use url::Url;
 use super::access::BlobAccess;
 use super::answer::{body, refusal};
 use super::hosts;
-use super::manifest::{
-    DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, ManifestList, OCI_INDEX, OCI_MANIFEST,
-};
+use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
-use super::session::{Need, Session, Spec};
+use super::session::{Effort, Need, Session, Spec};
 use super::{RegistryOptions, SmallThings};
 use crate::digest::{Algorithm, Digest};
-use crate::http::{Backoff, runtime, shown_url};
+use crate::http::{self, Backoff, runtime, shown_url};
 use crate::source::error::{Failure, SourceError, wait_after};
+
+/// So long an answer to what is optional is waited for: many round trips of a long way, and no more than a person takes for one
+/// step of many.
+const OPTIONAL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A list of referrers in more pages is not read to its end.
 const MOST_PAGES: usize = 64;
@@ -51,8 +54,8 @@ pub struct Fetched {
 /// What a registry says of a blob without sending it.
 #[derive(Clone, Debug)]
 pub struct BlobHead {
-    /// Its length in bytes.
-    pub size: u64,
+    /// Its length in bytes, if it is said.
+    pub size: Option<u64>,
     /// All header fields.
     pub headers: HeaderMap,
 }
@@ -125,15 +128,42 @@ impl Registry {
                         }
                     }
                 }
-                let failure = last.unwrap_or_else(|| {
-                    Failure::lasting(SourceError::Unusable {
-                        source_name: self.name(),
-                        why: "none of the configured hosts may be asked for this".to_owned(),
-                    })
-                });
+                let failure = last.unwrap_or_else(|| self.nobody());
                 wait_after(&mut backoff, failure).await?;
             }
         })
+    }
+
+    /// Asks one endpoint after the other for something optional, each once, and not for long. A failure is no reason to ask an
+    /// endpoint less for what is not optional.
+    async fn ask_once<T>(
+        &self,
+        need: Need,
+        question: impl AsyncFn(usize) -> Result<T, Failure>,
+    ) -> Result<T, SourceError> {
+        let asking = async {
+            let mut last = None;
+            for at in self.session.order(need) {
+                match question(at).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => last = Some(failure),
+                }
+            }
+            Err(last.unwrap_or_else(|| self.nobody()))
+        };
+        let asked = tokio::time::timeout(OPTIONAL_DEADLINE, asking).await;
+        asked.unwrap_or_else(|_| {
+            let at = self.session.order(need).first().copied().unwrap_or_default();
+            let why = format!("no answer within {OPTIONAL_DEADLINE:?}");
+            Err(http::Error::unreachable(&self.session.url(at, ""), why).into())
+        })
+    }
+
+    fn nobody(&self) -> SourceError {
+        SourceError::Unusable {
+            source_name: self.name(),
+            why: "none of the configured hosts may be asked for this".to_owned(),
+        }
     }
 
     /// A GET or HEAD, with redirects followed.
@@ -141,10 +171,11 @@ impl Registry {
         &self,
         at: usize,
         need: Need,
+        effort: Effort,
         what: &str,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Url, Response), Failure> {
-        let (url, response, grant) = self.session.ask(at, need, what, None, make).await?;
+        let (url, response, grant) = self.session.ask(at, need, effort, what, None, make).await?;
         let (response, _) = self.session.chase(at, &url, response, &grant, make).await?;
         Ok((url, response))
     }
@@ -171,11 +202,28 @@ impl Registry {
                 Need::Pull
             }
         };
-        let fetched = self.ask(need, async |at| self.manifest_from(at, need, version).await)?;
+        let fetched = self.ask(need, async |at| {
+            self.manifest_from(at, need, Effort::Full, version).await
+        })?;
         if let (Version::Digest(digest), Some(kept)) = (version, &self.kept) {
             kept.put(digest, &fetched.media_type, &fetched.bytes);
         }
         Ok(fetched)
+    }
+
+    /// The manifest that a tag names, if there is one that can be had by asking once: for what is optional.
+    ///
+    /// # Errors
+    /// [`SourceError`]: why not, if it is not just absent.
+    pub fn optional_manifest(&self, version: &Version) -> Result<Option<Fetched>, SourceError> {
+        let asked = self.ask_once(Need::Resolve, async |at| {
+            self.manifest_from(at, Need::Resolve, Effort::Once, version).await
+        });
+        match runtime::wait(asked) {
+            Ok(fetched) => Ok(Some(fetched)),
+            Err(error) if error.is_absence() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What is kept under a digest and has it.
@@ -184,10 +232,18 @@ impl Registry {
         digest.matches(&found.1).then_some(found)
     }
 
-    async fn manifest_from(&self, at: usize, need: Need, version: &Version) -> Result<Fetched, Failure> {
+    async fn manifest_from(
+        &self,
+        at: usize,
+        need: Need,
+        effort: Effort,
+        version: &Version,
+    ) -> Result<Fetched, Failure> {
         let kinds = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].join(", ");
         let make = move |client: &Client, url: Url| client.get(url).header(ACCEPT, &kinds);
-        let (url, response) = self.get(at, need, &format!("manifests/{version}"), &make).await?;
+        let (url, response) = self
+            .get(at, need, effort, &format!("manifests/{version}"), &make)
+            .await?;
         if response.status() != StatusCode::OK {
             return self.refused(&url, response).await;
         }
@@ -235,7 +291,9 @@ impl Registry {
         }
         let bytes = self.ask(Need::Pull, async |at| {
             let make = |client: &Client, url: Url| client.get(url);
-            let (url, response) = self.get(at, Need::Pull, &format!("blobs/{digest}"), &make).await?;
+            let (url, response) = self
+                .get(at, Need::Pull, Effort::Full, &format!("blobs/{digest}"), &make)
+                .await?;
             if response.status() != StatusCode::OK {
                 return self.refused(&url, response).await;
             }
@@ -251,19 +309,20 @@ impl Registry {
         Ok(bytes)
     }
 
-    /// What the registry says of a blob: its length, and headers such as `LazyPull-Digest`. None if it is not there.
+    /// What the registry says of a blob: its length, and headers such as `LazyPull-Digest`. None if it is not there. Asked once,
+    /// because whoever asks can do without.
     ///
     /// # Errors
     /// [`SourceError`].
     pub fn head_blob(&self, digest: &Digest) -> Result<Option<BlobHead>, SourceError> {
-        self.head_blob_as(Need::Pull, digest)
+        runtime::wait(self.head_blob_as(Need::Pull, Effort::Once, digest))
     }
 
-    fn head_blob_as(&self, need: Need, digest: &Digest) -> Result<Option<BlobHead>, SourceError> {
-        self.ask(need, async |at| {
+    async fn head_blob_as(&self, need: Need, effort: Effort, digest: &Digest) -> Result<Option<BlobHead>, SourceError> {
+        let asked = self.ask_once(need, async |at| {
             let make = |client: &Client, url: Url| client.head(url);
             let what = format!("blobs/{digest}");
-            let (url, first, grant) = self.session.ask(at, need, &what, None, &make).await?;
+            let (url, first, grant) = self.session.ask(at, need, effort, &what, None, &make).await?;
             // What the registry itself says counts too, when it sends us elsewhere for the bytes.
             let mut headers = first.headers().clone();
             let (response, _) = self.session.chase(at, &url, first, &grant, &make).await?;
@@ -272,38 +331,43 @@ impl Registry {
                 StatusCode::NOT_FOUND => return Ok(None),
                 _ => return self.refused(&url, response).await,
             }
+            // A server need not say it (RFC 9110, section 8.6).
             let size = response.headers().get(CONTENT_LENGTH);
             let size = size.and_then(|value| value.to_str().ok()?.trim().parse().ok());
-            let size = size.ok_or_else(|| Failure::wrong(&url, "no length of a blob"))?;
             for (name, value) in response.headers() {
                 headers.insert(name.clone(), value.clone());
             }
             Ok(Some(BlobHead { size, headers }))
-        })
+        });
+        asked.await
     }
 
     /// Puts a blob into the repository, unless it is there.
     ///
     /// # Errors
-    /// [`SourceError`].
+    /// [`SourceError`]; [`SourceError::Digest`] when the registry took it under another digest.
     pub fn push_blob(&self, digest: &Digest, bytes: &[u8]) -> Result<(), SourceError> {
-        if self.head_blob_as(Need::Push, digest)?.is_some() {
+        // Whoever may write and not read, and whatever else goes wrong with this question: sending it anew is right as well.
+        if let Ok(Some(_)) = runtime::wait(self.head_blob_as(Need::Push, Effort::Full, digest)) {
             return Ok(());
         }
         let bytes = bytes::Bytes::copy_from_slice(bytes);
         self.ask(Need::Push, async |at| {
             let (url, response) = self.post(at, "blobs/uploads/").await?;
-            let place = match response.status() {
-                StatusCode::ACCEPTED => upload_place(&url, response.headers())?,
-                _ => return self.refused(&url, response).await,
-            };
+            if !response.status().is_success() {
+                return self.refused(&url, response).await;
+            }
+            let place = upload_place(&url, response.headers())?;
             self.put_blob(at, &url, place, digest, bytes.clone()).await
         })
     }
 
     async fn post(&self, at: usize, what: &str) -> Result<(Url, Response), Failure> {
         let make = |client: &Client, url: Url| client.post(url).header(CONTENT_LENGTH, 0);
-        let (url, response, _) = self.session.ask(at, Need::Push, what, None, &make).await?;
+        let (url, response, _) = self
+            .session
+            .ask(at, Need::Push, Effort::Full, what, None, &make)
+            .await?;
         Ok((url, response))
     }
 
@@ -316,6 +380,7 @@ impl Registry {
         digest: &Digest,
         bytes: bytes::Bytes,
     ) -> Result<(), Failure> {
+        place.set_fragment(None);
         place.query_pairs_mut().append_pair("digest", &digest.to_string());
         let make = move |client: &Client, url: Url| {
             client
@@ -328,9 +393,30 @@ impl Registry {
         } else {
             self.session.ask_target(at, &place, &make).await?
         };
-        match response.status() {
-            StatusCode::CREATED => Ok(()),
-            _ => self.refused(&place, response).await,
+        self.taken(&place, response, "blob that was pushed", |taken| taken == digest)
+            .await
+            .map(drop)
+    }
+
+    /// The headers of a registry's answer to what was put there: any success will do, if the digest that it names, if it names
+    /// one, is right.
+    async fn taken(
+        &self,
+        url: &Url,
+        response: Response,
+        what: &'static str,
+        is_right: impl Fn(&Digest) -> bool,
+    ) -> Result<HeaderMap, Failure> {
+        if !response.status().is_success() {
+            return self.refused(url, response).await;
+        }
+        let headers = response.headers();
+        let taken = headers
+            .get("docker-content-digest")
+            .and_then(|value| value.to_str().ok()?.trim().parse::<Digest>().ok());
+        match taken {
+            Some(taken) if !is_right(&taken) => Err(wrong_digest(url, what, &taken)),
+            _ => Ok(headers.clone()),
         }
     }
 
@@ -348,8 +434,9 @@ impl Registry {
             let (url, response) = self.post(at, &format!("blobs/uploads/?{}", query.finish())).await?;
             match response.status() {
                 StatusCode::CREATED => Ok(true),
-                // An upload was opened instead; it is left to the registry to forget it.
-                StatusCode::ACCEPTED => Ok(false),
+                // An upload was opened instead; it is left to the registry to forget it. Or it knows of no such thing.
+                status if status.is_success() || status == StatusCode::NOT_FOUND => Ok(false),
+                StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED => Ok(false),
                 _ => self.refused(&url, response).await,
             }
         })
@@ -373,34 +460,43 @@ impl Registry {
             let make =
                 move |client: &Client, url: Url| client.put(url).header(CONTENT_TYPE, &media_type).body(body.clone());
             let what = format!("manifests/{version}");
-            let (url, response, _) = self.session.ask(at, Need::Push, &what, None, &make).await?;
-            if response.status() != StatusCode::CREATED {
-                return self.refused(&url, response).await;
-            }
-            let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
-            if let Some(taken) = header("docker-content-digest").and_then(|digest| digest.parse::<Digest>().ok())
-                && !taken.matches(bytes)
-            {
-                return Err(wrong_digest(&url, "manifest that was pushed", &taken));
-            }
-            Ok(header("oci-subject").is_some())
+            let (url, response, _) = self
+                .session
+                .ask(at, Need::Push, Effort::Full, &what, None, &make)
+                .await?;
+            let headers = self
+                .taken(&url, response, "manifest that was pushed", |taken| taken.matches(bytes))
+                .await?;
+            Ok(headers.contains_key("oci-subject"))
         })
     }
 
     /// The manifests that name `subject`, of this artifact type only if one is given: by the referrers API, or from the
-    /// fallback tag where the registry has none. Both are asked for at the same time.
+    /// fallback tag where that has no good list. Both are asked at the same time, each once: a registry that has no referrers may
+    /// answer anything.
     ///
     /// # Errors
-    /// [`SourceError`].
+    /// [`SourceError`] when neither has a list and one of them should be asked again.
     pub fn referrers(&self, subject: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, SourceError> {
         // Goes on by itself when the API answers, so that its connection can be used again.
         let (this, tag_of) = (self.clone(), subject.clone());
         let fallback = std::thread::spawn(move || this.fallback(&tag_of));
-        let listed = match self.referrers_by_api(subject, artifact_type)? {
-            Some(listed) => listed,
-            None => fallback
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+        let by_api = runtime::wait(self.ask_once(Need::Pull, async |at| {
+            self.referrers_by_api(at, subject, artifact_type).await
+        }));
+        let listed = match by_api {
+            Ok(listed) => listed,
+            Err(why) => {
+                log::debug!("{}: no list of referrers: {why}", self.name());
+                let fallback = fallback.join();
+                match fallback.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) {
+                    Ok(Some(listed)) => listed,
+                    // What is wrong for now may hide something, and so may a list that has no end; nothing else does.
+                    Err(error) if error.may_pass() => return Err(error),
+                    Ok(None) | Err(_) if why.may_pass() || matches!(why, SourceError::Image { .. }) => return Err(why),
+                    Ok(None) | Err(_) => Vec::new(),
+                }
+            }
         };
         Ok(listed
             .into_iter()
@@ -408,63 +504,59 @@ impl Registry {
             .collect())
     }
 
-    /// What the referrers API says; none where the registry has no such thing.
-    fn referrers_by_api(
+    /// What the referrers API says; whatever is no good list is a failure.
+    async fn referrers_by_api(
         &self,
+        at: usize,
         subject: &Digest,
         artifact_type: Option<&str>,
-    ) -> Result<Option<Vec<Descriptor>>, SourceError> {
-        self.ask(Need::Pull, async |at| {
-            let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
-            let mut query = artifact_type.map(|kind| {
-                let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
-                format!("artifactType={kind}")
-            });
-            let mut all = Vec::new();
-            for page in 0..MOST_PAGES {
-                let what = format!("referrers/{subject}");
-                let what = query.map_or_else(|| what.clone(), |query| format!("{what}?{query}"));
-                let (url, response) = self.get(at, Need::Pull, &what, &make).await?;
-                match response.status() {
-                    StatusCode::OK => {}
-                    // Some registries answer an unknown path so; and some with a page for people.
-                    StatusCode::NOT_FOUND | StatusCode::BAD_REQUEST | StatusCode::METHOD_NOT_ALLOWED if page == 0 => {
-                        return Ok(None);
-                    }
-                    _ => return self.refused(&url, response).await,
-                }
-                let kind = response
-                    .headers()
-                    .get(CONTENT_TYPE)
-                    .and_then(|value| value.to_str().ok());
-                if kind.is_none_or(|kind| kind.split(';').next().unwrap_or_default().trim() != OCI_INDEX) {
-                    return Ok(None);
-                }
-                query = next_page(&url, response.headers());
-                let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.http).await?;
-                all.extend(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?);
-                if query.is_none() {
-                    return Ok(Some(all));
-                }
+    ) -> Result<Vec<Descriptor>, Failure> {
+        let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
+        let mut query = artifact_type.map(|kind| {
+            let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
+            format!("artifactType={kind}")
+        });
+        let mut all = Vec::new();
+        for _ in 0..MOST_PAGES {
+            let what = format!("referrers/{subject}");
+            let what = query.map_or_else(|| what.clone(), |query| format!("{what}?{query}"));
+            let (url, response) = self.get(at, Need::Pull, Effort::Once, &what, &make).await?;
+            if response.status() != StatusCode::OK {
+                return self.refused(&url, response).await;
             }
-            let why = format!("a list of referrers without end (after {MOST_PAGES} pages)");
-            Err(Failure::lasting(SourceError::Image {
-                name: format!("{}@{subject}", self.name()),
-                why,
-            }))
-        })
+            let kind = response
+                .headers()
+                .get(CONTENT_TYPE)
+                .and_then(|value| value.to_str().ok());
+            let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+            if !kind.eq_ignore_ascii_case(OCI_INDEX) {
+                return Err(Failure::wrong(&url, format!("{kind:?} and no list of referrers")));
+            }
+            query = next_page(&url, response.headers());
+            let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.http).await?;
+            all.extend(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?);
+            if query.is_none() {
+                return Ok(all);
+            }
+        }
+        let why = format!("a list of referrers without end (after {MOST_PAGES} pages)");
+        Err(Failure::lasting(SourceError::Image {
+            name: format!("{}@{subject}", self.name()),
+            why,
+        }))
     }
 
-    /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema").
-    fn fallback(&self, subject: &Digest) -> Result<Vec<Descriptor>, SourceError> {
-        match self.manifest(&fallback_tag(subject)) {
-            Ok(fetched) => listed(&fetched.bytes).map_err(|why| SourceError::Image {
-                name: format!("{}:{}", self.name(), fallback_tag(subject)),
-                why,
-            }),
-            Err(error) if error.is_absence() => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+    /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema"); none if there is no such tag.
+    fn fallback(&self, subject: &Digest) -> Result<Option<Vec<Descriptor>>, SourceError> {
+        let tag = fallback_tag(subject);
+        let Some(fetched) = self.optional_manifest(&tag)? else {
+            return Ok(None);
+        };
+        let listed = listed(&fetched.bytes).map_err(|why| SourceError::Image {
+            name: format!("{}:{tag}", self.name()),
+            why,
+        })?;
+        Ok(Some(listed))
     }
 
     /// Puts a manifest that has a `subject` under its digest, and into the fallback tag's list where the registry has no
@@ -483,12 +575,22 @@ impl Registry {
             return Ok(None);
         }
         let tag = fallback_tag(subject);
-        let mut listed = self.fallback(subject)?;
-        if listed.iter().any(|known| known.digest == entry.digest) {
+        let mut entries = match self.manifest(&tag) {
+            Ok(fetched) => entries_of(&fetched.bytes).unwrap_or_else(|why| {
+                log::warn!("{}:{tag}: {why}; putting a new list in its place", self.name());
+                Vec::new()
+            }),
+            // Others' entries would be lost if it is there after all.
+            Err(error) if error.may_pass() => return Err(error),
+            Err(_) => Vec::new(),
+        };
+        let named = entry.digest.to_string();
+        if entries.iter().any(|known| known["digest"] == named) {
             return Ok(Some(tag));
         }
-        listed.push(entry.clone());
-        let index = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": listed });
+        // Entries of others stay as they are, whatever is in them.
+        entries.push(serde_json::to_value(entry).unwrap_or_default());
+        let index = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries });
         let index = index.to_string().into_bytes();
         self.push_manifest(&tag, OCI_INDEX, &index)?;
         Ok(Some(tag))
@@ -524,11 +626,35 @@ fn fallback_tag(subject: &Digest) -> Version {
     Version::Tag(format!("{}-{digits}", subject.algorithm().name()))
 }
 
-/// The entries of a list of referrers, without those that make no sense.
-fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
-    let list: ManifestList =
+/// The entries of a list of referrers as they are.
+///
+/// # Errors
+/// That it is no such list.
+fn entries_of(bytes: &[u8]) -> Result<Vec<serde_json::Value>, String> {
+    let list: serde_json::Value =
         serde_json::from_slice(bytes).map_err(|error| format!("a list that makes no sense: {error}"))?;
-    Ok(list.manifests.unwrap_or_default())
+    match list.get("manifests") {
+        Some(serde_json::Value::Array(entries)) => Ok(entries.clone()),
+        // What Go writes for an empty list.
+        Some(serde_json::Value::Null) => Ok(Vec::new()),
+        Some(_) | None => Err("a list of referrers without a list".to_owned()),
+    }
+}
+
+/// The entries of a list of referrers, without those that make no sense.
+///
+/// # Errors
+/// That it is no such list, or that nothing in it makes sense.
+fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
+    let entries = entries_of(bytes)?;
+    let readable: Vec<_> = entries
+        .iter()
+        .filter_map(|entry| serde_json::from_value(entry.clone()).ok())
+        .collect();
+    if readable.is_empty() && !entries.is_empty() {
+        return Err("a list of referrers in which nothing makes sense".to_owned());
+    }
+    Ok(readable)
 }
 
 fn upload_place(url: &Url, headers: &HeaderMap) -> Result<Url, Failure> {

@@ -70,6 +70,10 @@ struct Host {
 pub(super) struct State {
     /// Whether it was asked anything: then no challenge means that none is needed.
     asked: bool,
+    /// Whether it has ever answered with what was asked for. Then an absence is one.
+    admitted: bool,
+    /// Whether it was asked what it wants, apart from all that is in it (`GET /v2/`).
+    door_asked: bool,
     /// Its base, once it is known whether it speaks TLS.
     base: Option<Url>,
     challenge: Option<Challenge>,
@@ -77,6 +81,16 @@ pub(super) struct State {
     tokens: HashMap<String, Token>,
     #[serde(skip)]
     down: Option<Instant>,
+}
+
+/// How much is done to get an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effort {
+    /// Logging in, trying again, asking others.
+    Full,
+    /// One request, for what is optional: whatever it is answered, nothing is learned from it about how to be let in, because a
+    /// part of a registry that is not there may answer anything.
+    Once,
 }
 
 /// Permission for a request.
@@ -211,10 +225,17 @@ impl Session {
         &self,
         at: usize,
         need: Need,
+        effort: Effort,
         what: &str,
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Url, Response, Grant), Failure> {
+        // What is the first question of all has to find out how to ask.
+        if effort == Effort::Once && self.is_known(at) {
+            let url = self.url(at, what);
+            let (response, grant) = self.send_once(at, need, &url, make).await?;
+            return Ok((url, response, grant));
+        }
         let mut guessed = false;
         loop {
             let url = self.url(at, what);
@@ -262,10 +283,58 @@ impl Session {
         }
     }
 
+    /// Asks an endpoint how it wants to be asked ("Determining Support"), where there are credentials that were never shown: some
+    /// registries hide what is in them from strangers, with a 403 or 404 and no word on how to be let in. Whether that is known
+    /// now and was not before.
+    async fn ask_at_the_door(&self, at: usize, status: StatusCode) -> bool {
+        let host = &self.hosts[at];
+        let is_known = || {
+            let state = lock(&host.state);
+            (state.challenge.is_some(), state.door_asked, state.admitted)
+        };
+        let _alone = host.entering.lock().await;
+        match is_known() {
+            // Whoever was here before found out.
+            (true, ..) => return true,
+            (_, true, _) => return false,
+            (.., true) if status == StatusCode::NOT_FOUND => return false,
+            _ => {}
+        }
+        let known = lock(&host.state).login.clone();
+        let login = match known {
+            Some(login) => Ok(login),
+            None => self.look_up(at).await,
+        };
+        if !login.is_ok_and(|login| login != Login::Anonymous) {
+            return false;
+        }
+        lock(&host.state).door_asked = true;
+        let endpoint = &self.spec.endpoints[at];
+        let base = lock(&host.state).base.clone();
+        let mut url = base.unwrap_or_else(|| endpoint.base.clone());
+        if let Some(registry) = &endpoint.stands_for {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        let Ok(request) = self.request(at, &url, None, &|client, url| client.get(url)) else {
+            return false;
+        };
+        let Ok(response) = self.exchange(&url, request).await else {
+            return false;
+        };
+        self.learn(at, &url, response.headers(), response.status());
+        let mut state = lock(&host.state);
+        if let Some(Challenge::Bearer { scope, .. }) = &mut state.challenge {
+            // Whatever it is for, it is not for this repository.
+            *scope = None;
+        }
+        state.challenge.is_some()
+    }
+
     /// Notes what an answer says about how to be let in.
     fn learn(&self, at: usize, url: &Url, headers: &HeaderMap, status: StatusCode) {
         let mut state = lock(&self.hosts[at].state);
         state.asked = true;
+        state.admitted |= status.is_success() || status.is_redirection();
         if status == StatusCode::UNAUTHORIZED
             && let Some(challenge) = Challenge::of(headers, url)
         {
@@ -288,22 +357,20 @@ impl Session {
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Response, Grant), Failure> {
-        let endpoint = &self.spec.endpoints[at];
-        let client = self.client(at, url.scheme() == "https")?;
         let mut stale = stale;
         loop {
             let grant = self.grant(at, need, url, stale.as_ref()).await?;
-            let mut request = make(&client, url.clone());
-            for (name, value) in endpoint.headers() {
-                request = request.header(name, value);
-            }
-            if let Some(value) = &grant.authorization {
-                request = request.header(AUTHORIZATION, value.clone());
-            }
+            let request = self.request(at, url, grant.authorization.as_ref(), make)?;
             let response = self.exchange(url, request).await?;
             let status = response.status();
             self.learn(at, url, response.headers(), status);
             let refused = status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN;
+            let hidden = (refused || status == StatusCode::NOT_FOUND)
+                && grant.authorization.is_none()
+                && lock(&self.hosts[at].state).challenge.is_none();
+            if hidden && self.ask_at_the_door(at, status).await {
+                continue;
+            }
             if !refused {
                 return Ok((response, grant));
             }
@@ -320,6 +387,37 @@ impl Session {
                 None => return Err(self.denied(at, url, response).await),
             }
         }
+    }
+
+    /// Sends one request to an endpoint with what is known of how to be let in, and nothing more. Any status comes back.
+    pub(super) async fn send_once(
+        &self,
+        at: usize,
+        need: Need,
+        url: &Url,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<(Response, Grant), Failure> {
+        let grant = self.grant(at, need, url, None).await?;
+        let request = self.request(at, url, grant.authorization.as_ref(), make)?;
+        Ok((self.exchange(url, request).await?, grant))
+    }
+
+    /// A request to an endpoint, with the headers that it is to have.
+    fn request(
+        &self,
+        at: usize,
+        url: &Url,
+        authorization: Option<&HeaderValue>,
+        make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
+    ) -> Result<RequestBuilder, SourceError> {
+        let mut request = make(&self.client(at, url.scheme() == "https")?, url.clone());
+        for (name, value) in self.spec.endpoints[at].headers() {
+            request = request.header(name, value);
+        }
+        if let Some(value) = authorization {
+            request = request.header(AUTHORIZATION, value.clone());
+        }
+        Ok(request)
     }
 
     async fn denied(&self, at: usize, url: &Url, response: Response) -> Failure {
