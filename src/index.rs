@@ -37,7 +37,7 @@ mod writer;
 pub use cold::{ColdDirectory, ColdPart, ColdPiece};
 pub use compare::{Difference, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
-pub use entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp, Xattr};
+pub use entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub use identity::LayerIdentity;
 #[cfg(feature = "command")]
@@ -46,7 +46,7 @@ pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub use pieces::{MAX_PIECE, PieceDigests};
 pub use reader::{Entries, Index, hot_len, is_index};
 pub use rebuild::{Payload, RebuildError, rebuild_tar};
-pub use sink::{Collector, Tee};
+pub use sink::{Collector, EntrySink, Tee};
 pub use summary::Summary;
 pub use writer::IndexBuilder;
 

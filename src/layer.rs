@@ -18,6 +18,7 @@
 
 mod decoder;
 mod error;
+mod event;
 mod gzip;
 mod indexer;
 mod media_type;

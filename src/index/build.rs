@@ -9,10 +9,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::cold::{ColdPart, Packed, Packer};
 use super::digests::ChunkHasher;
-use super::entry::{Entry, EntrySink};
+use super::entry::Entry;
 use super::error::IndexError;
 use super::identity::LayerIdentity;
 use super::parser::{EndOfArchive, Parser};
+use super::sink::EntrySink;
 use super::summary::Summary;
 use super::writer::IndexBuilder;
 use super::{format, len_u64};

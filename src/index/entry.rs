@@ -170,12 +170,3 @@ impl Entry {
         self.segments.clear();
     }
 }
-
-/// Takes the entries of a layer one after the other, in the tar's order.
-pub trait EntrySink {
-    /// Takes one entry. An error stops the walk and is handed to its caller.
-    ///
-    /// # Errors
-    /// Whatever the sink cannot take.
-    fn entry(&mut self, entry: &Entry) -> Result<(), crate::index::IndexError>;
-}

@@ -2,10 +2,11 @@
 
 mod sparse;
 
-use super::entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp};
+use super::entry::{Entry, InImage, Kind, Segment, Timestamp};
 use super::error::{ArchiveFault, HeaderFault, IndexError};
 use super::header::{Block, Header, SparseMap};
 use super::pax::{Globals, Records, Setting};
+use super::sink::EntrySink;
 use super::sparse::{DecimalMap, MapBuilder};
 use super::{TAR_BLOCK, align_up, len_u64};
 use crate::units::{TarOffset, TarRange};

@@ -8,13 +8,13 @@ use sha2::{Digest, Sha256};
 
 use super::cold::{ColdDirectory, ColdPart, decompress};
 use super::digests::ChunkDigests;
-use super::entry::EntrySink;
 use super::error::{ArchiveFault, IndexError, IndexFault};
 use super::format::{self, SectionRecord, SectionTable};
 use super::identity::LayerIdentity;
 use super::len_u64;
 use super::parser::EndOfArchive;
 use super::pieces::PieceDigests;
+use super::sink::EntrySink;
 use super::summary::Summary;
 use crate::layer::{Coding, SpanTable};
 

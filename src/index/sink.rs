@@ -1,7 +1,16 @@
-//! Small sinks for entries.
+//! Where entries go, and small sinks for them.
 
-use super::entry::{Entry, EntrySink};
+use super::entry::Entry;
 use super::error::IndexError;
+
+/// Takes the entries of a layer one after the other, in the tar's order.
+pub trait EntrySink {
+    /// Takes one entry. An error stops the walk and is handed to its caller.
+    ///
+    /// # Errors
+    /// Whatever the sink cannot take.
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError>;
+}
 
 /// Hands every entry to two sinks, the first one first.
 #[derive(Debug)]

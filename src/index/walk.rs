@@ -6,10 +6,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use super::entry::EntrySink;
 use super::error::IndexError;
 use super::len_u64;
 use super::parser::{EndOfArchive, Parser};
+use super::sink::EntrySink;
 use crate::units::TarOffset;
 
 /// What a walk did.

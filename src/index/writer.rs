@@ -8,12 +8,13 @@ use sha2::{Digest, Sha256};
 
 use super::cold::{ColdPart, Packed};
 use super::digests::ChunkDigests;
-use super::entry::{Entry, EntrySink, InImage, Kind, Segment, Timestamp, Xattr};
+use super::entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 use super::error::IndexError;
 use super::format::{self, Columns, SectionRecord, assemble};
 use super::identity::LayerIdentity;
 use super::parser::EndOfArchive;
 use super::pieces::PieceDigests;
+use super::sink::EntrySink;
 use super::summary::Summary;
 use super::{TAR_BLOCK, align_up, len_u64, varint};
 use crate::layer::{Coding, SpanTable, Spans};

@@ -1,7 +1,8 @@
 //! Decoding from the beginning of a span.
 
+use super::event::Event;
 use super::gzip::Members;
-use super::stream::{Event, Idle, Stream};
+use super::stream::{Idle, Stream};
 use super::table::{Begins, Layout};
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};

@@ -8,7 +8,7 @@ pub(super) mod inflate;
 pub(super) mod tracer;
 
 use self::inflate::{Inflate, Stop};
-use super::stream::{Event, Step};
+use super::event::{Event, Step};
 use super::{Coding, LayerError};
 use crate::units::len_u64;
 

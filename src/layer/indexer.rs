@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 
+use super::event::Event;
 use super::gzip::inflate::WINDOW;
 use super::gzip::tracer::Tracer;
-use super::stream::{Event, Idle, Stream};
+use super::stream::{Idle, Stream};
 use super::table::{Begins, Layout, Point};
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};

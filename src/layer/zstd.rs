@@ -5,7 +5,7 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use super::stream::{Event, Step};
+use super::event::{Event, Step};
 use super::{Coding, LayerError};
 use crate::units::len_u64;
 

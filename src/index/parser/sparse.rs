@@ -2,10 +2,10 @@
 //! one. Out: its entry, with its segments.
 
 use super::{BLOCK, Parser, State, payload_size, set};
-use crate::index::entry::EntrySink;
 use crate::index::error::{HeaderFault, IndexError};
 use crate::index::header::{Block, Dialect, Header, SparseMap};
 use crate::index::pax::Records;
+use crate::index::sink::EntrySink;
 use crate::index::{TAR_BLOCK, align_up};
 use crate::units::TarOffset;
 
