@@ -94,6 +94,7 @@ fn bench_measures_every_alternative_and_cleans_up() {
     assert!(fetched(2) < 10_000, "a full cache brings nothing: {}", fetched(2));
     let touched = outcome["touched"]["bytes"].as_u64().unwrap();
     assert!(touched > 0 && touched <= layer, "{touched} of {layer}");
+    assert_eq!(outcome["touched"]["link_bytes"], touched);
     assert!(outcome["floor_seconds"].as_f64().unwrap() >= 0.004);
     let page = fs::read_to_string(lab.path("report.html")).unwrap();
     assert_eq!(page.matches("<svg").count(), 2);
@@ -169,6 +170,50 @@ fn an_interrupted_bench_leaves_nothing() {
     );
     assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+#[test]
+fn the_floor_of_a_compressed_layer_is_what_travels() {
+    const NAME: &str = "the_floor_of_a_compressed_layer_is_what_travels";
+    let Some(_alone) = devices(NAME) else { return };
+    let lab = Lab::new();
+    if !layer_with_shell(&lab.path("shell.tar")) {
+        return skip(NAME, "ldd is not installed");
+    }
+    let gzip = Command::new("gzip")
+        .args(["-k", "shell.tar"])
+        .current_dir(lab.dir.path())
+        .status();
+    assert!(gzip.unwrap().success());
+    let outcome = lab.json(&[
+        "bench",
+        "shell.tar.gz",
+        "--rate",
+        "10mbit",
+        "--runs",
+        "1",
+        "--without",
+        "full,untar,loop",
+        "--scratch",
+        ".",
+        "--json",
+        "--",
+        "sh",
+        "-c",
+        ":",
+    ]);
+    let len = |name: &str| fs::metadata(lab.path(name)).unwrap().len();
+    let (blob, tar) = (len("shell.tar.gz"), len("shell.tar"));
+    let number = |name: &str| outcome["touched"][name].as_u64().unwrap();
+    let (touched, travels) = (number("bytes"), number("link_bytes"));
+    assert!(
+        blob < tar && travels == touched * blob / tar,
+        "{touched} {travels} of {blob} {tar}"
+    );
+    // 10 Mbit/s are 1.25 MB/s.
+    let carried = f64::from(u32::try_from(travels).unwrap()) / 1_250_000.0;
+    let floor = outcome["floor_seconds"].as_f64().unwrap() - outcome["local_run_seconds"].as_f64().unwrap();
+    assert!((floor - carried).abs() < 0.001, "{floor} {carried}");
 }
 
 /// Whether this kernel stacks directories.

@@ -110,9 +110,9 @@ fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             "extension header",
         ),
         (
-            "a type that nobody knows",
-            layer(&[header("q", EMPTY, b'Z', "")]),
-            "type",
+            "a path of 200,000 parts",
+            layer(&[pax("path", &"d/".repeat(200_000)), header("q", EMPTY, b'5', "")]),
+            "a path of 399999 bytes",
         ),
         ("gzip", b"\x1f\x8b\x08 and so on".to_vec(), "gzip layer cannot be read"),
         (
@@ -153,11 +153,6 @@ fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             "a file in the way",
             layer(&[header("good/q", EMPTY, b'0', "")]),
             "not a directory",
-        ),
-        (
-            "an owner nobody can have",
-            layer(&[pax("uid", "99999999999"), header("q", EMPTY, b'0', "")]),
-            "owner",
         ),
         (
             "control characters",
@@ -210,9 +205,11 @@ fn strange_layers_work() {
             "paths above the root",
             layer(&["../../x", "/y", "a/../../../z"].map(|path| header(path, EMPTY, b'0', ""))),
         ),
+        // As GNU tar extracts them.
+        ("a type that nobody knows", layer(&[header("q", EMPTY, b'Z', "")])),
         (
-            "a path of 200,000 parts",
-            layer(&[pax("path", &"d/".repeat(200_000)), header("q", EMPTY, b'5', "")]),
+            "an owner nobody can have",
+            layer(&[pax("uid", "99999999999"), header("q", EMPTY, b'0', "")]),
         ),
     ];
     for (what, tar) in strange {

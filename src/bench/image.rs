@@ -103,6 +103,8 @@ impl Stage<'_> {
             self.serve(&origin, &blob_path(INDEXED, &entry.digest), &file)?;
             self.layers.push(Layer {
                 url: origin.url(&blob_path(ALONE, digest)),
+                blob_bytes: layer.descriptor.size,
+                tar_bytes: index.summary().tar_bytes,
                 decompress: tar_option(index.identity().coding),
                 whiteouts: Some(Whiteouts::of(&index).map_err(bad)?),
             });

@@ -12,6 +12,8 @@ use serde::Deserialize;
 use super::origin::Link;
 use super::stage::{Given, Stage};
 use super::{BenchError, child};
+use crate::device::daemon::DaemonStats;
+use crate::device::registry::Counted;
 
 /// What `tarblk mount --json` says.
 #[derive(Clone, Debug, Deserialize)]
@@ -20,44 +22,6 @@ pub(super) struct Mounted {
     pub(super) backend: String,
     /// Seconds until the device was there.
     pub(super) attach_seconds: f64,
-}
-
-/// What `tarblk stats --json` says, as far as it matters here.
-#[derive(Clone, Debug, Deserialize)]
-struct Counted {
-    counters: Stats,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct Stats {
-    pub(super) device: DevicePart,
-    pub(super) fetch: FetchPart,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct DevicePart {
-    pub(super) reads: u64,
-    pub(super) bytes: BytesPart,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct BytesPart {
-    pub(super) memory: u64,
-    pub(super) disk: u64,
-    pub(super) fetched: u64,
-}
-
-impl BytesPart {
-    /// Bytes of the layer, wherever they were.
-    pub(super) const fn of_layer(&self) -> u64 {
-        self.memory + self.disk + self.fetched
-    }
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct FetchPart {
-    pub(super) requests: u64,
-    pub(super) bytes_fetched: u64,
 }
 
 /// A layer mounted by `tarblk mount`; unmounted when dropped.
@@ -108,7 +72,7 @@ impl<'a> TarblkMount<'a> {
     }
 
     /// The device's counters now.
-    pub(super) fn stats(&self) -> Result<Stats, BenchError> {
+    pub(super) fn stats(&self) -> Result<DaemonStats, BenchError> {
         let mut command = self.stage.tarblk();
         command.arg("stats").arg(&self.said.device).arg("--json");
         let mut ended = child::run(&mut command, self.stage.scratch(), self.stage.interrupt)?;

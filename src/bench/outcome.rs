@@ -120,8 +120,28 @@ impl RowOutcome {
 pub struct Touched {
     /// Different bytes of the layer, in whole pages, that the kernel read from the device without reading ahead.
     pub bytes: u64,
+    /// The same as they travel: those of a compressed layer at the ratio of all layers together.
+    pub link_bytes: u64,
     /// In how many reads.
     pub reads: u64,
+}
+
+impl Touched {
+    /// How long they are on the link, in words, if not as they are.
+    pub(super) fn travels(&self) -> String {
+        if self.link_bytes == self.bytes {
+            return String::new();
+        }
+        format!(" ({} as it travels, compressed)", show_size(self.link_bytes))
+    }
+}
+
+/// So many of something, in words.
+pub(super) fn counted(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
 }
 
 /// Where it was measured.
@@ -158,7 +178,7 @@ pub struct Outcome {
     pub touched: Touched,
     /// The median time of the command with everything in memory, in seconds.
     pub local_run_seconds: f64,
-    /// What no system can beat: touched bytes over the rate, two round trips, the local run. None with a URL, whose link
+    /// What no system can beat: touched bytes, as they travel, over the rate, two round trips, the local run. None with a URL, whose link
     /// is unknown.
     pub floor_seconds: Option<f64>,
     /// Where it was measured.
@@ -182,7 +202,7 @@ impl Outcome {
         let floor = link.map(|link| {
             let carried = link
                 .rate
-                .map_or(Duration::ZERO, |rate| super::origin::time_for(touched.bytes, rate));
+                .map_or(Duration::ZERO, |rate| super::origin::time_for(touched.link_bytes, rate));
             carried + link.rtt * 2 + local
         });
         let words: Vec<_> = stage
@@ -259,8 +279,9 @@ impl fmt::Display for Outcome {
         writeln!(f, "{} in {} ({})", self.command, self.source, self.size())?;
         writeln!(
             f,
-            "link: {}; {runs} runs each, cold; tarblk on {}",
+            "link: {}; {} each, cold; tarblk on {}",
             self.link(),
+            counted(runs, "run"),
             self.machine.backend
         )?;
         writeln!(f)?;
@@ -276,14 +297,17 @@ impl fmt::Display for Outcome {
             lines.push([
                 row.row.title().into(),
                 show_time(median.total),
-                format!("{} .. {}", show_time(min), show_time(max)),
+                match row.runs.len() {
+                    1 => String::new(),
+                    _ => format!("{} .. {}", show_time(min), show_time(max)),
+                },
                 show_size(median.fetched_bytes),
                 show_count(median.requests),
                 phases.join(", "),
             ]);
         }
         if let Some(floor) = self.floor_seconds {
-            let touched = show_size(self.touched.bytes);
+            let touched = show_size(self.touched.link_bytes);
             lines.push([
                 "floor".into(),
                 show_seconds(floor),
@@ -305,9 +329,10 @@ impl fmt::Display for Outcome {
         writeln!(f)?;
         writeln!(
             f,
-            "The command touches {} of the {}, in {} reads with the kernel's read-ahead off; with everything in memory it",
+            "The command touches {} of the {}{}, in {} reads with the kernel's read-ahead off; with everything in memory it",
             show_size(self.touched.bytes),
             self.kind(),
+            self.touched.travels(),
             show_count(self.touched.reads),
         )?;
         writeln!(
@@ -376,6 +401,7 @@ pub(super) mod tests {
             ],
             touched: Touched {
                 bytes: 17_700_000,
+                link_bytes: 17_700_000,
                 reads: 551,
             },
             local_run_seconds: 0.09,
@@ -409,6 +435,30 @@ The command touches 16.8 MiB of the layer, in 551 reads with the kernel's read-a
 takes 90.0 ms. The floor is the touched bytes over the link's rate, two round trips, and that.
 "
         );
+    }
+
+    #[test]
+    fn one_run_has_no_spread() {
+        let mut outcome = example();
+        outcome.rows.iter_mut().for_each(|row| row.runs.truncate(1));
+        let text = outcome.to_string();
+        assert!(
+            text.contains("; 1 run each, cold;") && !text.contains(" s .. "),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn the_floor_is_of_what_travels() {
+        let mut outcome = example();
+        outcome.touched.link_bytes = 6_000_000;
+        let text = outcome.to_string();
+        assert!(
+            text.contains("touches 16.8 MiB of the layer (5.7 MiB as it travels, compressed), in 551"),
+            "{text}"
+        );
+        let floor = text.lines().find(|line| line.starts_with("floor ")).unwrap();
+        assert!(floor.ends_with("5.7 MiB"), "{floor}");
     }
 
     #[test]

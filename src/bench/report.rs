@@ -7,7 +7,7 @@ mod chart;
 use std::fmt::Write as _;
 
 use super::alternative::Row;
-use super::outcome::{Outcome, show_seconds};
+use super::outcome::{Outcome, counted, show_seconds};
 use crate::quantity::{show_count, show_size, show_time};
 
 /// The style sheet: colours by role, so that light and dark differ in one place.
@@ -43,6 +43,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide, t
 pub fn html(outcome: &Outcome) -> String {
     let mut out = String::with_capacity(64 * 1024);
     let command = escape(&outcome.command);
+    let is_spread = outcome.rows.iter().any(|row| row.runs.len() > 1);
     let _ = write!(
         out,
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -54,8 +55,12 @@ pub fn html(outcome: &Outcome) -> String {
     tiles(&mut out, outcome);
     let _ = write!(
         out,
-        "<h2>From nothing to the command’s end</h2>\n<p class=\"soft\">Median run, split into its phases; the whisker spans \
-         the fastest and the slowest run.</p>\n<figure>{}</figure>\n",
+        "<h2>From nothing to the command’s end</h2>\n<p class=\"soft\">{}</p>\n<figure>{}</figure>\n",
+        if is_spread {
+            "Median run, split into its phases; the whisker spans the fastest and the slowest run."
+        } else {
+            "One run each, split into its phases."
+        },
         chart::bars(outcome),
     );
     if outcome.rows.iter().any(|row| !row.median().timeline.is_empty()) {
@@ -81,14 +86,14 @@ fn setting(outcome: &Outcome) -> String {
         String::new()
     };
     format!(
-        "{} <code>{}</code>{size} · link {} · tarblk {} on {} · Linux {}, {} CPUs",
+        "{} <code>{}</code>{size} · link {} · tarblk {} on {} · Linux {}, {}",
         if outcome.layers.is_some() { "Image" } else { "Layer" },
         escape(&outcome.source),
         escape(&outcome.link()),
         machine.version,
         escape(&machine.backend),
         escape(&machine.kernel),
-        machine.cpus,
+        counted(machine.cpus, "CPU"),
     )
 }
 
@@ -123,7 +128,11 @@ fn tiles(out: &mut String, outcome: &Outcome) {
     }
     tiles.push((
         show_size(outcome.touched.bytes),
-        format!("of the {} is what the command touches", outcome.kind()),
+        format!(
+            "of the {} is what the command touches{}",
+            outcome.kind(),
+            outcome.touched.travels()
+        ),
     ));
     out.push_str("<div class=\"tiles\">\n");
     for (figure, meaning) in tiles {
@@ -162,7 +171,7 @@ fn table(out: &mut String, outcome: &Outcome) {
             out,
             "<tr><td>floor</td><td>{}</td><td></td><td></td><td>{}</td><td></td><td></td></tr>",
             show_seconds(floor),
-            show_size(outcome.touched.bytes),
+            show_size(outcome.touched.link_bytes),
         );
     }
     out.push_str("</table></div>\n");
@@ -176,13 +185,19 @@ fn notes(out: &mut String, outcome: &Outcome) {
          stops when the command, run with the {} as its root directory, has ended successfully. The alternatives take \
          turns. tarblk’s index comes over the same link, inside the clock; “all cached” means on disk, not in memory. The \
          image that is downloaded for loop-mounting was made beforehand, outside the clock.</p>\n\
-         <p>Touched ({} in {} reads) is what the kernel reads from the device with its read-ahead switched off and an empty \
-         page cache. With everything in memory the command takes {}. The floor is touched bytes over the link’s rate, two \
-         round trips, and that.</p>\n",
+         <p>Touched ({}{} in {} reads) is what the kernel reads from the device with its read-ahead switched off and an empty \
+         page cache. With everything in memory the command takes {}. The floor is touched bytes, as they travel, over the \
+         link’s rate, two round trips, and that{}.</p>\n",
         outcome.kind(),
         show_size(outcome.touched.bytes),
+        outcome.touched.travels(),
         show_count(outcome.touched.reads),
         show_seconds(outcome.local_run_seconds),
+        if outcome.touched.link_bytes == outcome.touched.bytes {
+            ""
+        } else {
+            "; which bytes of a compressed layer those are is estimated by the ratio of the whole"
+        },
     );
     if outcome.layers.is_some() {
         out.push_str(
@@ -228,6 +243,17 @@ mod tests {
             let tag = tag.trim_end_matches('>');
             assert!(tag.len() == 1 || balance(tag), "{tag}");
         }
+    }
+
+    #[test]
+    fn one_run_has_no_whisker() {
+        let mut outcome = super::super::outcome::tests::example();
+        assert_eq!(html(&outcome).matches("class=\"whisker\"").count(), outcome.rows.len());
+        outcome.rows.iter_mut().for_each(|row| row.runs.truncate(1));
+        outcome.machine.cpus = 1;
+        let page = html(&outcome);
+        assert!(!page.contains("class=\"whisker\"") && !page.contains("the whisker spans"));
+        assert!(page.contains(", 1 CPU<") && page.contains("One run each"));
     }
 
     #[test]

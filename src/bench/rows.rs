@@ -145,7 +145,7 @@ impl Stage<'_> {
         let before = mounted.stats()?;
         self.run_command("the counting run", mounted.dir())?;
         let after = mounted.stats()?;
-        let bytes = after.device.bytes.of_layer() - before.device.bytes.of_layer();
+        let bytes = after.device.bytes.of_layers() - before.device.bytes.of_layers();
         let reads = after.device.reads - before.device.reads;
         let mut local = Vec::new();
         for _ in 0..self.options.runs.max(3) {
@@ -153,7 +153,18 @@ impl Stage<'_> {
         }
         drop(dressed);
         mounted.unmount()?;
-        Ok((Touched { bytes, reads }, local))
+        let (blobs, tars) = self.layers.iter().fold((0, 0), |(blobs, tars), layer| {
+            (blobs + layer.blob_bytes, tars + layer.tar_bytes)
+        });
+        let link_bytes = at_ratio(bytes, blobs, tars);
+        Ok((
+            Touched {
+                bytes,
+                link_bytes,
+                reads,
+            },
+            local,
+        ))
     }
 
     /// Runs the measured command with `root` as its root directory; it must succeed. Returns how long it took.
@@ -214,4 +225,23 @@ fn no_read_ahead(device: &Path) -> Result<(), BenchError> {
         "{}: cannot switch read-ahead off",
         path.display()
     )))
+}
+
+/// Bytes of tar as they travel, at the ratio at which `blobs` bytes carry `tars` bytes.
+fn at_ratio(bytes: u64, blobs: u64, tars: u64) -> u64 {
+    let scaled = (u128::from(bytes) * u128::from(blobs)).checked_div(u128::from(tars));
+    scaled.and_then(|scaled| u64::try_from(scaled).ok()).unwrap_or(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_compressed_travels_shorter() {
+        assert_eq!(at_ratio(300, 1000, 1000), 300);
+        assert_eq!(at_ratio(300, 1000, 3000), 100);
+        assert_eq!(at_ratio(u64::MAX, 1 << 40, 1 << 41), u64::MAX / 2);
+        assert_eq!(at_ratio(300, 0, 0), 300);
+    }
 }

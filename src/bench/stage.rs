@@ -60,6 +60,9 @@ pub(super) struct Given {
 #[derive(Debug)]
 pub(super) struct Layer {
     pub(super) url: String,
+    /// The lengths of its blob and of the tar in it.
+    pub(super) blob_bytes: u64,
+    pub(super) tar_bytes: u64,
     /// The option with which tar undoes its compression, if it has one.
     pub(super) decompress: Option<&'static str>,
     /// What it hides of others; none of a tar that is no image's layer, in which whiteouts are files.
@@ -201,6 +204,8 @@ impl<'a> Stage<'a> {
         let read = Index::open(bytes).map_err(|error| failed()(io::Error::other(error)))?;
         self.layers.push(Layer {
             url: url.into(),
+            blob_bytes: read.identity().blob_len,
+            tar_bytes: read.summary().tar_bytes,
             decompress: tar_option(read.identity().coding),
             whiteouts: None,
         });

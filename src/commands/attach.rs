@@ -311,7 +311,7 @@ fn build(image: ImageSpec) -> Result<Served, BuildError> {
     Ok(Served {
         image: opened.image,
         bytes: Arc::new(bytes),
-        fetch_stats: Box::new(move || serde_json::to_value(counted.stats()).unwrap_or_default()),
+        fetch_stats: Box::new(move || counted.stats()),
         finish: Box::new(move || ended.shutdown()),
         reach,
     })

@@ -2,16 +2,13 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
-use serde_json::Value;
-
 use super::Session;
 use super::attach::states;
 use super::cli::{PsArgs, StatsArgs};
 use super::output::{Table, print, println, write_out};
 use crate::device::daemon::DaemonStats;
-use crate::device::registry::{self, Status};
-use crate::device::state::State;
+use crate::device::registry::{self, Counted, Status};
+use crate::fetch::FetchStats;
 use crate::quantity::{show_count, show_size, show_time};
 
 /// `tarblk ps`.
@@ -90,22 +87,13 @@ fn show_age(secs: u64) -> String {
     }
 }
 
-/// What `stats --json` says.
-#[derive(Debug, Serialize)]
-struct Counted<'a> {
-    state: &'a State,
-    counters: &'a DaemonStats,
-}
-
 /// `tarblk stats`.
 pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
-    let (state, counters) = registry::stats(&states(), &args.device)?;
+    let counted = registry::stats(&states(), &args.device)?;
     if args.json {
-        return println(serde_json::to_string_pretty(&Counted {
-            state: &state,
-            counters: &counters,
-        })?);
+        return println(serde_json::to_string_pretty(&counted)?);
     }
+    let Counted { state, counters } = counted;
     let mut table = Table::plain();
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
     let about = (state.device.display(), state.backend, show_size(state.len));
@@ -129,10 +117,10 @@ fn rows_of_device(counters: &DaemonStats, row: &mut dyn FnMut(&str, String)) {
     );
     row("from metadata", show_size(device.bytes.metadata));
     // The device knows only that the fetcher had to be asked; where bytes were then, the fetcher knows.
-    let from = |place: &str| number(counters.fetch.get("bytes").unwrap_or(&Value::Null), place);
-    row("from memory", show_size(from("memory")));
-    row("from disk", show_size(from("disk")));
-    row("from network", show_size(from("network")));
+    let from = counters.fetch.bytes;
+    row("from memory", show_size(from.memory));
+    row("from disk", show_size(from.disk));
+    row("from network", show_size(from.network));
     row("zeros", show_size(device.bytes.zero));
     let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));
     row(
@@ -148,42 +136,21 @@ fn rows_of_device(counters: &DaemonStats, row: &mut dyn FnMut(&str, String)) {
 }
 
 /// What the fetcher counted.
-fn rows_of_fetcher(counters: &Value, row: &mut dyn FnMut(&str, String)) {
-    let count = |name: &str| show_count(number(counters, name));
-    let size = |name: &str| show_size(number(counters, name));
-    row(
-        "requests",
-        format!("{} on {} connections", count("requests"), count("connections")),
-    );
-    row(
-        "fetched",
-        format!(
-            "{}, {} of it ahead of need",
-            size("bytes_fetched"),
-            size("bytes_prefetched")
-        ),
-    );
-    let filled = match number(counters, "bytes_filled") {
+fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
+    let (requests, connections) = (show_count(fetch.requests), show_count(fetch.connections));
+    row("requests", format!("{requests} on {connections} connections"));
+    let (fetched, ahead) = (show_size(fetch.bytes_fetched), show_size(fetch.bytes_prefetched));
+    row("fetched", format!("{fetched}, {ahead} of it ahead of need"));
+    let filled = match fetch.bytes_filled {
         0 => String::new(),
-        _ => format!(", {} of it fetched while nobody read", size("bytes_filled")),
+        filled => format!(", {} of it fetched while nobody read", show_size(filled)),
     };
-    row(
-        "kept",
-        format!("{} of {}{filled}", size("bytes_held"), size("bytes_layers")),
-    );
-    row(
-        "retries",
-        format!("{}, {} bad answers", count("retries"), count("errors")),
-    );
-    row(
-        "checked",
-        format!("{} chunks, {} wrong", count("chunks_checked"), count("chunks_wrong")),
-    );
-}
-
-/// A counter of the fetcher; 0 where this version does not have it.
-fn number(fetch: &Value, name: &str) -> u64 {
-    fetch.get(name).and_then(Value::as_u64).unwrap_or(0)
+    let (held, all) = (show_size(fetch.bytes_held), show_size(fetch.bytes_layers));
+    row("kept", format!("{held} of {all}{filled}"));
+    let (retries, errors) = (show_count(fetch.retries), show_count(fetch.errors));
+    row("retries", format!("{retries}, {errors} bad answers"));
+    let (checked, wrong) = (show_count(fetch.chunks_checked), show_count(fetch.chunks_wrong));
+    row("checked", format!("{checked} chunks, {wrong} wrong"));
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{State, StateDir, StateError};
 use super::volume::BlobReader;
 use super::{DeviceError, DeviceOptions};
+use crate::fetch::FetchStats;
 use crate::image::BlockImage;
 pub use control::{ControlError, DaemonStats, detach, stats};
 pub(crate) use control::{bury, end_reads};
@@ -62,8 +63,8 @@ pub struct Served {
     pub image: Arc<dyn BlockImage>,
     /// The bytes of its layers.
     pub bytes: Arc<dyn BlobReader>,
-    /// What the fetcher has counted, in its own words.
-    pub fetch_stats: Box<dyn Fn() -> serde_json::Value>,
+    /// What the fetcher has counted.
+    pub fetch_stats: Box<dyn Fn() -> FetchStats>,
     /// Called when the device is gone: ends the fetcher in good order.
     pub finish: Box<dyn FnOnce()>,
     /// What it will need of the file system from now on.

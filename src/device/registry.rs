@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::daemon::{self, ControlError, DaemonStats};
 use super::state::{State, StateDir, StateError};
@@ -69,14 +69,23 @@ pub fn find(states: &StateDir, name: &Path) -> Result<State, ControlError> {
     }
 }
 
+/// A device and what its daemon has counted: what `stats --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Counted {
+    /// What is known of the device.
+    pub state: State,
+    /// What was counted since it is served.
+    pub counters: DaemonStats,
+}
+
 /// The counters of the device that `name` means.
 ///
 /// # Errors
 /// When there is no such device, or its daemon does not answer.
-pub fn stats(states: &StateDir, name: &Path) -> Result<(State, DaemonStats), ControlError> {
+pub fn stats(states: &StateDir, name: &Path) -> Result<Counted, ControlError> {
     let state = find(states, name)?;
-    let counted = daemon::stats(states, &state)?;
-    Ok((state, counted))
+    let counters = daemon::stats(states, &state)?;
+    Ok(Counted { state, counters })
 }
 
 /// Takes down the device that `name` means; see [`daemon::detach`].

@@ -134,6 +134,14 @@ pub struct BytesBySource {
     pub fetched: u64,
 }
 
+impl BytesBySource {
+    /// Bytes of layers, wherever they were.
+    #[must_use]
+    pub const fn of_layers(&self) -> u64 {
+        self.memory + self.disk + self.fetched
+    }
+}
+
 /// Percentiles of a latency, in nanoseconds, each within a fifth of the truth.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Latency {

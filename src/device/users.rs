@@ -222,13 +222,15 @@ fn foreign_mounts(device: &Path) -> Vec<User> {
         }
         let lines = parse_mountinfo(&fs::read(entry.path().join("mountinfo")).unwrap_or_default());
         let here = lines.into_iter().filter(|line| line.device == number);
-        users.extend(here.map(|line| {
-            if was_ours {
-                User::Mount(line.point)
-            } else {
-                User::ForeignMount(line.point, pid)
+        if was_ours {
+            let ours: Vec<_> = here.map(|line| User::Mount(line.point)).collect();
+            // Copies elsewhere say nothing more, as where this process sees the mount itself.
+            if !ours.is_empty() {
+                return ours;
             }
-        }));
+        } else {
+            users.extend(here.map(|line| User::ForeignMount(line.point, pid)));
+        }
     }
     users
 }

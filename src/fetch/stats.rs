@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::units::len_u64;
 
@@ -77,7 +77,8 @@ impl Histogram {
 }
 
 /// How long things took, in microseconds; right to an eighth, the maximum exact.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Percentiles {
     /// How many were measured.
     pub count: u64,
@@ -94,7 +95,8 @@ pub struct Percentiles {
 }
 
 /// Bytes handed out, by where they were when they were asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct BytesByOrigin {
     /// In the memory tier.
     pub memory: u64,
@@ -116,8 +118,10 @@ macro_rules! counters {
             pub(crate) latency: Histogram,
         }
 
-        /// What a fetcher has done since it started.
-        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+        /// What a fetcher has done since it started. Read from another process it may be another version's: a counter that
+        /// is not there is 0.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
         pub struct FetchStats {
             $($(#[$doc])* pub $name: u64,)*
             /// Bytes of tar in all layers that have to be brought...

@@ -155,6 +155,9 @@ fn bar(svg: &mut String, row: &RowOutcome, y: f64, x: &impl Fn(f64) -> f64) {
         }
         from = to;
     }
+    if row.runs.len() < 2 {
+        return;
+    }
     let (low, high) = (x(min.as_secs_f64()), x(max.as_secs_f64()));
     let whisker = y + BAR + 5.0;
     let _ = writeln!(

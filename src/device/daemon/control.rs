@@ -14,6 +14,7 @@ use crate::device::state::{Process, State, StateDir, StateError};
 use crate::device::stats::DeviceStats;
 use crate::device::users::{self, User};
 use crate::device::{Backend, DeviceError, ublk, wait_until};
+use crate::fetch::FetchStats;
 
 /// No request is longer.
 pub(super) const MAX_REQUEST_BYTES: u64 = 4 << 10;
@@ -60,8 +61,8 @@ pub(super) enum Answer {
 pub struct DaemonStats {
     /// Of the device.
     pub device: DeviceStats,
-    /// Of the fetcher, in its own words.
-    pub fetch: serde_json::Value,
+    /// Of the fetcher.
+    pub fetch: FetchStats,
     /// How long the device has been served, in milliseconds.
     pub up_ms: u64,
     /// The daemon's resident memory in bytes.

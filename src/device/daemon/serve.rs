@@ -21,6 +21,7 @@ use super::{
 use crate::device::state::{Process, State, StateDir};
 use crate::device::volume::Volume;
 use crate::device::{Backend, Device};
+use crate::fetch::FetchStats;
 
 /// How often a daemon looks whether its device is still there, and whether one that it was told to leave is still in use.
 const GLANCE: Duration = Duration::from_millis(500);
@@ -236,7 +237,7 @@ impl Signals {
 struct Office<'a> {
     states: &'a StateDir,
     volume: &'a Volume,
-    fetch_stats: Box<dyn Fn() -> serde_json::Value>,
+    fetch_stats: Box<dyn Fn() -> FetchStats>,
     began: Instant,
 }
 
