@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod daemon;
 pub mod fuse_loop;
-pub mod registry;
+pub mod inventory;
 pub mod state;
 pub mod stats;
 pub mod ublk;

@@ -13,7 +13,7 @@ use super::origin::Link;
 use super::stage::{Given, Stage};
 use super::{BenchError, child};
 use crate::device::daemon::DaemonStats;
-use crate::device::registry::Counted;
+use crate::device::inventory::Counted;
 
 /// What `tarblk mount --json` says.
 #[derive(Clone, Debug, Deserialize)]

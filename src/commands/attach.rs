@@ -12,7 +12,7 @@ use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, Moun
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
 use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, ServeSpec, Served};
-use crate::device::registry;
+use crate::device::inventory;
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
@@ -183,7 +183,7 @@ pub(super) fn umount(args: &UmountArgs, _: Session) -> anyhow::Result<()> {
 
 /// `tarblk detach`.
 pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
-    registry::detach(&states(), &args.device)?;
+    inventory::detach(&states(), &args.device)?;
     Ok(())
 }
 
@@ -249,7 +249,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
     }
     let states = states();
     states.create()?;
-    if let Err(error) = registry::sweep(&states) {
+    if let Err(error) = inventory::sweep(&states) {
         log::warn!("{error}");
     }
     let prepared = layer::prepare(layer, session)?;

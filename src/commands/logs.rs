@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use super::attach::states;
 use super::cli::LogsArgs;
 use super::output::write_out;
-use crate::device::registry;
+use crate::device::inventory;
 use crate::device::state::State;
 
 /// How often a log that is followed is looked at again.
@@ -20,7 +20,7 @@ const GLANCE: Duration = Duration::from_millis(200);
 
 /// `tarblk logs`.
 pub(super) fn logs(args: &LogsArgs) -> anyhow::Result<()> {
-    let state = registry::find(&states(), &args.device)?;
+    let state = inventory::find(&states(), &args.device)?;
     let path = state.log.clone().with_context(|| {
         format!(
             "{} has no log: process {} serves it in the foreground, and says what it has to say there",

@@ -7,13 +7,13 @@ use super::attach::states;
 use super::cli::{PsArgs, StatsArgs};
 use super::output::{Table, print, println, write_out};
 use crate::device::daemon::DaemonStats;
-use crate::device::registry::{self, Counted, Status};
+use crate::device::inventory::{self, Counted, Status};
 use crate::fetch::FetchStats;
 use crate::quantity::{show_count, show_size, show_time};
 
 /// `tarblk ps`.
 pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
-    let (listed, damaged) = registry::list(&states())?;
+    let (listed, damaged) = inventory::list(&states())?;
     for error in damaged {
         log::warn!("{error}");
     }
@@ -89,7 +89,7 @@ fn show_age(secs: u64) -> String {
 
 /// `tarblk stats`.
 pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
-    let counted = registry::stats(&states(), &args.device)?;
+    let counted = inventory::stats(&states(), &args.device)?;
     if args.json {
         return println(serde_json::to_string_pretty(&counted)?);
     }

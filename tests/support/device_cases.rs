@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tarblk::internals::device::daemon::{self, Attached, Launcher, Reach, ServeSpec, Served};
-use tarblk::internals::device::registry::{self, Status};
+use tarblk::internals::device::inventory::{self, Status};
 use tarblk::internals::device::state::StateDir;
 use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::internals::mount;
@@ -284,7 +284,7 @@ impl Drop for Lab {
             kill(*pid, rustix::process::Signal::KILL);
         }
         for _ in 0..50 {
-            if registry::sweep(&self.states()).is_ok() && self.left().is_none() {
+            if inventory::sweep(&self.states()).is_ok() && self.left().is_none() {
                 break;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -322,13 +322,13 @@ fn serves_every_block() {
         read_all(&attached.state.device) == read_all(&lab.image()),
         "the device differs from the image"
     );
-    let (listed, wrong) = registry::list(&lab.states()).unwrap();
+    let (listed, wrong) = inventory::list(&lab.states()).unwrap();
     assert!(wrong.is_empty());
     assert_eq!(listed.len(), 1);
     assert_eq!((&listed[0].state, listed[0].status), (&attached.state, Status::Serving));
     let log = fs::read_to_string(attached.state.log.as_ref().unwrap()).unwrap();
     assert!(log.contains("serving a test as /dev/"), "log: {log}");
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -367,7 +367,7 @@ fn serves_many_readers_at_once() {
             });
         }
     });
-    registry::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
+    inventory::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
     lab.assert_clean();
 }
 
@@ -380,17 +380,17 @@ fn refuses_writes() {
         file.sync_all()
     });
     assert!(written.is_err(), "a write to a read-only device went through");
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
 fn mounts_and_unmounts() {
     let lab = Lab::new();
     let attached = lab.mount();
-    let (listed, _) = registry::list(&lab.states()).unwrap();
+    let (listed, _) = inventory::list(&lab.states()).unwrap();
     assert_eq!(listed[0].mounts, [fs::canonicalize(lab.mnt()).unwrap()]);
     compare_with_plain_mount(&lab);
-    assert_eq!(registry::find(&lab.states(), &lab.mnt()).unwrap(), attached.state);
+    assert_eq!(inventory::find(&lab.states(), &lab.mnt()).unwrap(), attached.state);
     mount::unmount(&lab.states(), &lab.mnt()).unwrap();
     lab.assert_clean();
     assert!(matches!(
@@ -421,7 +421,7 @@ fn compare_with_plain_mount(lab: &Lab) {
 fn refuses_to_detach_while_mounted() {
     let lab = Lab::new();
     let attached = lab.mount();
-    let error = registry::detach(&lab.states(), &attached.state.device)
+    let error = inventory::detach(&lab.states(), &attached.state.device)
         .unwrap_err()
         .to_string();
     assert!(
@@ -471,7 +471,7 @@ fn finds_a_mount_in_another_namespace() {
     assert!(error.contains(&place), "the message does not say where: {error}");
     elsewhere.kill().unwrap();
     elsewhere.wait().unwrap();
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -506,16 +506,16 @@ fn a_killed_daemon_is_cleaned_up() {
         let attached = lab.attach();
         kill(attached.state.process.pid, rustix::process::Signal::KILL);
         wait_until("the daemon's death", || !attached.state.is_alive());
-        let (listed, _) = registry::list(&lab.states()).unwrap();
+        let (listed, _) = inventory::list(&lab.states()).unwrap();
         assert_eq!((listed.len(), listed[0].status), (1, Status::Dead));
-        let error = registry::stats(&lab.states(), &attached.state.device)
+        let error = inventory::stats(&lab.states(), &attached.state.device)
             .unwrap_err()
             .to_string();
         assert!(error.contains("dead"), "{error}");
         if by_name {
-            registry::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
+            inventory::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
         } else {
-            assert!(registry::sweep(&lab.states()).unwrap().is_empty());
+            assert!(inventory::sweep(&lab.states()).unwrap().is_empty());
         }
         lab.assert_clean();
     }
@@ -526,9 +526,9 @@ fn a_killed_daemon_of_a_mounted_device_is_cleaned_up() {
     let attached = lab.mount();
     kill(attached.state.process.pid, rustix::process::Signal::KILL);
     wait_until("the daemon's death", || !attached.state.is_alive());
-    let staying = registry::sweep(&lab.states()).unwrap();
+    let staying = inventory::sweep(&lab.states()).unwrap();
     assert_eq!(staying.len(), 1, "a mounted device was swept away");
-    let error = registry::detach(&lab.states(), &attached.state.device)
+    let error = inventory::detach(&lab.states(), &attached.state.device)
         .unwrap_err()
         .to_string();
     assert!(
@@ -548,7 +548,7 @@ fn reads_that_never_end_do_not_keep_the_device() {
         File::open(device).and_then(|mut file| file.read_to_end(&mut all))
     });
     wait_until("a read", || {
-        registry::stats(&lab.states(), &attached.state.device)
+        inventory::stats(&lab.states(), &attached.state.device)
             .unwrap()
             .counters
             .device
@@ -556,7 +556,7 @@ fn reads_that_never_end_do_not_keep_the_device() {
             > 2
     });
     std::thread::sleep(Duration::from_millis(100));
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     // A device that goes away under a reader is an error or the device's end to it.
     let read = reader.join().unwrap();
     assert!(
@@ -625,7 +625,7 @@ fn what_a_local_file_does_not_give_is_fetched() {
         read_all(&attached.state.device) == read_all(&lab.image()),
         "the device differs from the image"
     );
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -633,7 +633,9 @@ fn counts_what_it_serves() {
     let lab = Lab::new();
     let attached = lab.attach();
     let all = read_all(&attached.state.device);
-    let stats = registry::stats(&lab.states(), &attached.state.device).unwrap().counters;
+    let stats = inventory::stats(&lab.states(), &attached.state.device)
+        .unwrap()
+        .counters;
     let bytes = &stats.device.bytes;
     let total = bytes.metadata + bytes.zero + bytes.memory + bytes.disk + bytes.fetched;
     // The kernel may have read some blocks twice: looking for partitions, and for us.
@@ -650,7 +652,7 @@ fn counts_what_it_serves() {
     assert!(stats.device.latency.max_ns > 1_000_000, "{stats:?}");
     assert_eq!((stats.device.errors, stats.fetch.requests), (0, 7));
     assert!(stats.resident_bytes > 1 << 20);
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -665,7 +667,7 @@ fn two_devices_do_not_hold_each_other() {
         !first.state.device_exists(),
         "the second daemon keeps the first one's device"
     );
-    registry::detach(&lab.states(), &second.state.device).unwrap();
+    inventory::detach(&lab.states(), &second.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -703,7 +705,7 @@ fn keeps_nothing_mounted_that_it_does_not_need() {
     }
     assert!(mounted(lab.states().path()) && mounted(Path::new("/proc")), "{seen}");
     assert_eq!(read_all(&attached.state.device), read_all(&lab.image()));
-    registry::detach(&lab.states(), &attached.state.device).unwrap();
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     let left: Vec<_> = fs::read_dir(lab.states().path()).unwrap().collect();
     assert!(left.is_empty(), "files are left: {left:?}");
     // The kernel closes what a process had open a moment after its end.

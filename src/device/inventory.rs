@@ -1,5 +1,5 @@
-//! All devices of ours: what `ps` lists, how a device is found by what a person calls it, and how what dead daemons left is
-//! cleaned up.
+//! The devices that tarblk has attached on this machine. In: the directory of states. Out: what `ps` lists, the device that a name,
+//! path or mount point means, and what dead daemons left cleaned up.
 
 use std::path::{Path, PathBuf};
 
