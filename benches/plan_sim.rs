@@ -201,7 +201,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
     let mut planner = Planner::new(Some(case.image.clone()), vec![case.size], options.clone());
     let mut sim = Simulation {
         tar: &case.tar,
-        gap: options.gap,
+        gap: options.gap_chunks,
         now: 0,
         epoch: Instant::now(),
         rtt_us: rtt_ms * 1000,
@@ -417,21 +417,21 @@ fn main() {
         };
         for _ in 0..3000 {
             let options = PlanOptions {
-                small_file: pick(&[256 << 10, 512 << 10, 1 << 20]),
-                with_demand: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
-                first_touch: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                widest_touch: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]),
-                neighbours: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]),
-                neighbours_percent: pick(&[50, 100, 200, 400]),
-                small_neighbour: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
-                program_part: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                first_window: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                credit: pick(&[256 << 10, 1 << 20, 2 << 20]),
+                small_file_bytes: pick(&[256 << 10, 512 << 10, 1 << 20]),
+                demand_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
+                first_touch_bytes: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
+                widest_touch_bytes: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]),
+                neighbour_bytes: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]),
+                neighbour_percent: pick(&[50, 100, 200, 400]),
+                small_neighbour_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
+                program_part_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
+                first_read_ahead_bytes: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20]),
+                credit_bytes: pick(&[256 << 10, 1 << 20, 2 << 20]),
                 credit_percent: pick(&[10, 20, 30, 40, 60, 80, 100]),
                 urgent_percent: pick(&[40, 60, 80, 100, 150, 1000]),
-                fault_around: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
+                fault_around_bytes: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
                 import_hops: u8::try_from(pick(&[0, 3, 20])).unwrap(),
-                gap: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
+                gap_chunks: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
                 ..base.clone()
             };
             policies.push((format!("{options:?}").replace(' ', ""), options));

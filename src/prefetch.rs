@@ -1,8 +1,10 @@
-//! What to fetch, and what is likely next. In: what readers touch. Out: stretches of chunks: some now, with the demand;
-//! the rest in the order of their likelihood, for when the link has room.
+//! The prefetch planner: which chunks to fetch, and which are likely to be read next. In: the ranges that readers touch. Out:
+//! ranges of chunks: some now, with the demand; the rest in the order of their likelihood, for when the link has room.
 //!
 //! Pure: no clock, no I/O, no chunk data. It knows the files through a [`FileMap`] and what is here through a question it
-//! asks. It must never promise a chunk: what it queues may be dropped at any time.
+//! asks.
+//!
+//! Invariant: it never promises a chunk. What it queues may be dropped at any time.
 
 pub mod bandwidth;
 mod elf;
@@ -37,7 +39,7 @@ pub type Look<'a> = &'a dyn Fn(ChunkKey) -> Presence;
 /// Shows the bytes of a chunk to whoever asks, if it is in memory, and says whether it is.
 pub type Peek<'a> = &'a dyn Fn(ChunkKey, &mut dyn FnMut(&[u8])) -> bool;
 
-/// Chunks of one layer, side by side.
+/// A range of chunks of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ChunkRange {
     /// The layer.
@@ -49,13 +51,10 @@ pub struct ChunkRange {
 }
 
 impl Reason {
-    /// A want for this reason.
+    /// `chunks` planned for this reason.
     #[must_use]
-    pub const fn of(self, stretch: ChunkRange) -> Planned {
-        Planned {
-            chunks: stretch,
-            reason: self,
-        }
+    pub const fn of(self, chunks: ChunkRange) -> Planned {
+        Planned { chunks, reason: self }
     }
 }
 
@@ -123,7 +122,7 @@ impl ChunkRange {
     }
 }
 
-/// Why a stretch is wanted.
+/// Why a range of chunks is to be fetched, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
     /// A reader waits for it.
@@ -140,74 +139,75 @@ pub enum Reason {
     Neighbour,
 }
 
-/// A stretch and why.
+/// A range of chunks that is to be fetched, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planned {
-    /// What.
+    /// The chunks.
     pub chunks: ChunkRange,
-    /// Why.
+    /// Why they are.
     pub reason: Reason,
 }
 
-/// The planner's numbers. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
+/// The planner's numbers: `_bytes` are bytes of tar, `_percent` hundredths, `_chunks` chunks of [`CHUNK_BYTES`]. The defaults are what `benches/plan_sim.rs` found best on the traces of a Debian layer.
 #[derive(Clone, Debug)]
 pub struct PlanOptions {
     /// Files up to this size are fetched whole at their first touch.
-    pub small_file: u64,
+    pub small_file_bytes: u64,
     /// Of a small file that does not fit this, only so much goes with the demand; the rest follows behind it.
-    pub with_demand: u64,
-    /// At the first miss in a bigger file the aligned stretch of so much around it is wanted, what lies before it last; at
-    /// each further one a stretch of twice as much...
-    pub first_touch: u64,
+    pub demand_bytes: u64,
+    /// At the first miss in a bigger file the aligned chunks of so much around it is wanted, what lies before it last; at
+    /// each further one a chunks of twice as much...
+    pub first_touch_bytes: u64,
     /// ...up to this.
-    pub widest_touch: u64,
+    pub widest_touch_bytes: u64,
     /// At the first touch of a file so many bytes of its directory are queued...
-    pub neighbours: u64,
+    pub neighbour_bytes: u64,
     /// ...and at each further file's so many that what is queued and unread is at most this percentage of what was read
-    /// there, and [`neighbours`](Self::neighbours) on top: a directory whose files are read one after the other comes
+    /// there, and [`neighbour_bytes`](Self::neighbour_bytes) on top: a directory whose files are read one after the other comes
     /// whole, one that is visited for a single file does not.
-    pub neighbours_percent: u64,
+    pub neighbour_percent: u64,
     /// Files of a directory are neighbours up to this size.
-    pub small_neighbour: u64,
+    pub small_neighbour_bytes: u64,
     /// Of a library that a program names and of the parts of a program that its loader reads, at most so much is queued.
-    pub program_part: u64,
+    pub program_part_bytes: u64,
     /// Modules are followed so many imports from one that a reader touched.
     pub import_hops: u8,
     /// What the kernel reads on both sides of a fault in a mapped file: half its read-ahead.
-    pub fault_around: u64,
-    /// A reader that has read so much in one go is sequential; its window is as long as that.
-    pub first_window: u64,
-    /// Its largest.
-    pub largest_window: u64,
-    /// Neighbours are fetched while the bytes fetched on suspicion and unread are at most this...
-    pub credit: u64,
+    pub fault_around_bytes: u64,
+    /// A reader that has read so many bytes in one go is sequential; what is read ahead of it is as long as that...
+    pub first_read_ahead_bytes: u64,
+    /// ...up to this. The fetcher lowers it to a quarter of its memory cache, so that what is read ahead does not push out of
+    /// memory what the reader has not read yet.
+    pub largest_read_ahead_bytes: u64,
+    /// Neighbours are fetched while the bytes prefetched and unread are at most this...
+    pub credit_bytes: u64,
     /// ...plus this percentage of the bytes that were read.
     pub credit_percent: u64,
-    /// The rest of files and windows, whose readers are known, waits likewise at this percentage.
+    /// The rest of files and what lies ahead of sequential readers waits likewise at this percentage.
     pub urgent_percent: u64,
-    /// Wants this close are one request, in chunks between them.
-    pub gap: u32,
+    /// Ranges with at most so many chunks between them are one request.
+    pub gap_chunks: u32,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
         Self {
-            small_file: 512 << 10,
-            with_demand: 512 << 10,
-            first_touch: 256 << 10,
-            widest_touch: 2 << 20,
-            neighbours: 32 << 10,
-            neighbours_percent: 50,
-            small_neighbour: 64 << 10,
-            program_part: 512 << 10,
+            small_file_bytes: 512 << 10,
+            demand_bytes: 512 << 10,
+            first_touch_bytes: 256 << 10,
+            widest_touch_bytes: 2 << 20,
+            neighbour_bytes: 32 << 10,
+            neighbour_percent: 50,
+            small_neighbour_bytes: 64 << 10,
+            program_part_bytes: 512 << 10,
             import_hops: 20,
-            fault_around: 16 << 10,
-            first_window: 256 << 10,
-            largest_window: 16 << 20,
-            credit: 1 << 20,
+            fault_around_bytes: 16 << 10,
+            first_read_ahead_bytes: 256 << 10,
+            largest_read_ahead_bytes: 16 << 20,
+            credit_bytes: 1 << 20,
             credit_percent: 50,
             urgent_percent: 1000,
-            gap: 4,
+            gap_chunks: 4,
         }
     }
 }
@@ -217,7 +217,7 @@ const MOST_STREAMS: usize = 32;
 /// A reader that jumps no further than this is still sequential: the kernel's requests overtake each other.
 const SLACK: u64 = 128 << 10;
 
-/// Somebody who reads on and on.
+/// A reader that reads a layer in order.
 #[derive(Clone, Copy, Debug)]
 struct Stream {
     layer: LayerId,
@@ -233,7 +233,7 @@ struct Stream {
     run: u64,
 }
 
-/// See the module.
+/// The planner of one fetcher: pure state, without I/O. See the module.
 #[derive(Debug)]
 pub struct Planner {
     files: Option<Arc<dyn FileMap>>,
@@ -247,7 +247,7 @@ pub struct Planner {
     seen: Seen,
     /// How wide the last touch of a big file reached, the latest first.
     touched: VecDeque<(FileId, u64)>,
-    /// Bytes that readers got, and bytes fetched on suspicion that nobody read yet.
+    /// Bytes that readers got, and bytes prefetched that no reader has read yet.
     read: u64,
     unread: u64,
 }
@@ -290,11 +290,11 @@ impl Planner {
         }
         let with = self.belonging(layer, range);
         now.push(Reason::Demand.of(wanted));
-        if with.bytes() <= self.options.with_demand.max(wanted.bytes()) {
+        if with.bytes() <= self.options.demand_bytes.max(wanted.bytes()) {
             now.push(Reason::Rest.of(with));
         } else {
             // What lies behind the demanded chunks goes with them as far as it may; the rest follows.
-            let room = self.options.with_demand.saturating_sub(wanted.bytes()) / CHUNK_BYTES;
+            let room = self.options.demand_bytes.saturating_sub(wanted.bytes()) / CHUNK_BYTES;
             let end = wanted
                 .end
                 .saturating_add(u32::try_from(room).unwrap_or(u32::MAX))
@@ -321,12 +321,12 @@ impl Planner {
         self.read += bytes;
     }
 
-    /// So many bytes were asked for on suspicion.
+    /// So many bytes were asked for before any reader asked.
     pub fn prefetched(&mut self, bytes: u64) {
         self.unread += bytes;
     }
 
-    /// Of those, so many paid.
+    /// Of those, so many were read.
     pub fn paid(&mut self, bytes: u64) {
         self.read += bytes;
         self.unread = self.unread.saturating_sub(bytes);
@@ -337,25 +337,25 @@ impl Planner {
         self.unread = self.unread.saturating_sub(bytes);
     }
 
-    /// The most likely absent stretch, at most `room` bytes, for a link that would otherwise be idle.
+    /// The most likely absent range, at most `room` bytes, for a link that would otherwise be idle.
     pub fn next(&mut self, room: u64, look: Look<'_>) -> Option<Planned> {
         let most = u32::try_from((room / CHUNK_BYTES).max(1)).unwrap_or(u32::MAX);
         if !self.may_prefetch(self.options.urgent_percent) {
             return None;
         }
-        if let Some(mut found) = take_from(&mut self.urgent, most, self.options.gap, look) {
-            gather(&mut found.chunks, &self.urgent, most, self.options.gap, look);
+        if let Some(mut found) = take_from(&mut self.urgent, most, self.options.gap_chunks, look) {
+            gather(&mut found.chunks, &self.urgent, most, self.options.gap_chunks, look);
             return Some(found);
         }
         if !self.may_prefetch(self.options.credit_percent) {
             return None;
         }
-        self.neighbours.next(most, self.options.gap, look)
+        self.neighbours.next(most, self.options.gap_chunks, look)
     }
 
     /// Whether what lies here unread is little enough, measured by what was read.
     fn may_prefetch(&self, percent: u64) -> bool {
-        self.unread <= self.options.credit + self.read / 100 * percent
+        self.unread <= self.options.credit_bytes + self.read / 100 * percent
     }
 
     /// What belongs with `range`: a small file whole; of a big one the surroundings, wider with every touch.
@@ -365,7 +365,7 @@ impl Planner {
         let begins_in = file_at(range.start);
         let ends_in = file_at(TarOffset(range.end().0.saturating_sub(1))).filter(|last| begins_in != Some(*last));
         for file in begins_in.into_iter().chain(ends_in) {
-            let part = if file.range.len <= self.options.small_file {
+            let part = if file.range.len <= self.options.small_file_bytes {
                 file.range
             } else {
                 let widest = self.widen(file.file);
@@ -392,17 +392,17 @@ impl Planner {
     fn widen(&mut self, file: FileId) -> u64 {
         let place = self.touched.iter().position(|(touched, _)| *touched == file);
         let width = match place.and_then(|place| self.touched.remove(place)) {
-            Some((_, width)) => (width * 2).min(self.options.widest_touch),
-            None => self.options.first_touch,
+            Some((_, width)) => (width * 2).min(self.options.widest_touch_bytes),
+            None => self.options.first_touch_bytes,
         };
         self.touched.push_front((file, width));
         self.touched.truncate(MOST_STREAMS);
         width
     }
 
-    fn want_soon(&mut self, stretch: ChunkRange) {
-        if !stretch.is_empty() {
-            self.urgent.push_front(Reason::Rest.of(stretch));
+    fn want_soon(&mut self, chunks: ChunkRange) {
+        if !chunks.is_empty() {
+            self.urgent.push_front(Reason::Rest.of(chunks));
         }
     }
 
@@ -437,8 +437,8 @@ impl Planner {
         stream.run += range.end().since(stream.at).min(range.len);
         stream.at = stream.at.max(range.end());
         let ahead = stream.queued.since(stream.at);
-        let window = stream.run.min(self.options.largest_window);
-        if window >= self.options.first_window && ahead <= window / 2 {
+        let window = stream.run.min(self.options.largest_read_ahead_bytes);
+        if window >= self.options.first_read_ahead_bytes && ahead <= window / 2 {
             let from = stream.queued.max(stream.at);
             let until = stream.at.plus(window).min(stream.file.end());
             if until > from {
@@ -515,7 +515,7 @@ fn may_bridge(layer: LayerId, from: u32, to: u32, look: Look<'_>) -> bool {
     (from..to).all(|index| look(ChunkKey { layer, index }) != Presence::Coming)
 }
 
-/// Cuts the next absent stretch of at most `most` chunks from the front of `queue`, merged with what follows closely.
+/// Cuts the next absent chunks of at most `most` chunks from the front of `queue`, merged with what follows closely.
 fn take_from(queue: &mut VecDeque<Planned>, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
     let mut found: Option<Planned> = None;
     while let Some(Planned { chunks: front, reason }) = queue.front_mut() {

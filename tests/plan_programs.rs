@@ -38,8 +38,8 @@ impl World {
         let image = Arc::new(Ext4Image::plan(tree.finish(), &Ext4Options::default()).unwrap());
         // Directory neighbours would come whether anybody names them or not.
         let options = PlanOptions {
-            neighbours: 0,
-            neighbours_percent: 0,
+            neighbour_bytes: 0,
+            neighbour_percent: 0,
             ..PlanOptions::default()
         };
         let planner = Planner::new(Some(image.clone()), vec![size], options);

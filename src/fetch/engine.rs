@@ -161,11 +161,11 @@ impl Engine {
         } = parts;
         // Whatever could be wrong with them was found before.
         let state = |source: LayerSource| LayerState::new(source).ok().map(Rc::new);
-        // More ahead of a reader than this would push out of memory what it has not read yet.
-        let largest_window = (options.memory_bytes / 4).max(CHUNK_BYTES);
+        // Reading further ahead would push out of memory what the reader has not read yet: see PlanOptions.
+        let largest_read_ahead_bytes = (options.memory_bytes / 4).max(CHUNK_BYTES);
         let defaults = PlanOptions::default();
         let plan = PlanOptions {
-            largest_window: defaults.largest_window.min(largest_window),
+            largest_read_ahead_bytes: defaults.largest_read_ahead_bytes.min(largest_read_ahead_bytes),
             ..defaults
         };
         let sizes = shared.layers.iter().map(SharedLayer::size).collect();
@@ -174,7 +174,7 @@ impl Engine {
             layers: sources.into_iter().map(|source| source.and_then(state)).collect(),
             in_flight: InFlight::default(),
             budget: Budget::new(options.connections),
-            gap: plan.gap,
+            gap: plan.gap_chunks,
             planner: RefCell::new(Planner::new(files, sizes, plan)),
             workers: Arc::new(Semaphore::new(
                 std::thread::available_parallelism().map_or(2, std::num::NonZero::get),

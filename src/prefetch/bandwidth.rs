@@ -1,5 +1,5 @@
-//! What the network can carry. In: when heads and bodies came. Out: how many bytes may be under way before more would only
-//! queue.
+//! The bandwidth-delay product of the link to a server. In: when heads and bodies of answers came. Out: how many bytes may be
+//! in flight before more would only queue.
 //!
 //! Pure arithmetic on the times it is told.
 
@@ -7,21 +7,21 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// Until something is known: what a 20 ms, 100 Mbit/s link holds.
-const FIRST_WINDOW: u64 = 256 << 10;
+const INITIAL_IN_FLIGHT: u64 = 256 << 10;
 /// Below this requests cost more than they carry.
-const SMALLEST_WINDOW: u64 = 64 << 10;
+const LEAST_IN_FLIGHT: u64 = 64 << 10;
 /// Above this memory fills faster than readers empty it.
-const LARGEST_WINDOW: u64 = 16 << 20;
-/// Round trips are taken to be at least this long: on a local link the bytes of 4 ms delay nobody, and keep requests big.
+const MOST_IN_FLIGHT: u64 = 16 << 20;
+/// Round trips are taken to be at least this long: on a local link the bytes of 4 ms delay no read, and keep requests big.
 const SHORTEST_TRIP: Duration = Duration::from_millis(4);
 /// A rate is measured over at least this long and this many bytes of uninterrupted arrival.
 const SAMPLE_TIME: Duration = Duration::from_millis(5);
 const SAMPLE_BYTES: u64 = 64 << 10;
-/// Samples are believed this long: a link that became slower is noticed within seconds.
+/// Samples count this long: a link that became slower is noticed within seconds.
 const MEMORY: Duration = Duration::from_secs(4);
 const MOST_SAMPLES: usize = 256;
 
-/// The estimate for one origin.
+/// Estimates round trip (the shortest recent one) and bandwidth (the highest recent one) of one link, as BBR does.
 #[derive(Debug)]
 pub struct BdpEstimator {
     trips: VecDeque<(Instant, Duration)>,
@@ -108,14 +108,16 @@ impl BdpEstimator {
     /// faster link shows itself.
     #[must_use]
     pub fn in_flight_limit(&self) -> u64 {
-        let Some(rate) = self.rate() else { return FIRST_WINDOW };
+        let Some(rate) = self.rate() else {
+            return INITIAL_IN_FLIGHT;
+        };
         let trip = u64::try_from(self.trip().as_micros()).unwrap_or(u64::MAX);
         let held = rate.saturating_mul(trip) / 1_000_000;
-        (held + held / 2).clamp(SMALLEST_WINDOW, LARGEST_WINDOW)
+        (held + held / 2).clamp(LEAST_IN_FLIGHT, MOST_IN_FLIGHT)
     }
 }
 
-/// Drops what is too old to be believed, but never the last.
+/// Drops what is too old to count, but never the last.
 fn forget<T>(samples: &mut VecDeque<(Instant, T)>, now: Instant) {
     while samples.len() > MOST_SAMPLES
         || samples.len() > 1
@@ -143,7 +145,7 @@ mod tests {
     #[test]
     fn finds_the_bandwidth_delay_product() {
         let mut link = BdpEstimator::new();
-        assert_eq!(link.in_flight_limit(), FIRST_WINDOW);
+        assert_eq!(link.in_flight_limit(), INITIAL_IN_FLIGHT);
         let now = Instant::now();
         link.head(now, Duration::from_millis(20));
         stream(&mut link, now, 25_000_000, 2_000_000);
@@ -175,7 +177,7 @@ mod tests {
         let now = stream(&mut link, now, 25_000_000, 2_000_000);
         stream(&mut link, now, 2_000_000, 16_000_000);
         assert!(link.rate().unwrap() < 2_200_000);
-        assert_eq!(link.in_flight_limit(), SMALLEST_WINDOW.max(60_000));
+        assert_eq!(link.in_flight_limit(), LEAST_IN_FLIGHT.max(60_000));
     }
 
     #[test]

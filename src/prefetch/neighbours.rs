@@ -27,7 +27,7 @@ struct Credit {
     guessed_bytes: u64,
 }
 
-/// See the module.
+/// What directories have earned, and the files of theirs that are to be prefetched; see the module.
 #[derive(Debug, Default)]
 pub(super) struct Neighbours {
     directories: HashMap<DirectoryId, Credit>,
@@ -42,13 +42,13 @@ impl Neighbours {
             self.directories.clear();
         }
         let credit = self.directories.entry(file.directory).or_default();
-        if file.range.len <= options.small_neighbour {
+        if file.range.len <= options.small_neighbour_bytes {
             credit.read += file.range.len;
         }
         if credit.guessed.remove(&file.file) {
             credit.guessed_bytes -= file.range.len;
         }
-        let limit = options.neighbours + credit.read / 100 * options.neighbours_percent;
+        let limit = options.neighbour_bytes + credit.read / 100 * options.neighbour_percent;
         let mut batch: VecDeque<Planned> = VecDeque::new();
         let mut visits = 0;
         files.neighbours(file.file, &mut |next: StoredFile| {
@@ -56,7 +56,7 @@ impl Neighbours {
             if credit.guessed_bytes >= limit || visits > MOST_VISITS {
                 return ControlFlow::Break(());
             }
-            let small = next.range.len <= options.small_neighbour && next.range.len <= limit;
+            let small = next.range.len <= options.small_neighbour_bytes && next.range.len <= limit;
             if !small || next.range.is_empty() || credit.guessed.contains(&next.file) {
                 return ControlFlow::Continue(());
             }

@@ -46,7 +46,7 @@ pub(super) struct Wanted {
     pub(super) certain: bool,
 }
 
-/// See the module.
+/// The touched files that are to be looked into, and the loaders that read them; see the module.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
     open: VecDeque<Open>,
@@ -55,7 +55,7 @@ pub(super) struct Programs {
     /// Where libraries were found, the latest first.
     homes: VecDeque<DirectoryId>,
     modules: Modules,
-    /// Whether files were touched that nobody has looked into yet.
+    /// Whether files were touched that have not been looked into yet.
     fresh: bool,
 }
 
@@ -199,24 +199,24 @@ impl Programs {
             if !needs.libraries.is_empty()
                 && let Some(cache) = files.resolve(file.directory, LOADER_CACHE)
             {
-                wanted.push(part_of(cache, 0, options.program_part));
+                wanted.push(part_of(cache, 0, options.program_part_bytes));
             }
         }
         for &(at, len) in &needs.parts {
             // A fault brings what lies around it as well.
-            let (from, to) = (at.saturating_sub(options.fault_around), at.saturating_add(len));
+            let (from, to) = (at.saturating_sub(options.fault_around_bytes), at.saturating_add(len));
             let at = from.min(file.range.len);
-            let len = to.saturating_add(options.fault_around).min(file.range.len) - at;
+            let len = to.saturating_add(options.fault_around_bytes).min(file.range.len) - at;
             let mut want = |at, len| {
                 if len > 0 {
                     wanted.push(part_of(file, at, len));
                 }
             };
-            if len <= options.program_part {
+            if len <= options.program_part_bytes {
                 want(at, len);
             } else {
                 // Of a big part both ends: tables lie at the beginning, the kernel clears what is behind the end.
-                let half = options.program_part / 2;
+                let half = options.program_part_bytes / 2;
                 want(at, half);
                 want(at + len - half, half);
             }
@@ -249,7 +249,7 @@ impl Programs {
         if self.known.contains_key(&file.file) {
             return;
         }
-        let whole = file.range.len <= options.program_part;
+        let whole = file.range.len <= options.program_part_bytes;
         wanted.push(part_of(file, 0, if whole { file.range.len } else { 2 * CHUNK_BYTES }));
         self.look_into(file, hops);
     }

@@ -207,7 +207,7 @@ fn what_nobody_reads_ends_the_guessing() {
         guessed += world.idle().len();
         assert!(fetched <= 2);
     }
-    let limit = (PlanOptions::default().credit + 100 * 2 * CHUNK) / CHUNK + 64;
+    let limit = (PlanOptions::default().credit_bytes + 100 * 2 * CHUNK) / CHUNK + 64;
     assert!(
         u64::try_from(guessed).unwrap() <= limit,
         "{guessed} chunks guessed, {limit} allowed"
