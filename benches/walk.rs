@@ -16,6 +16,7 @@ use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::{EntrySink, IndexBuilder, walk::Walked};
 use tarblk::internals::source::{self, Source};
+use tarblk::internals::walk::walk as walk_blob;
 
 const RUNS: usize = 7;
 
@@ -87,7 +88,7 @@ fn walk(url: &str) -> Result<(Walked, usize), Box<dyn std::error::Error>> {
     let blob = source::open(&Source::parse(url)?, &patience)?;
     let mut index = IndexBuilder::new();
     let sink: &mut dyn EntrySink = &mut index;
-    let walked = source::walk(&blob, sink, None, &patience, &mut |_, _| {})?;
+    let walked = walk_blob(&blob, sink, None, &patience, &mut |_, _| {})?;
     Ok((walked, index.finish(walked.tar_len, walked.end).len()))
 }
 

@@ -95,6 +95,8 @@ mod prefetch;
 mod quantity;
 #[cfg(feature = "command")]
 mod source;
+#[cfg(feature = "command")]
+mod walk;
 
 /// Runs the `tarblk` command on this process's arguments: all that `src/main.rs` does.
 #[cfg(feature = "command")]
@@ -147,5 +149,6 @@ pub mod internals {
         #[cfg(feature = "command")] prefetch
         #[cfg(feature = "command")] quantity
         #[cfg(feature = "command")] source
+        #[cfg(feature = "command")] walk
     }
 }

@@ -39,6 +39,7 @@ use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
 use crate::source::{self, LayerBlob, Place, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
+use crate::walk::WalkError;
 use layer::Facts;
 
 pub use discover::IndexChoice;
@@ -57,6 +58,14 @@ pub enum OpenError {
     /// The layer cannot be found or its headers not read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The tar itself is bad, or its compression, or it holds what no index can.
+    #[error("{name}: {source}")]
+    Tar {
+        /// The layer.
+        name: String,
+        /// What is wrong.
+        source: IndexError,
+    },
     /// A layer by itself has no bytes.
     #[error(
         "{name} is empty (0 bytes): no tar is, whose end alone takes 1,024 bytes; was it written and downloaded to its end?"
@@ -169,6 +178,15 @@ pub enum OpenError {
         /// Why.
         cause: io::Error,
     },
+}
+
+impl From<WalkError> for OpenError {
+    fn from(error: WalkError) -> Self {
+        match error {
+            WalkError::Source(error) => Self::Source(error),
+            WalkError::Tar { name, source } => Self::Tar { name, source },
+        }
+    }
 }
 
 /// How a layer or an image is opened.

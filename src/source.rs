@@ -1,16 +1,16 @@
 //! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`, or an image's name. Out: a [`LayerBlob`]: how
-//! long the layer is, how to tell that it is still the same, how to read ranges of it; and a walk over its headers that suits
-//! the place ([`walk`]). Images have several layers: [`registry::resolve`] finds them, [`open_layer`] opens one.
+//! long the layer is, how to tell that it is still the same, and its bytes, all of them or ranges. Images have several layers:
+//! [`registry::resolve`] finds them, [`open_layer`] opens one.
 //!
 //! This room must never keep a secret in anything that is printed: passwords and query strings (signatures live there) are
-//! left out of every message and every `Debug`. It waits for nothing without a deadline, and it never gives the header
-//! parser a byte from another place than it says.
+//! left out of every message and every `Debug`. It waits for nothing without a deadline.
+//!
+//! Parts: `blob` (what was found), `request` and `stream` (its bytes), `meant` (what an unusable name may have meant), `registry`.
 
 mod blob;
 mod error;
 mod meant;
 pub mod registry;
-mod remote;
 mod request;
 mod stream;
 
@@ -23,14 +23,13 @@ use url::Url;
 
 pub use blob::{HttpBlob, LayerBlob, Place};
 pub use error::SourceError;
+pub(crate) use error::wait_after;
 pub use meant::image_meant;
-pub use remote::Tap;
+pub(crate) use request::Requests;
 pub use request::{get_whole, probe};
 pub use stream::{BlobSink, first_bytes, read_range, stream};
 
 use crate::http::{HttpOptions, shown_url, without_secrets};
-use crate::index::walk::{Progress, Walked};
-use crate::index::{EntrySink, walk as index_walk};
 
 /// What a person named as a layer.
 #[derive(Clone, PartialEq, Eq)]
@@ -224,28 +223,6 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
         place: Place::File(file),
         path: Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())),
     })
-}
-
-/// Walks the layer's headers, wherever it is, and hands its entries to `sink`. Payload that passes anyway goes to `tap`, which
-/// local files do not need. Must not be called from within an asynchronous runtime.
-///
-/// # Errors
-/// [`SourceError`]: what is wrong with the tar, the server or the sink.
-pub fn walk<'a>(
-    blob: &'a LayerBlob,
-    sink: &'a mut dyn EntrySink,
-    tap: Option<&'a mut (dyn Tap + 'a)>,
-    options: &HttpOptions,
-    progress: Progress<'a>,
-) -> Result<Walked, SourceError> {
-    let bad_tar = |error| SourceError::Tar {
-        source_name: blob.name(),
-        source: error,
-    };
-    match &blob.place {
-        Place::File(file) => index_walk::local(file, blob.len, sink, progress).map_err(bad_tar),
-        Place::Http(http) => remote::walk(http, sink, tap, options, progress),
-    }
 }
 
 #[cfg(test)]

@@ -409,7 +409,7 @@ fn a_layer_that_is_not_what_the_manifest_says_is_not_published() {
     registry.put_blob_as(&layer.digest(), &blob);
     let refused = push(&image, &options(), SPACING, false, &mut Silent).unwrap_err();
     assert!(
-        matches!(refused, OpenError::Index { .. } | OpenError::Source(_)),
+        matches!(refused, OpenError::Index { .. } | OpenError::Tar { .. }),
         "{refused}"
     );
     registry.take_log();

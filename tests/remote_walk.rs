@@ -10,9 +10,10 @@ use std::time::Duration;
 use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
 use tarblk::internals::http::{self, HttpOptions, Kind, RetryPolicy, Timeouts};
 use tarblk::internals::index::walk::Walked;
-use tarblk::internals::index::{Collector, Entry, walk};
-use tarblk::internals::source::{self, Source, SourceError, Tap};
+use tarblk::internals::index::{Collector, Entry, walk as local_walk};
+use tarblk::internals::source::{self, Source};
 use tarblk::internals::units::TarOffset;
+use tarblk::internals::walk::{Tap, WalkError, walk};
 
 /// A length as a position.
 fn bytes(len: usize) -> u64 {
@@ -101,7 +102,7 @@ fn mixed_tar(seed: u64, entries: u64) -> (tempfile::NamedTempFile, Vec<Entry>) {
 fn local(path: &Path) -> Vec<Entry> {
     let mut all = Collector::default();
     let file = File::open(path).unwrap();
-    walk::local(&file, file.metadata().unwrap().len(), &mut all, &mut |_, _| {}).unwrap();
+    local_walk::local(&file, file.metadata().unwrap().len(), &mut all, &mut |_, _| {}).unwrap();
     all.0
 }
 
@@ -117,10 +118,10 @@ impl Tap for Keep {
     }
 }
 
-fn remote(url: &str, patience: &HttpOptions) -> Result<(Vec<Entry>, Walked), SourceError> {
+fn remote(url: &str, patience: &HttpOptions) -> Result<(Vec<Entry>, Walked), WalkError> {
     let blob = source::open(&Source::parse(url)?, patience)?;
     let mut all = Collector::default();
-    let walked = source::walk(&blob, &mut all, None, patience, &mut |_, _| {})?;
+    let walked = walk(&blob, &mut all, None, patience, &mut |_, _| {})?;
     Ok((all.0, walked))
 }
 
@@ -154,7 +155,7 @@ fn the_tap_gets_right_bytes_at_right_places() {
         let blob = source::open(&Source::parse(&origin.url("/layer.tar")).unwrap(), &patience()).unwrap();
         let mut keep = Keep(vec![None; content.len()]);
         let mut all = Collector::default();
-        let walked = source::walk(&blob, &mut all, Some(&mut keep), &patience(), &mut |_, _| {}).unwrap();
+        let walked = walk(&blob, &mut all, Some(&mut keep), &patience(), &mut |_, _| {}).unwrap();
         let kept = keep
             .0
             .iter()
@@ -287,6 +288,9 @@ fn a_layer_that_changes_while_it_is_read_is_an_error() {
         }
     });
     let error = remote(&origin.url("/layer.tar"), &patience()).unwrap_err();
+    let WalkError::Source(error) = error else {
+        panic!("{error}")
+    };
     assert_eq!(error.http().map(http::Error::kind), Some(Kind::Changed), "{error}");
 }
 
@@ -323,7 +327,7 @@ fn redirects_are_followed_and_may_expire() {
     let blob = source::open(&Source::parse(&origin.url("/layer.tar")).unwrap(), &patience()).unwrap();
     origin.expire_redirects();
     let mut all = Collector::default();
-    source::walk(&blob, &mut all, None, &patience(), &mut |_, _| {}).unwrap();
+    walk(&blob, &mut all, None, &patience(), &mut |_, _| {}).unwrap();
     assert!(all.0 == entries);
 }
 

@@ -932,6 +932,7 @@ fn proxies_of_the_environment_are_used_everywhere() {
 #[test]
 fn a_plain_layer_is_walked_where_it_lies() {
     use tarblk::internals::source;
+    use tarblk::internals::walk::walk;
     let registry = TestRegistry::start();
     let mut tar = tar::Builder::new(Vec::new());
     for number in 0..200_u32 {
@@ -954,7 +955,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
     assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
     let mut builder = tarblk::internals::index::IndexBuilder::new();
-    let walked = source::walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap();
+    let walked = walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap();
     let index = tarblk::internals::index::Index::open(builder.finish(walked.tar_len, walked.end)).unwrap();
     assert_eq!(index.summary().files, 200);
     let log = registry.take_log();
@@ -970,7 +971,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     registry.rules(|rules| rules.lost = true);
     let blob = source::open_layer(&name, &image.layers[0]).unwrap();
     let mut builder = tarblk::internals::index::IndexBuilder::new();
-    let error = source::walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap_err();
+    let error = walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");
 }
 

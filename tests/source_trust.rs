@@ -27,6 +27,7 @@ use tarblk::internals::source::registry::{
 };
 use tarblk::internals::source::{self, Source, SourceError};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::walk::walk;
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -457,7 +458,7 @@ fn answers_that_were_compressed_on_the_way_are_not_taken_for_the_layer() {
     let blob = source::open(&source, &patience()).unwrap();
     let error = source::read_range(&blob, 0..512, &patience()).unwrap_err().to_string();
     assert!(error.contains("Content-Encoding"), "{error}");
-    let error = source::walk(&blob, &mut Collector::default(), None, &patience(), &mut |_, _| {}).unwrap_err();
+    let error = walk(&blob, &mut Collector::default(), None, &patience(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }
 

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use crate::cache::disk::{LayerCache, Seeder};
-use crate::source::Tap;
 use crate::units::TarOffset;
+use crate::walk::Tap;
 
 /// How many places may be read at once; beyond, what waits longest is given up.
 const MAX_PLACES: usize = 64;

@@ -15,8 +15,9 @@ use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
 use crate::source::registry::ImageLayer;
-use crate::source::{self, HttpBlob, LayerBlob, Place, Source, SourceError};
+use crate::source::{HttpBlob, LayerBlob, Place, Source, SourceError};
 use crate::units::{CHUNK_BYTES, TarOffset};
+use crate::walk;
 
 /// What is known of a layer before it is read.
 #[derive(Clone, Debug, Default)]
@@ -363,8 +364,8 @@ fn read_headers(
     };
     let mut beginning = Beginning::new(gather);
     let walked = match &blob.place {
-        Place::Http(_) => source::walk(blob, &mut builder, Some(&mut beginning), &options.http, &mut progress),
-        Place::File(_) => source::walk(blob, &mut builder, None, &options.http, &mut progress),
+        Place::Http(_) => walk::walk(blob, &mut builder, Some(&mut beginning), &options.http, &mut progress),
+        Place::File(_) => walk::walk(blob, &mut builder, None, &options.http, &mut progress),
     };
     if let Some(coding) = beginning.coding()
         && coding != Coding::Plain
@@ -418,7 +419,7 @@ impl Beginning {
     }
 }
 
-impl source::Tap for Beginning {
+impl walk::Tap for Beginning {
     fn bytes(&mut self, at: TarOffset, bytes: &[u8]) {
         if self.coding.is_none() {
             let reached = self.first.len();

@@ -8,7 +8,7 @@ use crate::http::HttpOptions;
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob, SourceError};
+use crate::source::{self, LayerBlob};
 use crate::units::TarOffset;
 
 /// How a layer is recorded.
@@ -71,7 +71,7 @@ pub(super) fn algorithms(digest: Option<&Digest>, diff_id: Option<&Digest>) -> [
 /// compressed its first bytes say. Tells `reached` how far in the blob it is, and hands the tar's bytes to `tap` as they pass.
 ///
 /// # Errors
-/// [`OpenError::Source`]: what is wrong with the server, the compression or the tar.
+/// [`OpenError::Source`], [`OpenError::Tar`]: what is wrong with the server, the compression or the tar.
 pub fn record_blob(
     blob: &LayerBlob,
     recording: &Recording,
@@ -80,8 +80,8 @@ pub fn record_blob(
     reached: &mut dyn FnMut(u64),
     tap: &mut dyn FnMut(TarOffset, &[u8]),
 ) -> Result<RecordedBlob, OpenError> {
-    let bad_tar = |source| SourceError::Tar {
-        source_name: blob.name(),
+    let bad_tar = |source| OpenError::Tar {
+        name: blob.name(),
         source,
     };
     let recorder_of = |first: &[u8]| {
@@ -102,12 +102,13 @@ pub fn record_blob(
             recorder.insert(recorder_of(&first))
         };
         let bytes = if first.is_empty() { bytes } else { &first };
-        recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap)?;
+        let fed = recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap);
+        fed.map_err(bad_tar)?;
         first.clear();
         reached(recorder.blob_position());
         Ok(())
     };
-    let reads = source::stream(blob, http, &mut sink)?;
+    let reads = source::stream::<OpenError>(blob, http, &mut sink)?;
     let recorder = if let Some(recorder) = recorder {
         recorder
     } else {

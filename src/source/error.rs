@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use url::Url;
 
 use crate::http::{self, Backoff, Kind};
-use crate::index::IndexError;
 
 /// Why a layer cannot be opened or walked. No variant holds a password or a query string.
 #[derive(Debug, thiserror::Error)]
@@ -27,13 +26,25 @@ pub enum SourceError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The tar itself is bad, or whoever takes its entries refused one.
-    #[error("{source_name}: {source}")]
-    Tar {
-        /// Where it is.
-        source_name: String,
-        /// What is wrong.
-        source: IndexError,
+    /// A local file cannot be read any further.
+    #[error("{name}: cannot read at byte {at}: {source}")]
+    Read {
+        /// The layer.
+        name: String,
+        /// The position in the file, in bytes.
+        at: u64,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A local file became shorter while it was read.
+    #[error("{name}: it was cut short while it was read: it ends at byte {len}, and had {expected} bytes")]
+    Shortened {
+        /// The layer.
+        name: String,
+        /// Where it ends now, in bytes.
+        len: u64,
+        /// How long it was when it was opened.
+        expected: u64,
     },
     /// A server that cannot be reached, refuses, or does not answer what was asked.
     #[error(transparent)]
@@ -126,7 +137,7 @@ impl SourceError {
 ///
 /// # Errors
 /// `failure`, when there is to be no other try.
-pub(in crate::source) async fn wait_after(backoff: &mut Backoff, failure: SourceError) -> Result<(), SourceError> {
+pub(crate) async fn wait_after(backoff: &mut Backoff, failure: SourceError) -> Result<(), SourceError> {
     match failure {
         SourceError::Http(failure) => Ok(backoff.wait_after(failure).await?),
         lasting => Err(lasting),

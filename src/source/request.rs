@@ -17,9 +17,9 @@ use crate::http::{
 
 /// Requests to one server, with its deadlines.
 #[derive(Clone, Debug)]
-pub(super) struct Requests {
+pub(crate) struct Requests {
     client: Client,
-    pub(super) options: HttpOptions,
+    pub(crate) options: HttpOptions,
 }
 
 /// An answer that was judged to hold bytes of a blob.
@@ -31,7 +31,7 @@ struct Judged {
 }
 
 impl Requests {
-    pub(super) fn new(url: &Url, options: &HttpOptions) -> Result<Self, SourceError> {
+    pub(crate) fn new(url: &Url, options: &HttpOptions) -> Result<Self, SourceError> {
         let client = http::build(&Trust::default(), url.scheme() == "https", &options.timeouts)?;
         Ok(Self {
             client,
@@ -40,7 +40,7 @@ impl Requests {
     }
 
     /// How failures in a row are counted.
-    pub(super) fn backoff(&self) -> Backoff {
+    pub(crate) fn backoff(&self) -> Backoff {
         Backoff::new(self.options.retry)
     }
 
@@ -139,7 +139,7 @@ impl Requests {
     /// Asks for `len` bytes from `start` on. The body begins there; it may end before they do, and then the rest has to be asked
     /// for. A server that is known to answer ranges and sends the whole blob is asked again; of a registry nobody knows, and the
     /// body may begin at the blob's beginning.
-    pub(super) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, SourceError> {
+    pub(crate) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, SourceError> {
         let end = start.saturating_add(len).min(blob.len);
         let range = ByteRange {
             start,
@@ -156,14 +156,14 @@ impl Requests {
     }
 
     /// Whether a registry answers ranges of a blob that is not empty, by asking for its first byte.
-    pub(super) async fn answers_ranges(&self, blob: &HttpBlob) -> Result<bool, SourceError> {
+    pub(crate) async fn answers_ranges(&self, blob: &HttpBlob) -> Result<bool, SourceError> {
         let first = ByteRange { start: 0, len: 1 };
         let answer = self.ask(blob, first, true).await?;
         Ok(answer.is_some_and(|answer| answer.end == 1))
     }
 
     /// Asks for the whole layer as one stream, of a server that answers no ranges.
-    pub(super) async fn whole(&self, blob: &HttpBlob) -> Result<Body, SourceError> {
+    pub(crate) async fn whole(&self, blob: &HttpBlob) -> Result<Body, SourceError> {
         let all = ByteRange {
             start: 0,
             len: blob.len,

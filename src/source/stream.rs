@@ -9,30 +9,25 @@ use super::blob::{HttpBlob, LayerBlob, Place};
 use super::error::{Failure, SourceError, wait_after};
 use super::request::Requests;
 use crate::http::{Backoff, Body, HttpOptions, runtime};
-use crate::index::IndexError;
-use crate::units::TarOffset;
 
 /// How much of a file is read at once, in bytes.
 const STRIDE: usize = 256 << 10;
 
-/// Takes a blob's next bytes.
-pub type BlobSink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), IndexError>;
+/// Takes a blob's next bytes; an error ends the stream.
+pub type BlobSink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
 
-/// Hands all of the blob's bytes to `sink`, in order, and returns how many reads or requests that took. Must not be called from within an asynchronous runtime.
+/// Hands all of the blob's bytes to `sink`, in order, and returns how many reads or requests that took. Must not be called from
+/// within an asynchronous runtime.
 ///
 /// # Errors
-/// [`SourceError`]: what is wrong with the file or the server; what `sink` returns, as a fault of the layer.
-pub fn stream(blob: &LayerBlob, options: &HttpOptions, sink: BlobSink<'_>) -> Result<u64, SourceError> {
-    let name = blob.name();
-    let mut sink = |bytes: &[u8]| {
-        sink(bytes).map_err(|source| SourceError::Tar {
-            source_name: name.clone(),
-            source,
-        })
-    };
+/// [`SourceError`]: what is wrong with the file or the server; what `sink` returns.
+pub fn stream<E: From<SourceError>>(blob: &LayerBlob, options: &HttpOptions, sink: BlobSink<'_, E>) -> Result<u64, E> {
     match &blob.place {
-        Place::File(file) => stream_file(file, blob, &mut sink),
-        Place::Http(http) => runtime::runtime()?.block_on(stream_http(http, options, &mut sink)),
+        Place::File(file) => stream_file(file, blob, sink),
+        Place::Http(http) => {
+            let runtime = runtime::runtime().map_err(SourceError::from)?;
+            runtime.block_on(stream_http(http, options, sink))
+        }
     }
 }
 
@@ -62,12 +57,10 @@ pub fn read_range(blob: &LayerBlob, range: Range<u64>, options: &HttpOptions) ->
                 let whole = u64::try_from(got) == Ok(want);
                 whole.then_some(()).ok_or_else(|| ErrorKind::UnexpectedEof.into())
             });
-            read.map(|()| bytes).map_err(|source| SourceError::Tar {
-                source_name: blob.name(),
-                source: IndexError::Read {
-                    at: TarOffset(range.start),
-                    source,
-                },
+            read.map(|()| bytes).map_err(|source| SourceError::Read {
+                name: blob.name(),
+                at: range.start,
+                source,
             })
         }
         Place::Http(http) => runtime::runtime()?.block_on(range_of_http(http, range, options)),
@@ -136,35 +129,27 @@ async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff
     }
 }
 
-/// The same sink with the room's own errors.
-type Named<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), SourceError>;
-
-fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<u64, SourceError> {
-    let bad = |source| SourceError::Tar {
-        source_name: blob.name(),
-        source,
-    };
+fn stream_file<E: From<SourceError>>(file: &File, blob: &LayerBlob, sink: BlobSink<'_, E>) -> Result<u64, E> {
     let mut buffer = vec![0; STRIDE];
     let (mut at, mut reads) = (0, 0);
     while at < blob.len {
         let want = usize::try_from(blob.len - at).unwrap_or(usize::MAX).min(STRIDE);
         let got = match file.read_at(&mut buffer[..want], at) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            outcome => outcome.map_err(|source| {
-                bad(IndexError::Read {
-                    at: TarOffset(at),
-                    source,
-                })
+            outcome => outcome.map_err(|source| SourceError::Read {
+                name: blob.name(),
+                at,
+                source,
             })?,
         };
         if got == 0 {
             // Somebody cut the file while it was read.
-            return Err(bad(IndexError::Truncated {
-                len: TarOffset(at),
-                needs: TarOffset(blob.len),
-                what: "the file",
-                path: None,
-            }));
+            let shortened = SourceError::Shortened {
+                name: blob.name(),
+                len: at,
+                expected: blob.len,
+            };
+            return Err(shortened.into());
         }
         reads += 1;
         sink(&buffer[..got])?;
@@ -174,7 +159,11 @@ fn stream_file(file: &File, blob: &LayerBlob, sink: Named<'_>) -> Result<u64, So
 }
 
 /// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
-async fn stream_http(blob: &HttpBlob, options: &HttpOptions, sink: Named<'_>) -> Result<u64, SourceError> {
+async fn stream_http<E: From<SourceError>>(
+    blob: &HttpBlob,
+    options: &HttpOptions,
+    sink: BlobSink<'_, E>,
+) -> Result<u64, E> {
     let requests = Requests::new(&blob.url, options)?;
     let mut backoff = requests.backoff();
     let (mut reached, mut asked) = (0, 0);

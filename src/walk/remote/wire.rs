@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::{BLOCK, Tap, len_u64};
+use super::{BLOCK, len_u64};
 use crate::http::Body;
 use crate::index::TAR_BLOCK;
-use crate::source::blob::HttpBlob;
-use crate::source::error::{Failure, SourceError, wait_after};
-use crate::source::request::Requests;
+use crate::source::{HttpBlob, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
+use crate::walk::Tap;
 
 /// The shortest and the longest range asked for at once, and the first.
 const SHORTEST: u64 = 4 << 10;
@@ -48,15 +47,15 @@ impl Wire<'_> {
         }
     }
 
-    pub(super) async fn range(&self, at: u64, len: u64) -> Result<Body, Failure> {
+    pub(super) async fn range(&self, at: u64, len: u64) -> Result<Body, SourceError> {
         self.counted(self.requests.range(self.blob, at, len)).await
     }
 
-    pub(super) async fn whole(&self) -> Result<Body, Failure> {
+    pub(super) async fn whole(&self) -> Result<Body, SourceError> {
         self.counted(self.requests.whole(self.blob)).await
     }
 
-    async fn counted(&self, request: impl Future<Output = Result<Body, Failure>>) -> Result<Body, Failure> {
+    async fn counted(&self, request: impl Future<Output = Result<Body, SourceError>>) -> Result<Body, SourceError> {
         self.asked.set(self.asked.get() + 1);
         let asked = Instant::now();
         let body = request.await?;
@@ -65,7 +64,7 @@ impl Wire<'_> {
     }
 
     /// The next piece of an answer, counted and shown to the tap.
-    pub(super) async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, Failure> {
+    pub(super) async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, SourceError> {
         let piece = body.next().await?;
         if let Some((at, bytes)) = &piece {
             self.got.set(self.got.get() + len_u64(bytes));
@@ -209,7 +208,7 @@ impl<'w, 'a> Reader<'w, 'a> {
     }
 
     /// One step towards `at`: the next piece of the open answer, or a new answer.
-    async fn advance(&mut self, at: u64) -> Result<(), Failure> {
+    async fn advance(&mut self, at: u64) -> Result<(), SourceError> {
         let reconnect = self.wire.link.bytes_in(RECONNECT);
         let useful = self.body.as_ref().is_some_and(|body| {
             // What has to be passed over before the answer is of use, or is at its end and its connection free again.

@@ -20,20 +20,14 @@ use std::sync::Arc;
 use futures_util::future::{Either, join_all, select};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::blob::HttpBlob;
-use super::error::{SourceError, wait_after};
-use super::request::Requests;
+use super::Tap;
+use super::error::WalkError;
 use crate::http::{HttpOptions, runtime};
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
+use crate::source::{HttpBlob, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
 use wire::{FIRST, Link, Reader, Wire};
-
-/// Takes bytes of the layer that a walk has received anyway, in no particular order, some of them twice.
-pub trait Tap {
-    /// Takes the bytes from `at` on.
-    fn bytes(&mut self, at: TarOffset, bytes: &[u8]);
-}
 
 /// At most this many connections, and one for each so many bytes: parallel chains are only worth it on a long way.
 const MAX_EXPLORERS: u64 = 32;
@@ -55,7 +49,7 @@ pub(super) fn walk<'a>(
     tap: Option<&'a mut (dyn Tap + 'a)>,
     options: &HttpOptions,
     progress: Progress<'a>,
-) -> Result<Walked, SourceError> {
+) -> Result<Walked, WalkError> {
     let requests = Requests::new(&blob.url, options)?;
     let keep_all = tap.is_some();
     let wire = Wire {
@@ -72,7 +66,7 @@ pub(super) fn walk<'a>(
         progress,
         blob,
     };
-    let end = runtime::runtime()?.block_on(async {
+    let end = runtime::runtime().map_err(SourceError::from)?.block_on(async {
         if blob.len == 0 {
             truth.finish()
         } else if blob.ranges && wire.answers_ranges().await? {
@@ -110,13 +104,13 @@ impl Truth<'_> {
         self.parser.wants().map(|at| at.0).filter(|at| *at < self.blob.len)
     }
 
-    fn feed(&mut self, at: u64, bytes: &[u8]) -> Result<(), SourceError> {
+    fn feed(&mut self, at: u64, bytes: &[u8]) -> Result<(), WalkError> {
         let outcome = self.parser.feed(TarOffset(at), bytes, self.sink);
         (self.progress)(self.parser.wants().unwrap_or(TarOffset(self.blob.len)), self.blob.len);
         outcome.map_err(|error| self.bad_tar(error))
     }
 
-    fn finish(&mut self) -> Result<EndOfArchive, SourceError> {
+    fn finish(&mut self) -> Result<EndOfArchive, WalkError> {
         let end = self
             .parser
             .finish(TarOffset(self.blob.len))
@@ -125,16 +119,16 @@ impl Truth<'_> {
         Ok(end)
     }
 
-    fn bad_tar(&self, error: IndexError) -> SourceError {
-        SourceError::Tar {
-            source_name: self.blob.name(),
+    fn bad_tar(&self, error: IndexError) -> WalkError {
+        WalkError::Tar {
+            name: self.blob.name(),
             source: error,
         }
     }
 }
 
 /// Reads the layer from beginning to end, of a server that can do nothing else.
-async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> Result<EndOfArchive, SourceError> {
+async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> Result<EndOfArchive, WalkError> {
     let mut reached = 0;
     let mut backoff = wire.requests.backoff();
     loop {
@@ -162,7 +156,7 @@ async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> 
 }
 
 /// Follows the chain in all segments at once.
-async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArchive, SourceError> {
+async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArchive, WalkError> {
     let (segments, mut finds): (Vec<_>, Vec<_>) = segments(wire.blob.len).into_iter().unzip();
     let segments = RefCell::new(segments.into_iter());
     let ground = Ground::default();
@@ -184,7 +178,7 @@ async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArch
 }
 
 /// Feeds the parser what explorers found, segment by segment, and fetches what they did not find.
-async fn verify(wire: &Wire<'_>, truth: &mut Truth<'_>, finds: &mut [Finds]) -> Result<EndOfArchive, SourceError> {
+async fn verify(wire: &Wire<'_>, truth: &mut Truth<'_>, finds: &mut [Finds]) -> Result<EndOfArchive, WalkError> {
     let mut reader = Reader::new(wire);
     for find in finds {
         while truth.wants().is_some_and(|wanted| wanted < find.end) {
@@ -202,7 +196,7 @@ async fn verify(wire: &Wire<'_>, truth: &mut Truth<'_>, finds: &mut [Finds]) -> 
 }
 
 /// Follows the chain up to `until` with requests of its own.
-async fn bridge(reader: &mut Reader<'_, '_>, truth: &mut Truth<'_>, until: u64) -> Result<(), SourceError> {
+async fn bridge(reader: &mut Reader<'_, '_>, truth: &mut Truth<'_>, until: u64) -> Result<(), WalkError> {
     while let Some(wanted) = truth.wants().filter(|wanted| *wanted < until) {
         let bytes = reader.read(wanted).await?;
         truth.feed(wanted, &bytes)?;
