@@ -327,19 +327,24 @@ impl fmt::Display for Outcome {
             writeln!(f, "{}", format!("{text}  {}", line[5]).trim_end())?;
         }
         writeln!(f)?;
-        writeln!(
-            f,
-            "The command touches {} of the {}{}, in {} reads with the kernel's read-ahead off; with everything in memory it",
-            show_size(self.touched.bytes),
-            self.kind(),
-            self.touched.travels(),
-            show_count(self.touched.reads),
-        )?;
-        writeln!(
-            f,
-            "takes {}. The floor is the touched bytes over the link's rate, two round trips, and that.",
-            show_seconds(self.local_run_seconds)
-        )
+        let (touched, kind) = (show_size(self.touched.bytes), self.kind());
+        let reads = show_count(self.touched.reads);
+        let local = show_seconds(self.local_run_seconds);
+        if self.touched.link_bytes == self.touched.bytes {
+            write!(
+                f,
+                "The command touches {touched} of the {kind}, in {reads} reads with the kernel's read-ahead off; with everything in memory it\n\
+                 takes {local}. The floor is the touched bytes over the link's rate, two round trips, and that.\n"
+            )
+        } else {
+            let travels = show_size(self.touched.link_bytes);
+            write!(
+                f,
+                "The command touches {touched} of the {kind}, {travels} as it travels (compressed), in {reads} reads with the kernel's\n\
+                 read-ahead off; with everything in memory it takes {local}. The floor is what travels over the link's rate, two round\n\
+                 trips, and that.\n"
+            )
+        }
     }
 }
 
@@ -454,7 +459,7 @@ takes 90.0 ms. The floor is the touched bytes over the link's rate, two round tr
         outcome.touched.link_bytes = 6_000_000;
         let text = outcome.to_string();
         assert!(
-            text.contains("touches 16.8 MiB of the layer (5.7 MiB as it travels, compressed), in 551"),
+            text.contains("touches 16.8 MiB of the layer, 5.7 MiB as it travels (compressed), in 551"),
             "{text}"
         );
         let floor = text.lines().find(|line| line.starts_with("floor ")).unwrap();

@@ -35,7 +35,7 @@ impl fmt::Display for User {
             }
             Self::Holder(name) => write!(f, "used by /dev/{name}"),
             Self::Unknown => {
-                f.write_str("in use by the kernel (swap, or a file in it that is still open: a layer in this layer?)")
+                f.write_str("in use by the kernel (an overlay over it, a layer in this layer, another file in it that is open, or swap)")
             }
         }
     }
