@@ -7,8 +7,9 @@
 //!
 //! Parts: `error`; `redact` and `secret` (what may be printed); `validator`, `range` and `response` (is the answer right);
 //! `redirect`; `retry` (deadlines, retries, `Retry-After`, and who is waiting); `expiry` (signed URLs); `tls`; `proxy`;
-//! `runtime` (the thread for registries) and `client` (what only reqwest needs).
+//! `runtime` (the thread for registries), `client` (what only reqwest needs) and `ahead` (connections before there is a request).
 
+mod ahead;
 mod client;
 mod error;
 pub mod expiry;
@@ -30,6 +31,7 @@ pub use retry::{HttpOptions, RetryPolicy, Timeouts, Waiting, waiting};
 pub use secret::Secret;
 pub use validator::Validator;
 
+pub(crate) use ahead::{Opener, build_with_opener};
 pub(crate) use client::{Body, build, receive, send};
 pub(crate) use range::ByteRange;
 pub(crate) use redact::split_credentials;

@@ -437,7 +437,7 @@ fn prepare_image(
         },
         ..options.clone()
     };
-    published::get_ready(name, options)?;
+    published::warm_up(name, options)?;
     let found = registry::find(name, &options.registry)?;
     // Whether indexes are published can be asked while the configuration is on its way.
     let (early, _) = chosen(found.by_manifest(), options)?;

@@ -915,3 +915,30 @@ fn entries_of_others_stay_in_the_fallback_list() {
     pushed(&image);
     assert_eq!(reader.find_one().unwrap().0, FoundBy::Image);
 }
+
+/// Attaching an image asks for nothing that is of no use, however many connections it opens.
+#[test]
+fn attaching_asks_for_nothing_without_a_use() {
+    let registry = TestRegistry::start();
+    let image = put_image(&registry, "some/image", &[&Layer::gzip(26), &Layer::plain(27)]);
+    pushed(&image);
+    registry.take_log();
+    let before = registry.accepted();
+    let options = OpenOptions {
+        registry: RegistryOptions {
+            plain_http: true,
+            ..options()
+        },
+        ..OpenOptions::default()
+    };
+    let name = ImageName::Registry(image).to_string();
+    let prepared = prepare(&name, &options, &mut Unwatched).unwrap();
+    let is_published =
+        |layer: &tarblk::internals::open::PreparedLayer| matches!(layer.origin, IndexOrigin::Published { .. });
+    assert!(prepared.layers.iter().all(is_published));
+    let asked = registry.take_log();
+    assert!(asked.iter().all(|asked| asked.path != "/v2/"), "{asked:?}");
+    // The manifest, the configuration, referrers and their fallback tag, two hot parts.
+    assert_eq!(asked.len(), 6, "{asked:?}");
+    assert!(registry.accepted() - before >= 9);
+}

@@ -1074,3 +1074,52 @@ fn registries_that_hide_are_asked_how_to_be_let_in() {
     assert!(known.manifest(&missing).unwrap_err().is_absence());
     assert_eq!(doors(&registry.take_log()), 0);
 }
+
+/// Connections that were opened ahead are used for what is asked, and are opened without asking anything.
+#[test]
+fn connections_are_opened_ahead_without_a_request() {
+    let certificates = Certificates::make();
+    let layer = noise(10_000, 12);
+    for tls in [None, Some(certificates.server(false))] {
+        let registry = TestRegistry::start_with(&tls, &None);
+        let digest = put_image(&registry, "v1", &[(&layer, PLAIN)]);
+        let dir = common::scratch("ahead");
+        let options = match tls {
+            None => RegistryOptions {
+                plain_http: true,
+                ..options()
+            },
+            Some(_) => hosts(
+                dir.path(),
+                &registry.host(),
+                &format!(
+                    "server = \"https://{}\"\nca = {:?}\n",
+                    registry.host(),
+                    certificates.path("ca.pem")
+                ),
+            ),
+        };
+        let reference = Reference::parse(&format!("{}/some/image", registry.host())).unwrap();
+        let client = Registry::new(&reference, &options).unwrap();
+        client.warm_up(3);
+        let waiting = Instant::now();
+        while registry.accepted() < 3 && waiting.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // TLS takes a moment more than what the server counts.
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(registry.take_log().is_empty(), "nothing was asked");
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    client
+                        .small_blob(&Digest::of(Algorithm::Sha256, &layer), 10_000, 1 << 20)
+                        .unwrap()
+                });
+            }
+        });
+        assert_eq!(client.manifest(&Version::Tag("v1".into())).unwrap().digest, digest);
+        assert_eq!(registry.accepted(), 3);
+        assert_eq!(registry.take_log().len(), 4);
+    }
+}

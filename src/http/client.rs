@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::{Client, RequestBuilder, Response, redirect};
+use reqwest::{Client, ClientBuilder, RequestBuilder, Response, redirect};
 use url::Url;
 
 use super::error::{Error, innermost};
@@ -17,18 +17,27 @@ use super::tls::{self, Trust};
 /// # Errors
 /// [`Kind::Setup`](super::Kind::Setup).
 pub(crate) fn build(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<Client, Error> {
+    finish(builder(trust, secure, timeouts)?)
+}
+
+/// What all clients have in common.
+pub(super) fn builder(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<ClientBuilder, Error> {
     let config = match tls::client_config_for(trust) {
         Ok(config) => (*config).clone(),
         Err(error) if secure => return Err(error),
         Err(_) => tls::trusting_nobody()?,
     };
-    Client::builder()
+    Ok(Client::builder()
         .tls_backend_preconfigured(config)
         .http1_only()
         .tcp_nodelay(true)
         .redirect(redirect::Policy::none())
         .connect_timeout(timeouts.connect)
-        .user_agent(super::USER_AGENT)
+        .user_agent(super::USER_AGENT))
+}
+
+pub(super) fn finish(builder: ClientBuilder) -> Result<Client, Error> {
+    builder
         .build()
         .map_err(|error| Error::setup("the HTTP client", Innermost(error)))
 }

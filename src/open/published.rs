@@ -41,7 +41,7 @@ fn repository(reference: &Reference) -> String {
 }
 
 /// Opens the connections that indexes will need, while the manifest is on its way; none for an image that was here before.
-pub(super) fn get_ready(name: &ImageName, options: &OpenOptions) -> Result<(), OpenError> {
+pub(super) fn warm_up(name: &ImageName, options: &OpenOptions) -> Result<(), OpenError> {
     let ImageName::Registry(reference) = name else {
         return Ok(());
     };
@@ -52,7 +52,7 @@ pub(super) fn get_ready(name: &ImageName, options: &OpenOptions) -> Result<(), O
         .is_some_and(|cache| cache.knows(&name.to_string()));
     if wanted && !known {
         let others = usize::try_from(CONNECTIONS - 1).unwrap_or_default();
-        Registry::new(reference, &options.registry)?.greet(others);
+        Registry::new(reference, &options.registry)?.warm_up(others);
     }
     Ok(())
 }

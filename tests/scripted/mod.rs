@@ -131,6 +131,8 @@ struct Held {
 struct Shared {
     held: Mutex<Held>,
     counter: AtomicU64,
+    /// How many connections the registry itself has accepted.
+    accepted: AtomicU64,
     stopping: AtomicBool,
     registry: String,
     storage: String,
@@ -162,6 +164,7 @@ impl TestRegistry {
         let shared = Arc::new(Shared {
             held: Mutex::default(),
             counter: AtomicU64::new(1),
+            accepted: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             registry: own_url,
             storage: storage_url,
@@ -177,6 +180,9 @@ impl TestRegistry {
                     let (Ok(stream), shared, tls) = (stream, shared.clone(), tls.clone()) else {
                         continue;
                     };
+                    if !storage {
+                        shared.accepted.fetch_add(1, Ordering::SeqCst);
+                    }
                     thread::spawn(move || {
                         let _ = stream.set_nodelay(true);
                         if let Ok(twin) = stream.try_clone() {
@@ -239,6 +245,11 @@ impl TestRegistry {
             );
         }
         digest
+    }
+
+    /// How many connections came to the registry itself.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.shared.accepted.load(Ordering::SeqCst)
     }
 
     /// Makes all tokens invalid, as a restarted server does.

@@ -12,7 +12,7 @@ use url::Url;
 
 use super::answer::refusal;
 use super::credentials::Keyring;
-use super::session::{Effort, Grant, Need, Session, Spec, State, lock};
+use super::session::{Effort, Grant, Need, RepositorySpec, Session, State, lock};
 use crate::digest::Digest;
 use crate::http::tls::Trust;
 use crate::http::{ByteRange, expiry, runtime, without_secrets};
@@ -41,7 +41,7 @@ struct Target {
 /// On its way to another process.
 #[derive(Clone, Serialize, Deserialize)]
 struct Packed {
-    spec: Spec,
+    spec: RepositorySpec,
     states: Vec<State>,
     digest: Digest,
     size: u64,

@@ -14,7 +14,7 @@ use super::answer::{body, refusal};
 use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
-use super::session::{Effort, Need, Session, Spec};
+use super::session::{Effort, Need, RepositorySpec, Session};
 use super::{RegistryOptions, SmallThings};
 use crate::digest::{Algorithm, Digest};
 use crate::http::{self, Backoff, runtime, shown_url};
@@ -74,7 +74,7 @@ impl Registry {
     /// # Errors
     /// [`SourceError::Hosts`].
     pub fn new(reference: &Reference, options: &RegistryOptions) -> Result<Self, SourceError> {
-        let spec = Spec {
+        let spec = RepositorySpec {
             host: reference.host.clone(),
             repository: reference.repository.clone(),
             endpoints: hosts::endpoints(&reference.host, &options.hosts_dir, options.plain_http)?,
@@ -99,17 +99,16 @@ impl Registry {
         BlobAccess::new(self.session.clone(), digest.clone(), size)
     }
 
-    /// Opens connections to the endpoint that will be asked first, until there are `count`, while whoever called goes on: by the
-    /// question whether it speaks this protocol at all ("Determining Support"), whose answer is of no interest. Does nothing
-    /// where it is not known whether that endpoint speaks TLS.
-    pub fn greet(&self, count: usize) {
+    /// Opens `count` connections to the endpoint that will be asked first, while whoever called goes on: by TCP and TLS, with
+    /// nothing asked. Does nothing where it is not known whether that endpoint speaks TLS.
+    pub fn warm_up(&self, count: usize) {
         let Some(&at) = self.session.order(Need::Pull).first() else {
             return;
         };
         for _ in 0..count {
             let session = self.session.clone();
-            // Without the thread nobody gets an answer, and somebody else will say so.
-            let _ = runtime::spawn(async move { session.greet(at).await });
+            // Where there is no thread for it, the request that comes will say so.
+            let _ = runtime::spawn(async move { session.warm_up(at).await });
         }
     }
 

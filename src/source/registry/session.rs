@@ -21,7 +21,7 @@ use super::answer::{LONGEST_ANSWER, body, explanation, refusal};
 use super::challenge::{Challenge, Token, TokenAnswer};
 use super::credentials::{Keyring, Login};
 use super::hosts::Endpoint;
-use crate::http::{self, HttpOptions, Kind, Secret, shown_url};
+use crate::http::{self, HttpOptions, Kind, Opener, Secret, shown_url};
 use crate::source::error::{Failure, SourceError};
 
 /// An endpoint that failed is not asked first again for this long.
@@ -38,9 +38,9 @@ pub(super) enum Need {
     Push,
 }
 
-/// What a session is made of; goes to another process as it is.
-#[derive(Clone, Serialize, Deserialize)]
-pub(super) struct Spec {
+/// A repository and how it is talked to; goes to another process as it is. Two that are equal are one session.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RepositorySpec {
     /// The registry as it was named.
     pub(super) host: String,
     pub(super) repository: String,
@@ -51,13 +51,16 @@ pub(super) struct Spec {
 
 /// See the module.
 pub(super) struct Session {
-    pub(super) spec: Spec,
+    pub(super) spec: RepositorySpec,
     hosts: Vec<Host>,
 }
 
 #[derive(Default)]
 struct Host {
-    client: OnceLock<Client>,
+    /// For itself alone, and what opens connections ahead.
+    clients: OnceLock<(Client, Opener)>,
+    /// For its token server, if that is elsewhere.
+    token_client: OnceLock<Client>,
     /// For whom it redirects to, if it has authorities of its own.
     strangers: OnceLock<Client>,
     state: Mutex<State>,
@@ -103,15 +106,16 @@ pub(super) struct Grant {
 }
 
 impl Session {
-    /// The session of `spec`; the same one as long as somebody in this process holds it.
-    pub(super) fn shared(spec: Spec, states: Option<Vec<State>>) -> Arc<Self> {
-        static SESSIONS: OnceLock<Mutex<HashMap<String, Weak<Session>>>> = OnceLock::new();
-        let key = serde_json::to_string(&spec).unwrap_or_default();
-        let mut sessions = lock(SESSIONS.get_or_init(Mutex::default));
-        if let Some(session) = sessions.get(&key).and_then(Weak::upgrade) {
+    /// The session of `spec`; the same one as long as it is held anywhere in this process.
+    pub(super) fn shared(spec: RepositorySpec, states: Option<Vec<State>>) -> Arc<Self> {
+        /// Few: one for each repository that is read from or written to now, and for each set of credentials.
+        static SESSIONS: Mutex<Vec<Weak<Session>>> = Mutex::new(Vec::new());
+        let mut sessions = lock(&SESSIONS);
+        sessions.retain(|session| session.strong_count() > 0);
+        let mut held = sessions.iter().filter_map(Weak::upgrade);
+        if let Some(session) = held.find(|session| session.spec == spec) {
             return session;
         }
-        sessions.retain(|_, session| session.strong_count() > 0);
         let mut states = states.unwrap_or_default().into_iter();
         let hosts = spec.endpoints.iter().map(|_| Host {
             state: Mutex::new(states.next().unwrap_or_default()),
@@ -121,7 +125,7 @@ impl Session {
             hosts: hosts.collect(),
             spec,
         });
-        sessions.insert(key, Arc::downgrade(&session));
+        sessions.push(Arc::downgrade(&session));
         session
     }
 
@@ -185,13 +189,31 @@ impl Session {
         lock(&self.hosts[at].state).down = Some(Instant::now());
     }
 
-    /// The client for an endpoint.
+    /// The client for an endpoint's own origin.
     pub(super) fn client(&self, at: usize, secure: bool) -> Result<Client, SourceError> {
-        if let Some(client) = self.hosts[at].client.get() {
+        Ok(self.clients(at, secure)?.0)
+    }
+
+    fn clients(&self, at: usize, secure: bool) -> Result<(Client, Opener), SourceError> {
+        if let Some(clients) = self.hosts[at].clients.get() {
+            return Ok(clients.clone());
+        }
+        let clients = http::build_with_opener(&self.spec.endpoints[at].trust, secure, &self.spec.http.timeouts)?;
+        Ok(self.hosts[at].clients.get_or_init(|| clients).clone())
+    }
+
+    /// The client for the token server that an endpoint names, whom it is trusted like the endpoint itself.
+    fn token_client(&self, at: usize, realm: &Url) -> Result<Client, SourceError> {
+        let endpoint = &self.spec.endpoints[at];
+        let base = lock(&self.hosts[at].state).base.clone();
+        if base.as_ref().unwrap_or(&endpoint.base).origin() == realm.origin() {
+            return self.client(at, realm.scheme() == "https");
+        }
+        if let Some(client) = self.hosts[at].token_client.get() {
             return Ok(client.clone());
         }
-        let client = http::build(&self.spec.endpoints[at].trust, secure, &self.spec.http.timeouts)?;
-        Ok(self.hosts[at].client.get_or_init(|| client).clone())
+        let client = http::build(&endpoint.trust, realm.scheme() == "https", &self.spec.http.timeouts)?;
+        Ok(self.hosts[at].token_client.get_or_init(|| client).clone())
     }
 
     /// The place of the client for whom an endpoint redirects to.
@@ -267,19 +289,11 @@ impl Session {
         }
     }
 
-    /// Asks an endpoint whether it speaks the protocol, showing no credentials: for the connection, which is kept.
-    pub(super) async fn greet(&self, at: usize) {
+    /// Opens a connection to an endpoint, for a request to come. Does nothing where it is not known whether that speaks TLS.
+    pub(super) async fn warm_up(&self, at: usize) {
         let Some(base) = self.known_base(at) else { return };
-        let Ok(client) = self.client(at, base.scheme() == "https") else {
-            return;
-        };
-        let mut request = client.get(base.clone());
-        for (name, value) in self.spec.endpoints[at].headers() {
-            request = request.header(name, value);
-        }
-        // Only an answer that was read leaves its connection for others.
-        if let Ok(response) = self.exchange(&base, request).await {
-            let _ = body(&base, response, LONGEST_ANSWER, &self.spec.http).await;
+        if let Ok((_, opener)) = self.clients(at, base.scheme() == "https") {
+            opener.open(base).await;
         }
     }
 
@@ -583,7 +597,7 @@ impl Session {
         scope: &str,
         login: &Login,
     ) -> Result<Token, Failure> {
-        let client = self.client(at, realm.scheme() == "https")?;
+        let client = self.token_client(at, realm)?;
         let asked = SystemTime::now();
         let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
         let request = if let Login::Identity(secret) = login {
