@@ -87,6 +87,7 @@ fn hard(name: &[u8], target: &[u8]) -> Header {
     Header::new(b'1', name).link(target)
 }
 
+#[expect(clippy::too_many_lines, reason = "a list")]
 fn cases() -> Vec<Case> {
     let new = RawTar::new;
     let with = |records: &[(&str, &[u8])], header: Header| new().pax(b'x', records).entry(header, &[]);
