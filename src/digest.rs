@@ -168,23 +168,22 @@ impl Hasher {
     #[must_use]
     pub fn finish(self) -> Digest {
         let (algorithm, hex) = match self {
-            Self::Sha256(state) => (Algorithm::Sha256, hexadecimal(&state.finalize())),
-            Self::Sha512(state) => (Algorithm::Sha512, hexadecimal(&state.finalize())),
+            Self::Sha256(state) => (Algorithm::Sha256, hexadecimal(&state.finalize()).into()),
+            Self::Sha512(state) => (Algorithm::Sha512, hexadecimal(&state.finalize()).into()),
         };
         Digest { algorithm, hex }
     }
 }
 
-fn hexadecimal(bytes: &[u8]) -> Box<str> {
+/// Bytes as digests are written: two lower-case hexadecimal digits each.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     use fmt::Write as _;
-    let text = bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            // Writing to a string cannot fail.
-            let _infallible = write!(text, "{byte:02x}");
-            text
-        });
-    text.into()
+    let text = String::with_capacity(bytes.len() * 2);
+    bytes.iter().fold(text, |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _infallible = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[cfg(test)]

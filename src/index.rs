@@ -19,6 +19,7 @@ pub mod format;
 pub mod fuzzing;
 mod header;
 mod identity;
+mod image_archive;
 pub mod listing;
 mod number;
 mod parser;
@@ -40,8 +41,7 @@ pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};
 pub use identity::LayerIdentity;
-#[cfg(feature = "command")]
-pub(crate) use identity::hexadecimal;
+pub use image_archive::{ImageArchive, ImageArchiveProbe};
 pub use parser::{EndOfArchive, Parser, looks_like_header};
 pub use pieces::{MAX_PIECE, PieceDigests};
 pub use reader::{Entries, Index, hot_len, is_index};

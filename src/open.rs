@@ -33,7 +33,7 @@ use crate::fetch;
 use crate::http::{HttpOptions, without_secrets};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{Index, IndexError, IndexFault, hot_len, is_index};
+use crate::index::{ImageArchiveProbe, Index, IndexError, IndexFault, Tee, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
 use crate::source::{self, LayerBlob, Place, Source, SourceError, registry};
@@ -111,6 +111,16 @@ pub enum OpenError {
         source_name: String,
         /// Its length.
         found: u64,
+    },
+    /// What was named as a layer is a whole image, packed.
+    #[error(
+        "{name} is an image packed into a tar ({transport}), not a layer: unpack it first with `skopeo copy {transport}:{name} oci:DIR:latest`, then use oci:DIR:latest"
+    )]
+    ImageArchive {
+        /// What was named.
+        name: String,
+        /// What skopeo calls such an archive.
+        transport: &'static str,
     },
     /// The layer holds something that no filesystem image can.
     #[error("{name}: {cause}")]
@@ -662,19 +672,30 @@ fn tree_of<'i>(
     mode: TreeMode,
     name: &str,
 ) -> Result<Tree, OpenError> {
-    let failed = |cause| OpenError::Tree {
-        name: name.into(),
+    let failed = |index: &Index<Vec<u8>>, cause| OpenError::Tree {
+        name: match (&index.identity().blob_digest, mode) {
+            (Some(digest), TreeMode::Merged | TreeMode::Overlay) => format!("{name}, blob {digest}"),
+            _ => name.into(),
+        },
         cause,
     };
     let mut tree = TreeBuilder::with_mode(mode);
     for (number, index) in (0..).zip(indexes) {
         tree.begin_layer(LayerId(number))
-            .map_err(|error| failed(IndexError::Sink(error.into())))?;
+            .map_err(|error| failed(index, IndexError::Sink(error.into())))?;
+        let failed = |cause| failed(index, cause);
         match mode {
-            TreeMode::Plain => index.replay(&mut tree),
-            TreeMode::Merged | TreeMode::Overlay => index.replay_in_image(&mut tree),
+            TreeMode::Plain => {
+                let mut probe = ImageArchiveProbe::default();
+                let outcome = index.replay(&mut Tee(&mut probe, &mut tree));
+                if let Some(archive) = probe.found() {
+                    let (name, transport) = (name.to_owned(), archive.transport());
+                    return Err(OpenError::ImageArchive { name, transport });
+                }
+                outcome.map_err(failed)?;
+            }
+            TreeMode::Merged | TreeMode::Overlay => index.replay_in_image(&mut tree).map_err(failed)?,
         }
-        .map_err(failed)?;
     }
     Ok(tree.finish())
 }

@@ -50,12 +50,16 @@ fn pax(key: &str, value: &str) -> Vec<u8> {
     bytes
 }
 
-/// One good entry, then these, then the end.
-fn layer(entries: &[Vec<u8>]) -> Vec<u8> {
-    let mut tar = header("good", EMPTY, b'0', "");
-    tar.extend(entries.concat());
+/// These entries, then the end.
+fn layer_of(entries: &[Vec<u8>]) -> Vec<u8> {
+    let mut tar = entries.concat();
     tar.extend([0; 1024]);
     tar
+}
+
+/// One good entry, then these, then the end.
+fn layer(entries: &[Vec<u8>]) -> Vec<u8> {
+    layer_of(&[&[header("good", EMPTY, b'0', "")][..], entries].concat())
 }
 
 fn base256(first: u8, rest: u8) -> Vec<u8> {
@@ -65,6 +69,7 @@ fn base256(first: u8, rest: u8) -> Vec<u8> {
 }
 
 /// What is wrong, the tar, and what the message must say.
+#[expect(clippy::too_many_lines, reason = "a list")]
 fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let big = header("big", b"00000100000\0", b'0', "");
     let with_size = |size: &[u8]| layer(&[header("q", size, b'0', "")]);
@@ -114,7 +119,37 @@ fn broken_layers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
             layer(&[pax("path", &"d/".repeat(200_000)), header("q", EMPTY, b'5', "")]),
             "a path of 399999 bytes",
         ),
+        (
+            "a file from another volume",
+            layer(&[header("q", EMPTY, b'M', "")]),
+            "another volume",
+        ),
         ("gzip", b"\x1f\x8b\x08 and so on".to_vec(), "gzip layer cannot be read"),
+        ("lz4", b"\x04\x22\x4d\x18 and so on".repeat(99), "(`lz4 -d`)"),
+        (
+            "lz4 behind a skippable frame",
+            [
+                &b"\x50\x2a\x4d\x18\x04\0\0\0skip"[..],
+                &b"\x04\x22\x4d\x18 and so on".repeat(99),
+            ]
+            .concat(),
+            "compressed with lz4 (at byte 12)",
+        ),
+        ("xz", b"\xfd7zXZ\0 and so on".repeat(99), "(`xz -d`)"),
+        (
+            "a long path",
+            layer(&[pax("path", &"d/".repeat(2049)), header("q", EMPTY, b'0', "")]),
+            "a path of 4097 bytes",
+        ),
+        (
+            "an archive of an image",
+            layer_of(&[
+                header("manifest.json", EMPTY, b'0', ""),
+                header(&format!("{}.json", "0a".repeat(32)), EMPTY, b'0', ""),
+                header(&format!("{}/layer.tar", "0b".repeat(32)), EMPTY, b'0', ""),
+            ]),
+            "skopeo copy docker-archive:",
+        ),
         (
             "zstd",
             b"\x28\xb5\x2f\xfd and so on".repeat(99),
@@ -210,6 +245,10 @@ fn strange_layers_work() {
         (
             "an owner nobody can have",
             layer(&[pax("uid", "99999999999"), header("q", EMPTY, b'0', "")]),
+        ),
+        (
+            "a path of 2,000 parts",
+            layer(&[pax("path", &"d/".repeat(2_000)), header("q", EMPTY, b'5', "")]),
         ),
     ];
     for (what, tar) in strange {

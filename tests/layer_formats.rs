@@ -404,14 +404,59 @@ fn zstd_of_one_frame_has_one_place() {
         assert_eq!(spans.table.len(), 1);
         assert!(!spans.table.seekable());
     }
-    let blob = filter("zstd", &["-c", "--long=28"], &tar);
+    for options in [&["-c", "--long=28"][..], &["-c", "--ultra", "--long=30"]] {
+        let blob = filter("zstd", options, &tar);
+        check(&format!("zstd {options:?}"), Coding::Zstd, &blob, &tar);
+    }
+    let blob = filter("zstd", &["-c", "--ultra", "--long=31"], &tar);
     let refused = LayerError::Window {
         coding: Coding::Zstd,
         at: 0,
-        needs: 1 << 28,
-        limit: 1 << 27,
+        needs: 1 << 31,
+        limit: 1 << 30,
     };
     assert_eq!(index(Coding::Zstd, SPACING, &blob, 3).unwrap_err(), refused);
+}
+
+#[test]
+fn zeros_behind_the_last_frame_are_padding() {
+    if !needs("zeros_behind_the_last_frame_are_padding", "zstd") {
+        return;
+    }
+    let tar = content();
+    let frame = filter("zstd", &["-c", "-1"], &tar);
+    let skippable = b"\x50\x2a\x4d\x18\x04\0\0\0skip";
+    for tail in [
+        &[0; 1][..],
+        &[0; 3],
+        &[0; 4],
+        &[0; 5000],
+        &[&skippable[..], &[0; 7]].concat(),
+    ] {
+        let blob = [&frame[..], tail].concat();
+        let spans = check(&format!("{} bytes behind", tail.len()), Coding::Zstd, &blob, &tar);
+        assert_eq!(spans.table.len(), 1);
+    }
+    // Anything else is no padding, and zeros are nothing to begin with.
+    let beginning = [&[0; 8][..], &frame].concat();
+    for bad in [
+        [&frame[..], b"garbage"].concat(),
+        [&frame[..], &[0; 100], b"x"].concat(),
+        [&frame[..], &[0; 2], b"x"].concat(),
+        [&frame[..], &[0; 100], &frame].concat(),
+    ] {
+        for piece in [1000, usize::MAX] {
+            let outcome = index(Coding::Zstd, SPACING, &bad, piece);
+            assert!(matches!(
+                outcome,
+                Err(LayerError::Corrupt { .. } | LayerError::Truncated { .. })
+            ));
+        }
+    }
+    assert!(index(Coding::Zstd, SPACING, &beginning, 1000).is_err());
+    let lz4 = [&skippable[..], b"\x04\x22\x4d\x18\x64\x40\xa7"].concat();
+    let refused = index(Coding::of_bytes(&lz4), SPACING, &lz4, 1).unwrap_err();
+    assert!(refused.to_string().contains("`lz4 -d`"), "{refused}");
 }
 
 #[test]

@@ -28,6 +28,7 @@ use self::map::Identity;
 pub(crate) use self::run::RunWriter;
 pub use self::seeder::Seeder;
 use super::chunk::{chunk_count, chunk_len};
+use crate::digest::hexadecimal;
 use crate::units::{CHUNK_BYTES, TarOffset, len_usize};
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
@@ -116,17 +117,8 @@ impl LayerKey {
     /// The tar of `tar_len` bytes that is decoded from the compressed blob with this key.
     #[must_use]
     pub fn of_decoded(self, tar_len: u64) -> Self {
-        Self::of_content(&hex(&self.0), tar_len)
+        Self::of_content(&hexadecimal(&self.0), tar_len)
     }
-}
-
-fn hex(key: &[u8; 32]) -> String {
-    use std::fmt::Write;
-    key.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _infallible = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn nonce() -> [u8; 16] {
@@ -240,7 +232,7 @@ fn unused(path: &Path) -> Option<File> {
 impl LayerCache {
     fn open(dir: &Path, key: [u8; 32], size: u64) -> Result<Self, DiskCacheError> {
         const ATTEMPTS: u32 = 16;
-        let path = dir.join(format!("{}.data", hex(&key)));
+        let path = dir.join(format!("{}.data", hexadecimal(&key)));
         let map_path = path.with_extension("map");
         let count = chunk_count(size).unwrap_or(u32::MAX);
         for _ in 0..ATTEMPTS {

@@ -3,6 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::{LayerFacts, PayloadDigests};
+use crate::digest::hexadecimal;
 use crate::index::{ColdPart, Index, IndexError, IndexFault};
 use crate::units::TarRange;
 
@@ -34,11 +35,7 @@ impl LayerKnowledge {
             (0..chunks.len())
                 .filter_map(|chunk| chunks.digest(chunk))
                 .for_each(|digest| all.update(digest));
-            let all = all.finalize();
-            identities.push(
-                all.iter()
-                    .fold(String::from("chunks:"), |text, byte| text + &format!("{byte:02x}")),
-            );
+            identities.push(format!("chunks:{}", hexadecimal(&all.finalize())));
         }
         let payloads = if index.is_whole() && index.cold().has(ColdPart::PayloadDigests) {
             Some(read_payloads(index)?)

@@ -6,11 +6,11 @@ use super::cold::ColdPart;
 use super::entry::Entry;
 use super::error::{IndexError, Quoted};
 use super::format;
-use super::identity::{LayerIdentity, hexadecimal};
+use super::identity::LayerIdentity;
 use super::len_u64;
 use super::reader::Index;
 use super::summary::Summary;
-use crate::digest::Digest;
+use crate::digest::{Digest, hexadecimal};
 use crate::units::CHUNK_BYTES;
 
 /// Where an index is not what its layer makes of it.

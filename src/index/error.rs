@@ -13,6 +13,17 @@ pub enum IndexError {
     #[error("not a tar: {0}")]
     NotATar(&'static str),
 
+    /// The bytes are another format's.
+    #[error(
+        "not a tar: it is {what}: make a tar of it first (`{command}`); layers are plain tars, or compressed with gzip or zstd"
+    )]
+    OtherFormat {
+        /// What it is.
+        what: &'static str,
+        /// The command that undoes it.
+        command: &'static str,
+    },
+
     /// A header of the tar cannot be understood.
     #[error("bad tar header at byte {at}{}: {fault}", OfEntry(.path))]
     Header {

@@ -38,14 +38,7 @@ impl LayerIdentity {
     /// The section of an index.
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        varint::put(
-            &mut out,
-            match self.coding {
-                Coding::Plain => 0,
-                Coding::Gzip => 1,
-                Coding::Zstd => 2,
-            },
-        );
+        varint::put(&mut out, self.coding.number().into());
         varint::put(&mut out, self.blob_len);
         for digest in [&self.blob_digest, &self.diff_id] {
             let text = digest.as_ref().map(ToString::to_string).unwrap_or_default();
@@ -60,12 +53,8 @@ impl LayerIdentity {
     pub(super) fn decode(section: &[u8]) -> Result<Self, IndexFault> {
         let fault = IndexFault::Malformed("layer section");
         let mut cursor = Cursor::new(section);
-        let coding = match cursor.number() {
-            Ok(0) => Coding::Plain,
-            Ok(1) => Coding::Gzip,
-            Ok(2) => Coding::Zstd,
-            _ => return Err(fault),
-        };
+        let coding = cursor.number().ok().and_then(|number| u8::try_from(number).ok());
+        let coding = coding.and_then(Coding::from_number).ok_or(fault)?;
         let blob_len = cursor.number().map_err(|_| fault)?;
         let mut digest = || {
             let len = cursor.number().ok().filter(|len| *len <= format::MAX_TEXT)?;
@@ -88,18 +77,10 @@ impl LayerIdentity {
     }
 }
 
-/// Bytes as digests are written.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::hexadecimal;
 
     fn sha256(digest: &[u8; 32]) -> Option<Digest> {
         format!("sha256:{}", hexadecimal(digest)).parse().ok()

@@ -9,6 +9,7 @@ use super::pax::{Globals, Records, Setting};
 use super::sink::EntrySink;
 use super::sparse::{DecimalMap, MapBuilder};
 use super::{TAR_BLOCK, align_up, len_u64};
+use crate::layer::{Coding, other_format};
 use crate::units::{TarOffset, TarRange};
 use sparse::PaxSparse;
 
@@ -574,14 +575,18 @@ pub fn looks_like_header(block: &[u8]) -> bool {
 
 /// What the first block is, if it is no tar header.
 fn not_a_tar(block: &Block) -> IndexError {
-    IndexError::NotATar(match block {
-        [0x1f, 0x8b, ..] => "it is compressed with gzip: decompress it first (gunzip)",
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => "it is compressed with zstd: decompress it first (unzstd)",
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => "it is compressed with xz: decompress it first (unxz)",
-        [b'B', b'Z', b'h', ..] => "it is compressed with bzip2: decompress it first (bunzip2)",
-        [b'P', b'K', 3, 4, ..] => "it is a zip archive",
-        _ => OTHER,
-    })
+    match (Coding::of_bytes(block), other_format(block)) {
+        (Coding::Plain, None) => IndexError::NotATar(OTHER),
+        (Coding::Plain, Some((what, command))) => IndexError::OtherFormat { what, command },
+        (Coding::Gzip, _) => IndexError::OtherFormat {
+            what: "compressed with gzip",
+            command: "gzip -d",
+        },
+        (Coding::Zstd, _) => IndexError::OtherFormat {
+            what: "compressed with zstd",
+            command: "zstd -d",
+        },
+    }
 }
 
 /// What a file is that ends within its first block.

@@ -15,7 +15,8 @@ const PADDING: u64 = 512;
 /// Decodes from the beginning of a span onwards, across as many following spans as bytes come for, fed with compressed
 /// bytes in any pieces.
 ///
-/// Memory: a zstd frame's window (at most 128 MiB; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It
+/// Memory: a zstd frame's window (at most 1 GiB, of which only what has come out of the frame is real memory, and beyond 128
+/// MiB each at most 4 GiB for all decoders of a process; a gzip member's 32 KiB) and a buffer of 128 KiB, whatever comes. It
 /// never gives more than the table says there is. Checksums are checked of whatever is decoded from its beginning to
 /// its end.
 #[derive(Debug)]
@@ -180,6 +181,7 @@ impl Decoder {
                         self.at += len_u64(step.produced);
                         out(&self.output[..step.produced]);
                     }
+                    let position = stream.position();
                     let ended = step.event == Event::End;
                     if let Some(heads) = self.heads.filter(|heads| ended || self.at == heads.end) {
                         self.next_head(heads, out)?;
@@ -189,7 +191,7 @@ impl Decoder {
                     if input.is_empty() && !step.may_go_on(room) {
                         return Ok(());
                     }
-                    idle.step(step)?;
+                    idle.step(step, position)?;
                 }
             }
         }

@@ -52,7 +52,9 @@ pub enum LayerError {
     },
 
     /// Decoding would take more memory for history than this program gives.
-    #[error("the {coding} layer at byte {at} needs a window of {needs} bytes, more than the {limit} that are accepted")]
+    #[error(
+        "the {coding} layer at byte {at} needs a window of {needs} bytes, more than the {limit} that are accepted: compress it again with a smaller one (zstd --long=27, or without)"
+    )]
     Window {
         /// How the layer is compressed.
         coding: Coding,
@@ -62,6 +64,30 @@ pub enum LayerError {
         needs: u64,
         /// The most that is accepted.
         limit: u64,
+    },
+
+    /// The histories of all layers that are being decoded would take more memory than this program gives.
+    #[error(
+        "the zstd frame at byte {at} has a long window, and those of all layers that are decoded now take more than {limit} bytes: try again when less is read, or compress it again with a smaller one (zstd --long=27, or without)"
+    )]
+    Windows {
+        /// Where the frame begins in the blob.
+        at: u64,
+        /// The most that they may take together, in bytes.
+        limit: u64,
+    },
+
+    /// What is behind the blob's first skippable frames is no zstd.
+    #[error(
+        "the layer is {what} (at byte {at}), which layers cannot be: make a tar of it first (`{command}`), or compress that with gzip or zstd"
+    )]
+    OtherFormat {
+        /// Where in the blob.
+        at: u64,
+        /// What it is.
+        what: &'static str,
+        /// The command that makes a tar of it.
+        command: &'static str,
     },
 
     /// More comes out of it than was agreed to.

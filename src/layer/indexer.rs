@@ -256,7 +256,7 @@ impl Indexer {
             if input.is_empty() && !step.may_go_on(room) {
                 return Ok(());
             }
-            idle.step(step)?;
+            idle.step(step, position)?;
         }
     }
 

@@ -38,6 +38,14 @@ const ANYTHING: [&str; 9] = [
     "application/zstd",
 ];
 
+impl Coding {
+    /// What a layer's media type says, if it says something ([`LayerType`]). What the blob is its first bytes tell.
+    #[must_use]
+    pub fn of_media_type(media_type: &str) -> Option<Self> {
+        LayerType::parse(media_type).ok()?.coding
+    }
+}
+
 impl LayerType {
     /// Reads a media type. Parameters and case do not count.
     ///
@@ -53,16 +61,12 @@ impl LayerType {
             });
         }
         for (base, foreign) in BASES {
-            let coding = match essence.strip_prefix(base) {
-                Some("") => Coding::Plain,
-                Some("+gzip" | ".gzip") => Coding::Gzip,
-                Some("+zstd" | ".zstd") => Coding::Zstd,
-                _ => continue,
-            };
-            return Ok(Self {
-                coding: Some(coding),
-                foreign,
-            });
+            if let Some(coding) = essence.strip_prefix(base).and_then(Coding::of_ending) {
+                return Ok(Self {
+                    coding: Some(coding),
+                    foreign,
+                });
+            }
         }
         if essence.ends_with("+encrypted") {
             return Err(format!("is encrypted ({essence}); decrypt the image first"));

@@ -75,7 +75,8 @@ impl Idle {
         Self { coding, steps: 0 }
     }
 
-    pub(super) fn step(&mut self, step: Step) -> Result<(), LayerError> {
+    /// Counts a step that ended at byte `at` of the blob.
+    pub(super) fn step(&mut self, step: Step, at: u64) -> Result<(), LayerError> {
         /// More than any decoder needs.
         const PATIENCE: u8 = 16;
         let progress = step.consumed > 0 || step.produced > 0;
@@ -85,7 +86,7 @@ impl Idle {
         }
         Err(LayerError::Corrupt {
             coding: self.coding,
-            at: 0,
+            at,
             what: "its decoder does not go on",
         })
     }

@@ -3,19 +3,27 @@
 //! A frame needs nothing of what comes before it, so every frame is a place to begin from; inside of one there is none.
 //! The seek table of the seekable format and zstd:chunked's table of contents are skippable frames, and skipped.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use super::event::{Event, Step};
-use super::{Coding, LayerError};
+use super::{Coding, LayerError, other_format};
 use crate::units::len_u64;
 
 /// A frame's first four bytes.
 pub(crate) const MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
 /// A skippable frame's first four bytes, but for the lowest four bits of the first.
 pub(crate) const SKIPPABLE: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
-/// The longest history that a frame may ask for, as a power of two: what `zstd --long` makes, 128 MiB.
-const WINDOW_LOG: u32 = 27;
+/// The longest history that a frame may ask for, as a power of two: what `zstd --long=30` makes, 1 GiB.
+const WINDOW_LOG: u32 = 30;
 const MAX_WINDOW: u64 = 1 << WINDOW_LOG;
+/// A history of up to this many bytes is what every decoder may have.
+const ORDINARY_WINDOW: u64 = 128 << 20;
+/// What the histories of all decoders of this process may take beyond that together, in bytes.
+const LONG_WINDOWS: u64 = 4 << 30;
+/// What they take now.
+static LONG_WINDOWS_HELD: AtomicU64 = AtomicU64::new(0);
 /// The longest frame header: magic, descriptor, window, dictionary, content size.
 const MAX_HEADER: usize = 18;
 
@@ -29,6 +37,37 @@ pub(super) struct Frames {
     began: u64,
     /// Whether a frame with content has been met.
     any: bool,
+    /// The longest history that the current frame may refer to, in bytes.
+    window: u64,
+    /// How many bytes have come out of it.
+    given: u64,
+    share: WindowShare,
+}
+
+/// What one decoder's history takes of [`LONG_WINDOWS`], given back when it goes.
+///
+/// libzstd allocates a window when its frame begins, but the kernel gives memory to the part alone that has been written: as
+/// much as has come out of the frame, up to the window. That is counted, not what a header says.
+#[derive(Debug, Default)]
+struct WindowShare(u64);
+
+impl WindowShare {
+    /// Takes what a history of so many bytes needs; false if that is more than is left.
+    fn grow(&mut self, history: u64) -> bool {
+        let needs = history.saturating_sub(ORDINARY_WINDOW);
+        let Some(further) = needs.checked_sub(self.0).filter(|further| *further > 0) else {
+            return true;
+        };
+        let before = LONG_WINDOWS_HELD.fetch_add(further, Ordering::Relaxed);
+        self.0 = needs;
+        before.saturating_add(further) <= LONG_WINDOWS
+    }
+}
+
+impl Drop for WindowShare {
+    fn drop(&mut self) {
+        LONG_WINDOWS_HELD.fetch_sub(self.0, Ordering::Relaxed);
+    }
 }
 
 enum Stage {
@@ -48,6 +87,8 @@ enum Stage {
     Skip {
         left: u64,
     },
+    /// Behind the last frame: zeros, to the blob's end.
+    Padding,
 }
 
 impl Stage {
@@ -79,6 +120,9 @@ impl Frames {
             at,
             began: at,
             any: false,
+            window: 0,
+            given: 0,
+            share: WindowShare::default(),
         })
     }
 
@@ -94,8 +138,10 @@ impl Frames {
             at: self.at,
             what,
         };
-        match self.stage {
+        match &self.stage {
             Stage::Header { have: 0, .. } if self.any => Ok(self.at),
+            Stage::Header { bytes, have } if self.any && bytes[..*have].iter().all(|byte| *byte == 0) => Ok(self.began),
+            Stage::Padding => Ok(self.began),
             Stage::Header { .. } => Err(truncated("a frame's header")),
             Stage::Replay { .. } | Stage::Body => Err(truncated("a frame")),
             Stage::Skip { .. } => Err(truncated("a skippable frame")),
@@ -115,6 +161,16 @@ impl Frames {
                     self.began = self.at + taken;
                     self.stage = Stage::header();
                 }
+            }
+            Stage::Padding => {
+                if let Some(zeros) = input.iter().position(|byte| *byte != 0) {
+                    return Err(LayerError::Corrupt {
+                        coding: Coding::Zstd,
+                        at: self.at + len_u64(zeros),
+                        what: "something follows the zeros behind the last zstd frame",
+                    });
+                }
+                step.consumed = input.len();
             }
             Stage::Header { bytes, have } => {
                 let wanted = wanted(&bytes[..*have]);
@@ -175,8 +231,9 @@ impl Frames {
                     limit: MAX_WINDOW,
                 });
             }
-            Header::Frame { .. } => {
+            Header::Frame { window } => {
                 self.any = true;
+                (self.window, self.given) = (window, 0);
                 self.stage = Stage::Replay {
                     bytes,
                     from: 0,
@@ -191,7 +248,13 @@ impl Frames {
                     what: "a frame that needs a dictionary",
                 });
             }
+            // Block devices, tapes and some builders fill up with zeros.
+            Header::Unknown if self.any && bytes[..have].iter().all(|byte| *byte == 0) => self.stage = Stage::Padding,
             Header::Unknown => {
+                // Skippable frames are lz4's as well as zstd's.
+                if let Some((what, command)) = other_format(&bytes[..have]).filter(|_| !self.any) {
+                    return Err(LayerError::OtherFormat { at, what, command });
+                }
                 return Err(LayerError::Corrupt {
                     coding: Coding::Zstd,
                     at,
@@ -210,7 +273,15 @@ impl Frames {
             .decoder
             .run(&mut from, &mut to)
             .map_err(|error| self.error(&error))?;
-        Ok((from.pos(), to.pos(), hint == 0))
+        let (consumed, produced) = (from.pos(), to.pos());
+        self.given = self.given.saturating_add(len_u64(produced));
+        if !self.share.grow(self.given.min(self.window)) {
+            return Err(LayerError::Windows {
+                at: self.began,
+                limit: LONG_WINDOWS,
+            });
+        }
+        Ok((consumed, produced, hint == 0))
     }
 
     /// libzstd's errors have only texts here. They are told apart, because a wrong checksum is another thing than
@@ -303,10 +374,30 @@ fn judge(bytes: &[u8]) -> Header {
     Header::Frame { window }
 }
 
-fn is_skippable(bytes: &[u8]) -> bool {
+/// Whether a skippable frame begins so.
+pub(super) fn is_skippable(bytes: &[u8]) -> bool {
     bytes.first().is_some_and(|byte| byte & 0xf0 == SKIPPABLE[0]) && bytes.get(1..4) == Some(&SKIPPABLE[1..])
 }
 
 fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_histories_share_what_there_is() {
+        let mut shares: Vec<_> = (0..3).map(|_| WindowShare::default()).collect();
+        for share in &mut shares {
+            assert!(share.grow(ORDINARY_WINDOW) && share.grow(0));
+            assert_eq!(share.0, 0);
+            assert!(share.grow(MAX_WINDOW) && share.grow(MAX_WINDOW) && share.grow(1));
+        }
+        let mut greedy = WindowShare::default();
+        assert!(!greedy.grow(2 * MAX_WINDOW + ORDINARY_WINDOW));
+        drop((greedy, shares));
+        assert!(WindowShare::default().grow(3 * MAX_WINDOW), "all was given back");
+    }
 }

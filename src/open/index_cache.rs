@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use super::{MAX_INDEX_BYTES, OpenError};
-use crate::digest::Digest as ContentDigest;
+use crate::digest::{Digest as ContentDigest, hexadecimal};
 use crate::index::{Index, hot_len};
 use crate::source::registry::SmallThings;
 
@@ -260,13 +260,7 @@ fn forget_oldest(dir: &Path, most: usize) {
 
 /// An identity as a file name.
 fn digest(identity: &str) -> String {
-    use std::fmt::Write as _;
-    Sha256::digest(identity.as_bytes())
-        .iter()
-        .fold(String::with_capacity(64), |mut name, byte| {
-            let _ = write!(name, "{byte:02x}");
-            name
-        })
+    hexadecimal(&Sha256::digest(identity.as_bytes()))
 }
 
 #[cfg(test)]

@@ -12,8 +12,9 @@ use std::thread::JoinHandle;
 use rustix::fs::{FlockOperation, flock};
 
 use super::map::{self, Bits, Identity};
-use super::{DiskCache, DiskCacheError, LayerCache, LayerKey, hex, nonce};
+use super::{DiskCache, DiskCacheError, LayerCache, LayerKey, nonce};
 use crate::cache::chunk::chunk_count;
+use crate::digest::hexadecimal;
 use crate::units::len_u64;
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
@@ -145,7 +146,7 @@ impl Filling {
             return Ok(());
         };
         let key = LayerKey::of_content(identity, size).0;
-        let path = self.store.dir.join(format!("{}.data", hex(&key)));
+        let path = self.store.dir.join(format!("{}.data", hexadecimal(&key)));
         let taken =
             File::open(&path).is_ok_and(|other| flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
         if taken {

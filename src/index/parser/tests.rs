@@ -427,11 +427,15 @@ fn a_cut_tar_is_an_error_that_says_where() {
 #[test]
 fn what_is_no_tar_is_recognised() {
     for (start, word) in [
-        (&b"\x1f\x8b\x08"[..], "gunzip"),
-        (b"\x28\xb5\x2f\xfd", "unzstd"),
+        (&b"\x1f\x8b\x08"[..], "gzip -d"),
+        (b"\x28\xb5\x2f\xfd", "zstd -d"),
         (b"\xfd7zXZ\0", "xz"),
         (b"BZh9", "bzip2"),
         (b"PK\x03\x04", "zip"),
+        (b"\x04\x22\x4d\x18", "lz4"),
+        (b"LZIP", "lzip"),
+        (b"\x1f\x9d", "(.Z)"),
+        (b"\x5d\0\0\x80\0\xff\xff\xff\xff\xff\xff\xff\xff", "lzma"),
         (b"<html>", "checksum"),
     ] {
         let mut block = vec![b'?'; 2048];

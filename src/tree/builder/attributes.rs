@@ -71,11 +71,9 @@ impl TreeBuilder {
             return (as_lchown_takes_it(entry.uid), as_lchown_takes_it(entry.gid));
         }
         for (id, what) in [(entry.uid, "owner"), (entry.gid, "group")] {
-            if u32::try_from(id).is_err() {
-                self.warnings.add(
-                    entry,
-                    &format!("{what} {id} is out of range and left as it is, as GNU tar does"),
-                );
+            if id < 0 {
+                let said = format!("{what} {id} is out of range and left as it is, as GNU tar leaves it");
+                self.warnings.add(entry, &said);
             }
         }
         (in_linux(entry.uid), in_linux(entry.gid))
