@@ -73,6 +73,12 @@ pub enum TreeError {
         /// The entry.
         path: String,
     },
+    /// A hard link without a target.
+    #[error("{path}: hard link that names nothing: the layer is damaged or not made by a sane program")]
+    HardlinkToNothing {
+        /// The entry.
+        path: String,
+    },
     /// A hard link to a directory.
     #[error("{path}: hard link to {target}, which is a directory")]
     HardlinkToDirectory {

@@ -33,6 +33,7 @@ pub(super) fn check(entry: &Entry) -> Result<(), TreeError> {
     }
     match entry.kind {
         Kind::Symlink | Kind::Hardlink if entry.link.contains(&0) => return Err(TreeError::Nul { path: path() }),
+        Kind::Hardlink if entry.link.is_empty() => return Err(TreeError::HardlinkToNothing { path: path() }),
         Kind::Symlink if entry.link.is_empty() || entry.link.len() > LINK_TEXT_MAX => {
             return Err(TreeError::LinkText {
                 path: path(),
