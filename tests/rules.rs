@@ -361,8 +361,8 @@ fn cases() -> Vec<Case> {
         ("owner-minus-3", -3, Ask::Both),
         ("owner-last", 0xffff_fffe, Ask::Both),
         ("owner-all-ones", 0xffff_ffff, Ask::Both),
-        ("owner-beyond", 1 << 32, Ask::Containerd),
-        ("owner-far-beyond", (1 << 32) + 5, Ask::Containerd),
+        ("owner-beyond", 1 << 32, Ask::Both),
+        ("owner-far-beyond", (1 << 32) + 5, Ask::Both),
         ("owner-far-below", -(1 << 32) - 1, Ask::Both),
     ] {
         all.push(case(name, ask, owner(uid)));

@@ -1,8 +1,9 @@
 //! Whether a tar is a whole image packed into one: what `docker save`, `podman save` and `skopeo copy … oci-archive:` write. In:
 //! a tar's entries. Out: which of the two it is. A layer that merely holds such a file among others is none of them.
 
-use super::entry::{Entry, EntrySink, Kind};
+use super::entry::{Entry, Kind};
 use super::error::IndexError;
+use super::sink::EntrySink;
 
 /// An image packed into a tar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

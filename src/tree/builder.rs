@@ -221,13 +221,6 @@ impl TreeBuilder {
                 && entry.path.ends_with(b"/")
                 && entry.in_image.as_ref().is_none_or(|other| other.refused_type.is_none())
                 && path::split_plain(&entry.path).is_some();
-            if entry.uid.max(entry.gid) > u32::MAX.into() {
-                return Err(TreeError::Owner {
-                    path: show(&entry.path),
-                    uid: entry.uid,
-                    gid: entry.gid,
-                });
-            }
             if !is_directory {
                 return self.take(entry);
             }

@@ -95,16 +95,6 @@ pub enum TreeError {
         /// The text's length in bytes.
         len: usize,
     },
-    /// An owner or group beyond 32 bits in a tar by itself.
-    #[error("{path}: owner {uid}:{gid}; Linux allows ids up to 4294967294: make the layer again with other owners")]
-    Owner {
-        /// The entry.
-        path: String,
-        /// The user.
-        uid: i64,
-        /// The group.
-        gid: i64,
-    },
     /// A path longer than [`PATH_MAX`](super::PATH_MAX), as recorded or by way of symbolic links.
     #[error("{path}: a path of {len} bytes; Linux allows 4095: shorten it and make the layer again")]
     PathTooLong {

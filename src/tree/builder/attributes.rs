@@ -71,7 +71,7 @@ impl TreeBuilder {
             return (as_lchown_takes_it(entry.uid), as_lchown_takes_it(entry.gid));
         }
         for (id, what) in [(entry.uid, "owner"), (entry.gid, "group")] {
-            if id < 0 {
+            if u32::try_from(id).is_err() {
                 let said = format!("{what} {id} is out of range and left as it is, as GNU tar leaves it");
                 self.warnings.add(entry, &said);
             }
