@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::cache::Slice;
 use tarblk::internals::cache::disk::DiskCache;
-use tarblk::internals::fetch::{
-    FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Located, ReadCallback,
-};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, ReadCallback};
+use tarblk::internals::source::{Blob, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const MIB: u64 = 1 << 20;
@@ -27,15 +26,9 @@ fn range(start: u64, len: u64) -> LayerRange {
     }
 }
 
-fn start(url: String, size: u64, options: FetchOptions) -> Fetcher {
-    let layer = HttpLayer {
-        url,
-        size,
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    };
-    Fetcher::start(vec![LayerSource::http(layer)], options, None).expect("the fetcher starts")
+fn start(url: &str, size: u64, options: FetchOptions) -> Fetcher {
+    let layer = Blob::of_url(UrlBlob::new(&url.parse().expect("a URL")), size);
+    Fetcher::start(vec![LayerSource::from(layer)], options, None).expect("the fetcher starts")
 }
 
 fn noise(len: u64) -> Vec<u8> {
@@ -72,7 +65,7 @@ fn locate() {
     let origin = Origin::start().expect("an origin");
     let size = 48 * MIB;
     origin.serve_blob("/layer.tar", noise(size));
-    let fetcher = start(origin.url("/layer.tar"), size, FetchOptions::default());
+    let fetcher = start(&origin.url("/layer.tar"), size, FetchOptions::default());
     for at in (0..size).step_by(1 << 20) {
         fetcher
             .read_blocking(vec![range(at, MIB)])
@@ -131,7 +124,7 @@ fn cold() {
             prefetch: false,
             ..FetchOptions::default()
         };
-        let fetcher = start(origin.url("/layer.tar"), size, options);
+        let fetcher = start(&origin.url("/layer.tar"), size, options);
         std::thread::sleep(Duration::from_millis(100));
         let mut ours = Vec::new();
         for at in (0..200u64).map(|n| n * MIB + 4096) {
@@ -256,7 +249,7 @@ fn sequential() {
             let kept = dir.path().join("store");
             let store = with_store.then(|| DiskCache::open(&kept).expect("a store"));
             let fetcher = start(
-                url.clone(),
+                &url,
                 size,
                 FetchOptions {
                     store,

@@ -3,7 +3,6 @@
 //!
 //! `cargo bench --bench fetch_coded [-- random|sequential|local]`. Needs tar, gzip; sizes are bytes of the tar.
 
-use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, mpsc};
@@ -14,10 +13,10 @@ use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::cache::Slice;
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{
-    Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located,
-    ReadCallback, Verifier, Windows,
+    Coded, FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, ReadCallback, Verifier, Windows,
 };
 use tarblk::internals::layer::{Coding, Decoder, Indexer, Spans};
+use tarblk::internals::source::{Blob, UrlBlob};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
@@ -100,29 +99,21 @@ impl Layer {
     }
 
     fn gzip_at(&self, origin: &Origin, checked: bool) -> LayerSource {
-        let http = HttpLayer {
-            url: origin.url("/gzip"),
-            size: u(self.gzip.len()),
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        };
+        let http = blob_at(&origin.url("/gzip"), u(self.gzip.len()));
         LayerSource {
             coding: Some(self.coded()),
-            digests: checked.then(|| self.digests.clone()),
-            ..Blob::Http(http).into()
+            verifier: checked.then(|| self.digests.clone()),
+            layer: http.into(),
         }
     }
 
     fn tar_at(&self, origin: &Origin) -> LayerSource {
-        LayerSource::http(HttpLayer {
-            url: origin.url("/tar"),
-            size: u(self.tar.len()),
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        })
+        LayerSource::from(blob_at(&origin.url("/tar"), u(self.tar.len())))
     }
+}
+
+fn blob_at(url: &str, len: u64) -> Blob {
+    Blob::of_url(UrlBlob::new(&url.parse().expect("a URL")), len)
 }
 
 fn start(layer: LayerSource, options: FetchOptions) -> Fetcher {
@@ -279,18 +270,11 @@ fn sequential(layer: &Layer, dir: &Path) {
 /// decoded at full speed beside it.
 fn local(layer: &Layer, dir: &Path) {
     let size = u(layer.tar.len());
-    let blob = |path: &Path| {
-        let file = File::open(path).expect("the file");
-        Blob::File(FileLayer {
-            path: path.to_owned(),
-            size: file.metadata().expect("its length").len(),
-            file: file.into(),
-        })
-    };
+    let blob = |path: &Path| Blob::of_file("local".to_owned(), path).expect("the file");
     let coded = || LayerSource {
         coding: Some(layer.coded()),
-        digests: Some(layer.digests.clone()),
-        ..blob(&dir.join("layer.tar.gz")).into()
+        verifier: Some(layer.digests.clone()),
+        layer: blob(&dir.join("layer.tar.gz")).into(),
     };
     let fetcher = start(coded(), FetchOptions::default());
     let began = Instant::now();

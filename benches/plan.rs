@@ -27,11 +27,12 @@ use std::time::{Duration, Instant};
 use support::{Runs, ratios, time_ratios};
 use tarblk::internals::device::volume::Volume;
 use tarblk::internals::device::{Device, DeviceOptions};
-use tarblk::internals::fetch::{FetchOptions, Fetcher, FileLayer, LayerSource};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerSource};
 use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::internals::image::{BlockImage as _, Origin};
 use tarblk::internals::index::{Entry, EntrySink as _, Index, IndexBuilder, Kind, Segment, Timestamp, walk};
 use tarblk::internals::mount::{MountOptions, mount_device};
+use tarblk::internals::source::Blob;
 use tarblk::internals::tree::{TreeBuilder, TreeMode};
 use tarblk::internals::units::{LayerId, TarOffset};
 
@@ -287,14 +288,10 @@ fn mounted(index: &str, dir: &str) -> Outcome<()> {
     let bytes = fs::read(index)?;
     let size = Index::open(bytes.clone())?.tar_len();
     let image = Arc::new(plan(bytes)?);
-    let file = tempfile::tempfile()?;
-    file.set_len(size)?;
+    let file = tempfile::NamedTempFile::new()?;
+    file.as_file().set_len(size)?;
     let start = Instant::now();
-    let layer = LayerSource::file(FileLayer {
-        path: "million.tar".into(),
-        file: file.into(),
-        size,
-    });
+    let layer = LayerSource::from(Blob::of_file("million.tar".to_owned(), file.path())?);
     let fetcher = Fetcher::start(vec![layer], FetchOptions::default(), Some(image.clone()))?;
     let options = DeviceOptions::default();
     let volume = Arc::new(Volume::new(

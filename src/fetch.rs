@@ -20,26 +20,24 @@ mod stats;
 mod transport;
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustls::ClientConfig;
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use blob::{Blob, ChunkVerifier, Coded, LayerSource, Verifier, WholeDigests, Windows};
+pub(crate) use blob::WholeDigests;
+pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};
 pub use error::{FetchError, StartError};
 pub use stats::{BytesByOrigin, FetchStats, Percentiles};
 
 use crate::cache::chunk::{FirstUse, pieces};
-use crate::cache::disk::{DiskCache, LayerKey};
+use crate::cache::disk::DiskCache;
 use crate::cache::{Slice, Slices};
 use crate::http::tls;
-use crate::http::{Validator, stable_name, without_secrets};
 use crate::image::FileMap;
 use crate::prefetch::ChunkRange;
-use crate::source::registry::BlobAccess;
 use crate::units::{LayerId, TarRange};
 use engine::Command;
 use shared::{Shared, SharedLayer, Touch};
@@ -70,53 +68,6 @@ pub struct LayerRange {
     pub layer: LayerId,
     /// The bytes.
     pub range: TarRange,
-}
-
-/// A layer's blob in a local file.
-#[derive(Debug)]
-pub struct FileLayer {
-    /// For messages.
-    pub path: PathBuf,
-    /// Opened for reading.
-    pub file: OwnedFd,
-    /// Its length in bytes.
-    pub size: u64,
-}
-
-/// A layer's blob on a web server.
-#[derive(Clone)]
-pub struct HttpLayer {
-    /// Where it is, `http` or `https`. Redirects are followed, and kept while they work.
-    pub url: String,
-    /// Its length in bytes; an answer that states another means that the layer has changed.
-    pub size: u64,
-    /// Tells whether it is still the same, when the server says.
-    pub validator: Option<Validator>,
-    /// Sent with every request; `Authorization` and `Cookie` to this URL's host only.
-    pub headers: Vec<(String, String)>,
-    /// How it is asked for if it is a blob of a registry; then the URL and the headers are not used.
-    pub access: Option<Arc<BlobAccess>>,
-}
-
-impl HttpLayer {
-    /// The key of its bytes in the cache directory; none if the server says nothing by which a later process could tell that it is
-    /// still the same layer.
-    #[must_use]
-    pub fn cache_key(&self) -> Option<LayerKey> {
-        let validator = self.validator.as_ref()?;
-        let name = stable_name(&self.url);
-        Some(LayerKey::of_url(&name, self.size, validator.value()))
-    }
-}
-
-impl fmt::Debug for HttpLayer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HttpLayer")
-            .field("url", &without_secrets(&self.url))
-            .field("size", &self.size)
-            .field("validator", &self.validator)
-            .finish_non_exhaustive()
-    }
 }
 
 /// How a fetcher behaves.

@@ -24,7 +24,7 @@ mod secret;
 pub mod tls;
 mod validator;
 
-pub use error::{Error, Kind};
+pub use error::{Error, Kind, Shown};
 pub use redact::{shown_url, stable_name, without_secrets};
 pub use redirect::MOST_REDIRECTS;
 pub use retry::{HttpOptions, RetryPolicy, Timeouts, Waiting, waiting};

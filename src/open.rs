@@ -36,11 +36,11 @@ use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{ImageArchiveProbe, Index, IndexError, IndexFault, Tee, hot_len, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
-use crate::source::{self, LayerBlob, Place, Source, SourceError, registry};
+use crate::source::{self, Blob, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use crate::walk::WalkError;
-use layer::Facts;
+use layer::FoundLayer;
 
 pub use discover::IndexChoice;
 pub use index_cache::{Cache, default_cache_dir};
@@ -263,11 +263,8 @@ pub enum Reading {
 
 impl Reading {
     /// Reading all of a blob.
-    const fn all_of(blob: &LayerBlob) -> Self {
-        match blob.place {
-            Place::File(_) => Self::Whole,
-            Place::Http(_) => Self::Download,
-        }
+    fn all_of(blob: &Blob) -> Self {
+        if blob.is_remote() { Self::Download } else { Self::Whole }
     }
 }
 
@@ -362,7 +359,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
             let blob = find_blob(&source, options)?;
             warn_without_ranges(&blob);
-            let layers = prepare_all(vec![(blob, Facts::default())], options, watch)?;
+            let layers = prepare_all(vec![blob.into()], options, watch)?;
             for layer in &layers {
                 check_pin(&layer.index, text, options)?;
             }
@@ -389,7 +386,7 @@ fn chosen(mut image: Image, options: &OpenOptions) -> Result<(Image, TreeMode), 
 
 /// Finds a layer that is no image's. An image may have empty layers (old versions of Docker pushed blobs of 0 bytes, and
 /// containerd unpacks them to nothing); of a layer alone it means that something went wrong before.
-fn find_blob(source: &Source, options: &OpenOptions) -> Result<LayerBlob, OpenError> {
+fn find_blob(source: &Source, options: &OpenOptions) -> Result<Blob, OpenError> {
     let blob = source::open(source, &options.http)?;
     if blob.len == 0 {
         return Err(OpenError::Empty {
@@ -400,26 +397,24 @@ fn find_blob(source: &Source, options: &OpenOptions) -> Result<LayerBlob, OpenEr
 }
 
 /// Says that a layer's server makes it impossible to read parts of it.
-fn warn_without_ranges(blob: &LayerBlob) {
-    if let Place::Http(http) = &blob.place
-        && !http.ranges
-    {
+fn warn_without_ranges(blob: &Blob) {
+    if !blob.answers_ranges() {
         log::warn!(
             "{}: the server does not answer ranges; reading the whole layer once",
-            http.name()
+            blob.name
         );
     }
 }
 
 /// Finds one layer: what was named, or of an image the one that was chosen or is its only one.
-fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), OpenError> {
+fn find_one(text: &str, options: &OpenOptions) -> Result<FoundLayer, OpenError> {
     let source = Source::parse(text)?;
     let Source::Image(name) = &source else {
-        return Ok((find_blob(&source, options)?, Facts::default()));
+        return Ok(find_blob(&source, options)?.into());
     };
     let (image, _) = chosen(registry::resolve(name, &options.registry)?, options)?;
     match &image.layers[..] {
-        [layer] => Ok((source::open_layer(name, layer)?, Facts::of(layer))),
+        [layer] => Ok(FoundLayer::of_image(name, layer)?),
         _ => Err(OpenError::OneIndex(image.name)),
     }
 }
@@ -429,7 +424,7 @@ fn find_one(text: &str, options: &OpenOptions) -> Result<(LayerBlob, Facts), Ope
 /// # Errors
 /// [`OpenError`] when it cannot be found or read.
 pub fn coding_of(text: &str, options: &OpenOptions) -> Result<Coding, OpenError> {
-    record::coding_of(&find_one(text, options)?.0, &options.http)
+    record::coding_of(&find_one(text, options)?.layer.blob, &options.http)
 }
 
 fn prepare_image(
@@ -464,18 +459,17 @@ fn prepare_image(
         }
         let index = named_index(index, options)?;
         let layer = &image.layers[0];
-        let blob = source::open_layer(name, layer)?;
-        let layer = PreparedLayer::new(blob, &Facts::of(layer), index, IndexOrigin::Given, None)?;
+        let found = FoundLayer::of_image(name, layer)?;
+        let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, None)?;
         return Ok((vec![layer], mode));
     }
     let published = published::fetch(name, &image, published?, options)?;
     let mut found = Vec::new();
     for (layer, published) in image.layers.iter().zip(published) {
-        let facts = Facts {
+        found.push(FoundLayer {
             published,
-            ..Facts::of(layer)
-        };
-        found.push((source::open_layer(name, layer)?, facts));
+            ..FoundLayer::of_image(name, layer)?
+        });
     }
     let layers = prepare_all(found, options, watch)?;
     if let (ImageName::Registry(_), Some(cache)) = (name, &options.cache) {
@@ -501,16 +495,18 @@ fn find_layer(image: &Image, choice: &LayerChoice) -> Result<usize, OpenError> {
 
 /// Finds or makes the indexes of several layers at the same time.
 fn prepare_all(
-    found: Vec<(LayerBlob, Facts)>,
+    found: Vec<FoundLayer>,
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<Vec<PreparedLayer>, OpenError> {
-    let total = found.iter().fold(0_u64, |sum, (blob, _)| sum.saturating_add(blob.len));
+    let total = found
+        .iter()
+        .fold(0_u64, |sum, found| sum.saturating_add(found.layer.blob.len));
     let (tell, told) = std::sync::mpsc::channel();
     let mut reached = vec![0; found.len()];
     std::thread::scope(|scope| {
         let mut threads = Vec::new();
-        for (number, (blob, facts)) in found.into_iter().enumerate() {
+        for (number, found) in found.into_iter().enumerate() {
             let tell = Mutex::new(tell.clone());
             threads.push(scope.spawn(move || {
                 let mut reached = |what: Reading, at: u64| {
@@ -520,7 +516,7 @@ fn prepare_all(
                         .unwrap_or_else(PoisonError::into_inner)
                         .send((number, what, at));
                 };
-                layer::prepare(blob, &facts, options, &mut reached)
+                layer::prepare(&found, options, &mut reached)
             }));
         }
         drop(tell);
@@ -557,7 +553,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
             found: blob.len,
         });
     }
-    PreparedLayer::new(blob, &Facts::default(), index, IndexOrigin::Given, None)
+    PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)
 }
 
 /// The bytes of an index that was named where a word might have stood.

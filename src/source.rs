@@ -1,6 +1,6 @@
-//! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`, or an image's name. Out: a [`LayerBlob`]: how
+//! Where a layer is. In: what a person typed: a path, `file://`, `http(s)://`, or an image's name. Out: a [`Blob`]: how
 //! long the layer is, how to tell that it is still the same, and its bytes, all of them or ranges. Images have several layers:
-//! [`registry::resolve`] finds them, [`open_layer`] opens one.
+//! [`registry::resolve`] finds them, [`layer_blob`] tells where one is.
 //!
 //! This room must never keep a secret in anything that is printed: passwords and query strings (signatures live there) are
 //! left out of every message and every `Debug`. It waits for nothing without a deadline.
@@ -9,21 +9,22 @@
 
 mod blob;
 mod error;
+mod layer_spec;
 mod meant;
 pub mod registry;
 mod request;
 mod stream;
 
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use registry::{BlobAccess, BlobPlace, ImageLayer, ImageName};
+use registry::{BlobPlace, ImageLayer, ImageName};
 use url::Url;
 
-pub use blob::{HttpBlob, LayerBlob, Place};
+pub use blob::{Blob, LocalFile, Place, UrlBlob};
 pub use error::SourceError;
 pub(crate) use error::wait_after;
+pub use layer_spec::LayerSpec;
 pub use meant::image_meant;
 pub(crate) use request::Requests;
 pub use request::{get_whole, probe};
@@ -130,19 +131,10 @@ fn is_scheme(text: &str) -> bool {
 ///
 /// # Errors
 /// [`SourceError`], each naming the source without secrets, the cause and what to do.
-pub fn open(source: &Source, options: &HttpOptions) -> Result<LayerBlob, SourceError> {
+pub fn open(source: &Source, options: &HttpOptions) -> Result<Blob, SourceError> {
     match source {
-        Source::Path(path) => open_file(source, path),
-        Source::Url(url) => {
-            let blob = probe(url, options)?;
-            Ok(LayerBlob {
-                source: source.clone(),
-                digest: None,
-                len: blob.len,
-                place: Place::Http(Box::new(blob)),
-                path: None,
-            })
-        }
+        Source::Path(path) => local_blob(source, path),
+        Source::Url(url) => probe(url, options),
         Source::Image(name) => Err(SourceError::Unusable {
             source_name: name.to_string(),
             why: "it is an image of several layers, and one layer is needed here".to_owned(),
@@ -150,42 +142,20 @@ pub fn open(source: &Source, options: &HttpOptions) -> Result<LayerBlob, SourceE
     }
 }
 
-/// Opens one layer of an image that was resolved. The blob is as the registry holds it: compressed, as its first bytes say. No
-/// server is asked.
+/// Where one layer of a resolved image is. The blob is as the registry holds it: compressed, as its first bytes say. No server
+/// is asked.
 ///
 /// # Errors
 /// [`SourceError::File`] for a layer of a layout that cannot be opened.
-pub fn open_layer(image: &ImageName, layer: &ImageLayer) -> Result<LayerBlob, SourceError> {
-    match &layer.place {
-        BlobPlace::File(path) => Ok(LayerBlob {
-            digest: Some(layer.descriptor.digest.clone()),
-            ..open_file(&Source::Image(image.clone()), path)?
-        }),
-        BlobPlace::Registry(access) => Ok(LayerBlob {
-            source: Source::Image(image.clone()),
-            digest: Some(access.digest().clone()),
-            len: access.size(),
-            place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
-            path: None,
-        }),
-    }
+pub fn layer_blob(image: &ImageName, layer: &ImageLayer) -> Result<Blob, SourceError> {
+    let blob = match &layer.place {
+        BlobPlace::File(path) => local_blob(&Source::Image(image.clone()), path)?,
+        BlobPlace::Registry(access) => Blob::of_registry(access.clone()),
+    };
+    Ok(blob.named(image, &layer.descriptor.digest))
 }
 
-/// Opens another blob of an image's repository, an index for example. No server is asked.
-///
-/// # Errors
-/// [`SourceError::Unusable`] when its name makes no URL.
-pub fn open_registry_blob(image: &ImageName, access: &BlobAccess) -> Result<LayerBlob, SourceError> {
-    Ok(LayerBlob {
-        source: Source::Image(image.clone()),
-        digest: Some(access.digest().clone()),
-        len: access.size(),
-        place: Place::Http(Box::new(HttpBlob::of_registry(access)?)),
-        path: None,
-    })
-}
-
-fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
+fn local_blob(source: &Source, path: &Path) -> Result<Blob, SourceError> {
     let failed = |error: std::io::Error| {
         let missing = matches!(source, Source::Path(_)) && error.kind() == std::io::ErrorKind::NotFound;
         match image_meant(path).filter(|_| missing) {
@@ -199,7 +169,6 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
             },
         }
     };
-    // Asked before opening: a fifo would block, and not every special file is harmless to open.
     let meta = std::fs::metadata(path).map_err(failed)?;
     if !meta.is_file() {
         let why = if path.join("oci-layout").is_file() {
@@ -214,15 +183,7 @@ fn open_file(source: &Source, path: &Path) -> Result<LayerBlob, SourceError> {
             why: why.to_owned(),
         });
     }
-    let file = File::open(path).map_err(failed)?;
-    let len = file.metadata().map_err(failed)?.len();
-    Ok(LayerBlob {
-        source: source.clone(),
-        digest: None,
-        len,
-        place: Place::File(file),
-        path: Some(std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())),
-    })
+    Blob::of_file(source.to_string(), path).map_err(failed)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ pub use error::WalkError;
 use crate::http::HttpOptions;
 use crate::index::EntrySink;
 use crate::index::walk::{Progress, Walked, local};
-use crate::source::{LayerBlob, Place};
+use crate::source::{Blob, Place};
 use crate::units::TarOffset;
 
 /// Takes bytes of the layer that a walk has received anyway, in no particular order, some of them twice.
@@ -27,17 +27,17 @@ pub trait Tap {
 /// # Errors
 /// [`WalkError`]: what is wrong with the tar, the server or the sink.
 pub fn walk<'a>(
-    blob: &'a LayerBlob,
+    blob: &'a Blob,
     sink: &'a mut dyn EntrySink,
     tap: Option<&'a mut (dyn Tap + 'a)>,
     options: &HttpOptions,
     progress: Progress<'a>,
 ) -> Result<Walked, WalkError> {
     match &blob.place {
-        Place::File(file) => local(file, blob.len, sink, progress).map_err(|source| WalkError::Tar {
-            name: blob.name(),
+        Place::File(file) => local(&file.open()?, blob.len, sink, progress).map_err(|source| WalkError::Tar {
+            name: blob.name.clone(),
             source,
         }),
-        Place::Http(http) => remote::walk(http, sink, tap, options, progress),
+        Place::Url(_) | Place::Registry(_) => remote::walk(blob, sink, tap, options, progress),
     }
 }

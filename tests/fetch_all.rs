@@ -9,13 +9,13 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fetched::{at_origin, joined, quick, range, sha256, u};
+use fetched::{at_origin, joined, quick, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::disk::DiskCache;
-use tarblk::internals::fetch::{
-    Blob, Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, WholeDigests, Windows,
-};
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::fetch::{Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, Windows};
 use tarblk::internals::layer::{Coding, Indexer};
+use tarblk::internals::source::LayerSpec;
 
 const SIZE: usize = 6_000_321;
 
@@ -47,13 +47,16 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// What a fetcher is told of the blob that the origin has.
-fn source(origin: &Origin, blob: &[u8], whole: WholeDigests, coding: Option<Coded>) -> LayerSource {
-    let http = at_origin(origin, "/blob", blob.len());
+fn source(origin: &Origin, blob: &[u8], [digest, diff_id]: [Option<Digest>; 2], coding: Option<Coded>) -> LayerSource {
     LayerSource {
+        layer: LayerSpec {
+            digest,
+            diff_id,
+            cached_as: Some("sha256:test".to_owned()),
+            ..at_origin(origin, "/blob", blob.len()).into()
+        },
         coding,
-        whole,
-        identity: Some("sha256:test".to_owned()),
-        ..Blob::Http(http).into()
+        verifier: None,
     }
 }
 
@@ -103,11 +106,8 @@ fn in_the_end_no_server_is_needed() {
         let dir = tempfile::tempdir().unwrap();
         let origin = Origin::start().unwrap();
         origin.serve_blob("/blob", blob.as_slice());
-        let whole = WholeDigests {
-            blob: Some(sha256(blob)),
-            tar: Some(sha256(&tar)),
-        };
-        let fetcher = start(source(&origin, blob, whole, coding.clone()), dir.path());
+        let whole = [blob, &tar].map(|bytes: &Vec<u8>| Some(Digest::of(Algorithm::Sha256, bytes)));
+        let fetcher = start(source(&origin, blob, whole.clone(), coding.clone()), dir.path());
         // Somebody reads meanwhile.
         assert!(read(&fetcher, 1_000_000, 300_000).unwrap() == tar[1_000_000..1_300_000]);
         let stats = wait_until(&fetcher, "not everything has come", all_held);
@@ -137,10 +137,7 @@ fn a_plain_layer_that_nobody_vouched_for_is_found_out() {
     let mut other = tar.clone();
     other[SIZE - 10] ^= 1;
     origin.serve_blob("/blob", other);
-    let whole = WholeDigests {
-        blob: Some(sha256(&tar)),
-        tar: Some(sha256(&tar)),
-    };
+    let whole = [&tar, &tar].map(|bytes: &Vec<u8>| Some(Digest::of(Algorithm::Sha256, bytes)));
     let fetcher = start(source(&origin, &tar, whole, None), dir.path());
     let stats = wait_until(&fetcher, "nobody noticed", |stats| stats.layers_poisoned > 0);
     assert_eq!(stats.read_errors, 0, "{stats:?}");
@@ -158,7 +155,7 @@ fn a_server_that_is_away_is_left_in_peace() {
     let origin = Origin::start().unwrap();
     origin.serve_blob("/blob", tar.as_slice());
     origin.set_faults(|_| vec![Fault::Status(503, None)]);
-    let fetcher = start(source(&origin, &tar, WholeDigests::default(), None), dir.path());
+    let fetcher = start(source(&origin, &tar, [None, None], None), dir.path());
     wait_until(&fetcher, "nothing was asked", |stats| stats.requests > 0);
     std::thread::sleep(Duration::from_millis(2500));
     // One at once, one after a second, one after three: whatever the machine is busy with, there are never more.

@@ -6,8 +6,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use fetched::{joined, noise, range};
-use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerSource, Located};
+use fetched::{blob_at, in_file, joined, noise, range};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 
 fn answer(mut stream: TcpStream, data: &[u8]) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
@@ -50,27 +50,16 @@ fn serve(data: Arc<Vec<u8>>) -> String {
     url
 }
 
-fn over_http(url: String, size: usize) -> LayerSource {
-    LayerSource::http(HttpLayer {
-        url,
-        size: u64::try_from(size).unwrap(),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    })
+fn over_http(url: &str, size: usize) -> LayerSource {
+    LayerSource::from(blob_at(url, u64::try_from(size).unwrap()))
 }
 
 #[test]
 fn a_local_file_is_located_and_read() {
     let data = noise(3_000_001);
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&data).unwrap();
-    let layer = FileLayer {
-        path: "layer.tar".into(),
-        file: file.into(),
-        size: u64::try_from(data.len()).unwrap(),
-    };
-    let fetcher = Fetcher::start(vec![LayerSource::file(layer)], FetchOptions::default(), None).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &data).unwrap();
+    let fetcher = Fetcher::start(vec![in_file(file.path()).into()], FetchOptions::default(), None).unwrap();
     assert!(matches!(fetcher.locate(range(4096, 10)), Located::File(_, 4096)));
     let slices = fetcher
         .read_blocking(vec![range(512, 2_500_000), range(0, 3), range(3_000_000, 1)])
@@ -90,14 +79,13 @@ fn a_local_file_is_located_and_read() {
 
 #[test]
 fn a_file_that_shrank_is_an_error() {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&[1; 100]).unwrap();
-    let layer = FileLayer {
-        path: "layer.tar".into(),
-        file: file.into(),
-        size: 200,
-    };
-    let fetcher = Fetcher::start(vec![LayerSource::file(layer)], FetchOptions::default(), None).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), [1; 200]).unwrap();
+    let found = in_file(file.path());
+    let fetcher = Fetcher::start(vec![found.clone().into()], FetchOptions::default(), None).unwrap();
+    file.as_file().set_len(100).unwrap();
+    // Nor is it the one that was found.
+    assert!(Fetcher::start(vec![found.into()], FetchOptions::default(), None).is_err());
     assert!(matches!(
         fetcher.read_blocking(vec![range(50, 100)]),
         Err(FetchError::File { .. })
@@ -108,7 +96,7 @@ fn a_file_that_shrank_is_an_error() {
 fn ranges_come_over_http_and_stay_in_memory() {
     let data = Arc::new(noise(5_000_001));
     let url = serve(data.clone());
-    let fetcher = Fetcher::start(vec![over_http(url, data.len())], FetchOptions::default(), None).unwrap();
+    let fetcher = Fetcher::start(vec![over_http(&url, data.len())], FetchOptions::default(), None).unwrap();
     assert!(matches!(fetcher.locate(range(4096, 4096)), Located::Elsewhere));
     let slices = fetcher
         .read_blocking(vec![range(100, 4_000_000), range(5_000_000, 1)])
@@ -134,7 +122,7 @@ fn nobody_there_is_an_error_after_the_deadline() {
         deadline: std::time::Duration::from_millis(300),
         ..FetchOptions::default()
     };
-    let source = over_http(format!("http://{free}/layer.tar"), 1 << 20);
+    let source = over_http(&format!("http://{free}/layer.tar"), 1 << 20);
     let fetcher = Fetcher::start(vec![source], options, None).unwrap();
     let error = fetcher.read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Deadline { .. }), "{error}");

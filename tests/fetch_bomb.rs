@@ -5,8 +5,9 @@ use std::process::Command;
 use std::sync::Arc;
 
 use tarblk::internals::bench::origin::Origin;
-use tarblk::internals::fetch::{Blob, Coded, FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Windows};
+use tarblk::internals::fetch::{Coded, FetchOptions, Fetcher, LayerRange, LayerSource, Windows};
 use tarblk::internals::layer::{Coding, Indexer};
+use tarblk::internals::source::{Blob, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const LEN: u64 = 320 << 20;
@@ -40,19 +41,14 @@ fn a_bomb_takes_little_memory() {
         let spans = indexer.finish().unwrap();
         let origin = Origin::start().unwrap();
         origin.serve_blob("/blob", blob);
-        let http = HttpLayer {
-            url: origin.url("/blob"),
-            size,
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        };
+        let http = Blob::of_url(UrlBlob::new(&origin.url("/blob").parse().unwrap()), size);
         let layer = LayerSource {
             coding: Some(Coded {
                 table: spans.table,
                 windows: Windows::Memory(Arc::new(spans.windows)),
             }),
-            ..Blob::Http(http).into()
+            layer: http.into(),
+            verifier: None,
         };
         let options = FetchOptions {
             memory_bytes: 1 << 20,

@@ -11,15 +11,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, joined, quick, range, read, sha256, u};
+use fetched::{at_origin, hammer, in_file, joined, quick, range, read, sha256, u};
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{
-    Blob, Coded, FetchError, FetchOptions, Fetcher, FileLayer, HttpLayer, LayerRange, LayerSource, Located, Verifier,
-    WholeDigests, Windows,
+    Coded, FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, Verifier, Windows,
 };
 use tarblk::internals::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::source::{Blob, LayerSpec};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::LayerId;
 
@@ -133,10 +134,12 @@ impl Made {
         Verifier::chunks(move |index, bytes| digests.get(usize::try_from(index).unwrap()) == Some(&sha256(bytes)))
     }
 
-    fn whole(&self) -> WholeDigests {
-        WholeDigests {
-            blob: Some(sha256(&self.blob)),
-            tar: Some(sha256(&self.tar)),
+    /// What is said of the layer, which is `blob`.
+    fn spec(&self, blob: Blob) -> LayerSpec {
+        LayerSpec {
+            digest: Some(Digest::of(Algorithm::Sha256, &self.blob)),
+            diff_id: Some(Digest::of(Algorithm::Sha256, &self.tar)),
+            ..blob.into()
         }
     }
 
@@ -144,25 +147,20 @@ impl Made {
         let http = at_origin(origin, "/blob", self.blob.len());
         LayerSource {
             coding: Some(self.coded()),
-            digests: Some(self.check()),
-            whole: self.whole(),
-            identity: Some("sha256:test".to_owned()),
-            ..Blob::Http(http).into()
+            verifier: Some(self.check()),
+            layer: LayerSpec {
+                cached_as: Some("sha256:test".to_owned()),
+                ..self.spec(http)
+            },
         }
     }
 
     fn in_a_file(&self, path: &Path) -> LayerSource {
         std::fs::write(path, self.blob.as_slice()).unwrap();
-        let file = FileLayer {
-            path: path.to_owned(),
-            file: File::open(path).unwrap().into(),
-            size: u(self.blob.len()),
-        };
         LayerSource {
             coding: Some(self.coded()),
-            digests: Some(self.check()),
-            whole: self.whole(),
-            ..Blob::File(file).into()
+            verifier: Some(self.check()),
+            layer: self.spec(in_file(path)),
         }
     }
 
@@ -392,7 +390,7 @@ fn an_index_of_another_layer_is_no_use() {
     }
     // Without digests only what cannot be decoded is seen. It must end, one way or the other.
     let layer = LayerSource {
-        digests: None,
+        verifier: None,
         ..made.over_http(&origin)
     };
     let fetcher = start(layer, quick());
@@ -433,13 +431,7 @@ fn windows_come_from_an_index_file_or_over_http() {
         Arc::new(File::open(dir.path().join("index")).unwrap().into()),
         places.clone(),
     );
-    let index = HttpLayer {
-        url: origin.url("/index"),
-        size: u(cold.len()),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    };
+    let index = at_origin(&origin, "/index", cold.len());
     let with = |windows: Windows| LayerSource {
         coding: Some(Coded {
             table: made.spans.table.clone(),
@@ -447,13 +439,13 @@ fn windows_come_from_an_index_file_or_over_http() {
         }),
         ..made.over_http(&origin)
     };
-    for windows in [file, Windows::Http(Box::new(index.clone()), places.clone())] {
+    for windows in [file, Windows::Remote(Box::new(index.clone()), places.clone())] {
         let fetcher = start(with(windows), quick());
         hammer(&fetcher, &made.tar, 15);
         assert_eq!(fetcher.stats().chunks_wrong, 0);
     }
     origin.set_ranges(false);
-    let fetcher = start(with(Windows::Http(Box::new(index.clone()), places.clone())), quick());
+    let fetcher = start(with(Windows::Remote(Box::new(index.clone()), places.clone())), quick());
     hammer(&fetcher, &made.tar, 5);
     origin.set_ranges(true);
     // A damaged window is noticed before it is used.
@@ -465,7 +457,7 @@ fn windows_come_from_an_index_file_or_over_http() {
         }
     }
     origin.serve_blob("/index", damaged);
-    let fetcher = start(with(Windows::Http(Box::new(index), places)), quick());
+    let fetcher = start(with(Windows::Remote(Box::new(index), places)), quick());
     let error = read(&fetcher, SIZE - 50_000, 4096).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("window"), "{error}");
     assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
@@ -484,13 +476,7 @@ fn windows_that_were_fetched_are_kept_in_the_index_file() {
     std::fs::write(&path, &cold[..hot]).unwrap();
     let file = || File::options().read(true).write(true).open(&path).unwrap();
     file().set_len(u(cold.len())).unwrap();
-    let index = HttpLayer {
-        url: origin.url("/index"),
-        size: u(cold.len()),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
-    };
+    let index = at_origin(&origin, "/index", cold.len());
     let fetcher = || {
         let windows = Windows::Kept(Arc::new(file().into()), Box::new(index.clone()), places.clone());
         let source = LayerSource {
@@ -622,21 +608,24 @@ fn a_whole_layer_is_checked_against_its_own_digest() {
             ..quick()
         };
         // No chunk digests: only the whole can say so.
-        let layer = |whole| LayerSource {
-            digests: None,
-            whole,
+        let layer = |spec| LayerSource {
+            layer: spec,
+            verifier: None,
             ..made.over_http(&origin)
         };
-        let fetcher = start(layer(made.whole()), options());
+        let right = made.over_http(&origin).layer;
+        let fetcher = start(layer(right.clone()), options());
         assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar);
         assert!(until(|| is_sealed(dir.path())), "{way:?}: it is not sealed");
         fetcher.shutdown();
         drop(fetcher);
         std::fs::remove_dir_all(dir.path()).unwrap();
         std::fs::create_dir(dir.path()).unwrap();
-        let another = WholeDigests {
-            blob: (way == Way::OneFrame).then_some([1; 32]),
-            tar: (way != Way::OneFrame).then_some([1; 32]),
+        let wrong = Digest::of(Algorithm::Sha256, b"another layer");
+        let another = LayerSpec {
+            digest: (way == Way::OneFrame).then(|| wrong.clone()),
+            diff_id: (way != Way::OneFrame).then_some(wrong),
+            ..right
         };
         let fetcher = start(layer(another), options());
         let _right_until_it_is_found_out = read(&fetcher, 0, SIZE);
@@ -661,23 +650,13 @@ fn plain_layers_are_checked_as_well() {
     let path = dir.path().join("layer.tar");
     std::fs::write(&path, made.tar.as_slice()).unwrap();
     let local = || LayerSource {
-        digests: Some(made.check()),
-        ..LayerSource::file(FileLayer {
-            path: path.clone(),
-            file: File::open(&path).unwrap().into(),
-            size: u(SIZE),
-        })
+        verifier: Some(made.check()),
+        ..in_file(&path).into()
     };
     let origin = Origin::start().unwrap();
     let remote = || LayerSource {
-        digests: Some(made.check()),
-        ..LayerSource::http(HttpLayer {
-            url: origin.url("/tar"),
-            size: u(SIZE),
-            validator: None,
-            headers: Vec::new(),
-            access: None,
-        })
+        verifier: Some(made.check()),
+        ..at_origin(&origin, "/tar", SIZE).into()
     };
     origin.serve_blob("/tar", made.tar.as_slice());
     for layer in [local(), remote()] {
@@ -706,10 +685,8 @@ fn layers_of_all_kinds_are_read_side_by_side() {
     for (n, made) in mades.iter().enumerate() {
         origin.serve_blob(&format!("/blob/{n}"), made.blob.as_slice());
         let mut layer = made.over_http(&origin);
-        if let Blob::Http(http) = &mut layer.blob {
-            http.url = origin.url(&format!("/blob/{n}"));
-        }
-        layer.identity = Some(format!("sha256:{n}"));
+        layer.layer.blob = at_origin(&origin, &format!("/blob/{n}"), made.blob.len());
+        layer.layer.cached_as = Some(format!("sha256:{n}"));
         layers.push(layer);
     }
     let menu = vec![

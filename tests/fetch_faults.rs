@@ -8,11 +8,12 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, joined, noise, range, u};
+use fetched::{at_origin, hammer, in_state, joined, noise, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin, at_random};
 use tarblk::internals::cache::disk::DiskCache;
-use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerSource, Located};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 use tarblk::internals::http::Validator;
+use tarblk::internals::source::Blob;
 
 const SIZE: usize = 3_000_321;
 
@@ -26,12 +27,12 @@ fn quick() -> FetchOptions {
     }
 }
 
-fn layer(origin: &Origin, path: &str) -> HttpLayer {
+fn layer(origin: &Origin, path: &str) -> Blob {
     at_origin(origin, path, SIZE)
 }
 
-fn start(layer: HttpLayer, options: FetchOptions) -> Fetcher {
-    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
+fn start(layer: Blob, options: FetchOptions) -> Fetcher {
+    Fetcher::start(vec![LayerSource::from(layer)], options, None).unwrap()
 }
 
 fn served() -> (Origin, Arc<Vec<u8>>) {
@@ -125,10 +126,7 @@ fn everything_at_once_with_a_store() {
         Fault::SlowBody(4000),
     ];
     origin.set_faults(at_random(11, 300, menu));
-    let layer = HttpLayer {
-        validator: Some(tag_of(&origin)),
-        ..layer(&origin, "/layer.tar")
-    };
+    let layer = in_state(layer(&origin, "/layer.tar"), tag_of(&origin));
     let options = || FetchOptions {
         store: Some(DiskCache::open(dir.path()).unwrap()),
         ..quick()
@@ -194,14 +192,11 @@ fn a_single_whole_body_is_used_as_well() {
 fn a_changed_layer_is_an_error_and_no_bytes() {
     let (origin, _) = served();
     let first = layer(&origin, "/layer.tar");
-    let stale = HttpLayer {
-        validator: Some(Validator::ETag("\"not-this\"".to_owned())),
-        ..first.clone()
-    };
+    let stale = in_state(first.clone(), Validator::ETag("\"not-this\"".to_owned()));
     let error = start(stale, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
     assert!(matches!(error, FetchError::Changed { .. }), "{error}");
-    let longer = HttpLayer {
-        size: u(SIZE) + 512,
+    let longer = Blob {
+        len: u(SIZE) + 512,
         ..first
     };
     let error = start(longer, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
@@ -279,10 +274,7 @@ fn a_restart_finds_what_was_kept() {
         prefetch: false,
         ..quick()
     };
-    let layer = HttpLayer {
-        validator: Some(tag_of(&origin)),
-        ..layer(&origin, "/layer.tar")
-    };
+    let layer = in_state(layer(&origin, "/layer.tar"), tag_of(&origin));
     let fetcher = start(layer.clone(), options());
     fetcher.read_blocking(vec![range(0, 2_000_000)]).unwrap();
     fetcher.shutdown();
@@ -324,10 +316,8 @@ fn shutting_down_answers_everybody() {
 #[test]
 fn readers_that_wait_for_a_connection_outlive_its_end() {
     let (origin, data) = served();
-    let closing = HttpLayer {
-        headers: vec![("Connection".to_owned(), "close".to_owned())],
-        ..layer(&origin, "/layer.tar")
-    };
+    origin.set_faults(|_| vec![Fault::Close]);
+    let closing = layer(&origin, "/layer.tar");
     let options = FetchOptions {
         connections: 1,
         prefetch: false,
@@ -397,8 +387,8 @@ fn a_full_disk_is_no_end() {
         store: Some(DiskCache::open(small.0.path()).unwrap()),
         ..quick()
     };
-    let big = HttpLayer {
-        size: u(MANY),
+    let big = Blob {
+        len: u(MANY),
         ..layer(&origin, "/layer.tar")
     };
     let fetcher = start(big, options);

@@ -14,9 +14,10 @@ use common::chunked::{self, Chunked, noise};
 use fetched::{at_origin, hammer, quick, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin, at_random};
 use tarblk::internals::cache::disk::DiskCache;
-use tarblk::internals::fetch::{Blob, Coded, FetchError, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
+use tarblk::internals::fetch::{Coded, FetchError, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
 use tarblk::internals::index::toc::Place;
 use tarblk::internals::index::{Index, IndexBuilder, PieceDigests};
+use tarblk::internals::source::LayerSpec;
 
 fn s(n: u64) -> usize {
     usize::try_from(n).unwrap()
@@ -81,9 +82,11 @@ impl Made {
         let http = at_origin(origin, "/blob", self.layer.blob.len());
         let layer = LayerSource {
             coding: Some(self.coded.clone()),
-            digests: Some(Verifier::Pieces(self.pieces.clone())),
-            identity: Some("sha256:test and its contents".to_owned()),
-            ..Blob::Http(http).into()
+            verifier: Some(Verifier::Pieces(self.pieces.clone())),
+            layer: LayerSpec {
+                cached_as: Some("sha256:test and its contents".to_owned()),
+                ..http.into()
+            },
         };
         let options = FetchOptions {
             prefetch: false,

@@ -184,7 +184,8 @@ fn the_first_bytes_decide() {
                     registry.take_log();
                     let prepared = open(&name, &options).unwrap();
                     assert_eq!(
-                        prepared.layers[0].coding, *coding,
+                        prepared.layers[0].coding(),
+                        *coding,
                         "{coding} as {said:?}, {place}, {time}"
                     );
                     assert_eq!(
@@ -248,7 +249,7 @@ fn a_published_index_says_what_a_blob_is() {
             },
         )
         .unwrap();
-        assert_eq!(prepared.layers[0].coding, coding);
+        assert_eq!(prepared.layers[0].coding(), coding);
         let path = format!("/v2/some/image/blobs/{}", sha256(&blob));
         assert!(!registry.take_log().iter().any(|asked| asked.path == path));
     }
@@ -272,7 +273,7 @@ fn two_formats_at_once_are_the_one_that_the_first_bytes_name() {
         let name = in_registry(&registry, &Layer::new(&blob, &inside, said));
         for cache in [None, Some(common::scratch("polyglot"))] {
             let prepared = open(&name, &options(cache.as_ref().map(tempfile::TempDir::path))).unwrap();
-            assert_eq!(prepared.layers[0].coding, Coding::Gzip, "{said}");
+            assert_eq!(prepared.layers[0].coding(), Coding::Gzip, "{said}");
             assert_eq!(names(&prepared), ["etc/", "etc/noise"], "{said}");
         }
     }

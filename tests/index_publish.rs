@@ -180,7 +180,6 @@ type Found<E> = (FoundBy, Result<Index<Vec<u8>>, E>);
 
 /// What a reader of the image does.
 struct Reader {
-    name: ImageName,
     image: Image,
     registry: Registry,
 }
@@ -190,7 +189,6 @@ impl Reader {
         let name = ImageName::Registry(reference.clone());
         Self {
             image: resolve(&name, &options()).unwrap(),
-            name,
             registry: Registry::new(reference, &options()).unwrap(),
         }
     }
@@ -200,7 +198,7 @@ impl Reader {
         let found = find_indexes(&self.registry, &self.image, pin).unwrap();
         let fetch = |(layer, found): (_, Option<_>)| {
             found.map(|found: tarblk::internals::open::discover::FoundIndex| {
-                (found.by, fetch_hot(&self.name, layer, &found, &HttpOptions::default()))
+                (found.by, fetch_hot(layer, &found, &HttpOptions::default()))
             })
         };
         self.image.layers.iter().zip(found).map(fetch).collect()
@@ -737,7 +735,7 @@ fn long_hot_parts_come_over_many_connections() {
     let layer = prepared.unwrap().into_only().unwrap();
     let index = format!(
         "GET /v2/some/image/blobs/{}",
-        layer_index(&registry, &layer.digest.clone().unwrap())
+        layer_index(&registry, &layer.layer.digest.clone().unwrap())
     );
     let requests = asked.iter().filter(|line| **line == index).count();
     assert!(

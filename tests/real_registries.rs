@@ -10,13 +10,13 @@ mod registry;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::unpacked;
 use registry::front::Front;
 use registry::{Access, PASSWORD, Registry, USER};
-use tarblk::internals::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerRange, LayerSource};
+use tarblk::internals::source::Blob;
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{BlobAccess, BlobPlace, Image, ImageName, Login, RegistryOptions, resolve};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
@@ -47,19 +47,13 @@ fn access(image: &Image, layer: usize) -> BlobAccess {
 /// A fetcher of a blob's own bytes, told of it as a daemon is.
 fn fetcher(access: &BlobAccess) -> Fetcher {
     let told: BlobAccess = serde_json::from_str(&serde_json::to_string(access).unwrap()).unwrap();
-    let layer = HttpLayer {
-        url: String::new(),
-        size: told.size(),
-        validator: None,
-        headers: Vec::new(),
-        access: Some(Arc::new(told)),
-    };
+    let layer = Blob::of_registry(told);
     let options = FetchOptions {
         deadline: Duration::from_secs(20),
         memory_bytes: 1 << 20,
         ..FetchOptions::default()
     };
-    Fetcher::start(vec![LayerSource::http(layer)], options, None).unwrap()
+    Fetcher::start(vec![LayerSource::from(layer)], options, None).unwrap()
 }
 
 /// Reads a piece and compares it with the layout's blob.

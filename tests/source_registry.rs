@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::fetch::{FetchOptions, Fetcher, HttpLayer, LayerRange, LayerSource, Verifier};
+use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerRange, LayerSource, Verifier};
 use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::layer::Coding;
+use tarblk::internals::source::Blob;
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
     BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
@@ -127,13 +128,7 @@ fn fetcher(access: &BlobAccess, deadline: Duration) -> Fetcher {
 /// The same, by somebody who knows what the chunks have to be.
 fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<Verifier>) -> Fetcher {
     let told: BlobAccess = serde_json::from_str(&serde_json::to_string(access).unwrap()).unwrap();
-    let layer = HttpLayer {
-        url: String::new(),
-        size: told.size(),
-        validator: None,
-        headers: Vec::new(),
-        access: Some(Arc::new(told)),
-    };
+    let layer = Blob::of_registry(told);
     let options = FetchOptions {
         deadline,
         memory_bytes: 256 << 10,
@@ -141,8 +136,8 @@ fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<Ver
         head_deadline: Duration::from_secs(1),
         ..FetchOptions::default()
     };
-    let mut source = LayerSource::http(layer);
-    source.digests = digests;
+    let mut source = LayerSource::from(layer);
+    source.verifier = digests;
     Fetcher::start(vec![source], options, None).unwrap()
 }
 
@@ -806,7 +801,7 @@ fn storage_may_have_the_registrys_private_authority() {
         "nobody was redirected"
     );
     // Whoever asks for a few bytes goes the same way.
-    let blob = source::open_layer(&ImageName::parse(&name).unwrap(), &image.layers[0]).unwrap();
+    let blob = source::layer_blob(&ImageName::parse(&name).unwrap(), &image.layers[0]).unwrap();
     let bytes = source::read_range(&blob, 100..200, &HttpOptions::default()).unwrap();
     assert!(bytes == layer[100..200]);
     assert!(
@@ -951,8 +946,8 @@ fn a_plain_layer_is_walked_where_it_lies() {
     });
     let name = ImageName::parse(&registry.name("some/image:v1")).unwrap();
     let image = resolve(&name, &options()).unwrap();
-    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
-    assert_eq!(blob.fingerprint(), Some(image.layers[0].descriptor.digest.to_string()));
+    let blob = source::layer_blob(&name, &image.layers[0]).unwrap();
+    assert_eq!(blob.state(), Some(image.layers[0].descriptor.digest.to_string()));
     assert_eq!(blob.len, u64::try_from(layer.len()).unwrap());
     let mut builder = tarblk::internals::index::IndexBuilder::new();
     let walked = walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap();
@@ -969,7 +964,7 @@ fn a_plain_layer_is_walked_where_it_lies() {
     put_image(&registry, "v2", &[(&noise(2000, 11), PLAIN)]);
     let image = resolve(&ImageName::parse(&registry.name("some/image:v2")).unwrap(), &options()).unwrap();
     registry.rules(|rules| rules.lost = true);
-    let blob = source::open_layer(&name, &image.layers[0]).unwrap();
+    let blob = source::layer_blob(&name, &image.layers[0]).unwrap();
     let mut builder = tarblk::internals::index::IndexBuilder::new();
     let error = walk(&blob, &mut builder, None, &HttpOptions::default(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("BLOB_UNKNOWN"), "{error}");

@@ -29,6 +29,8 @@ pub(crate) use self::run::RunWriter;
 pub use self::seeder::Seeder;
 use super::chunk::{chunk_count, chunk_len};
 use crate::digest::hexadecimal;
+use crate::http::stable_name;
+use crate::source::{Blob, Place};
 use crate::units::{CHUNK_BYTES, TarOffset, len_usize};
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
@@ -101,6 +103,18 @@ impl LayerKey {
         hash.update(size.to_le_bytes());
         hash.update(validator.as_bytes());
         Self(hash.finalize().into())
+    }
+
+    /// A plain layer at a URL, if its server says by what a later process can tell whether it is still the same.
+    #[must_use]
+    pub fn of_blob(blob: &Blob) -> Option<Self> {
+        match &blob.place {
+            Place::Url(at) => {
+                let validator = at.validator.as_ref()?;
+                Some(Self::of_url(&stable_name(at.url.as_str()), blob.len, validator.value()))
+            }
+            Place::File(_) | Place::Registry(_) => None,
+        }
     }
 
     /// A tar of `tar_len` bytes whose content has a name, `identity`: a digest, or whatever else means this content alone.

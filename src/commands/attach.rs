@@ -58,7 +58,7 @@ struct LayerIndex {
 impl LayerIndex {
     fn of(layer: &PreparedLayer) -> Self {
         Self {
-            layer: layer.digest.clone(),
+            layer: layer.layer.digest.clone(),
             origin: layer.origin,
         }
     }

@@ -33,7 +33,7 @@ impl Opened {
             let prepared = open::prepare(source, &options, bar)?;
             let known = |layer: &PreparedLayer| {
                 let mut known = LayerKnowledge::of(&layer.index)?;
-                for digest in layer.digest.iter().chain(&layer.diff_id) {
+                for digest in layer.layer.digest.iter().chain(&layer.layer.diff_id) {
                     known.identify(digest.to_string());
                 }
                 Ok(known)

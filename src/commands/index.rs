@@ -20,7 +20,7 @@ use crate::index::{ColdPart, EndOfArchive, Index, IndexError, IndexFault, Summar
 use crate::layer::Coding;
 use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
 use crate::quantity::{show_count, show_size, show_time};
-use crate::source::{Place, Source};
+use crate::source::Source;
 
 /// `tarblk index` and what is below it.
 pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
@@ -87,7 +87,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     let index = &prepared.index;
     let identity = index.identity();
     let report = Report {
-        source: prepared.blob.source.to_string(),
+        source: prepared.layer.blob.name.clone(),
         summary: index.summary(),
         index_bytes: index.file_len(),
         hot_bytes: index.hot_len(),
@@ -155,7 +155,7 @@ fn summarise(
     took: Duration,
 ) -> anyhow::Result<()> {
     let summary = report.summary;
-    let whats = if matches!(prepared.blob.place, Place::Http(_)) {
+    let whats = if prepared.layer.blob.is_remote() {
         "requests"
     } else {
         "reads"
@@ -275,7 +275,7 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     let difference = first_difference(&index, &prepared.index)?;
     let verdict = Verdict {
         index: name.clone(),
-        source: prepared.blob.source.to_string(),
+        source: prepared.layer.blob.name.clone(),
         equal: difference.is_none(),
         identical: index.as_bytes() == prepared.index.as_bytes(),
         difference: difference.as_ref().map(ToString::to_string),

@@ -193,8 +193,8 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
     let payload = prepared.payload_bytes();
     let cannot = || format!("cannot write {}", args.output.display());
     // What is wrong with the layer is told before anything is written.
-    let plain = |layer: &PreparedLayer| match (&layer.blob.place, layer.coding) {
-        (Place::File(file), Coding::Plain) => file.try_clone().ok(),
+    let plain = |layer: &PreparedLayer| match (&layer.layer.blob.place, layer.coding()) {
+        (Place::File(file), Coding::Plain) => file.open().ok(),
         _ => None,
     };
     let files: Option<Vec<File>> = prepared.layers.iter().map(plain).collect();

@@ -6,79 +6,41 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::{FileLayer, HttpLayer};
+use crate::digest::Digest;
 use crate::index::{ColdDirectory, PieceDigests};
 use crate::layer::SpanTable;
+use crate::source::{Blob, LayerSpec};
 use crate::units::TarRange;
 
 /// A layer whose bytes this room brings.
 #[derive(Debug)]
 pub struct LayerSource {
-    /// Where the blob is.
-    pub blob: Blob,
+    /// Where its blob is. Its digests are what the whole has to be, checked once the whole has passed by or lies in the cache.
+    pub layer: LayerSpec,
     /// How the tar comes out of the blob. Without it the blob is the tar: tar space is its byte space.
     pub coding: Option<Coded>,
-    /// What its bytes have to be. With it no chunk is handed out that was not checked by this process.
-    pub digests: Option<Verifier>,
-    /// What the whole has to be, checked once the whole has passed by or lies in the store.
-    pub whole: WholeDigests,
-    /// The store's name for the layer: layers of the same name share what is kept. It has to stay the same as long as the
-    /// layer's content does, and no longer: a blob's digest is the best. Without it a layer on a server is named by its URL
-    /// and validator, and what is kept of others goes with the process.
-    pub identity: Option<String>,
+    /// What its bytes have to be, range by range. With it no chunk is handed out that was not verified by this process.
+    pub verifier: Option<Verifier>,
 }
 
 impl LayerSource {
-    /// A plain tar in a file, taken as it is.
-    #[must_use]
-    pub fn file(layer: FileLayer) -> Self {
-        Blob::File(layer).into()
-    }
-
-    /// A plain tar on a web server, taken as it is.
-    #[must_use]
-    pub fn http(layer: HttpLayer) -> Self {
-        Blob::Http(layer).into()
-    }
-
     /// The tar's length in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         match &self.coding {
             Some(coded) => coded.table.tar_len(),
-            None => self.blob.size(),
+            None => self.layer.blob.len,
         }
     }
 }
 
 impl From<Blob> for LayerSource {
+    /// A plain tar, taken as it is.
     fn from(blob: Blob) -> Self {
         Self {
-            blob,
+            layer: blob.into(),
             coding: None,
-            digests: None,
-            whole: WholeDigests::default(),
-            identity: None,
-        }
-    }
-}
-
-/// Where a blob is.
-#[derive(Debug)]
-pub enum Blob {
-    /// In a local file.
-    File(FileLayer),
-    /// On a web server that answers Range requests.
-    Http(HttpLayer),
-}
-
-impl Blob {
-    /// Its length in bytes.
-    #[must_use]
-    pub fn size(&self) -> u64 {
-        match self {
-            Self::File(layer) => layer.size,
-            Self::Http(layer) => layer.size,
+            verifier: None,
         }
     }
 }
@@ -101,11 +63,11 @@ pub enum Windows {
     Memory(Arc<Vec<Vec<u8>>>),
     /// In a local index file.
     File(Arc<OwnedFd>, ColdDirectory),
-    /// In an index behind HTTP, fetched by range when one is needed.
-    Http(Box<HttpLayer>, ColdDirectory),
+    /// In an index somewhere else, fetched by range when one is needed.
+    Remote(Box<Blob>, ColdDirectory),
     /// The same, with a local file that has the index's hot part and holes: what is fetched is put where it belongs, and looked
     /// for there first. The descriptor can be written to.
-    Kept(Arc<OwnedFd>, Box<HttpLayer>, ColdDirectory),
+    Kept(Arc<OwnedFd>, Box<Blob>, ColdDirectory),
 }
 
 impl fmt::Debug for Windows {
@@ -114,8 +76,8 @@ impl fmt::Debug for Windows {
             Self::None => f.write_str("None"),
             Self::Memory(windows) => write!(f, "Memory({})", windows.len()),
             Self::File(file, _) => write!(f, "File({file:?})"),
-            Self::Http(layer, _) => write!(f, "Http({layer:?})"),
-            Self::Kept(file, layer, _) => write!(f, "Kept({file:?}, {layer:?})"),
+            Self::Remote(blob, _) => write!(f, "Remote({blob:?})"),
+            Self::Kept(file, blob, _) => write!(f, "Kept({file:?}, {blob:?})"),
         }
     }
 }
@@ -191,17 +153,25 @@ impl fmt::Debug for ChunkVerifier {
     }
 }
 
-/// SHA-256 of a whole layer, as far as somebody vouches for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct WholeDigests {
+/// SHA-256 of a whole layer, as far as it is known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WholeDigests {
     /// Of the blob as it lies on the server: the digest in the manifest.
-    pub blob: Option<[u8; 32]>,
+    pub(crate) blob: Option<[u8; 32]>,
     /// Of the tar that comes out of it: the diffID in the image's configuration.
-    pub tar: Option<[u8; 32]>,
+    pub(crate) tar: Option<[u8; 32]>,
 }
 
 impl WholeDigests {
-    /// Whether nobody vouches for anything.
+    pub(crate) fn of(layer: &LayerSpec) -> Self {
+        let sha256 = |digest: &Option<Digest>| digest.as_ref().and_then(Digest::sha256);
+        Self {
+            blob: sha256(&layer.digest),
+            tar: sha256(&layer.diff_id),
+        }
+    }
+
+    /// Whether there is nothing to compare with.
     pub(crate) fn is_empty(&self) -> bool {
         self.blob.is_none() && self.tar.is_none()
     }

@@ -40,7 +40,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use self::budget::Budget;
 use self::fill::Filler;
 use self::in_flight::{InFlight, Waiter};
-use self::layer_state::{LayerState, take_in};
+use self::layer_state::{LayerState, TakenLayer, take_in};
 use self::origin::Origin;
 pub(crate) use self::request::CompleteOnDrop;
 use self::request::Request;
@@ -100,7 +100,7 @@ struct Engine {
 struct Parts {
     shared: Arc<Shared>,
     options: FetchOptions,
-    sources: Vec<Option<LayerSource>>,
+    sources: Vec<Option<TakenLayer>>,
     files: Option<Arc<dyn FileMap>>,
 }
 
@@ -160,7 +160,7 @@ impl Engine {
             files,
         } = parts;
         // Whatever could be wrong with them was found before.
-        let state = |source: LayerSource| LayerState::new(source).ok().map(Rc::new);
+        let state = |taken: TakenLayer| LayerState::new(taken).ok().map(Rc::new);
         // Reading further ahead would push out of memory what the reader has not read yet: see PlanOptions.
         let largest_read_ahead_bytes = (options.memory_bytes / 4).max(CHUNK_BYTES);
         let defaults = PlanOptions::default();

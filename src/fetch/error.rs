@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::http;
+use crate::source::SourceError;
 use crate::units::{LayerId, TarRange};
 
 /// Why a fetcher did not start.
@@ -41,6 +42,9 @@ pub enum StartError {
         /// Its length.
         found: u64,
     },
+    /// A layer's file cannot be opened, or is not what it was when it was found.
+    #[error(transparent)]
+    File(#[from] SourceError),
     /// The machine's certificates cannot be used.
     #[error("{0}")]
     Certificates(#[source] http::Error),

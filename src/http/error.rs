@@ -31,6 +31,25 @@ pub enum Kind {
     Setup,
 }
 
+/// What a failure's message names.
+pub trait Shown {
+    /// Without secrets.
+    fn shown(&self) -> String;
+}
+
+impl Shown for Url {
+    fn shown(&self) -> String {
+        shown_url(self)
+    }
+}
+
+impl Shown for str {
+    /// A name that holds no secrets.
+    fn shown(&self) -> String {
+        self.to_owned()
+    }
+}
+
 /// A failed request. Its message is one line with the URL (without secrets), what happened, and what to do about it.
 #[derive(Clone)]
 pub struct Error(Box<Inner>);
@@ -79,8 +98,8 @@ impl Error {
     /// An answer of `url` that contradicts the question. One bad machine behind a balancer can send it, so it may be asked
     /// again.
     #[must_use]
-    pub fn wrong(url: &Url, why: impl Into<String>) -> Self {
-        Self::new(Kind::WrongAnswer, shown_url(url), why)
+    pub fn wrong(url: &(impl Shown + ?Sized), why: impl Into<String>) -> Self {
+        Self::new(Kind::WrongAnswer, url.shown(), why)
     }
 
     /// A failure of a kept connection to `url` that is to be repeated on another at once.
@@ -98,14 +117,19 @@ impl Error {
     /// An answer of `url` that brings no bytes: [`Kind::Busy`] or [`Kind::Refused`] by its status. `said` is what the server
     /// gives as a reason, in one line.
     #[must_use]
-    pub fn status(url: &Url, status: StatusCode, said: Option<&str>, retry_after: Option<Duration>) -> Self {
+    pub fn status(
+        url: &(impl Shown + ?Sized),
+        status: StatusCode,
+        said: Option<&str>,
+        retry_after: Option<Duration>,
+    ) -> Self {
         let kind = if busy(status) {
             Kind::Busy(status)
         } else {
             Kind::Refused(status)
         };
         let why = said.map_or_else(|| status.to_string(), |said| format!("{status}: {said}"));
-        let mut error = Self::new(kind, shown_url(url), why);
+        let mut error = Self::new(kind, url.shown(), why);
         error.0.retry_after = retry_after;
         error
     }

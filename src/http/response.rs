@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 use hyper::header::{CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap, HeaderName};
-use url::Url;
 
-use super::error::Error;
+use super::error::{Error, Shown};
 use super::range::{ByteRange, ContentRange, number};
 use super::redirect::follows;
 use super::retry::retry_after;
@@ -67,11 +66,11 @@ pub(crate) enum Verdict {
 
 impl Verdict {
     /// The failure that a verdict other than [`Part`](Self::Part) and [`Whole`](Self::Whole) is for who does not know better.
-    pub(crate) fn into_error(self, url: &Url) -> Error {
+    pub(crate) fn into_error(self, url: &(impl Shown + ?Sized)) -> Error {
         match self {
             Self::Status { status, after } => Error::status(url, status, None, after),
             Self::NoRanges { status } => Error::status(url, status, None, None),
-            Self::Changed(how) => Error::changed(super::shown_url(url), how),
+            Self::Changed(how) => Error::changed(url.shown(), how),
             Self::Wrong(why) => Error::wrong(url, why),
             Self::Redirect => Error::wrong(url, "a redirect that is not followed"),
             Self::Part { .. } | Self::Whole => Error::wrong(url, "bytes that were not asked for"),

@@ -15,8 +15,8 @@ use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
 use crate::http::{HttpOptions, without_secrets};
 use crate::index::{self, Index, IndexError, IndexFault};
-use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, ImageName, Registry, Version};
-use crate::source::{self, LayerBlob, SourceError};
+use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, Registry, Version};
+use crate::source::{self, Blob, SourceError};
 
 /// Where the index of a layer is to come from.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -247,13 +247,8 @@ const SHORTEST_PIECE: u64 = 32 << 10;
 ///
 /// # Errors
 /// [`OpenError::Source`] when it cannot be fetched, [`OpenError::Index`] when it is damaged or of another layer.
-pub fn fetch_hot(
-    image: &ImageName,
-    layer: &ImageLayer,
-    found: &FoundIndex,
-    http: &HttpOptions,
-) -> Result<Index<Vec<u8>>, OpenError> {
-    fetch_hot_in(image, layer, found, 1, http)
+pub fn fetch_hot(layer: &ImageLayer, found: &FoundIndex, http: &HttpOptions) -> Result<Index<Vec<u8>>, OpenError> {
+    fetch_hot_in(layer, found, 1, http)
 }
 
 /// Into how many requests each hot part is cut when all of them are fetched at once, so that `connections` of them bring equally
@@ -273,7 +268,6 @@ pub(super) fn pieces<'f>(found: impl Iterator<Item = Option<&'f FoundIndex>> + C
 
 /// The same in several requests at the same time.
 pub(super) fn fetch_hot_in(
-    image: &ImageName,
     layer: &ImageLayer,
     found: &FoundIndex,
     pieces: u64,
@@ -281,7 +275,7 @@ pub(super) fn fetch_hot_in(
 ) -> Result<Index<Vec<u8>>, OpenError> {
     let name = || format!("index {}", found.access.name());
     let bad = |cause| OpenError::Index { name: name(), cause };
-    let blob = source::open_registry_blob(image, &found.access)?;
+    let blob = Blob::of_registry(found.access.clone());
     let most = blob.len.min(MAX_INDEX_BYTES);
     let first = found.listed.hot.as_ref().map_or(GUESS, |(len, _)| *len).min(most);
     let mut bytes = in_pieces(&blob, first, pieces, http)?;
@@ -319,7 +313,7 @@ pub(super) fn fetch_hot_in(
 }
 
 /// The first `len` bytes of a blob, by so many requests at the same time.
-fn in_pieces(blob: &LayerBlob, len: u64, pieces: u64, http: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+fn in_pieces(blob: &Blob, len: u64, pieces: u64, http: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let size = len.div_ceil(pieces.max(1)).max(1);
     let ranges = (0..pieces).map(|number| (number * size).min(len)..((number + 1) * size).min(len));
     let ranges: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();

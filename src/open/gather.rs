@@ -64,9 +64,7 @@ impl Drop for Gather {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::disk::DiskCache;
-    use crate::fetch::HttpLayer;
-    use crate::http::Validator;
+    use crate::cache::disk::{DiskCache, LayerKey};
     use crate::units::CHUNK_BYTES;
 
     #[test]
@@ -74,14 +72,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = DiskCache::open(dir.path()).unwrap();
         let size = 40 * CHUNK_BYTES + 100;
-        let layer = HttpLayer {
-            url: "http://localhost/layer".into(),
-            size,
-            validator: Some(Validator::ETag("\"1\"".into())),
-            headers: Vec::new(),
-            access: None,
-        };
-        let cache = store.layer(layer.cache_key().unwrap(), layer.size).unwrap();
+        let cache = store
+            .layer(LayerKey::of_url("http://localhost/layer", size, "\"1\""), size)
+            .unwrap();
         let mut gather = Gather::new(Arc::clone(&cache));
         // Two places at once, in pieces that fit nothing: chunks 0..20 and 30..40 with the short last one.
         let (mut a, mut b) = (0, 30 * CHUNK_BYTES + 7);

@@ -21,7 +21,7 @@ use crate::index::{ColdPart, Index, IndexError};
 use crate::source::registry::{
     Image, ImageLayer, ImageName, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version,
 };
-use crate::source::{self, SourceError, registry};
+use crate::source::{self, Blob, SourceError, registry};
 
 /// A layer, what became of its index, and where that is now.
 pub type LayerIndex = (ImageLayer, Published, Option<Listed>);
@@ -89,11 +89,7 @@ pub fn push(
         }
     }
     let one = |layer: &&ImageLayer, reached: Reached<'_>| {
-        let kept = if anew {
-            None
-        } else {
-            tagged(&registry, &name, layer, options)?
-        };
+        let kept = if anew { None } else { tagged(&registry, layer, options)? };
         if let Some(listed) = kept {
             return Ok((listed, None));
         }
@@ -210,12 +206,7 @@ fn at_the_same_time<L: OfLayer + Sync, T: Send>(
 }
 
 /// The index that a layer's tag names, if it is a good one with everything in it.
-fn tagged(
-    registry: &Registry,
-    image: &ImageName,
-    layer: &ImageLayer,
-    options: &RegistryOptions,
-) -> Result<Option<Listed>, OpenError> {
+fn tagged(registry: &Registry, layer: &ImageLayer, options: &RegistryOptions) -> Result<Option<Listed>, OpenError> {
     let manifest = match registry.manifest(&layer_tag(&layer.descriptor.digest)) {
         Ok(manifest) => manifest,
         // A registry that is busy has it perhaps, and making it anew is long.
@@ -229,7 +220,7 @@ fn tagged(
     else {
         return Ok(None);
     };
-    match whole_index(registry, image, layer, &listed, options) {
+    match whole_index(registry, layer, &listed, options) {
         Ok(index) if index.cold().has(ColdPart::Headers) && index.cold().has(ColdPart::PayloadDigests) => {
             Ok(Some(listed))
         }
@@ -244,7 +235,6 @@ fn tagged(
 /// Brings an index whole, checked against its digest and the layer.
 fn whole_index(
     registry: &Registry,
-    image: &ImageName,
     layer: &ImageLayer,
     listed: &Listed,
     options: &RegistryOptions,
@@ -254,7 +244,7 @@ fn whole_index(
         name: format!("index {}", access.name()),
         cause,
     };
-    let blob = source::open_registry_blob(image, &access)?;
+    let blob = Blob::of_registry(access.clone());
     if blob.len > MAX_INDEX_BYTES {
         return Err(bad(crate::index::IndexFault::TooLarge("file").into()));
     }
@@ -281,7 +271,7 @@ fn made_of(
     spacing: u64,
     reached: Reached<'_>,
 ) -> Result<Index<Vec<u8>>, OpenError> {
-    let blob = source::open_layer(image, layer)?;
+    let blob = source::layer_blob(image, layer)?;
     let recording = Recording {
         contents: Contents::FULL,
         spacing,
@@ -294,7 +284,7 @@ fn made_of(
         reached,
         &mut |_, _| (),
     )
-    .map_err(|error| named_if_foreign(error, blob.name(), layer.descriptor.foreign().as_deref()))?;
+    .map_err(|error| named_if_foreign(error, &blob.name, layer.descriptor.foreign().as_deref()))?;
     let bad = |cause: IndexError| OpenError::Index {
         name: format!("layer {} of {image}", layer.descriptor.digest),
         cause,
@@ -386,7 +376,7 @@ pub fn copy(
             layers.push((layer.clone(), Published::Missing, None));
             continue;
         };
-        let index = match whole_index(&there, &source_name, layer, &found.listed, options) {
+        let index = match whole_index(&there, layer, &found.listed, options) {
             Ok(index) => index,
             // Anybody may have put it there.
             Err(error @ OpenError::Index { .. }) => {

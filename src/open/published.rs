@@ -9,11 +9,11 @@ use std::thread;
 
 use super::discover::{self, FoundBy, FoundIndex};
 use super::index_cache::KeptHot;
-use super::layer::{Published, unchecked};
+use super::layer::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
 use crate::index::Index;
-use crate::source::registry::{BlobAccess, BlobPlace, Image, ImageLayer, ImageName, Reference, Registry};
-use crate::source::{self, HttpBlob, Place};
+use crate::source::Blob;
+use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Reference, Registry};
 
 /// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
 /// connection for itself.
@@ -25,7 +25,7 @@ pub(super) enum Lead {
     /// None is wanted, or none is there.
     Nothing,
     /// Its hot part is here.
-    Kept(Box<(KeptHot, HttpBlob)>),
+    Kept(Box<(KeptHot, Blob)>),
     /// It is there to be fetched.
     Found(Box<FoundIndex>),
 }
@@ -77,7 +77,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     let kept = |layer: &ImageLayer| {
         let kept = options.cache.as_ref()?.hot(&place, &layer.descriptor.digest)?;
         let rest = registry.blob(&kept.digest, kept.index.file_len());
-        Some(Box::new((kept, http(name, &rest)?)))
+        Some(Box::new((kept, Blob::of_registry(rest))))
     };
     let mut leads = Vec::new();
     let mut asked = Vec::new();
@@ -86,7 +86,9 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
         let was_read = |cache: &Cache| {
             let digest = &layer.descriptor.digest;
             let unchecked = match &layer.place {
-                BlobPlace::Registry(access) => cache.has_index(&unchecked(&access.name(), digest)),
+                BlobPlace::Registry(access) => {
+                    cache.has_index(&Blob::of_registry(access.clone()).claimed(digest).unwrap_or_default())
+                }
                 BlobPlace::File(_) => false,
             };
             unchecked || cache.has_index(&digest.to_string())
@@ -140,14 +142,6 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     Ok(leads.into_iter().map(|(_, lead)| lead).collect())
 }
 
-/// An index as a blob behind HTTP.
-fn http(name: &ImageName, access: &BlobAccess) -> Option<HttpBlob> {
-    match source::open_registry_blob(name, access).ok()?.place {
-        Place::Http(rest) => Some(*rest),
-        Place::File(_) => None,
-    }
-}
-
 /// Brings the hot parts of published indexes that are not here, all at the same time, and keeps them.
 pub(super) fn fetch(
     name: &ImageName,
@@ -177,14 +171,14 @@ pub(super) fn fetch(
             }))
         }
         Lead::Found(found) => {
-            let (index, found) = match discover::fetch_hot_in(name, layer, &found, pieces, &options.http) {
+            let (index, found) = match discover::fetch_hot_in(layer, &found, pieces, &options.http) {
                 Ok(index) => (index, found),
                 Err(error) => by_tag(name, layer, &found, options).ok_or(error)?,
             };
             let kept = keep(name, layer, &index, &found, options)?;
-            Ok(http(name, &found.access).map(|rest| Published {
+            Ok(Some(Published {
                 index,
-                rest,
+                rest: Blob::of_registry(found.access.clone()),
                 was_kept: false,
                 kept,
             }))
@@ -230,7 +224,7 @@ fn by_tag(
     }
     let registry = Registry::new(reference, &options.registry).ok()?;
     let found = discover::find_of_layer(&registry, &layer.descriptor.digest).ok()??;
-    let index = discover::fetch_hot(name, layer, &found, &options.http).ok()?;
+    let index = discover::fetch_hot(layer, &found, &options.http).ok()?;
     Some((index, Box::new(found)))
 }
 

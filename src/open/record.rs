@@ -8,7 +8,7 @@ use crate::http::HttpOptions;
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob};
+use crate::source::{self, Blob};
 use crate::units::TarOffset;
 
 /// How a layer is recorded.
@@ -41,25 +41,26 @@ pub fn record(
     options: &OpenOptions,
     watch: &mut dyn Watch,
 ) -> Result<PreparedLayer, OpenError> {
-    let (blob, facts) = find_one(text, options)?;
-    warn_without_ranges(&blob);
-    let reading = Reading::all_of(&blob);
+    let found = find_one(text, options)?;
+    let blob = &found.layer.blob;
+    warn_without_ranges(blob);
+    let reading = Reading::all_of(blob);
     let mut reached = |at| watch.reading(reading, at, blob.len);
     let recorded = record_blob(
-        &blob,
+        blob,
         recording,
-        algorithms(facts.digest.as_ref(), facts.diff_id.as_ref()),
+        algorithms(found.layer.digest.as_ref(), found.layer.diff_id.as_ref()),
         &options.http,
         &mut reached,
         &mut |_, _| (),
     )
-    .map_err(|error| named_if_foreign(error, blob.name(), facts.foreign.as_deref()))?;
-    let index = open_index(recorded.index, &blob.name())?;
+    .map_err(|error| named_if_foreign(error, &blob.name, found.foreign.as_deref()))?;
+    let index = open_index(recorded.index, &blob.name)?;
     let origin = IndexOrigin::Read {
         reads: recorded.reads,
         bytes: blob.len,
     };
-    PreparedLayer::new(blob, &facts, index, origin, None)
+    PreparedLayer::new(&found, index, origin, None)
 }
 
 /// The algorithms of digests that a blob and its tar have to have.
@@ -73,7 +74,7 @@ pub(super) fn algorithms(digest: Option<&Digest>, diff_id: Option<&Digest>) -> [
 /// # Errors
 /// [`OpenError::Source`], [`OpenError::Tar`]: what is wrong with the server, the compression or the tar.
 pub fn record_blob(
-    blob: &LayerBlob,
+    blob: &Blob,
     recording: &Recording,
     [of_blob, of_tar]: [Algorithm; 2],
     http: &HttpOptions,
@@ -81,7 +82,7 @@ pub fn record_blob(
     tap: &mut dyn FnMut(TarOffset, &[u8]),
 ) -> Result<RecordedBlob, OpenError> {
     let bad_tar = |source| OpenError::Tar {
-        name: blob.name(),
+        name: blob.name.clone(),
         source,
     };
     let recorder_of = |first: &[u8]| {
@@ -130,7 +131,7 @@ pub fn record_blob(
 ///
 /// # Errors
 /// [`OpenError::Source`] when they cannot be read.
-pub(super) fn coding_of(blob: &LayerBlob, http: &HttpOptions) -> Result<Coding, OpenError> {
+pub(super) fn coding_of(blob: &Blob, http: &HttpOptions) -> Result<Coding, OpenError> {
     let start = source::first_bytes(blob, Coding::TELLING, http)?;
     Ok(Coding::of_bytes(&start))
 }

@@ -15,12 +15,12 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::IndexOrigin;
-use super::layer::{Facts, kept_under};
+use super::layer::{FoundLayer, kept_under};
 use crate::http::HttpOptions;
 use crate::index::toc::{self, TAIL};
 use crate::index::{IndexBuilder, LayerIdentity};
 use crate::layer::Coding;
-use crate::source::{self, LayerBlob, Place, SourceError};
+use crate::source::{self, Blob, SourceError};
 
 /// How much of a blob's end is asked for where its table is likely to lie: a hundredth of the blob within these bounds, in bytes.
 /// A table takes about that much, and what is too much of it costs less than a second question.
@@ -29,48 +29,43 @@ const LONGEST_END: u64 = 1 << 20;
 
 /// What the cache knows the layer's tar space by, if it is made up from the layer's table of contents; `None` where no such table
 /// would be used. The name holds the table's digest: a lying registry must not leave anything behind for an honest one.
-pub(super) fn kept_as(blob: &LayerBlob, facts: &Facts) -> Option<String> {
-    let named = match (&facts.digest, toc::promised(&facts.annotations)) {
+pub(super) fn kept_as(found: &FoundLayer) -> Option<String> {
+    let named = match (&found.layer.digest, toc::promised(&found.annotations)) {
         (Some(_), None) => return None,
         (Some(_), Some(digests)) => digests,
         (None, _) => String::new(),
     };
     // Under both digests there is nothing that was not compared with the second.
-    let of_image = facts.digest.as_ref().map(ToString::to_string);
-    let name = of_image.or_else(|| kept_under(blob, facts))?;
+    let of_image = found.layer.digest.as_ref().map(ToString::to_string);
+    let name = of_image.or_else(|| kept_under(&found.layer))?;
     Some(format!("{name}\ntable of contents {named}"))
 }
 
 /// Whether the layer's own table of contents may be asked for.
-pub(super) fn may_be_used(blob: &LayerBlob, facts: &Facts) -> bool {
-    let vouched = facts.digest.is_none() || toc::promised(&facts.annotations).is_some();
+pub(super) fn may_be_used(found: &FoundLayer) -> bool {
+    let vouched = found.layer.digest.is_none() || toc::promised(&found.annotations).is_some();
     // A file at hand is read whole; so is what its server does not give in parts.
-    vouched && matches!(&blob.place, Place::Http(http) if http.ranges)
+    vouched && found.layer.blob.is_remote() && found.layer.blob.answers_ranges()
 }
 
 /// Brings the layer's table of contents as an index, if it has one that can be believed as far as the layer itself.
-pub(super) fn fetch(
-    blob: &LayerBlob,
-    coding: Coding,
-    facts: &Facts,
-    http: &HttpOptions,
-) -> Option<(Vec<u8>, IndexOrigin)> {
-    if coding == Coding::Plain || !may_be_used(blob, facts) {
+pub(super) fn fetch(found: &FoundLayer, coding: Coding, http: &HttpOptions) -> Option<(Vec<u8>, IndexOrigin)> {
+    if coding == Coding::Plain || !may_be_used(found) {
         return None;
     }
     let mut reader = Reader {
-        blob,
+        blob: &found.layer.blob,
         http,
         reads: 0,
         bytes: 0,
     };
-    match index(&mut reader, facts) {
+    match index(&mut reader, found) {
         Ok(index) => index.map(|index| {
             let (reads, bytes) = (reader.reads, reader.bytes);
             (index, IndexOrigin::Contents { reads, bytes })
         }),
         Err(why) => {
-            log::warn!("{}: {why}", blob.name());
+            log::warn!("{}: {why}", found.layer.blob.name);
             None
         }
     }
@@ -78,7 +73,7 @@ pub(super) fn fetch(
 
 /// What the registry or server was asked for.
 struct Reader<'b> {
-    blob: &'b LayerBlob,
+    blob: &'b Blob,
     http: &'b HttpOptions,
     reads: u64,
     bytes: u64,
@@ -107,10 +102,10 @@ enum Unusable {
     Incomplete,
 }
 
-fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unusable> {
+fn index(reader: &mut Reader<'_>, found: &FoundLayer) -> Result<Option<Vec<u8>>, Unusable> {
     let len = reader.blob.len;
-    let promised = toc::promised(&facts.annotations).is_some();
-    let (place, end) = if let Some(place) = toc::Place::of_annotations(&facts.annotations, len) {
+    let promised = toc::promised(&found.annotations).is_some();
+    let (place, end) = if let Some(place) = toc::Place::of_annotations(&found.annotations, len) {
         (place, None)
     } else {
         let guess = (len / 100).clamp(SHORTEST_END, LONGEST_END);
@@ -136,14 +131,14 @@ fn index(reader: &mut Reader<'_>, facts: &Facts) -> Result<Option<Vec<u8>>, Unus
         }
         None => Cow::Owned(reader.read(place.blob.clone())?),
     };
-    let contents = place.open(&stored, len, &facts.annotations)?;
-    if facts.digest.is_some() && !(contents.is_vouched() && contents.are_digests_complete()) {
+    let contents = place.open(&stored, len, &found.annotations)?;
+    if found.layer.digest.is_some() && !(contents.is_vouched() && contents.are_digests_complete()) {
         return Err(Unusable::Incomplete);
     }
     let mut builder = IndexBuilder::new();
     builder.identity(LayerIdentity {
-        blob_digest: facts.digest.clone(),
-        diff_id: facts.diff_id.clone(),
+        blob_digest: found.layer.digest.clone(),
+        diff_id: found.layer.diff_id.clone(),
         ..LayerIdentity::default()
     });
     Ok(Some(contents.into_index(builder)?))

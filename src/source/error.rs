@@ -26,6 +26,9 @@ pub enum SourceError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A local file is not what it was when it was found.
+    #[error("{} changed while it was being read; try again", .0.display())]
+    FileChanged(PathBuf),
     /// A local file cannot be read any further.
     #[error("{name}: cannot read at byte {at}: {source}")]
     Read {

@@ -7,7 +7,7 @@ use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, RANGE};
 use reqwest::{Client, Response, StatusCode};
 use url::Url;
 
-use super::blob::HttpBlob;
+use super::blob::{Blob, Place, UrlBlob};
 use super::error::{SourceError, wait_after};
 use crate::http::tls::Trust;
 use crate::http::{
@@ -33,6 +33,16 @@ struct Judged {
 impl Requests {
     pub(crate) fn new(url: &Url, options: &HttpOptions) -> Result<Self, SourceError> {
         let client = http::build(&Trust::default(), url.scheme() == "https", &options.timeouts)?;
+        Ok(Self {
+            client,
+            options: *options,
+        })
+    }
+
+    /// Requests for one blob, wherever it is.
+    pub(crate) fn of(blob: &Blob, options: &HttpOptions) -> Result<Self, SourceError> {
+        let secure = matches!(&blob.place, Place::Url(at) if at.url.scheme() == "https");
+        let client = http::build(&Trust::default(), secure, &options.timeouts)?;
         Ok(Self {
             client,
             options: *options,
@@ -71,26 +81,33 @@ impl Requests {
     }
 
     /// Asks for a range of a blob, or for all of it, wherever it is known to be.
-    async fn get_of(&self, blob: &HttpBlob, range: Option<ByteRange>) -> Result<Response, SourceError> {
-        if let Some(access) = &blob.access {
-            return access.get(range).await;
-        }
-        let authorization = blob.authorization.as_ref();
-        let (response, _) = self.get(&blob.resolved, &blob.url, authorization, range).await?;
+    async fn get_of(&self, blob: &Blob, range: Option<ByteRange>) -> Result<Response, SourceError> {
+        let at = match &blob.place {
+            Place::Registry(access) => return access.get(range).await,
+            Place::Url(at) => at,
+            Place::File(_) => {
+                return Err(http::Error::wrong(&*blob.name, "a file is not asked for")
+                    .lasting()
+                    .into());
+            }
+        };
+        let authorization = at.authorization_header();
+        let authorization = authorization.as_ref();
+        let (response, _) = self.get(&at.resolved, &at.url, authorization, range).await?;
         let expired = matches!(
             response.status(),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
         );
-        if expired && blob.resolved != blob.url {
+        if expired && at.resolved != at.url {
             // Signed URLs expire; the one that was named leads to a new one.
-            return Ok(self.get(&blob.url, &blob.url, authorization, range).await?.0);
+            return Ok(self.get(&at.url, &at.url, authorization, range).await?.0);
         }
         Ok(response)
     }
 
     /// Asks for a range, or for the whole where `ranged` is false, and judges the answer. None: the server has no ranges, which
     /// it says with an error.
-    async fn ask(&self, blob: &HttpBlob, range: ByteRange, ranged: bool) -> Result<Option<Judged>, SourceError> {
+    async fn ask(&self, blob: &Blob, range: ByteRange, ranged: bool) -> Result<Option<Judged>, SourceError> {
         let response = match self.get_of(blob, ranged.then_some(range)).await {
             Ok(response) => response,
             // A registry's refusals come as errors, with what it says of them.
@@ -102,14 +119,18 @@ impl Requests {
             }
             Err(error) => return Err(error),
         };
+        let at = match &blob.place {
+            Place::Url(at) => Some(at),
+            Place::Registry(_) | Place::File(_) => None,
+        };
         let asked = Asked {
             range,
             ranged,
             size: blob.len,
-            validator: blob.validator.as_ref(),
-            encoding: match &blob.access {
-                Some(_) => Encoding::Any,
-                None => Encoding::Same(blob.encoding.as_deref()),
+            validator: at.and_then(|at| at.validator.as_ref()),
+            encoding: match at {
+                Some(at) => Encoding::Same(at.encoding.as_deref()),
+                None => Encoding::Any,
             },
         };
         match judge(response.status(), response.headers(), asked) {
@@ -124,11 +145,11 @@ impl Requests {
                 end: blob.len,
             })),
             Verdict::NoRanges { .. } => Ok(None),
-            Verdict::Changed(how) => Err(http::Error::changed(blob.name(), how).into()),
+            Verdict::Changed(how) => Err(http::Error::changed(&*blob.name, how).into()),
             refused @ Verdict::Status { status, .. } => {
-                Err(refused.into_error(&blob.url).advising(advice(status)).into())
+                Err(refused.into_error(&*blob.name).advising(advice(status)).into())
             }
-            wrong => Err(wrong.into_error(&blob.url).into()),
+            wrong => Err(wrong.into_error(&*blob.name).into()),
         }
     }
 
@@ -139,7 +160,7 @@ impl Requests {
     /// Asks for `len` bytes from `start` on. The body begins there; it may end before they do, and then the rest has to be asked
     /// for. A server that is known to answer ranges and sends the whole blob is asked again; of a registry nobody knows, and the
     /// body may begin at the blob's beginning.
-    pub(crate) async fn range(&self, blob: &HttpBlob, start: u64, len: u64) -> Result<Body, SourceError> {
+    pub(crate) async fn range(&self, blob: &Blob, start: u64, len: u64) -> Result<Body, SourceError> {
         let end = start.saturating_add(len).min(blob.len);
         let range = ByteRange {
             start,
@@ -148,29 +169,29 @@ impl Requests {
         let Some(answer) = self.ask(blob, range, true).await? else {
             return self.whole(blob).await;
         };
-        if answer.at != start && blob.access.is_none() {
+        if answer.at != start && matches!(blob.place, Place::Url(_)) {
             let why = "the whole layer instead of a range, which it answered before";
-            return Err(http::Error::wrong(&blob.url, why).into());
+            return Err(http::Error::wrong(&*blob.name, why).into());
         }
         Ok(self.body(answer))
     }
 
     /// Whether a registry answers ranges of a blob that is not empty, by asking for its first byte.
-    pub(crate) async fn answers_ranges(&self, blob: &HttpBlob) -> Result<bool, SourceError> {
+    pub(crate) async fn answers_ranges(&self, blob: &Blob) -> Result<bool, SourceError> {
         let first = ByteRange { start: 0, len: 1 };
         let answer = self.ask(blob, first, true).await?;
         Ok(answer.is_some_and(|answer| answer.end == 1))
     }
 
     /// Asks for the whole layer as one stream, of a server that answers no ranges.
-    pub(crate) async fn whole(&self, blob: &HttpBlob) -> Result<Body, SourceError> {
+    pub(crate) async fn whole(&self, blob: &Blob) -> Result<Body, SourceError> {
         let all = ByteRange {
             start: 0,
             len: blob.len,
         };
         match self.ask(blob, all, false).await? {
             Some(answer) => Ok(self.body(answer)),
-            None => Err(http::Error::wrong(&blob.url, "no answer to a request without a range").into()),
+            None => Err(http::Error::wrong(&*blob.name, "no answer to a request without a range").into()),
         }
     }
 }
@@ -189,7 +210,7 @@ fn advice(status: StatusCode) -> &'static str {
 ///
 /// # Errors
 /// [`SourceError`]: unreachable, refused, or an answer that makes no sense.
-pub fn probe(url: &Url, options: &HttpOptions) -> Result<HttpBlob, SourceError> {
+pub fn probe(url: &Url, options: &HttpOptions) -> Result<Blob, SourceError> {
     let requests = Requests::new(url, options)?;
     runtime::runtime()?.block_on(async {
         let mut backoff = requests.backoff();
@@ -245,7 +266,7 @@ fn refused(url: &Url, response: &Response) -> http::Error {
     }
 }
 
-async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, SourceError> {
+async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceError> {
     let (url, authorization) = split_credentials(named);
     let first = ByteRange { start: 0, len: 1 };
     let (mut ranged, mut proven) = (true, false);
@@ -265,15 +286,13 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<HttpBlob, Source
             }
             Found::Not(verdict) => return Err(verdict.into_error(&url).advising(advice(status)).into()),
         };
-        return Ok(HttpBlob {
+        let at = UrlBlob {
             resolved,
             validator: Validator::of(headers),
-            url,
-            authorization,
-            len,
             ranges: seekable,
             encoding: encoding(headers).map(str::to_owned),
-            access: None,
-        });
+            ..UrlBlob::new(named)
+        };
+        return Ok(Blob::of_url(at, len));
     }
 }

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-use super::blob::{HttpBlob, LayerBlob, Place};
+use super::blob::{Blob, Place};
 use super::error::{Failure, SourceError, wait_after};
 use super::request::Requests;
 use crate::http::{Backoff, Body, HttpOptions, runtime};
@@ -21,12 +21,12 @@ pub type BlobSink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; what `sink` returns.
-pub fn stream<E: From<SourceError>>(blob: &LayerBlob, options: &HttpOptions, sink: BlobSink<'_, E>) -> Result<u64, E> {
+pub fn stream<E: From<SourceError>>(blob: &Blob, options: &HttpOptions, sink: BlobSink<'_, E>) -> Result<u64, E> {
     match &blob.place {
-        Place::File(file) => stream_file(file, blob, sink),
-        Place::Http(http) => {
+        Place::File(file) => stream_file(&file.open()?, blob, sink),
+        Place::Url(_) | Place::Registry(_) => {
             let runtime = runtime::runtime().map_err(SourceError::from)?;
-            runtime.block_on(stream_http(http, options, sink))
+            runtime.block_on(stream_http(blob, options, sink))
         }
     }
 }
@@ -35,7 +35,7 @@ pub fn stream<E: From<SourceError>>(blob: &LayerBlob, options: &HttpOptions, sin
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server.
-pub fn first_bytes(blob: &LayerBlob, len: usize, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+pub fn first_bytes(blob: &Blob, len: usize, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let len = u64::try_from(len).unwrap_or(u64::MAX).min(blob.len);
     read_range(blob, 0..len, options)
 }
@@ -44,7 +44,7 @@ pub fn first_bytes(blob: &LayerBlob, len: usize, options: &HttpOptions) -> Resul
 ///
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; that the blob has not so many bytes.
-pub fn read_range(blob: &LayerBlob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+pub fn read_range(blob: &Blob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let want = range.end.saturating_sub(range.start);
     if want == 0 {
         return Ok(Vec::new());
@@ -52,18 +52,19 @@ pub fn read_range(blob: &LayerBlob, range: Range<u64>, options: &HttpOptions) ->
     match &blob.place {
         Place::File(file) => {
             let mut bytes = Vec::new();
+            let file = &file.open()?;
             let mut reader = Offset { file, at: range.start }.take(want);
             let read = reader.read_to_end(&mut bytes).and_then(|got| {
                 let whole = u64::try_from(got) == Ok(want);
                 whole.then_some(()).ok_or_else(|| ErrorKind::UnexpectedEof.into())
             });
             read.map(|()| bytes).map_err(|source| SourceError::Read {
-                name: blob.name(),
+                name: blob.name.clone(),
                 at: range.start,
                 source,
             })
         }
-        Place::Http(http) => runtime::runtime()?.block_on(range_of_http(http, range, options)),
+        Place::Url(_) | Place::Registry(_) => runtime::runtime()?.block_on(range_of_http(blob, range, options)),
     }
 }
 
@@ -81,8 +82,8 @@ impl Read for Offset<'_> {
     }
 }
 
-async fn range_of_http(blob: &HttpBlob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
-    let requests = Requests::new(&blob.url, options)?;
+async fn range_of_http(blob: &Blob, range: Range<u64>, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
+    let requests = Requests::of(blob, options)?;
     let mut backoff = requests.backoff();
     let mut got = Vec::new();
     loop {
@@ -90,7 +91,7 @@ async fn range_of_http(blob: &HttpBlob, range: Range<u64>, options: &HttpOptions
         if reached >= range.end {
             return Ok(got);
         }
-        let answer = if blob.ranges {
+        let answer = if blob.answers_ranges() {
             requests.range(blob, reached, range.end - reached).await
         } else {
             requests.whole(blob).await
@@ -129,7 +130,7 @@ async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff
     }
 }
 
-fn stream_file<E: From<SourceError>>(file: &File, blob: &LayerBlob, sink: BlobSink<'_, E>) -> Result<u64, E> {
+fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, sink: BlobSink<'_, E>) -> Result<u64, E> {
     let mut buffer = vec![0; STRIDE];
     let (mut at, mut reads) = (0, 0);
     while at < blob.len {
@@ -137,7 +138,7 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &LayerBlob, sink: BlobSi
         let got = match file.read_at(&mut buffer[..want], at) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             outcome => outcome.map_err(|source| SourceError::Read {
-                name: blob.name(),
+                name: blob.name.clone(),
                 at,
                 source,
             })?,
@@ -145,7 +146,7 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &LayerBlob, sink: BlobSi
         if got == 0 {
             // Somebody cut the file while it was read.
             let shortened = SourceError::Shortened {
-                name: blob.name(),
+                name: blob.name.clone(),
                 len: at,
                 expected: blob.len,
             };
@@ -160,16 +161,16 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &LayerBlob, sink: BlobSi
 
 /// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
 async fn stream_http<E: From<SourceError>>(
-    blob: &HttpBlob,
+    blob: &Blob,
     options: &HttpOptions,
     sink: BlobSink<'_, E>,
 ) -> Result<u64, E> {
-    let requests = Requests::new(&blob.url, options)?;
+    let requests = Requests::of(blob, options)?;
     let mut backoff = requests.backoff();
     let (mut reached, mut asked) = (0, 0);
     while reached < blob.len {
         asked += 1;
-        let answer = if blob.ranges {
+        let answer = if blob.answers_ranges() {
             requests.range(blob, reached, blob.len - reached).await
         } else {
             requests.whole(blob).await

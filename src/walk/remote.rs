@@ -25,7 +25,7 @@ use super::error::WalkError;
 use crate::http::{HttpOptions, runtime};
 use crate::index::walk::{Progress, Walked};
 use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
-use crate::source::{HttpBlob, Requests, SourceError, wait_after};
+use crate::source::{Blob, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
 use wire::{FIRST, Link, Reader, Wire};
 
@@ -44,13 +44,13 @@ const SCAN_PART: u64 = 4;
 
 /// Walks a layer on a web server.
 pub(super) fn walk<'a>(
-    blob: &'a HttpBlob,
+    blob: &'a Blob,
     sink: &'a mut dyn EntrySink,
     tap: Option<&'a mut (dyn Tap + 'a)>,
     options: &HttpOptions,
     progress: Progress<'a>,
 ) -> Result<Walked, WalkError> {
-    let requests = Requests::new(&blob.url, options)?;
+    let requests = Requests::of(blob, options)?;
     let keep_all = tap.is_some();
     let wire = Wire {
         blob,
@@ -69,14 +69,14 @@ pub(super) fn walk<'a>(
     let end = runtime::runtime().map_err(SourceError::from)?.block_on(async {
         if blob.len == 0 {
             truth.finish()
-        } else if blob.ranges && wire.answers_ranges().await? {
+        } else if blob.answers_ranges() && wire.answers_ranges().await? {
             walk_ranges(&wire, &mut truth).await
         } else {
-            if blob.ranges {
+            if blob.answers_ranges() {
                 // It said that it does when it was asked how long the layer is.
                 log::warn!(
                     "{}: the server does not answer ranges; reading the whole layer once",
-                    blob.name()
+                    blob.name
                 );
             }
             walk_stream(&wire, &mut truth, keep_all).await
@@ -95,7 +95,7 @@ struct Truth<'a> {
     parser: Parser,
     sink: &'a mut dyn EntrySink,
     progress: Progress<'a>,
-    blob: &'a HttpBlob,
+    blob: &'a Blob,
 }
 
 impl Truth<'_> {
@@ -121,7 +121,7 @@ impl Truth<'_> {
 
     fn bad_tar(&self, error: IndexError) -> WalkError {
         WalkError::Tar {
-            name: self.blob.name(),
+            name: self.blob.name.clone(),
             source: error,
         }
     }

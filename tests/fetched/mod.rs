@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,9 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tarblk::internals::bench::origin::Origin;
 use tarblk::internals::cache::Slice;
-use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, HttpLayer, LayerRange, Located};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, Located};
+use tarblk::internals::http::Validator;
+use tarblk::internals::source::{Blob, Place, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 pub(crate) fn u(n: usize) -> u64 {
@@ -48,15 +51,33 @@ pub(crate) fn joined(slices: &[Slice]) -> Vec<u8> {
     slices.iter().flat_map(|slice| slice.to_vec()).collect()
 }
 
+/// A blob of `len` bytes at `url`, of which nothing else is known.
+pub(crate) fn blob_at(url: &str, len: u64) -> Blob {
+    Blob::of_url(UrlBlob::new(&url.parse().unwrap()), len)
+}
+
 /// A blob of `size` bytes behind `origin`.
-pub(crate) fn at_origin(origin: &Origin, path: &str, size: usize) -> HttpLayer {
-    HttpLayer {
-        url: origin.url(path),
-        size: u(size),
-        validator: None,
-        headers: Vec::new(),
-        access: None,
+pub(crate) fn at_origin(origin: &Origin, path: &str, size: usize) -> Blob {
+    blob_at(&origin.url(path), u(size))
+}
+
+/// The same blob in the state that `validator` tells.
+pub(crate) fn in_state(blob: Blob, validator: Validator) -> Blob {
+    let Place::Url(at) = blob.place else {
+        panic!("{} is not at a URL", blob.name)
+    };
+    Blob {
+        place: Place::Url(UrlBlob {
+            validator: Some(validator),
+            ..at
+        }),
+        ..blob
     }
+}
+
+/// The blob in a file.
+pub(crate) fn in_file(path: &Path) -> Blob {
+    Blob::of_file("layer.tar".to_owned(), path).unwrap()
 }
 
 /// Short waits, so that the failures of a minute pass in a second; a long patience, so that reads outlive them; and little

@@ -27,6 +27,8 @@ pub enum Fault {
     ShortBody(u64),
     /// This many bytes more than `Content-Length` says, then a close.
     LongBody(u64),
+    /// The answer is right, and says that the connection ends behind it.
+    Close,
     /// One bit of the content's byte at this position is another than it should be; of blobs only, not of files.
     Damage(u64),
     /// A 200 with the whole content, whatever range was asked.

@@ -62,6 +62,7 @@ impl Answer {
 
 /// How sending an answer is to go wrong, collected from its faults.
 #[derive(Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fault of its own")]
 struct Spoil {
     delay: Duration,
     silence: bool,
@@ -71,6 +72,8 @@ struct Spoil {
     /// It ends so by a reset.
     reset: bool,
     extra: u64,
+    /// The connection ends behind the answer.
+    close: bool,
     slow: Option<u64>,
 }
 
@@ -146,6 +149,7 @@ fn spoilt_answer(request: &Request, faults: &[Fault], shared: &Shared) -> (Answe
             }
             Fault::ShortBody(missing) => spoil.cut = Some(answer.len().saturating_sub(*missing)),
             Fault::LongBody(extra) => spoil.extra = *extra,
+            Fault::Close => spoil.close = true,
             Fault::SlowBody(rate) => spoil.slow = Some((*rate).max(1)),
             Fault::Damage(at) => {
                 if let Some(Body::Blob(bytes)) = &mut answer.body
@@ -288,7 +292,8 @@ fn send_answer(
     sent: &mut u64,
 ) -> io::Result<After> {
     let (first, end) = answer.range;
-    let close = spoil.extra > 0
+    let close = spoil.close
+        || spoil.extra > 0
         || request
             .header("connection")
             .is_some_and(|it| it.eq_ignore_ascii_case("close"));

@@ -3,6 +3,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
+use std::fs::File;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,9 +15,10 @@ use crate::cache::chunk::chunk_count;
 use crate::cache::disk::{DiskCache, DiskCacheError, LayerCache, LayerKey};
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
 use crate::fetch::transport::RemoteLayer;
-use crate::fetch::{Blob, FetchOptions, LayerSource, StartError, Verifier, WholeDigests};
+use crate::fetch::{FetchOptions, LayerSource, StartError, Verifier, WholeDigests};
 use crate::layer::Coding;
 use crate::prefetch::ChunkRange;
+use crate::source::Place;
 use crate::units::{LayerId, TarOffset, TarRange};
 
 /// A layer that has to be brought, as the fetch thread sees it.
@@ -43,14 +46,19 @@ pub(super) struct LayerState {
 }
 
 impl LayerState {
-    pub(super) fn new(source: LayerSource) -> Result<Self, StartError> {
+    pub(super) fn new(taken: TakenLayer) -> Result<Self, StartError> {
+        let TakenLayer { source, file } = taken;
         let size = source.size();
+        let origin = match file {
+            Some((path, file)) => Origin::file(path, file),
+            None => Origin::remote(&source.layer.blob)?,
+        };
         Ok(Self {
-            origin: Origin::new(source.blob)?,
+            origin,
             size,
             coded: source.coding.map(CodedLayer::new).transpose()?.map(Rc::new),
-            verifier: source.digests,
-            whole: source.whole,
+            whole: WholeDigests::of(&source.layer),
+            verifier: source.verifier,
             writer: Writer::default(),
             streaming: Cell::new(false),
             whole_verified: Cell::new(false),
@@ -103,13 +111,12 @@ impl LayerState {
 /// that goes with the process.
 fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, DiskCacheError> {
     let size = source.size();
-    let key = match (&source.identity, &source.blob) {
-        (Some(identity), _) => Some(LayerKey::of_content(identity, size)),
-        (None, Blob::Http(http)) => http.cache_key().map(|key| match source.coding {
+    let key = match &source.layer.cached_as {
+        Some(name) => Some(LayerKey::of_content(name, size)),
+        None => LayerKey::of_blob(&source.layer.blob).map(|key| match source.coding {
             None => key,
             Some(_) => key.of_decoded(size),
         }),
-        (None, Blob::File(_)) => None,
     };
     match key {
         Some(key) => store.layer(key, size),
@@ -117,18 +124,26 @@ fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, 
     }
 }
 
-/// What both sides see of a layer, and what the fetch thread has to know if it has to be brought.
+/// A layer that has to be fetched, on its way to the fetch thread.
+pub(super) struct TakenLayer {
+    source: LayerSource,
+    /// Its blob, if it is a file of this machine: its path, and the file, open.
+    file: Option<(PathBuf, File)>,
+}
+
+/// What both sides see of a layer, and what the fetch thread has to know if it has to be fetched. Files are opened here, once:
+/// later they may be out of reach.
 pub(super) fn take_in(
     layer: usize,
     mut source: LayerSource,
     options: &FetchOptions,
-) -> Result<(SharedLayer, Option<LayerSource>), StartError> {
+) -> Result<(SharedLayer, Option<TakenLayer>), StartError> {
     let size = source.size();
     if chunk_count(size).is_none() {
         return Err(StartError::TooLong { layer, size });
     }
     if let Some(coded) = &source.coding {
-        let (said, found) = (coded.table.blob_len(), source.blob.size());
+        let (said, found) = (coded.table.blob_len(), source.layer.blob.len);
         if said != found {
             return Err(StartError::OtherBlob { layer, said, found });
         }
@@ -136,37 +151,33 @@ pub(super) fn take_in(
             source.coding = None;
         }
     }
-    let as_it_is = source.coding.is_none() && source.digests.is_none();
-    let brought = FetchedLayer::new(size, source.digests.is_some());
-    match &source.blob {
-        Blob::File(_) if as_it_is => {
-            let Blob::File(local) = source.blob else {
-                unreachable!("it is a file")
-            };
-            let shared = SharedLayer::Local {
-                path: local.path,
-                file: local.file,
-                size,
-            };
-            return Ok((shared, None));
+    let file = match &source.layer.blob.place {
+        Place::File(local) => Some((local.path.clone(), local.open()?)),
+        Place::Url(_) | Place::Registry(_) => {
+            // Checked here, made again on the thread: what lives there cannot move between threads.
+            RemoteLayer::new(&source.layer.blob)?;
+            None
         }
-        Blob::File(local) if source.coding.is_none() => {
-            let own = local.file.try_clone()?;
-            // It was empty: nobody else has it yet.
-            drop(brought.cache.set(Arc::new(LayerCache::borrowed(own.into(), size))));
+    };
+    let fetched = FetchedLayer::new(size, source.verifier.is_some());
+    match file {
+        Some((path, file)) if source.coding.is_none() && source.verifier.is_none() => {
+            let file = file.into();
+            return Ok((SharedLayer::Local { path, file, size }, None));
         }
-        blob => {
-            if let Blob::Http(http) = blob {
-                // Checked here, made again on the thread: what lives there cannot move between threads.
-                RemoteLayer::new(http)?;
-            }
+        Some((_, ref file)) if source.coding.is_none() => {
+            let own = file.try_clone()?;
+            // It was empty: no other thread has it yet.
+            drop(fetched.cache.set(Arc::new(LayerCache::borrowed(own, size))));
+        }
+        _ => {
             if let Some(store) = &options.store {
                 match cache_of(store, &source) {
-                    Ok(found) => drop(brought.cache.set(found)),
+                    Ok(found) => drop(fetched.cache.set(found)),
                     Err(error) => log::warn!("{error}; going on without a cache"),
                 }
             }
         }
     }
-    Ok((SharedLayer::Fetched(brought), Some(source)))
+    Ok((SharedLayer::Fetched(fetched), Some(TakenLayer { source, file })))
 }

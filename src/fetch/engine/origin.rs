@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::fetch::StartError;
 use crate::fetch::runtime;
 use crate::fetch::transport::{Client, RemoteLayer, Reply};
-use crate::fetch::{Blob, FileLayer, StartError};
 use crate::http;
+use crate::source::Blob;
 use crate::units::len_usize;
 
 /// A local blob is read in pieces of this.
@@ -52,14 +53,14 @@ pub(super) enum Origin {
 }
 
 impl Origin {
-    pub(super) fn new(blob: Blob) -> Result<Self, StartError> {
-        Ok(match blob {
-            Blob::Http(layer) => Self::Http(Rc::new(RemoteLayer::new(&layer)?)),
-            Blob::File(FileLayer { path, file, .. }) => Self::File {
-                path,
-                file: file.into(),
-            },
-        })
+    /// A blob on a server. Made on the fetch thread: what lives there cannot move between threads.
+    pub(super) fn remote(blob: &Blob) -> Result<Self, StartError> {
+        Ok(Self::Http(Rc::new(RemoteLayer::new(blob)?)))
+    }
+
+    /// An open file; the path is for messages.
+    pub(super) fn file(path: PathBuf, file: File) -> Self {
+        Self::File { path, file }
     }
 
     /// For messages.

@@ -11,7 +11,7 @@ use super::Engine;
 use super::origin::{Origin, Trouble};
 use crate::fetch::runtime;
 use crate::fetch::stats::add;
-use crate::fetch::{Blob, FileLayer, StartError, Windows};
+use crate::fetch::{StartError, Windows};
 use crate::index::{ColdDirectory, ColdPart, ColdPiece};
 use crate::units::{len_u64, len_usize};
 
@@ -30,11 +30,8 @@ enum Place {
 
 /// An index in a file.
 fn local(file: &Arc<OwnedFd>) -> Result<Origin, StartError> {
-    Origin::new(Blob::File(FileLayer {
-        path: "the index".into(),
-        file: file.try_clone().map_err(StartError::Thread)?,
-        size: 0,
-    }))
+    let own = file.try_clone().map_err(StartError::Thread)?;
+    Ok(Origin::file("the index".into(), own.into()))
 }
 
 /// The windows of one layer.
@@ -50,9 +47,9 @@ impl WindowShelf {
             Windows::None => Place::Nowhere,
             Windows::Memory(windows) => Place::Memory(windows),
             Windows::File(file, directory) => Place::Index(Box::new(local(&file)?), directory),
-            Windows::Http(layer, directory) => Place::Index(Box::new(Origin::new(Blob::Http(*layer))?), directory),
-            Windows::Kept(file, layer, directory) => {
-                let origins = [local(&file)?, Origin::new(Blob::Http(*layer))?];
+            Windows::Remote(blob, directory) => Place::Index(Box::new(Origin::remote(&blob)?), directory),
+            Windows::Kept(file, blob, directory) => {
+                let origins = [local(&file)?, Origin::remote(&blob)?];
                 Place::Kept(Box::new(origins), directory)
             }
         };

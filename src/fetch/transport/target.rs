@@ -3,18 +3,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use hyper::header::{HeaderName, HeaderValue};
+use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
 use url::Url;
 
 use super::pool::HostKey;
-use crate::fetch::{HttpLayer, StartError};
+use crate::fetch::StartError;
 use crate::http::tls::Trust;
-use crate::http::{Error, Validator, expiry, without_secrets};
+use crate::http::{Error, Validator, expiry};
 use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, Located};
+use crate::source::{self, Blob};
 
 /// How long answers that were asked for before a place was distrusted may still come in.
 const STRAGGLERS: Duration = Duration::from_secs(30);
@@ -30,29 +30,29 @@ pub(crate) struct Spot {
 }
 
 impl Spot {
-    fn new(url: &str, headers: &[(String, String)]) -> Result<Self, String> {
-        let url = Url::parse(url).map_err(|error| error.to_string())?;
+    fn new(url: Url, headers: Vec<(HeaderName, HeaderValue)>) -> Result<Self, String> {
         HostKey::of(&url, &Trust::default()).ok_or("only http:// and https:// can be fetched")?;
-        let mut parsed = Vec::new();
-        for (name, value) in headers {
-            let name = HeaderName::from_bytes(name.as_bytes()).map_err(|e| format!("header {name:?}: {e}"))?;
-            let mut value = HeaderValue::from_str(value).map_err(|e| format!("value of header {name}: {e}"))?;
-            value.set_sensitive(true);
-            parsed.push((name, value));
-        }
         Ok(Self {
             url,
-            headers: parsed,
+            headers,
             trust: Trust::default(),
             located: None,
         })
     }
 
     fn of(located: &Located) -> Result<Self, String> {
+        let url = Url::parse(&located.url).map_err(|error| error.to_string())?;
+        let mut headers = Vec::new();
+        for (name, value) in &located.headers {
+            let name = HeaderName::from_bytes(name.as_bytes()).map_err(|e| format!("header {name:?}: {e}"))?;
+            let mut value = HeaderValue::from_str(value).map_err(|e| format!("value of header {name}: {e}"))?;
+            value.set_sensitive(true);
+            headers.push((name, value));
+        }
         Ok(Self {
             trust: located.trust.clone(),
             located: Some(located.clone()),
-            ..Self::new(&located.url, &located.headers)?
+            ..Self::new(url, headers)?
         })
     }
 
@@ -86,34 +86,39 @@ enum Place {
 
 /// A place that has to be found again from time to time.
 struct Moving {
-    access: Arc<BlobAccess>,
+    access: BlobAccess,
     spot: RefCell<Option<Rc<Spot>>>,
     /// Held by whoever finds it, so that the others wait for the answer.
     finding: tokio::sync::Mutex<()>,
 }
 
 impl RemoteLayer {
-    pub(crate) fn new(layer: &HttpLayer) -> Result<Self, StartError> {
-        let place = if let Some(access) = &layer.access {
-            Place::Registry(Box::new(Moving {
-                access: access.clone(),
-                spot: RefCell::default(),
-                finding: tokio::sync::Mutex::new(()),
-            }))
-        } else {
-            let spot = Spot::new(&layer.url, &layer.headers).map_err(|why| StartError::Url {
-                url: without_secrets(&layer.url),
-                why,
-            })?;
-            Place::Fixed(Rc::new(spot))
+    /// A blob at a URL or in a registry.
+    pub(crate) fn new(blob: &Blob) -> Result<Self, StartError> {
+        let unusable = |why: &str| StartError::Url {
+            url: blob.name.clone(),
+            why: why.to_owned(),
+        };
+        let (place, validator) = match &blob.place {
+            source::Place::Registry(access) => {
+                let moving = Moving {
+                    access: access.clone(),
+                    spot: RefCell::default(),
+                    finding: tokio::sync::Mutex::new(()),
+                };
+                (Place::Registry(Box::new(moving)), None)
+            }
+            source::Place::Url(at) => {
+                let headers = at.authorization_header().map(|value| (AUTHORIZATION, value));
+                let spot = Spot::new(at.url.clone(), headers.into_iter().collect()).map_err(|why| unusable(&why))?;
+                (Place::Fixed(Rc::new(spot)), at.validator.clone())
+            }
+            source::Place::File(_) => return Err(unusable("a file is not fetched")),
         };
         Ok(Self {
-            name: match &layer.access {
-                Some(access) => access.name(),
-                None => without_secrets(&layer.url),
-            },
-            size: layer.size,
-            validator: layer.validator.clone(),
+            name: blob.name.clone(),
+            size: blob.len,
+            validator,
             place,
             target: RefCell::default(),
             distrusted: Cell::default(),

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::{BLOCK, len_u64};
 use crate::http::Body;
 use crate::index::TAR_BLOCK;
-use crate::source::{HttpBlob, Requests, SourceError, wait_after};
+use crate::source::{Blob, Place, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
 use crate::walk::Tap;
 
@@ -23,7 +23,7 @@ const RECONNECT: f64 = 3.0;
 
 /// The connection to the server as all readers share it.
 pub(super) struct Wire<'a> {
-    pub(super) blob: &'a HttpBlob,
+    pub(super) blob: &'a Blob,
     pub(super) requests: Requests,
     pub(super) tap: RefCell<Option<&'a mut (dyn Tap + 'a)>>,
     pub(super) asked: Cell<u64>,
@@ -34,7 +34,7 @@ pub(super) struct Wire<'a> {
 impl Wire<'_> {
     /// Whether ranges are answered, where that is not known yet.
     pub(super) async fn answers_ranges(&self) -> Result<bool, SourceError> {
-        if self.blob.access.is_none() {
+        if !matches!(self.blob.place, Place::Registry(_)) {
             return Ok(true);
         }
         let mut backoff = self.requests.backoff();
