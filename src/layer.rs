@@ -22,12 +22,13 @@ mod error;
 mod event;
 mod gzip;
 mod indexer;
+pub(crate) mod magic;
 mod media_type;
 mod stream;
 pub(crate) mod table;
 #[cfg(test)]
 mod tests;
-pub(crate) mod zstd;
+mod zstd;
 
 pub use coding::Coding;
 pub(crate) use coding::other_format;

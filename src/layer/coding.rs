@@ -3,7 +3,7 @@
 //! In: a blob's first bytes, a media type's ending, a number in an index. Out: a [`Coding`], or the name of what it is instead
 //! and what to do about it.
 
-use super::{gzip, zstd};
+use super::magic;
 
 /// How a layer's blob is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,14 +42,14 @@ const TABLE: [Row; 3] = [
         coding: Coding::Gzip,
         name: "gzip",
         number: 1,
-        magic: &gzip::MAGIC,
+        magic: &magic::GZIP,
         endings: &["+gzip", ".gzip"],
     },
     Row {
         coding: Coding::Zstd,
         name: "zstd",
         number: 2,
-        magic: &zstd::MAGIC,
+        magic: &magic::ZSTD,
         endings: &["+zstd", ".zstd"],
     },
 ];
@@ -74,7 +74,7 @@ impl Coding {
         let known = compressed.into_iter().find(|row| first.starts_with(row.magic));
         match known {
             Some(row) => row.coding,
-            None if zstd::is_skippable(first) => Self::Zstd,
+            None if magic::is_skippable(first) => Self::Zstd,
             None => Self::Plain,
         }
     }

@@ -9,11 +9,9 @@ pub(super) mod tracer;
 
 use self::inflate::{Inflate, Stop};
 use super::event::{Event, Step};
-use super::{Coding, LayerError};
+use super::{Coding, LayerError, magic};
 use crate::units::len_u64;
 
-/// The first two bytes of a member.
-pub(super) const MAGIC: [u8; 2] = [0x1f, 0x8b];
 const FHCRC: u8 = 1 << 1;
 const FEXTRA: u8 = 1 << 2;
 const FNAME: u8 = 1 << 3;
@@ -300,8 +298,8 @@ impl Header {
 
     fn byte(&mut self, byte: u8) -> Outcome {
         self.field = match self.field {
-            Field::Magic if byte == MAGIC[0] => Field::Magic2,
-            Field::Magic2 if byte == MAGIC[1] => Field::Method,
+            Field::Magic if byte == magic::GZIP[0] => Field::Magic2,
+            Field::Magic2 if byte == magic::GZIP[1] => Field::Method,
             Field::Magic | Field::Magic2 => return Outcome::NotOne,
             Field::Method if byte == 8 => Field::Flags,
             Field::Method => return Outcome::Method,

@@ -8,13 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 use super::event::{Event, Step};
+use super::magic::{self, is_skippable};
 use super::{Coding, LayerError, other_format};
 use crate::units::len_u64;
 
-/// A frame's first four bytes.
-pub(crate) const MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
-/// A skippable frame's first four bytes, but for the lowest four bits of the first.
-pub(crate) const SKIPPABLE: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
 /// The longest history that a frame may ask for, as a power of two: what `zstd --long=30` makes, 1 GiB.
 const WINDOW_LOG: u32 = 30;
 const MAX_WINDOW: u64 = 1 << WINDOW_LOG;
@@ -315,8 +312,8 @@ fn wanted(bytes: &[u8]) -> usize {
     if is_skippable(bytes) {
         return 8;
     }
-    let Some(descriptor) = bytes.get(4).filter(|_| bytes.starts_with(&MAGIC)) else {
-        return if bytes.starts_with(&MAGIC) { 5 } else { 4 };
+    let Some(descriptor) = bytes.get(4).filter(|_| bytes.starts_with(&magic::ZSTD)) else {
+        return if bytes.starts_with(&magic::ZSTD) { 5 } else { 4 };
     };
     let fields = Fields::of(*descriptor);
     5 + fields.window + fields.dictionary + fields.content
@@ -353,7 +350,7 @@ fn judge(bytes: &[u8]) -> Header {
         let len = bytes.get(4..8).map_or(0, little_endian);
         return Header::Skippable { len };
     }
-    let Some(descriptor) = bytes.get(4).copied().filter(|_| bytes.starts_with(&MAGIC)) else {
+    let Some(descriptor) = bytes.get(4).copied().filter(|_| bytes.starts_with(&magic::ZSTD)) else {
         return Header::Unknown;
     };
     let fields = Fields::of(descriptor);
@@ -372,11 +369,6 @@ fn judge(bytes: &[u8]) -> Header {
         None => little_endian(content),
     };
     Header::Frame { window }
-}
-
-/// Whether a skippable frame begins so.
-pub(super) fn is_skippable(bytes: &[u8]) -> bool {
-    bytes.first().is_some_and(|byte| byte & 0xf0 == SKIPPABLE[0]) && bytes.get(1..4) == Some(&SKIPPABLE[1..])
 }
 
 fn little_endian(bytes: &[u8]) -> u64 {

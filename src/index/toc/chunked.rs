@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::{Format, MAX_JSON, Place};
-use crate::layer::{Coding, Indexer, LayerError, zstd};
+use crate::layer::{Coding, Indexer, LayerError, magic};
 
 /// The annotations with the digest of the table of contents, and with its place.
 pub(super) const DIGEST: [&str; 2] = [
@@ -32,7 +32,7 @@ pub(super) fn footer(tail: &[u8]) -> Option<Place> {
         let frame = tail.get(tail.len().checked_sub(len + 8)?..)?;
         let (head, content) = frame.split_at(8);
         let len_matches = head[4..] == u32::try_from(*len).ok()?.to_le_bytes();
-        let skippable = head[0] & 0xf0 == zstd::SKIPPABLE[0] && head[1..4] == zstd::SKIPPABLE[1..];
+        let skippable = head[0] & 0xf0 == magic::SKIPPABLE[0] && head[1..4] == magic::SKIPPABLE[1..];
         let magic = MAGICS.iter().any(|magic| content.ends_with(*magic));
         if !(len_matches && skippable && magic) {
             return None;
