@@ -13,11 +13,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, XattrFlags, makedev,
 use rustix::io::Errno;
 
 use crate::index::{Entry, EntrySink, Index, IndexError};
-
-const PREFIX: &[u8] = b".wh.";
-const OPAQUE: &[u8] = b".wh..wh..opq";
-/// AUFS's own, which mean nothing here.
-const AUFS: &[u8] = b".wh..wh.";
+use crate::tree::Whiteout;
 
 /// What a layer hides of those below it; paths in its own directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,14 +29,14 @@ impl EntrySink for Whiteouts {
             .filter(|part| matches!(part, Component::Normal(_)))
             .collect();
         let name = path.file_name().unwrap_or_default().as_bytes().to_vec();
-        if name == OPAQUE {
-            path.pop();
-            self.opaque.push(path);
-        } else if let Some(hidden) = name.strip_prefix(PREFIX).filter(|_| !name.starts_with(AUFS)) {
-            // What is left of `.wh.` and `.wh...` is no name: tarblk refuses such a layer before this matters.
-            if !matches!(hidden, b"" | b"." | b"..") {
-                self.gone.push(path.with_file_name(OsStr::from_bytes(hidden)));
+        match Whiteout::of(&name) {
+            Some(Whiteout::Opaque) => {
+                path.pop();
+                self.opaque.push(path);
             }
+            // What is left of `.wh.` and `.wh...` is no name: tarblk refuses such a layer before this matters.
+            Some(Whiteout::Name(b"" | b"." | b"..") | Whiteout::Ignored) | None => {}
+            Some(Whiteout::Name(hidden)) => self.gone.push(path.with_file_name(OsStr::from_bytes(hidden))),
         }
         Ok(())
     }

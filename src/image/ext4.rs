@@ -42,7 +42,6 @@ use xattr::XattrPlan;
 
 /// The first inode number that is not reserved.
 const FIRST_INODE: u32 = 11;
-const INODES_PER_BLOCK: u64 = 16;
 /// Device numbers that Linux can hold: 12 bits of major, 20 of minor.
 const MAJOR_MAX: u32 = 0xfff;
 const MINOR_MAX: u32 = 0xf_ffff;
@@ -273,8 +272,8 @@ impl Ext4Image {
 
     /// Writes a block of the inode table.
     fn write_inodes(&self, block: u32, out: &mut [u8]) {
-        let first = block * u32::try_from(INODES_PER_BLOCK).expect("sixteen") + 1;
-        for (out, inode) in out.chunks_exact_mut(inode::SIZE).zip(first..) {
+        let first = block * inode::PER_BLOCK + 1;
+        for (out, inode) in out.chunks_exact_mut(inode::SIZE.into()).zip(first..) {
             let Some(ordinal) = number::ordinal_of(inode) else {
                 continue;
             };

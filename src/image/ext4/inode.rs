@@ -6,13 +6,26 @@ use super::extent::Extents;
 use super::time;
 use super::xattr::{ValueInode, XattrPlan};
 use crate::tree::{NodeId, NodeKind};
+use crate::units::BLOCK_SIZE;
 
-/// An inode's size in bytes.
-pub(super) const SIZE: usize = 256;
-/// How much of it stands behind the first 128 bytes; attributes follow.
+/// An inode's size in bytes, which the superblock says. All that depends on it is derived from it.
+pub(super) const SIZE: u16 = 256;
+/// How many bytes of it are fields behind the first [`GOOD_OLD_SIZE`]; attributes follow.
 pub(super) const EXTRA_SIZE: u16 = 32;
-/// Where attributes start.
-const XATTRS: usize = 160;
+/// What an inode took before there were extra fields, in bytes (`EXT4_GOOD_OLD_INODE_SIZE`).
+const GOOD_OLD_SIZE: u16 = 128;
+/// Where attributes start in it, in bytes.
+pub(super) const XATTRS: u16 = GOOD_OLD_SIZE + EXTRA_SIZE;
+/// How many inodes a block of the inode table holds.
+pub(super) const PER_BLOCK: u32 = 4096 / widened(SIZE);
+
+const _: () = assert!(BLOCK_SIZE == 4096 && 4096 % widened(SIZE) == 0, "inodes fill blocks");
+
+/// `u32::from`, for constants.
+#[expect(clippy::as_conversions, reason = "a wider type; From is not const")]
+const fn widened(value: u16) -> u32 {
+    value as u32
+}
 /// Symlinks shorter than this stand in the inode.
 pub(super) const FAST_SYMLINK: usize = 60;
 /// More links than this cannot be counted for a directory; 1 says so (`dir_nlink`).
@@ -35,7 +48,7 @@ fn write_common(out: &mut [u8], mode: u16, links: u32, size: u64, blocks: u64, f
     put_u32(out, 32, flags);
     put_u32(out, 108, size_high);
     put_u16(out, 116, halves(sectors_high).0);
-    put_u16(out, 128, EXTRA_SIZE);
+    put_u16(out, usize::from(GOOD_OLD_SIZE), EXTRA_SIZE);
 }
 
 impl Ext4Image {
@@ -52,7 +65,7 @@ impl Ext4Image {
         match kind {
             NodeKind::File => {}
             NodeKind::Directory => {
-                size = u64::from(extents.blocks()) * crate::units::BLOCK_SIZE;
+                size = u64::from(extents.blocks()) * BLOCK_SIZE;
                 if links > DIRECTORY_LINKS_MAX {
                     links = 1;
                 }
@@ -94,7 +107,7 @@ impl Ext4Image {
             put_u32(out, extra_at, extra);
         }
         if node.xattr_set() != crate::tree::XattrSetId::EMPTY {
-            XattrPlan::write_in_inode(&self.tree, id, &mut out[XATTRS..SIZE]);
+            XattrPlan::write_in_inode(&self.tree, id, &mut out[usize::from(XATTRS)..usize::from(SIZE)]);
             if extras.xattr > 0 {
                 put_u32(out, 104, extras.xattr_block());
             }

@@ -6,7 +6,7 @@
 //! With `flex_bg` the bitmaps and inode tables of all groups may lie anywhere, so they lie here in group order, which makes
 //! the inode table one array, and no backup superblock (`sparse_super2` with none named) interrupts the data.
 
-use super::INODES_PER_BLOCK;
+use super::inode;
 use crate::image::ImageError;
 
 /// Blocks of one group: what one bitmap block can count.
@@ -47,13 +47,14 @@ impl Layout {
     /// Lays out parts of these sizes.
     pub(super) fn new(sizes: Sizes) -> Result<Self, ImageError> {
         let per_group = u64::from(BLOCKS_PER_GROUP);
+        let inodes_per_block = u64::from(inode::PER_BLOCK);
         let mut groups = sizes.inodes.div_ceil(per_group).max(1);
         loop {
-            let inodes_per_group = sizes.inodes.div_ceil(groups).next_multiple_of(INODES_PER_BLOCK);
+            let inodes_per_group = sizes.inodes.div_ceil(groups).next_multiple_of(inodes_per_block);
             let block_bitmaps = 1 + groups.div_ceil(DESCRIPTORS_PER_BLOCK);
             let inode_bitmaps = block_bitmaps + groups;
             let inode_table = inode_bitmaps + groups;
-            let directories = inode_table + groups * inodes_per_group / INODES_PER_BLOCK;
+            let directories = inode_table + groups * inodes_per_group / inodes_per_block;
             let extras = directories + sizes.directories;
             let data = extras + sizes.extras;
             let free = data + sizes.data;

@@ -65,7 +65,7 @@ pub(super) fn write(layout: &Layout, identity: &Identity, block: &mut [u8]) {
     put_u16(out, 0x3c, 1); // on errors continue
     put_u32(out, 0x4c, 1); // revision with feature flags
     put_u32(out, 0x54, super::FIRST_INODE);
-    put_u16(out, 0x58, 256); // inode size
+    put_u16(out, 0x58, super::inode::SIZE);
     let htree = if identity.has_htree { compat::DIR_INDEX } else { 0 };
     put_u32(out, 0x5c, compat::EXT_ATTR | compat::SPARSE_SUPER2 | htree);
     let ea_inode = if identity.has_ea_inodes { incompat::EA_INODE } else { 0 };

@@ -4,17 +4,21 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use super::acl;
 use super::bytes::{halves, pad4, put_u16, put_u32};
+use super::{acl, inode};
 use crate::image::ImageError;
 use crate::tree::{NodeId, NodeKind, Tree, XattrSetId, Xattrs, show};
 use crate::units::{BLOCK_SIZE, to_usize};
 
 const MAGIC: u32 = 0xea02_0000;
-/// Bytes for entries and values behind an inode: 256 less 160 for the inode, 4 for the magic and 4 for the end.
-const IN_INODE: usize = 88;
-/// The same in a block: 4096 less 32 for the header and 4 for the end.
-const IN_BLOCK: usize = 4060;
+/// What stands before the entries behind an inode, and behind the last one anywhere, in bytes.
+const INODE_MAGIC: usize = 4;
+const END: usize = 4;
+/// Bytes for entries and values behind an inode's fields.
+#[expect(clippy::as_conversions, reason = "a wider type; From is not const")]
+const IN_INODE: usize = (inode::SIZE - inode::XATTRS) as usize - INODE_MAGIC - END;
+/// The same in a block.
+const IN_BLOCK: usize = 4096 - BLOCK_HEADER - END;
 const BLOCK_HEADER: usize = 32;
 const ENTRY_HEADER: usize = 16;
 
