@@ -53,6 +53,15 @@ fn path(parts: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
+/// Whether a name ends with a slash behind something that is a name.
+fn has_slash(path: &[u8]) -> bool {
+    let mut parts = path.rsplit(|byte| *byte == b'/');
+    parts.next() == Some(b"")
+        && parts
+            .find(|part| !part.is_empty())
+            .is_some_and(|last| last != b"." && last != b"..")
+}
+
 fn op() -> impl Strategy<Value = Op> {
     use tar::EntryType as Type;
     let kind = prop_oneof![
@@ -266,6 +275,8 @@ impl Model {
             tar::EntryType::Char => Kind::Char,
             tar::EntryType::Block => Kind::Block,
             tar::EntryType::Fifo => Kind::Fifo,
+            // GNU tar believes the slash.
+            tar::EntryType::Regular if has_slash(&op.path) => Kind::Directory,
             _ => {
                 item.size = u64::try_from(op.content.len()).unwrap();
                 item.digest = digest(item.size, |at, out| {
@@ -297,6 +308,15 @@ impl Model {
                     .collect();
                 self.items[old] = item;
                 return Ok(());
+            }
+            let mut target = Self::clean(&op.link, true);
+            if op.kind == tar::EntryType::Link && target.pop().as_ref() == Some(&name) {
+                // A link to itself leaves what is there.
+                let mut trail = vec![0];
+                let walked = self.walk(&mut trail, &target, None, &mut 0);
+                if walked.is_ok() && trail.last() == Some(&parent) {
+                    return Ok(());
+                }
             }
             self.names[parent].remove(&name);
         }
