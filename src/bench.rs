@@ -151,7 +151,7 @@ pub enum BenchError {
         /// What is wrong with it.
         cause: String,
     },
-    /// Somebody pressed Ctrl-C.
+    /// Ctrl-C, or another signal that asks for the end.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
 }

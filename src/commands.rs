@@ -97,7 +97,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
 /// Says in one line what went wrong: the causes from the outside in.
 fn report(error: &anyhow::Error) {
     let line = one_line(error);
-    // With standard error gone there is nobody to tell.
+    // Where standard error is closed there is no other place for it.
     let _ = std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("tarblk: {line}\n"));
 }
 
@@ -144,7 +144,7 @@ fn start_log(talk: TalkArgs) {
     let _ = builder.try_init();
 }
 
-/// A daemon's log, on its standard error: with times, because nobody watches it.
+/// A daemon's log, on its standard error: with times, because it is read later.
 fn start_daemon_log() {
     let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("tarblk=info,warn"));
     builder.format(|out, record| {

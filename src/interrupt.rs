@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 #[error("interrupted")]
 pub struct Interrupted;
 
-/// Whether somebody wants this to end. Cheap to clone.
+/// A flag that SIGINT, SIGTERM and SIGHUP set: the work is to end. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupt {
     shared: Arc<Shared>,

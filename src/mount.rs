@@ -67,7 +67,7 @@ pub enum MountError {
     /// Nothing of ours is mounted there.
     #[error("nothing that tarblk attached is mounted on {0}")]
     NotOurs(PathBuf),
-    /// Somebody uses a file below.
+    /// A process uses a file below it.
     #[error("{path} is in use{by}; end that first")]
     Busy {
         /// The directory.
@@ -88,7 +88,7 @@ pub enum MountError {
     Stuck {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// What its daemon or the kernel said.
         cause: ControlError,
     },
     /// It is unmounted, but the device stays.
@@ -96,7 +96,7 @@ pub enum MountError {
     Detach {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// What its daemon or the kernel said.
         cause: ControlError,
     },
     /// States cannot be read.
@@ -261,7 +261,7 @@ pub fn mount_device(device: &Path, dir: &Path, options: &MountOptions) -> Result
 /// Unmounts `dir`, detaches the device that was mounted there, and waits until process, device and files are gone.
 ///
 /// # Errors
-/// What kept it.
+/// Why it is still mounted, or why its device stays.
 pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
     let full = fs::canonicalize(dir).map_err(|cause| match cause.kind() {
         io::ErrorKind::NotFound => MountError::Absent(dir.to_owned()),
@@ -271,8 +271,8 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
         },
     })?;
     let state = mounted_on(states, &full)?.ok_or_else(|| MountError::NotOurs(dir.to_owned()))?;
-    // Where the daemon is dead, umount(2) would wait without end for the reads that nobody answers. They are ended first, but
-    // only if nothing uses the mount: its users' reads may still wait for somebody to recover the device. The first of two
+    // Where the daemon is dead, umount(2) would wait without end for the reads that are not answered. They are ended first, but
+    // only if nothing uses the mount: its users' reads may still wait for the device to be recovered. The first of two
     // calls with this flag never unmounts (looking the path up, as above, makes it the first again), and fails with EAGAIN
     // where a real one would not find it busy.
     if !state.is_alive() && rustix::mount::unmount(&full, UnmountFlags::EXPIRE) == Err(rustix::io::Errno::AGAIN) {

@@ -897,7 +897,7 @@ fn a_device_that_has_everything_needs_no_server() {
     }
     drop(origin);
     assert_eq!(fs::read(lab.path("mnt/etc/big")).unwrap().len(), 3_000_001);
-    assert!(lab.good(&["stats", "mnt"]).contains("fetched while nobody read"));
+    assert!(lab.good(&["stats", "mnt"]).contains("fetched while idle"));
     lab.good(&["umount", "mnt"]);
 }
 

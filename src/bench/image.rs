@@ -11,7 +11,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::origin::Origin;
-use super::stage::{Given, Layer, Stage, tar_option};
+use super::stage::{Layer, MountArguments, Stage, tar_option};
 use super::whiteouts::Whiteouts;
 use super::{BenchError, Watch, child};
 use crate::digest::{Algorithm, Digest};
@@ -125,7 +125,7 @@ impl Stage<'_> {
             artifact::EMPTY_CONFIG,
         );
         self.serve_merged(&origin, name.to_string().as_ref(), watch)?;
-        let given = |repository: &str, index: &str| Given {
+        let given = |repository: &str, index: &str| MountArguments {
             source: format!("docker://{}/{repository}:{TAG}", origin.address()),
             options: ["--plain-http", "--index", index].map(Into::into).to_vec(),
         };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::origin::Link;
-use super::stage::{Given, Stage};
+use super::stage::{MountArguments, Stage};
 use super::{BenchError, child};
 use crate::device::daemon::DaemonStats;
 use crate::device::inventory::Counted;
@@ -36,7 +36,7 @@ pub(super) struct TarblkMount<'a> {
 
 impl<'a> TarblkMount<'a> {
     /// Mounts the layer on the stage's mount point.
-    pub(super) fn new(stage: &'a Stage<'a>, given: &Given, cache: &Path) -> Result<Self, BenchError> {
+    pub(super) fn new(stage: &'a Stage<'a>, given: &MountArguments, cache: &Path) -> Result<Self, BenchError> {
         let dir = stage.mount_point()?;
         let mut command = stage.tarblk();
         command

@@ -3,7 +3,7 @@
 //!
 //! It answers `GET` and `HEAD` with single ranges, strong entity tags and `If-Range`, keeps connections alive, and serves
 //! each one on a thread of its own; unthrottled files leave by `sendfile`. It must never be reachable from elsewhere and
-//! never answers for a path nobody registered.
+//! answers no path that was not registered.
 //!
 //! # The simulated link
 //! `rtt` is charged where a real path would charge it: a new connection is usable one round trip after it was accepted, and

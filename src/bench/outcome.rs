@@ -54,7 +54,7 @@ pub struct Run {
     pub fetched_bytes: u64,
     /// Requests made until then.
     pub requests: u64,
-    /// Seconds since the clock started, and bytes by then; empty where the origin is somebody else's.
+    /// Seconds since the clock started, and bytes by then; empty where the layer comes from another server.
     #[serde(skip)]
     pub timeline: Vec<(f64, u64)>,
 }
@@ -89,7 +89,7 @@ fn phases<S: Serializer>(phases: &[(Phase, Duration)], serializer: S) -> Result<
 /// All runs of one alternative; at least one.
 #[derive(Clone, Debug, Serialize)]
 pub struct RowOutcome {
-    /// Which.
+    /// The alternative that was run.
     pub row: Row,
     /// In the order they ran.
     pub runs: Vec<Run>,

@@ -1,7 +1,7 @@
 //! A directory made fit to chroot into. In: a mounted or extracted layer. Out: the same with /dev, /proc and /tmp.
 //!
 //! Only directories that the layer has are used, because it may be read-only; what it lacks, the command lacks too. Dropping
-//! a [`Dressed`] unmounts everything again.
+//! a [`ChrootMounts`] unmounts everything again.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,30 +23,30 @@ const DEVICES: [(&str, u32, u32); 6] = [
 
 /// A root directory with what programs expect mounted in it.
 #[derive(Debug)]
-pub(super) struct Dressed {
+pub(super) struct ChrootMounts {
     mounts: Vec<PathBuf>,
 }
 
-impl Dressed {
+impl ChrootMounts {
     /// Mounts /proc, a /dev of its own and an empty /tmp in `root`, as far as it has these directories.
     pub(super) fn new(root: &Path) -> Result<Self, BenchError> {
-        let mut dressed = Self { mounts: Vec::new() };
+        let mut mounts = Self { mounts: Vec::new() };
         let careful = MountFlags::NOSUID | MountFlags::NOEXEC;
-        if dressed.mount(root, "proc", "proc", careful | MountFlags::NODEV, c"")? {
+        if mounts.mount(root, "proc", "proc", careful | MountFlags::NODEV, c"")? {
             log::debug!("{}: /proc is mounted", root.display());
         }
-        if dressed.mount(root, "dev", "tmpfs", careful, c"mode=755,size=1m")? {
+        if mounts.mount(root, "dev", "tmpfs", careful, c"mode=755,size=1m")? {
             let dev = root.join("dev");
             make_devices(&dev).map_err(BenchError::step(format!("{}: cannot make devices", dev.display())))?;
         }
-        dressed.mount(
+        mounts.mount(
             root,
             "tmp",
             "tmpfs",
             MountFlags::NOSUID | MountFlags::NODEV,
             c"mode=1777",
         )?;
-        Ok(dressed)
+        Ok(mounts)
     }
 
     /// Mounts a filesystem on `root/name`; false when there is no such directory (a link is none: it may lead out of root).
@@ -95,7 +95,7 @@ fn make_devices(dev: &Path) -> io::Result<()> {
     Ok(())
 }
 
-impl Drop for Dressed {
+impl Drop for ChrootMounts {
     fn drop(&mut self) {
         for target in self.mounts.drain(..).rev() {
             if unmount(&target, UnmountFlags::NOFOLLOW).is_err() {

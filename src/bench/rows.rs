@@ -12,8 +12,8 @@ use super::child::{self, Running};
 use super::mounted::{TarblkMount, Unmount};
 use super::origin::Link;
 use super::outcome::{Phase, Run, Touched};
-use super::root::Dressed;
-use super::stage::{Given, Stage};
+use super::root::ChrootMounts;
+use super::stage::{MountArguments, Stage};
 
 impl Stage<'_> {
     /// One cold run of one alternative.
@@ -27,14 +27,14 @@ impl Stage<'_> {
         }
     }
 
-    fn run_tarblk(&self, row: Row, given: &Given, cache: Option<&Path>) -> Result<Run, BenchError> {
+    fn run_tarblk(&self, row: Row, given: &MountArguments, cache: Option<&Path>) -> Result<Run, BenchError> {
         let fresh = self.directory("cache")?;
         let cache = cache.unwrap_or_else(|| fresh.path());
-        self.chill()?;
+        self.drop_caches()?;
         let clock = self.clock();
         let mounted = TarblkMount::new(self, given, cache)?;
         let ready = clock.elapsed();
-        let dressed = Dressed::new(mounted.dir())?;
+        let mounts = ChrootMounts::new(mounted.dir())?;
         self.run_command(row.title(), mounted.dir())?;
         let total = clock.elapsed();
         let traffic = if let Some(traffic) = self.traffic(total) {
@@ -47,7 +47,7 @@ impl Stage<'_> {
                 timeline: Vec::new(),
             }
         };
-        drop(dressed);
+        drop(mounts);
         let attached = Duration::try_from_secs_f64(mounted.said.attach_seconds)
             .unwrap_or_default()
             .min(ready);
@@ -60,14 +60,14 @@ impl Stage<'_> {
 
     fn run_untar(&self) -> Result<Run, BenchError> {
         let (space, target) = (self.directory("root")?, self.mount_point()?);
-        self.chill()?;
+        self.drop_caches()?;
         let clock = self.clock();
         let unpacked = self.unpack(space.path(), &target, clock)?;
         let ready = clock.elapsed();
-        let dressed = Dressed::new(&unpacked.root)?;
+        let mounts = ChrootMounts::new(&unpacked.root)?;
         self.run_command(Row::Untar.title(), &unpacked.root)?;
         let total = clock.elapsed();
-        drop(dressed);
+        drop(mounts);
         let traffic = self.traffic(total).unwrap_or(Traffic {
             bytes: unpacked.bytes,
             requests: 1,
@@ -89,12 +89,12 @@ impl Stage<'_> {
         let image = space.path().join("layer.ext4");
         let create =
             |path: &Path| File::create(path).map_err(BenchError::step(format!("{}: cannot create it", path.display())));
-        self.chill()?;
+        self.drop_caches()?;
         let clock = self.clock();
         let (bytes, downloaded) = if let Some(url) = &self.image_url {
             (self.download(url, &mut create(&image)?)?, clock.elapsed())
         } else {
-            // Nobody serves the image of a layer on somebody else's server: it is made from the downloaded tar.
+            // Another server has no image of its layer: it is made from the downloaded tar.
             let tar = space.path().join("layer.tar");
             let bytes = self.download(&self.unindexed.source, &mut create(&tar)?)?;
             let downloaded = clock.elapsed();
@@ -112,10 +112,10 @@ impl Stage<'_> {
         child::run(&mut mount, self.scratch(), self.interrupt)?;
         let mounted = Unmount(&dir);
         let ready = clock.elapsed();
-        let dressed = Dressed::new(&dir)?;
+        let mounts = ChrootMounts::new(&dir)?;
         self.run_command(Row::Loop.title(), &dir)?;
         let total = clock.elapsed();
-        drop(dressed);
+        drop(mounts);
         drop(mounted);
         let traffic = self.traffic(total).unwrap_or(Traffic {
             bytes,
@@ -138,10 +138,10 @@ impl Stage<'_> {
     /// nothing ahead; a page that it has once it does not read again.
     pub(super) fn touched(&self) -> Result<(Touched, Vec<Duration>), BenchError> {
         self.set_link(Link::default());
-        self.chill()?;
+        self.drop_caches()?;
         let mounted = TarblkMount::new(self, &self.unindexed, &self.full_cache)?;
         no_read_ahead(&mounted.said.device)?;
-        let dressed = Dressed::new(mounted.dir())?;
+        let mounts = ChrootMounts::new(mounted.dir())?;
         let before = mounted.stats()?;
         self.run_command("the counting run", mounted.dir())?;
         let after = mounted.stats()?;
@@ -151,7 +151,7 @@ impl Stage<'_> {
         for _ in 0..self.options.runs.max(3) {
             local.push(self.run_command("the warm run", mounted.dir())?);
         }
-        drop(dressed);
+        drop(mounts);
         mounted.unmount()?;
         let (blobs, tars) = self.layers.iter().fold((0, 0), |(blobs, tars), layer| {
             (blobs + layer.blob_bytes, tars + layer.tar_bytes)

@@ -29,9 +29,9 @@ pub(super) struct Stage<'a> {
     pub(super) options: &'a BenchOptions,
     pub(super) interrupt: &'a Interrupt,
     /// What tarblk is given where there is an index: over the same link if there is one.
-    pub(super) indexed: Given,
+    pub(super) indexed: MountArguments,
     /// The same without an index.
-    pub(super) unindexed: Given,
+    pub(super) unindexed: MountArguments,
     /// What there is to download, the lowest first.
     pub(super) layers: Vec<Layer>,
     /// The whole image, where the origin is our own.
@@ -51,7 +51,7 @@ pub(super) struct Stage<'a> {
 
 /// What `tarblk mount` is given: the source and options that go with it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Given {
+pub(super) struct MountArguments {
     pub(super) source: String,
     pub(super) options: Vec<OsString>,
 }
@@ -105,8 +105,8 @@ impl<'a> Stage<'a> {
         let mut stage = Self {
             options,
             interrupt,
-            indexed: Given::default(),
-            unindexed: Given::default(),
+            indexed: MountArguments::default(),
+            unindexed: MountArguments::default(),
             layers: Vec::new(),
             image_url: None,
             full_cache,
@@ -194,7 +194,7 @@ impl<'a> Stage<'a> {
 
     /// There is one layer, at `url`, and its index at `index`.
     fn set_layer(&mut self, url: &str, index: OsString) -> Result<(), BenchError> {
-        let given = |options| Given {
+        let given = |options| MountArguments {
             source: url.into(),
             options,
         };
@@ -214,7 +214,7 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Takes a layer from somebody's server.
+    /// Takes a layer from a server that is not this benchmark's.
     fn use_url(&mut self, url: &str, index: Option<&str>, watch: &mut dyn Watch) -> Result<(), BenchError> {
         let index = if let Some(index) = index {
             index.into()
@@ -268,7 +268,7 @@ impl<'a> Stage<'a> {
 
     /// Makes the machine cold: nothing dirty, nothing cached, except what the origin serves and the programs the usual ways
     /// need (a machine that starts containers has tar at hand).
-    pub(super) fn chill(&self) -> Result<(), BenchError> {
+    pub(super) fn drop_caches(&self) -> Result<(), BenchError> {
         self.interrupt.check()?;
         rustix::fs::sync();
         fs::write("/proc/sys/vm/drop_caches", "3").map_err(BenchError::step("cannot drop page caches"))?;
@@ -299,7 +299,7 @@ impl<'a> Stage<'a> {
         Instant::now()
     }
 
-    /// What the origin has sent in the `total` since the clock started; None where the origin is somebody else's.
+    /// What the origin has sent in the `total` since the clock started; None where the layer comes from another server.
     pub(super) fn traffic(&self, total: Duration) -> Option<Traffic> {
         let log = self.origin.as_ref()?.log();
         let timeline: Vec<_> = log

@@ -25,7 +25,7 @@ use crate::source::registry::{ImageName, LayoutName};
 /// The hidden command that a daemon runs.
 pub(super) const SERVE: &str = "serve-device";
 
-/// Queues of a device when nobody says otherwise: more only cost memory.
+/// The most queues of a device without `--queues`: more only cost memory.
 const MOST_QUEUES: usize = 4;
 
 /// How long `mount --foreground` waits between tries to unmount what is in use.
@@ -77,7 +77,7 @@ struct AttachReport<'a> {
 pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> {
     let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     let tell = |attached: &Attached| -> anyhow::Result<()> {
-        say_which(attached, session);
+        report_backend(attached, session);
         if args.json {
             let indexes = &spec.indexes;
             println(serde_json::to_string_pretty(&AttachReport { attached, indexes })?)
@@ -92,21 +92,21 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
     // From here on a signal must not come between the daemon and what is known of it.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
-    // Whoever is interrupted, or has nobody who hears the device's name, has no use for the device.
+    // An interrupted caller, or one whose standard output is closed, does not learn the device's name and cannot use it.
     if let Err(error) = interrupt.check().map_err(Into::into).and_then(|()| tell(&attached)) {
-        return Err(give_back(&attached, error));
+        return Err(detach_unwanted(&attached, error));
     }
     Ok(())
 }
 
 /// Detaches what turned out not to be wanted; returns the error to end with.
-fn give_back(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
+fn detach_unwanted(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
     if let Err(left) = daemon::detach(&states(), &attached.state) {
         log::warn!("{left}");
     }
     if error.is::<ReaderGone>() {
         // Here that is no good end: what was asked for is not there.
-        return anyhow::anyhow!("nobody reads which device it is, so it was detached again");
+        return anyhow::anyhow!("standard output is closed, so the device was detached again");
     }
     error
 }
@@ -123,9 +123,9 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
     let attach_seconds = began.elapsed().as_secs_f64();
-    say_which(&attached, session);
+    report_backend(&attached, session);
     if let Err(error) = mount::mount_device(&attached.state.device, &dir, &options) {
-        return Err(give_back(&attached, error.into()));
+        return Err(detach_unwanted(&attached, error.into()));
     }
     let mounted = Mounted {
         attached: &attached,
@@ -143,17 +143,17 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     }
     if let Err(error) = told {
         let _ = rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::empty());
-        return Err(give_back(&attached, error));
+        return Err(detach_unwanted(&attached, error));
     }
     if args.foreground {
-        stay(&dir, &interrupt, session)
+        hold_mount(&dir, &interrupt, session)
     } else {
         Ok(())
     }
 }
 
-/// Waits for a signal, then unmounts as soon as nobody uses the directory.
-fn stay(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
+/// Waits for a signal, then unmounts as soon as the directory is no longer in use.
+fn hold_mount(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
     session
         .talk
         .note(format_args!("mounted on {}; Ctrl-C unmounts it", dir.display()));
@@ -192,7 +192,7 @@ pub(super) fn serve() -> ExitCode {
     daemon::main(build)
 }
 
-/// Where states are kept: `TARBLK_STATE_DIR`, for those who test or must not write to /run.
+/// The directory of device states: `TARBLK_STATE_DIR` (for tests, and where /run cannot be written), else /run/tarblk.
 pub(super) fn states() -> StateDir {
     // The daemon works in another directory.
     let dir = std::env::var_os("TARBLK_STATE_DIR").and_then(|dir| std::path::absolute(dir).ok());
@@ -201,7 +201,7 @@ pub(super) fn states() -> StateDir {
 
 /// Which back end carries the device, if it is not the one that `auto` prefers. The machine stays as it is until it is started
 /// anew, so once is enough.
-fn say_which(attached: &Attached, session: Session) {
+fn report_backend(attached: &Attached, session: Session) {
     log::info!(
         "{} is carried by {}",
         attached.state.device.display(),

@@ -16,7 +16,7 @@ use crate::interrupt::Interrupt;
 use crate::source::Source;
 use crate::source::registry::ImageName;
 
-/// What is measured if nobody says otherwise, in the order of the results.
+/// What is measured without `--with` and `--without`, in the order of the results.
 const USUAL: [Row; 4] = [Row::Empty, Row::Full, Row::Untar, Row::Loop];
 
 /// All there is, in the order of the results.

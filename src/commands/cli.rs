@@ -438,7 +438,7 @@ pub struct AttachArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// Fetch everything else as well while no read waits: in the end the device needs no server, and every layer was compared
     /// with its digest.
     #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
     pub fetch_all: bool,
@@ -470,7 +470,7 @@ pub struct MountArgs {
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Fetch everything else as well while nobody reads: in the end the device needs no server, and every layer was compared
+    /// Fetch everything else as well while no read waits: in the end the device needs no server, and every layer was compared
     /// with its digest.
     #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
     pub fetch_all: bool,

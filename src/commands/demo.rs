@@ -171,7 +171,7 @@ impl Stage {
     }
 
     fn make_layer(&self) -> anyhow::Result<layer::Made> {
-        self.say("A layer that nobody prepared: programs, libraries and documents of this machine, as a plain tar")?;
+        self.say("A layer that was not prepared: programs, libraries and documents of this machine, as a plain tar")?;
         let spinner = self.session.talk.spinner("collecting files");
         let made = layer::make(&self.path("layer.tar"), &self.interrupt);
         spinner.finish_and_clear();

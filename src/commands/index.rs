@@ -29,7 +29,7 @@ pub(super) fn run(args: &IndexArgs, session: Session) -> anyhow::Result<()> {
         (Some(IndexAction::Push(args)), _) => publish::push(args, session),
         (Some(IndexAction::Copy(args)), _) => publish::copy(args, session),
         (None, Some(source)) => index(source, args, session),
-        // The parser of the command line lets nobody come here.
+        // Invariant: the command line's parser requires a source where there is no subcommand.
         (None, None) => bail!("name a layer"),
     }
 }

@@ -13,7 +13,7 @@ use crate::quantity::show_size;
 
 /// The reader of standard output has gone: an end like any other.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("nobody reads the output any more")]
+#[error("the output is no longer read")]
 pub struct ReaderGone;
 
 /// Writes to standard output.

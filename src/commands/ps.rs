@@ -143,7 +143,7 @@ fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
     row("fetched", format!("{fetched}, {ahead} of it ahead of need"));
     let filled = match fetch.bytes_filled {
         0 => String::new(),
-        filled => format!(", {} of it fetched while nobody read", show_size(filled)),
+        filled => format!(", {} of it fetched while idle", show_size(filled)),
     };
     let (held, all) = (show_size(fetch.bytes_held), show_size(fetch.bytes_layers));
     row("kept", format!("{held} of {all}{filled}"));

@@ -22,7 +22,7 @@ impl PublishWatch for Bar {
     }
 }
 
-/// The image in a registry that somebody typed.
+/// Parses the name of an image in a registry, as typed.
 fn reference(text: &str) -> anyhow::Result<Reference> {
     match Source::parse(text)? {
         Source::Image(ImageName::Registry(reference)) => Ok(reference),

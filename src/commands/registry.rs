@@ -13,7 +13,7 @@ use super::cli::RegistryArgs;
 use crate::http::Secret;
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
-/// Nobody's password is longer.
+/// The most that is read of a file with credentials, in bytes.
 const LONGEST_CREDENTIALS: u64 = 64 << 10;
 
 impl RegistryArgs {

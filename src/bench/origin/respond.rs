@@ -383,7 +383,7 @@ impl Pacer<'_> {
     }
 
     /// The reader is gone, but a real origin would learn of it only when a round trip's worth of bytes was under way: the
-    /// link carries those to nobody.
+    /// link carries those although they are not read.
     fn drain(&mut self, mut left: u64, sent: &mut u64) {
         let link = self.shared.clock.link();
         if link.rate.is_none() {

@@ -1,5 +1,5 @@
 //! The demo's layer: a tar with a small root filesystem of this machine's own programs, the libraries they need, and files
-//! that nobody will touch, because that is what layers are full of.
+//! that the demo's command does not touch, because that is what layers are full of.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use crate::interrupt::Interrupt;
 /// How big the layer becomes, about, in bytes.
 const BUDGET: u64 = 96 << 20;
 
-/// Of that, what a language's library may take, so that there is room for things that nobody touches.
+/// Of that, what a language's library may take, so that there is room for things that are not touched.
 const LIBRARY_BUDGET: u64 = 40 << 20;
 
 /// Files longer than this are left out, unless a program needs them.
