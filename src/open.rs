@@ -113,15 +113,8 @@ pub enum OpenError {
         found: u64,
     },
     /// What was named as a layer is a whole image, packed.
-    #[error(
-        "{name} is an image packed into a tar ({transport}), not a layer: unpack it first with `skopeo copy {transport}:{name} oci:DIR:latest`, then use oci:DIR:latest"
-    )]
-    ImageArchive {
-        /// What was named.
-        name: String,
-        /// What skopeo calls such an archive.
-        transport: &'static str,
-    },
+    #[error("{0}")]
+    ImageArchive(PackedImage),
     /// The layer holds something that no filesystem image can.
     #[error("{name}: {cause}")]
     Tree {
@@ -196,6 +189,52 @@ impl From<WalkError> for OpenError {
             WalkError::Source(error) => Self::Source(error),
             WalkError::Tar { name, source } => Self::Tar { name, source },
         }
+    }
+}
+
+/// A tar that holds an image in place of a layer's files: what `docker save` or `skopeo copy … oci-archive:` writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackedImage {
+    /// The tar, as it was named.
+    name: String,
+    /// What skopeo calls such an archive.
+    transport: &'static str,
+}
+
+impl PackedImage {
+    /// No archive of an image has more entries: three for each of at most some hundred layers.
+    const MOST_ENTRIES: u64 = 10_000;
+
+    /// Whether a tar's index is that of an archive; for commands that show what a tar holds, whatever it is.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn find<B: AsRef<[u8]>>(name: &str, index: &Index<B>) -> Result<Option<Self>, IndexError> {
+        if index.summary().entries > Self::MOST_ENTRIES {
+            return Ok(None);
+        }
+        let mut probe = ImageArchiveProbe::default();
+        index.replay(&mut probe)?;
+        Ok(probe.found().map(|archive| Self {
+            name: without_secrets(name),
+            transport: archive.transport(),
+        }))
+    }
+}
+
+impl std::fmt::Display for PackedImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, transport } = self;
+        // skopeo reads such archives from files alone.
+        let (first, file) = match name.rsplit_once('/') {
+            Some((_, last)) if name.contains("://") => ("download it and unpack it", last.trim_end_matches("?…")),
+            _ => ("unpack it first", name.as_str()),
+        };
+        write!(
+            f,
+            "{name} is an image packed into a tar ({transport}), not a layer: {first} with `skopeo copy {transport}:{file} \
+             oci:DIR:latest`, then use oci:DIR:latest"
+        )
     }
 }
 
@@ -686,7 +725,7 @@ fn tree_of<'i>(
                 let outcome = index.replay(&mut Tee(&mut probe, &mut tree));
                 if let Some(archive) = probe.found() {
                     let (name, transport) = (name.to_owned(), archive.transport());
-                    return Err(OpenError::ImageArchive { name, transport });
+                    return Err(OpenError::ImageArchive(PackedImage { name, transport }));
                 }
                 outcome.map_err(failed)?;
             }

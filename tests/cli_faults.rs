@@ -1226,3 +1226,91 @@ fn why_there_is_no_ublk_is_said_once() {
     rustix::fs::setxattr(lab.path("states"), "trusted.tarblk.no-ublk", b"before", flags).unwrap();
     assert!(said(&[]));
 }
+
+#[test]
+fn images_packed_into_a_tar_are_pointed_out() {
+    let lab = Lab::new();
+    let docker = layer(&[
+        header("manifest.json", EMPTY, b'0', ""),
+        header(&format!("{}.json", "0a".repeat(32)), EMPTY, b'0', ""),
+        header(&format!("{}/layer.tar", "0b".repeat(32)), EMPTY, b'0', ""),
+    ]);
+    let oci = layer(&[
+        header("oci-layout", EMPTY, b'0', ""),
+        header("index.json", EMPTY, b'0', ""),
+        header(&format!("blobs/sha256/{}", "0c".repeat(32)), EMPTY, b'0', ""),
+    ]);
+    // What surrounds them is theirs alone.
+    let alone = |tar: Vec<u8>| tar[512..].to_vec();
+    fs::write(lab.path("docker.tar"), alone(docker)).unwrap();
+    fs::write(lab.path("oci.tar"), alone(oci)).unwrap();
+    let gzip = Command::new("gzip")
+        .args(["-k", "docker.tar"])
+        .current_dir(lab.dir.path())
+        .status();
+    assert!(gzip.unwrap().success());
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/a/docker.tar", &lab.path("docker.tar")).unwrap();
+    let url = origin.url("/a/docker.tar");
+    for (name, command) in [
+        (
+            "docker.tar",
+            "unpack it first with `skopeo copy docker-archive:docker.tar oci:DIR:latest`",
+        ),
+        (
+            "docker.tar.gz",
+            "skopeo copy docker-archive:docker.tar.gz oci:DIR:latest`",
+        ),
+        ("oci.tar", "skopeo copy oci-archive:oci.tar oci:DIR:latest`"),
+        (
+            &url,
+            "download it and unpack it with `skopeo copy docker-archive:docker.tar oci:DIR:latest`",
+        ),
+    ] {
+        let said = lab.bad(&["image", name, "-o", "out.ext4"], 1);
+        assert!(said.contains(command), "{said}");
+        // Listing it is what tar would do too.
+        for args in [
+            &["ls", name][..],
+            &["index", name],
+            &["index", name, "-o", "out.tarblk"],
+        ] {
+            let output = lab.run(args);
+            let said = text(&output.stderr);
+            assert!(output.status.success() && said.contains(command), "{args:?}: {said}");
+        }
+    }
+    // A layer that happens to hold such files among others is one.
+    let mut layer = fs::read(lab.path("layer.tar")).unwrap();
+    layer.truncate(layer.len() - 1024);
+    layer.extend(fs::read(lab.path("docker.tar")).unwrap());
+    fs::write(lab.path("both.tar"), layer).unwrap();
+    let output = lab.run(&["ls", "both.tar"]);
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn a_packed_image_is_not_mounted() {
+    let Some(_alone) = devices("a_packed_image_is_not_mounted") else {
+        return;
+    };
+    let lab = Lab::new();
+    let oci = [
+        header("oci-layout", EMPTY, b'0', ""),
+        header("index.json", EMPTY, b'0', ""),
+        header(&format!("blobs/sha256/{}", "0c".repeat(32)), EMPTY, b'0', ""),
+        vec![0; 1024],
+    ];
+    fs::write(lab.path("oci.tar"), oci.concat()).unwrap();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    // The second time its index is in the cache.
+    for _ in 0..2 {
+        let said = lab.bad(&["mount", "oci.tar", "mnt"], 1);
+        assert!(said.contains("skopeo copy oci-archive:"), "{said}");
+        assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+    }
+}

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::Session;
 use super::cli::{IndexAction, IndexArgs, VerifyArgs};
-use super::layer::Bar;
+use super::layer::{Bar, warn_of_archive};
 use super::output::{Table, print, println};
 use super::publish;
 use super::replace::replace;
@@ -72,6 +72,9 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
         None => open::prepare(source, &options, &mut bar)?.into_only()?,
     };
     drop(bar);
+    if !matches!(Source::parse(source)?, Source::Image(_)) {
+        warn_of_archive(source, &prepared.index)?;
+    }
     let took = began.elapsed();
     let bytes = prepared.index.as_bytes();
     if let Some(path) = &args.output {

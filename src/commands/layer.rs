@@ -19,9 +19,10 @@ use crate::fetch::LayerRange;
 use crate::http::without_secrets;
 use crate::image::BlockImage as _;
 use crate::image::export::export;
+use crate::index::Index;
 use crate::index::listing::{self, Format, ListingError, Selection};
 use crate::layer::Coding;
-use crate::open::{self, Cache, Fetching, OpenOptions, Opened, Prepared, PreparedLayer, Reading, Watch};
+use crate::open::{self, Cache, Fetching, OpenOptions, Opened, PackedImage, Prepared, PreparedLayer, Reading, Watch};
 use crate::quantity::show_size;
 use crate::source::{Place, Source};
 use crate::tree::listing::write_tree;
@@ -134,6 +135,7 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     }
     let index = open::index_of(&args.source, &options, &mut bar)?;
     drop(bar);
+    warn_of_archive(&args.source, &index)?;
     let selection = if args.paths.is_empty() {
         Selection::everything()
     } else {
@@ -154,6 +156,15 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     broken.map_or(Ok(()), |error| {
         Err(anyhow::Error::new(error).context(without_secrets(&args.source)))
     })
+}
+
+/// Says that what was read as a layer is an image packed into a tar.
+pub(super) fn warn_of_archive(source: &str, index: &Index<Vec<u8>>) -> anyhow::Result<()> {
+    let found = PackedImage::find(source, index);
+    if let Some(archive) = found.with_context(|| without_secrets(source))? {
+        log::warn!("{archive}");
+    }
+    Ok(())
 }
 
 /// What is to be listed: each path as it was typed, and where it leads by the symbolic links on its way.
