@@ -12,6 +12,7 @@
 //! because another one may send something else.
 
 pub mod artifact;
+mod compare;
 pub mod discover;
 mod gather;
 mod index_cache;
@@ -40,6 +41,7 @@ use crate::source::{self, Blob, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use crate::walk::WalkError;
+use compare::check_headers;
 use layer::FoundLayer;
 
 pub use discover::IndexChoice;
@@ -496,9 +498,12 @@ fn prepare_image(
         if image.layers.len() > 1 {
             return Err(OpenError::OneIndex(image.name));
         }
-        let index = named_index(index, options)?;
+        let (index, index_name) = (named_index(index, options)?, without_secrets(index));
         let layer = &image.layers[0];
         let found = FoundLayer::of_image(name, layer)?;
+        if index.identity().blob_len == found.layer.blob.len {
+            check_headers(&index, &index_name, &found.layer.blob, &options.http)?;
+        }
         let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, None)?;
         return Ok((vec![layer], mode));
     }
@@ -592,6 +597,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
             found: blob.len,
         });
     }
+    check_headers(&index, &without_secrets(name), &blob, &options.http)?;
     PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)
 }
 

@@ -16,7 +16,8 @@ use common::rawtar::{Header, RawTar, noise};
 use scripted::TestRegistry;
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::http::{HttpOptions, RetryPolicy};
-use tarblk::internals::index::Collector;
+use tarblk::internals::index::build::{BlobRecorder, Contents};
+use tarblk::internals::index::{Collector, Index, IndexBuilder};
 use tarblk::internals::layer::Coding;
 use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
 use tarblk::internals::source::registry::{DOCKER_MANIFEST, Keyring, OCI_MANIFEST, RegistryOptions};
@@ -353,5 +354,57 @@ fn what_a_manifest_is_delivered_as_may_differ() {
         registry.put_manifest("some/image", "t", delivered, manifest.as_bytes());
         let prepared = open(&registry.name("some/image:t"), &options(None)).unwrap();
         assert_eq!(names(&prepared), ["etc/", "etc/noise"], "{said} as {delivered}");
+    }
+}
+
+/// The digests of a layer's bytes, beside entries that its headers do not have: found out where the layer is at hand.
+#[test]
+fn a_named_index_that_says_other_than_the_headers_is_refused() {
+    let layer = |mode: u64, more: bool| {
+        let tool = Header::new(b'0', b"bin/tool").mode(mode).size(9);
+        let tar = RawTar::new().entry(tool, b"#!/bin/sh");
+        let tar = if more { tar.file(b"etc/more", b"more") } else { tar };
+        tar.end().0
+    };
+    let recorded = |blob: &[u8]| {
+        let mut recorder = BlobRecorder::new(Coding::Plain, 1 << 20, Contents::CHECKED);
+        recorder.feed(blob).unwrap();
+        Index::open(recorder.finish().unwrap().into_index()).unwrap()
+    };
+    let good = layer(0o755, true);
+    let honest = recorded(&good);
+    let forged = |from: &Index<Vec<u8>>| {
+        let mut builder = IndexBuilder::new();
+        from.replay(&mut builder).unwrap();
+        builder.chunk_digests(honest.chunk_digests().unwrap().clone());
+        builder.identity(honest.identity().clone());
+        builder.finish(honest.tar_len(), honest.end())
+    };
+    let scratch = common::scratch("forged");
+    let path = scratch.path().join("good.tar");
+    std::fs::write(&path, &good).unwrap();
+    let image = in_layout(&scratch.path().join("layout"), &Layer::new(&good, &good, GZIP));
+    let index = scratch.path().join("named.tarblk");
+    let opened = |name: &str| {
+        let options = OpenOptions {
+            index: IndexChoice::Named(index.display().to_string()),
+            ..options(None)
+        };
+        open(name, &options)
+    };
+    for name in [path.to_str().unwrap(), image.as_str()] {
+        std::fs::write(&index, honest.as_bytes()).unwrap();
+        opened(name).unwrap();
+        // Made anew of what it says it is the same.
+        std::fs::write(&index, forged(&honest)).unwrap();
+        opened(name).unwrap();
+        for (evil, word) in [
+            (layer(0o4755, true), "mode 4755"),
+            (layer(0o755, false), "of entry none"),
+        ] {
+            std::fs::write(&index, forged(&recorded(&evil))).unwrap();
+            let error = opened(name).unwrap_err();
+            assert!(error.contains(word) && error.contains("named.tarblk"), "{error}");
+        }
     }
 }
