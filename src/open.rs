@@ -36,7 +36,7 @@ use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{ImageArchiveProbe, Index, IndexError, IndexFault, Tee, hot_len, is_index};
 use crate::layer::Coding;
-use crate::source::registry::{Image, ImageName, RegistryOptions, SmallThings};
+use crate::source::registry::{Image, ImageName, RegistryOptions, SmallBlobCache};
 use crate::source::{self, Blob, Source, SourceError, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
@@ -475,10 +475,10 @@ fn prepare_image(
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
     let options = &OpenOptions {
         registry: RegistryOptions {
-            kept: options
+            cache: options
                 .cache
                 .clone()
-                .map(|cache| -> Arc<dyn SmallThings> { Arc::new(cache) }),
+                .map(|cache| -> Arc<dyn SmallBlobCache> { Arc::new(cache) }),
             ..options.registry.clone()
         },
         ..options.clone()

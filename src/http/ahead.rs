@@ -22,7 +22,7 @@ use super::error::Error;
 use super::retry::Timeouts;
 use super::tls::Trust;
 
-/// A connection that nobody used for this long is closed rather than used: servers close what they hear nothing of.
+/// A connection that was not used for this long is closed: servers close what they hear nothing of.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// Opens connections for a [`Client`] to use.

@@ -1,5 +1,5 @@
-//! How indexes lie in a registry: manifests around them, tags, annotations. In: descriptors. Out: JSON, and back. Nothing is
-//! asked of anybody here; docs/index-format.md has it in words.
+//! How indexes lie in a registry: manifests around them, tags, annotations. In: descriptors. Out: JSON, and back. No request is
+//! made here; docs/index-format.md has it in words.
 
 use std::collections::BTreeMap;
 

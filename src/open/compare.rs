@@ -1,7 +1,7 @@
 //! Whether an index that was handed to us says what the layer's headers say. In: a layer at hand, an index that was named. Out:
 //! nothing, or where the two differ.
 //!
-//! An index has the digests of the layer's bytes, and its entries beside them: whoever makes an index can give a file another
+//! An index has the digests of the layer's bytes, and its entries beside them: a forged index can give a file another
 //! mode or owner and leave all bytes as they are. Where the layer is a plain tar in a file its headers are read in milliseconds,
 //! so an index is not taken at its word there. Elsewhere reading the headers is what the index is to save.
 

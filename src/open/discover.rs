@@ -1,10 +1,10 @@
-//! Finding indexes that somebody has published. In: an image in a registry. Out: for each of its layers where its index is, and
+//! Finding published indexes. In: an image in a registry. Out: for each of its layers where its index is, and
 //! its hot part, checked against the layer that it is wanted for.
 //!
 //! Asked in this order: what refers to the image, by the referrers API and its fallback tag at the same time (where a list says
 //! what is in the artifact, that is enough, else it is asked for); each layer's tag; the `LazyPull-Digest` field of HEAD for the
 //! layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
-//! it is of and is refused for another one, and whoever wants to know who made it names its digest.
+//! it is of and is refused for another one; `--index-digest` takes one index and no other.
 
 use std::fmt;
 use std::str::FromStr;
@@ -178,7 +178,7 @@ fn published(registry: &Registry, image: &Image) -> Result<Vec<Listed>, SourceEr
         }
         match artifact(registry, &referrer.digest) {
             Ok(listed) => return Ok(listed),
-            // A list may name what is gone, and anybody may have put it there.
+            // A list may name what is gone, or what anyone with write access put there.
             Err(error) => log::warn!("{}: cannot use the indexes in {}: {error}", image.name, referrer.digest),
         }
     }
@@ -237,7 +237,7 @@ fn of_layer(registry: &Registry, layer: &Digest) -> Result<Option<(Listed, Found
     }
 }
 
-/// How much is asked for of an index whose hot part's length nobody told.
+/// How many bytes are asked for of an index whose hot part's length is not known.
 const GUESS: u64 = 256 << 10;
 
 /// Less than this is asked for at once, in bytes: what a new connection brings in its first two round trips.

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Digest as ContentDigest, hexadecimal};
 use crate::index::{Index, hot_len};
-use crate::source::registry::SmallThings;
+use crate::source::registry::SmallBlobCache;
 
 /// How many indexes are kept, of each kind; those not used the longest go.
 const MAX_INDEXES: usize = 256;
@@ -201,7 +201,7 @@ impl Cache {
     }
 }
 
-impl SmallThings for Cache {
+impl SmallBlobCache for Cache {
     fn get(&self, digest: &ContentDigest) -> Option<(String, Vec<u8>)> {
         let mut bytes = read_and_mark(&self.small_path(&digest.to_string()), LONGEST_SMALL)?;
         let line = bytes.iter().position(|byte| *byte == b'\n')?;

@@ -1,4 +1,4 @@
-//! Indexes that somebody has published, for an image that is being opened. In: an image whose manifest is here, and what may be
+//! Published indexes for an image that is being opened. In: an image whose manifest is here, and what may be
 //! used. Out: for each layer the hot part of its index: as it was kept the last time, or else as the registry has it.
 //!
 //! What is kept is used for the same layer in the same repository only, and under a pin only if the pinned artifact names the same
@@ -60,15 +60,19 @@ pub(super) fn warm_up(name: &ImageName, options: &OpenOptions) -> Result<(), Ope
 /// Where the published indexes of an image's layers are, as far as they are wanted and there; for each layer one lead.
 pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Vec<Lead>, OpenError> {
     let none = || image.layers.iter().map(|_| Lead::Nothing).collect();
-    let nobody = || OpenError::NoIndexes { name: name.to_string() };
+    let no_indexes = || OpenError::NoIndexes { name: name.to_string() };
     let required = required(options);
     let ImageName::Registry(reference) = name else {
         let named = matches!(options.index, IndexChoice::Named(_));
-        return if required && !named { Err(nobody()) } else { Ok(none()) };
+        return if required && !named {
+            Err(no_indexes())
+        } else {
+            Ok(none())
+        };
     };
     match options.index {
         // Who names a digest wants that index and no other.
-        IndexChoice::Ignore | IndexChoice::Build if required => return Err(nobody()),
+        IndexChoice::Ignore | IndexChoice::Build if required => return Err(no_indexes()),
         IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => return Ok(none()),
         IndexChoice::Auto | IndexChoice::Require => {}
     }
@@ -137,7 +141,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     }
     // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
     if options.index_digest.is_some() && leads.iter().any(|(_, lead)| matches!(lead, Lead::Nothing)) {
-        return Err(nobody());
+        return Err(no_indexes());
     }
     Ok(leads.into_iter().map(|(_, lead)| lead).collect())
 }

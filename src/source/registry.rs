@@ -2,7 +2,7 @@
 //! [`Image`]: its layers in order, where each one's bytes are, and what they have to be.
 //!
 //! Nothing is believed that can be checked: manifests, indexes and configurations are compared with their digests before
-//! they are read, and their sizes are bounded. Layers are checked by whoever reads them.
+//! they are read, and their sizes are bounded. Layers are checked where they are read.
 //!
 //! Parts: `reference` (names), `hosts` (which servers), `credentials` and `challenge` (logging in), `session` (requests),
 //! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for those who may wait), `manifest`, `oci_layout`.
@@ -23,7 +23,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use access::{BlobAccess, Located};
+pub use access::{BlobAccess, BlobLocation};
 pub use client::{BlobHead, Fetched, Registry};
 pub use credentials::{Keyring, Login};
 pub use hosts::DEFAULT_HOSTS_DIR;
@@ -37,7 +37,7 @@ use crate::layer::LayerType;
 use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest, Wanted};
 use oci_layout::Layout;
 
-/// An index in an index in an index is somebody's joke.
+/// The deepest nesting of indexes that is followed; builders make one level, or two.
 const DEEPEST_INDEX: usize = 4;
 
 /// How registries are talked to.
@@ -53,16 +53,16 @@ pub struct RegistryOptions {
     pub hosts_dir: PathBuf,
     /// How long to wait.
     pub http: HttpOptions,
-    /// Where what is small and named by its digest is kept; nowhere if none.
-    pub kept: Option<Arc<dyn SmallThings>>,
+    /// The cache for manifests and configurations; none are cached without.
+    pub cache: Option<Arc<dyn SmallBlobCache>>,
 }
 
-/// Keeps manifests and configurations, so that they are asked for once. May forget anything at any time; what it gives back is
-/// compared with the digest again.
-pub trait SmallThings: fmt::Debug + Send + Sync {
-    /// What was kept under this digest: its media type and its bytes.
+/// A cache of manifests and configurations, so that they are asked for once. May forget anything at any time; what it gives back
+/// is compared with the digest again.
+pub trait SmallBlobCache: fmt::Debug + Send + Sync {
+    /// What is cached under this digest: its media type and its bytes.
     fn get(&self, digest: &Digest) -> Option<(String, Vec<u8>)>;
-    /// Keeps it. What goes wrong with that is its own affair.
+    /// Caches it. A failure is logged by the cache and has no other effect.
     fn put(&self, digest: &Digest, media_type: &str, bytes: &[u8]);
 }
 
@@ -74,7 +74,7 @@ impl Default for RegistryOptions {
             keyring: Keyring::default(),
             hosts_dir: DEFAULT_HOSTS_DIR.into(),
             http: HttpOptions::default(),
-            kept: None,
+            cache: None,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::fetch::StartError;
 use crate::http::tls::Trust;
 use crate::http::{Error, Validator, expiry};
 use crate::source::SourceError;
-use crate::source::registry::{BlobAccess, Located};
+use crate::source::registry::{BlobAccess, BlobLocation};
 use crate::source::{self, Blob};
 
 /// How long answers that were asked for before a place was distrusted may still come in.
@@ -26,7 +26,7 @@ pub(crate) struct Spot {
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
     pub(crate) trust: Trust,
     /// Where it came from, if it can be had anew.
-    located: Option<Located>,
+    located: Option<BlobLocation>,
 }
 
 impl Spot {
@@ -40,7 +40,7 @@ impl Spot {
         })
     }
 
-    fn of(located: &Located) -> Result<Self, String> {
+    fn of(located: &BlobLocation) -> Result<Self, String> {
         let url = Url::parse(&located.url).map_err(|error| error.to_string())?;
         let mut headers = Vec::new();
         for (name, value) in &located.headers {

@@ -80,7 +80,7 @@ impl PartialEq for BlobAccess {
 
 /// A request for a blob that should work now.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Located {
+pub struct BlobLocation {
     /// Whom to ask. May answer with a redirect.
     pub url: String,
     /// What to send along, secrets among it; to this URL's host only.
@@ -92,9 +92,9 @@ pub struct Located {
     at: usize,
 }
 
-impl fmt::Debug for Located {
+impl fmt::Debug for BlobLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Located")
+        f.debug_struct("BlobLocation")
             .field("url", &without_secrets(&self.url))
             .field("expires", &self.expires)
             .field("trust", &self.trust)
@@ -102,7 +102,7 @@ impl fmt::Debug for Located {
     }
 }
 
-impl Located {
+impl BlobLocation {
     fn authorization(&self) -> Option<HeaderValue> {
         let (_, value) = self
             .headers
@@ -164,7 +164,7 @@ impl BlobAccess {
 
     /// Notes that the endpoint which `failed` leads to is down or too busy: if there are others, they are asked first for a
     /// while.
-    pub fn avoid(&self, failed: &Located) {
+    pub fn avoid(&self, failed: &BlobLocation) {
         if self.has_alternatives() {
             self.session.avoid(failed.at);
         }
@@ -176,12 +176,12 @@ impl BlobAccess {
     ///
     /// # Errors
     /// [`SourceError`]: no endpoint can be reached, or none gives the blob.
-    pub async fn locate(&self, stale: Option<&Located>) -> Result<Located, SourceError> {
+    pub async fn locate(&self, stale: Option<&BlobLocation>) -> Result<BlobLocation, SourceError> {
         let (this, stale) = (self.clone(), stale.cloned());
         runtime::run(async move { this.find(stale).await }).await
     }
 
-    async fn find(&self, stale: Option<Located>) -> Result<Located, Failure> {
+    async fn find(&self, stale: Option<BlobLocation>) -> Result<BlobLocation, Failure> {
         let order = self.session.order(Need::Pull);
         if stale.is_none()
             && let Some(&at) = order.first()
@@ -199,7 +199,7 @@ impl BlobAccess {
             let old = stale
                 .as_ref()
                 .filter(|stale| stale.at == at)
-                .and_then(Located::authorization);
+                .and_then(BlobLocation::authorization);
             match self.first_byte(at, old).await {
                 Ok(located) => return Ok(located),
                 Err(failure) => {
@@ -208,10 +208,10 @@ impl BlobAccess {
                 }
             }
         }
-        Err(last.unwrap_or_else(|| self.nobody()))
+        Err(last.unwrap_or_else(|| self.no_endpoint()))
     }
 
-    fn nobody(&self) -> Failure {
+    fn no_endpoint(&self) -> Failure {
         Failure::lasting(SourceError::Unusable {
             source_name: self.name(),
             why: "none of the configured hosts may be asked for blobs".to_owned(),
@@ -224,7 +224,7 @@ impl BlobAccess {
     }
 
     /// Asks an endpoint for one byte: the cheapest request that means the same as the ones to come.
-    async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<Located, Failure> {
+    async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<BlobLocation, Failure> {
         let make = ranged(Some(ByteRange { start: 0, len: 1 }));
         let (url, response, grant) = self
             .session
@@ -237,13 +237,13 @@ impl BlobAccess {
         Err(refusal(&url, response, &self.session.spec.http).await)
     }
 
-    fn located(&self, at: usize, url: &Url, grant: &Grant) -> Located {
+    fn located(&self, at: usize, url: &Url, grant: &Grant) -> BlobLocation {
         let endpoint = &self.session.spec.endpoints[at];
         let mut headers = endpoint.headers().to_vec();
         if let Some(value) = grant.authorization.as_ref().and_then(|value| value.to_str().ok()) {
             headers.push((AUTHORIZATION.to_string(), value.to_owned()));
         }
-        Located {
+        BlobLocation {
             url: url.to_string(),
             headers,
             expires: grant.until,
@@ -265,7 +265,7 @@ impl BlobAccess {
         if let Some(target) = kept.filter(|target| target.until.is_none_or(|until| SystemTime::now() < until)) {
             match self.session.ask_target(target.at, &target.url, &make).await {
                 Ok(response) if usable(response.status()) => return Ok(response),
-                // Expired, or gone: whoever sent us there knows more.
+                // Expired, or gone: the registry that redirected there gives a new one.
                 Ok(_) | Err(_) => *lock(&self.target) = None,
             }
         }
@@ -279,7 +279,7 @@ impl BlobAccess {
                 }
             }
         }
-        Err(last.unwrap_or_else(|| self.nobody()))
+        Err(last.unwrap_or_else(|| self.no_endpoint()))
     }
 
     async fn fetch_from(

@@ -1,5 +1,5 @@
 //! A repository to read from and write to, for callers that may wait (distribution specification 1.1). Every answer is
-//! bounded, and what has a digest is checked against it before anybody sees it.
+//! bounded, and what has a digest is checked against it before it is returned.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
 use super::session::{Effort, Need, RepositorySpec, Session};
-use super::{RegistryOptions, SmallThings};
+use super::{RegistryOptions, SmallBlobCache};
 use crate::digest::{Algorithm, Digest};
 use crate::http::{self, Backoff, runtime, shown_url};
 use crate::source::error::{Failure, SourceError, wait_after};
@@ -31,7 +31,7 @@ const MOST_PAGES: usize = 64;
 #[derive(Clone)]
 pub struct Registry {
     session: Arc<Session>,
-    kept: Option<Arc<dyn SmallThings>>,
+    cache: Option<Arc<dyn SmallBlobCache>>,
 }
 
 impl fmt::Debug for Registry {
@@ -69,7 +69,7 @@ impl BlobHead {
 }
 
 impl Registry {
-    /// The repository of `reference`. Asks nobody yet, but reads the files that say whom to ask.
+    /// The repository of `reference`. Sends no request yet, but reads the files that say which servers to ask.
     ///
     /// # Errors
     /// [`SourceError::Hosts`].
@@ -83,7 +83,7 @@ impl Registry {
         };
         Ok(Self {
             session: Session::shared(spec, None),
-            kept: options.kept.clone(),
+            cache: options.cache.clone(),
         })
     }
 
@@ -99,7 +99,7 @@ impl Registry {
         BlobAccess::new(self.session.clone(), digest.clone(), size)
     }
 
-    /// Opens `count` connections to the endpoint that will be asked first, while whoever called goes on: by TCP and TLS, with
+    /// Opens `count` connections to the endpoint that will be asked first, in the background: by TCP and TLS, with
     /// nothing asked. Does nothing where it is not known whether that endpoint speaks TLS.
     pub fn warm_up(&self, count: usize) {
         let Some(&at) = self.session.order(Need::Pull).first() else {
@@ -127,7 +127,7 @@ impl Registry {
                         }
                     }
                 }
-                let failure = last.unwrap_or_else(|| self.nobody());
+                let failure = last.unwrap_or_else(|| self.no_endpoint());
                 wait_after(&mut backoff, failure).await?;
             }
         })
@@ -148,7 +148,7 @@ impl Registry {
                     Err(failure) => last = Some(failure),
                 }
             }
-            Err(last.unwrap_or_else(|| self.nobody()))
+            Err(last.unwrap_or_else(|| self.no_endpoint()))
         };
         let asked = tokio::time::timeout(OPTIONAL_DEADLINE, asking).await;
         asked.unwrap_or_else(|_| {
@@ -158,7 +158,7 @@ impl Registry {
         })
     }
 
-    fn nobody(&self) -> SourceError {
+    fn no_endpoint(&self) -> SourceError {
         SourceError::Unusable {
             source_name: self.name(),
             why: "none of the configured hosts may be asked for this".to_owned(),
@@ -191,7 +191,7 @@ impl Registry {
         let need = match version {
             Version::Tag(_) => Need::Resolve,
             Version::Digest(digest) => {
-                if let Some((media_type, bytes)) = self.kept(digest) {
+                if let Some((media_type, bytes)) = self.cached(digest) {
                     return Ok(Fetched {
                         bytes,
                         media_type,
@@ -204,8 +204,8 @@ impl Registry {
         let fetched = self.ask(need, async |at| {
             self.manifest_from(at, need, Effort::Full, version).await
         })?;
-        if let (Version::Digest(digest), Some(kept)) = (version, &self.kept) {
-            kept.put(digest, &fetched.media_type, &fetched.bytes);
+        if let (Version::Digest(digest), Some(cache)) = (version, &self.cache) {
+            cache.put(digest, &fetched.media_type, &fetched.bytes);
         }
         Ok(fetched)
     }
@@ -225,9 +225,9 @@ impl Registry {
         }
     }
 
-    /// What is kept under a digest and has it.
-    fn kept(&self, digest: &Digest) -> Option<(String, Vec<u8>)> {
-        let found = self.kept.as_ref()?.get(digest)?;
+    /// What is cached under a digest and has it.
+    fn cached(&self, digest: &Digest) -> Option<(String, Vec<u8>)> {
+        let found = self.cache.as_ref()?.get(digest)?;
         digest.matches(&found.1).then_some(found)
     }
 
@@ -283,7 +283,7 @@ impl Registry {
                 why: format!("it is {size} bytes long, and no more than {most} can be used"),
             });
         }
-        if let Some((_, bytes)) = self.kept(digest)
+        if let Some((_, bytes)) = self.cached(digest)
             && u64::try_from(bytes.len()).is_ok_and(|len| len == size)
         {
             return Ok(bytes);
@@ -302,14 +302,14 @@ impl Registry {
             }
             Ok(bytes)
         })?;
-        if let Some(kept) = &self.kept {
-            kept.put(digest, "", &bytes);
+        if let Some(cache) = &self.cache {
+            cache.put(digest, "", &bytes);
         }
         Ok(bytes)
     }
 
     /// What the registry says of a blob: its length, and headers such as `LazyPull-Digest`. None if it is not there. Asked once,
-    /// because whoever asks can do without.
+    /// because every caller can do without.
     ///
     /// # Errors
     /// [`SourceError`].
@@ -346,7 +346,7 @@ impl Registry {
     /// # Errors
     /// [`SourceError`]; [`SourceError::Digest`] when the registry took it under another digest.
     pub fn push_blob(&self, digest: &Digest, bytes: &[u8]) -> Result<(), SourceError> {
-        // Whoever may write and not read, and whatever else goes wrong with this question: sending it anew is right as well.
+        // A login may be allowed to write and not to read. Whatever goes wrong here, sending the blob again is right as well.
         if let Ok(Some(_)) = runtime::wait(self.head_blob_as(Need::Push, Effort::Full, digest)) {
             return Ok(());
         }

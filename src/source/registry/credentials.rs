@@ -1,4 +1,4 @@
-//! Credentials where people keep them. In: a registry's host and repository. Out: how to log in there, if anybody said.
+//! Credentials where people keep them. In: a registry's host and repository. Out: how to log in there, if one of the places says it.
 //!
 //! Read, in this order: what was given on the command line; `--authfile` or `REGISTRY_AUTH_FILE`, which then are the only
 //! file; containers' `auth.json` (`$XDG_RUNTIME_DIR/containers`, then `$XDG_CONFIG_HOME/containers`); Docker's `config.json`
@@ -94,7 +94,7 @@ impl Keyring {
         named.map_or_else(usual_files, |path| vec![path])
     }
 
-    /// Whether one of them names a helper: a program of somebody else's, which may need anything.
+    /// Whether one of them names a helper: a program that may open any file.
     #[must_use]
     pub fn names_helpers(&self) -> bool {
         let mut read = self.files().into_iter().filter_map(|path| AuthFile::read(&path).ok());
@@ -333,7 +333,7 @@ fn run_helper(program: &str, key: &str, deadline: Duration) -> Result<Option<Vec
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
         let read = stdout.map_or(Ok(0), |out| out.take(LONGEST_ANSWER).read_to_end(&mut bytes));
-        // Whoever gave up waiting does not listen.
+        // The receiver is gone when the deadline has passed.
         let _ = tell.send(read.map(|_| bytes));
     });
     let bytes = told

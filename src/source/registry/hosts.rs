@@ -20,7 +20,7 @@ use crate::source::SourceError;
 /// Where containerd keeps them.
 pub const DEFAULT_HOSTS_DIR: &str = "/etc/containerd/certs.d";
 const LONGEST_FILE: u64 = 1 << 20;
-/// Nobody has more mirrors; each one that is down costs a wait.
+/// The most mirrors that are used; each one that is down costs a wait.
 const MOST_MIRRORS: usize = 32;
 
 /// One server that answers for a registry.
@@ -41,7 +41,7 @@ pub(super) struct Endpoint {
     pub(super) trust: Trust,
     /// The registry that a mirror stands for, which it is told in each request.
     pub(super) stands_for: Option<String>,
-    /// Nobody said whether it speaks TLS: to be found out.
+    /// Not known yet whether it speaks TLS: the first request finds out.
     pub(super) scheme_unknown: bool,
 }
 
@@ -122,7 +122,7 @@ fn registry(host: &str, plain_http: bool) -> Endpoint {
     let loopback = is_loopback(host);
     let scheme = if plain_http || loopback { "http" } else { "https" };
     let mut own = endpoint(&format!("{scheme}://{name}"), false).unwrap_or_else(|_| Endpoint {
-        // The name was checked when it was parsed; should it be none after all, nobody answers there.
+        // The name was checked when it was parsed; should it be none after all, no server answers there.
         base: Url::parse("https://invalid.invalid/v2/").unwrap_or_else(|_| unreachable!("a constant")),
         pull: false,
         resolve: false,

@@ -64,7 +64,7 @@ struct Host {
     /// For whom it redirects to, if it has authorities of its own.
     strangers: OnceLock<Client>,
     state: Mutex<State>,
-    /// Held by whoever finds out how to get in, so that the others wait for it.
+    /// Held while one request finds out how to log in, so that the others wait for it.
     entering: tokio::sync::Mutex<()>,
 }
 
@@ -242,7 +242,7 @@ impl Session {
     /// Asks an endpoint for something in the repository; see [`send`](Self::send). Also returns the URL that was asked.
     ///
     /// On this machine registries with and without TLS are found at the same kind of address. The first request tells which it
-    /// is: it holds no credentials, because nobody has asked for them yet.
+    /// is: it holds no credentials, because no challenge has asked for them yet.
     pub(super) async fn ask(
         &self,
         at: usize,
@@ -308,7 +308,7 @@ impl Session {
         };
         let _alone = host.entering.lock().await;
         match is_known() {
-            // Whoever was here before found out.
+            // The request that held the lock before found out.
             (true, ..) => return true,
             (_, true, _) => return false,
             (.., true) if status == StatusCode::NOT_FOUND => return false,
@@ -449,7 +449,7 @@ impl Session {
         })
     }
 
-    /// What is needed for a request, from what is kept if that is good enough.
+    /// What a request has to show, from the cache if that is good enough.
     pub(super) async fn grant(
         &self,
         at: usize,
@@ -458,12 +458,12 @@ impl Session {
         stale: Option<&HeaderValue>,
     ) -> Result<Grant, Failure> {
         let host = &self.hosts[at];
-        if let Some(grant) = self.kept(at, need, stale)? {
+        if let Some(grant) = self.cached(at, need, stale)? {
             return Ok(grant);
         }
         let _alone = host.entering.lock().await;
-        // Whoever was here before may have brought it.
-        if let Some(grant) = self.kept(at, need, stale)? {
+        // The request that held the lock before may have brought it.
+        if let Some(grant) = self.cached(at, need, stale)? {
             return Ok(grant);
         }
         let before = lock(&host.state).login.clone();
@@ -484,10 +484,10 @@ impl Session {
         }
     }
 
-    /// What is kept and not known to be stale. Nothing at all is what is needed where nobody asked for more.
-    fn kept(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, Failure> {
+    /// The grant that is cached and not known to be stale. Where no challenge was seen, one without credentials.
+    fn cached(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, Failure> {
         let known = lock(&self.hosts[at].state);
-        let kept = match &known.challenge {
+        let cached = match &known.challenge {
             None => Some(Grant::default()),
             Some(Challenge::Basic) => match &known.login {
                 Some(login) => basic(login)?.map(|authorization| Grant {
@@ -505,7 +505,7 @@ impl Session {
                 _ => None,
             },
         };
-        Ok(kept.filter(|grant| known.challenge.is_none() || grant.authorization.as_ref() != stale))
+        Ok(cached.filter(|grant| known.challenge.is_none() || grant.authorization.as_ref() != stale))
     }
 
     fn scope(&self, need: Need) -> String {
@@ -519,7 +519,7 @@ impl Session {
     /// Looks up how to log in, on a thread that may wait for helpers.
     async fn look_up(&self, at: usize) -> Result<Login, Failure> {
         let endpoint = &self.spec.endpoints[at];
-        // What was given is for the registry that was named, not for whoever stands in for it.
+        // What was given is for the registry that was named, not for a mirror that stands in for it.
         if let (Some(login), None) = (&self.spec.keyring.given, &endpoint.stands_for) {
             lock(&self.hosts[at].state).login = Some(login.clone());
             return Ok(login.clone());
@@ -588,7 +588,7 @@ impl Session {
         }
     }
 
-    /// Asks a token server: by GET for users and for nobody, by POST with an identity token.
+    /// Asks a token server: by GET with a password or without, by POST with an identity token.
     async fn token(
         &self,
         at: usize,
