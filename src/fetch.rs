@@ -30,12 +30,13 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(crate) use blob::WholeDigests;
 pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};
 pub use error::{FetchError, StartError};
-pub use stats::{BytesByOrigin, FetchStats, Percentiles};
+pub use stats::{BytesByOrigin, FetchStats, Percentiles, Wait};
 
 use crate::cache::chunk::{FirstUse, pieces};
 use crate::cache::disk::DiskCache;
 use crate::cache::{Slice, Slices};
 use crate::http::tls;
+use crate::http;
 use crate::image::FileMap;
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarRange};
@@ -264,6 +265,14 @@ impl Fetcher {
                 stats.bytes_held += layer.cache.get().map_or(0, |cache| cache.bytes_held());
             }
         }
+        stats.waiting = http::waiting()
+            .into_iter()
+            .map(|waiting| Wait {
+                left_ms: u64::try_from(waiting.left().as_millis()).unwrap_or(u64::MAX),
+                place: waiting.place,
+                why: waiting.why,
+            })
+            .collect();
         stats
     }
 

@@ -305,6 +305,46 @@ fn every_flipped_bit_of_an_index_is_noticed() {
     }
 }
 
+/// What is waited for, how long and why is said, and the deadline is the person's.
+#[test]
+fn a_busy_server_is_waited_for_or_not() {
+    let lab = Lab::new();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+    let url = origin.url("/layer.tar");
+    origin.set_faults(|_| vec![Fault::Status(429, Some(3600))]);
+    let said = lab.bad(&["index", &url, "-o", "out.tarblk"], 1);
+    assert!(
+        said.contains("429 Too Many Requests") && said.contains("60min"),
+        "{said}"
+    );
+    let busy_at_first = || {
+        let asked = std::sync::atomic::AtomicBool::new(false);
+        move |_: &_| {
+            if asked.swap(true, std::sync::atomic::Ordering::Relaxed) {
+                Vec::new()
+            } else {
+                vec![Fault::Status(503, Some(2))]
+            }
+        }
+    };
+    origin.set_faults(busy_at_first());
+    let said = lab.bad(&["index", &url, "-o", "out.tarblk", "--retry-for", "1s"], 1);
+    assert!(
+        said.contains("503 Service Unavailable") && said.contains("2s"),
+        "{said}"
+    );
+    origin.set_faults(busy_at_first());
+    let output = lab.run(&["index", &url, "-o", "out.tarblk"]);
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("503 Service Unavailable") && said.contains("asking again in 2s"),
+        "{said}"
+    );
+    assert!(!said.contains("(after"), "{said}");
+}
+
 #[test]
 fn servers_that_are_not_there_or_refuse() {
     let lab = Lab::new();

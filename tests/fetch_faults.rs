@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fetched::{at_origin, hammer, in_state, joined, noise, range, u};
-use tarblk::internals::bench::origin::{Fault, Origin, at_random};
+use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 use tarblk::internals::http::Validator;
@@ -400,4 +400,99 @@ fn a_full_disk_is_no_end() {
         .expect("the stream stands still");
     assert!(joined(&read.unwrap()) == data[MANY - 8192..]);
     fetcher.shutdown();
+}
+
+/// The bytes that a request names, if it names any: the first and the last.
+fn named(request: &Request) -> Option<(u64, u64)> {
+    let (first, last) = request.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+    Some((first.parse().ok()?, last.parse().ok()?))
+}
+
+#[test]
+fn a_server_that_refuses_ranges_is_asked_without() {
+    for status in [400, 501] {
+        let (origin, data) = served();
+        origin.set_faults(move |request: &Request| match named(request) {
+            Some(_) => vec![Fault::Status(status, None)],
+            None => Vec::new(),
+        });
+        let fetcher = start(layer(&origin, "/layer.tar"), quick());
+        hammer(&fetcher, &data, 12);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.read_errors, stats.in_flight, stats.retries),
+            (0, 0, 0),
+            "{status}: {stats:?}"
+        );
+        // Every reader may have asked before the first answer showed what server it is; the stream is one.
+        assert!(stats.bytes_fetched < 2 * u(SIZE), "{status}: {stats:?}");
+    }
+}
+
+#[test]
+fn parts_shorter_than_asked_for_are_used_and_the_rest_is_asked_for() {
+    // Not a multiple of a chunk, and less than one; a flight is many of them.
+    for most in [40_000, 10_007] {
+        let (origin, data) = served();
+        origin.set_faults(move |request: &Request| match named(request) {
+            Some((first, last)) if last - first >= most => vec![Fault::ShortRange(last + 1 - first - most)],
+            _ => Vec::new(),
+        });
+        let fetcher = start(layer(&origin, "/layer.tar"), quick());
+        hammer(&fetcher, &data, 12);
+        let stats = fetcher.stats();
+        assert_eq!(
+            (stats.errors, stats.read_errors, stats.in_flight),
+            (0, 0, 0),
+            "{most}: {stats:?}"
+        );
+        assert!(stats.requests > u(SIZE) / 4 / most, "{most}: {stats:?}");
+    }
+}
+
+#[test]
+fn a_server_that_wishes_to_be_left_alone_past_the_deadline_is_an_error_at_once() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::Status(429, Some(3600))]);
+    let options = FetchOptions {
+        deadline: Duration::from_secs(600),
+        ..quick()
+    };
+    let error = start(layer(&origin, "/layer.tar"), options)
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
+    let said = error.to_string();
+    assert!(matches!(error, FetchError::Deadline { .. }), "{said}");
+    assert!(
+        said.contains("429 Too Many Requests") && said.contains("60min"),
+        "{said}"
+    );
+}
+
+#[test]
+fn what_is_waited_for_stands_in_the_statistics() {
+    let (origin, _) = served();
+    origin.set_faults(|_: &_| vec![Fault::Status(503, Some(3600))]);
+    let options = FetchOptions {
+        deadline: Duration::MAX,
+        ..quick()
+    };
+    let fetcher = start(layer(&origin, "/layer.tar"), options);
+    let waiting = {
+        let fetcher = fetcher.clone();
+        std::thread::spawn(move || fetcher.read_blocking(vec![range(0, 4096)]))
+    };
+    let address = origin.url("/layer.tar");
+    // Other tests of this process may wait for something, too.
+    let wait = loop {
+        if let Some(wait) = fetcher.stats().waiting.into_iter().find(|wait| wait.place == address) {
+            break wait;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(wait.why.contains("503 Service Unavailable"), "{wait:?}");
+    assert!((3_000_000..=3_600_000).contains(&wait.left_ms), "{wait:?}");
+    fetcher.shutdown();
+    assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
+    assert!(fetcher.stats().waiting.iter().all(|wait| wait.place != address));
 }

@@ -7,11 +7,11 @@ use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
+use tarblk::internals::bench::origin::{Fault, Link, Origin, Request, at_random};
 use tarblk::internals::http::{self, HttpOptions, Kind, RetryPolicy, Timeouts};
 use tarblk::internals::index::walk::Walked;
 use tarblk::internals::index::{Collector, Entry, walk as local_walk};
-use tarblk::internals::source::{self, Source};
+use tarblk::internals::source::{self, Source, SourceError};
 use tarblk::internals::units::TarOffset;
 use tarblk::internals::walk::{Tap, WalkError, walk};
 
@@ -230,6 +230,53 @@ fn a_server_without_ranges_is_read_as_one_stream() {
         found == entries && walked.reads > 1,
         "a stream that breaks is begun again"
     );
+}
+
+/// The bytes that a request names, if it names any: the first and the last.
+fn named(request: &Request) -> Option<(u64, u64)> {
+    let (first, last) = request.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+    Some((first.parse().ok()?, last.parse().ok()?))
+}
+
+#[test]
+fn a_server_that_refuses_ranges_is_read_as_one_stream() {
+    let (file, entries) = mixed_tar(8, 300);
+    for status in [400, 501] {
+        let origin = Origin::start().unwrap();
+        origin.serve_file("/layer.tar", file.path()).unwrap();
+        origin.set_faults(move |request| match named(request) {
+            Some(_) => vec![Fault::Status(status, None)],
+            None => Vec::new(),
+        });
+        let (found, walked) = remote(&origin.url("/layer.tar"), &patience()).unwrap();
+        assert!(found == entries, "{status}");
+        assert_eq!(walked.reads, 1, "{status}");
+    }
+}
+
+#[test]
+fn parts_shorter_than_asked_for_are_used() {
+    let (file, entries) = mixed_tar(9, 800);
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", file.path()).unwrap();
+    origin.set_faults(|request| match named(request) {
+        Some((first, last)) if last - first >= 10_007 => vec![Fault::ShortRange(last + 1 - first - 10_007)],
+        _ => Vec::new(),
+    });
+    // Not one of them is a failure.
+    let (found, _) = remote(&origin.url("/layer.tar"), &tries(1)).unwrap();
+    assert!(found == entries);
+    let blob = source::open(&Source::parse(&origin.url("/layer.tar")).unwrap(), &tries(1)).unwrap();
+    let content = std::fs::read(file.path()).unwrap();
+    let mut all = Vec::new();
+    source::stream::<SourceError>(&blob, &tries(1), &mut |bytes| {
+        all.extend_from_slice(bytes);
+        Ok(())
+    })
+    .unwrap();
+    assert!(all == content);
+    let middle = source::read_range(&blob, 5_000..205_000, &tries(1)).unwrap();
+    assert!(middle == content[5_000..205_000]);
 }
 
 #[test]

@@ -25,7 +25,7 @@ use tarblk::internals::open::{
 use tarblk::internals::source::registry::{
     ImageName, Keyring, Login, OCI_MANIFEST, Registry, RegistryOptions, resolve,
 };
-use tarblk::internals::source::{self, Source, SourceError};
+use tarblk::internals::source::{self, Place, Source, SourceError};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 use tarblk::internals::walk::walk;
 
@@ -460,6 +460,128 @@ fn answers_that_were_compressed_on_the_way_are_not_taken_for_the_layer() {
     assert!(error.contains("Content-Encoding"), "{error}");
     let error = walk(&blob, &mut Collector::default(), None, &patience(), &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("Content-Encoding"), "{error}");
+}
+
+/// The bytes that a request names, if it names any: where they begin and end.
+fn named(head: &str) -> Option<(usize, usize)> {
+    let line = head.lines().find_map(|line| {
+        line.to_ascii_lowercase()
+            .strip_prefix("range: bytes=")
+            .map(str::to_owned)
+    })?;
+    let (first, last) = line.trim().split_once('-')?;
+    Some((first.parse().ok()?, last.parse::<usize>().ok()? + 1))
+}
+
+/// Status and headers for the bytes from the one to the other.
+type Reply = Box<dyn Fn(usize, usize) -> (u16, String) + Send>;
+
+/// Ways to answer a range that are right, or nearly, or that say that there are no ranges.
+#[test]
+fn answers_to_ranges_as_servers_give_them() {
+    const LEN: usize = 30_000;
+    let content: String = (0..LEN)
+        .map(|n| char::from(b'a' + u8::try_from(n * 7 % 23).unwrap()))
+        .collect();
+    let label = |label: &'static str| {
+        move |first: usize, end: usize| {
+            (
+                206,
+                format!(
+                    "Content-Range: bytes {first}-{}/{LEN}\r\nContent-Encoding: {label}\r\n",
+                    end - 1
+                ),
+            )
+        }
+    };
+    let range = |unit: &'static str, total: &'static str| -> Reply {
+        Box::new(move |first, end| (206, format!("Content-Range: {unit} {first}-{}/{total}\r\n", end - 1)))
+    };
+    let status = |status: u16, headers: &'static str| -> Reply { Box::new(move |_, _| (status, headers.to_owned())) };
+    let part_as_200: Reply =
+        Box::new(|first, end| (200, format!("Content-Range: bytes {first}-{}/{LEN}\r\n", end - 1)));
+    let replies: [(&str, Reply, bool); 10] = [
+        ("plain", range("bytes", "30000"), true),
+        ("unit in capitals", range("Bytes", "30000"), true),
+        ("unknown total", range("bytes", "*"), true),
+        ("a part that calls itself 200", part_as_200, true),
+        ("labelled", Box::new(label("gzip")), true),
+        ("labelled otherwise", Box::new(label("aws-chunked")), true),
+        ("400", status(400, ""), false),
+        ("501", status(501, ""), false),
+        (
+            "416 with the right length",
+            status(416, "Content-Range: bytes */30000\r\n"),
+            false,
+        ),
+        ("ranges are ignored", status(200, ""), false),
+    ];
+    for (name, reply, ranges) in replies {
+        let (body, all) = (content.clone(), content.clone());
+        let port = server(move |head, _| {
+            let (status, headers, body) = match named(head) {
+                None => (200, String::new(), &body[..]),
+                Some((first, end)) => {
+                    let end = end.min(LEN);
+                    let (status, headers) = reply(first, end);
+                    let body = match status {
+                        206 => &body[first..end],
+                        200 if !headers.is_empty() => &body[first..end],
+                        200 => &body[..],
+                        _ => "no",
+                    };
+                    (status, headers, body)
+                }
+            };
+            let len = body.len();
+            Some(format!(
+                "HTTP/1.1 {status} X\r\nContent-Length: {len}\r\n{headers}Connection: close\r\n\r\n{body}"
+            ))
+        });
+        let source = Source::parse(&format!("http://127.0.0.1:{port}/layer.tar")).unwrap();
+        let once = HttpOptions {
+            retry: RetryPolicy::once(),
+            ..HttpOptions::default()
+        };
+        let blob = source::open(&source, &once).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(blob.len, u64::try_from(LEN).unwrap(), "{name}");
+        let Place::Http(http) = &blob.place else {
+            panic!("{name}")
+        };
+        assert_eq!(http.ranges, ranges, "{name}");
+        let middle = source::read_range(&blob, 10_000..20_000, &once).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(middle == all.as_bytes()[10_000..20_000], "{name}");
+        let mut got = Vec::new();
+        source::stream::<SourceError>(&blob, &once, &mut |bytes| {
+            got.extend_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(got == all.as_bytes(), "{name}");
+    }
+}
+
+#[test]
+fn where_a_server_sends_us_shows_no_secrets() {
+    for location in [
+        "http://me:word@[bad",
+        "//me:word@[bad/x?sig=word",
+        "http://me:word@host:99999/?word",
+        "ftp://me:word@host/x?word",
+    ] {
+        let port = server(move |_, _| {
+            Some(format!(
+                "HTTP/1.1 302 X\r\nLocation: {location}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            ))
+        });
+        let source = Source::parse(&format!("http://127.0.0.1:{port}/layer.tar")).unwrap();
+        let error = source::open(&source, &patience()).unwrap_err();
+        let said = format!("{error} {error:?}");
+        assert!(
+            said.contains("redirect") && !said.contains("word"),
+            "{location}: {said}"
+        );
+    }
 }
 
 #[test]

@@ -168,6 +168,10 @@ pub struct RegistryArgs {
     /// Directories of containerd's `hosts.toml`, with mirrors, certificates and headers.
     #[arg(long, help_heading = "Registry options", value_name = "DIR", default_value = DEFAULT_HOSTS_DIR, value_hint = ValueHint::DirPath)]
     pub hosts_dir: PathBuf,
+    /// Go on asking a server that is away or busy for this long [default: 6 tries within 1min]. One that wishes to be left alone for
+    /// longer (`Retry-After`) is not waited for.
+    #[arg(long, help_heading = "Registry options", value_name = "TIME", value_parser = parse_time)]
+    pub retry_for: Option<Duration>,
 }
 
 /// Never fails: a message about it would quote it.

@@ -61,6 +61,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     let mut bar = Bar::new(session.talk);
     let options = OpenOptions {
         layer: args.layer.clone(),
+        http: args.registry.http(),
         registry: args.registry.options()?,
         ..OpenOptions::default()
     };

@@ -95,8 +95,8 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
         index_digest: args.index_digest.clone(),
         layer: args.layer.clone(),
         cache,
+        http: args.registry.http(),
         registry: args.registry.options()?,
-        ..OpenOptions::default()
     };
     let prepared = open::prepare(&args.source, &options, &mut Bar::new(session.talk))?;
     for (number, layer) in (1..).zip(&prepared.layers) {
@@ -110,6 +110,7 @@ pub(super) fn options_for(source: &str, registry: &RegistryArgs) -> anyhow::Resu
     let is_image = matches!(Source::parse(source)?, Source::Image(_));
     Ok(OpenOptions {
         cache: is_image.then(|| Cache::new(&cache_dir())).transpose()?,
+        http: registry.http(),
         registry: registry.options()?,
         ..OpenOptions::default()
     })

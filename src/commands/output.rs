@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
+use crate::http;
 use crate::quantity::show_size;
 
 /// The reader of standard output has gone: an end like any other.
@@ -159,8 +160,9 @@ impl Talk {
         let style = "{msg:22} {wide_bar} {binary_bytes:>10} of {binary_total_bytes:<10} {rate:>12} {left:>4}";
         let bar = ProgressBar::with_draw_target(Some(total), target(self)).with_elapsed(elapsed);
         let bar = styled(bar, what, style);
-        // Drawn before the first byte comes too: that may take the longest.
+        // Drawn before the first byte comes too, and while none comes: that may take the longest.
         bar.tick();
+        bar.enable_steady_tick(Duration::from_millis(500));
         bar
     }
 
@@ -170,7 +172,7 @@ impl Talk {
         let bar = styled(
             ProgressBar::with_draw_target(None, target(self)),
             what,
-            "{spinner} {msg} {elapsed}",
+            "{spinner} {msg} {elapsed} {rate}",
         );
         bar.enable_steady_tick(Duration::from_millis(120));
         bar
@@ -182,7 +184,12 @@ fn styled(bar: ProgressBar, what: &str, style: &str) -> ProgressBar {
     // The library's own figures begin with the first call, at which much may have come already, as if that had taken no time.
     let style = style
         .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
-            let _ = out.write_str(&average_rate(state.pos(), state.elapsed()));
+            // Why it waits stands in the log, once.
+            let said = match http::waiting().first() {
+                Some(wait) => format!("waits {}s", wait.left().as_secs()),
+                None => average_rate(state.pos(), state.elapsed()),
+            };
+            let _ = out.write_str(&said);
         })
         .with_key("left", |state: &ProgressState, out: &mut dyn fmt::Write| {
             let total = state.len().unwrap_or(0);

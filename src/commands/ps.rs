@@ -151,6 +151,10 @@ fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
     row("retries", format!("{retries}, {errors} bad answers"));
     let (checked, wrong) = (show_count(fetch.chunks_checked), show_count(fetch.chunks_wrong));
     row("checked", format!("{checked} chunks, {wrong} wrong"));
+    for wait in &fetch.waiting {
+        let left = show_time(Duration::from_millis(wait.left_ms));
+        row("waiting", format!("{left} more for {}: {}", wait.place, wait.why));
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 use super::UsageError;
 use super::cli::RegistryArgs;
-use crate::http::Secret;
+use crate::http::{HttpOptions, RetryPolicy, Secret};
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
 /// The most that is read of a file with credentials, in bytes.
@@ -42,8 +42,23 @@ impl RegistryArgs {
                 authfile: authfile.map(path::absolute).transpose()?,
             },
             hosts_dir: self.hosts_dir.clone(),
+            http: self.http(),
             ..RegistryOptions::default()
         })
+    }
+
+    /// How requests are made, to registries and other servers.
+    #[must_use]
+    pub fn http(&self) -> HttpOptions {
+        let mut options = HttpOptions::default();
+        if let Some(deadline) = self.retry_for {
+            options.retry = RetryPolicy {
+                tries: u32::MAX,
+                deadline,
+                ..options.retry
+            };
+        }
+        options
     }
 }
 

@@ -106,6 +106,18 @@ pub struct BytesByOrigin {
     pub network: u64,
 }
 
+/// A wait before a server is asked again: it wishes so, or it failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Wait {
+    /// What is to be asked for: a blob's name or a URL, without secrets.
+    pub place: String,
+    /// What happened.
+    pub why: String,
+    /// How long it still takes, in milliseconds.
+    pub left_ms: u64,
+}
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Counters that any thread adds to.
@@ -132,6 +144,8 @@ macro_rules! counters {
             pub bytes: BytesByOrigin,
             /// From asking to answer, for reads that were left with the fetch thread.
             pub latency: Percentiles,
+            /// The servers that are not asked again before some time, and why; the longest wait first.
+            pub waiting: Vec<Wait>,
         }
 
         impl Counters {
@@ -146,6 +160,7 @@ macro_rules! counters {
                         network: self.bytes_network.load(Ordering::Relaxed),
                     },
                     latency: self.latency.percentiles(),
+                    waiting: Vec::new(),
                 }
             }
         }

@@ -8,6 +8,7 @@ use hyper::StatusCode;
 use url::Url;
 
 use super::redact::shown_url;
+use super::retry::Span;
 
 /// What a failure means for whoever might ask again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +172,13 @@ impl Error {
         self
     }
 
+    /// The same of `place`: for what has a better name than its URL.
+    #[must_use]
+    pub fn at(mut self, place: impl Into<String>) -> Self {
+        self.0.place = place.into();
+        self
+    }
+
     /// The same, after so many tries.
     #[must_use]
     pub fn after(mut self, tries: u32) -> Self {
@@ -196,8 +204,10 @@ impl Error {
         match self.0.kind {
             Kind::Busy(_) => match self.0.retry_after.filter(|wish| !wish.is_zero()) {
                 Some(wish) => format!(
-                    "the server says {}, and not to ask again for {wish:.0?}{}",
-                    self.0.why, self.0.advice
+                    "the server says {}, and not to ask again for {}{}",
+                    self.0.why,
+                    Span(wish),
+                    self.0.advice
                 ),
                 None => format!("the server says {}{}", self.0.why, self.0.advice),
             },

@@ -220,20 +220,28 @@ pub(crate) enum Found {
 pub(crate) fn judge_first(status: StatusCode, headers: &HeaderMap, ranged: bool) -> Found {
     let wrong = |why: &str| Found::Not(Verdict::Wrong(why.to_owned()));
     let first = ByteRange { start: 0, len: 1 };
+    let range = ContentRange::of(headers);
+    // A 200 that is what a 206 should be: see `is_part_all_the_same`.
+    let part_as_whole = range.is_some_and(|range| range.range == Some(first) && range.total != Some(1))
+        && content_length(headers) == Some(1);
     match status {
-        StatusCode::PARTIAL_CONTENT if ranged => match ContentRange::of(headers) {
-            Some(ContentRange {
-                range: Some(range),
-                total: Some(len),
-            }) if range == first => Found::Blob { len, ranges: true },
-            Some(ContentRange {
-                range: Some(range),
-                total: None,
-            }) if range == first => Found::RangesOfUnknown,
-            _ => wrong("a range that was not asked for"),
-        },
+        StatusCode::PARTIAL_CONTENT | StatusCode::OK
+            if ranged && (status == StatusCode::PARTIAL_CONTENT || part_as_whole) =>
+        {
+            match range {
+                Some(ContentRange {
+                    range: Some(range),
+                    total: Some(len),
+                }) if range == first => Found::Blob { len, ranges: true },
+                Some(ContentRange {
+                    range: Some(range),
+                    total: None,
+                }) if range == first => Found::RangesOfUnknown,
+                _ => wrong("a range that was not asked for"),
+            }
+        }
         // An empty blob has no first byte.
-        StatusCode::RANGE_NOT_SATISFIABLE if ranged => match ContentRange::of(headers) {
+        StatusCode::RANGE_NOT_SATISFIABLE if ranged => match range {
             Some(ContentRange { total: Some(0), .. }) => Found::Blob { len: 0, ranges: true },
             Some(_) => Found::NoRanges,
             None => wrong("it has no first byte, but an unknown length"),
@@ -462,6 +470,13 @@ mod tests {
             ranges(9)
         );
         assert_eq!(first(206, &[("content-range", "bytes 0-0/*")]), Found::RangesOfUnknown);
+        let one = ("content-length", "1");
+        assert_eq!(first(200, &[("content-range", "bytes 0-0/9"), one]), ranges(9));
+        assert_eq!(first(200, &[("content-range", "bytes 0-0/1"), one]), whole(1));
+        assert_eq!(
+            first(200, &[("content-range", "bytes 0-0/9"), ("content-length", "9")]),
+            whole(9)
+        );
         assert_eq!(first(416, &[("content-range", "bytes */0")]), ranges(0));
         assert_eq!(first(416, &[("content-range", "bytes */9")]), Found::NoRanges);
         assert_eq!(first(400, &[]), Found::NoRanges);

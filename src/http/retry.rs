@@ -152,7 +152,7 @@ impl Backoff {
         if pause < WORTH_SAYING {
             log::debug!("{place}: {why}; asking again in {pause:.1?}");
         } else {
-            log::warn!("{place}: {why}; asking again in {pause:.0?}");
+            log::warn!("{place}: {why}; asking again in {}", Span(pause));
         }
         let _waiting = stay(&place, &why, pause);
         tokio::time::sleep(pause).await;
@@ -194,6 +194,21 @@ fn http_date(text: &str) -> Option<SystemTime> {
     Some(TimeZone::UTC.to_timestamp(date).ok()?.into())
 }
 
+/// A time as a person says it: `3s`, `45min`, `2h`, `365d`, rounded up.
+pub(super) struct Span(pub(super) Duration);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.0.as_millis().div_ceil(1000);
+        match seconds {
+            0..120 => write!(f, "{seconds}s"),
+            120..7200 => write!(f, "{}min", seconds.div_ceil(60)),
+            7200..172_800 => write!(f, "{}h", seconds.div_ceil(3600)),
+            _ => write!(f, "{}d", seconds.div_ceil(24 * 3600)),
+        }
+    }
+}
+
 /// A request that waits to be sent again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
@@ -216,7 +231,7 @@ impl Waiting {
 /// `registry.example/x: the server says 429 Too Many Requests; asking again in 30s`.
 impl fmt::Display for Waiting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}; asking again in {:.0?}", self.place, self.why, self.left())
+        write!(f, "{}: {}; asking again in {}", self.place, self.why, Span(self.left()))
     }
 }
 
@@ -347,7 +362,7 @@ mod tests {
         assert!(backoff.pause_after(status(503, Some(0))).unwrap() >= Duration::from_millis(50));
         let error = backoff.pause_after(status(429, Some(3600))).unwrap_err().to_string();
         assert!(
-            error.contains("429 Too Many Requests") && error.contains("3600s"),
+            error.contains("429 Too Many Requests") && error.contains("60min"),
             "{error}"
         );
         let mut backoff = Backoff::new(RetryPolicy {
@@ -357,6 +372,28 @@ mod tests {
         assert_eq!(
             backoff.pause_after(status(429, Some(3600))).unwrap(),
             Duration::from_secs(3600)
+        );
+    }
+
+    #[test]
+    fn spans_are_said_in_the_largest_unit_that_is_exact_enough() {
+        let said = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
+        let all = [
+            0.0,
+            0.2,
+            3.0,
+            119.5,
+            120.5,
+            3600.0,
+            7199.0,
+            7200.0,
+            100_000.0,
+            31_536_000.0,
+        ]
+        .map(said);
+        assert_eq!(
+            all,
+            ["0s", "1s", "3s", "2min", "3min", "60min", "120min", "2h", "28h", "365d"]
         );
     }
 

@@ -67,11 +67,7 @@ impl Backoff {
             Trouble::Net(failure) => failure,
         };
         self.0.pause_after(failure.clone()).map_err(|failure| {
-            let why = if failure.place() == url {
-                failure.why()
-            } else {
-                failure.to_string()
-            };
+            let why = Trouble::Net(failure.clone()).why(&url);
             match failure.kind() {
                 Kind::Changed => FetchError::Changed {
                     url,
@@ -231,11 +227,12 @@ impl Engine {
         let url = state.origin.name();
         let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
         let pause = backoff.pause(trouble, state, range)?;
+        let why = trouble.why(&url);
         let late = FetchError::Deadline {
             url: url.clone(),
             range,
             after: self.options.deadline,
-            why: trouble.to_string(),
+            why: why.clone(),
         };
         let mut waiting = None;
         let until = Instant::now().checked_add(pause);
@@ -244,17 +241,15 @@ impl Engine {
             self.expire(rest, left, &late);
             if !self.in_flight.has_readers(rest) {
                 // No reader has asked for it yet, or none any more: the one who does starts afresh.
-                log::debug!(
-                    "{url}: bytes {range}: {trouble}; no reader waits for them, so they are not asked for again"
-                );
+                log::debug!("{url}: bytes {range}: {why}; no reader waits for them, so they are not asked for again");
                 return Err(late);
             }
             if left.is_zero() {
                 break;
             }
             if waiting.is_none() {
-                log::warn!("{url}: bytes {range}: {trouble}; asking again in {pause:.1?}");
-                waiting = Some(http::stay(&url, &trouble.to_string(), pause));
+                log::warn!("{url}: bytes {range}: {why}; asking again in {pause:.1?}");
+                waiting = Some(http::stay(&url, &why, pause));
             }
             sleep(left.min(LOOK_AT_READERS)).await;
         }

@@ -46,6 +46,16 @@ impl fmt::Display for Trouble {
     }
 }
 
+impl Trouble {
+    /// What happened, for a message that begins with the blob's `name`.
+    pub(super) fn why(&self, name: &str) -> String {
+        match self {
+            Self::Net(failure) if failure.place() == name => failure.why(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// A blob, or an index file that holds windows.
 pub(super) enum Origin {
     Http(Rc<RemoteLayer>),

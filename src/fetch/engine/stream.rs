@@ -89,14 +89,15 @@ impl Engine {
             let range = TarRange::new(TarOffset(0), state.size);
             let pause = backoff.pause(&trouble, state, range)?;
             let name = state.origin.name();
+            let why = trouble.why(&name);
             let late = FetchError::Deadline {
                 url: name.clone(),
                 range,
                 after: self.options.deadline,
-                why: trouble.to_string(),
+                why: why.clone(),
             };
-            log::warn!("{name}: {trouble}; reading on in {pause:.1?}");
-            let _waiting = http::stay(&name, &trouble.to_string(), pause);
+            log::warn!("{name}: {why}; reading on in {pause:.1?}");
+            let _waiting = http::stay(&name, &why, pause);
             let until = Instant::now().checked_add(pause);
             loop {
                 let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
