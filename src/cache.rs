@@ -1,9 +1,9 @@
-//! The chunks that are here. In: chunks of a layer, as they are fetched. Out: the same chunks, from memory or from disk, to any
+//! The caches of chunks, in memory and on disk. In: chunks of a layer, as they are fetched. Out: the same chunks, from memory or from disk, to any
 //! thread that asks.
 //!
 //! The unit is a chunk of [`CHUNK_BYTES`](crate::units::CHUNK_BYTES) bytes of tar space ([`ChunkKey`]). `memory` is bounded and goes with the process;
-//! [`disk`] is one directory for the machine and survives it. This room must never fetch, never decode, and never hand out a
-//! chunk that was not put in: whoever fetches decides what is verified.
+//! [`disk`] is one directory for the machine and survives it. Invariant: a chunk comes out only as it was put in. This room never fetches, never decodes, and never verifies: `fetch` decides what
+//! is put in.
 
 pub(crate) mod chunk;
 pub mod disk;

@@ -14,7 +14,6 @@
 pub mod artifact;
 mod compare;
 pub mod discover;
-mod gather;
 mod index_cache;
 mod layer;
 pub mod publish;

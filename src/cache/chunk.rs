@@ -47,13 +47,13 @@ pub(crate) fn chunk_len(size: u64, index: u32) -> u64 {
 
 /// Read since the memory cache's hand last passed.
 const RECENT: u8 = 1;
-/// Read at least once by somebody who needed it.
+/// Read at least once by a reader that needed it.
 const USED: u8 = 2;
-/// Fetched on suspicion.
+/// Prefetched: fetched before a reader asked for it.
 const PREFETCHED: u8 = 4;
 /// The planner wants to hear at once when this one is first read.
 const MARKER: u8 = 8;
-/// Nobody asked for it: it came with what was asked for, and cost nothing of its own.
+/// Bundled: it came with what was asked for, and cost nothing of its own.
 const BUNDLED: u8 = 16;
 
 /// Immutable bytes in memory with the marks that the memory cache and the planner keep on them.
@@ -75,9 +75,9 @@ impl fmt::Debug for Chunk {
 pub(crate) enum FirstUse {
     /// It had been read before, or demanded from the start.
     No,
-    /// It came before anybody needed it.
+    /// It came before a reader needed it.
     Yes {
-        /// It was fetched on suspicion, which now pays; else it came along with what was asked for.
+        /// It was prefetched, which now pays; else it came along with what was asked for.
         prefetched: bool,
         /// The planner asked to be told at once.
         marker: bool,
@@ -131,7 +131,7 @@ impl Chunk {
         self.marks.fetch_and(!RECENT, Ordering::Relaxed) & RECENT != 0
     }
 
-    /// Whether it was fetched on suspicion and nobody read it.
+    /// Whether it was prefetched and not read yet.
     pub(crate) fn is_unread_prefetch(&self) -> bool {
         self.marks.load(Ordering::Relaxed) & (PREFETCHED | USED) == PREFETCHED
     }

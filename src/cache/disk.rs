@@ -1,14 +1,14 @@
-//! The store: chunks that stay when the process goes. In: chunks, as they arrive. Out: after a restart, the same chunks.
+//! The disk cache: chunks that outlive the process. In: chunks, as they arrive. Out: after a restart, the same chunks.
 //!
-//! One directory for the machine; per layer a sparse data file in tar space and a map of the chunks it holds. Only the map
-//! is believed, and a chunk enters it only after its data is durable, so a crash at any moment loses at most the latest
-//! chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
+//! One directory for the machine; per layer a sparse data file in tar space and a map of the chunks it holds. Invariant: a
+//! chunk counts only if the map has it, and enters the map only after its data is durable, so a crash at any moment loses at
+//! most the latest chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 
-mod filling;
+mod layer_writer;
 mod map;
 mod run;
-mod seeder;
+mod writer;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -22,11 +22,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
-pub use self::filling::Filling;
+pub use self::layer_writer::LayerWriter;
 pub(crate) use self::map::Bits;
 use self::map::Identity;
 pub(crate) use self::run::RunWriter;
-pub use self::seeder::Seeder;
+pub use self::writer::CacheWriter;
 use super::chunk::{chunk_count, chunk_len};
 use crate::digest::hexadecimal;
 use crate::http::stable_name;
@@ -37,11 +37,11 @@ use crate::units::{CHUNK_BYTES, TarOffset, len_usize};
 const TRAILER_BYTES: u64 = 4096;
 const TRAILER_MAGIC: &[u8; 8] = b"TARBLKDT";
 
-/// Why a store cannot be used.
+/// Why the disk cache cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: cannot {doing}: {source}; the cache can be put elsewhere, or deleted at any time")]
 pub struct DiskCacheError {
-    /// Which file or directory.
+    /// The file or directory.
     pub path: PathBuf,
     /// What was tried.
     pub doing: &'static str,
@@ -80,7 +80,7 @@ pub struct LayerCache {
     full: AtomicBool,
     /// Whether the whole was checked and is what it has to be.
     sealed: AtomicBool,
-    /// Whether it was found to be something else: nothing in it is believed any more.
+    /// Whether it was found to be another layer: nothing in it is used any more.
     poisoned: AtomicBool,
     /// Whether it is the layer's own file.
     borrowed: bool,
@@ -148,7 +148,7 @@ fn nonce() -> [u8; 16] {
 }
 
 impl DiskCache {
-    /// Opens the store in `dir`, which is made when it is missing.
+    /// Opens the disk cache in `dir`, which is made when it is missing.
     ///
     /// # Errors
     /// When the directory cannot be made.
@@ -203,7 +203,7 @@ impl DiskCache {
         let mut freed = 0;
         for entry in listing.flatten() {
             let path = entry.path();
-            if filling::is_part(&path) {
+            if layer_writer::is_part(&path) {
                 let unused = unused(&path);
                 let bytes = entry.metadata().map_or(0, |meta| meta.blocks() * 512);
                 if unused.is_some() && fs::remove_file(&path).is_ok() {
@@ -226,7 +226,7 @@ impl DiskCache {
             // Held until the file has lost its name: whoever opens it meanwhile looks again.
             let unused = unused(&path);
             if unused.is_some() && fs::remove_file(&path).is_ok() {
-                // A map without its data is believed by nobody.
+                // A map without its data counts for nothing.
                 let _harmless = fs::remove_file(path.with_extension("map"));
                 total = total.saturating_sub(bytes);
                 freed += bytes;
@@ -259,21 +259,21 @@ impl LayerCache {
                 .open(&path)
                 .map_err(DiskCacheError::new(&path, "open"))?;
             if flock(&data, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let others = Self::believed(&data, &map_path, key, size, count).map(|(_, _, bits)| (data, bits));
+                let others = Self::read_map(&data, &map_path, key, size, count).map(|(_, _, bits)| (data, bits));
                 return Self::nameless(dir, key, size, others);
             }
-            // Somebody may have deleted it between our opening and our locking: then the lock is on a file without a name.
+            // Another process may have deleted it between our opening and our locking: then the lock is on a file without a name.
             let ours = data.metadata().map_err(DiskCacheError::new(&path, "look at"))?;
             if fs::metadata(&path).map_or(true, |named| (named.dev(), named.ino()) != (ours.dev(), ours.ino())) {
                 continue;
             }
-            if let Some((identity, sealed, written)) = Self::believed(&data, &map_path, key, size, count) {
+            if let Some((identity, sealed, written)) = Self::read_map(&data, &map_path, key, size, count) {
                 let cache = Self::assemble(identity, count, data, written, Some(map_path), None);
                 cache.sealed.store(sealed, Ordering::Relaxed);
                 cache.mark_used();
                 return Ok(cache);
             }
-            // Nothing to believe: begin anew. Another process may still read what the map said when it came, so a file
+            // No map that fits: begin anew. Another process may still read what the map said when it came, so a file
             // that was ever in use is never emptied: it loses its name instead, and the next attempt makes another.
             if ours.len() > 0 {
                 fs::remove_file(&path).map_err(DiskCacheError::new(&path, "remove data that no map fits"))?;
@@ -376,8 +376,8 @@ impl LayerCache {
         }
     }
 
-    /// What map and data say together, when they fit.
-    fn believed(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, bool, Bits)> {
+    /// What the map says of the data, if it fits it: the data file's identity, whether all of it was verified, and its chunks.
+    fn read_map(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, bool, Bits)> {
         let at = size.next_multiple_of(TRAILER_BYTES);
         if data.metadata().ok()?.len() != at + TRAILER_BYTES {
             return None;
@@ -508,7 +508,7 @@ impl LayerCache {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// What is here is not the layer: it is forgotten, here and on disk, and never believed again. A data file that is
+    /// What is here is not the layer: it is forgotten, here and on disk, and never used again. A data file that is
     /// another process's stays, and so do the descriptors that readers hold.
     pub(crate) fn poison(&self) {
         self.poisoned.store(true, Ordering::Release);
@@ -546,8 +546,7 @@ impl LayerCache {
         }
     }
 
-    /// Keeps those chunks that lie whole inside `bytes`, which are the layer's from `at` on. For somebody who has them
-    /// anyway; waits for the disk.
+    /// Keeps those chunks that lie whole inside `bytes`, which are the layer's from `at` on. Waits for the disk.
     ///
     /// # Errors
     /// When they cannot be written; then nothing more is.

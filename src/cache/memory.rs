@@ -1,7 +1,7 @@
 //! The memory cache. In: chunks as they arrive. Out: the same to anybody who asks, from any
 //! thread, under a lock held for a hash lookup.
 //!
-//! Bounded by CLOCK: a hand goes round and takes what nobody has read since it last passed. A chunk on loan in a
+//! Bounded by CLOCK: a hand goes round and takes what was not read since it last passed. A chunk on loan in a
 //! [`Slice`](super::Slice) outlives its eviction.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ use crate::units::{CHUNK_BYTES, len_usize};
 const NEIGHBOURHOOD_BITS: u32 = 3;
 const MOST_SHARDS: usize = 16;
 
+/// Chunks in memory, by key, in up to [`MOST_SHARDS`] shards with a lock each.
 #[derive(Debug)]
 pub(crate) struct MemoryCache {
     shards: Box<[Mutex<Shard>]>,
@@ -29,7 +30,7 @@ struct Shard {
     hand: usize,
 }
 
-/// Spreads a key over 64 bits. Keys come from the layout of a layer; nobody gains by colliding them but their own reader.
+/// Spreads a key over 64 bits. Keys come from the layout of a layer; colliding them harms their own reader alone.
 fn hash(key: ChunkKey) -> u64 {
     let mixed = ((u64::from(key.layer.0) << 32) | u64::from(key.index)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     mixed ^ (mixed >> 29)

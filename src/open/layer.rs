@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::gather::Gather;
 use super::record::{Recording, algorithms, coding_of, record_blob};
 use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
-use crate::cache::disk::{DiskCache, DiskCacheError, LayerKey};
+use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexError, IndexFault};
 use crate::layer::{Coding, SPACING};
@@ -357,13 +356,13 @@ fn read_headers(
         Some(key) => store.layer(key, blob.len),
         None => store.unnamed(blob.len),
     };
-    let gather = match &options.cache {
+    let cache_writer = match &options.cache {
         Some(kept) if blob.is_remote() => {
-            going_on_when_full(DiskCache::open(kept.layers()).and_then(cache))?.map(Gather::new)
+            going_on_when_full(DiskCache::open(kept.layers()).and_then(cache))?.map(CacheWriter::new)
         }
         _ => None,
     };
-    let mut beginning = Beginning::new(gather);
+    let mut beginning = Beginning::new(cache_writer);
     let tap: Option<&mut dyn walk::Tap> = if blob.is_remote() { Some(&mut beginning) } else { None };
     let walked = walk::walk(blob, &mut builder, tap, &options.http, &mut progress);
     if let Some(coding) = beginning.coding()
@@ -399,16 +398,16 @@ struct Beginning {
     /// What came before they told it, and where it belongs.
     waiting: Vec<(TarOffset, Vec<u8>)>,
     coding: Option<Coding>,
-    gather: Option<Gather>,
+    cache_writer: Option<CacheWriter>,
 }
 
 impl Beginning {
-    const fn new(gather: Option<Gather>) -> Self {
+    const fn new(cache_writer: Option<CacheWriter>) -> Self {
         Self {
             first: Vec::new(),
             waiting: Vec::new(),
             coding: None,
-            gather,
+            cache_writer,
         }
     }
 
@@ -433,13 +432,15 @@ impl walk::Tap for Beginning {
                 self.coding = Some(Coding::of_bytes(&self.first));
             }
         }
-        let Some(gather) = &mut self.gather else { return };
+        let Some(cache_writer) = &mut self.cache_writer else {
+            return;
+        };
         match self.coding {
             Some(Coding::Plain) => {
                 for (at, bytes) in std::mem::take(&mut self.waiting) {
-                    gather.bytes(at, &bytes);
+                    cache_writer.push(at, &bytes);
                 }
-                gather.bytes(at, bytes);
+                cache_writer.push(at, bytes);
             }
             Some(_) => self.waiting.clear(),
             None => {
@@ -471,7 +472,7 @@ fn read_all(
     let is_its_own = coding == Coding::Plain && !blob.is_remote();
     let mut filling = match &options.cache {
         Some(cache) if !is_its_own => {
-            going_on_when_full(DiskCache::open(cache.layers()).and_then(|store| store.fill()))?
+            going_on_when_full(DiskCache::open(cache.layers()).and_then(|store| store.begin_layer()))?
         }
         _ => None,
     };

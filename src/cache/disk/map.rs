@@ -1,6 +1,6 @@
 //! Which chunks of a layer a data file holds, in memory and as the bytes of a map file.
 //!
-//! The map file is the only thing believed about a data file after a restart. It is little-endian:
+//! After a restart the map file alone says what a data file holds. It is little-endian:
 //!
 //! | bytes | what |
 //! |---|---|

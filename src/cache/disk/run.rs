@@ -1,7 +1,7 @@
 //! Writing runs of chunks to a data file. In: chunks that lie side by side. Out: the same bytes in the file, not yet durable.
 //!
 //! Long runs go past the page cache: whoever reads a device has its bytes in the device's own page cache already, and a second
-//! copy costs the memory of it and more processor time than all else about the store. What is shorter, what the file system
+//! copy costs the memory of it and more processor time than everything else about the disk cache. What is shorter, what the file system
 //! does not take, and what comes faster than the disk takes it goes through the page cache.
 
 use std::fs::{File, OpenOptions};
@@ -45,7 +45,7 @@ impl RunWriter {
     /// wanted and makes sense.
     ///
     /// # Errors
-    /// When not all of it was written. What of it was is not to be believed.
+    /// When not all of it was written. What was written is not to be used.
     pub(crate) fn write<'a>(
         &mut self,
         at: u64,

@@ -237,12 +237,12 @@ fn another_state_of_the_layer_is_another_layer() {
 }
 
 #[test]
-fn seeding_takes_pieces_of_any_size() {
+fn a_writer_takes_pieces_of_any_size() {
     let dir = tempfile::tempdir().unwrap();
     let store = DiskCache::open(dir.path()).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
-    let mut seeder = Seeder::new(cache.clone());
+    let mut writer = CacheWriter::new(cache.clone());
     let mut at = 1000;
     for step in [1, 40_000, 7, 99_999, 3, 70_000].into_iter().cycle() {
         if at >= all.len() {
@@ -254,7 +254,7 @@ fn seeding_takes_pieces_of_any_size() {
             at = 240_000;
             continue;
         }
-        seeder.push(TarOffset(len_u64(at)), &all[at..end]).unwrap();
+        writer.push(TarOffset(len_u64(at)), &all[at..end]);
         at = end;
     }
     check(&cache);
@@ -311,11 +311,11 @@ fn what_killed_processes_were_filling_is_trimmed() {
     let store = DiskCache::open(dir.path()).unwrap();
     let left = dir.path().join("filling-Ab12Cd.part");
     fs::write(&left, content()).unwrap();
-    let mut filling = store.fill().unwrap();
-    filling.push(&content()).unwrap();
+    let mut writer = store.begin_layer().unwrap();
+    writer.push(&content()).unwrap();
     assert!(store.trim(u64::MAX).unwrap() > 0);
     assert!(!left.exists());
-    filling.finish("sha256:abc").unwrap();
+    writer.finish("sha256:abc").unwrap();
     assert!(
         store
             .layer(LayerKey::of_content("sha256:abc", SIZE), SIZE)

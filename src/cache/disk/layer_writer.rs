@@ -1,5 +1,5 @@
-//! A whole layer that passes by before anybody knows how long it is. In: the tar's bytes from the first on. Out: a layer in
-//! the store that holds all of them, or nothing.
+//! Writing a whole layer whose length is not known yet. In: the tar's bytes, from the first on. Out: a layer in the disk cache that
+//! holds all of them, or nothing.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -23,15 +23,15 @@ const SYNC_DISTANCE: u64 = 32 << 20;
 /// How the name of a layer that is not whole yet begins and ends.
 const PART: (&str, &str) = ("filling-", ".part");
 
-/// Whether a file of the store is a layer that is not whole yet, or never will be.
+/// Whether a file of the disk cache is a layer that is not whole yet, or never will be.
 pub(super) fn is_part(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     name.is_some_and(|name| name.starts_with(PART.0) && name.ends_with(PART.1))
 }
 
-/// See the module. Dropped before its end it leaves nothing.
+/// Writes a whole layer from its first byte to its last. Dropped before [`finish`](Self::finish) it leaves nothing.
 #[derive(Debug)]
-pub struct Filling {
+pub struct LayerWriter {
     store: Arc<DiskCache>,
     file: tempfile::NamedTempFile,
     len: u64,
@@ -85,19 +85,19 @@ impl DiskCache {
     ///
     /// # Errors
     /// When no file can be made.
-    pub fn fill(self: &Arc<Self>) -> Result<Filling, DiskCacheError> {
+    pub fn begin_layer(self: &Arc<Self>) -> Result<LayerWriter, DiskCacheError> {
         let failed = DiskCacheError::new(&self.dir, "make a file in it");
         let file = tempfile::Builder::new()
             .prefix(PART.0)
             .suffix(PART.1)
             .tempfile_in(&self.dir)
             .map_err(failed)?;
-        // Whoever trims the store sees by it that this is not one that a killed process left.
+        // `DiskCache::trim` sees by it that this is not one that a killed process left.
         if let Err(error) = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive) {
             log::debug!("{}: cannot lock it: {error}", file.path().display());
         }
         let syncer = Syncer::start(file.as_file()).map_err(DiskCacheError::new(file.path(), "start writing"))?;
-        Ok(Filling {
+        Ok(LayerWriter {
             store: Arc::clone(self),
             file,
             len: 0,
@@ -107,7 +107,7 @@ impl DiskCache {
     }
 }
 
-impl Filling {
+impl LayerWriter {
     /// Takes the tar's next bytes.
     ///
     /// # Errors
@@ -135,8 +135,9 @@ impl Filling {
         self.len == 0
     }
 
-    /// All of the layer has come, and whoever watched it pass has found that it is what `identity` says: from now on the store
-    /// has it under that name, as [`LayerKey::of_content`] takes it, and nobody has to digest it again. Does nothing when another process has that layer open, which then goes on with what it has.
+    /// All of the layer has come, and its digest was compared with what `identity` says: from now on the disk cache has it under
+    /// that name, as [`LayerKey::of_content`] takes it, verified. Does nothing when another process has that layer open, which
+    /// then goes on with what it has.
     ///
     /// # Errors
     /// When the disk does not keep it.
@@ -210,12 +211,12 @@ mod tests {
         let bytes: Vec<u8> = (0..5 * CHUNK_BYTES + 77)
             .map(|n| u8::try_from(n % 251).unwrap())
             .collect();
-        let mut filling = store.fill().unwrap();
+        let mut writer = store.begin_layer().unwrap();
         for piece in bytes.chunks(10_007) {
-            filling.push(piece).unwrap();
+            writer.push(piece).unwrap();
         }
-        let len = filling.len();
-        filling.finish("sha256:abc").unwrap();
+        let len = writer.len();
+        writer.finish("sha256:abc").unwrap();
         let cache = store.layer(LayerKey::of_content("sha256:abc", len), len).unwrap();
         assert!(cache.is_whole());
         assert!(cache.is_sealed(), "it was digested while it passed");
@@ -241,9 +242,9 @@ mod tests {
     fn what_was_not_finished_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let store = DiskCache::open(dir.path()).unwrap();
-        let mut filling = store.fill().unwrap();
-        filling.push(b"half").unwrap();
-        drop(filling);
+        let mut writer = store.begin_layer().unwrap();
+        writer.push(b"half").unwrap();
+        drop(writer);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -252,9 +253,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = DiskCache::open(dir.path()).unwrap();
         let open = store.layer(LayerKey::of_content("sha256:abc", 4), 4).unwrap();
-        let mut filling = store.fill().unwrap();
-        filling.push(b"full").unwrap();
-        filling.finish("sha256:abc").unwrap();
+        let mut writer = store.begin_layer().unwrap();
+        writer.push(b"full").unwrap();
+        writer.finish("sha256:abc").unwrap();
         assert_eq!(open.bytes_held(), 0);
         drop(open);
         assert_eq!(
