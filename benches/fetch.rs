@@ -3,6 +3,9 @@
 //!
 //! `cargo bench --bench fetch [-- locate|cold|sequential]`. The parts that need nginx and curl say so when they skip.
 
+#[path = "../tests/common/noise.rs"]
+mod noise;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -10,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use noise::noise;
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::cache::Slice;
 use tarblk::internals::cache::disk::DiskCache;
@@ -29,18 +33,6 @@ fn range(start: u64, len: u64) -> LayerRange {
 fn start(url: &str, size: u64, options: FetchOptions) -> Fetcher {
     let layer = Blob::of_url(UrlBlob::new(&url.parse().expect("a URL")), size);
     Fetcher::start(vec![LayerSource::from(layer)], options, None).expect("the fetcher starts")
-}
-
-fn noise(len: u64) -> Vec<u8> {
-    let mut state = 0x9E37_79B9_7F4A_7C15u64;
-    let mut bytes = Vec::new();
-    for _ in 0..len / 8 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes
 }
 
 fn address(origin: &Origin) -> String {
@@ -64,7 +56,7 @@ fn percentile(times: &mut [Duration], permille: usize) -> f64 {
 fn locate() {
     let origin = Origin::start().expect("an origin");
     let size = 48 * MIB;
-    origin.serve_blob("/layer.tar", noise(size));
+    origin.serve_blob("/layer.tar", noise(usize::try_from(size).expect("a size that fits"), 1));
     let fetcher = start(&origin.url("/layer.tar"), size, FetchOptions::default());
     for at in (0..size).step_by(1 << 20) {
         fetcher
@@ -90,7 +82,7 @@ fn locate() {
 fn cold() {
     let origin = Origin::start().expect("an origin");
     let size = 256 * MIB;
-    origin.serve_blob("/layer.tar", noise(size));
+    origin.serve_blob("/layer.tar", noise(usize::try_from(size).expect("a size that fits"), 1));
     for rtt_ms in [0, 5] {
         origin.set_link(Link {
             rtt: Duration::from_millis(rtt_ms),
@@ -226,7 +218,11 @@ fn read_through(fetcher: &Fetcher, size: u64, depth: usize) {
 fn sequential() {
     let dir = tempfile::tempdir().expect("a directory");
     let size = 1024 * MIB;
-    fs::write(dir.path().join("layer.tar"), noise(size)).expect("room for 1 GiB");
+    fs::write(
+        dir.path().join("layer.tar"),
+        noise(usize::try_from(size).expect("a size that fits"), 1),
+    )
+    .expect("room for 1 GiB");
     let Some((_server, url)) = nginx(dir.path()) else {
         eprintln!("SKIP: sequential throughput needs nginx");
         return;

@@ -2,6 +2,8 @@
 //! daemons that die. Each is one line that names the cause, exit 1, and nothing left behind.
 
 mod lab;
+#[path = "common/noise.rs"]
+mod noise;
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -12,6 +14,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use lab::{Lab, devices, have, mounts_below, root, skip, text};
+use noise::noise;
 use rustix::process::{Pid, Signal, kill_process};
 use tarblk::internals::bench::origin::{Fault, Link, Origin};
 
@@ -436,7 +439,7 @@ fn the_bar_says_what_is_done_and_how_fast() {
     }
     let lab = Lab::new();
     let origin = Origin::start().unwrap();
-    fs::write(lab.path("noise"), noise(2_000_000)).unwrap();
+    fs::write(lab.path("noise"), noise(2_000_000, 1)).unwrap();
     let mut tar = tar::Builder::new(File::create(lab.path("layer.tar")).unwrap());
     tar.append_path_with_name(lab.path("noise"), "noise").unwrap();
     tar.into_inner().unwrap();
@@ -472,20 +475,6 @@ fn the_bar_says_what_is_done_and_how_fast() {
         !before_writing.contains("GiB/s") && !before_writing.contains("MiB/s"),
         "{drawn}"
     );
-}
-
-/// Bytes that do not get shorter.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(len)
-    .collect()
 }
 
 #[test]

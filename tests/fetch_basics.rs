@@ -1,12 +1,15 @@
 //! The fetcher on a quiet day: a local file and an honest server.
 
 mod fetched;
+#[path = "common/noise.rs"]
+mod noise;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use fetched::{blob_at, in_file, joined, noise, range};
+use fetched::{blob_at, in_file, joined, range};
+use noise::noise;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 
 fn answer(mut stream: TcpStream, data: &[u8]) -> std::io::Result<()> {
@@ -56,7 +59,7 @@ fn over_http(url: &str, size: usize) -> LayerSource {
 
 #[test]
 fn a_local_file_is_located_and_read() {
-    let data = noise(3_000_001);
+    let data = noise(3_000_001, 1);
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), &data).unwrap();
     let fetcher = Fetcher::start(vec![in_file(file.path()).into()], FetchOptions::default(), None).unwrap();
@@ -94,7 +97,7 @@ fn a_file_that_shrank_is_an_error() {
 
 #[test]
 fn ranges_come_over_http_and_stay_in_memory() {
-    let data = Arc::new(noise(5_000_001));
+    let data = Arc::new(noise(5_000_001, 1));
     let url = serve(data.clone());
     let fetcher = Fetcher::start(vec![over_http(&url, data.len())], FetchOptions::default(), None).unwrap();
     assert!(matches!(fetcher.locate(range(4096, 4096)), Located::Elsewhere));

@@ -8,7 +8,8 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, in_state, joined, noise, range, u};
+use common::noise::noise;
+use fetched::{at_origin, hammer, in_state, joined, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
@@ -36,7 +37,7 @@ fn start(layer: Blob, options: FetchOptions) -> Fetcher {
 }
 
 fn served() -> (Origin, Arc<Vec<u8>>) {
-    let data = Arc::new(noise(SIZE));
+    let data = Arc::new(noise(SIZE, 1));
     let origin = Origin::start().unwrap();
     origin.serve_blob("/layer.tar", data.as_slice());
     (origin, data)
@@ -376,7 +377,7 @@ fn a_full_disk_is_no_end() {
         return common::skip("a_full_disk_is_no_end", &format!("cannot mount a small tmpfs: {error}"));
     }
     let small = Mounted(dir);
-    let mut data = noise(1 << 20).repeat(MANY >> 20);
+    let mut data = noise(1 << 20, 1).repeat(MANY >> 20);
     for (n, megabyte) in (0u8..).zip(data.chunks_mut(1 << 20)) {
         megabyte.iter_mut().step_by(4096).for_each(|byte| *byte = n);
     }

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::chunked::{self, Chunked, noise};
+use common::chunked::{self, Chunked};
+use common::noise::noise;
 use fetched::{at_origin, hammer, quick, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin, at_random};
 use tarblk::internals::cache::disk::DiskCache;
@@ -42,7 +43,7 @@ fn made() -> Made {
         .map(|number| {
             let most = [700, 5000, 40_000, 300_000][below(4)];
             let pieces = (0..=below(3))
-                .map(|piece| noise(u(1000 * number + piece), 1 + below(most)))
+                .map(|piece| noise(1 + below(most), u(1000 * number + piece)))
                 .collect();
             (format!("file-{number}"), pieces)
         })

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use common::corpus::{self, Archive};
 use common::images::{compare as compare_image, none, oci};
-use common::rawtar::{RawTar, noise};
+use common::noise::noise;
+use common::rawtar::RawTar;
 use common::session::{Session, device, is_mounted, leftovers};
 use common::unpacked::{self, Unpacked, umoci_unpack};
 use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};

@@ -9,8 +9,9 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
-use common::chunked::{self, CHECKSUM, Chunked, POSITION, noise};
+use common::chunked::{self, CHECKSUM, Chunked, POSITION};
 use common::images::{compare, laboratory, none, nothing_left, one_line, refused};
+use common::noise::noise;
 use common::scratch;
 use common::session::Session;
 use common::unpacked::{self, umoci_unpack};
@@ -105,9 +106,9 @@ fn put(dir: &Path, tag: &str, layer: &Chunked, annotations: &BTreeMap<String, St
 /// Some files: the first short, the second in pieces.
 fn files() -> Vec<(String, Vec<Vec<u8>>)> {
     vec![
-        ("short".to_owned(), vec![noise(1, 5000)]),
-        ("long".to_owned(), (2..8).map(|seed| noise(seed, 100_000)).collect()),
-        ("last".to_owned(), vec![noise(9, 200_000)]),
+        ("short".to_owned(), vec![noise(5000, 1)]),
+        ("long".to_owned(), (2..8).map(|seed| noise(100_000, seed)).collect()),
+        ("last".to_owned(), vec![noise(200_000, 9)]),
     ]
 }
 
@@ -159,7 +160,7 @@ type Lie = (&'static str, (Chunked, BTreeMap<String, String>), [End; 2]);
 
 fn lies() -> Vec<Lie> {
     let honest = chunked::layer(&files(), |_| {});
-    let other = chunked::layer(&[("else".to_owned(), vec![noise(77, 5000)])], |_| {});
+    let other = chunked::layer(&[("else".to_owned(), vec![noise(5000, 77)])], |_| {});
     let with = |key: &str, value: String| {
         let mut annotations = honest.annotations.clone();
         annotations.insert(key.to_owned(), value);
@@ -404,7 +405,7 @@ fn a_layer_on_a_web_server_is_mounted_by_its_contents() {
         return;
     }
     let many: Vec<_> = (0..40)
-        .map(|n| (format!("more-{n}"), vec![noise(100 + n, 50_000)]))
+        .map(|n| (format!("more-{n}"), vec![noise(50_000, 100 + n)]))
         .collect();
     let all = [files(), many].concat();
     let honest = chunked::layer(&all, |_| {});

@@ -10,17 +10,17 @@ mod scripted;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use common::rawtar::{Header, RawTar, noise};
+use common::anonymous::{http_options, registry_options};
+use common::noise::noise;
+use common::rawtar::{Header, RawTar};
 use scripted::TestRegistry;
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{Collector, Index, IndexBuilder};
 use tarblk::internals::layer::Coding;
 use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
-use tarblk::internals::source::registry::{DOCKER_MANIFEST, Keyring, OCI_MANIFEST, RegistryOptions};
+use tarblk::internals::source::registry::{DOCKER_MANIFEST, OCI_MANIFEST};
 
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
@@ -33,34 +33,10 @@ fn sha256(bytes: &[u8]) -> Digest {
 }
 
 fn options(cache: Option<&Path>) -> OpenOptions {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Put there whole: other tests read it now.
-    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
-    file.write_all(b"{}").unwrap();
-    let authfile = dir.join("forms-no-credentials.json");
-    file.persist(&authfile).unwrap();
-    let http = HttpOptions {
-        retry: RetryPolicy {
-            tries: 2,
-            wrong: 2,
-            first_pause: Duration::from_millis(10),
-            ..RetryPolicy::default()
-        },
-        ..HttpOptions::default()
-    };
     OpenOptions {
         cache: cache.map(|dir| Cache::new(dir).unwrap()),
-        http,
-        registry: RegistryOptions {
-            hosts_dir: "/nonexistent".into(),
-            keyring: Keyring {
-                given: None,
-                authfile: Some(authfile),
-            },
-            platform: Some("linux/amd64".parse().unwrap()),
-            http,
-            ..RegistryOptions::default()
-        },
+        http: http_options(2),
+        registry: registry_options(2),
         ..OpenOptions::default()
     }
 }

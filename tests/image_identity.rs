@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/noise.rs"]
+mod noise;
 mod oracle;
 
 use std::fs::{self, File};
@@ -9,18 +11,12 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use oracle::{Mounted, Payload, assert_clean, assert_same, can_mount, extracted, have, image_of, snapshot};
+use noise::noise;
+use oracle::{Mounted, assert_clean, assert_same, can_mount, extracted, have, image_of, snapshot};
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, lsetxattr, makedev, mknodat, utimensat,
 };
 use tarblk::internals::image::export::export;
-use tarblk::internals::units::TarOffset;
-
-fn noise(len: usize, from: u64) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    Payload::Dense.fill(TarOffset(from), &mut bytes);
-    bytes
-}
 
 fn set_time(path: &Path, secs: i64, nanos: i64) {
     let time = Timespec {

@@ -2,11 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/noise.rs"]
+mod noise;
 mod oracle;
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
+use noise::noise;
 use oracle::{Payload, check_entries, expected, image_of_entries, write_image};
 use tarblk::internals::image::ImageError;
 use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
@@ -221,12 +224,6 @@ fn acl() -> Vec<u8> {
     list
 }
 
-fn noise(len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    Payload::Dense.fill(TarOffset(99), &mut bytes);
-    bytes
-}
-
 #[test]
 fn extended_attributes_of_every_size_that_fits_one_block() {
     let mut entries = vec![Entry {
@@ -238,7 +235,7 @@ fn extended_attributes_of_every_size_that_fits_one_block() {
         entries.push(with_xattrs(
             &format!("one-{len}"),
             Kind::File,
-            vec![xattr("user.a", noise(len))],
+            vec![xattr("user.a", noise(len, 99))],
         ));
     }
     for len in [0, 1, 20, 40, 3900] {
@@ -248,7 +245,7 @@ fn extended_attributes_of_every_size_that_fits_one_block() {
             ("trusted.x", len),
             ("security.y", 30),
         ];
-        let several = several.map(|(name, len)| xattr(name, noise(len))).to_vec();
+        let several = several.map(|(name, len)| xattr(name, noise(len, 99))).to_vec();
         entries.push(with_xattrs(&format!("several-{len}"), Kind::Directory, several));
     }
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -260,12 +257,12 @@ fn extended_attributes_of_every_size_that_fits_one_block() {
     entries.push(with_xattrs(
         "non-ascii",
         Kind::File,
-        vec![xattr("user.n\u{e4}me", noise(200))],
+        vec![xattr("user.n\u{e4}me", noise(200, 99))],
     ));
     entries.push(with_xattrs(
         "link",
         Kind::Symlink,
-        vec![xattr("trusted.overlay.x", "y"), xattr("security.z", noise(300))],
+        vec![xattr("trusted.overlay.x", "y"), xattr("security.z", noise(300, 99))],
     ));
     entries.last_mut().unwrap().link = vec![b'x'; 100];
     entries.push(with_xattrs("fifo", Kind::Fifo, vec![xattr("trusted.a", "")]));
@@ -299,23 +296,23 @@ fn extended_attributes_past_a_block_get_inodes() {
         entries.push(with_xattrs(
             &format!("one-{len}"),
             Kind::File,
-            vec![xattr("user.big", noise(len))],
+            vec![xattr("user.big", noise(len, 99))],
         ));
         entries.push(with_xattrs(
             &format!("same-{len}"),
             Kind::File,
-            vec![xattr("user.big", noise(len))],
+            vec![xattr("user.big", noise(len, 99))],
         ));
     }
     let many = (0..40)
-        .map(|number| xattr(&format!("user.number-{number}"), noise(3000 + number)))
+        .map(|number| xattr(&format!("user.number-{number}"), noise(3000 + number, 99)))
         .collect();
     entries.push(with_xattrs("many", Kind::Directory, many));
     let mixed = vec![
         xattr("user.a", "inline"),
-        xattr("user.b", noise(1500)),
-        xattr("user.c", noise(60_000)),
-        xattr("trusted.d", noise(2000)),
+        xattr("user.b", noise(1500, 99)),
+        xattr("user.c", noise(60_000, 99)),
+        xattr("trusted.d", noise(2000, 99)),
     ];
     entries.push(with_xattrs("mixed", Kind::File, mixed.clone()));
     entries.push(with_xattrs("mixed-2", Kind::Directory, mixed));

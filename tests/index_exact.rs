@@ -6,7 +6,8 @@ mod common;
 use std::fs;
 use std::ops::Range;
 
-use common::rawtar::{Header, RawTar, noise};
+use common::noise::noise;
+use common::rawtar::{Header, RawTar};
 use common::{corpus, no_loop_mounts, scratch, skip};
 use sha2::{Digest, Sha256};
 use tarblk::internals::index::build::{Contents, Recorder};

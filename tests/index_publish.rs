@@ -7,14 +7,15 @@ mod common;
 mod scripted;
 
 use std::io::Write as _;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::rawtar::{RawTar, noise};
+use common::anonymous::registry_options;
+use common::noise::noise;
+use common::rawtar::RawTar;
 use scripted::{Instead, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::http::{HttpOptions, RetryPolicy};
+use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{ColdPart, Index};
 use tarblk::internals::layer::Coding;
@@ -26,10 +27,14 @@ use tarblk::internals::open::{
 };
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
-    Image, ImageName, Keyring, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
+    Image, ImageName, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version, resolve,
 };
 
 const SPACING: u64 = 64 << 10;
+
+fn options() -> RegistryOptions {
+    registry_options(2)
+}
 
 struct Silent;
 
@@ -39,33 +44,6 @@ impl Watch for Silent {
 
 impl PublishWatch for Silent {
     fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
-}
-
-fn options() -> RegistryOptions {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Put there whole: other tests read it now.
-    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
-    file.write_all(b"{}").unwrap();
-    let authfile = dir.join("no-credentials.json");
-    file.persist(&authfile).unwrap();
-    RegistryOptions {
-        hosts_dir: "/nonexistent".into(),
-        keyring: Keyring {
-            given: None,
-            authfile: Some(authfile),
-        },
-        platform: Some("linux/amd64".parse().unwrap()),
-        http: HttpOptions {
-            retry: RetryPolicy {
-                tries: 2,
-                wrong: 2,
-                first_pause: Duration::from_millis(10),
-                ..RetryPolicy::default()
-            },
-            ..HttpOptions::default()
-        },
-        ..RegistryOptions::default()
-    }
 }
 
 fn sha256(bytes: &[u8]) -> Digest {

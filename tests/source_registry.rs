@@ -6,20 +6,21 @@
 mod common;
 mod scripted;
 
-use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::anonymous::registry_options;
+use common::noise::noise;
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerRange, LayerSource, Verifier};
-use tarblk::internals::http::{HttpOptions, RetryPolicy};
+use tarblk::internals::http::HttpOptions;
 use tarblk::internals::layer::Coding;
 use tarblk::internals::source::Blob;
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
-    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Keyring, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
+    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
     RegistryOptions, Version, resolve,
 };
 use tarblk::internals::units::CHUNK_BYTES;
@@ -29,49 +30,8 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 const GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
-/// Bytes that are nowhere the same.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    })
-    .take(len)
-    .collect()
-}
-
 fn options() -> RegistryOptions {
-    RegistryOptions {
-        hosts_dir: "/nonexistent".into(),
-        keyring: Keyring {
-            given: None,
-            authfile: Some(empty_authfile()),
-        },
-        platform: Some("linux/amd64".parse().unwrap()),
-        http: HttpOptions {
-            retry: RetryPolicy {
-                tries: 2,
-                wrong: 2,
-                first_pause: Duration::from_millis(10),
-                ..RetryPolicy::default()
-            },
-            ..HttpOptions::default()
-        },
-        ..RegistryOptions::default()
-    }
-}
-
-/// Whatever this machine's user has does not belong into tests.
-fn empty_authfile() -> std::path::PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Put there whole: other tests read it now.
-    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
-    file.write_all(b"{}").unwrap();
-    let path = dir.join("empty-auth.json");
-    file.persist(&path).unwrap();
-    path
+    registry_options(2)
 }
 
 fn given(pair: &str) -> RegistryOptions {

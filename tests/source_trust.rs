@@ -4,6 +4,8 @@
 #![cfg(feature = "command")]
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
+#[path = "common/anonymous.rs"]
+mod anonymous;
 mod scripted;
 
 use std::io::{Read, Write};
@@ -13,9 +15,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use anonymous::{http_options, registry_options};
 use scripted::{Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::http::{HttpOptions, RetryPolicy};
+use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::build::{Contents, Recorder};
 use tarblk::internals::index::{Collector, LayerIdentity};
 use tarblk::internals::layer::Coding;
@@ -33,34 +36,11 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 
 fn patience() -> HttpOptions {
-    HttpOptions {
-        retry: RetryPolicy {
-            tries: 3,
-            wrong: 3,
-            first_pause: Duration::from_millis(10),
-            ..RetryPolicy::default()
-        },
-        ..HttpOptions::default()
-    }
+    http_options(3)
 }
 
 fn options() -> RegistryOptions {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    // Put there whole: other tests read it now.
-    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
-    file.write_all(b"{}").unwrap();
-    let authfile = dir.join("nobody.json");
-    file.persist(&authfile).unwrap();
-    RegistryOptions {
-        hosts_dir: "/nonexistent".into(),
-        keyring: Keyring {
-            given: None,
-            authfile: Some(authfile),
-        },
-        platform: Some("linux/amd64".parse().unwrap()),
-        http: patience(),
-        ..RegistryOptions::default()
-    }
+    registry_options(3)
 }
 
 /// A server that answers every connection's first request by `answer`, which is told the request and which connection it is.

@@ -93,15 +93,3 @@ pub(crate) fn layer(files: &[(String, Vec<Vec<u8>>)], tweak: impl FnOnce(&mut Ve
         contents_at: at,
     }
 }
-
-/// Bytes that look like nothing and do not compress, the same for the same seed.
-pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    };
-    (0..len).map(|_| next()).collect()
-}

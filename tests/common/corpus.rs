@@ -12,7 +12,8 @@ use std::process::Command;
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 
-use super::rawtar::{Header, RawTar, noise};
+use super::noise::noise;
+use super::rawtar::{Header, RawTar};
 use super::{have, skip, succeed};
 
 /// A tar of the corpus.

@@ -2,9 +2,11 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
+pub(crate) mod anonymous;
 pub(crate) mod chunked;
 pub(crate) mod corpus;
 pub(crate) mod images;
+pub(crate) mod noise;
 pub(crate) mod rawtar;
 pub(crate) mod session;
 pub(crate) mod tree;

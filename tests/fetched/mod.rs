@@ -26,19 +26,6 @@ pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-/// Bytes that do not compress, always the same.
-pub(crate) fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x2545_F491_4F6C_DD1Du64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()[3]
-    })
-    .take(len)
-    .collect()
-}
-
 /// A range of the first layer.
 pub(crate) fn range(start: usize, len: usize) -> LayerRange {
     LayerRange {
