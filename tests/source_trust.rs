@@ -18,7 +18,7 @@ use std::time::Duration;
 use anonymous::{http_options, registry_options};
 use scripted::{Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::http::HttpOptions;
+use tarblk::internals::http::{HttpOptions, RetryPolicy};
 use tarblk::internals::index::build::{Contents, Recorder};
 use tarblk::internals::index::{Collector, LayerIdentity};
 use tarblk::internals::layer::Coding;
@@ -28,7 +28,7 @@ use tarblk::internals::open::{
 use tarblk::internals::source::registry::{
     ImageName, Keyring, Login, OCI_MANIFEST, Registry, RegistryOptions, resolve,
 };
-use tarblk::internals::source::{self, Place, Source, SourceError};
+use tarblk::internals::source::{self, Source, SourceError};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 use tarblk::internals::walk::walk;
 
@@ -525,10 +525,7 @@ fn answers_to_ranges_as_servers_give_them() {
         };
         let blob = source::open(&source, &once).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(blob.len, u64::try_from(LEN).unwrap(), "{name}");
-        let Place::Http(http) = &blob.place else {
-            panic!("{name}")
-        };
-        assert_eq!(http.ranges, ranges, "{name}");
+        assert_eq!(blob.answers_ranges(), ranges, "{name}");
         let middle = source::read_range(&blob, 10_000..20_000, &once).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(middle == all.as_bytes()[10_000..20_000], "{name}");
         let mut got = Vec::new();
