@@ -90,11 +90,11 @@ pub struct FetchOptions {
     pub deadline: Duration,
     /// Whether anything is fetched before it is asked for.
     pub prefetch: bool,
-    /// Whether everything is brought to the store in the end, while nobody reads.
+    /// Whether whole layers are fetched into the disk cache, while no one reads.
     pub fetch_all: bool,
     /// Where chunks stay when the process goes; none keeps them in memory only.
     pub store: Option<Arc<DiskCache>>,
-    /// How https servers are believed; without it only http works. See [`default_tls`].
+    /// How https servers are verified; without it only http works. See [`default_tls`].
     pub tls: Option<Arc<ClientConfig>>,
 }
 
@@ -246,8 +246,8 @@ impl Fetcher {
         struct Channel(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
         impl ReadCallback for Channel {
             fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-                // Nobody listening is nobody to tell.
-                let _nobody_listens = self.0.send(outcome);
+                // The reader may be gone.
+                let _reader_is_gone = self.0.send(outcome);
             }
         }
         let (give, take) = mpsc::channel();

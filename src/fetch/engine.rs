@@ -1,13 +1,17 @@
-//! The fetch thread. In: reads, left by any thread. Out: each waiter told once.
+//! The engine of the fetch thread. In: reads, left by any thread. Out: each reader told once, with its bytes or why there are none.
 //!
-//! A read is cut into chunks. A chunk that is neither here nor on its way gets a flight; whoever asks for it while it flies
-//! waits for the same flight. Waiters are told as chunks land, not when a flight ends. Demand always flies at once; behind
-//! it, as far as the link has room, flies what the planner thinks is next. Everything here runs on one thread and never
-//! blocks it: files and sockets go through its ring, decoding and digests to worker threads.
+//! A read is cut into chunks. A chunk that is neither here nor in flight gets a request of its own; whoever asks for it meanwhile
+//! waits for the same request. Readers are told as chunks come, not when a request ends. Demand is sent at once; behind it, as far as
+//! the budget has room, goes what the planner thinks is next. Decoding and digests go to worker threads.
 //!
-//! Parts: `state` (a layer here), `request` (who waits for what), `flight` and `coded` (plain and compressed layers), `stream` (layers that are read
-//! from end to end), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how they become chunks), `disk`
-//! (files and the store), `fill` (the rest, while nobody reads), `trust`, `pieces_verifier` and `proof` (what is believed).
+//! Invariant: everything here runs on one thread and never blocks it. Every read is answered exactly once, also when the engine
+//! stops or a task panics.
+//!
+//! Parts: `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
+//! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
+//! end to end), `deliver` (chunks to their readers), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
+//! they become chunks), `disk` (local files and the disk cache), `fill` (the whole layer, while no one reads), `verify`,
+//! `verify_piece` and `verify_cached` (digests).
 
 mod budget;
 mod coded;
@@ -57,10 +61,10 @@ use crate::units::{CHUNK_BYTES, LayerId, len_u64};
 
 /// A flight is at most this long; longer stretches fly side by side.
 const LONGEST_FLIGHT: u32 = 128;
-/// In a flight on suspicion every so many chunks one tells at once when it is read, so that the planner keeps ahead of
+/// In a request for prefetch every so many chunks one tells at once when it is read, so that the planner keeps ahead of
 /// readers that find everything in memory.
 const MARKER_DISTANCE: u32 = 8;
-/// A flight on suspicion this short is files, not a part of one: each first read of a file in it says something.
+/// A request for prefetch this short is files, not a part of one: each first read of a file in it says something.
 const MARKED_WHOLE: u32 = 32;
 /// Servers that answer sooner than this lose nothing by being asked later for what is fetched ahead.
 const NEXT_DOOR: Duration = Duration::from_millis(1);
@@ -89,9 +93,9 @@ struct Engine {
     gap: u32,
     /// Who may decode or digest: as many at once as there are CPUs.
     workers: Arc<Semaphore>,
-    /// When somebody last had to wait for a read.
+    /// When a reader last had to wait.
     last_read: Cell<Instant>,
-    /// None: nobody wants all of it.
+    /// None: only what is read is fetched.
     filler: Option<RefCell<Filler>>,
     stopping: Cell<bool>,
 }
@@ -227,7 +231,7 @@ impl Engine {
                 .borrow_mut()
                 .touched(&|key, show| self.peek(key, show), &mut now);
             self.launch(&now);
-            // Next door, what is fetched ahead would get in the way of a block that somebody waits for: it follows when that
+            // Next door, what is fetched ahead would get in the way of a block that a reader waits for: it follows when that
             // is here. A reader of long stretches goes on to what is fetched ahead, and waits for nothing.
             if !waits || self.budget.round_trip().is_none_or(|trip| trip >= NEXT_DOOR) {
                 self.pump();
@@ -285,7 +289,7 @@ impl Engine {
         }
     }
 
-    /// Whether a chunk is in the store, or about to be.
+    /// Whether a chunk is in the disk cache, or about to be.
     fn is_stored(&self, key: ChunkKey) -> bool {
         self.cache(key.layer).is_some_and(|cache| cache.has(key.index))
             || self

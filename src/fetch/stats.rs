@@ -102,7 +102,7 @@ pub struct BytesByOrigin {
     pub memory: u64,
     /// In a local layer or in the cache file.
     pub disk: u64,
-    /// Not here: somebody waited for the network.
+    /// Neither: a reader waited for the network.
     pub network: u64,
 }
 
@@ -138,7 +138,7 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)*
             /// Bytes of tar in all layers that have to be brought...
             pub bytes_layers: u64,
-            /// ...and how many of them are in the store.
+            /// ...and how many of them are in the disk cache.
             pub bytes_held: u64,
             /// Bytes handed out, by where they were.
             pub bytes: BytesByOrigin,
@@ -168,7 +168,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Times somebody asked for a range: looks that found it and reads that were left.
+    /// Reads of a range: those that found it at once, and those that were left with the fetch thread.
     reads,
     /// Reads that ended in an error.
     read_errors,
@@ -184,15 +184,15 @@ counters! {
     connections,
     /// Body bytes that came over the network.
     bytes_fetched,
-    /// Body bytes that were fetched on suspicion.
+    /// Body bytes that were prefetched.
     bytes_prefetched,
-    /// Of those, the bytes of chunks that somebody read later.
+    /// Of those, the bytes of chunks that were read later.
     prefetched_used,
     /// Of those, the bytes of chunks that left memory unread.
     prefetched_unused,
-    /// Bytes that were fetched for the store alone, because everything is to be there.
+    /// Bytes that were fetched for the disk cache alone, because everything is to be there.
     bytes_filled,
-    /// Bytes written to the store.
+    /// Bytes written to the disk cache.
     bytes_stored,
     /// Bytes of tar that came out of decoders, what came along included.
     bytes_decoded,
@@ -200,7 +200,7 @@ counters! {
     chunks_checked,
     /// Of those, chunks that were wrong, and compressed bytes that could not be decoded: counted each time.
     chunks_wrong,
-    /// Layers that were found out: not what they have to be, and read no more.
+    /// Layers that turned out to be damaged or forged, and are read no more.
     layers_poisoned,
 }
 

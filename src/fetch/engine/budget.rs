@@ -14,7 +14,7 @@ use crate::prefetch::bandwidth::BdpEstimator;
 /// of it chunks do not go to the disk cache at all.
 const MOST_UNWRITTEN: u64 = 64 << 20;
 
-/// See the module. For one thread.
+/// The budget of one fetcher; see the module. For one thread.
 pub(super) struct Budget {
     bdp: RefCell<BdpEstimator>,
     /// Bytes of blobs asked for and not here yet.

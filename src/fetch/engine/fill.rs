@@ -1,8 +1,8 @@
-//! The rest. In: layers, as far as the store has them. Out: stretches that it lacks, in the layers' order, to be fetched while
-//! nobody reads. In the end the device needs no server any more, and every layer was compared with its digest.
+//! Filling the disk cache with whole layers. In: which chunks it lacks. Out: ranges of them, in the layers' order, to be fetched while
+//! no one reads. In the end the device needs no server any more, and every layer was compared with its digest.
 //!
-//! It never competes: as long as somebody waits for bytes, and a while after, nothing is asked for. What it brings goes to the
-//! store and not to memory, which belongs to what is read.
+//! Invariant: it never competes. As long as a reader waits, and a while after, nothing is asked for; what it brings goes to the disk
+//! cache and not to memory, which belongs to what is read.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use crate::fetch::runtime::sleep;
 use crate::prefetch::{ChunkRange, Presence};
 use crate::units::{CHUNK_BYTES, LayerId};
 
-/// So long after the last read that had to wait, nobody is reading.
+/// So long after the last read that had to wait, no one is taken to be reading.
 const QUIET: Duration = Duration::from_millis(200);
 /// After something did not come, it is asked for again in so long; twice as long each time that nothing came.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -49,7 +49,7 @@ impl Filler {
     }
 
     /// What to ask for next, at most `most` bytes. `chunks` tells how many chunks a layer has, 0 if it is not to be filled;
-    /// none if there is no such layer. `see` tells where a chunk is; here means in the store.
+    /// none if there is no such layer. `see` tells where a chunk is; here means in the disk cache.
     fn next(
         &mut self,
         now: Instant,
@@ -115,7 +115,7 @@ impl Filler {
 }
 
 impl Engine {
-    /// Goes on filling whenever that is due; nothing else wakes an engine that nobody asks anything.
+    /// Goes on filling whenever that is due; nothing else wakes an engine without reads.
     pub(super) async fn keep_filling(self: Rc<Self>) {
         while self.filler.as_ref().is_some_and(|filler| !filler.borrow().done) {
             if self.stopping.get() {
@@ -124,10 +124,10 @@ impl Engine {
             sleep(QUIET).await;
             self.pump();
         }
-        log::info!("all that can be kept is in the store");
+        log::info!("all that the disk cache takes is in it");
     }
 
-    /// A stretch of what the store lacks, marked as on its way there, if nobody reads.
+    /// A range of chunks that the disk cache lacks, marked as on its way there, if no one reads.
     pub(super) fn next_to_fill(self: &Rc<Self>, most: u64) -> Option<ChunkRange> {
         let mut filler = self.filler.as_ref()?.borrow_mut();
         if self.last_read.get().elapsed() < QUIET {
@@ -146,7 +146,7 @@ impl Engine {
         Some(stretch)
     }
 
-    /// Where a chunk is on its way to the store. One that is in memory alone is sent there.
+    /// Where a chunk is on its way to the disk cache. One that is in memory alone is sent there.
     fn on_disk(self: &Rc<Self>, key: ChunkKey) -> Presence {
         if self.is_stored(key) {
             return Presence::Here;
@@ -154,7 +154,7 @@ impl Engine {
         let held = || self.memory_cache().get(key);
         match self.look(key) {
             Presence::Here if held().is_some_and(|chunk| self.queue_write(key, chunk, false)) => Presence::Here,
-            // The store does not keep up.
+            // The disk does not keep up.
             Presence::Here => Presence::Coming,
             elsewhere => elsewhere,
         }

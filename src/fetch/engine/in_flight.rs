@@ -70,7 +70,7 @@ pub(super) enum Released {
     Unknown,
 }
 
-/// See the module. For one thread.
+/// The table; see the module. For one thread.
 #[derive(Default)]
 pub(super) struct InFlight {
     chunks: RefCell<HashMap<ChunkKey, Pending>>,

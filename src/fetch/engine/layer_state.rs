@@ -1,4 +1,4 @@
-//! A layer as the fetch thread sees it. In: what the fetcher was told of it. Out: that in two halves, one of which every thread
+//! The state of a layer on the fetch thread. In: what the fetcher was told of it. Out: that in two halves, one of which every thread
 //! may look at.
 
 use std::cell::{Cell, RefCell};
@@ -35,13 +35,13 @@ pub(super) struct LayerState {
     pub(super) streaming: Cell<bool>,
     /// Whether that has ended well: what comes out of the blob is what it has to be.
     pub(super) whole_verified: Cell<bool>,
-    /// Whether what the store holds is being digested.
+    /// Whether what the disk cache holds is being digested.
     pub(super) verifying_whole: Cell<bool>,
     pub(super) warned: Cell<bool>,
     /// Chunks that are being checked, and chunks that were wrong once.
     pub(super) verifying: RefCell<HashSet<u32>>,
     pub(super) mismatched: RefCell<HashSet<u32>>,
-    /// Held by who proves what comes back from the store, which is done once.
+    /// Held while pieces of the disk cache are verified: neighbours ask for the same ones at the same time.
     pub(super) verifying_pieces: tokio::sync::Mutex<()>,
 }
 

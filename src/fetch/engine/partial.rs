@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
-/// So many are kept although nobody waits for them: 8 MiB at most.
+/// So many are kept although no reader waits for them: 8 MiB at most.
 const MOST_IDLE: usize = 256;
 
 /// Parts of a line.

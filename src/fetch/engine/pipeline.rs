@@ -1,4 +1,4 @@
-//! The way from a blob's bytes to chunks. In: compressed bytes as they come. Out: chunks, checked where they can be, and at
+//! The decode pipeline: decode, verify, cut into chunks. In: compressed bytes as they come. Out: chunks, checked where they can be, and at
 //! both ends what is less than a chunk.
 //!
 //! A pipeline runs on worker threads, one piece at a time, and hands over what comes out through a short channel: however much
@@ -22,7 +22,7 @@ const CUTS_ON_THE_WAY: usize = 32;
 /// A piece of tar space that came out.
 #[derive(Debug)]
 pub(super) enum ChunkOut {
-    /// A whole chunk, and whether it is what it has to be; `true` where nobody can tell.
+    /// A whole chunk, and whether it is what it has to be; `true` where there is no digest.
     Whole { index: u32, bytes: Vec<u8>, right: bool },
     /// What begins in this chunk is not what it has to be. Nothing that matters follows.
     Wrong { index: u32 },
@@ -162,7 +162,7 @@ impl DecodePipeline {
                 });
             };
             match pieces_verifier {
-                // Whatever follows something wrong is decoded, but nobody sees it.
+                // Whatever follows something wrong is decoded and dropped.
                 _ if wrong.is_some() => {}
                 Some(pieces_verifier) => wrong = pieces_verifier.push(bytes, &mut cut).err(),
                 None => cut(bytes),
@@ -198,7 +198,7 @@ impl Engine {
         let job = runtime::blocking(move || {
             let _permit = permit;
             let fed = pipeline.feed(&piece, &mut |cut| {
-                // Nobody listens any more: what comes out is dropped.
+                // The flight may have ended: then what comes out is dropped.
                 let _gone = give.blocking_send(cut);
             });
             fed.map(|()| pipeline)

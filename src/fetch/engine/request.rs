@@ -1,4 +1,4 @@
-//! Reads that wait, and the chunks they wait for.
+//! Reads that wait for chunks.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -9,7 +9,7 @@ use crate::cache::chunk::Slice;
 use crate::fetch::stats::{Counters, add, take};
 use crate::fetch::{FetchError, ReadCallback};
 
-/// A waiter that is owed an answer: dropped without one it is told that the fetcher has stopped.
+/// A callback that is called exactly once: dropped uncalled, it is called with [`FetchError::Stopped`].
 pub(crate) struct CompleteOnDrop(Option<Box<dyn ReadCallback>>);
 
 impl CompleteOnDrop {
@@ -69,7 +69,7 @@ impl Request {
         slots.len() - 1
     }
 
-    /// Whether it is a read of a block or two, by somebody who probably waits for nothing else.
+    /// Whether it is a read of a block or two, whose reader probably waits for nothing else.
     pub(super) fn is_short(&self) -> bool {
         self.slots.borrow().len() <= 2
     }

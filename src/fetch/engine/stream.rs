@@ -1,8 +1,8 @@
 //! A layer read from end to end: because its server knows no ranges, or because its blob can only be decoded from the
-//! beginning. In: the blob, as it comes. Out: all chunks, to those who wait for them and to the store.
+//! beginning. In: the blob, as it comes. Out: all chunks, to the readers that wait for them and to the disk cache.
 //!
-//! Readers of what the stream has not passed wait for it; what it has passed lies in the store, or in a file without a name
-//! where there is no store. A broken connection is resumed where it broke, with the decoder as it was.
+//! Readers of what the stream has not passed wait for it; what it has passed lies in the disk cache, or in a file without a name
+//! where there is none. A broken connection is resumed where it broke, with the decoder as it was.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -248,7 +248,7 @@ impl Engine {
             && shared.cache.get().is_none()
         {
             match LayerCache::temporary(&std::env::temp_dir(), shared.size) {
-                // Nobody else sets it: this is the only thread that does.
+                // It is not set yet: only this thread sets it.
                 Ok(temporary) => drop(shared.cache.set(Arc::new(temporary))),
                 Err(error) => log::warn!("{name}: no place to keep what is streamed: {error}"),
             }

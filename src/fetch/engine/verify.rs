@@ -1,8 +1,11 @@
-//! What is believed. In: chunks that somebody vouches for, and digests of whole layers. Out: chunks that are right; of a
-//! layer that is wrong twice, nothing any more.
+//! Verifying chunks and whole layers. In: chunks as they come, and digests of whole layers. Out: chunks whose digest matches; of a
+//! layer that mismatches twice, nothing any more.
+//!
+//! Chunk digests are SHA-256 cut to their first 20 bytes, as the index holds them ([`crate::index`]'s `digests`); whole layers and
+//! the pieces of tables of contents have all 32.
 //!
 //! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched once more; wrong again, it is the
-//! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the store holds of it is forgotten.
+//! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the disk cache holds of it is deleted.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -71,7 +74,7 @@ impl Engine {
             runtime::blocking(move || {
                 let _permit = permit;
                 for (key, bytes) in chunks {
-                    // Nobody listens when the engine is gone.
+                    // The engine may be gone.
                     let _gone = give.send((check.matches(key.index, &bytes), bytes));
                 }
             });
@@ -98,7 +101,7 @@ impl Engine {
         }
     }
 
-    /// Fetches a chunk that was lost on its way, if somebody waits for it.
+    /// Fetches a chunk that was lost on its way, if a reader waits for it.
     pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
         self.in_flight.set_absent(key);
         self.launch(&[key.into()]);
@@ -218,7 +221,7 @@ impl Engine {
                     wrong.is_none() && !give.is_closed()
                 });
                 // The fetcher may be gone.
-                let _nobody_asks = give.send(read.map(|()| (wrong, hash.finalize().into())));
+                let _engine_is_gone = give.send(read.map(|()| (wrong, hash.finalize().into())));
             });
         if let Err(error) = thread {
             log::warn!("cannot check the whole layer: {error}");

@@ -1,7 +1,7 @@
-//! Chunks that come back from the store and can only be believed together with their neighbours, because what is vouched for are
-//! pieces that reach across chunks. In: a chunk that the store has. Out: the chunk, if all pieces that lie in it are right.
+//! Verifying chunks of the disk cache by pieces. Where digests are of pieces that reach across chunks, a cached chunk can only be
+//! verified together with its neighbours. In: a chunk that the disk cache has. Out: the chunk, if all pieces that lie in it are right.
 //!
-//! Pieces prove themselves, whatever the store's map says of the chunks that they reach into. That is why in the end also that
+//! A piece is verified by its own digest, whatever the cache's map says of the chunks that they reach into. That is why in the end also that
 //! is left in the data file which came of chunks that did not become whole.
 
 use std::os::fd::AsRawFd as _;
@@ -26,7 +26,7 @@ enum CachedFault {
 }
 
 impl Engine {
-    /// Brings a chunk from the store to memory if it can be proven; else it is fetched again.
+    /// Delivers a chunk of the disk cache if its pieces match; else it is fetched again.
     pub(super) async fn deliver_verified_pieces(
         self: Rc<Self>,
         state: &Rc<LayerState>,

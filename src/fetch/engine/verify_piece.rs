@@ -1,5 +1,5 @@
-//! What lets nothing through but what is right. In: a run of tar bytes that begins where no piece is cut. Out: the same run,
-//! a piece at a time, each after it was compared with its digest; what belongs to no piece comes out as zeros.
+//! Verifying a run of tar bytes piece by piece. In: the bytes, from a place where no piece is cut. Out: the same bytes, a piece at a
+//! time, each after its digest matched; what belongs to no piece comes out as zeros.
 
 use crate::index::PieceDigests;
 use crate::units::{TarOffset, len_u64, len_usize};
@@ -7,7 +7,7 @@ use crate::units::{TarOffset, len_u64, len_usize};
 /// What lies between pieces.
 const NOTHING: [u8; 4096] = [0; 4096];
 
-/// Holds back at most one piece.
+/// Passes on verified pieces. Holds back at most one piece.
 #[derive(Debug)]
 pub(super) struct PieceVerifier {
     pieces: PieceDigests,
@@ -145,7 +145,7 @@ mod tests {
                 assert_eq!(out, clean[..len_usize(start)]);
             }
         }
-        // What nobody vouches for passes as it is, and what is nobody's content never.
+        // A piece without a digest passes as it is, and what lies between pieces never.
         let mut other = content.clone();
         (other[10_000], other[9500], other[45_000]) = (3, 3, 3);
         let (out, outcome) = through(&pieces, 0, &other, 333);

@@ -1,6 +1,6 @@
 //! The history that a decoder needs to begin in the middle. In: a span's number. Out: its window, from memory, from a local
 //! index file or from the cold part of an index behind HTTP. Whatever a local file holds is checked against the hot part before
-//! it is believed: where it has a hole, the registry is asked.
+//! it is used: where it has a hole, the registry is asked.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -17,7 +17,7 @@ use crate::units::{len_u64, len_usize};
 
 /// So many windows stay in memory: 2 MiB of gzip's 32 KiB.
 const MOST_KEPT: usize = 64;
-/// No window is longer: gzip's have 32 KiB, and no more than zstd's usual 8 MiB is believed.
+/// No window is longer: gzip's have 32 KiB, and no more than zstd's usual 8 MiB is taken.
 const LONGEST: u32 = 8 << 20;
 
 enum Place {
@@ -86,7 +86,7 @@ fn piece_of(directory: &ColdDirectory, n: usize, len: u32) -> Result<ColdPiece, 
     let piece = piece.filter(|piece| !piece.range.is_empty()).ok_or("is missing")?;
     // A frame of what does not compress is a little longer than that.
     if piece.range.end - piece.range.start > u64::from(len.saturating_add(len / 8 + 1024)) {
-        return Err("is too long to be true");
+        return Err("is stored in more bytes than it can need");
     }
     Ok(piece)
 }
@@ -117,7 +117,7 @@ impl Engine {
             return Ok(Vec::new());
         }
         if len > LONGEST {
-            return Err(wrong("is too long to be true"));
+            return Err(wrong("is longer than any this version decodes with (8 MiB)"));
         }
         if let Some(window) = windows.find(n) {
             return Ok(window);
