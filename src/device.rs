@@ -184,7 +184,7 @@ impl Device {
         }
     }
 
-    /// Whether it is still served; somebody else may take a device down.
+    /// Whether it is still served; another process may take a device down.
     #[must_use]
     pub fn is_running(&self) -> bool {
         match self {
@@ -193,7 +193,7 @@ impl Device {
         }
     }
 
-    /// Takes it down. The caller has made sure that nobody has it mounted.
+    /// Takes it down. The caller has made sure that it is not mounted.
     ///
     /// # Errors
     /// What kept the kernel from letting go.

@@ -2,7 +2,7 @@
 //!
 //! `export` serves the image as the only file of a FUSE filesystem, and `loop_device` puts a read-only loop device on it that
 //! reads around the page cache: many reads in flight, and no block cached twice. The filesystem is never attached to a
-//! directory. It exists only behind descriptors of this process, so nobody can see it, nobody can keep it busy, and when the
+//! directory. It exists only behind descriptors of this process, so no one can see it or keep it busy, and when the
 //! process ends, however it ends, nothing of it is left.
 
 mod export;
@@ -24,7 +24,7 @@ use super::{DeviceError, DeviceOptions, STOP_GRACE};
 use export::{Export, Waiting};
 use loop_device::LoopDevice;
 
-/// How long the kernel may take to let go of a device that nobody has open.
+/// How long the kernel may take to let go of a device that no process has open.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A running loop device over a FUSE file. When it is dropped without [`FuseLoop::stop`], both end with the process.
@@ -112,13 +112,13 @@ impl FuseLoop {
         self.device.number()
     }
 
-    /// Whether the device is still ours; `losetup -d` by somebody else ends it.
+    /// Whether the device is still ours; another process's `losetup -d` ends it.
     #[must_use]
     pub fn is_running(&self) -> bool {
         loop_device::is_attached(self.device.number())
     }
 
-    /// Takes the loop device and the FUSE file down. Reads in flight get a moment to finish, then fail. Where somebody has the
+    /// Takes the loop device and the FUSE file down. Reads in flight get a moment to finish, then fail. Where a process has the
     /// device open without a claim on it, the kernel takes it down at their close.
     ///
     /// # Errors
@@ -143,7 +143,7 @@ impl FuseLoop {
                 waiting.give_up();
             }
             if began.elapsed() > RELEASE_LIMIT {
-                log::warn!("somebody has {path} open; the kernel removes it when they close it");
+                log::warn!("{path} is still open in another process; the kernel removes it when it is closed");
                 return Ok(());
             }
             thread::sleep(Duration::from_millis(1));

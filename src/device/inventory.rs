@@ -98,7 +98,7 @@ pub fn detach(states: &StateDir, name: &Path) -> Result<State, ControlError> {
     Ok(state)
 }
 
-/// Cleans up what dead daemons left: files, and devices that nobody uses. Every command that changes something does this
+/// Cleans up what dead daemons left: files, and devices that are not in use. Every command that changes something does this
 /// first. Returns what stays because it is in use, with its users.
 ///
 /// # Errors

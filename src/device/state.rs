@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backend, fuse_loop, ublk};
 
-/// Where states are kept when nobody says otherwise.
+/// Where states are kept unless a command says otherwise.
 pub const DEFAULT_DIR: &str = "/run/tarblk";
 
 const VERSION: u32 = 1;
@@ -33,9 +33,9 @@ pub enum StateError {
     /// The directory cannot be used.
     #[error("cannot use {path}: {cause}")]
     Directory {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// What is wrong with it.
         cause: String,
     },
     /// A file cannot be read or written.
@@ -50,7 +50,7 @@ pub enum StateError {
     /// A file is not a state, or a damaged one.
     #[error("{path} is damaged ({cause}); remove it if no tarblk daemon runs")]
     Damaged {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
         /// How.
         cause: String,
@@ -58,7 +58,7 @@ pub enum StateError {
     /// A file was written by another version of tarblk.
     #[error("{path} is of version {version}, which this tarblk does not know")]
     Version {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
         /// The version it has.
         version: u32,

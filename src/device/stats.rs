@@ -1,7 +1,7 @@
 //! What a device counts while it serves. In: one call per read. Out: a snapshot with percentiles.
 //!
 //! Counting must cost next to nothing on the threads that answer the kernel: every such thread has a [`ThreadCounters`] of its own,
-//! made of relaxed atomics on cache lines that nobody else writes, and only a snapshot ever adds threads up.
+//! made of relaxed atomics on cache lines that no other thread writes, and only a snapshot ever adds them up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub enum Source {
     /// Computed filesystem metadata.
     Metadata,
-    /// Zeros that nobody had to keep anywhere.
+    /// Zeros, which are kept nowhere.
     Zero,
     /// Layer bytes that were in memory already.
     Memory,

@@ -152,7 +152,7 @@ impl UblkDevice {
         self.id
     }
 
-    /// Whether its threads still serve; they end when somebody else stops or deletes the device.
+    /// Whether its threads still serve; they end when another process stops or deletes the device.
     #[must_use]
     pub fn is_running(&self) -> bool {
         !matches!(self.ended.try_recv(), Err(mpsc::TryRecvError::Disconnected))

@@ -277,7 +277,7 @@ impl Volume {
     }
 
     /// From now on nothing is fetched any more: a read of what is not here fails at once. For a device that is being taken
-    /// down while somebody still reads it.
+    /// down while it is still read.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
@@ -324,7 +324,7 @@ struct ChannelCallback(mpsc::SyncSender<Result<Vec<Slice>, FetchError>>);
 
 impl ReadCallback for ChannelCallback {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-        // The receiver may have gone; then nobody wants the bytes any more.
+        // The receiver may have gone; then the bytes are not wanted any more.
         let _ = self.0.try_send(outcome);
     }
 }

@@ -80,13 +80,13 @@ impl LoopDevice {
         self.number
     }
 
-    /// Lets go of the file; when somebody else has the device open the kernel does it at their close.
+    /// Lets go of the file; when another process has the device open the kernel does it at their close.
     pub(super) fn detach(self) -> io::Result<()> {
         // SAFETY: the request takes no argument.
         #[allow(unsafe_code)]
         let cleared = unsafe { ioctl(&self.device, NoArg::<LOOP_CLR_FD>::new()) };
         match cleared {
-            // Taken down by somebody else (losetup -d): that is what was wanted.
+            // Taken down by another process (losetup -d): that is what was wanted.
             Ok(()) | Err(rustix::io::Errno::NXIO) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -8,7 +8,7 @@
 //! could have batched, but it works on every thread and at every time, also while that runtime is being torn down.
 //!
 //! The message must be sent exactly once: after the first the future's slot is reused, and a second one would complete
-//! somebody else's read. [`Completion::settle`] sees to that.
+//! another read. [`Completion::settle`] sees to that.
 
 use std::cell::RefCell;
 use std::io;

@@ -460,7 +460,7 @@ fn submit_read(
     let entry = opcode::Read::new(types::Fd(fd.as_raw_fd()), target, len)
         .offset(offset + to_u64(done))
         .build();
-    // The buffer outlives the operation because the task that holds it awaits it, and nobody drops the task before that.
+    // The buffer outlives the operation because the task that holds it awaits it, and the task is not dropped before that.
     context.queue.ublk_submit_sqe(entry)
 }
 
