@@ -864,6 +864,21 @@ fn any_success_takes_what_is_pushed() {
     }
 }
 
+/// What several manifests share is sent once: registries that are sent one blob several times at once lose it for a moment.
+#[test]
+fn what_manifests_share_is_sent_once() {
+    let registry = TestRegistry::start();
+    let layers: Vec<_> = (30..36).map(Layer::gzip).collect();
+    let image = put_image(&registry, "some/image", &layers.iter().collect::<Vec<_>>());
+    pushed(&image);
+    let shared = artifact::empty_config().digest.to_string().replace(':', "%3A");
+    let sent = registry
+        .take_log()
+        .into_iter()
+        .filter(|asked| asked.method == "PUT" && asked.query.contains(&shared));
+    assert_eq!(sent.count(), 1);
+}
+
 /// The list of what refers to an image is others' as well: what is in it stays as it is.
 #[test]
 fn entries_of_others_stay_in_the_fallback_list() {

@@ -97,7 +97,9 @@ pub fn push(
         Ok((listed(&index, &layer.descriptor.digest), Some(index)))
     };
     let made = at_the_same_time(&wanted, &one, Some(watch))?;
-    // Only now: of an image with a layer that is not what its manifest says nothing is published.
+    // Only now: of an image with a layer that is not what its manifest says nothing is published. First what all of it shares:
+    // registries that are sent one blob several times at once lose it for a moment.
+    put_config(&registry)?;
     let numbered: Vec<_> = wanted.iter().zip(&made).collect();
     at_the_same_time(
         &numbered,
@@ -306,6 +308,11 @@ pub fn listed(index: &Index<Vec<u8>>, layer: &Digest) -> Listed {
     }
 }
 
+/// Puts the configuration into the registry that all manifests of indexes name.
+fn put_config(registry: &Registry) -> Result<(), SourceError> {
+    registry.push_blob(&empty_config().digest, EMPTY_CONFIG)
+}
+
 /// Puts an index and its layer's tag into the registry.
 fn put(registry: &Registry, listed: &Listed, bytes: &[u8]) -> Result<(), SourceError> {
     registry.push_blob(&listed.digest, bytes)?;
@@ -313,7 +320,6 @@ fn put(registry: &Registry, listed: &Listed, bytes: &[u8]) -> Result<(), SourceE
 }
 
 fn put_tag(registry: &Registry, listed: &Listed) -> Result<(), SourceError> {
-    registry.push_blob(&empty_config().digest, EMPTY_CONFIG)?;
     let manifest = manifest(std::slice::from_ref(listed), None);
     registry.push_manifest(&layer_tag(&listed.layer), OCI_MANIFEST, &manifest)?;
     Ok(())
@@ -329,7 +335,6 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
     }
     let artifact = match listed {
         Some(listed) if !listed.is_empty() => {
-            registry.push_blob(&empty_config().digest, EMPTY_CONFIG)?;
             let own = registry.manifest(&Version::Digest(image.manifest_digest.clone()))?;
             let len = u64::try_from(own.bytes.len()).unwrap_or(u64::MAX);
             let bytes = manifest(&listed, Some((&own.media_type, &own.digest, len)));
@@ -369,6 +374,9 @@ pub fn copy(
         ..origin
     };
     let found = find_indexes(&there, &wanted, None)?;
+    if found.iter().any(Option::is_some) {
+        put_config(&here)?;
+    }
     let mut layers: Vec<LayerIndex> = Vec::new();
     for (number, (layer, found)) in image.layers.iter().zip(found).enumerate() {
         watch.layer(number, image.layers.len(), &layer.descriptor.digest);
