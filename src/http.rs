@@ -21,6 +21,7 @@ mod response;
 mod retry;
 pub(crate) mod runtime;
 mod secret;
+mod span;
 pub mod tls;
 mod validator;
 

@@ -16,6 +16,7 @@ mod compare;
 pub mod discover;
 mod index_cache;
 mod layer;
+mod prepared;
 pub mod publish;
 mod published;
 mod record;
@@ -41,11 +42,11 @@ use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use crate::walk::WalkError;
 use compare::check_headers;
-use layer::FoundLayer;
+use prepared::FoundLayer;
 
 pub use discover::IndexChoice;
 pub use index_cache::{Cache, default_cache_dir};
-pub use layer::PreparedLayer;
+pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
 pub use serve_spec::{Fetching, ImageSpec, Opened, serve_here};
 

@@ -15,6 +15,7 @@
 
 mod budget;
 mod coded;
+mod coded_layer;
 mod deliver;
 mod disk;
 mod fill;
@@ -31,6 +32,7 @@ mod verify;
 mod verify_cached;
 mod verify_piece;
 mod window;
+mod write_queue;
 
 use std::cell::{Cell, RefCell};
 use std::io;

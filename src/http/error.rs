@@ -8,7 +8,7 @@ use hyper::StatusCode;
 use url::Url;
 
 use super::redact::shown_url;
-use super::retry::Span;
+use super::span::Span;
 
 /// What a failure means for whoever might ask again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Kind};
+use super::span::Span;
 
 /// Deadlines of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,21 +193,6 @@ fn http_date(text: &str) -> Option<SystemTime> {
         .iter()
         .find_map(|form| DateTime::strptime(form, fixed.trim()).ok())?;
     Some(TimeZone::UTC.to_timestamp(date).ok()?.into())
-}
-
-/// A time as a person says it: `3s`, `45min`, `2h`, `365d`, rounded up.
-pub(super) struct Span(pub(super) Duration);
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_millis().div_ceil(1000);
-        match seconds {
-            0..120 => write!(f, "{seconds}s"),
-            120..7200 => write!(f, "{}min", seconds.div_ceil(60)),
-            7200..172_800 => write!(f, "{}h", seconds.div_ceil(3600)),
-            _ => write!(f, "{}d", seconds.div_ceil(24 * 3600)),
-        }
-    }
 }
 
 /// A request that waits to be sent again.

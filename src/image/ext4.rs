@@ -26,6 +26,7 @@ mod group;
 mod htree;
 mod identity;
 mod inode;
+mod inode_size;
 mod layout;
 mod number;
 mod superblock;
@@ -272,8 +273,8 @@ impl Ext4Image {
 
     /// Writes a block of the inode table.
     fn write_inodes(&self, block: u32, out: &mut [u8]) {
-        let first = block * inode::PER_BLOCK + 1;
-        for (out, inode) in out.chunks_exact_mut(inode::SIZE.into()).zip(first..) {
+        let first = block * inode_size::PER_BLOCK + 1;
+        for (out, inode) in out.chunks_exact_mut(inode_size::SIZE.into()).zip(first..) {
             let Some(ordinal) = number::ordinal_of(inode) else {
                 continue;
             };

@@ -12,7 +12,7 @@ use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
-use super::layer::named_if_foreign;
+use super::prepared::named_if_foreign;
 use super::record::algorithms;
 use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};

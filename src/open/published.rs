@@ -9,7 +9,7 @@ use std::thread;
 
 use super::discover::{self, FoundBy, FoundIndex};
 use super::index_cache::KeptHot;
-use super::layer::Published;
+use super::prepared::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
 use crate::index::Index;
 use crate::source::Blob;

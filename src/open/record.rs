@@ -1,7 +1,7 @@
 //! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
 //! whatever digests, entry points and header bytes were asked for.
 
-use super::layer::{PreparedLayer, named_if_foreign};
+use super::prepared::{PreparedLayer, named_if_foreign};
 use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
 use crate::http::HttpOptions;

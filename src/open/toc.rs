@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::IndexOrigin;
-use super::layer::{FoundLayer, kept_under};
+use super::prepared::FoundLayer;
 use crate::http::HttpOptions;
 use crate::index::toc::{self, TAIL};
 use crate::index::{IndexBuilder, LayerIdentity};
@@ -26,20 +26,6 @@ use crate::source::{self, Blob, SourceError};
 /// A table takes about that much, and what is too much of it costs less than a second question.
 const SHORTEST_END: u64 = 64 << 10;
 const LONGEST_END: u64 = 1 << 20;
-
-/// What the cache knows the layer's tar space by, if it is made up from the layer's table of contents; `None` where no such table
-/// would be used. The name holds the table's digest: a lying registry must not leave anything behind for an honest one.
-pub(super) fn kept_as(found: &FoundLayer) -> Option<String> {
-    let named = match (&found.layer.digest, toc::promised(&found.annotations)) {
-        (Some(_), None) => return None,
-        (Some(_), Some(digests)) => digests,
-        (None, _) => String::new(),
-    };
-    // Under both digests there is nothing that was not compared with the second.
-    let of_image = found.layer.digest.as_ref().map(ToString::to_string);
-    let name = of_image.or_else(|| kept_under(&found.layer))?;
-    Some(format!("{name}\ntable of contents {named}"))
-}
 
 /// Whether the layer's own table of contents may be asked for.
 pub(super) fn may_be_used(found: &FoundLayer) -> bool {

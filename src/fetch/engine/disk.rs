@@ -1,13 +1,9 @@
 //! What the fetch thread does with files: reads of local layers, reads of cached chunks, and writing chunks behind.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::sync::Notify;
 
 use super::request::Request;
 use super::{Engine, LayerState};
@@ -21,8 +17,6 @@ use crate::units::{LayerId, TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
 const LONGEST_LOCAL_READ: u64 = 1 << 20;
-/// Chunks written by one operation: 2 MiB.
-const LONGEST_WRITE: usize = 64;
 /// As long as no more than this waits to be written, the disk keeps up and long runs go past the page cache.
 const DIRECT_BACKLOG: u64 = 16 << 20;
 /// As long as no more than this waits to be written, writing waits a moment: whoever reads on finds the thread and the CPUs
@@ -33,54 +27,6 @@ const WRITE_DELAY: Duration = Duration::from_millis(10);
 const COMMIT_BYTES: u64 = 128 << 20;
 /// ...or so long after the first chunk that is not.
 const COMMIT_DELAY: Duration = Duration::from_secs(2);
-
-/// The chunks of one layer that wait to be written.
-#[derive(Default)]
-pub(super) struct Writer {
-    /// By number, so that what several flights bring side by side becomes one write.
-    queue: RefCell<BTreeMap<u32, Arc<Chunk>>>,
-    /// The first chunk behind the last write: the next one goes on from there, and begins anew at the end.
-    next: Cell<u32>,
-    /// Those and the ones that are being written, by number: until they are in the file they are read from here.
-    queued: RefCell<HashMap<u32, Arc<Chunk>>>,
-    running: Cell<bool>,
-    commit_due: Cell<bool>,
-    drained: Notify,
-}
-
-impl Writer {
-    pub(super) fn is_idle(&self) -> bool {
-        !self.running.get()
-    }
-
-    /// A chunk that is not in the file yet.
-    pub(super) fn queued(&self, index: u32) -> Option<Arc<Chunk>> {
-        self.queued.borrow().get(&index).cloned()
-    }
-
-    /// The next run of neighbours: the first from where the last one ended.
-    fn next_run(&self) -> Vec<(u32, Arc<Chunk>)> {
-        let mut queue = self.queue.borrow_mut();
-        let from = queue.range(self.next.get()..).next().or_else(|| queue.iter().next());
-        let Some(mut index) = from.map(|(index, _)| *index) else {
-            return Vec::new();
-        };
-        let mut run = Vec::new();
-        while run.len() < LONGEST_WRITE
-            && let Some(chunk) = queue.remove(&index)
-        {
-            run.push((index, chunk));
-            index = index.saturating_add(1);
-        }
-        self.next.set(index);
-        run
-    }
-
-    /// Resolves after the next batch was written.
-    pub(super) async fn progress(&self) {
-        self.drained.notified().await;
-    }
-}
 
 impl Engine {
     /// Adds the slots of a local range to `request` and starts reading them.

@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::coded::CodedLayer;
-use super::disk::Writer;
+use super::coded_layer::CodedLayer;
 use super::origin::Origin;
+use super::write_queue::WriteQueue;
 use crate::cache::chunk::chunk_count;
 use crate::cache::disk::{DiskCache, DiskCacheError, LayerCache, LayerKey};
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
@@ -30,7 +30,7 @@ pub(super) struct LayerState {
     pub(super) coded: Option<Rc<CodedLayer>>,
     pub(super) verifier: Option<Verifier>,
     pub(super) whole: WholeDigests,
-    pub(super) writer: Writer,
+    pub(super) writer: WriteQueue,
     /// Whether the layer is being read from end to end.
     pub(super) streaming: Cell<bool>,
     /// Whether that has ended well: what comes out of the blob is what it has to be.
@@ -59,7 +59,7 @@ impl LayerState {
             coded: source.coding.map(CodedLayer::new).transpose()?.map(Rc::new),
             whole: WholeDigests::of(&source.layer),
             verifier: source.verifier,
-            writer: Writer::default(),
+            writer: WriteQueue::default(),
             streaming: Cell::new(false),
             whole_verified: Cell::new(false),
             verifying_whole: Cell::new(false),

@@ -1,7 +1,7 @@
 //! Block group descriptors, 32 bytes each: `struct ext4_group_desc` without the `64bit` feature.
 
 use super::bytes::{halves, put_u16, put_u32};
-use super::inode;
+use super::inode_size;
 use super::layout::{DESCRIPTOR_SIZE, Layout};
 use crate::units::to_usize;
 
@@ -9,7 +9,7 @@ use crate::units::to_usize;
 pub(super) fn write(layout: &Layout, directories: &[u16], number: u32, out: &mut [u8]) {
     let size = to_usize(DESCRIPTOR_SIZE);
     let first = number * u32::try_from(out.len() / size).expect("128 a block");
-    let tables = layout.inodes_per_group / inode::PER_BLOCK;
+    let tables = layout.inodes_per_group / inode_size::PER_BLOCK;
     for (descriptor, group) in out.chunks_exact_mut(size).zip(first..layout.groups) {
         put_u32(descriptor, 0x00, layout.block_bitmaps + group);
         put_u32(descriptor, 0x04, layout.inode_bitmaps + group);

@@ -6,7 +6,7 @@
 //! With `flex_bg` the bitmaps and inode tables of all groups may lie anywhere, so they lie here in group order, which makes
 //! the inode table one array, and no backup superblock (`sparse_super2` with none named) interrupts the data.
 
-use super::inode;
+use super::inode_size;
 use crate::image::ImageError;
 
 /// Blocks of one group: what one bitmap block can count.
@@ -47,7 +47,7 @@ impl Layout {
     /// Lays out parts of these sizes.
     pub(super) fn new(sizes: Sizes) -> Result<Self, ImageError> {
         let per_group = u64::from(BLOCKS_PER_GROUP);
-        let inodes_per_block = u64::from(inode::PER_BLOCK);
+        let inodes_per_block = u64::from(inode_size::PER_BLOCK);
         let mut groups = sizes.inodes.div_ceil(per_group).max(1);
         loop {
             let inodes_per_group = sizes.inodes.div_ceil(groups).next_multiple_of(inodes_per_block);

@@ -65,7 +65,7 @@ pub(super) fn write(layout: &Layout, identity: &Identity, block: &mut [u8]) {
     put_u16(out, 0x3c, 1); // on errors continue
     put_u32(out, 0x4c, 1); // revision with feature flags
     put_u32(out, 0x54, super::FIRST_INODE);
-    put_u16(out, 0x58, super::inode::SIZE);
+    put_u16(out, 0x58, super::inode_size::SIZE);
     let htree = if identity.has_htree { compat::DIR_INDEX } else { 0 };
     put_u32(out, 0x5c, compat::EXT_ATTR | compat::SPARSE_SUPER2 | htree);
     let ea_inode = if identity.has_ea_inodes { incompat::EA_INODE } else { 0 };
@@ -86,8 +86,8 @@ pub(super) fn write(layout: &Layout, identity: &Identity, block: &mut [u8]) {
     out[0xec..0xfc].copy_from_slice(&identity.uuid); // the directory hash's seed
     out[0xfc] = HALF_MD4;
     put_u32(out, 0x100, XATTR_USER_AND_ACL);
-    put_u16(out, 0x15c, super::inode::EXTRA_SIZE);
-    put_u16(out, 0x15e, super::inode::EXTRA_SIZE);
+    put_u16(out, 0x15c, super::inode_size::EXTRA_SIZE);
+    put_u16(out, 0x15e, super::inode_size::EXTRA_SIZE);
     put_u32(out, 0x160, UNSIGNED_HASH);
     out[0x174] = 31; // log2 of groups per flex group: all of them
 }

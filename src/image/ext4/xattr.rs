@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::bytes::{halves, pad4, put_u16, put_u32};
-use super::{acl, inode};
+use super::{acl, inode_size};
 use crate::image::ImageError;
 use crate::tree::{NodeId, NodeKind, Tree, XattrSetId, Xattrs, show};
 use crate::units::{BLOCK_SIZE, to_usize};
@@ -16,7 +16,7 @@ const INODE_MAGIC: usize = 4;
 const END: usize = 4;
 /// Bytes for entries and values behind an inode's fields.
 #[expect(clippy::as_conversions, reason = "a wider type; From is not const")]
-const IN_INODE: usize = (inode::SIZE - inode::XATTRS) as usize - INODE_MAGIC - END;
+const IN_INODE: usize = (inode_size::SIZE - inode_size::XATTRS) as usize - INODE_MAGIC - END;
 /// The same in a block.
 const IN_BLOCK: usize = 4096 - BLOCK_HEADER - END;
 const BLOCK_HEADER: usize = 32;
