@@ -21,7 +21,7 @@ use crate::digest::{Algorithm, Beside, Digest};
 use crate::layer::{Coding, Indexer, SpanTable};
 use crate::units::{TarOffset, TarRange};
 
-/// Header bytes that take more than this compressed are not kept: the tar of an enemy, or one with other things behind its end.
+/// Header bytes that take more than this compressed are not kept: the tar is hostile, or has other data behind its end.
 const MAX_HEADERS: usize = 256 << 20;
 
 /// How many bytes are worked on at once, so that all who look at them find them in the nearest cache.
@@ -118,7 +118,7 @@ impl Split {
     }
 }
 
-/// Where entries go: into the index, to whoever else wants them, and their payload's place to the splitter.
+/// Where entries go: into the index, to a further sink, and their payload's place to the splitter.
 struct Spread<'a> {
     builder: &'a mut IndexBuilder,
     also: &'a mut dyn EntrySink,

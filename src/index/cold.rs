@@ -94,19 +94,21 @@ pub(super) fn decompress(frame: &[u8], most: u64) -> Option<Vec<u8>> {
     whole.then_some(out)
 }
 
+/// One piece of a cold section as the index file has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
-    /// Where it ends in the file.
+struct StoredPiece {
+    /// Its end in the index file, in bytes.
     end: u64,
     crc: u32,
     digest: Short,
 }
 
+/// All pieces of one cold section, which lie back to back.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Pieces {
-    /// Where the first one begins in the file.
+struct StoredPieces {
+    /// The first one's beginning in the index file, in bytes.
     start: u64,
-    each: Vec<Piece>,
+    each: Vec<StoredPiece>,
     /// The bytes of all when decoded.
     decoded: u64,
 }
@@ -114,7 +116,7 @@ struct Pieces {
 /// What lies in an index's cold part, and where. Cheap to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColdDirectory {
-    parts: Arc<[Option<Pieces>; 3]>,
+    parts: Arc<[Option<StoredPieces>; 3]>,
 }
 
 impl ColdDirectory {
@@ -160,7 +162,7 @@ impl ColdDirectory {
         })
     }
 
-    fn of(&self, part: ColdPart) -> Option<&Pieces> {
+    fn of(&self, part: ColdPart) -> Option<&StoredPieces> {
         self.parts.get(part.slot()).and_then(Option::as_ref)
     }
 
@@ -203,7 +205,7 @@ fn read_lens<'a>(cursor: &mut Cursor<'a>) -> Option<(Vec<u64>, &'a [u8])> {
     Some((lens, checks))
 }
 
-fn place(lens: &[u64], checks: &[u8], record: &SectionRecord) -> Option<Pieces> {
+fn place(lens: &[u64], checks: &[u8], record: &SectionRecord) -> Option<StoredPieces> {
     let mut checks = Fields(checks);
     let mut end = record.offset;
     let mut pieces = Vec::with_capacity(lens.len());
@@ -214,9 +216,9 @@ fn place(lens: &[u64], checks: &[u8], record: &SectionRecord) -> Option<Pieces> 
         } else {
             (checks.u32().ok()?, *checks.array().ok()?)
         };
-        pieces.push(Piece { end, crc, digest });
+        pieces.push(StoredPiece { end, crc, digest });
     }
-    (end == record.offset.checked_add(record.stored)?).then_some(Pieces {
+    (end == record.offset.checked_add(record.stored)?).then_some(StoredPieces {
         start: record.offset,
         each: pieces,
         decoded: record.decoded,

@@ -13,7 +13,7 @@ pub struct Timestamp {
     pub nanos: u32,
 }
 
-/// What an entry makes.
+/// The kind of file that an entry makes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// A regular file, sparse or not.
@@ -39,7 +39,7 @@ pub enum Kind {
 pub struct Segment {
     /// Where in the file, in bytes.
     pub file_offset: u64,
-    /// Where in the tar.
+    /// The position in the tar, in bytes.
     pub tar_offset: TarOffset,
     /// How many bytes; never zero.
     pub len: u64,
@@ -54,12 +54,12 @@ pub struct Xattr {
     pub value: Vec<u8>,
 }
 
-/// One entry of a layer. Buffers are reused from entry to entry by whoever produces them, which is why a sink gets `&Entry`.
+/// One entry of a layer. Parser and index reader reuse its buffers from entry to entry, which is why a sink gets `&Entry`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Entry {
     /// The name exactly as recorded: leading `/` and `./`, `..` and doubled slashes are the tree's business.
     pub path: Vec<u8>,
-    /// What it makes.
+    /// The kind of file that it makes.
     pub kind: Kind,
     /// Permission bits with set-id and sticky: the low twelve.
     pub mode: u16,

@@ -51,18 +51,18 @@ pub enum IndexError {
     /// The archive as a whole breaks a rule.
     #[error("bad tar at byte {at}: {fault}")]
     Archive {
-        /// Where.
+        /// The position in the tar, in bytes.
         at: TarOffset,
-        /// Which rule.
+        /// The rule that it breaks.
         fault: ArchiveFault,
     },
 
     /// Reading the tar failed.
     #[error("cannot read the tar at byte {at}: {source}")]
     Read {
-        /// Where.
+        /// The position in the tar, in bytes.
         at: TarOffset,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 
@@ -79,9 +79,9 @@ pub enum IndexError {
     OtherLayer {
         /// What tells the two layers apart.
         what: &'static str,
-        /// What the index says.
+        /// The value in the index.
         found: String,
-        /// What the layer is.
+        /// The layer's value.
         wanted: String,
     },
 
@@ -90,7 +90,7 @@ pub enum IndexError {
     Unencodable {
         /// The entry's name.
         path: Vec<u8>,
-        /// What is odd about it.
+        /// The rule of the format that it breaks.
         why: &'static str,
     },
 
@@ -100,7 +100,7 @@ pub enum IndexError {
 }
 
 impl IndexError {
-    /// Wraps the error of whoever takes the entries.
+    /// Wraps the error of a sink that takes entries ([`EntrySink`](super::EntrySink)).
     pub fn sink(error: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Sink(Box::new(error))
     }
@@ -126,7 +126,7 @@ pub enum HeaderFault {
     #[error("its size is negative")]
     NegativeSize,
     /// The payload would end beyond what a 64-bit position can name.
-    #[error("its size is impossibly large")]
+    #[error("its size is larger than 63 bits hold")]
     HugeSize,
     /// A uid, gid or device number below zero or beyond its range.
     #[error("its {0} is out of range")]
@@ -154,7 +154,7 @@ pub enum HeaderFault {
     #[error("its PAX records are malformed")]
     PaxRecord,
     /// A PAX value that cannot be.
-    #[error("its PAX record {0} has an impossible value")]
+    #[error("its PAX record {0} has a value that is malformed")]
     PaxValue(&'static str),
     /// Sparse file maps: unordered, overlapping, out of the file, or not matching the stored bytes.
     #[error("its sparse map is wrong: {0}")]
@@ -180,7 +180,7 @@ pub enum ArchiveFault {
 #[non_exhaustive]
 pub enum IndexFault {
     /// It is of a tar space that was made up from a layer's own table of contents.
-    #[error("it was made of a layer's own table of contents, and serves only whoever made it")]
+    #[error("it was made of a layer's own table of contents, and can be used by its maker's cache alone")]
     MadeUp,
     /// It does not begin like one.
     #[error("it is not a tarblk index")]
@@ -205,8 +205,8 @@ pub enum IndexFault {
     /// A checksum does not match.
     #[error("its {0} is damaged (checksum)")]
     Checksum(&'static str),
-    /// The checksums match, but what they guard makes no sense.
-    #[error("its {0} makes no sense")]
+    /// The checksums match, but what they cover is not what the format allows.
+    #[error("its {0} is malformed")]
     Malformed(&'static str),
     /// It lacks something without which it is of no use.
     #[error("it has no {0}")]

@@ -55,8 +55,8 @@ pub(super) const ZSTD: u16 = 1;
 /// Pieces, each a zstd frame of its own, which the cold directory lists.
 pub(super) const ZSTD_PIECES: u16 = 2;
 
-/// How many bytes of a SHA-256 are kept of chunks and of the cold part's pieces: 160 bits, which nobody finds a second
-/// input for.
+/// How many bytes of a SHA-256 are kept of chunks and of the cold part's pieces: 160 bits, for
+/// which no second input can be found.
 pub(super) const DIGEST: usize = 20;
 /// How many bytes a piece of the header bytes has before compression, all but the last; and what no piece exceeds.
 pub(super) const PIECE: usize = 1 << 20;

@@ -1,4 +1,4 @@
-//! A way past the checksums of index files, for those who look for faults behind them.
+//! Index files with right checksums around arbitrary contents, for fuzzing and tests.
 
 use super::format::{self, SectionRecord};
 use super::identity::LayerIdentity;

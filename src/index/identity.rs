@@ -13,7 +13,7 @@ pub struct LayerIdentity {
     pub coding: Coding,
     /// The blob's length in bytes; the tar's own when it is plain.
     pub blob_len: u64,
-    /// The blob's digest. Unknown when only headers were read and nobody told it.
+    /// The blob's digest. Unknown when only headers were read and no manifest named it.
     pub blob_digest: Option<Digest>,
     /// The tar's digest, which image configurations call diff ID. Unknown like the blob's.
     pub diff_id: Option<Digest>,

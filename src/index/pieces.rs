@@ -19,8 +19,9 @@ use crate::units::{TarOffset, TarRange};
 /// at 4 MiB or less.
 pub const MAX_PIECE: u64 = 8 << 20;
 
+/// A piece of a file's content in tar space, in bytes, and its SHA-256 where the table of contents has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
+struct ContentPiece {
     start: u64,
     len: u64,
     digest: Option<[u8; 32]>,
@@ -30,7 +31,7 @@ struct Piece {
 #[derive(Clone, PartialEq, Eq)]
 pub struct PieceDigests {
     tar_len: u64,
-    pieces: Arc<[Piece]>,
+    pieces: Arc<[ContentPiece]>,
 }
 
 impl fmt::Debug for PieceDigests {
@@ -53,9 +54,9 @@ impl PieceDigests {
             let end = start.checked_add(len)?;
             let fits = start >= at && len > 0 && end <= tar_len && (digest.is_none() || len <= MAX_PIECE);
             at = end;
-            fits.then_some(Piece { start, len, digest })
+            fits.then_some(ContentPiece { start, len, digest })
         };
-        let pieces: Option<Vec<Piece>> = pieces.into_iter().map(check).collect();
+        let pieces: Option<Vec<ContentPiece>> = pieces.into_iter().map(check).collect();
         Some(Self {
             tar_len,
             pieces: pieces?.into(),

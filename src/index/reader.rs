@@ -1,4 +1,4 @@
-//! Reading an index file. In: its bytes, or only those of its hot part, from anybody. Out: the summary, the layer's identity, the
+//! Reading an index file. In: its bytes, or only those of its hot part, from an untrusted source. Out: the summary, the layer's identity, the
 //! entries (streamed from the compressed section batch by batch), chunk digests, the span table, and where the cold part's
 //! pieces lie; or a fault. What is wrong with a file is found before a length in it is believed.
 
@@ -163,7 +163,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
     }
 
-    /// The layer that it was made from, as far as its maker knew it. What it says is for whoever uses the index to compare.
+    /// The layer that it was made from, as far as its maker knew it. The index does not compare it with anything: its users do.
     #[must_use]
     pub fn identity(&self) -> &LayerIdentity {
         &self.identity
@@ -182,7 +182,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     }
 
     /// Whether it was made from a table of contents that the layer brings along. Then tar space is made up (see
-    /// `index::toc`): it is no index of the layer as anybody else would make it.
+    /// `index::toc`): it is not the index that is made from the layer's tar.
     #[must_use]
     pub fn is_of_contents(&self) -> bool {
         self.piece_digests.is_some()
@@ -234,7 +234,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         len_u64(self.as_bytes().len()) == self.file_len
     }
 
-    /// SHA-256 of the hot part: whoever trusts it can trust all of the index, because the hot part has a digest of every piece of
+    /// SHA-256 of the hot part: who trusts it can trust all of the index, because the hot part has a digest of every piece of
     /// the cold part.
     #[must_use]
     pub fn hot_digest(&self) -> [u8; 32] {
@@ -271,7 +271,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// Hands every entry to `sink`, as a walk over the tar would.
     ///
     /// # Errors
-    /// [`IndexError::Index`] for a table that makes no sense; what the sink returns.
+    /// [`IndexError::Index`] for a malformed table; what the sink returns.
     pub fn replay(&self, sink: &mut (impl EntrySink + ?Sized)) -> Result<(), IndexError> {
         let mut entries = self.entries()?;
         while let Some(entry) = entries.next_entry()? {
@@ -306,7 +306,7 @@ impl<B: AsRef<[u8]>> Index<B> {
     /// Reads everything that is here and compares the digests.
     ///
     /// # Errors
-    /// [`IndexError::Index`] when the table makes no sense or has another digest, or a piece of the cold part is damaged.
+    /// [`IndexError::Index`] when the table is malformed or has another digest, or a piece of the cold part is damaged.
     pub fn verify(&self) -> Result<(), IndexError> {
         if self.entries()?.read_to_end()? != self.digest {
             return Err(IndexFault::Checksum("entry table").into());

@@ -26,9 +26,9 @@ pub enum RebuildError {
     /// Payload cannot be read.
     #[error("cannot read the layer at byte {at} of the tar: {source}")]
     Payload {
-        /// Where.
+        /// The position in the tar, in bytes.
         at: TarOffset,
-        /// What whoever reads it says.
+        /// The reader's error.
         source: io::Error,
     },
     /// What came together is not what the index's digests are of.

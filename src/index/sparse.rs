@@ -9,7 +9,7 @@ use super::entry::Segment;
 use super::error::HeaderFault;
 use crate::units::TarOffset;
 
-/// The most runs that one file's map may have. More than any file system's own map of a real file; an enemy's 8 GiB of map
+/// The most runs that one file's map may have. More than any file system's own map of a real file; a hostile tar's 8 GiB of map
 /// must not be kept.
 pub(super) const MAX_RUNS: usize = 1 << 20;
 

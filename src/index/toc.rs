@@ -1,7 +1,7 @@
 //! Tables of contents that layers bring along: eStargz (`stargz.rs`) and zstd:chunked (`chunked.rs`).
 //!
 //! In: a layer's annotations or its last bytes, then the bytes of its table of contents. Out: the entries in the tar's
-//! order, a [`SpanTable`], and digests of what files hold. Whoever fetches a layer's last [`TAIL`] bytes and what
+//! order, a [`SpanTable`], and digests of what files hold. Who fetches a layer's last [`TAIL`] bytes and what
 //! [`Place`] names can mount it without having read it.
 //!
 //! # A tar space of its own
@@ -28,7 +28,7 @@ mod chunked;
 mod json;
 mod stargz;
 
-use self::json::{Found, Own};
+use self::json::{Own, TocItem};
 use crate::index::{EndOfArchive, EntrySink, IndexBuilder, IndexError, PieceDigests};
 use crate::layer::table::{Layout, Point};
 use crate::layer::{Coding, LayerError, SpanTable};
@@ -123,9 +123,9 @@ impl Place {
         let mut entries = 0;
         let tar_len = json::walk(&bytes[json.clone()], own.as_ref(), &mut |found| {
             match found {
-                Found::Entry(_) => entries += 1,
-                Found::Member { tar, blob } => points.push(Point::whole(tar, blob)),
-                Found::Content { .. } | Found::Own(_) => {}
+                TocItem::Entry(_) => entries += 1,
+                TocItem::Member { tar, blob } => points.push(Point::whole(tar, blob)),
+                TocItem::Content { .. } | TocItem::Own(_) => {}
             }
             Ok(())
         })
@@ -226,7 +226,7 @@ impl Contents {
     /// What the sink does not take.
     pub fn replay(&self, sink: &mut dyn EntrySink) -> Result<(), IndexError> {
         self.walk(&mut |found| match found {
-            Found::Entry(entry) => sink.entry(entry),
+            TocItem::Entry(entry) => sink.entry(entry),
             _ => Ok(()),
         })
     }
@@ -236,8 +236,8 @@ impl Contents {
     pub fn digests(&self, each: &mut dyn FnMut(TarRange, Option<[u8; 32]>)) {
         let outcome = self.walk(&mut |found| {
             match found {
-                Found::Content { tar, digest } => each(tar, digest),
-                Found::Own(tar) => {
+                TocItem::Content { tar, digest } => each(tar, digest),
+                TocItem::Own(tar) => {
                     let mut at = tar.start.0;
                     for piece in self.bytes[self.json.clone()].chunks(OWN_PIECE) {
                         let len = len_u64(piece.len());
@@ -245,7 +245,7 @@ impl Contents {
                         at += len;
                     }
                 }
-                Found::Entry(_) | Found::Member { .. } => {}
+                TocItem::Entry(_) | TocItem::Member { .. } => {}
             }
             Ok(())
         });
@@ -275,7 +275,7 @@ impl Contents {
         complete
     }
 
-    fn walk(&self, each: &mut dyn FnMut(Found<'_>) -> Result<(), IndexError>) -> Result<(), IndexError> {
+    fn walk(&self, each: &mut dyn FnMut(TocItem<'_>) -> Result<(), IndexError>) -> Result<(), IndexError> {
         json::walk(&self.bytes[self.json.clone()], self.own.as_ref(), each).map(drop)
     }
 }

@@ -1,4 +1,4 @@
-//! The pieces of lines.
+//! Formatting of single fields: permissions, dates, escaped names, base64.
 
 use std::fmt;
 

@@ -198,7 +198,7 @@ impl<'a> Entries<'a> {
     /// The next entry, valid until the one after it is asked for; `None` behind the last.
     ///
     /// # Errors
-    /// [`IndexError::Index`] when the table makes no sense. Nothing is to be had from it after that.
+    /// [`IndexError::Index`] when the table is malformed. It gives no further entries after that.
     pub fn next_entry(&mut self) -> Result<Option<&Entry>, IndexError> {
         if self.in_batch == 0 && !self.ended {
             self.open_batch()?;

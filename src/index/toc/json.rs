@@ -25,10 +25,10 @@ const MAX_ENTRIES: u64 = 1 << 22;
 /// More attributes than an inode can have.
 const MAX_XATTRS: usize = 1 << 12;
 
-/// What a walk comes across, in this order: members and contents before the entry they belong to.
+/// An item of a table of contents, in the order of a walk: members and contents before the entry they belong to.
 #[derive(Debug)]
-pub(super) enum Found<'a> {
-    /// A place to decode from.
+pub(super) enum TocItem<'a> {
+    /// The beginning of a gzip member or zstd frame: its position in tar space and in the blob, in bytes.
     Member { tar: u64, blob: u64 },
     /// A piece of a file's content, with its SHA-256 where that is known.
     Content { tar: TarRange, digest: Option<[u8; 32]> },
@@ -48,8 +48,8 @@ pub(super) struct Own {
     pub(super) inner: u64,
 }
 
-/// Takes what a walk finds. Its errors end the walk.
-type Sink<'a> = dyn FnMut(Found<'_>) -> Result<(), IndexError> + 'a;
+/// Takes the items of a walk. Its errors end the walk.
+type Sink<'a> = dyn FnMut(TocItem<'_>) -> Result<(), IndexError> + 'a;
 
 /// Walks through `json` and then over `own`; returns how long the made-up tar space is.
 pub(super) fn walk(json: &[u8], own: Option<&Own>, sink: &mut Sink<'_>) -> Result<u64, IndexError> {
@@ -166,7 +166,7 @@ struct Walker<'s, 'a> {
     failed: Option<IndexError>,
 }
 
-/// Where contents lie.
+/// The layout of the made-up tar space: the files' contents, in bytes.
 #[derive(Debug, Default)]
 struct Layout {
     /// Where the last content ends.
@@ -197,7 +197,7 @@ impl Layout {
                 self.member = Some((blob, from));
                 let at = from
                     .checked_add(inner)
-                    .ok_or_else(|| wrong("a position is impossibly large"))?;
+                    .ok_or_else(|| wrong("a position is larger than 64 bits hold"))?;
                 (at, Some((blob, from)))
             }
         };
@@ -207,7 +207,7 @@ impl Layout {
         self.cursor = at
             .checked_add(len)
             .filter(|end| *end < i64::MAX.unsigned_abs())
-            .ok_or_else(|| wrong("a position is impossibly large"))?;
+            .ok_or_else(|| wrong("a position is larger than 64 bits hold"))?;
         Ok((at, fresh))
     }
 }
@@ -243,7 +243,7 @@ impl Walker<'_, '_> {
                 .modtime
                 .as_deref()
                 .map_or(Some(Timestamp::default()), rfc3339)
-                .ok_or_else(|| refused("a time makes no sense"))?,
+                .ok_or_else(|| refused("a time is not as RFC 3339 has it"))?,
             headers: TarRange::new(TarOffset(self.layout.end()), 0),
             ..Entry::default()
         };
@@ -282,7 +282,7 @@ impl Walker<'_, '_> {
             }
             _ => {}
         }
-        (self.sink)(Found::Entry(&entry))
+        (self.sink)(TocItem::Entry(&entry))
     }
 
     /// The next piece of a file: the entry itself brings the first one.
@@ -303,7 +303,7 @@ impl Walker<'_, '_> {
                 .place(raw.offset, raw.inner_offset, len, more)
                 .map_err(IndexError::sink)?;
             if let Some((blob, tar)) = fresh {
-                (self.sink)(Found::Member { tar, blob })?;
+                (self.sink)(TocItem::Member { tar, blob })?;
             }
             let text = if raw.chunk_digest.is_empty() && len == entry.size {
                 &raw.digest
@@ -311,7 +311,7 @@ impl Walker<'_, '_> {
                 &raw.chunk_digest
             };
             let tar = TarRange::new(TarOffset(at), len);
-            (self.sink)(Found::Content {
+            (self.sink)(TocItem::Content {
                 tar,
                 digest: sha256(text),
             })?;
@@ -339,7 +339,7 @@ impl Walker<'_, '_> {
         if known != entry.size {
             return Err(refused("a file's chunks do not reach to its end"));
         }
-        (self.sink)(Found::Entry(&entry))
+        (self.sink)(TocItem::Entry(&entry))
     }
 
     fn own(&mut self, own: &Own) -> Result<(), IndexError> {
@@ -349,14 +349,14 @@ impl Walker<'_, '_> {
             .place(own.blob, own.inner, entry.size, false)
             .map_err(IndexError::sink)?;
         if let Some((blob, tar)) = fresh {
-            (self.sink)(Found::Member { tar, blob })?;
+            (self.sink)(TocItem::Member { tar, blob })?;
         }
-        (self.sink)(Found::Own(TarRange::new(TarOffset(at), entry.size)))?;
+        (self.sink)(TocItem::Own(TarRange::new(TarOffset(at), entry.size)))?;
         entry.headers = TarRange::new(TarOffset(at), 0);
         for segment in &mut entry.segments {
             segment.tar_offset = TarOffset(at);
         }
-        (self.sink)(Found::Entry(&entry))
+        (self.sink)(TocItem::Entry(&entry))
     }
 }
 

@@ -4,8 +4,8 @@ use super::*;
 
 fn entries(json: &str) -> Result<Vec<Entry>, String> {
     let mut all = Vec::new();
-    let mut sink = |found: Found<'_>| {
-        if let Found::Entry(entry) = found {
+    let mut sink = |found: TocItem<'_>| {
+        if let TocItem::Entry(entry) = found {
             all.push(entry.clone());
         }
         Ok(())
