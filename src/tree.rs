@@ -126,7 +126,7 @@ fn unpair(pair: u64) -> (u32, u32) {
 }
 
 impl Node {
-    /// What it is.
+    /// The kind of inode that it is.
     #[must_use]
     pub fn kind(&self) -> NodeKind {
         match self.mode & type_bits::MASK {
@@ -226,7 +226,7 @@ pub enum Content<'a> {
 pub struct Child<'a> {
     /// The name, 1 to [`NAME_MAX`] bytes, any but `/` and NUL.
     pub name: &'a [u8],
-    /// What it names.
+    /// The node that it names.
     pub node: NodeId,
 }
 

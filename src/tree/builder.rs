@@ -98,15 +98,15 @@ enum Part {
     Link(Range<usize>),
 }
 
-/// Where an entry goes.
-struct Spot<'e> {
+/// The place that an entry's path leads to.
+struct EntryPlace<'e> {
     directory: u32,
     /// The length of the directory's path in bytes, with the slash behind it.
     path_len: usize,
     name: &'e [u8],
 }
 
-/// Where a walk ended.
+/// The end of a walk along a path.
 enum Walk {
     /// At a directory, and how long its path is in bytes.
     Directory(u32, usize),
@@ -179,8 +179,8 @@ impl TreeBuilder {
         }
     }
 
-    /// Makes room for about `entries` more entries, so that growing does not copy. A guess from outside should be bounded
-    /// by whoever makes it.
+    /// Makes room for about `entries` more entries, so that growing does not copy. The caller bounds a number that
+    /// comes from a layer or an index.
     pub fn reserve(&mut self, entries: usize) {
         self.nodes.reserve(entries);
         self.names.reserve(entries);
@@ -253,7 +253,7 @@ impl TreeBuilder {
         if self.mode != TreeMode::Plain && whiteout::is_aufs_own(&entry.path) {
             return self.keep_for_aufs(entry);
         }
-        let Some(Spot {
+        let Some(EntryPlace {
             directory: parent,
             path_len,
             name,
@@ -386,10 +386,10 @@ impl TreeBuilder {
     }
 
     /// The directory that the entry goes into and its name there; `None` for the root itself.
-    fn place<'e>(&mut self, entry: &'e Entry) -> Result<Option<Spot<'e>>, TreeError> {
+    fn place<'e>(&mut self, entry: &'e Entry) -> Result<Option<EntryPlace<'e>>, TreeError> {
         if let Some((directory, name)) = path::split_plain(&entry.path).filter(|_| entry.path.len() <= PATH_MAX) {
             if self.last_directory_node != NONE && directory == self.last_directory {
-                return Ok(Some(Spot {
+                return Ok(Some(EntryPlace {
                     directory: self.last_directory_node,
                     path_len: self.last_directory_len,
                     name,
@@ -400,7 +400,7 @@ impl TreeBuilder {
                 self.last_directory.extend_from_slice(directory);
                 self.last_directory_node = node;
                 self.last_directory_len = path_len;
-                return Ok(Some(Spot {
+                return Ok(Some(EntryPlace {
                     directory: node,
                     path_len,
                     name,
@@ -422,7 +422,7 @@ impl TreeBuilder {
         self.pending.clear();
         self.pending.extend(self.parts.drain(..).rev().map(Part::Own));
         match self.walk_pending(&entry.path, entry, true)? {
-            Walk::Directory(directory, path_len) => Ok(Some(Spot {
+            Walk::Directory(directory, path_len) => Ok(Some(EntryPlace {
                 directory,
                 path_len,
                 name: &entry.path[last],

@@ -1,4 +1,4 @@
-//! What no tree can hold.
+//! The error of building a tree: entries that no Linux filesystem can hold, or that contradict each other.
 
 use std::fmt::Write as _;
 
@@ -16,7 +16,7 @@ pub enum TreeError {
         len: usize,
     },
     /// A NUL byte in a name or a link.
-    #[error("{path}: a NUL byte in a name or link: the layer is damaged or not made by a sane program")]
+    #[error("{path}: a NUL byte in a name or link: the layer is damaged or its maker faulty; make it again")]
     Nul {
         /// The entry.
         path: String,
@@ -54,7 +54,9 @@ pub enum TreeError {
         target: String,
     },
     /// A whiteout that hides no name, or the directory that it is in or above.
-    #[error("{path}: a whiteout without the name that it hides: the layer is damaged or not made by a sane program")]
+    #[error(
+        "{path}: a whiteout without the name that it hides: the layer is damaged or its maker faulty; make it again"
+    )]
     Whiteout {
         /// The entry.
         path: String,
@@ -74,7 +76,7 @@ pub enum TreeError {
         path: String,
     },
     /// A hard link without a target.
-    #[error("{path}: hard link that names nothing: the layer is damaged or not made by a sane program")]
+    #[error("{path}: hard link that names nothing: the layer is damaged or its maker faulty; make it again")]
     HardlinkToNothing {
         /// The entry.
         path: String,

@@ -7,7 +7,7 @@ use crate::units::to_usize;
 pub(super) struct Dirent {
     /// Where its text starts: one byte of length, then the name.
     pub(super) text: u32,
-    /// What it names.
+    /// The node that it names.
     pub(super) node: u32,
 }
 

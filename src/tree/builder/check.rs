@@ -1,4 +1,4 @@
-//! What can be said of an entry without knowing the tree.
+//! Checks of one entry by itself: names, links, segments and attributes within Linux's limits.
 
 use crate::index::{Entry, Kind, Timestamp, Xattr};
 use crate::tree::error::show;

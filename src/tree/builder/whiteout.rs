@@ -32,7 +32,7 @@
 //! Directories with whiteouts get an empty `trusted.overlay.origin`, without which readdir lists the whiteouts of
 //! directories that overlayfs need not merge (Linux's `ovl_get_inode`). Missing directories are 0755, root's, because
 //! their attributes are in a layer below: overlayfs then shows that, and not what the lower layer says. An opaque root is
-//! marked like any other, but overlayfs does not look at the roots' marks (Linux 6.18): whoever stacks the layers has to
+//! marked like any other, but overlayfs does not look at the roots' marks (Linux 6.18): who stacks the layers has to
 //! leave out those below.
 
 use std::collections::HashSet;
@@ -68,7 +68,7 @@ impl Layers {
     }
 }
 
-/// Where AUFS kept the files that have several names, under names that nobody asks for.
+/// The directory in which AUFS kept files with several names; it is no part of the layer's tree.
 const AUFS_LINKS: &[u8] = b".wh..wh.plnk";
 
 /// A name that is a whiteout: what the last part of an entry's path says in a layer of an image.
