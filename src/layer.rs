@@ -11,7 +11,7 @@
 //!
 //! A gzip member can be entered at any of its deflate blocks by who has the up to 32 KiB that came out before it; a
 //! zstd frame only at its beginning. A zstd layer of one frame, as builders make it, therefore has one span, and
-//! whoever wants its end has to read it all.
+//! who wants its end has to read it all.
 //!
 //! This room does not know what a tar is, and does no I/O. It must never believe a length, give out more than the table or its limit says, keep
 //! more than a window and a buffer, or panic, whatever the blob holds.

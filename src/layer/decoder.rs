@@ -1,4 +1,4 @@
-//! Decoding from the beginning of a span.
+//! The decoder: from a span's first byte of the blob to the tar's bytes.
 
 use super::event::Event;
 use super::gzip::Members;

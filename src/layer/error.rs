@@ -1,4 +1,4 @@
-//! Everything that can be wrong with a compressed layer or with the table that says where it can be entered.
+//! The error of decoding a compressed layer, or of a span table that cannot be used.
 
 use super::Coding;
 use crate::units::TarOffset;
@@ -12,9 +12,9 @@ pub enum LayerError {
     Corrupt {
         /// How the layer is compressed.
         coding: Coding,
-        /// Where in the blob.
+        /// The position in the blob, in bytes.
         at: u64,
-        /// What is wrong.
+        /// The rule of the format that is broken.
         what: &'static str,
     },
 
@@ -23,9 +23,9 @@ pub enum LayerError {
     Unsupported {
         /// How the layer is compressed.
         coding: Coding,
-        /// Where in the blob.
+        /// The position in the blob, in bytes.
         at: u64,
-        /// What it has.
+        /// The feature that is not supported.
         what: &'static str,
     },
 
@@ -47,7 +47,7 @@ pub enum LayerError {
         coding: Coding,
         /// Where in the blob the checksum ends.
         at: u64,
-        /// Which checksum.
+        /// The checksum's name.
         what: &'static str,
     },
 
@@ -58,7 +58,7 @@ pub enum LayerError {
     Window {
         /// How the layer is compressed.
         coding: Coding,
-        /// Where in the blob.
+        /// The position in the blob, in bytes.
         at: u64,
         /// How many bytes of history it asks for.
         needs: u64,
@@ -82,9 +82,9 @@ pub enum LayerError {
         "the layer is {what} (at byte {at}), which layers cannot be: make a tar of it first (`{command}`), or compress that with gzip or zstd"
     )]
     OtherFormat {
-        /// Where in the blob.
+        /// The position in the blob, in bytes.
         at: u64,
-        /// What it is.
+        /// The format's name.
         what: &'static str,
         /// The command that makes a tar of it.
         command: &'static str,
@@ -93,7 +93,7 @@ pub enum LayerError {
     /// More comes out of it than was agreed to.
     #[error("the layer unpacks to more than {limit} bytes (at byte {at} of it): refused")]
     TooLong {
-        /// Where in the blob.
+        /// The position in the blob, in bytes.
         at: u64,
         /// The most that was accepted, in bytes of the tar.
         limit: u64,
@@ -106,7 +106,7 @@ pub enum LayerError {
         at: TarOffset,
         /// How long the history that came is.
         found: usize,
-        /// How long it has to be.
+        /// The length that it has to have, in bytes.
         needs: u32,
     },
 
@@ -115,7 +115,7 @@ pub enum LayerError {
     NoSpan(usize),
 
     /// The table of spans cannot be used.
-    #[error("the layer's table of spans makes no sense: {0}")]
+    #[error("the layer's table of spans is malformed: {0}")]
     Table(&'static str),
 
     /// The layer's own table of contents, or its footer, cannot be used.

@@ -13,7 +13,7 @@ pub(super) enum Event {
     End,
 }
 
-/// What a step did.
+/// The outcome of one step of a decoder, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Step {
     pub(super) consumed: usize,

@@ -114,7 +114,7 @@ impl Members {
                         return Err(LayerError::Unsupported {
                             coding: Coding::Gzip,
                             at: self.began,
-                            what: "a gzip header with a method or flags that nobody has defined",
+                            what: "a gzip header with a method or flags that are not defined",
                         });
                     }
                     Outcome::Done => {

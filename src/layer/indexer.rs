@@ -1,4 +1,4 @@
-//! Reading a blob once and noting where it can be entered.
+//! The indexer: reads a blob once, decodes it, and notes where decoding can begin (checkpoints).
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use super::table::{Begins, Layout, Point};
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};
 
-/// About how many bytes of the tar lie between two places to begin from, if nobody says otherwise.
+/// About how many bytes of the tar lie between two places to begin from, by default.
 pub const SPACING: u64 = 1 << 20;
 /// Places that need no history are taken so much closer than the spacing.
 const CLOSER: u64 = 32;
@@ -22,7 +22,7 @@ const PIECE: usize = 256 << 10;
 /// What reading a blob brought.
 #[derive(Clone, Debug)]
 pub struct Spans {
-    /// Where it can be entered.
+    /// The places where decoding can begin.
     pub table: SpanTable,
     /// The history of each span, in the table's order; empty where none is needed. Of all spans, if none was taken
     /// before with [`Indexer::take_windows`]; else of the last ones.
@@ -37,7 +37,7 @@ pub struct Spans {
 /// KiB for each entry point whose history was not taken yet.
 ///
 /// All histories together are hardly longer than the blob: where some of it unpacks to so much that they would be, points
-/// lie further apart. Otherwise a small blob could make whoever indexes it keep a thousand times as much.
+/// lie further apart. Otherwise a small blob could make its indexer keep a thousand times as much.
 #[derive(Debug)]
 pub struct Indexer {
     spacing: u64,

@@ -1,4 +1,4 @@
-//! From where a blob can be decoded.
+//! The span table: from which positions of a blob decoding can begin.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -266,7 +266,7 @@ impl SpanTable {
     /// When the bytes are no such table, or one that no layer can have.
     pub fn decode(bytes: &[u8]) -> Result<Self, LayerError> {
         let mut rest = bytes;
-        let table = Self::read(&mut rest).ok_or(LayerError::Table("it is cut short or has an impossible number"))?;
+        let table = Self::read(&mut rest).ok_or(LayerError::Table("it is cut short or has a number out of range"))?;
         if !rest.is_empty() {
             return Err(LayerError::Table("something follows it"));
         }

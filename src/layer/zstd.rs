@@ -19,7 +19,7 @@ const MAX_WINDOW: u64 = 1 << WINDOW_LOG;
 const ORDINARY_WINDOW: u64 = 128 << 20;
 /// What the histories of all decoders of this process may take beyond that together, in bytes.
 const LONG_WINDOWS: u64 = 4 << 30;
-/// What they take now.
+/// The part of [`LONG_WINDOWS`] that is taken now, in bytes.
 static LONG_WINDOWS_HELD: AtomicU64 = AtomicU64::new(0);
 /// The longest frame header: magic, descriptor, window, dictionary, content size.
 const MAX_HEADER: usize = 18;

@@ -13,7 +13,7 @@ use libz_rs_sys as z;
 /// The most that a deflate stream reaches back, in bytes.
 pub(crate) const WINDOW: usize = 32 << 10;
 
-/// What stopped a run.
+/// The reason why a run of the decoder ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
     /// The input is used up, or the output full.
@@ -28,7 +28,7 @@ pub(super) enum Stop {
     End,
 }
 
-/// What a run did.
+/// The outcome of one run of the decoder, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Progress {
     /// Bytes of the input that are dealt with.

@@ -97,7 +97,7 @@ impl Side {
                         break;
                     }
                 }
-                // The stream is damaged, and whoever decodes it for its content says so.
+                // The stream is damaged, and the decoder of its content reports that.
                 Err(_) => self.ended = true,
             }
         }
