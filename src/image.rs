@@ -27,7 +27,7 @@ pub enum Origin {
 pub struct Piece {
     /// Its length in bytes. Metadata pieces are whole blocks; the others are as long as they are.
     pub len: u64,
-    /// Where its bytes come from.
+    /// The source of its bytes.
     pub origin: Origin,
 }
 
@@ -60,13 +60,13 @@ pub struct DirectoryId(pub u32);
 /// A file's stored bytes: from its first to its last byte in the tar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredFile {
-    /// Which file.
+    /// The file's number.
     pub file: FileId,
     /// The directory of its first name.
     pub directory: DirectoryId,
     /// The layer that holds it.
     pub layer: LayerId,
-    /// Where in that layer.
+    /// The range of that layer's tar, in bytes.
     pub range: TarRange,
 }
 
@@ -112,7 +112,7 @@ pub enum ImageError {
     DirectoryTooBig {
         /// The directory.
         path: String,
-        /// How many names it has.
+        /// The number of its names.
         names: usize,
     },
     /// A device number beyond Linux's 12 + 20 bits.
@@ -128,9 +128,9 @@ pub enum ImageError {
     /// More extended attributes than fit one inode.
     #[error("{path}: {count} extended attributes, more than the 4 KiB that ext4 has for their names")]
     Xattrs {
-        /// What has them.
+        /// The path of the inode that has them.
         path: String,
-        /// How many it has.
+        /// Their number.
         count: usize,
     },
 }

@@ -36,7 +36,7 @@ pub(super) enum Extents<'a> {
     Run {
         /// The first block in the image.
         start: u32,
-        /// How many.
+        /// The number of blocks.
         blocks: u32,
     },
     /// A sparse file's, its stored blocks from `start` on.
@@ -52,7 +52,7 @@ impl Extents<'_> {
     /// Nothing at all: an empty file.
     pub(super) const NONE: Self = Self::Run { start: 0, blocks: 0 };
 
-    /// How many extents.
+    /// The number of extents.
     pub(super) fn count(&self) -> u32 {
         match self {
             Self::Run { blocks, .. } => blocks.div_ceil(EXTENT_BLOCKS_MAX),

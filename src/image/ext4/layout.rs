@@ -1,4 +1,4 @@
-//! Where everything is: a handful of numbers, all the rest is arithmetic.
+//! The image's layout: the first block and length of each part, from which every other position is computed.
 //!
 //! ```text
 //! | superblock | descriptors | block bitmaps | inode bitmaps | inode tables | directories | extras | file data ... | free |

@@ -75,7 +75,7 @@ impl Numbers {
         })
     }
 
-    /// How many inodes.
+    /// The number of inodes.
     pub(super) fn len(&self) -> u32 {
         u32::try_from(self.nodes.len()).expect("counted in 32 bits")
     }

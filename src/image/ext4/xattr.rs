@@ -52,7 +52,7 @@ impl Holder {
     }
 }
 
-/// Where an attribute is.
+/// The place where an attribute's value is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Home {
     Inode,
@@ -64,7 +64,7 @@ enum Home {
 /// An attribute as ext4 names and stores it.
 #[derive(Debug)]
 struct Attribute<'a> {
-    /// What its prefix became.
+    /// The number that ext4 has for its name's prefix (`EXT4_XATTR_INDEX_*`).
     prefix: u8,
     /// The rest of its name.
     name: &'a [u8],
@@ -208,7 +208,7 @@ enum Needs {
     BlockAndInodes,
 }
 
-/// Which sets need what.
+/// What each set of attributes needs beyond the inode, by set and holder.
 #[derive(Debug)]
 pub(super) struct XattrPlan {
     /// By set, four holders each. Empty when no node has attributes.
