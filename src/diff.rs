@@ -97,7 +97,7 @@ pub enum Difference<'a> {
     },
 }
 
-/// How much differs.
+/// The sums of a comparison, in names and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Totals {
     /// Paths that only the second tree has.

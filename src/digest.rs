@@ -55,7 +55,7 @@ pub struct Digest {
     hex: Box<str>,
 }
 
-/// What is no digest.
+/// The error of a text that is no digest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a digest: sha256: and 64, or sha512: and 128 hexadecimal digits in lower case")]
 pub struct NotADigest(String);
@@ -82,7 +82,7 @@ impl Digest {
         hasher.finish()
     }
 
-    /// How it was made.
+    /// The algorithm that made it.
     #[must_use]
     pub const fn algorithm(&self) -> Algorithm {
         self.algorithm

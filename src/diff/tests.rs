@@ -187,7 +187,7 @@ fn shared_layers_are_not_fetched() {
     let (lines, totals) = told(sides.0, sides.1);
     assert_eq!(lines, ["~app [MaybeContent]", "+new", "-old"]);
     assert_eq!((totals.payload_bytes, totals.fetch_bytes), (4310, 4300));
-    // What nothing is known of is fetched; and the same place in nobody knows what is not known to be the same.
+    // What nothing is known of is fetched; and the same position of two unknown layers is not known to be the same.
     let (lines, totals) = told(reverse, reverse);
     assert_eq!(
         lines,

@@ -53,7 +53,7 @@ impl Beside {
                 *passed = passed.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
                 if *passed >= SHORT && !*tried {
                     *tried = true;
-                    // Whoever cannot have a thread goes on without.
+                    // Without a second thread the digest is made by the caller's.
                     if let Some(worker) = Worker::start(hasher) {
                         self.0 = State::There(worker);
                     }
@@ -84,11 +84,11 @@ impl Worker {
         let thread = std::thread::Builder::new()
             .name("tarblk-digest".to_owned())
             .spawn(move || {
-                // It ends when whoever fills the pieces ends, whichever way.
+                // It ends when the sender of the pieces is dropped, whichever way.
                 for mut piece in taken {
                     hasher.update(&piece);
                     piece.clear();
-                    let _nobody_fills_it = give_back.send(piece);
+                    let _filler_has_ended = give_back.send(piece);
                 }
                 hasher
             })
