@@ -575,3 +575,96 @@ fn check(entry: &Entry, next: TarOffset) -> Result<(), &'static str> {
 fn common_prefix(a: &[u8], b: &[u8]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::{ArchiveFault, Collector, Index, IndexFault};
+
+    /// An entry whose headers begin at this byte of the tar.
+    fn entry_at(at: u64, in_image: Option<InImage>) -> Entry {
+        Entry {
+            path: b"a".to_vec(),
+            uid: -2,
+            headers: TarRange::new(TarOffset(at), 512),
+            in_image: in_image.map(Box::new),
+            ..Entry::default()
+        }
+    }
+
+    fn index(entries: &[Entry], end: EndOfArchive, older: bool) -> Index<Vec<u8>> {
+        let mut builder = IndexBuilder::new();
+        for entry in entries {
+            builder.entry(entry).unwrap();
+        }
+        if older {
+            builder.in_image = None;
+        }
+        Index::open(builder.finish(8192, end)).unwrap()
+    }
+
+    #[test]
+    fn an_older_index_of_a_tar_with_global_headers_is_told_from_a_new_one() {
+        let outcome = |at, older| {
+            let index = index(&[entry_at(0, None), entry_at(at, None)], EndOfArchive::Marked, older);
+            let mut entries = Collector::default();
+            index.replay(&mut entries).unwrap();
+            assert_eq!((entries.0.len(), entries.0[1].uid), (2, -2));
+            index.replay_in_image(&mut Collector::default())
+        };
+        // Behind the first entry, with no room for a global header, or room enough.
+        for (at, is_outdated) in [(512, false), (1024, false), (1536, true), (4096, true)] {
+            assert!(outcome(at, false).is_ok(), "{at}");
+            let older = outcome(at, true);
+            let fault = matches!(older, Err(IndexError::Index(IndexFault::Outdated)));
+            assert_eq!(fault, is_outdated, "{at}");
+        }
+    }
+
+    #[test]
+    fn what_no_image_has_is_refused_there_alone() {
+        let lone = index(&[entry_at(0, None)], EndOfArchive::LoneZeroBlock, false);
+        assert!(lone.replay(&mut Collector::default()).is_ok());
+        assert_eq!(lone.end(), EndOfArchive::LoneZeroBlock);
+        let refused = lone.replay_in_image(&mut Collector::default());
+        assert!(matches!(
+            refused,
+            Err(IndexError::Archive {
+                at: TarOffset(512),
+                fault: ArchiveFault::LoneZeroBlock
+            })
+        ));
+    }
+
+    #[test]
+    fn a_table_of_readings_that_is_no_table_is_refused() {
+        type Change<'a> = &'a dyn Fn(&mut InImageTable);
+        let other = InImage {
+            uid: Some(-3),
+            ..InImage::default()
+        };
+        let read = |change: &dyn Fn(&mut InImageTable)| {
+            let mut builder = IndexBuilder::new();
+            builder.entry(&entry_at(0, None)).unwrap();
+            let table = builder.in_image.insert(InImageTable::new());
+            change(table);
+            Index::open(builder.finish(8192, EndOfArchive::Marked))
+                .unwrap()
+                .replay(&mut Collector::default())
+        };
+        assert!(read(&|table| table.add(1, &other)).is_ok());
+        let changes: [(&str, Change<'_>); 6] = [
+            ("of no entry", &|table| table.add(2, &other)),
+            ("nothing different", &|table| table.put(&[1, 0])),
+            ("an unknown field", &|table| table.put(&[1, 64])),
+            ("a type of two bytes", &|table| table.put(&[1, 32, 0x80, 2])),
+            ("an endless name", &|table| {
+                table.put(&[1, 1, 0xff, 0xff, 0xff, 0xff, 0x0f]);
+            }),
+            ("something behind the end", &|table| table.put(&[0])),
+        ];
+        for (what, change) in changes {
+            assert!(matches!(read(change), Err(IndexError::Index(_))), "{what}");
+        }
+    }
+}
