@@ -14,7 +14,7 @@ use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 use tarblk::internals::http::Validator;
-use tarblk::internals::source::Blob;
+use tarblk::internals::source::{Blob, Place, UrlBlob};
 
 const SIZE: usize = 3_000_321;
 
@@ -496,4 +496,22 @@ fn what_is_waited_for_stands_in_the_statistics() {
     fetcher.shutdown();
     assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
     assert!(fetcher.stats().waiting.iter().all(|wait| wait.place != address));
+}
+
+/// What is at a URL has no digest: an encoding that has come or gone since it was found makes other bytes of it.
+#[test]
+fn another_encoding_than_the_one_found_is_refused() {
+    let (origin, _) = served();
+    let found = layer(&origin, "/layer.tar");
+    let Place::Url(at) = found.place else { panic!("a URL") };
+    let encoded = Blob {
+        place: Place::Url(UrlBlob {
+            encoding: Some("gzip".to_owned()),
+            ..at
+        }),
+        ..found
+    };
+    let error = start(encoded, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
+    assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }

@@ -28,7 +28,7 @@ use super::runtime::{self, timeout};
 use super::stats::{Counters, add};
 use crate::http::proxy::Proxies;
 use crate::http::tls::{self, Trust};
-use crate::http::{self, Asked, ByteRange, Encoding, Error, Redirects, USER_AGENT, Verdict, judge};
+use crate::http::{self, Asked, ByteRange, Error, Redirects, USER_AGENT, Verdict, judge};
 use crate::units::len_u64;
 
 /// All hosts' pools and how to talk to them. Lives on the fetch thread; clones are the same client.
@@ -140,7 +140,7 @@ impl Client {
                 ranged,
                 size: layer.size,
                 validator: layer.validator.as_ref(),
-                encoding: Encoding::Any,
+                encoding: layer.encoding(),
             };
             let sent = Instant::now();
             let (head, body, lease) = match self.exchange(&spot, &url, asked, demand).await {

@@ -11,7 +11,7 @@ use url::Url;
 use super::pool::HostKey;
 use crate::fetch::StartError;
 use crate::http::tls::Trust;
-use crate::http::{Error, Validator, expiry};
+use crate::http::{Encoding, Error, Validator, expiry};
 use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, BlobLocation};
 use crate::source::{self, Blob};
@@ -80,7 +80,11 @@ pub(crate) struct RemoteLayer {
 }
 
 enum Place {
-    Fixed(Rc<Spot>),
+    Fixed {
+        spot: Rc<Spot>,
+        /// The `Content-Encoding` with which it was found.
+        encoding: Option<String>,
+    },
     Registry(Box<Moving>),
 }
 
@@ -111,7 +115,11 @@ impl RemoteLayer {
             source::Place::Url(at) => {
                 let headers = at.authorization_header().map(|value| (AUTHORIZATION, value));
                 let spot = Spot::new(at.url.clone(), headers.into_iter().collect()).map_err(|why| unusable(&why))?;
-                (Place::Fixed(Rc::new(spot)), at.validator.clone())
+                let place = Place::Fixed {
+                    spot: Rc::new(spot),
+                    encoding: at.encoding.clone(),
+                };
+                (place, at.validator.clone())
             }
             source::Place::File(_) => return Err(unusable("a file is not fetched")),
         };
@@ -133,8 +141,17 @@ impl RemoteLayer {
     /// Whom the first request will go to, as far as that is known.
     pub(crate) fn first_host(&self) -> Option<(Url, Trust)> {
         match &self.place {
-            Place::Fixed(spot) => Some((spot.url.clone(), spot.trust.clone())),
+            Place::Fixed { spot, .. } => Some((spot.url.clone(), spot.trust.clone())),
             Place::Registry(moving) => moving.access.first_host(),
+        }
+    }
+
+    /// Which `Content-Encoding` its bytes may have.
+    pub(crate) fn encoding(&self) -> Encoding<'_> {
+        match &self.place {
+            Place::Fixed { encoding, .. } => Encoding::Same(encoding.as_deref()),
+            // A digest decides.
+            Place::Registry(_) => Encoding::Any,
         }
     }
 
@@ -146,7 +163,7 @@ impl RemoteLayer {
     /// The spot to ask. `stale` is one that has just refused.
     pub(crate) async fn spot(&self, stale: Option<&Rc<Spot>>) -> Result<Rc<Spot>, Error> {
         let moving = match &self.place {
-            Place::Fixed(spot) => return Ok(spot.clone()),
+            Place::Fixed { spot, .. } => return Ok(spot.clone()),
             Place::Registry(moving) => moving,
         };
         if let Some(spot) = moving.current(stale) {
