@@ -35,7 +35,7 @@ pub use stats::{BytesByOrigin, FetchStats, Percentiles, Wait};
 use crate::cache::chunk::{FirstUse, pieces};
 use crate::cache::disk::DiskCache;
 use crate::cache::{Slice, Slices};
-use crate::http::{self, tls};
+use crate::http::{self, Timeouts, tls};
 use crate::image::FileMap;
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarRange};
@@ -77,12 +77,8 @@ pub struct FetchOptions {
     pub memory_bytes: u64,
     /// Connections per host at most.
     pub connections: usize,
-    /// For a name to resolve, and for each address to accept.
-    pub connect_deadline: Duration,
-    /// From a request to its response head.
-    pub head_deadline: Duration,
-    /// Between two pieces of a body.
-    pub stall_deadline: Duration,
+    /// Deadlines of one request; none is longer than [`deadline`](Self::deadline).
+    pub timeouts: Timeouts,
     /// A body slower than this many bytes a second is given up and asked for again on another connection.
     pub slowest_body: u64,
     /// After this a read fails. Until then everything is tried again.
@@ -102,9 +98,11 @@ impl Default for FetchOptions {
         Self {
             memory_bytes: 64 << 20,
             connections: 16,
-            connect_deadline: Duration::from_secs(10),
-            head_deadline: Duration::from_secs(15),
-            stall_deadline: Duration::from_secs(10),
+            timeouts: Timeouts {
+                connect: Duration::from_secs(10),
+                head: Duration::from_secs(15),
+                stall: Duration::from_secs(10),
+            },
             slowest_body: 4 << 10,
             deadline: Duration::from_secs(300),
             prefetch: true,

@@ -1,12 +1,12 @@
 //! HTTP as both clients speak it: reqwest, with which blobs are found (`source`), and hyper on `io_uring` sockets, with which
 //! they are fetched (`fetch`). In: requests and what servers answer. Out: whether an answer is what was asked for, where a
-//! redirect leads, whether and when to ask again, whom to trust, which proxy to use, and one [`Error`].
+//! redirect leads, whether and when to ask again, which certificates to trust, which proxy to use, and one [`Error`].
 //!
 //! A ground room: it imports no other, and nothing here knows what a layer is. It must never put a password, a token or a
 //! query string into a message, and never wait without a deadline.
 //!
 //! Parts: `error`; `redact` and `secret` (what may be printed); `validator`, `range` and `response` (is the answer right);
-//! `redirect`; `retry` (deadlines, retries, `Retry-After`, and who is waiting); `expiry` (signed URLs); `tls`; `proxy`;
+//! `redirect`; `retry` (deadlines, retries, `Retry-After`, and what is waited for); `expiry` (signed URLs); `tls`; `proxy`;
 //! `runtime` (the thread for registries), `client` (what only reqwest needs) and `ahead` (connections before there is a request).
 
 mod ahead;
@@ -40,5 +40,5 @@ pub(crate) use redirect::Redirects;
 pub(crate) use response::{Asked, Encoding, Found, Verdict, content_length, encoding, judge, judge_first};
 pub(crate) use retry::{Backoff, retry_after, stay};
 
-/// What servers are told of who asks.
+/// `User-Agent` of every request.
 pub(crate) const USER_AGENT: &str = concat!("tarblk/", env!("CARGO_PKG_VERSION"));

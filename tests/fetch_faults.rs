@@ -13,7 +13,7 @@ use fetched::{at_origin, hammer, in_state, joined, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
-use tarblk::internals::http::Validator;
+use tarblk::internals::http::{Timeouts, Validator};
 use tarblk::internals::source::{Blob, Place, UrlBlob};
 
 const SIZE: usize = 3_000_321;
@@ -21,8 +21,11 @@ const SIZE: usize = 3_000_321;
 /// Shorter waits still, and bodies that are given up sooner.
 fn quick() -> FetchOptions {
     FetchOptions {
-        head_deadline: Duration::from_millis(300),
-        stall_deadline: Duration::from_millis(300),
+        timeouts: Timeouts {
+            head: Duration::from_millis(300),
+            stall: Duration::from_millis(300),
+            ..fetched::quick().timeouts
+        },
         slowest_body: 64 << 10,
         ..fetched::quick()
     }

@@ -15,7 +15,7 @@ use common::noise::noise;
 use scripted::{Asked, Door, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerRange, LayerSource, Verifier};
-use tarblk::internals::http::HttpOptions;
+use tarblk::internals::http::{HttpOptions, Timeouts};
 use tarblk::internals::layer::Coding;
 use tarblk::internals::source::Blob;
 use tarblk::internals::source::SourceError;
@@ -93,7 +93,10 @@ fn checking_fetcher(access: &BlobAccess, deadline: Duration, digests: Option<Ver
         deadline,
         memory_bytes: 256 << 10,
         prefetch: false,
-        head_deadline: Duration::from_secs(1),
+        timeouts: Timeouts {
+            head: Duration::from_secs(1),
+            ..FetchOptions::default().timeouts
+        },
         ..FetchOptions::default()
     };
     let mut source = LayerSource::from(layer);

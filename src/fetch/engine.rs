@@ -117,9 +117,7 @@ pub(crate) fn start(
     files: Option<Arc<dyn FileMap>>,
 ) -> Result<(Arc<Shared>, UnboundedSender<Command>), StartError> {
     // No single wait may outlast the whole.
-    options.connect_deadline = options.connect_deadline.min(options.deadline);
-    options.head_deadline = options.head_deadline.min(options.deadline);
-    options.stall_deadline = options.stall_deadline.min(options.deadline);
+    options.timeouts = options.timeouts.at_most(options.deadline);
     let mut shared_layers = Vec::new();
     let mut sources = Vec::new();
     for (layer, source) in layers.into_iter().enumerate() {

@@ -21,8 +21,8 @@ use rustls::ClientConfig;
 use url::Url;
 
 use self::pool::{Host, HostKey, Lease};
+use self::target::Endpoint;
 pub(crate) use self::target::RemoteLayer;
-use self::target::Spot;
 use super::FetchOptions;
 use super::runtime::{self, timeout};
 use super::stats::{Counters, add};
@@ -63,7 +63,7 @@ pub(crate) struct Reply {
     came: u64,
 }
 
-/// A range that is still to be asked for, and of whom.
+/// A range that is still to be asked for, and of which server.
 struct Rest {
     client: Client,
     layer: Rc<RemoteLayer>,
@@ -100,7 +100,7 @@ impl Client {
             tls,
             proxy,
             shared.options.connections,
-            shared.options.connect_deadline,
+            shared.options.timeouts.connect,
             shared.counters.clone(),
         );
         shared.hosts.borrow_mut().insert(key, host.clone());
@@ -126,13 +126,13 @@ impl Client {
         demand: bool,
     ) -> Result<Reply, Error> {
         let range = ByteRange { start, len };
-        let stall = self.0.options.stall_deadline;
+        let stall = self.0.options.timeouts.stall;
         let mut kept = layer.target();
-        let mut spot = layer.spot(None).await?;
-        let mut chain = Redirects::from(kept.clone().unwrap_or_else(|| spot.url.clone()));
+        let mut endpoint = layer.endpoint(None).await?;
+        let mut chain = Redirects::from(kept.clone().unwrap_or_else(|| endpoint.url.clone()));
         let (mut renewed, mut ranged) = (false, true);
         // Each turn follows one redirect of the chain, or leaves behind for good what does not work: where a redirect led before,
-        // a spot, ranges.
+        // a endpoint, ranges.
         loop {
             let url = chain.url().clone();
             let asked = Asked {
@@ -143,12 +143,12 @@ impl Client {
                 encoding: layer.encoding(),
             };
             let sent = Instant::now();
-            let (head, body, lease) = match self.exchange(&spot, &url, asked, demand).await {
+            let (head, body, lease) = match self.exchange(&endpoint, &url, asked, demand).await {
                 Ok(answer) => answer,
                 Err(failure) => {
                     layer.forget_target(&url);
-                    if url == spot.url && failure.kind() != http::Kind::Stale {
-                        layer.doubt(&spot);
+                    if url == endpoint.url && failure.kind() != http::Kind::Stale {
+                        layer.doubt(&endpoint);
                     }
                     return Err(failure);
                 }
@@ -156,7 +156,7 @@ impl Client {
             let verdict = judge(head.status, &head.headers, asked);
             match verdict {
                 Verdict::Part { .. } | Verdict::Whole => {
-                    if url != spot.url && kept.is_none() {
+                    if url != endpoint.url && kept.is_none() {
                         layer.keep_target(url.clone());
                     }
                     let part = match verdict {
@@ -184,22 +184,22 @@ impl Client {
                     let failure = Error::status(&url, status, None, after);
                     if matches!(failure.kind(), http::Kind::Busy(_)) {
                         layer.forget_target(&url);
-                        if url == spot.url {
-                            layer.doubt(&spot);
+                        if url == endpoint.url {
+                            layer.doubt(&endpoint);
                         }
                         return Err(failure);
                     }
                     if let Some(target) = kept.take() {
                         // The signature in the redirect's URL has run out: ask the original for a new one.
                         layer.forget_target(&target);
-                        chain = Redirects::from(spot.url.clone());
+                        chain = Redirects::from(endpoint.url.clone());
                         continue;
                     }
-                    if layer.can_move() && url == spot.url && !renewed {
+                    if layer.can_move() && url == endpoint.url && !renewed {
                         // The token has run out, or a mirror has lost the blob.
                         renewed = true;
-                        spot = layer.spot(Some(&spot)).await?;
-                        chain = Redirects::from(spot.url.clone());
+                        endpoint = layer.endpoint(Some(&endpoint)).await?;
+                        chain = Redirects::from(endpoint.url.clone());
                         continue;
                     }
                     return Err(failure);
@@ -209,7 +209,7 @@ impl Client {
                     if let Some(target) = kept.take() {
                         // Only where the redirect led before has another layer now: the original may lead elsewhere.
                         layer.forget_target(&target);
-                        chain = Redirects::from(spot.url.clone());
+                        chain = Redirects::from(endpoint.url.clone());
                         continue;
                     }
                     layer.forget_target(&url);
@@ -247,30 +247,30 @@ impl Client {
             body,
             rest: None,
             lease: Some(lease),
-            stall: self.0.options.stall_deadline,
+            stall: self.0.options.timeouts.stall,
             slowest: self.0.options.slowest_body,
             began: Instant::now(),
             came: 0,
         }
     }
 
-    /// One request to `url`, with the spot's credentials if it is the spot's origin.
+    /// One request to `url`, with the endpoint's credentials if it is the endpoint's origin.
     async fn exchange(
         &self,
-        spot: &Spot,
+        endpoint: &Endpoint,
         url: &Url,
         asked: Asked<'_>,
         demand: bool,
     ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Error> {
-        let own = url.origin() == spot.url.origin();
+        let own = url.origin() == endpoint.url.origin();
         let host = if own {
-            self.host(url, &spot.trust)?
+            self.host(url, &endpoint.trust)?
         } else {
-            self.host(url, &spot.trust.elsewhere())?
+            self.host(url, &endpoint.trust.for_redirects())?
         };
         let lease = host.take(demand).await;
         let mut lease = lease.map_err(|error| Error::unreachable(url, error.to_string()).caused_by(error))?;
-        let request = Self::request(spot, url, own, &host, asked)?;
+        let request = Self::request(endpoint, url, own, &host, asked)?;
         let response = self.send(url, &mut lease, request).await?;
         let (head, body) = response.into_parts();
         Ok((head, body, lease))
@@ -288,7 +288,7 @@ impl Client {
         let Some(sender) = lease.sender() else {
             return Err(Error::unreachable(url, "the connection is gone"));
         };
-        let within = self.0.options.head_deadline;
+        let within = self.0.options.timeouts.head;
         match timeout(within, sender.send_request(request)).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if reused => Err(Error::stale(url, explain(&error)).caused_by(error)),
@@ -298,7 +298,7 @@ impl Client {
     }
 
     fn request(
-        spot: &Spot,
+        endpoint: &Endpoint,
         url: &Url,
         own: bool,
         host: &Host,
@@ -326,9 +326,9 @@ impl Client {
         if let Some(value) = forwarder.and_then(|proxy| proxy.authorization.as_ref()) {
             request = request.header(header::PROXY_AUTHORIZATION, value);
         }
-        for (name, value) in &spot.headers {
+        for (name, value) in &endpoint.headers {
             // Credentials are for the host they were given for, not for where it sends us; a registry's other headers too.
-            let secret = name == header::AUTHORIZATION || name == header::COOKIE || spot.is_of_registry();
+            let secret = name == header::AUTHORIZATION || name == header::COOKIE || endpoint.is_of_registry();
             if own || !secret {
                 request = request.header(name, value);
             }

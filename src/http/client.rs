@@ -11,7 +11,7 @@ use super::error::{Error, innermost};
 use super::retry::Timeouts;
 use super::tls::{self, Trust};
 
-/// A client that follows no redirects by itself: where credentials go is decided by who follows. Proxies are taken from the
+/// A client that follows no redirects by itself: whoever follows decides where credentials go. Proxies are taken from the
 /// environment. `secure` says whether it will be used for TLS, without which certificates need not be there.
 ///
 /// # Errors
@@ -25,7 +25,7 @@ pub(super) fn builder(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Resul
     let config = match tls::client_config_for(trust) {
         Ok(config) => (*config).clone(),
         Err(error) if secure => return Err(error),
-        Err(_) => tls::trusting_nobody()?,
+        Err(_) => tls::without_roots()?,
     };
     Ok(Client::builder()
         .tls_backend_preconfigured(config)

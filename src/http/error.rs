@@ -10,7 +10,7 @@ use url::Url;
 use super::redact::shown_url;
 use super::span::Span;
 
-/// What a failure means for whoever might ask again.
+/// What a failed request means for the next try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
@@ -135,7 +135,7 @@ impl Error {
         error
     }
 
-    /// Those who have the blob `name` do not give it to us; `cause` is what they say, in one line.
+    /// The blob `name` is refused by its servers; `cause` is what they say, in one line.
     #[must_use]
     pub fn refused(name: &str, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         let why = cause.to_string();
@@ -241,7 +241,7 @@ impl Error {
         self.0.lasting || matches!(self.0.kind, Kind::Changed | Kind::Setup)
     }
 
-    /// Whether another try may succeed, for who asks one server with unchanged credentials.
+    /// Whether another try of one server with unchanged credentials may succeed.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         !self.is_lasting() && !matches!(self.0.kind, Kind::Refused(_))

@@ -9,7 +9,7 @@ use url::Url;
 /// Asked for again so long before its end, or a tenth of what is left: a request takes time to arrive.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// Until when to use `url`, of which somebody told us just `now`.
+/// Until when to use `url`, to which a redirect led just `now`.
 ///
 /// Known are AWS's and Google's signatures (`X-Amz-Date` with `X-Amz-Expires`, the same with `X-Goog-`), the older form of
 /// both and `CloudFront`'s (`Expires`, seconds since 1970), and Azure's (`se`, a time). A time that is over already means that

@@ -102,7 +102,7 @@ impl Proxy {
         request.extend_from_slice(b"\r\n");
         stream.write_all(&request).await?;
         stream.flush().await?;
-        // Byte by byte: what follows the head belongs to somebody else.
+        // Byte by byte: what follows the head belongs to the tunnel.
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             if head.len() >= LONGEST_HEAD {

@@ -50,7 +50,7 @@ pub(super) fn shown_location(location: &str) -> String {
     printable(&location[..end])
 }
 
-/// A stranger's text must not move the cursor or colour the screen.
+/// Text from outside must not move the cursor or colour the screen.
 fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(512).collect()
 }
@@ -159,7 +159,7 @@ mod tests {
             ("docker://me:word@host/a", "docker://host/a"),
             ("/a/plain path?x@y", "/a/plain path?x@y"),
             ("a:b", "a:b"),
-            // Not URLs, but somebody meant one.
+            // Not URLs, but meant to be.
             ("http://[broken/?word=1", "http://[broken/?…"),
             ("http://me:word@[bad", "http://[bad"),
             ("http://me:word@[bad?sig=word", "http://[bad?…"),

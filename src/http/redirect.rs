@@ -1,5 +1,5 @@
-//! Where a server sends those who ask (RFC 9110, section 15.4). One set of rules for both clients; who follows sends the next
-//! request, and keeps credentials to the origin they are for.
+//! Where a server sends those who ask (RFC 9110, section 15.4). One set of rules for both clients, which send the next request
+//! themselves and keep credentials to the origin they are for.
 
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderValue, LOCATION};

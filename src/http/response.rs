@@ -1,4 +1,4 @@
-//! Whether an answer is what was asked for. In: status and headers, from a stranger. Out: a verdict; only
+//! Whether an answer is what was asked for. In: status and headers of an answer, not to be trusted. Out: a verdict; only
 //! [`Verdict::Part`] and [`Verdict::Whole`] let bytes through (RFC 9110, sections 14 and 15).
 //!
 //! Invariant: a body that passes holds the blob's own bytes from a known position on, and its length is known to agree with the
@@ -65,7 +65,7 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// The failure that a verdict other than [`Part`](Self::Part) and [`Whole`](Self::Whole) is for who does not know better.
+    /// A verdict other than [`Part`](Self::Part) and [`Whole`](Self::Whole) as an error of `url`.
     pub(crate) fn into_error(self, url: &(impl Shown + ?Sized)) -> Error {
         match self {
             Self::Status { status, after } => Error::status(url, status, None, after),
@@ -212,7 +212,7 @@ pub(crate) enum Found {
     RangesOfUnknown,
     /// The server does not serve ranges, and says so with an error: ask again without one.
     NoRanges,
-    /// No blob; why.
+    /// No blob; what the answer is instead.
     Not(Verdict),
 }
 

@@ -1,4 +1,4 @@
-//! How long to wait for servers, when to ask again, and who is waiting for that right now.
+//! How long to wait for servers, when to ask again, and which requests wait for that right now.
 
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
@@ -22,6 +22,18 @@ pub struct Timeouts {
     pub head: Duration,
     /// Between two pieces of a body.
     pub stall: Duration,
+}
+
+impl Timeouts {
+    /// The same, none of them longer than `most`.
+    #[must_use]
+    pub fn at_most(self, most: Duration) -> Self {
+        Self {
+            connect: self.connect.min(most),
+            head: self.head.min(most),
+            stall: self.stall.min(most),
+        }
+    }
 }
 
 impl Default for Timeouts {
@@ -167,7 +179,7 @@ fn jittered(pause: Duration) -> Duration {
     pause / 2 + pause / 2 * random / 0xFFFF
 }
 
-/// No server means more than this by a `Retry-After`, and a year is an end for whoever waits.
+/// A `Retry-After` counts as no more than this, so that times do not overflow.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How long an answer asks us to wait (RFC 9110, section 10.2.3): in seconds, or until a date. A date is measured from the `Date`
@@ -198,7 +210,7 @@ fn http_date(text: &str) -> Option<SystemTime> {
 /// A request that waits to be sent again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// Whom or what it is for: a URL or a blob's name, without secrets.
+    /// What it is for: a URL or a blob's name, without secrets.
     pub place: String,
     /// Why it has to wait.
     pub why: String,
@@ -221,7 +233,7 @@ impl fmt::Display for Waiting {
     }
 }
 
-/// Pauses from here on are worth a word to whoever watches; those between our own few tries are shorter.
+/// Pauses from here on are said in the log, progress and statistics; those between our own few tries are shorter.
 const WORTH_SAYING: Duration = Duration::from_secs(2);
 
 /// All pauses of this process that are worth saying, each with a number.

@@ -1,6 +1,6 @@
 //! One runtime for everything that talks to registries. A connection belongs to the runtime that made it; here are callers
 //! without one (commands), with one that ends soon (walks) and with one that must not be kept busy (the fetch thread). So
-//! registries are talked to on a thread of their own, and everybody else waits for it in their own way.
+//! registries are talked to on a thread of their own, and callers wait for it each in their own way.
 
 use std::future::Future;
 use std::sync::OnceLock;
@@ -30,7 +30,7 @@ fn start() -> Result<Handle, String> {
         .spawn(move || {
             match runtime() {
                 Ok(runtime) => {
-                    // Whoever started it waits for this.
+                    // The thread that starts this one waits for it.
                     let _ = tell.send(Ok(runtime.handle().clone()));
                     runtime.block_on(std::future::pending::<()>());
                 }

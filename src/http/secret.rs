@@ -17,7 +17,7 @@ impl Secret {
         Self(text)
     }
 
-    /// The text, for whoever has to send it.
+    /// The text, to be sent.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0

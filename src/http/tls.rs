@@ -1,4 +1,4 @@
-//! TLS for everybody who speaks HTTPS here: ring's cryptography, and the machine's own certificates or those that somebody
+//! TLS configurations for both HTTP clients: ring's cryptography, and the machine's own certificate authorities or those that are
 //! named for one server.
 
 use std::collections::HashMap;
@@ -14,22 +14,22 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 
-/// Whom to believe that they are a server, and what to show it.
+/// How a server proves who it is, and what certificate the client shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Trust {
     /// Files with certificate authorities (PEM), beside the machine's own.
     pub authorities: Vec<PathBuf>,
     /// Files with a client certificate and its key (PEM); the first pair is shown.
     pub client: Vec<(PathBuf, PathBuf)>,
-    /// Whether any certificate will do. Whoever can reach the connection can then read and change what passes.
-    pub anybody: bool,
+    /// Whether any certificate will do (`skip_verify`). Who is on the way can then read and change what passes.
+    pub any_certificate: bool,
 }
 
 impl Trust {
-    /// What of it holds for whom such a server redirects to: its authorities, as containerd has it, because a house that has
-    /// authorities of its own has storage under them. Nothing is shown there, and not anybody is believed.
+    /// What of it holds for servers that such a server redirects to: its authorities, as in containerd, because an organisation
+    /// with authorities of its own has storage under them. No client certificate is shown there, and certificates are checked.
     #[must_use]
-    pub fn elsewhere(&self) -> Self {
+    pub fn for_redirects(&self) -> Self {
         Self {
             authorities: self.authorities.clone(),
             ..Self::default()
@@ -105,7 +105,7 @@ fn load(trust: &Trust) -> Result<ClientConfig, String> {
     let mut roots = match roots() {
         Ok(roots) => roots,
         // Named authorities are enough.
-        Err(_) if !trust.authorities.is_empty() || trust.anybody => RootCertStore::empty(),
+        Err(_) if !trust.authorities.is_empty() || trust.any_certificate => RootCertStore::empty(),
         Err(error) => return Err(error),
     };
     for path in &trust.authorities {
@@ -124,8 +124,8 @@ fn load(trust: &Trust) -> Result<ClientConfig, String> {
     let builder = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?;
-    let builder = if trust.anybody {
-        let verifier = Arc::new(Anybody(provider()));
+    let builder = if trust.any_certificate {
+        let verifier = Arc::new(AnyCertificate(provider()));
         builder.dangerous().with_custom_certificate_verifier(verifier)
     } else {
         builder.with_root_certificates(roots)
@@ -149,16 +149,16 @@ fn load(trust: &Trust) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-/// A configuration that trusts nobody, for plain HTTP where no certificates are installed. HTTPS fails with it, and says so.
-pub(super) fn trusting_nobody() -> Result<ClientConfig, Error> {
+/// A configuration without authorities, for plain HTTP where no certificates are installed. HTTPS fails with it, and says so.
+pub(super) fn without_roots() -> Result<ClientConfig, Error> {
     builder(RootCertStore::empty()).map_err(|why| Error::setup("TLS", why))
 }
 
-/// Takes any certificate, because somebody wrote `skip_verify`; signatures must still fit it.
+/// Takes any certificate; signatures must still fit it.
 #[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+struct AnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AnyCertificate {
     fn verify_server_cert(
         &self,
         _end_entity: &CertificateDer<'_>,

@@ -21,7 +21,7 @@ pub enum SourceError {
     /// A local file cannot be opened or read.
     #[error("cannot open {}: {source}", path.display())]
     File {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
@@ -73,7 +73,7 @@ pub enum SourceError {
     /// A registry or its token server does not let us in.
     #[error("{name}: access denied: {why}; log in with a tool that keeps credentials, or use --creds or --authfile")]
     Denied {
-        /// Whom we asked.
+        /// The registry or token server.
         name: String,
         /// What it said.
         why: String,
@@ -89,15 +89,12 @@ pub enum SourceError {
     /// A `hosts.toml` cannot be used.
     #[error("cannot use {}: {why}", path.display())]
     Hosts {
-        /// Which.
+        /// The file.
         path: PathBuf,
         /// What is wrong with it.
         why: String,
     },
 }
-
-/// The same, where a request has failed.
-pub(in crate::source) type Failure = SourceError;
 
 impl SourceError {
     /// Whether a server said that what was asked for is not there.
@@ -128,11 +125,6 @@ impl SourceError {
     /// An answer of `url` that contradicts the question.
     pub(in crate::source) fn wrong(url: &Url, why: impl Into<String>) -> Self {
         http::Error::wrong(url, why).into()
-    }
-
-    /// No other try will change it.
-    pub(in crate::source) fn lasting(error: Self) -> Self {
-        error
     }
 }
 

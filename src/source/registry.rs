@@ -5,7 +5,7 @@
 //! they are read, and their sizes are bounded. Layers are checked where they are read.
 //!
 //! Parts: `reference` (names), `hosts` (which servers), `credentials` and `challenge` (logging in), `session` (requests),
-//! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for those who may wait), `manifest`, `oci_layout`.
+//! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for callers that may wait), `manifest`, `oci_layout`.
 
 mod access;
 mod answer;

@@ -1,4 +1,4 @@
-//! Requests for a blob on a server, whoever serves it: a web server or a registry. In: a blob, ranges of it. Out: its bytes from
+//! Requests for a blob on a web server or in a registry. In: a blob, ranges of it. Out: its bytes from
 //! where they were asked for, piece by piece, or an error that says whether trying again makes sense.
 //!
 //! No byte leaves this file before the answer's head was judged against the question (`http::judge`).
@@ -158,7 +158,7 @@ impl Requests {
     }
 
     /// Asks for `len` bytes from `start` on. The body begins there; it may end before they do, and then the rest has to be asked
-    /// for. A server that is known to answer ranges and sends the whole blob is asked again; of a registry nobody knows, and the
+    /// for. A server that is known to answer ranges and sends the whole blob is asked again; of a registry it is not known, and the
     /// body may begin at the blob's beginning.
     pub(crate) async fn range(&self, blob: &Blob, start: u64, len: u64) -> Result<Body, SourceError> {
         let end = start.saturating_add(len).min(blob.len);

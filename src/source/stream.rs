@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
 use super::blob::{Blob, Place};
-use super::error::{Failure, SourceError, wait_after};
+use super::error::{SourceError, wait_after};
 use super::request::Requests;
 use crate::http::{Backoff, Body, HttpOptions, runtime};
 
@@ -108,7 +108,7 @@ async fn range_of_http(blob: &Blob, range: Range<u64>, options: &HttpOptions) ->
 }
 
 /// Takes what of an answer is wanted and not there yet.
-async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff: &mut Backoff) -> Option<Failure> {
+async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff: &mut Backoff) -> Option<SourceError> {
     loop {
         let next = range.start.saturating_add(u64::try_from(got.len()).unwrap_or(u64::MAX));
         if next >= range.end {
@@ -144,7 +144,7 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, sink: BlobSink<'_
             })?,
         };
         if got == 0 {
-            // Somebody cut the file while it was read.
+            // The file was cut while it was read.
             let shortened = SourceError::Shortened {
                 name: blob.name.clone(),
                 len: at,

@@ -10,7 +10,7 @@ pub enum WalkError {
     /// The bytes cannot be had.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The tar itself is bad, or whoever takes its entries refused one.
+    /// The tar itself is bad, or the sink refused an entry.
     #[error("{name}: {source}")]
     Tar {
         /// The layer.

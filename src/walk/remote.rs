@@ -60,7 +60,7 @@ pub(super) fn walk<'a>(
         got: Cell::new(0),
         link: Link::default(),
     };
-    let mut truth = Truth {
+    let mut main = MainParser {
         parser: Parser::new(),
         sink,
         progress,
@@ -68,9 +68,9 @@ pub(super) fn walk<'a>(
     };
     let end = runtime::runtime().map_err(SourceError::from)?.block_on(async {
         if blob.len == 0 {
-            truth.finish()
+            main.finish()
         } else if blob.answers_ranges() && wire.answers_ranges().await? {
-            walk_ranges(&wire, &mut truth).await
+            walk_ranges(&wire, &mut main).await
         } else {
             if blob.answers_ranges() {
                 // It said that it does when it was asked how long the layer is.
@@ -79,7 +79,7 @@ pub(super) fn walk<'a>(
                     blob.name
                 );
             }
-            walk_stream(&wire, &mut truth, keep_all).await
+            walk_stream(&wire, &mut main, keep_all).await
         }
     })?;
     Ok(Walked {
@@ -91,14 +91,14 @@ pub(super) fn walk<'a>(
 }
 
 /// The one parser that counts, and where its entries go.
-struct Truth<'a> {
+struct MainParser<'a> {
     parser: Parser,
     sink: &'a mut dyn EntrySink,
     progress: Progress<'a>,
     blob: &'a Blob,
 }
 
-impl Truth<'_> {
+impl MainParser<'_> {
     /// Where it needs a byte next; `None` when it needs no more.
     fn wants(&self) -> Option<u64> {
         self.parser.wants().map(|at| at.0).filter(|at| *at < self.blob.len)
@@ -128,7 +128,7 @@ impl Truth<'_> {
 }
 
 /// Reads the layer from beginning to end, of a server that can do nothing else.
-async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> Result<EndOfArchive, WalkError> {
+async fn walk_stream(wire: &Wire<'_>, main: &mut MainParser<'_>, keep_all: bool) -> Result<EndOfArchive, WalkError> {
     let mut reached = 0;
     let mut backoff = wire.requests.backoff();
     loop {
@@ -136,15 +136,15 @@ async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> 
             Err(failure) => failure,
             Ok(mut body) => loop {
                 match wire.piece(&mut body).await {
-                    Ok(None) => return truth.finish(),
+                    Ok(None) => return main.finish(),
                     Ok(Some((at, bytes))) => {
-                        truth.feed(at, &bytes)?;
+                        main.feed(at, &bytes)?;
                         if body.at() > reached {
                             reached = body.at();
                             backoff.succeeded();
                         }
-                        if truth.wants().is_none() && !keep_all {
-                            return truth.finish();
+                        if main.wants().is_none() && !keep_all {
+                            return main.finish();
                         }
                     }
                     Err(failure) => break failure,
@@ -156,21 +156,21 @@ async fn walk_stream(wire: &Wire<'_>, truth: &mut Truth<'_>, keep_all: bool) -> 
 }
 
 /// Follows the chain in all segments at once.
-async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArchive, WalkError> {
-    let (segments, mut finds): (Vec<_>, Vec<_>) = segments(wire.blob.len).into_iter().unzip();
+async fn walk_ranges(wire: &Wire<'_>, main: &mut MainParser<'_>) -> Result<EndOfArchive, WalkError> {
+    let (segments, mut runs): (Vec<_>, Vec<_>) = segments(wire.blob.len).into_iter().unzip();
     let segments = RefCell::new(segments.into_iter());
-    let ground = Ground::default();
+    let payloads = Payloads::default();
     let exploring = join_all((0..explorers(wire.blob.len)).map(|_| async {
         wire.link.readers.set(wire.link.readers.get() + 1);
         loop {
             // Bound to a name, so that the borrow ends before the exploring begins.
             let segment = segments.borrow_mut().next();
             let Some(segment) = segment else { break };
-            segment.explore(wire, &ground).await;
+            segment.explore(wire, &payloads).await;
         }
         wire.link.readers.set(wire.link.readers.get() - 1);
     }));
-    let verifying = verify(wire, truth, &mut finds);
+    let verifying = verify(wire, main, &mut runs);
     match select(pin!(verifying), pin!(exploring)).await {
         Either::Left((outcome, _)) => outcome,
         Either::Right((_, verifying)) => verifying.await,
@@ -178,28 +178,34 @@ async fn walk_ranges(wire: &Wire<'_>, truth: &mut Truth<'_>) -> Result<EndOfArch
 }
 
 /// Feeds the parser what explorers found, segment by segment, and fetches what they did not find.
-async fn verify(wire: &Wire<'_>, truth: &mut Truth<'_>, finds: &mut [Finds]) -> Result<EndOfArchive, WalkError> {
+async fn verify(
+    wire: &Wire<'_>,
+    main: &mut MainParser<'_>,
+    runs: &mut [SegmentRuns],
+) -> Result<EndOfArchive, WalkError> {
     let mut reader = Reader::new(wire);
-    for find in finds {
-        while truth.wants().is_some_and(|wanted| wanted < find.end) {
-            let Some(piece) = find.pieces.recv().await else { break };
-            bridge(&mut reader, truth, piece.at).await?;
-            if truth.wants() == Some(piece.at) {
-                truth.feed(piece.at, &piece.bytes)?;
+    for segment in runs {
+        while main.wants().is_some_and(|wanted| wanted < segment.end) {
+            let Some(run) = segment.received.recv().await else {
+                break;
+            };
+            bridge(&mut reader, main, run.at).await?;
+            if main.wants() == Some(run.at) {
+                main.feed(run.at, &run.bytes)?;
             }
         }
-        // Its explorer stops when nobody listens.
-        find.pieces.close();
-        bridge(&mut reader, truth, find.end).await?;
+        // Its explorer stops when the channel is closed.
+        segment.received.close();
+        bridge(&mut reader, main, segment.end).await?;
     }
-    truth.finish()
+    main.finish()
 }
 
 /// Follows the chain up to `until` with requests of its own.
-async fn bridge(reader: &mut Reader<'_, '_>, truth: &mut Truth<'_>, until: u64) -> Result<(), WalkError> {
-    while let Some(wanted) = truth.wants().filter(|wanted| *wanted < until) {
+async fn bridge(reader: &mut Reader<'_, '_>, main: &mut MainParser<'_>, until: u64) -> Result<(), WalkError> {
+    while let Some(wanted) = main.wants().filter(|wanted| *wanted < until) {
         let bytes = reader.read(wanted).await?;
-        truth.feed(wanted, &bytes)?;
+        main.feed(wanted, &bytes)?;
     }
     Ok(())
 }
@@ -212,24 +218,24 @@ fn explorers(len: u64) -> u64 {
 struct Segment {
     start: u64,
     end: u64,
-    finds: mpsc::UnboundedSender<Piece>,
+    runs: mpsc::UnboundedSender<HeaderRun>,
     room: Arc<Semaphore>,
 }
 
 /// The other end: what an explorer found in the segment that ends at `end`.
-struct Finds {
+struct SegmentRuns {
     end: u64,
-    pieces: mpsc::UnboundedReceiver<Piece>,
+    received: mpsc::UnboundedReceiver<HeaderRun>,
 }
 
 /// Header blocks that lie together.
-struct Piece {
+struct HeaderRun {
     at: u64,
     bytes: Vec<u8>,
     _room: OwnedSemaphorePermit,
 }
 
-fn segments(len: u64) -> Vec<(Segment, Finds)> {
+fn segments(len: u64) -> Vec<(Segment, SegmentRuns)> {
     let size = len
         .div_ceil(explorers(len))
         .next_multiple_of(TAR_BLOCK)
@@ -238,16 +244,16 @@ fn segments(len: u64) -> Vec<(Segment, Finds)> {
     let mut segments = Vec::new();
     while start < len {
         let end = start.saturating_add(size).min(len);
-        let (sender, pieces) = mpsc::unbounded_channel();
+        let (sender, received) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(WAITING));
         segments.push((
             Segment {
                 start,
                 end,
-                finds: sender,
+                runs: sender,
                 room,
             },
-            Finds { end, pieces },
+            SegmentRuns { end, received },
         ));
         start = end;
     }
@@ -256,12 +262,12 @@ fn segments(len: u64) -> Vec<(Segment, Finds)> {
 
 /// What explorers know together: big payloads, in which no explorer needs to look for a header.
 #[derive(Default)]
-struct Ground {
+struct Payloads {
     /// From start to end.
     payloads: RefCell<BTreeMap<u64, u64>>,
 }
 
-impl Ground {
+impl Payloads {
     fn payload(&self, start: u64, end: u64) {
         if end - start >= FIRST {
             self.payloads.borrow_mut().insert(start, end);
@@ -279,20 +285,20 @@ impl Ground {
 
 impl Segment {
     /// Finds the chain in this segment and follows it to the end, again and again if it breaks off. Errors end it quietly:
-    /// if the bytes matter, the one who verifies meets the same error.
-    async fn explore(&self, wire: &Wire<'_>, ground: &Ground) {
+    /// if the bytes matter, the main parser meets the same error.
+    async fn explore(&self, wire: &Wire<'_>, payloads: &Payloads) {
         let mut reader = Reader::new(wire);
         let mut scan_left = ((self.end - self.start) / SCAN_PART).min(MAX_SCAN);
         let mut at = self.start;
         while at < self.end && !self.abandoned() {
             if at != 0 {
-                let found = self.scan(&mut reader, ground, at, &mut scan_left).await;
+                let found = self.scan(&mut reader, payloads, at, &mut scan_left).await;
                 match found {
                     Ok(Some(header)) => at = header,
                     _ => return,
                 }
             }
-            match self.follow(&mut reader, ground, at).await {
+            match self.follow(&mut reader, payloads, at).await {
                 Ok(reached) => at = reached,
                 Err(error) => return log::debug!("explorer at byte {at}: {error}"),
             }
@@ -300,19 +306,19 @@ impl Segment {
     }
 
     fn abandoned(&self) -> bool {
-        self.finds.is_closed()
+        self.runs.is_closed()
     }
 
     /// The first block from `at` on that looks like a header.
     async fn scan(
         &self,
         reader: &mut Reader<'_, '_>,
-        ground: &Ground,
+        payloads: &Payloads,
         mut at: u64,
         left: &mut u64,
     ) -> Result<Option<u64>, SourceError> {
         while at < self.end && !self.abandoned() {
-            let past = ground.past_payload(at).next_multiple_of(TAR_BLOCK);
+            let past = payloads.past_payload(at).next_multiple_of(TAR_BLOCK);
             if past > at {
                 at = past;
                 continue;
@@ -332,9 +338,9 @@ impl Segment {
     }
 
     /// Follows the chain from the header at `at`; returns where it leads when the segment is left or it breaks off.
-    async fn follow(&self, reader: &mut Reader<'_, '_>, ground: &Ground, at: u64) -> Result<u64, SourceError> {
+    async fn follow(&self, reader: &mut Reader<'_, '_>, payloads: &Payloads, at: u64) -> Result<u64, SourceError> {
         let mut parser = Parser::starting_at(TarOffset(at));
-        let mut found = Found {
+        let mut found = RunBuilder {
             segment: self,
             at,
             bytes: Vec::new(),
@@ -342,7 +348,7 @@ impl Segment {
         let mut payload_from = at;
         while let Some(TarOffset(wanted)) = parser.wants() {
             if wanted > payload_from {
-                ground.payload(payload_from, wanted);
+                payloads.payload(payload_from, wanted);
             }
             if wanted >= reader.wire.blob.len || self.abandoned() {
                 break;
@@ -374,13 +380,13 @@ fn len_u64(bytes: &[u8]) -> u64 {
 }
 
 /// Header blocks on their way to the parser.
-struct Found<'a> {
+struct RunBuilder<'a> {
     segment: &'a Segment,
     at: u64,
     bytes: Vec<u8>,
 }
 
-impl Found<'_> {
+impl RunBuilder<'_> {
     /// So many bytes are sent together.
     const TOGETHER: usize = 32 << 10;
     /// What a piece weighs at least.
@@ -412,8 +418,8 @@ impl Found<'_> {
         let weight = u32::try_from(bytes.len().max(Self::LEAST)).unwrap_or(u32::MAX);
         let room = Arc::clone(&self.segment.room).acquire_many_owned(weight).await;
         if let Ok(room) = room {
-            // Nobody listening means that nobody needs it.
-            let _ = self.segment.finds.send(Piece { at, bytes, _room: room });
+            // A closed channel means that it is not needed.
+            let _ = self.segment.runs.send(HeaderRun { at, bytes, _room: room });
         }
     }
 }
@@ -436,8 +442,8 @@ mod tests {
         for len in [1, 511, 4 << 20, (1 << 30) + 5, 1 << 40, u64::MAX - 1, u64::MAX] {
             let mut end = 0;
             let all = segments(len);
-            for (segment, finds) in &all {
-                assert!(segment.start == end && segment.start < segment.end && segment.end == finds.end);
+            for (segment, runs) in &all {
+                assert!(segment.start == end && segment.start < segment.end && segment.end == runs.end);
                 assert!(segment.start.is_multiple_of(TAR_BLOCK));
                 end = segment.end;
             }

@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tarblk::internals::bench::origin::Origin;
 use tarblk::internals::cache::Slice;
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, Located};
-use tarblk::internals::http::Validator;
+use tarblk::internals::http::{Timeouts, Validator};
 use tarblk::internals::source::{Blob, Place, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
@@ -71,9 +71,11 @@ pub(crate) fn in_file(path: &Path) -> Blob {
 /// memory, so that chunks leave it.
 pub(crate) fn quick() -> FetchOptions {
     FetchOptions {
-        connect_deadline: Duration::from_millis(500),
-        head_deadline: Duration::from_millis(500),
-        stall_deadline: Duration::from_millis(500),
+        timeouts: Timeouts {
+            connect: Duration::from_millis(500),
+            head: Duration::from_millis(500),
+            stall: Duration::from_millis(500),
+        },
         slowest_body: 16 << 10,
         deadline: Duration::from_secs(60),
         memory_bytes: 1 << 20,

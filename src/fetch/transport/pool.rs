@@ -1,4 +1,4 @@
-//! The connections to one host. In: somebody who wants to send a request. Out: a connection that nobody else uses.
+//! The connections to one host. In: a request that waits to be sent. Out: a connection that carries no other.
 //!
 //! HTTP/1.1 carries one answer at a time, so parallel requests need parallel connections; they are kept alive, and when
 //! the last idle one is taken the next is opened in the background, so that a miss seldom waits for a handshake.
@@ -64,7 +64,7 @@ pub(crate) struct Host {
     tls: Option<Arc<ClientConfig>>,
     proxy: Option<Proxy>,
     most: usize,
-    connect_deadline: Duration,
+    connect_timeout: Duration,
     counters: Arc<Counters>,
     idle: RefCell<Vec<SendRequest<Empty<Bytes>>>>,
     /// Connections idle, lent or being opened.
@@ -77,7 +77,7 @@ pub(crate) struct Host {
 
 type Waiting = oneshot::Sender<Result<Free, Arc<io::Error>>>;
 
-/// A connection that nobody uses.
+/// An idle connection.
 struct Free {
     sender: SendRequest<Empty<Bytes>>,
     /// Whether it carried a request before.
@@ -102,7 +102,7 @@ impl Lease {
         if let Some(sender) = self.sender.take() {
             if sender.is_closed() {
                 self.host.count.set(self.host.count.get().saturating_sub(1));
-                // It was somebody's turn to have it.
+                // A waiting request would have had it.
                 self.host.open_for_waiters();
             } else {
                 self.host.offer(Free { sender, used: true });
@@ -141,7 +141,7 @@ impl Host {
         tls: Option<Arc<ClientConfig>>,
         proxy: Option<Proxy>,
         most: usize,
-        connect_deadline: Duration,
+        connect_timeout: Duration,
         counters: Arc<Counters>,
     ) -> Rc<Self> {
         Rc::new(Self {
@@ -149,7 +149,7 @@ impl Host {
             tls,
             proxy,
             most: most.max(1),
-            connect_deadline,
+            connect_timeout,
             counters,
             idle: RefCell::default(),
             count: Cell::new(0),
@@ -219,7 +219,7 @@ impl Host {
         }
     }
 
-    /// Hands a free connection to whoever waits longest, or keeps it.
+    /// Hands an idle connection to the request that waits longest, or keeps it.
     fn offer(&self, mut free: Free) {
         while let Some(waiter) = self.next_waiter() {
             match waiter.send(Ok(free)) {
@@ -254,7 +254,7 @@ impl Host {
                     let error = Arc::new(error);
                     // One failure is one waiter's: the others have their own attempts under way, or get them now.
                     if let Some(waiter) = host.next_waiter() {
-                        let _nobody_waits = waiter.send(Err(error));
+                        let _waiter_gone = waiter.send(Err(error));
                     }
                     host.open_for_waiters();
                 }
@@ -266,7 +266,7 @@ impl Host {
         let addresses = self.resolve().await?;
         let mut last = io::Error::other("the name has no address");
         for address in &addresses {
-            match timeout(self.connect_deadline, self.connect_to(*address)).await {
+            match timeout(self.connect_timeout, self.connect_to(*address)).await {
                 Ok(Ok(sender)) => return Ok(sender),
                 Ok(Err(error)) => last = io::Error::new(error.kind(), format!("{address}: {error}")),
                 Err(_) => last = io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no connection in time")),
@@ -328,7 +328,7 @@ impl Host {
             .await
             .map_err(io::Error::other)?;
         runtime::spawn(async move {
-            // Whoever waits for an answer on it hears of the failure; an idle one just goes.
+            // A request that waits for an answer on it is told of the failure; an idle one just goes.
             if let Err(error) = connection.await {
                 log::debug!("connection ended: {error}");
             }
@@ -348,7 +348,7 @@ impl Host {
         };
         let host = host.trim_matches(['[', ']']).to_owned();
         let looking = runtime::blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
-        let addresses = match timeout(self.connect_deadline, looking).await {
+        let addresses = match timeout(self.connect_timeout, looking).await {
             Ok(Ok(found)) => found?,
             Ok(Err(error)) => return Err(io::Error::other(error)),
             Err(_) => {

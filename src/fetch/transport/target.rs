@@ -1,4 +1,4 @@
-//! Where a layer is right now. In: a fixed URL, or a blob of a registry whose tokens and endpoints change. Out: the spot to
+//! Where a layer is right now. In: a fixed URL, or a blob of a registry whose tokens and endpoints change. Out: the endpoint to
 //! ask next, and names fit for messages and for the store.
 
 use std::cell::{Cell, RefCell};
@@ -16,11 +16,11 @@ use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, BlobLocation};
 use crate::source::{self, Blob};
 
-/// How long answers that were asked for before a place was distrusted may still come in.
+/// How long answers that were asked for before an endpoint was distrusted may still come in.
 const STRAGGLERS: Duration = Duration::from_secs(30);
 
 /// A URL and what is sent there.
-pub(crate) struct Spot {
+pub(crate) struct Endpoint {
     pub(crate) url: Url,
     /// For this URL's origin; credentials among them.
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
@@ -29,7 +29,7 @@ pub(crate) struct Spot {
     located: Option<BlobLocation>,
 }
 
-impl Spot {
+impl Endpoint {
     fn new(url: Url, headers: Vec<(HeaderName, HeaderValue)>) -> Result<Self, String> {
         HostKey::of(&url, &Trust::default()).ok_or("only http:// and https:// can be fetched")?;
         Ok(Self {
@@ -72,27 +72,27 @@ pub(crate) struct RemoteLayer {
     name: String,
     pub(crate) size: u64,
     pub(crate) validator: Option<Validator>,
-    place: Place,
+    location: Location,
     /// Where the last redirect led, and until when that works.
     target: RefCell<Option<(Url, Option<SystemTime>)>>,
     /// When wrong bytes last came from it.
     distrusted: Cell<Option<Instant>>,
 }
 
-enum Place {
-    Fixed {
-        spot: Rc<Spot>,
+enum Location {
+    Url {
+        endpoint: Rc<Endpoint>,
         /// The `Content-Encoding` with which it was found.
         encoding: Option<String>,
     },
-    Registry(Box<Moving>),
+    Registry(Box<RegistryBlob>),
 }
 
-/// A place that has to be found again from time to time.
-struct Moving {
+/// A blob whose endpoint has to be found again from time to time: tokens run out, endpoints fail.
+struct RegistryBlob {
     access: BlobAccess,
-    spot: RefCell<Option<Rc<Spot>>>,
-    /// Held by whoever finds it, so that the others wait for the answer.
+    endpoint: RefCell<Option<Rc<Endpoint>>>,
+    /// Held while it is found, so that other requests wait for the answer.
     finding: tokio::sync::Mutex<()>,
 }
 
@@ -103,23 +103,24 @@ impl RemoteLayer {
             url: blob.name.clone(),
             why: why.to_owned(),
         };
-        let (place, validator) = match &blob.place {
+        let (location, validator) = match &blob.place {
             source::Place::Registry(access) => {
-                let moving = Moving {
+                let in_registry = RegistryBlob {
                     access: access.clone(),
-                    spot: RefCell::default(),
+                    endpoint: RefCell::default(),
                     finding: tokio::sync::Mutex::new(()),
                 };
-                (Place::Registry(Box::new(moving)), None)
+                (Location::Registry(Box::new(in_registry)), None)
             }
             source::Place::Url(at) => {
                 let headers = at.authorization_header().map(|value| (AUTHORIZATION, value));
-                let spot = Spot::new(at.url.clone(), headers.into_iter().collect()).map_err(|why| unusable(&why))?;
-                let place = Place::Fixed {
-                    spot: Rc::new(spot),
+                let endpoint =
+                    Endpoint::new(at.url.clone(), headers.into_iter().collect()).map_err(|why| unusable(&why))?;
+                let location = Location::Url {
+                    endpoint: Rc::new(endpoint),
                     encoding: at.encoding.clone(),
                 };
-                (place, at.validator.clone())
+                (location, at.validator.clone())
             }
             source::Place::File(_) => return Err(unusable("a file is not fetched")),
         };
@@ -127,7 +128,7 @@ impl RemoteLayer {
             name: blob.name.clone(),
             size: blob.len,
             validator,
-            place,
+            location,
             target: RefCell::default(),
             distrusted: Cell::default(),
         })
@@ -138,63 +139,66 @@ impl RemoteLayer {
         self.name.clone()
     }
 
-    /// Whom the first request will go to, as far as that is known.
+    /// The host that the first request will go to, as far as that is known.
     pub(crate) fn first_host(&self) -> Option<(Url, Trust)> {
-        match &self.place {
-            Place::Fixed { spot, .. } => Some((spot.url.clone(), spot.trust.clone())),
-            Place::Registry(moving) => moving.access.first_host(),
+        match &self.location {
+            Location::Url { endpoint, .. } => Some((endpoint.url.clone(), endpoint.trust.clone())),
+            Location::Registry(in_registry) => in_registry.access.first_host(),
         }
     }
 
     /// Which `Content-Encoding` its bytes may have.
     pub(crate) fn encoding(&self) -> Encoding<'_> {
-        match &self.place {
-            Place::Fixed { encoding, .. } => Encoding::Same(encoding.as_deref()),
+        match &self.location {
+            Location::Url { encoding, .. } => Encoding::Same(encoding.as_deref()),
             // A digest decides.
-            Place::Registry(_) => Encoding::Any,
+            Location::Registry(_) => Encoding::Any,
         }
     }
 
-    /// Whether a spot that refuses can be had anew.
+    /// Whether a endpoint that refuses can be had anew.
     pub(crate) fn can_move(&self) -> bool {
-        matches!(self.place, Place::Registry(_))
+        matches!(self.location, Location::Registry(_))
     }
 
-    /// The spot to ask. `stale` is one that has just refused.
-    pub(crate) async fn spot(&self, stale: Option<&Rc<Spot>>) -> Result<Rc<Spot>, Error> {
-        let moving = match &self.place {
-            Place::Fixed { spot, .. } => return Ok(spot.clone()),
-            Place::Registry(moving) => moving,
+    /// The endpoint to ask. `stale` is one that has just refused.
+    pub(crate) async fn endpoint(&self, stale: Option<&Rc<Endpoint>>) -> Result<Rc<Endpoint>, Error> {
+        let in_registry = match &self.location {
+            Location::Url { endpoint, .. } => return Ok(endpoint.clone()),
+            Location::Registry(in_registry) => in_registry,
         };
-        if let Some(spot) = moving.current(stale) {
-            return Ok(spot);
+        if let Some(endpoint) = in_registry.current(stale) {
+            return Ok(endpoint);
         }
-        let _alone = moving.finding.lock().await;
-        if let Some(spot) = moving.current(stale) {
-            return Ok(spot);
+        let _alone = in_registry.finding.lock().await;
+        if let Some(endpoint) = in_registry.current(stale) {
+            return Ok(endpoint);
         }
-        let old = stale.and_then(|spot| spot.located.as_ref());
-        let located = moving.access.locate(old).await;
+        let old = stale.and_then(|endpoint| endpoint.located.as_ref());
+        let located = in_registry.access.locate(old).await;
         let located = located.map_err(|error| failure(&self.name, error))?;
-        let spot = Rc::new(Spot::of(&located).map_err(|why| Error::setup("a request for a blob", why))?);
-        *moving.spot.borrow_mut() = Some(spot.clone());
-        Ok(spot)
+        let endpoint = Rc::new(Endpoint::of(&located).map_err(|why| Error::setup("a request for a blob", why))?);
+        *in_registry.endpoint.borrow_mut() = Some(endpoint.clone());
+        Ok(endpoint)
     }
 
-    /// The spot does not answer, or not now: next time another endpoint is asked, if there is one.
-    pub(crate) fn doubt(&self, spot: &Rc<Spot>) {
-        if let Place::Registry(moving) = &self.place
-            && moving.access.has_alternatives()
-            && let Some(located) = &spot.located
+    /// The endpoint does not answer, or not now: next time another endpoint is asked, if there is one.
+    pub(crate) fn doubt(&self, endpoint: &Rc<Endpoint>) {
+        if let Location::Registry(in_registry) = &self.location
+            && in_registry.access.has_alternatives()
+            && let Some(located) = &endpoint.located
         {
-            moving.access.avoid(located);
-            moving.spot.borrow_mut().take_if(|kept| Rc::ptr_eq(kept, spot));
+            in_registry.access.avoid(located);
+            in_registry
+                .endpoint
+                .borrow_mut()
+                .take_if(|kept| Rc::ptr_eq(kept, endpoint));
         }
     }
 
     /// What came from where it is now was wrong: next time it is asked anew where the bytes are, and another endpoint is asked,
     /// if there is one. Otherwise the second try would get the same bad copy. What else of that copy still comes in within the
-    /// next moments must not speak against the place that was found instead.
+    /// next moments must not speak against the endpoint that was found instead.
     pub(crate) fn distrust(&self) {
         let now = Instant::now();
         let again = self.distrusted.get().is_some_and(|when| now - when < STRAGGLERS);
@@ -203,10 +207,10 @@ impl RemoteLayer {
         }
         self.distrusted.set(Some(now));
         self.target.borrow_mut().take();
-        if let Place::Registry(moving) = &self.place {
-            let spot = moving.spot.borrow().clone();
-            if let Some(spot) = spot {
-                self.doubt(&spot);
+        if let Location::Registry(in_registry) = &self.location {
+            let endpoint = in_registry.endpoint.borrow().clone();
+            if let Some(endpoint) = endpoint {
+                self.doubt(&endpoint);
             }
         }
     }
@@ -230,15 +234,15 @@ impl RemoteLayer {
     }
 }
 
-impl Moving {
-    fn current(&self, stale: Option<&Rc<Spot>>) -> Option<Rc<Spot>> {
-        let spot = self.spot.borrow().clone()?;
-        let known_bad = stale.is_some_and(|stale| Rc::ptr_eq(stale, &spot));
-        (spot.holds() && !known_bad).then_some(spot)
+impl RegistryBlob {
+    fn current(&self, stale: Option<&Rc<Endpoint>>) -> Option<Rc<Endpoint>> {
+        let endpoint = self.endpoint.borrow().clone()?;
+        let known_bad = stale.is_some_and(|stale| Rc::ptr_eq(stale, &endpoint));
+        (endpoint.holds() && !known_bad).then_some(endpoint)
     }
 }
 
-/// What a failure to find the blob means for those who want its bytes.
+/// A failure to find the blob as a failure of the request for its bytes.
 fn failure(name: &str, error: SourceError) -> Error {
     match error {
         SourceError::Http(error) => error,

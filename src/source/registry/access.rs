@@ -16,7 +16,7 @@ use super::session::{Effort, Grant, Need, RepositorySpec, Session, State, lock};
 use crate::digest::Digest;
 use crate::http::tls::Trust;
 use crate::http::{ByteRange, expiry, runtime, without_secrets};
-use crate::source::error::{Failure, SourceError};
+use crate::source::error::SourceError;
 
 /// A blob in a registry, and all that is needed to ask for it for as long as a device lives: endpoints, credentials and where
 /// they come from, tokens. It goes to another process through a pipe and never into a file; `Debug` shows no secrets.
@@ -181,7 +181,7 @@ impl BlobAccess {
         runtime::run(async move { this.find(stale).await }).await
     }
 
-    async fn find(&self, stale: Option<BlobLocation>) -> Result<BlobLocation, Failure> {
+    async fn find(&self, stale: Option<BlobLocation>) -> Result<BlobLocation, SourceError> {
         let order = self.session.order(Need::Pull);
         if stale.is_none()
             && let Some(&at) = order.first()
@@ -211,11 +211,11 @@ impl BlobAccess {
         Err(last.unwrap_or_else(|| self.no_endpoint()))
     }
 
-    fn no_endpoint(&self) -> Failure {
-        Failure::lasting(SourceError::Unusable {
+    fn no_endpoint(&self) -> SourceError {
+        SourceError::Unusable {
             source_name: self.name(),
             why: "none of the configured hosts may be asked for blobs".to_owned(),
-        })
+        }
     }
 
     /// What to ask an endpoint for.
@@ -224,7 +224,7 @@ impl BlobAccess {
     }
 
     /// Asks an endpoint for one byte: the cheapest request that means the same as the ones to come.
-    async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<BlobLocation, Failure> {
+    async fn first_byte(&self, at: usize, stale: Option<HeaderValue>) -> Result<BlobLocation, SourceError> {
         let make = ranged(Some(ByteRange { start: 0, len: 1 }));
         let (url, response, grant) = self
             .session
@@ -254,12 +254,12 @@ impl BlobAccess {
 
     /// Asks for a range, or for all of it, following redirects, logging in, and going on to the next endpoint as far as it takes.
     /// What comes back is a success or a 416.
-    pub(in crate::source) async fn get(&self, range: Option<ByteRange>) -> Result<Response, Failure> {
+    pub(in crate::source) async fn get(&self, range: Option<ByteRange>) -> Result<Response, SourceError> {
         let this = self.clone();
         runtime::run(async move { this.fetch(range).await }).await
     }
 
-    async fn fetch(&self, range: Option<ByteRange>) -> Result<Response, Failure> {
+    async fn fetch(&self, range: Option<ByteRange>) -> Result<Response, SourceError> {
         let make = ranged(range);
         let kept = lock(&self.target).clone();
         if let Some(target) = kept.filter(|target| target.until.is_none_or(|until| SystemTime::now() < until)) {
@@ -286,12 +286,12 @@ impl BlobAccess {
         &self,
         at: usize,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<Response, Failure> {
+    ) -> Result<Response, SourceError> {
         let (url, response, grant) = self
             .session
             .ask(at, Need::Pull, Effort::Full, &self.what(), None, make)
             .await?;
-        let (response, led_to) = self.session.chase(at, &url, response, &grant, make).await?;
+        let (response, led_to) = self.session.follow_redirects(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
             let place = led_to.unwrap_or(url);
             return Err(refusal(&place, response, &self.session.spec.http).await);

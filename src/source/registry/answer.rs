@@ -5,13 +5,18 @@ use serde::Deserialize;
 use url::Url;
 
 use crate::http::{self, HttpOptions};
-use crate::source::error::Failure;
+use crate::source::error::SourceError;
 
 /// No token server's or error's answer is longer.
 pub(super) const LONGEST_ANSWER: u64 = 256 << 10;
 
 /// Reads a whole body that is not longer than `most`.
-pub(super) async fn body(url: &Url, response: Response, most: u64, options: &HttpOptions) -> Result<Vec<u8>, Failure> {
+pub(super) async fn body(
+    url: &Url,
+    response: Response,
+    most: u64,
+    options: &HttpOptions,
+) -> Result<Vec<u8>, SourceError> {
     Ok(http::receive(url, response, most, options.timeouts.stall).await?)
 }
 
@@ -48,7 +53,7 @@ pub(super) async fn explanation(response: Response, options: &HttpOptions) -> Op
 }
 
 /// What an answer means that brings nothing.
-pub(super) async fn refusal(url: &Url, response: Response, options: &HttpOptions) -> Failure {
+pub(super) async fn refusal(url: &Url, response: Response, options: &HttpOptions) -> SourceError {
     let status = response.status();
     let wish = http::retry_after(response.headers());
     let said = explanation(response, options).await;

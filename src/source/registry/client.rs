@@ -18,7 +18,7 @@ use super::session::{Effort, Need, RepositorySpec, Session};
 use super::{RegistryOptions, SmallBlobCache};
 use crate::digest::{Algorithm, Digest};
 use crate::http::{self, Backoff, runtime, shown_url};
-use crate::source::error::{Failure, SourceError, wait_after};
+use crate::source::error::{SourceError, wait_after};
 
 /// So long an answer to what is optional is waited for: many round trips of a long way, and no more than a person takes for one
 /// step of many.
@@ -113,7 +113,7 @@ impl Registry {
     }
 
     /// Asks one endpoint after the other, and all of them again where that may help.
-    fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, Failure>) -> Result<T, SourceError> {
+    fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, SourceError>) -> Result<T, SourceError> {
         runtime::wait(async {
             let mut backoff = Backoff::new(self.session.spec.http.retry);
             loop {
@@ -138,7 +138,7 @@ impl Registry {
     async fn ask_once<T>(
         &self,
         need: Need,
-        question: impl AsyncFn(usize) -> Result<T, Failure>,
+        question: impl AsyncFn(usize) -> Result<T, SourceError>,
     ) -> Result<T, SourceError> {
         let asking = async {
             let mut last = None;
@@ -173,13 +173,13 @@ impl Registry {
         effort: Effort,
         what: &str,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Url, Response), Failure> {
+    ) -> Result<(Url, Response), SourceError> {
         let (url, response, grant) = self.session.ask(at, need, effort, what, None, make).await?;
-        let (response, _) = self.session.chase(at, &url, response, &grant, make).await?;
+        let (response, _) = self.session.follow_redirects(at, &url, response, &grant, make).await?;
         Ok((url, response))
     }
 
-    async fn refused<T>(&self, url: &Url, response: Response) -> Result<T, Failure> {
+    async fn refused<T>(&self, url: &Url, response: Response) -> Result<T, SourceError> {
         Err(refusal(url, response, &self.session.spec.http).await)
     }
 
@@ -237,7 +237,7 @@ impl Registry {
         need: Need,
         effort: Effort,
         version: &Version,
-    ) -> Result<Fetched, Failure> {
+    ) -> Result<Fetched, SourceError> {
         let kinds = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST].join(", ");
         let make = move |client: &Client, url: Url| client.get(url).header(ACCEPT, &kinds);
         let (url, response) = self
@@ -324,7 +324,7 @@ impl Registry {
             let (url, first, grant) = self.session.ask(at, need, effort, &what, None, &make).await?;
             // What the registry itself says counts too, when it sends us elsewhere for the bytes.
             let mut headers = first.headers().clone();
-            let (response, _) = self.session.chase(at, &url, first, &grant, &make).await?;
+            let (response, _) = self.session.follow_redirects(at, &url, first, &grant, &make).await?;
             match response.status() {
                 StatusCode::OK => {}
                 StatusCode::NOT_FOUND => return Ok(None),
@@ -361,7 +361,7 @@ impl Registry {
         })
     }
 
-    async fn post(&self, at: usize, what: &str) -> Result<(Url, Response), Failure> {
+    async fn post(&self, at: usize, what: &str) -> Result<(Url, Response), SourceError> {
         let make = |client: &Client, url: Url| client.post(url).header(CONTENT_LENGTH, 0);
         let (url, response, _) = self
             .session
@@ -378,7 +378,7 @@ impl Registry {
         mut place: Url,
         digest: &Digest,
         bytes: bytes::Bytes,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), SourceError> {
         place.set_fragment(None);
         place.query_pairs_mut().append_pair("digest", &digest.to_string());
         let make = move |client: &Client, url: Url| {
@@ -405,7 +405,7 @@ impl Registry {
         response: Response,
         what: &'static str,
         is_right: impl Fn(&Digest) -> bool,
-    ) -> Result<HeaderMap, Failure> {
+    ) -> Result<HeaderMap, SourceError> {
         if !response.status().is_success() {
             return self.refused(url, response).await;
         }
@@ -509,7 +509,7 @@ impl Registry {
         at: usize,
         subject: &Digest,
         artifact_type: Option<&str>,
-    ) -> Result<Vec<Descriptor>, Failure> {
+    ) -> Result<Vec<Descriptor>, SourceError> {
         let make = |client: &Client, url: Url| client.get(url).header(ACCEPT, OCI_INDEX);
         let mut query = artifact_type.map(|kind| {
             let kind: String = url::form_urlencoded::byte_serialize(kind.as_bytes()).collect();
@@ -529,20 +529,20 @@ impl Registry {
                 .and_then(|value| value.to_str().ok());
             let kind = kind.unwrap_or_default().split(';').next().unwrap_or_default().trim();
             if !kind.eq_ignore_ascii_case(OCI_INDEX) {
-                return Err(Failure::wrong(&url, format!("{kind:?} and no list of referrers")));
+                return Err(SourceError::wrong(&url, format!("{kind:?} and no list of referrers")));
             }
             query = next_page(&url, response.headers());
             let bytes = body(&url, response, LONGEST_MANIFEST, &self.session.spec.http).await?;
-            all.extend(listed(&bytes).map_err(|why| Failure::wrong(&url, why))?);
+            all.extend(listed(&bytes).map_err(|why| SourceError::wrong(&url, why))?);
             if query.is_none() {
                 return Ok(all);
             }
         }
         let why = format!("a list of referrers without end (after {MOST_PAGES} pages)");
-        Err(Failure::lasting(SourceError::Image {
+        Err(SourceError::Image {
             name: format!("{}@{subject}", self.name()),
             why,
-        }))
+        })
     }
 
     /// What the fallback tag of `subject` lists (distribution specification, "Referrers Tag Schema"); none if there is no such tag.
@@ -656,22 +656,22 @@ fn listed(bytes: &[u8]) -> Result<Vec<Descriptor>, String> {
     Ok(readable)
 }
 
-fn upload_place(url: &Url, headers: &HeaderMap) -> Result<Url, Failure> {
+fn upload_place(url: &Url, headers: &HeaderMap) -> Result<Url, SourceError> {
     let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
     let place = location.and_then(|location| url.join(location).ok());
-    let place = place.ok_or_else(|| Failure::wrong(url, "no place to upload to"))?;
+    let place = place.ok_or_else(|| SourceError::wrong(url, "no place to upload to"))?;
     if url.scheme() == "https" && place.scheme() != "https" {
-        return Err(Failure::wrong(url, "a place to upload to without TLS"));
+        return Err(SourceError::wrong(url, "a place to upload to without TLS"));
     }
     Ok(place)
 }
 
-fn wrong_digest(url: &Url, what: &'static str, expected: &Digest) -> Failure {
-    Failure::lasting(SourceError::Digest {
+fn wrong_digest(url: &Url, what: &'static str, expected: &Digest) -> SourceError {
+    SourceError::Digest {
         name: shown_url(url),
         what,
         expected: expected.to_string(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -266,7 +266,7 @@ fn configure(endpoint: &mut Endpoint, settings: &toml::Table, dir: &Path) -> Res
         let has = |name: &str| list.is_empty() || list.iter().any(|capability| capability.eq_ignore_ascii_case(name));
         (endpoint.pull, endpoint.resolve, endpoint.push) = (has("pull"), has("resolve"), has("push"));
     }
-    endpoint.trust.anybody = flag(settings, "skip_verify")?;
+    endpoint.trust.any_certificate = flag(settings, "skip_verify")?;
     let path = |text: String| dir.join(text);
     if let Some(value) = settings.get("ca") {
         let list = strings(value).ok_or("ca is neither a path nor a list of paths")?;
@@ -388,7 +388,7 @@ mod tests {
         assert_eq!(hosts[0].stands_for.as_deref(), Some("docker.io"));
         assert!(hosts[1].pull && !hosts[1].resolve);
         assert_eq!(hosts[1].headers().len(), 3);
-        assert!(hosts[2].trust.anybody);
+        assert!(hosts[2].trust.any_certificate);
         let pairs = [("/d/c.cert", "/d/c.key"), ("/d/both.pem", "/d/both.pem")];
         let pairs = pairs.map(|(a, b)| (PathBuf::from(a), PathBuf::from(b)));
         assert_eq!(hosts[2].trust.client, pairs);

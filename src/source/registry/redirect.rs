@@ -10,19 +10,19 @@ use url::Url;
 use super::session::{Grant, Session};
 use crate::http::tls::Trust;
 use crate::http::{self, Redirects};
-use crate::source::error::{Failure, SourceError};
+use crate::source::error::SourceError;
 
 impl Session {
     /// Follows the redirects of an answer to a GET. `Authorization` and the endpoint's headers stay with its own origin.
     /// Also returns where it ended, if that is elsewhere.
-    pub(super) async fn chase(
+    pub(super) async fn follow_redirects(
         &self,
         at: usize,
         from: &Url,
         mut response: Response,
         grant: &Grant,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Response, Option<Url>), Failure> {
+    ) -> Result<(Response, Option<Url>), SourceError> {
         let mut chain = Redirects::from(from.clone());
         while let Some(url) = chain.next(response.status(), response.headers())?.cloned() {
             let own = url.origin() == from.origin();
@@ -43,16 +43,16 @@ impl Session {
 
     /// The endpoint's client for its own origin, and one that shows nothing to others.
     fn client_for(&self, at: usize, own: bool, url: &Url) -> Result<Client, SourceError> {
-        static STRANGERS: OnceLock<Client> = OnceLock::new();
+        static REDIRECT_CLIENT: OnceLock<Client> = OnceLock::new();
         let secure = url.scheme() == "https";
         if own {
             return self.client(at, secure);
         }
-        let trust = self.spec.endpoints[at].trust.elsewhere();
+        let trust = self.spec.endpoints[at].trust.for_redirects();
         let kept = if trust == Trust::default() {
-            &STRANGERS
+            &REDIRECT_CLIENT
         } else {
-            self.strangers(at)
+            self.redirect_client(at)
         };
         if let Some(client) = kept.get() {
             return Ok(client.clone());
@@ -70,7 +70,7 @@ impl Session {
         at: usize,
         url: &Url,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<Response, Failure> {
+    ) -> Result<Response, SourceError> {
         self.exchange(url, make(&self.client_for(at, false, url)?, url.clone()))
             .await
     }

@@ -22,7 +22,7 @@ use super::challenge::{Challenge, Token, TokenAnswer};
 use super::credentials::{Keyring, Login};
 use super::hosts::Endpoint;
 use crate::http::{self, HttpOptions, Kind, Opener, Secret, shown_url};
-use crate::source::error::{Failure, SourceError};
+use crate::source::error::SourceError;
 
 /// An endpoint that failed is not asked first again for this long.
 const DOWN: Duration = Duration::from_secs(60);
@@ -62,7 +62,7 @@ struct Host {
     /// For its token server, if that is elsewhere.
     token_client: OnceLock<Client>,
     /// For whom it redirects to, if it has authorities of its own.
-    strangers: OnceLock<Client>,
+    redirect_client: OnceLock<Client>,
     state: Mutex<State>,
     /// Held while one request finds out how to log in, so that the others wait for it.
     entering: tokio::sync::Mutex<()>,
@@ -176,7 +176,7 @@ impl Session {
         Some(endpoint.base.clone())
     }
 
-    pub(super) fn set_down(&self, at: usize, failure: &Failure) {
+    pub(super) fn set_down(&self, at: usize, failure: &SourceError) {
         if self.spec.endpoints.len() > 1 {
             let name = shown_url(&self.spec.endpoints[at].base);
             log::info!("{name}: {failure}; asking others for {DOWN:?}");
@@ -217,8 +217,8 @@ impl Session {
     }
 
     /// The place of the client for whom an endpoint redirects to.
-    pub(super) fn strangers(&self, at: usize) -> &OnceLock<Client> {
-        &self.hosts[at].strangers
+    pub(super) fn redirect_client(&self, at: usize) -> &OnceLock<Client> {
+        &self.hosts[at].redirect_client
     }
 
     /// The URL of something in the repository: `manifests/latest`.
@@ -251,7 +251,7 @@ impl Session {
         what: &str,
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Url, Response, Grant), Failure> {
+    ) -> Result<(Url, Response, Grant), SourceError> {
         // What is the first question of all has to find out how to ask.
         if effort == Effort::Once && self.is_known(at) {
             let url = self.url(at, what);
@@ -357,7 +357,7 @@ impl Session {
     }
 
     /// Sends a request with a deadline. `shown` is for messages.
-    pub(super) async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, Failure> {
+    pub(super) async fn exchange(&self, shown: &Url, request: RequestBuilder) -> Result<Response, SourceError> {
         Ok(http::send(shown, request, &self.spec.http.timeouts).await?)
     }
 
@@ -370,7 +370,7 @@ impl Session {
         url: &Url,
         stale: Option<HeaderValue>,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Response, Grant), Failure> {
+    ) -> Result<(Response, Grant), SourceError> {
         let mut stale = stale;
         loop {
             let grant = self.grant(at, need, url, stale.as_ref()).await?;
@@ -410,7 +410,7 @@ impl Session {
         need: Need,
         url: &Url,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
-    ) -> Result<(Response, Grant), Failure> {
+    ) -> Result<(Response, Grant), SourceError> {
         let grant = self.grant(at, need, url, None).await?;
         let request = self.request(at, url, grant.authorization.as_ref(), make)?;
         Ok((self.exchange(url, request).await?, grant))
@@ -434,19 +434,19 @@ impl Session {
         Ok(request)
     }
 
-    async fn denied(&self, at: usize, url: &Url, response: Response) -> Failure {
+    async fn denied(&self, at: usize, url: &Url, response: Response) -> SourceError {
         let status = response.status();
         let why = explanation(response, &self.spec.http).await;
         let why = why.unwrap_or_else(|| status.to_string());
         let basic = lock(&self.hosts[at].state).challenge == Some(Challenge::Basic);
-        Failure::lasting(SourceError::Denied {
+        SourceError::Denied {
             name: shown_url(url),
             why: if basic && status == StatusCode::UNAUTHORIZED {
                 format!("the registry does not take this user and password: {why}")
             } else {
                 why
             },
-        })
+        }
     }
 
     /// What a request has to show, from the cache if that is good enough.
@@ -456,7 +456,7 @@ impl Session {
         need: Need,
         url: &Url,
         stale: Option<&HeaderValue>,
-    ) -> Result<Grant, Failure> {
+    ) -> Result<Grant, SourceError> {
         let host = &self.hosts[at];
         if let Some(grant) = self.cached(at, need, stale)? {
             return Ok(grant);
@@ -485,7 +485,7 @@ impl Session {
     }
 
     /// The grant that is cached and not known to be stale. Where no challenge was seen, one without credentials.
-    fn cached(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, Failure> {
+    fn cached(&self, at: usize, need: Need, stale: Option<&HeaderValue>) -> Result<Option<Grant>, SourceError> {
         let known = lock(&self.hosts[at].state);
         let cached = match &known.challenge {
             None => Some(Grant::default()),
@@ -517,7 +517,7 @@ impl Session {
     }
 
     /// Looks up how to log in, on a thread that may wait for helpers.
-    async fn look_up(&self, at: usize) -> Result<Login, Failure> {
+    async fn look_up(&self, at: usize) -> Result<Login, SourceError> {
         let endpoint = &self.spec.endpoints[at];
         // What was given is for the registry that was named, not for a mirror that stands in for it.
         if let (Some(login), None) = (&self.spec.keyring.given, &endpoint.stands_for) {
@@ -532,7 +532,7 @@ impl Session {
         let (keyring, repository) = (self.spec.keyring.clone(), self.spec.repository.clone());
         let looking = tokio::task::spawn_blocking(move || keyring.login(&host, &repository)).await;
         let login = looking.map_err(|error| http::Error::setup("the search for credentials", error))?;
-        let login = login.map_err(Failure::lasting)?;
+        let login = login?;
         lock(&self.hosts[at].state).login = Some(login.clone());
         Ok(login)
     }
@@ -545,12 +545,10 @@ impl Session {
         url: &Url,
         login: &Login,
         stale: Option<&HeaderValue>,
-    ) -> Result<Grant, Failure> {
-        let denied = |why: &str| {
-            Failure::lasting(SourceError::Denied {
-                name: shown_url(url),
-                why: why.to_owned(),
-            })
+    ) -> Result<Grant, SourceError> {
+        let denied = |why: &str| SourceError::Denied {
+            name: shown_url(url),
+            why: why.to_owned(),
         };
         let challenge = lock(&self.hosts[at].state).challenge.clone();
         let granted = |authorization, until| Grant {
@@ -596,7 +594,7 @@ impl Session {
         service: Option<&str>,
         scope: &str,
         login: &Login,
-    ) -> Result<Token, Failure> {
+    ) -> Result<Token, SourceError> {
         let client = self.token_client(at, realm)?;
         let asked = SystemTime::now();
         let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
@@ -635,21 +633,21 @@ impl Session {
             }
             let why = explanation(response, &self.spec.http).await;
             let why = why.unwrap_or_else(|| format!("the token server says {status}"));
-            return Err(Failure::lasting(SourceError::Denied {
+            return Err(SourceError::Denied {
                 name: shown_url(realm),
                 why,
-            }));
+            });
         }
         let bytes = body(realm, response, LONGEST_ANSWER, &self.spec.http).await?;
         let answer =
-            TokenAnswer::parse(&bytes).ok_or_else(|| Failure::wrong(realm, "an answer with no token in it"))?;
+            TokenAnswer::parse(&bytes).ok_or_else(|| SourceError::wrong(realm, "an answer with no token in it"))?;
         if !answer.refresh_token.is_empty() && matches!(login, Login::Identity(_)) {
             let login = Login::Identity(Secret::new(answer.refresh_token.clone()));
             lock(&self.hosts[at].state).login = Some(login);
         }
         answer
             .token(asked)
-            .ok_or_else(|| Failure::wrong(realm, "an answer with no token in it"))
+            .ok_or_else(|| SourceError::wrong(realm, "an answer with no token in it"))
     }
 }
 
@@ -664,7 +662,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn basic(login: &Login) -> Result<Option<HeaderValue>, Failure> {
+fn basic(login: &Login) -> Result<Option<HeaderValue>, SourceError> {
     let Login::Password { user, password } = login else {
         return Ok(None);
     };
@@ -672,16 +670,14 @@ fn basic(login: &Login) -> Result<Option<HeaderValue>, Failure> {
     sensitive(&format!("Basic {pair}")).map(Some)
 }
 
-fn bearer(token: &Secret) -> Result<HeaderValue, Failure> {
+fn bearer(token: &Secret) -> Result<HeaderValue, SourceError> {
     sensitive(&format!("Bearer {}", token.reveal()))
 }
 
-fn sensitive(text: &str) -> Result<HeaderValue, Failure> {
-    let mut value = HeaderValue::from_str(text).map_err(|_| {
-        Failure::lasting(SourceError::Credentials {
-            place: "the credentials".to_owned(),
-            why: "they hold characters that cannot be sent".to_owned(),
-        })
+fn sensitive(text: &str) -> Result<HeaderValue, SourceError> {
+    let mut value = HeaderValue::from_str(text).map_err(|_| SourceError::Credentials {
+        place: "the credentials".to_owned(),
+        why: "they hold characters that cannot be sent".to_owned(),
     })?;
     value.set_sensitive(true);
     Ok(value)
