@@ -162,7 +162,7 @@ struct Tokens {
 /// A running origin. Dropping it closes its connections and ends its threads.
 ///
 /// ```no_run
-/// # use tarblk::bench::origin::{Link, Origin};
+/// # use tarblk::internals::bench::origin::{Link, Origin};
 /// # use std::time::Duration;
 /// let origin = Origin::start()?;
 /// origin.serve_file("/layer.tar", "layer.tar".as_ref())?;
