@@ -115,7 +115,7 @@ pub use index::{
 };
 pub use layer::{Begins, Coding, Decoder, Indexer, LayerError, LayerType, SPACING, Span, SpanTable, Spans};
 pub use tree::{
-    Child, Content, LINK_TEXT_MAX, NAME_MAX, Node, NodeId, NodeKind, Tree, TreeBuilder, TreeError, TreeMode,
+    Child, Content, LINK_TEXT_MAX, NAME_MAX, Node, NodeId, NodeKind, PATH_MAX, Tree, TreeBuilder, TreeError, TreeMode,
     XattrSetId, Xattrs,
 };
 pub use units::{BLOCK_SIZE, CHUNK_BYTES, LayerId, TarOffset, TarRange};
