@@ -259,6 +259,34 @@ fn redirects_are_followed_and_asked_for_again_when_they_expire() {
     assert_eq!(fetcher.stats().read_errors, 0);
 }
 
+/// Some storages say 400 to a token that has run out. That is no word about ranges of where the next redirect leads.
+#[test]
+fn a_redirect_that_expires_with_a_400_does_not_cost_the_ranges() {
+    let (origin, data) = served();
+    origin.serve_redirect("/signed", "/layer.tar", Duration::from_secs(60));
+    let options = FetchOptions {
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(layer(&origin, "/signed"), options);
+    assert!(fetcher.read_blocking(vec![range(0, 4096)]).is_ok());
+    origin.serve_blob("/moved.tar", data.as_slice());
+    origin.serve_redirect("/signed", "/moved.tar", Duration::from_secs(60));
+    origin.set_faults(|request: &Request| match request.path.as_str() {
+        "/layer.tar" => vec![Fault::Status(400, None)],
+        _ => Vec::new(),
+    });
+    let bytes = joined(&fetcher.read_blocking(vec![range(2_000_000, 4096)]).unwrap());
+    assert!(bytes == data[2_000_000..2_004_096]);
+    let log = origin.take_log();
+    let whole = log
+        .events
+        .iter()
+        .any(|event| event.path == "/moved.tar" && event.range == Some((0, u(SIZE))));
+    assert!(!whole, "the whole layer was asked for");
+    assert!(fetcher.stats().bytes_fetched < u(SIZE) / 4, "{:?}", fetcher.stats());
+}
+
 #[test]
 fn a_redirect_loop_ends() {
     let (origin, _) = served();

@@ -538,6 +538,43 @@ fn answers_to_ranges_as_servers_give_them() {
     }
 }
 
+/// A redirect that was kept expires with a 400: the address that was named leads to a new one, with ranges.
+#[test]
+fn an_expired_redirect_is_asked_for_again_whatever_it_says() {
+    for status in [400, 401, 403, 404, 410] {
+        let port = server(move |head, number| {
+            let (path, range) = (
+                head.split(' ').nth(1)?,
+                head.to_ascii_lowercase().contains("range: bytes="),
+            );
+            Some(match path {
+                "/layer.tar" => {
+                    let to = if number == 0 { "/old" } else { "/new" };
+                    format!("HTTP/1.1 302 X\r\nLocation: {to}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                }
+                // Found there once.
+                "/old" if number == 1 => {
+                    "HTTP/1.1 206 X\r\nContent-Range: bytes 0-0/4\r\nContent-Length: 1\r\nConnection: close\r\n\r\na"
+                        .to_owned()
+                }
+                "/new" if range => {
+                    "HTTP/1.1 206 X\r\nContent-Range: bytes 1-2/4\r\nContent-Length: 2\r\nConnection: close\r\n\r\nbc"
+                        .to_owned()
+                }
+                "/new" => "HTTP/1.1 500 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_owned(),
+                _ => format!("HTTP/1.1 {status} X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"),
+            })
+        });
+        let source = Source::parse(&format!("http://127.0.0.1:{port}/layer.tar")).unwrap();
+        let once = HttpOptions {
+            retry: RetryPolicy::once(),
+            ..HttpOptions::default()
+        };
+        let blob = source::open(&source, &once).unwrap();
+        assert_eq!(source::read_range(&blob, 1..3, &once).unwrap(), b"bc", "{status}");
+    }
+}
+
 #[test]
 fn where_a_server_sends_us_shows_no_secrets() {
     for location in [

@@ -129,10 +129,12 @@ impl Client {
         let stall = self.0.options.timeouts.stall;
         let mut kept = layer.target();
         let mut endpoint = layer.endpoint(None).await?;
-        let mut chain = Redirects::from(kept.clone().unwrap_or_else(|| endpoint.url.clone()));
-        let (mut renewed, mut ranged) = (false, true);
-        // Each turn follows one redirect of the chain, or leaves behind for good what does not work: where a redirect led before,
-        // a endpoint, ranges.
+        // What one server answers to a Range says nothing of the next.
+        let begin = |url: &Url| (Redirects::from(url.clone()), true);
+        let (mut chain, mut ranged) = begin(kept.as_ref().unwrap_or(&endpoint.url));
+        let mut renewed = false;
+        // Each turn follows one redirect of the chain, or leaves behind what does not work: where a redirect led before, an
+        // endpoint, ranges of this chain.
         loop {
             let url = chain.url().clone();
             let asked = Asked {
@@ -192,14 +194,14 @@ impl Client {
                     if let Some(target) = kept.take() {
                         // The signature in the redirect's URL has run out: ask the original for a new one.
                         layer.forget_target(&target);
-                        chain = Redirects::from(endpoint.url.clone());
+                        (chain, ranged) = begin(&endpoint.url);
                         continue;
                     }
                     if layer.can_move() && url == endpoint.url && !renewed {
                         // The token has run out, or a mirror has lost the blob.
                         renewed = true;
                         endpoint = layer.endpoint(Some(&endpoint)).await?;
-                        chain = Redirects::from(endpoint.url.clone());
+                        (chain, ranged) = begin(&endpoint.url);
                         continue;
                     }
                     return Err(failure);
@@ -209,7 +211,7 @@ impl Client {
                     if let Some(target) = kept.take() {
                         // Only where the redirect led before has another layer now: the original may lead elsewhere.
                         layer.forget_target(&target);
-                        chain = Redirects::from(endpoint.url.clone());
+                        (chain, ranged) = begin(&endpoint.url);
                         continue;
                     }
                     layer.forget_target(&url);

@@ -96,7 +96,11 @@ impl Requests {
         let (response, _) = self.get(&at.resolved, &at.url, authorization, range).await?;
         let expired = matches!(
             response.status(),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND | StatusCode::GONE
+            StatusCode::BAD_REQUEST
+                | StatusCode::UNAUTHORIZED
+                | StatusCode::FORBIDDEN
+                | StatusCode::NOT_FOUND
+                | StatusCode::GONE
         );
         if expired && at.resolved != at.url {
             // Signed URLs expire; the one that was named leads to a new one.
