@@ -117,14 +117,6 @@ pub enum OpenError {
     /// What was named as a layer is a whole image, packed.
     #[error("{0}")]
     ImageArchive(PackedImage),
-    /// An index in the cache was made before indexes told what is read otherwise in images. It is removed.
-    #[error(
-        "{name}: an older tarblk made an index of it, which cannot be used for an image and is removed from the cache; try again"
-    )]
-    Outdated {
-        /// The image.
-        name: String,
-    },
     /// The layer holds something that no filesystem image can.
     #[error("{name}: {cause}")]
     Tree {
@@ -766,8 +758,7 @@ impl Prepared {
     /// # Errors
     /// What no tree can hold.
     pub fn tree(&self) -> Result<Tree, OpenError> {
-        let tree = tree_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name);
-        tree.map_err(|error| self.without_outdated(error))
+        tree_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
     }
 
     /// The filesystem image.
@@ -775,35 +766,7 @@ impl Prepared {
     /// # Errors
     /// What it cannot hold.
     pub fn image(&self) -> Result<Ext4Image, OpenError> {
-        let image = image_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name);
-        image.map_err(|error| self.without_outdated(error))
-    }
-
-    /// Removes cached indexes that were made before indexes told what is read otherwise in images, if `error` is of one:
-    /// the next attempt makes them again.
-    fn without_outdated(&self, error: OpenError) -> OpenError {
-        let OpenError::Tree {
-            cause: IndexError::Index(IndexFault::Outdated),
-            ..
-        } = &error
-        else {
-            return error;
-        };
-        let is_outdated = |layer: &&PreparedLayer| {
-            let outcome = layer.index.replay_in_image(&mut None::<TreeBuilder>);
-            matches!(outcome, Err(IndexError::Index(IndexFault::Outdated)))
-        };
-        let outdated = self.layers.iter().filter(is_outdated);
-        let removed = outdated.filter(|layer| {
-            let cached = layer.kept.as_ref();
-            cached.is_some_and(|path| std::fs::remove_file(path).is_ok())
-        });
-        if removed.count() == 0 {
-            return error;
-        }
-        OpenError::Outdated {
-            name: self.name.clone(),
-        }
+        image_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
     }
 
     /// The layer, if it is one alone.

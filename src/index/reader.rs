@@ -280,6 +280,20 @@ impl<B: AsRef<[u8]>> Index<B> {
         Ok(())
     }
 
+    /// Whether it may lack what images need of it, because it was made before indexes told what is different in images: then
+    /// [`replay_in_image`](Self::replay_in_image) refuses it. Reads all entries where that does not show at once.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] for a malformed table.
+    pub fn is_outdated_for_images(&self) -> Result<bool, IndexError> {
+        if self.in_image.is_some() || self.is_of_contents() {
+            return Ok(false);
+        }
+        let mut entries = self.entries()?;
+        while entries.next_entry()?.is_some() {}
+        Ok(entries.may_lack_in_image())
+    }
+
     /// The same for an image that the layer is of: hands every entry to `sink` with what containerd reads in its place
     /// ([`Entry::in_image`](super::Entry::in_image)), and refuses what containerd does.
     ///

@@ -230,6 +230,13 @@ impl IndexBuilder {
         self
     }
 
+    /// An index as it was made before indexes told what is different in images.
+    #[cfg(test)]
+    pub(crate) fn older(mut self) -> Self {
+        self.in_image = None;
+        self
+    }
+
     /// Adds the digests of the tar's chunks.
     pub fn chunk_digests(&mut self, digests: ChunkDigests) -> &mut Self {
         self.chunk_digests = Some(digests);
@@ -598,7 +605,7 @@ mod tests {
             builder.entry(entry).unwrap();
         }
         if older {
-            builder.in_image = None;
+            builder = builder.older();
         }
         Index::open(builder.finish(8192, end)).unwrap()
     }
@@ -618,6 +625,9 @@ mod tests {
             let older = outcome(at, true);
             let fault = matches!(older, Err(IndexError::Index(IndexFault::Outdated)));
             assert_eq!(fault, is_outdated, "{at}");
+            let index = |older| index(&[entry_at(0, None), entry_at(at, None)], EndOfArchive::Marked, older);
+            assert!(!index(false).is_outdated_for_images().unwrap(), "{at}");
+            assert_eq!(index(true).is_outdated_for_images().unwrap(), is_outdated, "{at}");
         }
     }
 

@@ -9,14 +9,14 @@ use super::record::{Recording, algorithms, coding_of, record_blob};
 use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
 use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
 use crate::index::build::Contents;
-use crate::index::{Index, IndexBuilder};
+use crate::index::{Index, IndexBuilder, IndexFault};
 use crate::layer::{Coding, SPACING};
 use crate::source::{LayerSpec, SourceError};
 use crate::units::{CHUNK_BYTES, TarOffset};
 use crate::walk;
 
-/// The index that is kept for a layer, and where. What is damaged, of another version of this program, or kept under a digest
-/// that it was not compared with, is none: it is made again and replaced.
+/// The index that is kept for a layer, and where. What is damaged, of another version of this program, older than what an image
+/// needs, or kept under a digest that it was not compared with, is none: it is made again and replaced.
 fn kept(cache: &Cache, layer: &LayerSpec) -> Option<(PathBuf, Index<Vec<u8>>)> {
     let digest = layer.digest.as_ref().map(ToString::to_string);
     let other = kept_under(layer).filter(|name| digest.as_ref() != Some(name));
@@ -28,7 +28,8 @@ fn kept(cache: &Cache, layer: &LayerSpec) -> Option<(PathBuf, Index<Vec<u8>>)> {
                 Ok(index)
                     if index.identity().blob_len == layer.blob.len
                         && !index.is_of_contents()
-                        && (!checked || index.identity().blob_digest == layer.digest) =>
+                        && (!checked || index.identity().blob_digest == layer.digest)
+                        && serves(layer, &index) =>
                 {
                     Some((path, index))
                 }
@@ -38,6 +39,11 @@ fn kept(cache: &Cache, layer: &LayerSpec) -> Option<(PathBuf, Index<Vec<u8>>)> {
                 }
             }
         })
+}
+
+/// Whether an index is new enough for what the layer is of. Only layers of images have a digest before their index is known.
+fn serves(layer: &LayerSpec, index: &Index<Vec<u8>>) -> bool {
+    layer.digest.is_none() || index.is_outdated_for_images().is_ok_and(|outdated| !outdated)
 }
 
 /// Told how the blob is read and how far that is, in bytes.
@@ -69,6 +75,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         was_kept,
         kept,
     }) = &found.published
+        && is_usable(found, index, options)?
     {
         let origin = if *was_kept {
             IndexOrigin::Kept
@@ -142,6 +149,22 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         _ => None,
     };
     PreparedLayer::new(found, index, origin, kept)
+}
+
+/// Whether a published index is new enough. One that is required and is not is an error; without it the layer is read.
+fn is_usable(found: &FoundLayer, index: &Index<Vec<u8>>, options: &OpenOptions) -> Result<bool, OpenError> {
+    if serves(&found.layer, index) {
+        return Ok(true);
+    }
+    let error = OpenError::Index {
+        name: format!("published index for {}", found.layer.blob.name),
+        cause: IndexFault::Outdated.into(),
+    };
+    if options.index == IndexChoice::Require || options.index_digest.is_some() {
+        return Err(error);
+    }
+    log::warn!("{error}; going on without it");
+    Ok(false)
 }
 
 /// Reads a plain layer's headers into an index file; `None` when its first bytes say that it is compressed. Payload of a remote
@@ -354,5 +377,102 @@ fn keep_if_there_is_room(cache: &Cache, under: &str, bytes: &[u8]) -> Result<Opt
             Ok(None)
         }
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Algorithm;
+    use crate::index::{EndOfArchive, LayerIdentity};
+    use crate::source::Blob;
+
+    /// A tar with a global header of its own (as `git archive` writes) before its only file.
+    fn tar_with_global_header() -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        let record = b"15 comment=abc\n";
+        header.set_entry_type(tar::EntryType::XGlobalHeader);
+        header.set_path("pax_global_header").unwrap();
+        header.set_size(u64::try_from(record.len()).unwrap());
+        header.set_cksum();
+        tar.append(&header, &record[..]).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(3);
+        header.set_mode(0o644);
+        header.set_cksum();
+        tar.append_data(&mut header, "f", &b"abc"[..]).unwrap();
+        tar.into_inner().unwrap()
+    }
+
+    /// A layer of an image in a file, and its index as an older program made it.
+    fn layer_and_older_index(dir: &std::path::Path) -> (FoundLayer, Vec<u8>) {
+        let tar = tar_with_global_header();
+        let path = dir.join("layer.tar");
+        std::fs::write(&path, &tar).unwrap();
+        let digest = crate::digest::Digest::of(Algorithm::Sha256, &tar);
+        let mut found = FoundLayer::from(Blob::of_file("layer".to_owned(), &path).unwrap());
+        found.layer.digest = Some(digest.clone());
+        let mut builder = IndexBuilder::new();
+        builder.identity(LayerIdentity {
+            blob_len: found.layer.blob.len,
+            blob_digest: Some(digest),
+            ..LayerIdentity::default()
+        });
+        let walked = walk::walk(
+            &found.layer.blob,
+            &mut builder,
+            None,
+            &crate::http::HttpOptions::default(),
+            &mut |_, _| (),
+        );
+        let older = builder.older().finish(walked.unwrap().tar_len, EndOfArchive::Marked);
+        assert!(Index::open(older.clone()).unwrap().is_outdated_for_images().unwrap());
+        (found, older)
+    }
+
+    fn origin(found: &FoundLayer, options: &OpenOptions) -> Result<IndexOrigin, OpenError> {
+        let prepared = prepare(found, options, &mut |_, _| ())?;
+        let is_new = found.layer.digest.is_none() || !prepared.index.is_outdated_for_images().unwrap();
+        assert!(is_new, "{:?}", prepared.origin);
+        Ok(prepared.origin)
+    }
+
+    #[test]
+    fn a_cached_index_that_is_too_old_for_an_image_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut found, older) = layer_and_older_index(dir.path());
+        let options = OpenOptions {
+            cache: Some(Cache::new(&dir.path().join("cache")).unwrap()),
+            ..OpenOptions::default()
+        };
+        let digest = found.layer.digest.clone().unwrap();
+        let cache = options.cache.as_ref().unwrap();
+        cache.keep_index(&digest.to_string(), &older).unwrap();
+        assert!(matches!(origin(&found, &options), Ok(IndexOrigin::Read { .. })));
+        assert!(matches!(origin(&found, &options), Ok(IndexOrigin::Kept)));
+        // A tar by itself does not need what is missing.
+        found.layer.digest = None;
+        cache
+            .keep_index(&found.layer.blob.cache_name().unwrap(), &older)
+            .unwrap();
+        assert!(matches!(origin(&found, &options), Ok(IndexOrigin::Kept)));
+    }
+
+    #[test]
+    fn a_published_index_that_is_too_old_is_done_without_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut found, older) = layer_and_older_index(dir.path());
+        found.published = Some(Published {
+            index: Index::open(older).unwrap(),
+            rest: found.layer.blob.clone(),
+            was_kept: false,
+            kept: None,
+        });
+        let mut options = OpenOptions::default();
+        assert!(matches!(origin(&found, &options), Ok(IndexOrigin::Read { .. })));
+        options.index = IndexChoice::Require;
+        let error = origin(&found, &options).unwrap_err();
+        assert!(error.to_string().contains("an older program made it"), "{error}");
     }
 }

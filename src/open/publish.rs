@@ -262,6 +262,9 @@ fn whole_index(
     let index = Index::open(bytes).map_err(bad)?;
     check_layer(&index, layer).map_err(bad)?;
     index.verify().map_err(bad)?;
+    if index.is_outdated_for_images().map_err(bad)? {
+        return Err(bad(crate::index::IndexFault::Outdated.into()));
+    }
     Ok(index)
 }
 
