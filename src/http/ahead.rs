@@ -43,8 +43,8 @@ impl Opener {
 /// [`Kind::Setup`](super::Kind::Setup).
 pub(crate) fn build_with_opener(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<(Client, Opener), Error> {
     let opened = Opened::default();
-    let asking = builder(trust, secure, timeouts)?.connector_layer(Take(opened.clone()));
-    let opening = builder(trust, secure, timeouts)?.connector_layer(Put(opened));
+    let asking = builder(trust, secure, timeouts)?.connector_layer(WithStore(opened.clone(), Role::Take));
+    let opening = builder(trust, secure, timeouts)?.connector_layer(WithStore(opened, Role::Put));
     Ok((super::client::finish(asking)?, Opener(super::client::finish(opening)?)))
 }
 
@@ -72,39 +72,40 @@ impl Opened {
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Connecting<C> = Pin<Box<dyn Future<Output = Result<C, BoxError>> + Send>>;
 
-/// Makes a connector put all that it opens into the store.
-#[derive(Clone)]
-struct Put(Opened);
+/// What a connector does with the store.
+#[derive(Clone, Copy, Debug)]
+enum Role {
+    /// All that it opens goes there.
+    Put,
+    /// It opens another connection only when there is none.
+    Take,
+}
 
-/// Makes a connector take from the store first.
+/// Gives a connector the store.
 #[derive(Clone)]
-struct Take(Opened);
+struct WithStore(Opened, Role);
 
 /// A connector with the store.
 #[derive(Clone)]
-struct Putting<S>(S, Opened);
+struct Connector<S> {
+    inner: S,
+    opened: Opened,
+    role: Role,
+}
 
-/// A connector with the store.
-#[derive(Clone)]
-struct Taking<S>(S, Opened);
+impl<S> Layer<S> for WithStore {
+    type Service = Connector<S>;
 
-impl<S> Layer<S> for Put {
-    type Service = Putting<S>;
-
-    fn layer(&self, connector: S) -> Putting<S> {
-        Putting(connector, self.0.clone())
+    fn layer(&self, inner: S) -> Connector<S> {
+        Connector {
+            inner,
+            opened: self.0.clone(),
+            role: self.1,
+        }
     }
 }
 
-impl<S> Layer<S> for Take {
-    type Service = Taking<S>;
-
-    fn layer(&self, connector: S) -> Taking<S> {
-        Taking(connector, self.0.clone())
-    }
-}
-
-impl<S, R> Service<R> for Putting<S>
+impl<S, R> Service<R> for Connector<S>
 where
     S: Service<R, Error = BoxError>,
     S::Response: Send + 'static,
@@ -115,36 +116,22 @@ where
     type Future = Connecting<S::Response>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.0.poll_ready(context)
+        self.inner.poll_ready(context)
     }
 
     fn call(&mut self, target: R) -> Self::Future {
-        let (connecting, opened) = (self.0.call(target), self.1.clone());
-        Box::pin(async move {
-            opened.put(Box::new(connecting.await?));
-            Err("the connection was opened for another request".into())
-        })
-    }
-}
-
-impl<S, R> Service<R> for Taking<S>
-where
-    S: Service<R, Error = BoxError>,
-    S::Response: Send + 'static,
-    S::Future: Send + 'static,
-{
-    type Response = S::Response;
-    type Error = BoxError;
-    type Future = Connecting<S::Response>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.0.poll_ready(context)
-    }
-
-    fn call(&mut self, target: R) -> Self::Future {
-        match self.1.take().map(Connection::downcast::<S::Response>) {
-            Some(Ok(connection)) => Box::pin(ready(Ok(*connection))),
-            Some(Err(_)) | None => Box::pin(self.0.call(target)),
+        match self.role {
+            Role::Put => {
+                let (connecting, opened) = (self.inner.call(target), self.opened.clone());
+                Box::pin(async move {
+                    opened.put(Box::new(connecting.await?));
+                    Err("the connection was opened for another request".into())
+                })
+            }
+            Role::Take => match self.opened.take().map(Connection::downcast::<S::Response>) {
+                Some(Ok(connection)) => Box::pin(ready(Ok(*connection))),
+                Some(Err(_)) | None => Box::pin(self.inner.call(target)),
+            },
         }
     }
 }

@@ -55,14 +55,14 @@ pub(crate) async fn send(url: &Url, request: RequestBuilder, timeouts: &Timeouts
 }
 
 /// The next piece of a body; none behind the last.
-async fn piece(url: &Url, response: &mut Response, stall: Duration) -> Result<Option<Bytes>, Error> {
+async fn piece(response: &mut Response, stall: Duration) -> Result<Option<Bytes>, Error> {
     match tokio::time::timeout(stall, response.chunk()).await {
         Ok(Ok(piece)) => Ok(piece),
         Ok(Err(error)) => {
             let cause = Innermost(error);
-            Err(Error::unreachable(url, cause.to_string()).caused_by(cause))
+            Err(Error::unreachable(response.url(), cause.to_string()).caused_by(cause))
         }
-        Err(_) => Err(Error::unreachable(url, "the server stopped sending")),
+        Err(_) => Err(Error::unreachable(response.url(), "the server stopped sending")),
     }
 }
 
@@ -76,7 +76,7 @@ pub(crate) async fn receive(url: &Url, mut response: Response, most: u64, stall:
     if response.content_length().is_some_and(|len| len > most) {
         return Err(too_long());
     }
-    while let Some(piece) = piece(url, &mut response, stall).await? {
+    while let Some(piece) = piece(&mut response, stall).await? {
         bytes.extend_from_slice(&piece);
         if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
             return Err(too_long());
@@ -120,17 +120,16 @@ impl Body {
     /// # Errors
     /// [`Error`]: it stalls, breaks off, or is longer than its head said.
     pub(crate) async fn next(&mut self) -> Result<Option<(u64, Bytes)>, Error> {
-        let url = self.response.url().clone();
-        match piece(&url, &mut self.response, self.stall).await? {
+        match piece(&mut self.response, self.stall).await? {
             Some(bytes) => {
                 let at = self.at;
                 self.at = self.at.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
                 if self.at > self.end {
-                    return Err(Error::wrong(&url, "more bytes than it announced"));
+                    return Err(Error::wrong(self.response.url(), "more bytes than it announced"));
                 }
                 Ok(Some((at, bytes)))
             }
-            None if self.at < self.end => Err(Error::unreachable(&url, "the answer ended too early")),
+            None if self.at < self.end => Err(Error::unreachable(self.response.url(), "the answer ended too early")),
             None => Ok(None),
         }
     }
