@@ -21,6 +21,8 @@ pub fn shown_url(url: &Url) -> String {
 #[must_use]
 pub fn without_secrets(text: &str) -> String {
     match Url::parse(text) {
+        // As it was typed, where it can be: a parser mends more than a message should.
+        Ok(url) if url.has_host() && url.as_str() == bare(url.clone()).as_str() => return printable(text),
         Ok(url) if url.has_host() => return shown_url(&url),
         _ => {}
     }
@@ -159,6 +161,11 @@ mod tests {
             ("docker://me:word@host/a", "docker://host/a"),
             ("/a/plain path?x@y", "/a/plain path?x@y"),
             ("a:b", "a:b"),
+            // Not mended: a message is about what was typed.
+            ("http:/host/a", "http:/host/a"),
+            ("HTTP://Host/a/../b", "HTTP://Host/a/../b"),
+            ("http:\\\\me:word@host/a", "http://host/a"),
+            ("http:/me:word@host/a", "http://host/a"),
             // Not URLs, but meant to be.
             ("http://[broken/?word=1", "http://[broken/?…"),
             ("http://me:word@[bad", "http://[bad"),
