@@ -68,13 +68,15 @@ pub enum OpenError {
         /// What is wrong.
         source: IndexError,
     },
-    /// A layer by itself has no bytes.
+    /// A layer by itself has no bytes, or none when its compression is undone.
     #[error(
-        "{name} is empty (0 bytes): no tar is, whose end alone takes 1,024 bytes; was it written and downloaded to its end?"
+        "{name} is empty ({len}): no tar is, whose end alone takes 1,024 bytes; was it written and downloaded to its end?"
     )]
     Empty {
         /// The layer.
         name: String,
+        /// Its length of 0 bytes, and where that is.
+        len: &'static str,
     },
     /// The index that was named cannot be used.
     #[error("{name}: {cause}")]
@@ -432,6 +434,7 @@ fn find_blob(source: &Source, options: &OpenOptions) -> Result<Blob, OpenError> 
     if blob.len == 0 {
         return Err(OpenError::Empty {
             name: source.to_string(),
+            len: "0 bytes",
         });
     }
     Ok(blob)

@@ -143,6 +143,13 @@ impl PreparedLayer {
                 found: found.to_string(),
             });
         }
+        // An image may have empty layers; a layer that is no image's is one whose making failed.
+        if wanted_digest.is_none() && !index.is_of_contents() && index.summary().tar_bytes == 0 {
+            return Err(OpenError::Empty {
+                name: blob.name.clone(),
+                len: "0 bytes, decompressed",
+            });
+        }
         // Without them what is compressed would be taken for the tar.
         if identity.coding != Coding::Plain && index.spans().is_none() {
             return Err(bad(IndexFault::Missing("span table").into()));
