@@ -22,6 +22,7 @@ mod replace;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
 
 pub use cli::Cli;
 use cli::{Command, TalkArgs};
@@ -50,7 +51,7 @@ struct UsageError(String);
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(e) => e.exit(),
+        Err(e) => without_wrong_tips(e).exit(),
     };
     if matches!(cli.command, Command::ServeDevice) {
         start_daemon_log();
@@ -71,6 +72,24 @@ pub fn main() -> ExitCode {
             ExitCode::from(if e.is::<UsageError>() { USAGE } else { FAILED })
         }
     }
+}
+
+/// A usage error without the advice to pass an unknown option as a value: that is for files whose names begin with a dash, so
+/// it stays where there is one.
+fn without_wrong_tips(mut error: clap::Error) -> clap::Error {
+    let is_file = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(arg)) => std::path::Path::new(arg).exists(),
+        _ => false,
+    };
+    let tips = error.get(ContextKind::Suggested).cloned();
+    if let (false, Some(ContextValue::StyledStrs(mut tips))) = (is_file, tips) {
+        tips.retain(|tip| !tip.to_string().contains("as a value"));
+        error.remove(ContextKind::Suggested);
+        if !tips.is_empty() {
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
+        }
+    }
+    error
 }
 
 /// Runs one command.
