@@ -10,7 +10,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use super::answer::refusal;
+use super::answer::{BLOB_ABSENT, refusal};
 use super::credentials::Keyring;
 use super::session::{Effort, Grant, Need, RepositorySpec, Session, State, lock};
 use crate::digest::Digest;
@@ -234,7 +234,7 @@ impl BlobAccess {
         if status.is_success() || status.is_redirection() || status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(self.located(at, &url, &grant));
         }
-        Err(refusal(&url, response, &self.session.spec.http).await)
+        Err(refusal(&url, response, &self.session.spec.http, BLOB_ABSENT).await)
     }
 
     fn located(&self, at: usize, url: &Url, grant: &Grant) -> BlobLocation {
@@ -294,7 +294,7 @@ impl BlobAccess {
         let (response, led_to) = self.session.follow_redirects(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
             let place = led_to.unwrap_or(url);
-            return Err(refusal(&place, response, &self.session.spec.http).await);
+            return Err(refusal(&place, response, &self.session.spec.http, BLOB_ABSENT).await);
         }
         *lock(&self.target) = led_to.map(|url| Target {
             at,

@@ -52,14 +52,21 @@ pub(super) async fn explanation(response: Response, options: &HttpOptions) -> Op
     Some(text).filter(|text| !text.is_empty())
 }
 
-/// What an answer means that brings nothing.
-pub(super) async fn refusal(url: &Url, response: Response, options: &HttpOptions) -> SourceError {
+/// What to do when a registry does not have what a person named: it may also be hidden from who has not logged in.
+pub(super) const NAME_ABSENT: &str = "; check the name and the tag, and whether it is shown only to who has logged in";
+
+/// What to do when a registry does not have a blob that the manifest it sent names.
+pub(super) const BLOB_ABSENT: &str = "; its image is not complete there: push it again";
+
+/// What an answer means that brings nothing. `absent` is what to do when it says that there is no such thing (404, 410), with its
+/// separator in front.
+pub(super) async fn refusal(url: &Url, response: Response, options: &HttpOptions, absent: &'static str) -> SourceError {
     let status = response.status();
     let wish = http::retry_after(response.headers());
     let said = explanation(response, options).await;
     let failure = http::Error::status(url, status, said.as_deref(), wish);
     match status {
-        StatusCode::NOT_FOUND | StatusCode::GONE => failure.advising("; check the name and the tag").into(),
+        StatusCode::NOT_FOUND | StatusCode::GONE => failure.advising(absent).into(),
         _ => failure.into(),
     }
 }

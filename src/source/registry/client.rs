@@ -10,7 +10,7 @@ use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use url::Url;
 
 use super::access::BlobAccess;
-use super::answer::{body, refusal};
+use super::answer::{BLOB_ABSENT, NAME_ABSENT, body, refusal};
 use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
@@ -180,7 +180,7 @@ impl Registry {
     }
 
     async fn refused<T>(&self, url: &Url, response: Response) -> Result<T, SourceError> {
-        Err(refusal(url, response, &self.session.spec.http).await)
+        Err(refusal(url, response, &self.session.spec.http, NAME_ABSENT).await)
     }
 
     /// Brings a manifest or an index, checked against its digest.
@@ -294,7 +294,7 @@ impl Registry {
                 .get(at, Need::Pull, Effort::Full, &format!("blobs/{digest}"), &make)
                 .await?;
             if response.status() != StatusCode::OK {
-                return self.refused(&url, response).await;
+                return Err(refusal(&url, response, &self.session.spec.http, BLOB_ABSENT).await);
             }
             let bytes = body(&url, response, size, &self.session.spec.http).await?;
             if !u64::try_from(bytes.len()).is_ok_and(|len| len == size) || !digest.matches(&bytes) {

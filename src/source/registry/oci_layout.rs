@@ -124,6 +124,9 @@ impl Layout {
             .join(digest.hex());
         let meta = std::fs::metadata(&path).map_err(|source| match descriptor.foreign() {
             Some(why) if source.kind() == io::ErrorKind::NotFound => self.bad(format!("layer {digest}: {why}")),
+            None if source.kind() == io::ErrorKind::NotFound => self.bad(format!(
+                "blob {digest} is not in it, though a manifest names it: the copy is not complete; make it again"
+            )),
             _ => SourceError::File {
                 path: path.clone(),
                 source,

@@ -629,7 +629,8 @@ impl Session {
         let status = response.status();
         if !status.is_success() {
             if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-                return Err(refusal(realm, response, &self.spec.http).await);
+                // Neither 404 nor 410: see above.
+                return Err(refusal(realm, response, &self.spec.http, "").await);
             }
             let why = explanation(response, &self.spec.http).await;
             let why = why.unwrap_or_else(|| format!("the token server says {status}"));
