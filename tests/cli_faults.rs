@@ -427,6 +427,30 @@ fn a_layer_of_no_bytes_is_refused() {
             }
         }
     }
+    // Nor is nothing, compressed: what made it failed.
+    origin.set_ranges(true);
+    for (program, name) in [("gzip", "empty.tar.gz"), ("zstd", "empty.tar.zst")] {
+        if !have(program) {
+            continue;
+        }
+        let input = Stdio::from(File::open(lab.path("empty.tar")).unwrap());
+        let made = Command::new(program).arg("-c").stdin(input).output().unwrap();
+        fs::write(lab.path(name), &made.stdout).unwrap();
+        origin.serve_blob(&format!("/{name}"), made.stdout);
+        let url = origin.url(&format!("/{name}"));
+        // Cold, and again when its index could be in the cache.
+        for name in [name, name, &url, &url] {
+            for args in [
+                &["ls", name][..],
+                &["image", name, "-o", "out.ext4"],
+                &["index", name, "-o", "out.tarblk"],
+                &["diff", "layer.tar", name],
+            ] {
+                let said = lab.bad(args, 1);
+                assert!(said.contains("is empty (0 bytes, decompressed)"), "{args:?}: {said}");
+            }
+        }
+    }
     // A tar of no entries is one.
     fs::write(lab.path("end.tar"), [0; 1024]).unwrap();
     lab.good(&["image", "end.tar", "-o", "out.ext4"]);
@@ -999,6 +1023,20 @@ fn usage_lines_show_what_was_left_out_and_nothing_from_the_environment() {
     for command in ["ls", "diff"] {
         assert!(!usage(&lab, &[command]).contains("--"), "{command}");
     }
+    // An option that does not exist is no file whose name begins with dashes, unless there is one.
+    let tips = |args: &[&str]| text(&lab.run(args).stderr).matches("as a value").count();
+    for args in [
+        &["ls", "layer.tar", "--index", "auto"][..],
+        &["umount", "mnt", "--lazy"],
+        &["image", "layer.tar", "-o", "out", "-x"],
+    ] {
+        assert!(lab.bad(args, 2).contains("unexpected argument"), "{args:?}");
+        assert_eq!(tips(args), 0, "{args:?}");
+    }
+    assert!(lab.bad(&["ls", "layer.tar", "--qiet"], 2).contains("--quiet"));
+    fs::copy(lab.path("layer.tar"), lab.path("--x.tar")).unwrap();
+    assert_eq!(tips(&["ls", "--x.tar"]), 1);
+    lab.good(&["ls", "--", "--x.tar"]);
     // What the environment says still counts, and an empty variable is none.
     lab.good(&["image", "layer.tar", "-o", "out.ext4"]);
     assert!(lab.path("cache").exists());
@@ -1053,6 +1091,7 @@ fn names_that_are_nearly_right_are_pointed_out() {
         for command in [&["ls", name][..], &["image", name, "-o", "out"], &["index", name]] {
             let said = lab.bad(command, 1);
             assert!(said.contains(&format!("did you mean {meant}?")), "{command:?}: {said}");
+            assert!(said.contains(&format!("cannot use {name}: ")), "{command:?}: {said}");
         }
     }
     for (name, meant) in [

@@ -301,12 +301,23 @@ fn foreign_layers_are_used_where_they_are() {
         }
         assert!(!error.contains("secret"), "{error}");
     }
-    // One that everybody has to have is only missing.
+    // One that everybody has to have is only missing, and no name is wrong.
     let layer = Layer::new(&blob, &tar, GZIP);
     let name = in_registry(&registry, &layer);
     registry.remove_blob(&sha256(&blob));
     let error = open(&name, &options(None)).unwrap_err();
-    assert!(error.contains("404") && !error.contains("foreign"), "{error}");
+    assert!(error.contains("404") && error.contains("not complete"), "{error}");
+    assert!(
+        !error.contains("foreign") && !error.contains("check the name"),
+        "{error}"
+    );
+    let name = in_layout(scratch.path(), &layer);
+    std::fs::remove_file(scratch.path().join("blobs/sha256").join(sha256(&blob).hex())).unwrap();
+    let error = open(&name, &options(None)).unwrap_err();
+    assert!(
+        error.contains("not complete") && !error.contains("foreign layer"),
+        "{error}"
+    );
 }
 
 /// Proxies and old registries call a manifest other than it calls itself.

@@ -183,7 +183,10 @@ fn an_image_is_found_by_tag_and_digest_and_platform() {
     let error = find(&registry.name("some/image:arm2"), &options)
         .unwrap_err()
         .to_string();
-    assert!(error.contains("404") && error.contains("check the name"), "{error}");
+    assert!(
+        error.contains("404") && error.contains("check the name") && error.contains("logged in"),
+        "{error}"
+    );
 }
 
 #[test]
