@@ -1,7 +1,8 @@
 //! The device, mounted by the kernel's own driver. In: a directory. Out: the layer's files in it, or nothing changed at all.
 //!
 //! Mounting is attaching and then mount(2), unmounting is umount(2) and then detaching; what fails halfway is undone. The
-//! image has no journal to replay and the device takes no writes, so it is mounted `ro,noload`.
+//! image has no journal to replay and the device takes no writes, so it is mounted `ro,noload`. Strangers made the layer, so
+//! its set-user-ID programs and device nodes do nothing (`nosuid,nodev`) unless `suid` or `dev` is asked for.
 
 use std::ffi::CString;
 use std::fs;
@@ -137,7 +138,7 @@ pub fn check_directory(states: &StateDir, dir: &Path) -> Result<PathBuf, MountEr
     Ok(full)
 }
 
-/// How a device is mounted, beyond read-only and without its journal, which it always is.
+/// How a device is mounted: read-only and without its journal always, `nosuid` and `nodev` unless told otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
     flags: MountFlags,
@@ -148,7 +149,7 @@ pub struct MountOptions {
 impl Default for MountOptions {
     fn default() -> Self {
         Self {
-            flags: MountFlags::RDONLY,
+            flags: MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV,
             data: "noload".to_owned(),
         }
     }
@@ -156,7 +157,8 @@ impl Default for MountOptions {
 
 impl MountOptions {
     /// Understands options as mount(8) does, in their order. What is meant for readers of fstab is passed over; what is not
-    /// known is left to ext4, which refuses what it does not know either.
+    /// known is left to ext4, which refuses what it does not know either. `defaults` keeps `nosuid,nodev`: in fstab it fills a
+    /// column and asks for nothing.
     ///
     /// # Errors
     /// What makes no sense for a layer, in words for the person.
@@ -350,10 +352,15 @@ mod tests {
             assert_eq!(parse(nothing), Ok(MountOptions::default()), "{nothing}");
         }
         let flags = |options: &str| parse(options).unwrap().flags - MountFlags::RDONLY;
-        assert_eq!(flags("nosuid,noatime,ro"), MountFlags::NOSUID | MountFlags::NOATIME);
+        let (nosuid, nodev) = (MountFlags::NOSUID, MountFlags::NODEV);
+        assert_eq!(flags("noatime,ro"), nosuid | nodev | MountFlags::NOATIME);
+        assert_eq!(flags("suid"), nodev);
+        assert_eq!(flags("dev"), nosuid);
+        assert_eq!(flags("suid,dev"), MountFlags::empty());
         // The last one wins.
-        assert_eq!(flags("noexec,exec"), MountFlags::empty());
-        assert_eq!(flags("user,exec"), MountFlags::NOSUID | MountFlags::NODEV);
+        assert_eq!(flags("suid,dev,nosuid"), nosuid);
+        assert_eq!(flags("suid,dev,noexec,exec"), MountFlags::empty());
+        assert_eq!(flags("suid,dev,user,exec"), nosuid | nodev);
         assert_eq!(
             parse("ro,errors=continue,acl").unwrap().data,
             "noload,errors=continue,acl"

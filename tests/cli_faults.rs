@@ -1173,7 +1173,7 @@ fn mount_takes_the_options_of_mount() {
     let options = options_of(&lab.path("mnt"));
     let has = |option: &str| options.split(',').any(|it| it == option);
     assert!(
-        has("ro") && has("nosuid") && has("noexec") && !has("nodev"),
+        has("ro") && has("nosuid") && has("noexec") && has("nodev"),
         "{options}"
     );
     lab.good(&["umount", "mnt"]);
@@ -1181,6 +1181,71 @@ fn mount_takes_the_options_of_mount() {
     let said = lab.bad(&["mount", "layer.tar", "mnt", "-q", "-o", "nonsense=7"], 1);
     assert!(said.contains("one of the options of -o"), "{said}");
     assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+}
+
+/// A tar with a set-user-ID program of root's (`id`) and a device node that anybody may open (`null`).
+fn layer_of_root(lab: &Lab) {
+    let mut tar = tar::Builder::new(File::create(lab.path("root.tar")).unwrap());
+    let program = fs::read("/usr/bin/id").unwrap();
+    let mut entry = tar::Header::new_ustar();
+    entry.set_mode(0o4755);
+    entry.set_size(program.len() as u64);
+    tar.append_data(&mut entry, "id", &*program).unwrap();
+    entry = tar::Header::new_ustar();
+    entry.set_entry_type(tar::EntryType::Char);
+    entry.set_device_major(1).unwrap();
+    entry.set_device_minor(3).unwrap();
+    entry.set_mode(0o666);
+    entry.set_size(0);
+    tar.append_data(&mut entry, "null", &[][..]).unwrap();
+    tar.finish().unwrap();
+}
+
+#[test]
+fn programs_and_devices_of_a_layer_have_no_power() {
+    let Some(_alone) = devices("programs_and_devices_of_a_layer_have_no_power") else {
+        return;
+    };
+    if !have("setpriv") {
+        return skip("programs_and_devices_of_a_layer_have_no_power", "no setpriv");
+    }
+    let lab = Lab::new();
+    layer_of_root(&lab);
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let mut reachable = lab.path("mnt");
+    while reachable.pop() && reachable != Path::new("/") {
+        let mode = fs::metadata(&reachable).unwrap().permissions().mode();
+        if mode & 1 == 0 && reachable.starts_with(lab.path("")) {
+            fs::set_permissions(&reachable, fs::Permissions::from_mode(mode | 0o011)).unwrap();
+        }
+    }
+    // Whom a program of the layer runs as, and whether its device opens, for a user that is not root.
+    let powers = || {
+        let other = |program: &Path, argument: &str| {
+            Command::new("setpriv")
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+                .arg(program)
+                .arg(argument)
+                .output()
+                .unwrap()
+        };
+        let id = other(&lab.path("mnt/id"), "-u");
+        assert!(id.status.success(), "{}", text(&id.stderr));
+        let device = other(Path::new("/usr/bin/head"), lab.path("mnt/null").to_str().unwrap());
+        (text(&id.stdout).trim().to_owned(), device.status.success())
+    };
+    for (options, expected) in [
+        (&[][..], ("65534", false)),
+        (&["-o", "defaults,noatime"], ("65534", false)),
+        (&["-o", "suid"], ("0", false)),
+        (&["-o", "dev"], ("65534", true)),
+        (&["-o", "suid,dev"], ("0", true)),
+    ] {
+        lab.good(&[&["mount", "root.tar", "mnt", "-q"], options].concat());
+        let (user, opens) = powers();
+        lab.good(&["umount", "mnt"]);
+        assert_eq!((user.as_str(), opens), expected, "{options:?}");
+    }
 }
 
 #[test]

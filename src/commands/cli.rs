@@ -467,8 +467,10 @@ pub struct MountArgs {
     /// An empty directory to mount it on.
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub dir: PathBuf,
-    /// Mount options as mount(8) takes them: `ro` is what it always is, `noexec,nosuid,nodev,noatime` and the like are heeded,
-    /// what is for fstab's readers (`nofail`, `_netdev`, `x-...`) is passed over, and all others are ext4's.
+    /// Mount options as mount(8) takes them. `ro` is what it always is, and `nosuid,nodev` what it is by default, because
+    /// strangers make layers: `suid` and `dev` let a layer's set-user-ID programs and device nodes work. `noexec,noatime` and
+    /// the like are heeded, what is for fstab's readers (`defaults`, `nofail`, `_netdev`, `x-...`) is passed over, and all
+    /// others are ext4's.
     #[arg(short = 'o', long = "options", value_name = "OPTIONS", value_delimiter = ',')]
     pub options: Vec<String>,
     /// The device.
