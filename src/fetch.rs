@@ -48,9 +48,11 @@ use stats::add;
 pub enum Located<'a> {
     /// In memory: these slices in order, together as long as the range.
     Memory(Slices),
-    /// In a local file (the layer itself, or its cache file) from this byte on; a reader with a ring of its own may read it
-    /// there.
+    /// In a local file that is the layer itself, and that nothing vouches for, from this byte on; a reader with a ring of its own may
+    /// read it there.
     File(BorrowedFd<'a>, u64),
+    /// In the disk cache: ask [`Fetcher::read`], which checks what it reads back.
+    Disk,
     /// Not here, or not all of it in one place: ask [`Fetcher::read`].
     Elsewhere,
 }
@@ -183,13 +185,10 @@ impl Fetcher {
                     return Located::Memory(slices);
                 }
                 let stretch = ChunkRange::of(asked.layer, asked.range);
-                match layer.find(stretch.first, stretch.end) {
-                    Some(file) => {
-                        add(&counters.reads, 1);
-                        add(&counters.bytes_disk, asked.range.len);
-                        Located::File(file, asked.range.start.0)
-                    }
-                    None => Located::Elsewhere,
+                if layer.is_on_disk(stretch.first, stretch.end) {
+                    Located::Disk
+                } else {
+                    Located::Elsewhere
                 }
             }
         }

@@ -537,13 +537,13 @@ fn what_one_process_kept_another_uses_and_checks() {
         let origin = Origin::start().unwrap();
         let fetcher = start(made.over_http(&origin), options());
         assert!(
-            matches!(fetcher.locate(range(0, 4096)), Located::Elsewhere),
-            "{way:?}: not checked yet"
+            matches!(fetcher.locate(range(0, 4096)), Located::Disk),
+            "{way:?}: it is to be read back and checked"
         );
         assert!(read(&fetcher, 0, SIZE).unwrap() == *made.tar, "{way:?}");
         assert!(matches!(
             fetcher.locate(range(1_000_000, 4096)),
-            Located::File(..) | Located::Memory(_)
+            Located::Disk | Located::Memory(_)
         ));
         let stats = fetcher.stats();
         assert_eq!((stats.bytes_fetched, stats.read_errors), (0, 0), "{way:?}: {stats:?}");

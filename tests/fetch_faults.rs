@@ -323,7 +323,7 @@ fn a_restart_finds_what_was_kept() {
     assert!(joined(&slices) == data[1000..1_901_000]);
     assert!(matches!(
         fetcher.locate(range(65_536, 4096)),
-        Located::File(..) | Located::Memory(_)
+        Located::Disk | Located::Memory(_)
     ));
     let error = fetcher.read_blocking(vec![range(2_500_000, 10)]).unwrap_err();
     assert!(matches!(error, FetchError::Deadline { .. }), "{error}");

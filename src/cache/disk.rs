@@ -12,19 +12,20 @@ mod writer;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::{ReadWriteFlags, preadv2};
 use sha2::{Digest, Sha256};
 
 pub use self::layer_writer::LayerWriter;
 pub(crate) use self::map::Bits;
-use self::map::Identity;
+use self::map::{ChunkMap, Identity, Label};
 pub(crate) use self::run::RunWriter;
 pub use self::writer::CacheWriter;
 use super::chunk::{chunk_count, chunk_len};
@@ -70,11 +71,13 @@ pub struct LayerCache {
     identity: Identity,
     count: u32,
     data: File,
-    written: Bits,
+    written: ChunkMap,
+    /// What a person calls the layer; set once.
+    label: Mutex<Label>,
     /// Where the map goes; none when the data file has no name.
     map_path: Option<PathBuf>,
     /// What another process's map said when this one came.
-    others: Option<(File, Bits)>,
+    others: Option<(File, ChunkMap)>,
     /// Bytes written since the map was.
     dirty: AtomicU64,
     full: AtomicBool,
@@ -259,7 +262,7 @@ impl LayerCache {
                 .open(&path)
                 .map_err(DiskCacheError::new(&path, "open"))?;
             if flock(&data, FlockOperation::NonBlockingLockExclusive).is_err() {
-                let others = Self::read_map(&data, &map_path, key, size, count).map(|(_, _, bits)| (data, bits));
+                let others = Self::read_map(&data, &map_path, key, size, count).map(|read| (data, read.map));
                 return Self::nameless(dir, key, size, others);
             }
             // Another process may have deleted it between our opening and our locking: then the lock is on a file without a name.
@@ -267,9 +270,10 @@ impl LayerCache {
             if fs::metadata(&path).map_or(true, |named| (named.dev(), named.ino()) != (ours.dev(), ours.ino())) {
                 continue;
             }
-            if let Some((identity, sealed, written)) = Self::read_map(&data, &map_path, key, size, count) {
-                let cache = Self::assemble(identity, count, data, written, Some(map_path), None);
-                cache.sealed.store(sealed, Ordering::Relaxed);
+            if let Some(read) = Self::read_map(&data, &map_path, key, size, count) {
+                let cache = Self::assemble(read.identity, count, data, read.map, Some(map_path), None);
+                cache.sealed.store(read.sealed, Ordering::Relaxed);
+                *cache.label() = read.label;
                 cache.mark_used();
                 return Ok(cache);
             }
@@ -299,7 +303,7 @@ impl LayerCache {
                 identity,
                 count,
                 data,
-                Bits::new(count),
+                ChunkMap::new(count),
                 Some(map_path),
                 None,
             ));
@@ -310,7 +314,12 @@ impl LayerCache {
     }
 
     /// A cache that goes with the process.
-    fn nameless(dir: &Path, key: [u8; 32], size: u64, others: Option<(File, Bits)>) -> Result<Self, DiskCacheError> {
+    fn nameless(
+        dir: &Path,
+        key: [u8; 32],
+        size: u64,
+        others: Option<(File, ChunkMap)>,
+    ) -> Result<Self, DiskCacheError> {
         let data = OpenOptions::new()
             .read(true)
             .write(true)
@@ -325,7 +334,14 @@ impl LayerCache {
         };
         Self::begin(&data, &identity).map_err(DiskCacheError::new(dir, "set the length of a temporary file in it"))?;
         let count = chunk_count(size).unwrap_or(u32::MAX);
-        Ok(Self::assemble(identity, count, data, Bits::new(count), None, others))
+        Ok(Self::assemble(
+            identity,
+            count,
+            data,
+            ChunkMap::new(count),
+            None,
+            others,
+        ))
     }
 
     /// A cache in `dir` that has no name and goes with the process, for when there is no store.
@@ -339,8 +355,8 @@ impl LayerCache {
     /// A layer's own file in the place of a cache: everything is in it, and nothing is ever written.
     pub(crate) fn borrowed(file: File, size: u64) -> Self {
         let count = chunk_count(size).unwrap_or(u32::MAX);
-        let all = Bits::new(count);
-        (0..count).for_each(|index| all.set(index));
+        let all = ChunkMap::new(count);
+        (0..count).for_each(|index| all.bits.set(index));
         let identity = Identity {
             size,
             key: [0; 32],
@@ -356,15 +372,16 @@ impl LayerCache {
         identity: Identity,
         count: u32,
         data: File,
-        written: Bits,
+        written: ChunkMap,
         map_path: Option<PathBuf>,
-        others: Option<(File, Bits)>,
+        others: Option<(File, ChunkMap)>,
     ) -> Self {
         Self {
             identity,
             count,
             data,
             written,
+            label: Mutex::default(),
             map_path,
             others,
             dirty: AtomicU64::new(0),
@@ -376,8 +393,8 @@ impl LayerCache {
         }
     }
 
-    /// What the map says of the data, if it fits it: the data file's identity, whether all of it was verified, and its chunks.
-    fn read_map(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<(Identity, bool, Bits)> {
+    /// What the map says of the data, if it fits it.
+    fn read_map(data: &File, map: &Path, key: [u8; 32], size: u64, count: u32) -> Option<map::Decoded> {
         let at = size.next_multiple_of(TRAILER_BYTES);
         if data.metadata().ok()?.len() != at + TRAILER_BYTES {
             return None;
@@ -394,11 +411,10 @@ impl LayerCache {
             nonce: nonce.try_into().ok()?,
         };
         // A map is as long as the layer makes it; whatever else is there is not read.
-        let longest = u64::from(count).div_ceil(8) + 4096;
         let mut bytes = Vec::new();
+        let longest = map::longest(count) + 1;
         File::open(map).ok()?.take(longest).read_to_end(&mut bytes).ok()?;
-        let (sealed, bits) = map::decode(&bytes, &identity, count)?;
-        Some((identity, sealed, bits))
+        map::decode(&bytes, chunk_count).filter(|read| read.identity == identity)
     }
 
     fn begin(data: &File, identity: &Identity) -> io::Result<()> {
@@ -411,11 +427,11 @@ impl LayerCache {
         if self.is_poisoned() {
             return None;
         }
-        if self.written.has_all(first, end) {
+        if self.written.bits.has_all(first, end) {
             return Some(self.data.as_fd());
         }
-        let (file, bits) = self.others.as_ref()?;
-        bits.has_all(first, end).then(|| file.as_fd())
+        let (file, map) = self.others.as_ref()?;
+        map.bits.has_all(first, end).then(|| file.as_fd())
     }
 
     /// Whether chunk `index` is here.
@@ -423,12 +439,32 @@ impl LayerCache {
         self.find(index, index.saturating_add(1)).is_some()
     }
 
+    /// The file that holds chunk `index`, and what its map says of it.
+    fn holder(&self, index: u32) -> (&File, &ChunkMap) {
+        match &self.others {
+            Some((file, map)) if !self.written.bits.has(index) && map.bits.has(index) => (file, map),
+            _ => (&self.data, &self.written),
+        }
+    }
+
     /// A descriptor of its own for the file that holds chunk `index`.
     pub(crate) fn file_of(&self, index: u32) -> io::Result<File> {
-        match &self.others {
-            Some((file, bits)) if !self.written.has(index) && bits.has(index) => file.try_clone(),
-            _ => self.data.try_clone(),
-        }
+        self.holder(index).0.try_clone()
+    }
+
+    /// Reads chunk `index` as far as that needs no waiting; none if it does, or if not all of it is there. What comes is not checked.
+    pub(crate) fn read_at_once(&self, index: u32) -> Option<Vec<u8>> {
+        let len = len_usize(chunk_len(self.identity.size, index));
+        let mut bytes = vec![0; len];
+        let at = u64::from(index) * CHUNK_BYTES;
+        let (file, _) = self.holder(index);
+        let read = preadv2(file, &mut [IoSliceMut::new(&mut bytes)], at, ReadWriteFlags::NOWAIT);
+        (read == Ok(len)).then_some(bytes)
+    }
+
+    /// Whether `bytes`, read from the file, are what was written as chunk `index`. Nothing is known of a layer's own file.
+    pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
+        self.borrowed || self.holder(index).1.matches(index, bytes)
     }
 
     /// Writes runs of chunks; tell [`LayerCache::wrote`] after each.
@@ -441,9 +477,9 @@ impl LayerCache {
         self.data.try_clone()
     }
 
-    /// Chunk `index` is in the file now.
-    pub(crate) fn wrote(&self, index: u32) {
-        self.written.set(index);
+    /// Chunk `index` is in the file now, and has this CRC-32C.
+    pub(crate) fn wrote(&self, index: u32, sum: u32) {
+        self.written.put(index, sum);
         self.dirty
             .fetch_add(chunk_len(self.identity.size, index), Ordering::Relaxed);
     }
@@ -453,9 +489,9 @@ impl LayerCache {
     pub(crate) fn lost(&self, index: u32) {
         self.sealed.store(false, Ordering::Relaxed);
         self.dirty.fetch_add(1, Ordering::Relaxed);
-        self.written.clear(index);
-        if let Some((_, bits)) = &self.others {
-            bits.clear(index);
+        self.written.bits.clear(index);
+        if let Some((_, map)) = &self.others {
+            map.bits.clear(index);
         }
     }
 
@@ -468,23 +504,24 @@ impl LayerCache {
     pub(crate) fn is_whole(&self) -> bool {
         let together = || {
             let others = self.others.as_ref();
-            others.is_some_and(|(_, bits)| bits.count_set() > 0) && (0..self.count).all(|index| self.has(index))
+            others.is_some_and(|(_, map)| map.bits.count_set() > 0) && (0..self.count).all(|index| self.has(index))
         };
-        !self.is_poisoned() && (self.written.is_full() || together())
+        !self.is_poisoned() && (self.written.bits.is_full() || together())
     }
 
-    /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. Waits for the disk.
-    pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, &[u8]) -> bool) -> io::Result<()> {
+    /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. A chunk that cannot be read, or is not what was
+    /// written, is shown as `None`. Waits for the disk.
+    pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, Option<&[u8]>) -> bool) {
         let mut buffer = vec![0; len_usize(CHUNK_BYTES)];
         for index in 0..self.count {
             let held = &mut buffer[..len_usize(chunk_len(self.identity.size, index))];
-            self.file_of(index)?
-                .read_exact_at(held, u64::from(index) * CHUNK_BYTES)?;
-            if !show(index, held) {
+            let (file, map) = self.holder(index);
+            let read = file.read_exact_at(held, u64::from(index) * CHUNK_BYTES);
+            let right = read.is_ok() && (self.borrowed || map.matches(index, held));
+            if !show(index, right.then_some(held)) {
                 break;
             }
         }
-        Ok(())
     }
 
     /// Whether the whole was checked.
@@ -539,9 +576,9 @@ impl LayerCache {
     /// Bytes of the layer that are here.
     #[must_use]
     pub fn bytes_held(&self) -> u64 {
-        let full = self.written.count_set() * CHUNK_BYTES;
+        let full = self.written.bits.count_set() * CHUNK_BYTES;
         match self.count.checked_sub(1) {
-            Some(last) if self.written.has(last) => full - CHUNK_BYTES + chunk_len(self.identity.size, last),
+            Some(last) if self.written.bits.has(last) => full - CHUNK_BYTES + chunk_len(self.identity.size, last),
             _ => full,
         }
     }
@@ -567,7 +604,7 @@ impl LayerCache {
                         "write",
                     )(error));
                 }
-                self.wrote(index);
+                self.wrote(index, crc32c::crc32c(chunk));
             }
             index += 1;
         }
@@ -595,7 +632,7 @@ impl LayerCache {
 
     fn commit_to(&self, path: &Path) -> Result<(), DiskCacheError> {
         // The bits are taken before the data is made durable: those set meanwhile wait for the next time.
-        let bytes = map::encode(&self.identity, self.is_sealed(), &self.written);
+        let bytes = map::encode(&self.identity, self.is_sealed(), &self.label(), &self.written);
         self.data
             .sync_data()
             .map_err(DiskCacheError::new(path, "sync the data of"))?;
@@ -616,6 +653,19 @@ impl LayerCache {
             let _harmless = fs::remove_file(&temporary);
             DiskCacheError::new(path, "write")(error)
         })
+    }
+
+    fn label(&self) -> MutexGuard<'_, Label> {
+        self.label.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says what a person calls the layer, for who lists the cache; `name` holds no secrets. The map has it from its next writing on.
+    pub(crate) fn describe(&self, name: &str, digest: &str) {
+        let new = Label::new(name, digest);
+        let mut label = self.label();
+        if *label != new {
+            *label = new;
+        }
     }
 
     /// Sets the map's time, by which [`DiskCache::trim`] finds what is cold.

@@ -73,6 +73,8 @@ pub struct Gap<'v> {
     pub range: LayerRange,
     /// A local file that holds them, if one does, and from which byte on. Borrowed from the volume.
     pub file: Option<(BorrowedFd<'v>, u64)>,
+    /// Whether they are on this machine's disk: in that file, or in the disk cache.
+    pub on_disk: bool,
 }
 
 /// What [`Volume::look`] found.
@@ -374,11 +376,7 @@ impl GapBytes {
     pub fn of(gaps: &[Gap<'_>]) -> Self {
         let mut sum = Self::default();
         for gap in gaps {
-            let place = if gap.file.is_some() {
-                &mut sum.disk
-            } else {
-                &mut sum.fetched
-            };
+            let place = if gap.on_disk { &mut sum.disk } else { &mut sum.fetched };
             *place += to_u64(gap.len);
         }
         sum
@@ -412,22 +410,30 @@ fn place_located<'v>(
 ) -> Result<(), ReadError> {
     let wanted = range.range.len;
     let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
-    let file = match *located {
+    let (file, on_disk) = match *located {
         Located::Memory(ref slices) => {
             let whole = Gap {
                 at,
                 len,
                 range,
                 file: None,
+                on_disk: false,
             };
             fill_gaps(&[whole], slices, buf)?;
             counters.bytes(Source::Memory, wanted);
             return Ok(());
         }
-        Located::File(fd, offset) => Some((fd, offset)),
-        Located::Elsewhere => None,
+        Located::File(fd, offset) => (Some((fd, offset)), true),
+        Located::Disk => (None, true),
+        Located::Elsewhere => (None, false),
     };
-    gaps.push(Gap { at, len, range, file });
+    gaps.push(Gap {
+        at,
+        len,
+        range,
+        file,
+        on_disk,
+    });
     Ok(())
 }
 

@@ -222,7 +222,7 @@ impl Engine {
                     Command::Shutdown(tell) => told = Some(tell),
                 }
             }
-            self.read_cached(cached);
+            self.read_cached(&cached);
             self.launch(&now);
             let waits = short && !now.is_empty();
             self.report_first_uses();

@@ -1,10 +1,10 @@
 //! What the threads that read and the fetch thread share. In: chunks, from the fetch thread. Out: the same chunks to threads that
 //! may not wait, and their first uses to the planner.
 //!
-//! Invariant: a chunk that is found here was verified, or cannot be: the fetch thread puts nothing else in, and a chunk of the
-//! disk cache is found only once this process has verified it.
+//! Invariant: a chunk that is found here was verified, or cannot be: the fetch thread puts nothing else in. What lies in the disk
+//! cache is never read from here, because a file may change at any time: the fetch thread reads it back and checks it.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -32,30 +32,26 @@ pub(crate) struct FetchedLayer {
     pub(super) size: u64,
     /// Set at the start, or once the layer has to be streamed.
     pub(super) cache: OnceLock<Arc<LayerCache>>,
-    /// The chunks in the cache that this process has verified; none when the layer has no digests.
+    /// The chunks in the cache of which this process has verified the pieces; none when the layer is not verified by pieces.
     pub(super) checked: Option<Bits>,
     /// Set once, when the layer turns out to be damaged or forged.
     pub(super) poison: OnceLock<FetchError>,
 }
 
 impl FetchedLayer {
-    pub(super) fn new(size: u64, has_digests: bool) -> Self {
+    pub(super) fn new(size: u64, by_pieces: bool) -> Self {
         let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
         Self {
             size,
             cache: OnceLock::new(),
-            checked: has_digests.then(|| Bits::new(count)),
+            checked: by_pieces.then(|| Bits::new(count)),
             poison: OnceLock::new(),
         }
     }
 
-    /// The file in which all chunks from `first` up to `end` are together and are verified.
-    pub(super) fn find(&self, first: u32, end: u32) -> Option<BorrowedFd<'_>> {
-        let verified = self.checked.as_ref().is_none_or(|checked| checked.has_all(first, end));
-        if !verified || self.poison.get().is_some() {
-            return None;
-        }
-        self.cache.get()?.find(first, end)
+    /// Whether all chunks from `first` up to `end` are in the disk cache.
+    pub(super) fn is_on_disk(&self, first: u32, end: u32) -> bool {
+        self.cache.get().is_some_and(|cache| cache.find(first, end).is_some())
     }
 }
 

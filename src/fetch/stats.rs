@@ -200,6 +200,8 @@ counters! {
     chunks_checked,
     /// Of those, chunks that were wrong, and compressed bytes that could not be decoded: counted each time.
     chunks_wrong,
+    /// Chunks of the disk cache that could not be read back, or were not what was written: they are fetched again.
+    cache_damaged,
     /// Layers that turned out to be damaged or forged, and are read no more.
     layers_poisoned,
 }

@@ -347,7 +347,7 @@ fn read_all(
     }
     let name = digest.clone().or(recorded.identity.blob_digest);
     if let (Some(filling), Some(name)) = (filling, name) {
-        going_on_when_full(filling.finish(&name.to_string()))?;
+        going_on_when_full(filling.finish(&blob.name, &name.to_string()))?;
     }
     let origin = IndexOrigin::Read {
         reads: recorded.reads,

@@ -93,7 +93,7 @@ pub(crate) fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8
             file.read_exact_at(&mut bytes, at).unwrap();
             bytes
         }
-        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
+        Located::Disk | Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
     })
 }
 

@@ -11,11 +11,11 @@ use std::thread::JoinHandle;
 
 use rustix::fs::{FlockOperation, flock};
 
-use super::map::{self, Bits, Identity};
+use super::map::{self, ChunkMap, Identity, Label};
 use super::{DiskCache, DiskCacheError, LayerCache, LayerKey, nonce};
 use crate::cache::chunk::chunk_count;
 use crate::digest::hexadecimal;
-use crate::units::len_u64;
+use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
 const SYNC_DISTANCE: u64 = 32 << 20;
@@ -37,6 +37,10 @@ pub struct LayerWriter {
     len: u64,
     unsynced: u64,
     syncer: Syncer,
+    /// CRC-32C of the chunks that have come whole...
+    sums: Vec<u32>,
+    /// ...and of what has come of the next one.
+    sum: u32,
 }
 
 /// A thread that waits for the disk while the layer goes on coming. Ends when dropped.
@@ -103,6 +107,8 @@ impl DiskCache {
             len: 0,
             unsynced: 0,
             syncer,
+            sums: Vec::new(),
+            sum: 0,
         })
     }
 }
@@ -115,12 +121,26 @@ impl LayerWriter {
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), DiskCacheError> {
         let written = self.file.as_file_mut().write_all(bytes);
         written.map_err(|error| self.failed("write", error))?;
-        self.len += len_u64(bytes.len());
+        self.add_up(bytes);
         self.unsynced += len_u64(bytes.len());
         if self.unsynced >= SYNC_DISTANCE && self.syncer.order() {
             self.unsynced = 0;
         }
         Ok(())
+    }
+
+    /// Adds `bytes` to the length and to the checksums.
+    fn add_up(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let left = len_usize(CHUNK_BYTES - self.len % CHUNK_BYTES);
+            let (now, later) = bytes.split_at(left.min(bytes.len()));
+            self.sum = crc32c::crc32c_append(self.sum, now);
+            self.len += len_u64(now.len());
+            if self.len.is_multiple_of(CHUNK_BYTES) {
+                self.sums.push(std::mem::take(&mut self.sum));
+            }
+            bytes = later;
+        }
     }
 
     /// How many bytes it has taken.
@@ -136,12 +156,12 @@ impl LayerWriter {
     }
 
     /// All of the layer has come, and its digest was compared with what `identity` says: from now on the disk cache has it under
-    /// that name, as [`LayerKey::of_content`] takes it, verified. Does nothing when another process has that layer open, which
+    /// that identity, as [`LayerKey::of_content`] takes it, verified; `name` is for people, without secrets. Does nothing when another process has that layer open, which
     /// then goes on with what it has.
     ///
     /// # Errors
     /// When the disk does not keep it.
-    pub fn finish(self, identity: &str) -> Result<(), DiskCacheError> {
+    pub fn finish(mut self, name: &str, identity: &str) -> Result<(), DiskCacheError> {
         let size = self.len;
         let Some(count) = chunk_count(size) else {
             return Ok(());
@@ -154,12 +174,18 @@ impl LayerWriter {
             return Ok(());
         }
         let nonce = nonce();
+        let label = Label::new(name, identity);
         let identity = Identity { size, key, nonce };
         let data = self.file.as_file();
         let ended = LayerCache::end_data(data, &identity).and_then(|()| data.sync_data());
         ended.map_err(|error| self.failed("finish", error))?;
-        let bits = Bits::new(count);
-        (0..count).for_each(|index| bits.set(index));
+        if !size.is_multiple_of(CHUNK_BYTES) {
+            self.sums.push(self.sum);
+        }
+        let chunks = ChunkMap::new(count);
+        for (index, sum) in (0..count).zip(&self.sums) {
+            chunks.put(index, *sum);
+        }
         let map_path = path.with_extension("map");
         // The old map goes first: it must never speak of the new data, nor the new map of the old.
         match fs::remove_file(&map_path) {
@@ -168,7 +194,7 @@ impl LayerWriter {
             }
             _ => {}
         }
-        let map = map::encode(&identity, true, &bits);
+        let map = map::encode(&identity, true, &label, &chunks);
         self.file
             .persist(&path)
             .map_err(|error| DiskCacheError::new(&path, "put the layer in its place")(error.error))?;
@@ -202,7 +228,6 @@ impl LayerCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::CHUNK_BYTES;
 
     #[test]
     fn what_was_filled_is_there_and_nothing_else() {
@@ -216,17 +241,15 @@ mod tests {
             writer.push(piece).unwrap();
         }
         let len = writer.len();
-        writer.finish("sha256:abc").unwrap();
+        writer.finish("layer.tar", "sha256:abc").unwrap();
         let cache = store.layer(LayerKey::of_content("sha256:abc", len), len).unwrap();
         assert!(cache.is_whole());
         assert!(cache.is_sealed(), "it was digested while it passed");
         let mut back = Vec::new();
-        cache
-            .read_whole(&mut |_, chunk| {
-                back.extend_from_slice(chunk);
-                true
-            })
-            .unwrap();
+        cache.read_whole(&mut |_, chunk| {
+            back.extend_from_slice(chunk.unwrap());
+            true
+        });
         assert!(back == bytes);
         drop(cache);
         assert_eq!(
@@ -255,7 +278,7 @@ mod tests {
         let open = store.layer(LayerKey::of_content("sha256:abc", 4), 4).unwrap();
         let mut writer = store.begin_layer().unwrap();
         writer.push(b"full").unwrap();
-        writer.finish("sha256:abc").unwrap();
+        writer.finish("layer.tar", "sha256:abc").unwrap();
         assert_eq!(open.bytes_held(), 0);
         drop(open);
         assert_eq!(

@@ -315,7 +315,7 @@ fn what_killed_processes_were_filling_is_trimmed() {
     writer.push(&content()).unwrap();
     assert!(store.trim(u64::MAX).unwrap() > 0);
     assert!(!left.exists());
-    writer.finish("sha256:abc").unwrap();
+    writer.finish("layer.tar", "sha256:abc").unwrap();
     assert!(
         store
             .layer(LayerKey::of_content("sha256:abc", SIZE), SIZE)

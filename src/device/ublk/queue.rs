@@ -370,7 +370,7 @@ async fn close_gaps(
         None => Vec::new(),
     };
     if !unread.is_empty() {
-        // A file of the cache that cannot be read is no end: the fetch thread has other ways, or knows what is wrong.
+        // The fetch thread finds out what is wrong with a file that cannot be read.
         let slices = hear(context, tag, ask(context, tag, &unread)).await?;
         fill_gaps(&unread, &slices, buf.as_mut_slice())?;
     }

@@ -17,6 +17,10 @@ use crate::units::{LayerId, TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
 const LONGEST_LOCAL_READ: u64 = 1 << 20;
+/// Chunks that are read back and checked by one job of a worker.
+const READ_BACK_AT_ONCE: usize = 8;
+/// Why a chunk of the cache is not used.
+pub(super) const NOT_AS_WRITTEN: &str = "it is not what was written";
 /// As long as no more than this waits to be written, the disk keeps up and long runs go past the page cache.
 const DIRECT_BACKLOG: u64 = 16 << 20;
 /// As long as no more than this waits to be written, writing waits a moment: whoever reads on finds the thread and the CPUs
@@ -74,44 +78,104 @@ impl Engine {
     }
 
     /// Brings cached chunks to memory. What cannot be read back, or is not what it has to be, is fetched again.
-    pub(super) fn read_cached(self: &Rc<Self>, keys: Vec<ChunkKey>) {
-        for key in keys {
-            runtime::spawn(self.clone().read_cached_chunk(key));
+    pub(super) fn read_cached(self: &Rc<Self>, keys: &[ChunkKey]) {
+        for of_one_layer in keys.chunk_by(|a, b| a.layer == b.layer) {
+            let (Some(state), Some(cache)) = (
+                of_one_layer.first().and_then(|key| self.layer(key.layer)),
+                of_one_layer.first().and_then(|key| self.cache(key.layer)),
+            ) else {
+                continue;
+            };
+            let mut in_file = Vec::with_capacity(of_one_layer.len());
+            for key in of_one_layer {
+                if let Some(chunk) = state.writer.queued(key.index) {
+                    self.deliver(*key, chunk.bytes().to_vec(), false);
+                } else if let Some(pieces) = state.verifier.as_ref().and_then(Verifier::pieces) {
+                    let (engine, state, pieces, key) = (self.clone(), state.clone(), pieces.clone(), *key);
+                    runtime::spawn(async move { engine.deliver_verified_pieces(&state, &pieces, key).await });
+                } else {
+                    in_file.push(*key);
+                }
+            }
+            for batch in in_file.chunks(READ_BACK_AT_ONCE) {
+                let (engine, state, cache) = (self.clone(), state.clone(), cache.clone());
+                let batch = batch.to_vec();
+                runtime::spawn(async move { engine.read_back(&state, &cache, batch).await });
+            }
         }
     }
 
-    async fn read_cached_chunk(self: Rc<Self>, key: ChunkKey) {
-        let Some(state) = self.layer(key.layer) else { return };
-        if let Some(chunk) = state.writer.queued(key.index) {
-            self.deliver(key, chunk.bytes().to_vec(), false);
-            return;
-        }
-        let Some(cache) = self.cache(key.layer) else { return };
-        let len = len_usize(chunk_len(state.size, key.index));
-        let read = async {
-            File::from(cache.file_of(key.index)?)
-                .read_exact_at(key.start().0, len)
-                .await
+    /// Reads chunks back and delivers those that are right.
+    async fn read_back(self: Rc<Self>, state: &Rc<LayerState>, cache: &Arc<LayerCache>, batch: Vec<ChunkKey>) {
+        // What the page cache has is read where it is checked. A single chunk that a short read waits for is here sooner than
+        // another thread is awake.
+        let alone = matches!(batch[..], [key] if self.in_flight.has_short_reader(key));
+        let checker = ReadBack::new(cache, state);
+        let mut waiting = Vec::new();
+        let outcomes = if alone {
+            checker.read_at_once(&batch)
+        } else {
+            self.work(batch.clone(), {
+                let checker = checker.clone();
+                move |batch| checker.read_at_once(&batch)
+            })
+            .await
+            .unwrap_or_default()
         };
-        let trusted = self.is_verified(key);
-        if let Some(pieces) = state.verifier.as_ref().and_then(Verifier::pieces).filter(|_| !trusted) {
-            drop(read);
-            return self.clone().deliver_verified_pieces(state, pieces, key).await;
-        }
-        let why = match read.await {
-            Ok(bytes) if trusted => return self.deliver(key, bytes, false),
-            Ok(bytes) => {
-                let (right, bytes) = self.matches(state, key.index, bytes).await;
-                if right {
-                    self.mark_verified(key);
-                    return self.deliver(key, bytes, false);
-                }
-                "it is not what the index says".to_owned()
+        // What a worker that died has not read is read here.
+        let outcomes = outcomes.into_iter().chain(std::iter::repeat_with(|| None));
+        for (key, outcome) in batch.into_iter().zip(outcomes) {
+            match outcome {
+                Some(outcome) => self.read_back_ended(state, key, outcome),
+                None => waiting.push(key),
             }
-            Err(error) => error.to_string(),
-        };
-        self.drop_cached(state, key, &why);
-        self.fetch_again(key);
+        }
+        for key in waiting {
+            let (engine, state, cache, checker) = (self.clone(), state.clone(), cache.clone(), checker.clone());
+            runtime::spawn(async move {
+                let len = len_usize(chunk_len(state.size, key.index));
+                let read = async {
+                    File::from(cache.file_of(key.index)?)
+                        .read_exact_at(key.start().0, len)
+                        .await
+                };
+                let outcome = match read.await {
+                    Ok(bytes) if alone => checker.check(key.index, bytes),
+                    Ok(bytes) => {
+                        let outcome = engine.work(bytes, move |bytes| checker.check(key.index, bytes)).await;
+                        outcome.unwrap_or_else(|| Err("it could not be checked".to_owned()))
+                    }
+                    Err(error) => Err(error.to_string()),
+                };
+                engine.read_back_ended(&state, key, outcome);
+            });
+        }
+    }
+
+    /// Runs `job` on a worker thread, when one is free; none if it died.
+    async fn work<T: Send + 'static, R: Send + 'static>(
+        &self,
+        input: T,
+        job: impl FnOnce(T) -> R + Send + 'static,
+    ) -> Option<R> {
+        let permit = self.workers.clone().acquire_owned().await.ok();
+        let job = runtime::blocking(move || {
+            let _permit = permit;
+            job(input)
+        });
+        job.await.ok()
+    }
+
+    /// A chunk was read back: it is delivered, or fetched again.
+    fn read_back_ended(self: &Rc<Self>, state: &LayerState, key: ChunkKey, outcome: Result<Vec<u8>, String>) {
+        self.count_verified(state);
+        match outcome {
+            Ok(bytes) => self.deliver(key, bytes, false),
+            Err(why) => {
+                self.drop_cached(state, key, &why);
+                self.fetch_again(key);
+            }
+        }
     }
 
     /// A chunk in the cache is no use.
@@ -119,22 +183,31 @@ impl Engine {
         let Some(cache) = self.cache(key.layer) else { return };
         if cache.has(key.index) {
             add(&self.counters.chunks_wrong, 1);
+            add(&self.counters.cache_damaged, 1);
             let name = state.origin.name();
-            log::warn!(
-                "cache of {name}: chunk {}: {why}; it is fetched again when it is wanted",
+            let level = if state.told_damage.replace(true) {
+                log::Level::Debug
+            } else {
+                log::Level::Warn
+            };
+            log::log!(
+                level,
+                "cache of {name}: chunk {}: {why}; it is fetched again, as all such chunks are when they are wanted",
                 key.index
             );
             cache.lost(key.index);
         }
     }
 
-    /// Whether what lies in the cache of a chunk was checked by this process, or is not to be checked.
+    /// Whether this process has verified the pieces of a chunk in the cache: from then on its checksum tells whether it still is
+    /// the same.
     pub(super) fn is_verified(&self, key: ChunkKey) -> bool {
         let checked = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref());
-        checked.is_none_or(|checked| checked.has(key.index))
+        let has_sums = self.cache(key.layer).is_some_and(|cache| !cache.is_borrowed());
+        has_sums && checked.is_some_and(|checked| checked.has(key.index))
     }
 
-    /// A chunk that lies in the cache was checked by this process.
+    /// The pieces of a chunk in the cache were verified by this process.
     pub(super) fn mark_verified(&self, key: ChunkKey) {
         if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref()) {
             checked.set(key.index);
@@ -190,7 +263,9 @@ impl Engine {
             let direct = self.budget.unwritten() <= DIRECT_BACKLOG;
             let written;
             (file, written) = match file {
-                Ok(file) if cache.takes_more() => write_run(file, start, len_usize(bytes), batch, direct).await,
+                Ok(file) if cache.takes_more() => {
+                    write_run(cache.clone(), file, start, len_usize(bytes), batch, direct).await
+                }
                 Ok(file) => (Ok(file), Err(io::ErrorKind::StorageFull.into())),
                 Err(error) => {
                     let again = io::Error::new(error.kind(), error.to_string());
@@ -205,7 +280,6 @@ impl Engine {
                             layer: key.layer,
                             index,
                         });
-                        cache.wrote(index);
                     }
                     add(&self.counters.bytes_stored, bytes);
                     Self::commit_later(state, cache);
@@ -259,6 +333,42 @@ impl Engine {
     }
 }
 
+/// Reads chunks of a layer's cache and checks them. Goes to worker threads.
+#[derive(Clone)]
+struct ReadBack {
+    cache: Arc<LayerCache>,
+    verifier: Option<Verifier>,
+}
+
+impl ReadBack {
+    fn new(cache: &Arc<LayerCache>, state: &LayerState) -> Self {
+        Self {
+            cache: Arc::clone(cache),
+            verifier: state.verifier.clone(),
+        }
+    }
+
+    /// What the page cache has of `batch`, checked, in this order; none for a chunk that has to be waited for.
+    fn read_at_once(&self, batch: &[ChunkKey]) -> Vec<Option<Result<Vec<u8>, String>>> {
+        let read = |key: &ChunkKey| Some(self.check(key.index, self.cache.read_at_once(key.index)?));
+        batch.iter().map(read).collect()
+    }
+
+    /// The bytes, if they are chunk `index`: by the digest of the index, which says it of every byte, else by the cache's own
+    /// checksum.
+    fn check(&self, index: u32, bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+        let right = match &self.verifier {
+            Some(Verifier::Chunks(verifier)) => verifier.matches(index, &bytes),
+            _ => self.cache.matches(index, &bytes),
+        };
+        if right {
+            Ok(bytes)
+        } else {
+            Err(NOT_AS_WRITTEN.to_owned())
+        }
+    }
+}
+
 /// Commits on a thread that may block.
 async fn commit(cache: Arc<LayerCache>) {
     match runtime::blocking(move || cache.commit()).await {
@@ -270,6 +380,7 @@ async fn commit(cache: Arc<LayerCache>) {
 
 /// Writes a run of chunks on a thread that may wait for the disk; the file comes back with how it went.
 async fn write_run(
+    cache: Arc<LayerCache>,
     mut file: RunWriter,
     start: u64,
     len: usize,
@@ -279,6 +390,11 @@ async fn write_run(
     let job = runtime::blocking(move || {
         let pieces = batch.iter().map(|(_, chunk)| chunk.bytes());
         let written = file.write(start, len, pieces, direct);
+        if written.is_ok() {
+            for (index, chunk) in &batch {
+                cache.wrote(*index, crc32c::crc32c(chunk.bytes()));
+            }
+        }
         (file, written)
     });
     match job.await {

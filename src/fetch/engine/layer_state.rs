@@ -38,6 +38,8 @@ pub(super) struct LayerState {
     /// Whether what the disk cache holds is being digested.
     pub(super) verifying_whole: Cell<bool>,
     pub(super) warned: Cell<bool>,
+    /// Whether it was said that its cache is damaged.
+    pub(super) told_damage: Cell<bool>,
     /// Chunks that are being checked, and chunks that were wrong once.
     pub(super) verifying: RefCell<HashSet<u32>>,
     pub(super) mismatched: RefCell<HashSet<u32>>,
@@ -64,6 +66,7 @@ impl LayerState {
             whole_verified: Cell::new(false),
             verifying_whole: Cell::new(false),
             warned: Cell::new(false),
+            told_damage: Cell::new(false),
             verifying: RefCell::default(),
             mismatched: RefCell::default(),
             verifying_pieces: tokio::sync::Mutex::default(),
@@ -118,10 +121,13 @@ fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, 
             Some(_) => key.of_decoded(size),
         }),
     };
-    match key {
-        Some(key) => store.layer(key, size),
-        None => store.unnamed(size),
-    }
+    let Some(key) = key else {
+        return store.unnamed(size);
+    };
+    let cache = store.layer(key, size)?;
+    let digest = source.layer.digest.as_ref().map(ToString::to_string);
+    cache.describe(&source.layer.blob.name, &digest.unwrap_or_default());
+    Ok(cache)
 }
 
 /// A layer that has to be fetched, on its way to the fetch thread.
@@ -159,7 +165,8 @@ pub(super) fn take_in(
             None
         }
     };
-    let fetched = FetchedLayer::new(size, source.verifier.is_some());
+    let by_pieces = source.verifier.as_ref().and_then(Verifier::pieces).is_some();
+    let fetched = FetchedLayer::new(size, by_pieces);
     match file {
         Some((path, file)) if source.coding.is_none() && source.verifier.is_none() => {
             let file = file.into();

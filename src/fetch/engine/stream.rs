@@ -216,7 +216,7 @@ impl Engine {
                 cached.push(key);
             }
         }
-        self.read_cached(cached);
+        self.read_cached(&cached);
     }
 
     /// The stream is at an end: a reader that came too late finds its chunk in the cache, or makes the layer be read again.
@@ -232,7 +232,7 @@ impl Engine {
                 again.push(Planned::from(key));
             }
         }
-        self.read_cached(cached);
+        self.read_cached(&cached);
         self.launch(&again);
     }
 

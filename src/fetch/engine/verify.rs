@@ -13,6 +13,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
+use super::disk::NOT_AS_WRITTEN;
 use super::{Engine, LayerState, Origin};
 use crate::cache::chunk::ChunkKey;
 use crate::fetch::runtime;
@@ -25,20 +26,6 @@ impl Engine {
         if state.verifier.is_some() {
             add(&self.counters.chunks_checked, 1);
         }
-    }
-
-    /// Whether `bytes` are the chunk, and the bytes again.
-    pub(super) async fn matches(&self, state: &LayerState, index: u32, bytes: Vec<u8>) -> (bool, Vec<u8>) {
-        let Some(check) = state.verifier.clone() else {
-            return (true, bytes);
-        };
-        self.count_verified(state);
-        let permit = self.workers.clone().acquire_owned().await.ok();
-        let job = runtime::blocking(move || {
-            let _permit = permit;
-            (check.matches(index, &bytes), bytes)
-        });
-        job.await.unwrap_or_default()
     }
 
     /// Chunks have come as they are, in this order; each is brought once it was checked.
@@ -213,15 +200,16 @@ impl Engine {
                 let _not_so_nice = rustix::process::nice(19);
                 let mut hash = Sha256::new();
                 let mut wrong = None;
-                let read = whole.read_whole(&mut |index, bytes| {
-                    hash.update(bytes);
-                    if check.as_ref().is_some_and(|check| !check.matches(index, bytes)) {
-                        wrong = Some(index);
+                whole.read_whole(&mut |index, bytes| {
+                    let right = |bytes: &&[u8]| check.as_ref().is_none_or(|check| check.matches(index, bytes));
+                    match bytes.filter(right) {
+                        Some(bytes) => hash.update(bytes),
+                        None => wrong = Some(index),
                     }
                     wrong.is_none() && !give.is_closed()
                 });
                 // The fetcher may be gone.
-                let _engine_is_gone = give.send(read.map(|()| (wrong, hash.finalize().into())));
+                let _engine_is_gone = give.send((wrong, hash.finalize().into()));
             });
         if let Err(error) = thread {
             log::warn!("cannot check the whole layer: {error}");
@@ -233,11 +221,8 @@ impl Engine {
             state.verifying_whole.set(false);
             match verdict {
                 // What the disk spoiled is not the layer's fault.
-                Ok(Ok((Some(index), _))) => {
-                    engine.drop_cached(&state, ChunkKey { layer, index }, "it is not what the index says");
-                }
-                Ok(Ok((None, tar))) => engine.verify_whole(&state, layer, None, tar),
-                Ok(Err(error)) => log::warn!("{}: cannot check the whole layer: {error}", state.origin.name()),
+                Ok((Some(index), _)) => engine.drop_cached(&state, ChunkKey { layer, index }, NOT_AS_WRITTEN),
+                Ok((None, tar)) => engine.verify_whole(&state, layer, None, tar),
                 Err(_) => {}
             }
         });

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::disk::NOT_AS_WRITTEN;
 use super::{Engine, LayerState};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::cache::disk::LayerCache;
@@ -71,7 +72,11 @@ impl Engine {
             .map_err(|error| CachedFault::Unreadable(error.to_string()))
         };
         if self.is_verified(key) {
-            return read(own).await;
+            let bytes = read(own).await?;
+            if cache.matches(key.index, &bytes) {
+                return Ok(bytes);
+            }
+            return Err(CachedFault::Unreadable(NOT_AS_WRITTEN.to_owned()));
         }
         let wide = pieces.widened(own);
         let bytes = read(wide).await?;
