@@ -5,16 +5,21 @@
 //! they are read, and their sizes are bounded. Layers are checked where they are read.
 //!
 //! Parts: `reference` (names), `hosts` (which servers), `credentials` and `challenge` (logging in), `session` (requests),
-//! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for callers that may wait), `manifest`, `oci_layout`.
+//! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for callers that may
+//! wait), `manifest` (documents), `lenient` (their fields as others write them), `platform` and `choice` (which image of an index),
+//! `oci_layout`.
 
 mod access;
 mod answer;
 mod challenge;
+mod choice;
 mod client;
 mod credentials;
 mod hosts;
+mod lenient;
 mod manifest;
 mod oci_layout;
+mod platform;
 mod redirect;
 mod reference;
 mod session;
@@ -27,14 +32,16 @@ pub use access::{BlobAccess, BlobLocation};
 pub use client::{BlobHead, Fetched, Registry};
 pub use credentials::{Keyring, Login};
 pub use hosts::DEFAULT_HOSTS_DIR;
-pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, OCI_INDEX, OCI_MANIFEST, Platform};
+pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, OCI_INDEX, OCI_MANIFEST};
+pub use platform::Platform;
 pub use reference::{ImageName, LayoutName, Reference, Version};
 
 use super::error::SourceError;
 use crate::digest::Digest;
 use crate::http::HttpOptions;
 use crate::layer::LayerType;
-use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest, Wanted};
+use choice::Wanted;
+use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest};
 use oci_layout::Layout;
 
 /// The deepest nesting of indexes that is followed; builders make one level, or two.

@@ -11,7 +11,7 @@ use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use super::manifest::null_is_empty;
+use super::lenient::null_is_empty;
 use crate::http::Secret;
 
 /// How long a token lasts when its server does not say (the token specification).

@@ -19,7 +19,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::null_is_empty;
+use super::lenient::null_is_empty;
 use crate::http::Secret;
 use crate::source::SourceError;
 

@@ -1,13 +1,14 @@
 //! Manifests, indexes and image configurations: OCI's (image specification 1.1) and Docker's (schema 2). In: JSON from a
-//! registry or a layout, its digest already checked. Out: which layers, in which coding; or why this is no image that can be
-//! mounted.
+//! registry or a layout, its digest already checked. Out: descriptors of the layers, or of an index's manifests; or why this is no
+//! image that can be mounted.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::lenient::{digest_in_any_case, null_is_empty, nulls_are_empty, whole_number};
+use super::platform::Platform;
 use crate::digest::Digest;
 use crate::layer::LayerType;
 use crate::source::without_secrets;
@@ -95,47 +96,6 @@ impl Descriptor {
 /// So many places of a foreign layer are shown.
 const MOST_URLS: usize = 4;
 
-/// What Go writes for something empty is `null` as well.
-pub(super) fn null_is_empty<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
-/// The same for every value of a map.
-fn nulls_are_empty<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    let map: Option<BTreeMap<String, Option<String>>> = Option::deserialize(deserializer)?;
-    let pairs = map.unwrap_or_default().into_iter();
-    Ok(pairs.map(|(key, value)| (key, value.unwrap_or_default())).collect())
-}
-
-/// A digest whose hexadecimal digits some tools write in upper case.
-fn digest_in_any_case<'de, D>(deserializer: D) -> Result<Digest, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    let text = String::deserialize(deserializer)?;
-    text.to_ascii_lowercase().parse().map_err(serde::de::Error::custom)
-}
-
-/// A number that tools without integers write with a fraction of zero.
-fn whole_number<'de, D>(deserializer: D) -> Result<u64, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    let number = serde_json::Number::deserialize(deserializer)?;
-    let text = number.to_string();
-    let whole = text.strip_suffix(".0").unwrap_or(&text);
-    whole
-        .parse()
-        .map_err(|_| serde::de::Error::custom(format!("{text} is no length in bytes")))
-}
-
 /// A list of descriptors of which some may make no sense: those are passed over, because the others do not depend on them.
 fn descriptors_that_make_sense<'de, D>(deserializer: D) -> Result<Option<Vec<Descriptor>>, D::Error>
 where
@@ -158,209 +118,6 @@ pub(super) struct ManifestList {
     /// Its entries, without those that make no sense.
     #[serde(default, deserialize_with = "descriptors_that_make_sense")]
     pub(super) manifests: Option<Vec<Descriptor>>,
-}
-
-/// `os/arch[/variant]`, as Go names them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Platform {
-    /// `linux`; empty where nothing is said.
-    #[serde(default, deserialize_with = "null_is_empty")]
-    pub os: String,
-    /// `amd64`, `arm64`, …; empty where nothing is said.
-    #[serde(default, deserialize_with = "null_is_empty")]
-    pub architecture: String,
-    /// `v7`, `v8`, …
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-}
-
-impl Platform {
-    /// Linux on this machine's processor.
-    #[must_use]
-    pub fn here() -> Self {
-        let (architecture, variant) = match std::env::consts::ARCH {
-            "x86_64" => ("amd64", None),
-            "x86" => ("386", None),
-            "aarch64" => ("arm64", None),
-            "arm" => ("arm", Some("v7")),
-            "powerpc64" if cfg!(target_endian = "little") => ("ppc64le", None),
-            "loongarch64" => ("loong64", None),
-            other => (other, None),
-        };
-        Self {
-            os: "linux".to_owned(),
-            architecture: architecture.to_owned(),
-            variant: variant.map(str::to_owned),
-        }
-    }
-
-    /// The same with the level of this processor, where images are made for several: what it runs beside what is meant by default.
-    fn here_at_best() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        return Self {
-            variant: level_of_processor().map(str::to_owned),
-            ..Self::here()
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        Self::here()
-    }
-
-    /// The names that Go has for what others call otherwise (containerd's platforms package, "Normalize").
-    fn normal(&self) -> Self {
-        let os = match self.os.to_ascii_lowercase().as_str() {
-            "" => "linux".to_owned(),
-            "macos" => "darwin".to_owned(),
-            other => other.to_owned(),
-        };
-        let said = self.variant.as_deref().unwrap_or_default().to_ascii_lowercase();
-        let (architecture, variant) = match self.architecture.to_ascii_lowercase().as_str() {
-            "x86_64" | "x86-64" => ("amd64".to_owned(), said),
-            "i386" => ("386".to_owned(), String::new()),
-            "aarch64" => ("arm64".to_owned(), said),
-            "armhf" => ("arm".to_owned(), "v7".to_owned()),
-            "armel" => ("arm".to_owned(), "v6".to_owned()),
-            other => (other.to_owned(), said),
-        };
-        Self {
-            os,
-            architecture,
-            variant: Some(variant).filter(|variant| !variant.is_empty()),
-        }
-    }
-
-    /// Whether nothing is said of the processor: then the image's configuration may say more, or it is for any.
-    fn is_unsaid(&self) -> bool {
-        self.architecture.is_empty()
-    }
-
-    /// How well `offered` serves a machine that is this; less is better, none is not at all.
-    fn distance(&self, offered: &Self) -> Option<u32> {
-        let (wanted, offered) = (self.normal(), offered.normal());
-        if wanted.os != offered.os {
-            return None;
-        }
-        // What is meant where nothing is said (containerd's defaults).
-        let usual = match wanted.architecture.as_str() {
-            "arm64" => "v8",
-            "arm" => "v7",
-            "amd64" => "v1",
-            _ => "",
-        };
-        let level = |platform: &Self| {
-            let variant = platform.variant.as_deref().unwrap_or(usual);
-            match variant.strip_prefix('v').unwrap_or(variant).parse::<u32>() {
-                Ok(level) => Ok(level),
-                Err(_) => Err(variant.to_owned()),
-            }
-        };
-        match (wanted.architecture.as_str(), offered.architecture.as_str()) {
-            (wanted_for, offered_for) if wanted_for == offered_for => match (level(&wanted), level(&offered)) {
-                (Ok(wanted), Ok(offered)) => wanted.checked_sub(offered),
-                (wanted, offered) => (wanted == offered).then_some(0),
-            },
-            // What these processors run too, when there is nothing better.
-            ("amd64", "386") => Some(FOREIGN),
-            ("arm64", "arm") => {
-                let arm = Self {
-                    architecture: "arm".to_owned(),
-                    variant: Some("v8".to_owned()),
-                    ..wanted
-                };
-                arm.distance(&offered).map(|distance| FOREIGN.saturating_add(distance))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// The level of an x86-64 processor (System V ABI, "Micro-Architecture Levels").
-#[cfg(target_arch = "x86_64")]
-fn level_of_processor() -> Option<&'static str> {
-    use std::arch::is_x86_feature_detected as has;
-    let v2 = has!("cmpxchg16b") && has!("popcnt") && has!("sse4.2") && has!("ssse3");
-    let v3 = v2 && has!("avx2") && has!("bmi1") && has!("bmi2") && has!("f16c") && has!("fma") && has!("lzcnt");
-    let v4 = v3 && has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl");
-    [(v4, "v4"), (v3, "v3"), (v2, "v2")]
-        .into_iter()
-        .find_map(|(has, level)| has.then_some(level))
-}
-
-/// For which machine an image is wanted.
-#[derive(Clone, Debug)]
-pub(super) struct Wanted {
-    pub(super) platform: Platform,
-    /// Whether a person said so; else it is for this machine.
-    pub(super) insisted: bool,
-}
-
-impl Wanted {
-    /// What a person wants, or else this machine.
-    pub(super) fn of(platform: Option<&Platform>) -> Self {
-        Self {
-            platform: platform.cloned().unwrap_or_else(Platform::here),
-            insisted: platform.is_some(),
-        }
-    }
-
-    /// The manifest for it among an index's. Where there is none of the kind that is meant by default, one for just this
-    /// processor is taken, unless a person said what to take.
-    ///
-    /// # Errors
-    /// That there is none, and what there is.
-    pub(super) fn choose<'a>(
-        &self,
-        manifests: impl IntoIterator<Item = &'a Descriptor, IntoIter: Clone>,
-    ) -> Result<&'a Descriptor, String> {
-        let manifests = manifests.into_iter();
-        let chosen = choose(manifests.clone(), &self.platform);
-        if chosen.is_err() && !self.insisted {
-            return choose(manifests, &Platform::here_at_best()).or(chosen);
-        }
-        chosen
-    }
-
-    /// Whether it can use what is for `offered`.
-    pub(super) fn can_use(&self, offered: &Platform) -> bool {
-        let at_best = || !self.insisted && Platform::here_at_best().distance(offered).is_some();
-        offered.is_unsaid() || self.platform.distance(offered).is_some() || at_best()
-    }
-}
-
-/// The distance of a platform of another name that a processor runs too.
-const FOREIGN: u32 = 1 << 16;
-
-impl FromStr for Platform {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut parts = text.split('/').map(str::to_owned);
-        let (os, architecture, variant) = (parts.next(), parts.next(), parts.next());
-        let word =
-            |part: &str| !part.is_empty() && part.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c));
-        match (os, architecture, variant, parts.next()) {
-            (Some(os), Some(architecture), variant, None)
-                if word(&os) && word(&architecture) && variant.as_deref().is_none_or(word) =>
-            {
-                let named = Self {
-                    os,
-                    architecture,
-                    variant,
-                };
-                Ok(named.normal())
-            }
-            _ => Err("a platform is written os/arch or os/arch/variant, as linux/amd64 or linux/arm/v7".to_owned()),
-        }
-    }
-}
-
-impl fmt::Display for Platform {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        match &self.variant {
-            Some(variant) => write!(f, "/{variant}"),
-            None => Ok(()),
-        }
-    }
 }
 
 /// What a manifest's JSON says, whichever kind it is.
@@ -497,51 +254,6 @@ impl Manifest {
     }
 }
 
-/// The manifest for `wanted` among an index's.
-///
-/// # Errors
-/// That there is none, and what there is.
-fn choose<'a>(
-    manifests: impl IntoIterator<Item = &'a Descriptor, IntoIter: Clone>,
-    wanted: &Platform,
-) -> Result<&'a Descriptor, String> {
-    let manifests = manifests.into_iter();
-    let fitting = manifests.clone().filter_map(|descriptor| {
-        let distance = wanted.distance(descriptor.platform.as_ref()?)?;
-        Some((distance, descriptor))
-    });
-    // The first of the best: min_by_key keeps the order of equals.
-    if let Some((_, best)) = fitting.min_by_key(|(distance, _)| *distance) {
-        return Ok(best);
-    }
-    // A single manifest of which no platform is said: its configuration says it.
-    let nameless = |descriptor: &&Descriptor| {
-        let attestation = descriptor.annotations.contains_key("vnd.docker.reference.type");
-        let unsaid = descriptor.platform.as_ref().is_none_or(Platform::is_unsaid);
-        unsaid && descriptor.artifact_type.is_none() && !attestation
-    };
-    let mut unsaid = manifests.clone().filter(nameless);
-    if let (Some(only), None) = (unsaid.next(), unsaid.next()) {
-        return Ok(only);
-    }
-    let mut offered: Vec<String> = manifests
-        .filter_map(|descriptor| descriptor.platform.as_ref())
-        .filter(|platform| platform.os != "unknown" && !platform.is_unsaid())
-        .map(ToString::to_string)
-        .collect();
-    offered.sort();
-    offered.dedup();
-    offered.truncate(20);
-    Err(format!(
-        "there is no image for {wanted} here, only for {}; choose with --platform",
-        if offered.is_empty() {
-            "none at all".to_owned()
-        } else {
-            offered.join(", ")
-        }
-    ))
-}
-
 /// What an image's configuration says that matters here.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ImageConfig {
@@ -604,100 +316,10 @@ impl ImageConfig {
 
 #[cfg(test)]
 mod tests {
+    use super::super::choice::Wanted;
     use super::*;
-    use crate::digest::Algorithm;
 
     const D: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-
-    fn entry(platform: Option<&str>, digest_of: &str) -> Descriptor {
-        Descriptor {
-            media_type: OCI_MANIFEST.into(),
-            digest: Digest::of(Algorithm::Sha256, digest_of.as_bytes()),
-            size: 1,
-            urls: Vec::new(),
-            annotations: BTreeMap::new(),
-            artifact_type: None,
-            platform: platform.map(|platform| platform.parse().unwrap()),
-        }
-    }
-
-    fn chosen(offered: &[Option<&str>], wanted: &str) -> Option<usize> {
-        let manifests: Vec<_> = offered
-            .iter()
-            .enumerate()
-            .map(|(n, platform)| entry(*platform, &n.to_string()))
-            .collect();
-        let best = choose(&manifests, &wanted.parse().unwrap()).ok()?;
-        manifests.iter().position(|descriptor| descriptor == best)
-    }
-
-    #[test]
-    fn the_best_platform_is_chosen() {
-        let usual = [
-            Some("linux/amd64"),
-            Some("linux/arm/v5"),
-            Some("linux/arm/v7"),
-            Some("linux/arm64/v8"),
-        ];
-        assert_eq!(chosen(&usual, "linux/amd64"), Some(0));
-        assert_eq!(chosen(&usual, "linux/x86_64"), Some(0));
-        assert_eq!(chosen(&usual, "linux/arm"), Some(2));
-        assert_eq!(chosen(&usual, "linux/arm/v6"), Some(1));
-        assert_eq!(chosen(&usual, "linux/arm64"), Some(3));
-        assert_eq!(chosen(&usual, "linux/s390x"), None);
-        assert_eq!(chosen(&usual, "windows/amd64"), None);
-        let levels = [Some("linux/amd64/v3"), Some("linux/amd64/v2"), Some("linux/amd64")];
-        assert_eq!(chosen(&levels, "linux/amd64"), Some(2));
-        assert_eq!(chosen(&levels, "linux/amd64/v3"), Some(0));
-        assert_eq!(chosen(&levels[..2], "linux/amd64"), None);
-        // Without a wish, what just this processor runs is better than nothing.
-        let here = Platform::here_at_best();
-        let only = entry(Some(&here.to_string()), "");
-        assert_eq!(Wanted::of(None).choose([&only]), Ok(&only));
-        assert!(Wanted::of(None).can_use(&here));
-        if here.variant.is_some() {
-            assert!(
-                Wanted::of(Some(&Platform { variant: None, ..here }))
-                    .choose([&only])
-                    .is_err()
-            );
-        }
-        assert_eq!(chosen(&[Some("unknown/unknown"), None], "linux/amd64"), Some(1));
-        assert_eq!(chosen(&[None, None], "linux/amd64"), None);
-        assert_eq!(chosen(&[], "linux/amd64"), None);
-        // What a processor runs too, when there is nothing better (containerd's platforms package, "Only").
-        let others = [Some("linux/386"), Some("linux/arm/v6"), Some("linux/arm/v7")];
-        assert_eq!(chosen(&others, "linux/amd64"), Some(0));
-        assert_eq!(chosen(&others, "linux/arm64"), Some(2));
-        assert_eq!(chosen(&others, "linux/386"), Some(0));
-        assert_eq!(
-            chosen(&[Some("linux/386"), Some("linux/amd64")], "linux/amd64"),
-            Some(1)
-        );
-        assert_eq!(chosen(&[Some("linux/amd64"), Some("linux/arm64")], "linux/386"), None);
-        let odd = |os: &str, architecture: &str| {
-            let mut odd = entry(None, "");
-            odd.platform = Some(Platform {
-                os: os.into(),
-                architecture: architecture.into(),
-                variant: Some(String::new()),
-            });
-            choose([&odd], &"linux/amd64".parse().unwrap()).is_ok()
-        };
-        for (os, architecture) in [
-            ("", ""),
-            ("linux", ""),
-            ("", "amd64"),
-            ("Linux", "X86_64"),
-            ("linux", "x86-64"),
-        ] {
-            assert!(odd(os, architecture), "{os}/{architecture}");
-        }
-        for (os, architecture) in [("windows", "amd64"), ("linux", "aarch64"), ("unknown", "unknown")] {
-            assert!(!odd(os, architecture), "{os}/{architecture}");
-        }
-        assert!("linux".parse::<Platform>().is_err() && "a/b/c/d".parse::<Platform>().is_err());
-    }
 
     fn parse(json: &str, media_type: &str) -> Result<Manifest, String> {
         Manifest::parse(json.as_bytes(), media_type)

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::manifest::{Descriptor, LONGEST_MANIFEST, ManifestList, Wanted};
+use super::choice::Wanted;
+use super::manifest::{Descriptor, LONGEST_MANIFEST, ManifestList};
 use super::reference::{LayoutName, Version};
 use crate::source::SourceError;
 
