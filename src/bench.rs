@@ -23,6 +23,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 
+use crate::http;
 use crate::interrupt::{Interrupt, Interrupted};
 use crate::source::registry::LayoutName;
 use origin::Link;
@@ -105,15 +106,16 @@ pub enum BenchError {
         /// What was tried, with its object.
         what: String,
         /// Why it failed.
+        #[source]
         cause: io::Error,
     },
     /// A download broke.
-    #[error("cannot download {url}: {cause}")]
+    #[error("cannot download {url}: {source}")]
     Download {
         /// What was downloaded.
         url: String,
         /// Why it failed.
-        cause: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A program that the benchmark needs cannot be started.
     #[error("cannot run `{program}`: {cause}; install it, or leave out what needs it (--without)")]
@@ -121,6 +123,7 @@ pub enum BenchError {
         /// Its name.
         program: String,
         /// Why it failed.
+        #[source]
         cause: io::Error,
     },
     /// A program that the benchmark needs failed.
@@ -154,6 +157,12 @@ pub enum BenchError {
     /// Ctrl-C, or another signal that asks for the end.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
+}
+
+impl From<http::Error> for BenchError {
+    fn from(error: http::Error) -> Self {
+        Self::step("cannot wait for a download")(io::Error::other(error))
+    }
 }
 
 impl BenchError {

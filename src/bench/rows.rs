@@ -1,10 +1,12 @@
 //! The alternatives: one cold run of each, from nothing to the command's end, and the run that counts what is touched.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
 
 use super::BenchError;
 use super::alternative::{Row, Traffic};
@@ -14,6 +16,10 @@ use super::origin::Link;
 use super::outcome::{Phase, Run, Touched};
 use super::root::ChrootMounts;
 use super::stage::{MountArguments, Stage};
+use crate::http::runtime;
+
+/// So many pieces of a download, as they come from the socket, may wait to be written.
+const PIECES_AHEAD: usize = 16;
 
 impl Stage<'_> {
     /// One cold run of one alternative.
@@ -195,25 +201,37 @@ impl Stage<'_> {
     /// Streams `url` into `to`; returns how many bytes came. A pipe whose reader has seen enough ends it well: tar stops
     /// reading behind the marked end, and how tar ended says whether it was content.
     pub(super) fn download(&self, url: &str, to: &mut dyn Write) -> Result<u64, BenchError> {
-        let failed = |cause: String| BenchError::Download { url: url.into(), cause };
-        let answer = self
-            .client
-            .get(url)
-            .send()
-            .and_then(reqwest::blocking::Response::error_for_status);
-        let mut body = answer.map_err(|e| failed(e.without_url().to_string()))?;
-        let mut buffer = vec![0; 256 * 1024];
-        let mut total = 0;
-        loop {
-            self.interrupt.check()?;
-            let n = body.read(&mut buffer).map_err(|e| failed(e.to_string()))?;
-            if n == 0 {
-                return Ok(total);
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| BenchError::Download {
+            url: url.into(),
+            source,
+        };
+        let (client, address) = (self.client.clone(), url.to_owned());
+        let (tell, mut told) = mpsc::channel(PIECES_AHEAD);
+        // On the network thread, where connections are: a client has one back before the next download begins.
+        runtime::spawn(async move {
+            let pieces = async {
+                let mut answer = client.get(address).send().await?.error_for_status()?;
+                while let Some(piece) = answer.chunk().await? {
+                    if tell.send(Ok(piece)).await.is_err() {
+                        break;
+                    }
+                }
+                reqwest::Result::Ok(())
+            };
+            if let Err(error) = pieces.await {
+                // It is heard, unless the download was given up.
+                let _ = tell.send(Err(error.without_url())).await;
             }
-            to.write_all(&buffer[..n])
-                .map_err(|e| failed(format!("cannot write it down: {e}")))?;
-            total += u64::try_from(n).unwrap_or(u64::MAX);
+        })?;
+        let mut total = 0;
+        while let Some(piece) = told.blocking_recv() {
+            self.interrupt.check()?;
+            let piece = piece.map_err(|e| failed(e.into()))?;
+            to.write_all(&piece)
+                .map_err(|e| failed(format!("cannot write it down: {e}").into()))?;
+            total += u64::try_from(piece.len()).unwrap_or(u64::MAX);
         }
+        Ok(total)
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) struct Stage<'a> {
     pub(super) full_cache: PathBuf,
     /// The length of all blobs in bytes.
     pub(super) layer_bytes: u64,
-    pub(super) client: reqwest::blocking::Client,
+    pub(super) client: reqwest::Client,
     /// Which back end tarblk took.
     pub(super) backend: String,
     origin: Option<Origin>,
@@ -93,13 +93,12 @@ impl<'a> Stage<'a> {
                 options.scratch.display()
             )))?;
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::blocking::Client::builder()
-            .timeout(None)
+        let client = reqwest::Client::builder()
             .no_proxy()
             .build()
             .map_err(|e| BenchError::Download {
                 url: "anything".into(),
-                cause: e.to_string(),
+                source: e.into(),
             })?;
         let full_cache = scratch.path().join("full");
         let mut stage = Self {

@@ -1,7 +1,10 @@
 use std::io::Write as _;
 use std::process::Command;
 
+use reqwest::{Client, RequestBuilder, Response};
+
 use super::*;
+use crate::http::{self, runtime};
 
 /// Bytes that say where they are from.
 fn pattern(len: usize) -> Vec<u8> {
@@ -10,23 +13,39 @@ fn pattern(len: usize) -> Vec<u8> {
         .collect()
 }
 
-fn client() -> reqwest::blocking::Client {
+fn client() -> Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::blocking::Client::builder()
+    Client::builder()
         .redirect(reqwest::redirect::Policy::none())
         .build()
         .expect("client")
 }
 
-fn get(origin: &Origin, path: &str, headers: &[(&str, &str)]) -> reqwest::Result<reqwest::blocking::Response> {
+/// Waits for one step of a request, on the network thread: only there is a connection back with the client before the next request.
+fn wait<T: Send + 'static>(step: impl Future<Output = reqwest::Result<T>> + Send + 'static) -> reqwest::Result<T> {
+    let done = runtime::wait(runtime::run(async { Ok::<_, http::Error>(step.await) }));
+    done.expect("a network thread")
+}
+
+/// Sends a request and waits for the head of its answer.
+fn send(request: RequestBuilder) -> reqwest::Result<Response> {
+    wait(async { request.send().await })
+}
+
+/// Waits for all of an answer's body.
+fn body(response: Response) -> reqwest::Result<bytes::Bytes> {
+    wait(response.bytes())
+}
+
+fn get(origin: &Origin, path: &str, headers: &[(&str, &str)]) -> reqwest::Result<Response> {
     let mut request = client().get(origin.url(path));
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    request.send()
+    send(request)
 }
 
-fn header(response: &reqwest::blocking::Response, name: &str) -> String {
+fn header(response: &Response, name: &str) -> String {
     response
         .headers()
         .get(name)
@@ -83,12 +102,9 @@ fn conditions_and_what_cannot_be_satisfied() {
         (part.status().as_u16(), header(&part, "content-range").as_str()),
         (206, "bytes 10-19/1000")
     );
-    assert_eq!(&part.bytes().expect("body")[..], &pattern(1000)[10..20]);
+    assert_eq!(&body(part).expect("body")[..], &pattern(1000)[10..20]);
     let stale = get(&origin, "/data", &[("range", "bytes=10-19"), ("if-range", "\"old\"")]).expect("get");
-    assert_eq!(
-        (stale.status().as_u16(), stale.bytes().expect("body").len()),
-        (200, 1000)
-    );
+    assert_eq!((stale.status().as_u16(), body(stale).expect("body").len()), (200, 1000));
     let beyond = get(&origin, "/data", &[("range", "bytes=1000-")]).expect("get");
     assert_eq!(
         (beyond.status().as_u16(), header(&beyond, "content-range").as_str()),
@@ -110,9 +126,7 @@ fn conditions_and_what_cannot_be_satisfied() {
     );
     assert_eq!(get(&origin, "/other", &[]).expect("get").status().as_u16(), 404);
     assert_eq!(
-        client()
-            .post(origin.url("/data"))
-            .send()
+        send(client().post(origin.url("/data")))
             .expect("post")
             .status()
             .as_u16(),
@@ -136,16 +150,8 @@ fn each_fault_is_what_it_says() {
         get(&origin, "/data", &[("range", "bytes=1000-50999")])
     };
     assert!(with(Fault::ResetBefore).is_err());
-    assert!(
-        with(Fault::ResetWithin(10))
-            .and_then(reqwest::blocking::Response::bytes)
-            .is_err()
-    );
-    assert!(
-        with(Fault::ShortBody(1))
-            .and_then(reqwest::blocking::Response::bytes)
-            .is_err()
-    );
+    assert!(with(Fault::ResetWithin(10)).and_then(body).is_err());
+    assert!(with(Fault::ShortBody(1)).and_then(body).is_err());
     let busy = with(Fault::Status(429, Some(7))).expect("answer");
     assert_eq!(
         (busy.status().as_u16(), header(&busy, "retry-after").as_str()),
@@ -153,19 +159,16 @@ fn each_fault_is_what_it_says() {
     );
     let wrong = with(Fault::WrongRange(512)).expect("answer");
     assert_eq!(header(&wrong, "content-range"), "bytes 1512-50999/100000");
-    assert_eq!(&wrong.bytes().expect("body")[..], &data[1512..51_000]);
+    assert_eq!(&body(wrong).expect("body")[..], &data[1512..51_000]);
     let short = with(Fault::ShortRange(100)).expect("answer");
     assert_eq!(header(&short, "content-range"), "bytes 1000-50899/100000");
-    assert_eq!(&short.bytes().expect("body")[..], &data[1000..50_900]);
+    assert_eq!(&body(short).expect("body")[..], &data[1000..50_900]);
     let whole = with(Fault::WholeBody).expect("answer");
     assert_eq!(
-        (whole.status().as_u16(), whole.bytes().expect("body").len()),
+        (whole.status().as_u16(), body(whole).expect("body").len()),
         (200, 100_000)
     );
-    assert_eq!(
-        with(Fault::LongBody(99)).expect("answer").bytes().expect("body").len(),
-        50_000
-    );
+    assert_eq!(with(Fault::LongBody(99)).and_then(body).expect("body").len(), 50_000);
     assert!(header(&with(Fault::ChangedTag).expect("answer"), "etag").starts_with("\"changed-"));
     let elsewhere = with(Fault::Redirect("/there".into())).expect("answer");
     assert_eq!(
@@ -183,19 +186,12 @@ fn each_fault_is_what_it_says() {
     assert!(began.elapsed() >= Duration::from_millis(80));
     let began = Instant::now();
     assert_eq!(
-        with(Fault::SlowBody(500_000))
-            .expect("answer")
-            .bytes()
-            .expect("body")
-            .len(),
+        with(Fault::SlowBody(500_000)).and_then(body).expect("body").len(),
         50_000
     );
     assert!(began.elapsed() >= Duration::from_millis(99));
     origin.clear_faults();
-    assert_eq!(
-        get(&origin, "/data", &[]).expect("get").bytes().expect("body").len(),
-        100_000
-    );
+    assert_eq!(get(&origin, "/data", &[]).and_then(body).expect("body").len(), 100_000);
 }
 
 #[test]
@@ -204,10 +200,7 @@ fn silence_ends_with_the_client_or_the_origin() {
     origin.set_faults(|_| vec![Fault::Silence]);
     let short = Duration::from_millis(50);
     assert!(
-        client()
-            .get(origin.url("/"))
-            .timeout(short)
-            .send()
+        send(client().get(origin.url("/")).timeout(short))
             .expect_err("silence")
             .is_timeout()
     );
@@ -255,12 +248,8 @@ fn the_link_charges_round_trips_and_is_shared() {
     });
     let client = client();
     let fetch = |range: &str| {
-        let body = client
-            .get(origin.url("/data"))
-            .header("range", range)
-            .send()
-            .and_then(reqwest::blocking::Response::bytes);
-        body.expect("body").len()
+        let answer = send(client.get(origin.url("/data")).header("range", range));
+        answer.and_then(body).expect("body").len()
     };
     // Connecting and asking: two round trips. Asking again on the same connection: one.
     let began = Instant::now();
@@ -296,13 +285,9 @@ fn a_dropped_body_frees_the_link() {
         rate: Some(1_000_000),
     });
     let mut response = get(&origin, "/data", &[]).expect("get");
-    let mut some = [0; 4096];
-    response.read_exact(&mut some).expect("body");
-    drop(response);
-    assert_eq!(
-        get(&origin, "/small", &[]).expect("get").bytes().expect("body").len(),
-        1
-    );
+    let first = wait(async move { response.chunk().await });
+    assert!(first.expect("body").is_some());
+    assert_eq!(get(&origin, "/small", &[]).and_then(body).expect("body").len(), 1);
     // 20 MB would have kept the link busy for 20 seconds; what was under way is a round trip's worth and some pieces.
     assert!(origin.counters().bytes < 1_000_000, "{:?}", origin.counters());
 }
