@@ -48,6 +48,7 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
         /// What the kernel said.
+        #[source]
         cause: io::Error,
     },
     /// No device could be attached.
@@ -61,6 +62,7 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
         /// What the kernel said.
+        #[source]
         cause: io::Error,
         /// What may help.
         advice: &'static str,
@@ -82,6 +84,7 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
         /// What the kernel said.
+        #[source]
         cause: io::Error,
     },
     /// Its daemon is dead, and the reads that wait for it cannot be ended.
@@ -90,6 +93,7 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
         /// What its daemon or the kernel said.
+        #[source]
         cause: ControlError,
     },
     /// It is unmounted, but the device stays.
@@ -98,6 +102,7 @@ pub enum MountError {
         /// The directory.
         path: PathBuf,
         /// What its daemon or the kernel said.
+        #[source]
         cause: ControlError,
     },
     /// States cannot be read.

@@ -84,6 +84,7 @@ pub enum OpenError {
         /// Which.
         name: String,
         /// Why.
+        #[source]
         cause: IndexError,
     },
     /// The index that was named cannot be read.
@@ -92,6 +93,7 @@ pub enum OpenError {
         /// Which.
         name: String,
         /// Why.
+        #[source]
         cause: io::Error,
     },
     /// What was named as an index is neither a file nor one of the words.
@@ -125,6 +127,7 @@ pub enum OpenError {
         /// The layer.
         name: String,
         /// What.
+        #[source]
         cause: IndexError,
     },
     /// The layer holds something that ext4 cannot.
@@ -133,6 +136,7 @@ pub enum OpenError {
         /// The layer.
         name: String,
         /// What.
+        #[source]
         cause: ImageError,
     },
     /// A layer's bytes are not those that its image means.
@@ -183,6 +187,7 @@ pub enum OpenError {
         /// Where.
         path: PathBuf,
         /// Why.
+        #[source]
         cause: io::Error,
     },
 }
