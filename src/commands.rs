@@ -12,12 +12,14 @@ mod diff;
 mod generate;
 mod index;
 mod layer;
+mod laziness;
 mod logs;
 pub mod output;
 mod ps;
 mod publish;
 mod registry;
 mod replace;
+mod stats;
 
 use std::process::ExitCode;
 
@@ -104,7 +106,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Umount(args) => attach::umount(args, session),
         Command::Detach(args) => attach::detach(args, session),
         Command::Ps(args) => ps::ps(args, session),
-        Command::Stats(args) => ps::stats(args, session),
+        Command::Stats(args) => stats::stats(args, session),
         Command::Logs(args) => logs::logs(args),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),

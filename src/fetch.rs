@@ -9,9 +9,10 @@
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
 //! Parts: `blob` (what a layer is), `engine` (the fetch thread: one flight a chunk), `transport` (ranges over connections),
-//! `stats`.
+//! `stats`, `cost` (what happened before there was a fetcher).
 
 mod blob;
+mod cost;
 mod engine;
 mod error;
 mod runtime;
@@ -29,6 +30,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 pub(crate) use blob::WholeDigests;
 pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};
+pub use cost::{KnownBy, LayerCost, PrepareCost};
 pub use error::{FetchError, StartError};
 pub use stats::{BytesByOrigin, FetchStats, Percentiles, Wait};
 

@@ -25,6 +25,7 @@ mod span;
 pub mod tls;
 mod validator;
 
+pub use client::received_bytes;
 pub use error::{Error, Kind, Shown};
 pub use redact::{shown_url, stable_name, without_secrets};
 pub use redirect::MOST_REDIRECTS;

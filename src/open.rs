@@ -13,6 +13,7 @@
 
 pub mod artifact;
 mod compare;
+mod cost;
 pub mod discover;
 mod index_cache;
 mod layer;
@@ -30,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::cache::disk::DiskCacheError;
 use crate::digest::Digest;
-use crate::fetch;
+use crate::fetch::{self, PrepareCost};
 use crate::http::{HttpOptions, without_secrets};
 use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
@@ -42,6 +43,7 @@ use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use crate::walk::WalkError;
 use compare::check_headers;
+use cost::CostMeter;
 use prepared::FoundLayer;
 
 pub use discover::IndexChoice;
@@ -386,6 +388,8 @@ pub struct Prepared {
     pub layers: Vec<PreparedLayer>,
     /// How they become one tree.
     pub mode: TreeMode,
+    /// What finding the layers and their indexes downloaded.
+    pub cost: PrepareCost,
     cache: Option<Cache>,
 }
 
@@ -396,9 +400,13 @@ pub struct Prepared {
 /// [`OpenError`], in one line for the person.
 pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Prepared, OpenError> {
     let source = Source::parse(text)?;
+    let mut meter = CostMeter::start();
     let (layers, mode) = match (&source, &options.index) {
-        (Source::Image(name), _) => prepare_image(name, options, watch)?,
-        (_, IndexChoice::Named(index)) => (vec![prepare_with_index(&source, index, options)?], TreeMode::Plain),
+        (Source::Image(name), _) => prepare_image(name, options, watch, &mut meter)?,
+        (_, IndexChoice::Named(index)) => (
+            vec![prepare_with_index(&source, index, options, &mut meter)?],
+            TreeMode::Plain,
+        ),
         (_, IndexChoice::Require) => {
             return Err(OpenError::NoIndexes {
                 name: source.to_string(),
@@ -407,7 +415,9 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
             let blob = find_blob(&source, options)?;
             warn_without_ranges(&blob);
+            meter.manifests();
             let layers = prepare_all(vec![blob.into()], options, watch)?;
+            meter.layers();
             for layer in &layers {
                 check_pin(&layer.index, text, options)?;
             }
@@ -416,6 +426,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
     };
     Ok(Prepared {
         name: source.to_string(),
+        cost: meter.finish(&layers),
         layers,
         mode,
         cache: options.cache.clone(),
@@ -480,6 +491,7 @@ fn prepare_image(
     name: &ImageName,
     options: &OpenOptions,
     watch: &mut dyn Watch,
+    meter: &mut CostMeter,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
     let options = &OpenOptions {
         registry: RegistryOptions {
@@ -502,20 +514,24 @@ fn prepare_image(
     });
     let config = config.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     let (image, mode) = chosen(found.with(config), options)?;
+    meter.manifests();
     if let IndexChoice::Named(index) = &options.index {
         if image.layers.len() > 1 {
             return Err(OpenError::OneIndex(image.name));
         }
         let (index, index_name) = (named_index(index, options)?, without_secrets(index));
+        meter.indexes();
         let layer = &image.layers[0];
         let found = FoundLayer::of_image(name, layer)?;
         if index.identity().blob_len == found.layer.blob.len {
             check_headers(&index, &index_name, &found.layer.blob, &options.http)?;
         }
+        meter.layers();
         let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, None)?;
         return Ok((vec![layer], mode));
     }
     let published = published::fetch(name, &image, published?, options)?;
+    meter.indexes();
     let mut found = Vec::new();
     for (layer, published) in image.layers.iter().zip(published) {
         found.push(FoundLayer {
@@ -524,6 +540,7 @@ fn prepare_image(
         });
     }
     let layers = prepare_all(found, options, watch)?;
+    meter.layers();
     if let (ImageName::Registry(_), Some(cache)) = (name, &options.cache) {
         cache.know(&name.to_string());
     }
@@ -587,7 +604,12 @@ fn prepare_all(
 }
 
 /// Finds the layer and brings its index at the same time.
-fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Result<PreparedLayer, OpenError> {
+fn prepare_with_index(
+    source: &Source,
+    name: &str,
+    options: &OpenOptions,
+    meter: &mut CostMeter,
+) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
         let blob = scope.spawn(|| find_blob(source, options));
         let bytes = bytes_of_named(name, &options.http);
@@ -596,6 +618,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
     let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     warn_without_ranges(&blob);
     let index = pinned(open_index(bytes?, name)?, name, options)?;
+    meter.indexes();
     let expected = index.identity().blob_len;
     if expected != blob.len {
         return Err(OpenError::OtherLayer {
@@ -606,6 +629,7 @@ fn prepare_with_index(source: &Source, name: &str, options: &OpenOptions) -> Res
         });
     }
     check_headers(&index, &without_secrets(name), &blob, &options.http)?;
+    meter.layers();
     PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)
 }
 

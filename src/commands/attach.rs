@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use serde::Serialize;
 
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
+use super::laziness::{Downloaded, Laziness, line_of_mount};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
 use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, ServeSpec, Served};
@@ -38,6 +39,8 @@ struct Mounted<'a> {
     attached: &'a Attached,
     /// Of each layer, the lowest first.
     indexes: &'a [LayerIndex],
+    #[serde(flatten)]
+    cost: &'a Cost,
     #[serde(rename = "mounted_on")]
     dir: &'a Path,
     /// Until the device was there: finding the layer, its index, the daemon.
@@ -64,6 +67,13 @@ impl LayerIndex {
     }
 }
 
+/// What it took, and whether it was lazy.
+#[derive(Debug, Serialize)]
+struct Cost {
+    lazy: Option<Laziness>,
+    downloaded: Downloaded,
+}
+
 /// What `attach --json` says.
 #[derive(Debug, Serialize)]
 struct AttachReport<'a> {
@@ -71,6 +81,8 @@ struct AttachReport<'a> {
     attached: &'a Attached,
     /// Of each layer, the lowest first.
     indexes: &'a [LayerIndex],
+    #[serde(flatten)]
+    cost: &'a Cost,
 }
 
 /// `tarblk attach`.
@@ -79,8 +91,12 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
     let tell = |attached: &Attached| -> anyhow::Result<()> {
         report_backend(attached, session);
         if args.json {
-            let indexes = &spec.indexes;
-            println(serde_json::to_string_pretty(&AttachReport { attached, indexes })?)
+            let (indexes, cost) = (&spec.indexes, &spec.cost);
+            println(serde_json::to_string_pretty(&AttachReport {
+                attached,
+                indexes,
+                cost,
+            })?)
         } else {
             println(attached.state.device.display())
         }
@@ -130,10 +146,14 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     let mounted = Mounted {
         attached: &attached,
         indexes: &spec.indexes,
+        cost: &spec.cost,
         dir: &dir,
         attach_seconds,
         mount_seconds: began.elapsed().as_secs_f64() - attach_seconds,
     };
+    if let Some(line) = &spec.line {
+        session.talk.note(format_args!("tarblk: {line}"));
+    }
     let mut told = Ok(());
     if !args.foreground {
         told = interrupt.check().map_err(Into::into);
@@ -221,6 +241,9 @@ fn report_backend(attached: &Attached, session: Session) {
 struct AttachRequest {
     spec: ServeSpec<ImageSpec>,
     indexes: Vec<LayerIndex>,
+    cost: Cost,
+    /// The same in one line, where there is something to say.
+    line: Option<String>,
     /// Only dropped: when the daemon had its chance to read them.
     _lent: LentIndexes,
 }
@@ -277,6 +300,11 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
         ..DeviceOptions::default()
     };
     let indexes = prepared.layers.iter().map(LayerIndex::of).collect();
+    let cost = Cost {
+        lazy: Laziness::of(&prepared.cost, &source),
+        downloaded: Downloaded::of(&prepared.cost, 0),
+    };
+    let line = line_of_mount(&prepared.cost, &source);
     let lent = LentIndexes(image.lent().map(Path::to_owned).collect());
     Ok(AttachRequest {
         spec: ServeSpec {
@@ -286,6 +314,8 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
             image,
         },
         indexes,
+        cost,
+        line,
         _lent: lent,
     })
 }
@@ -307,11 +337,11 @@ fn from_anywhere(typed: &str, name: &str) -> String {
 fn build(image: ImageSpec) -> Result<Served, BuildError> {
     let reach = image.opens_later().map_or(Reach::Everything, Reach::Paths);
     let opened = image.serve()?;
-    let (bytes, counted, ended) = (opened.fetcher.clone(), opened.fetcher.clone(), opened.fetcher);
+    let (image, bytes, ended) = (opened.image.clone(), opened.fetcher.clone(), opened.fetcher.clone());
     Ok(Served {
-        image: opened.image,
+        image,
         bytes: Arc::new(bytes),
-        fetch_stats: Box::new(move || counted.stats()),
+        fetch_stats: Box::new(move || opened.stats()),
         finish: Box::new(move || ended.shutdown()),
         reach,
     })

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::cost::PrepareCost;
 use crate::units::len_u64;
 
 /// Each power of two of microseconds is cut in this many buckets: percentiles are right to an eighth.
@@ -144,6 +145,8 @@ macro_rules! counters {
             pub bytes: BytesByOrigin,
             /// From asking to answer, for reads that were left with the fetch thread.
             pub latency: Percentiles,
+            /// What was downloaded before the fetcher began, to find out what the layers hold.
+            pub prepared: PrepareCost,
             /// The servers that are not asked again before some time, and why; the longest wait first.
             pub waiting: Vec<Wait>,
         }
@@ -160,6 +163,7 @@ macro_rules! counters {
                         network: self.bytes_network.load(Ordering::Relaxed),
                     },
                     latency: self.latency.percentiles(),
+                    prepared: PrepareCost::default(),
                     waiting: Vec::new(),
                 }
             }

@@ -1,6 +1,7 @@
 //! What both rooms that use reqwest need of it: a client, requests with deadlines, and bodies that are bounded.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -54,10 +55,24 @@ pub(crate) async fn send(url: &Url, request: RequestBuilder, timeouts: &Timeouts
     }
 }
 
-/// The next piece of a body; none behind the last.
+/// Bytes of bodies that this process received by reqwest, whatever they were for.
+static RECEIVED: AtomicU64 = AtomicU64::new(0);
+
+/// How many bytes of bodies came to this process so far through this client: what finding layers costs, as opposed to the
+/// fetch thread's own client, which counts for itself.
+#[must_use]
+pub fn received_bytes() -> u64 {
+    RECEIVED.load(Ordering::Relaxed)
+}
+
+/// The next piece of a body; none behind the last. Every body goes through here.
 async fn piece(response: &mut Response, stall: Duration) -> Result<Option<Bytes>, Error> {
     match tokio::time::timeout(stall, response.chunk()).await {
-        Ok(Ok(piece)) => Ok(piece),
+        Ok(Ok(piece)) => {
+            let len = piece.as_ref().map_or(0, Bytes::len);
+            RECEIVED.fetch_add(u64::try_from(len).unwrap_or(u64::MAX), Ordering::Relaxed);
+            Ok(piece)
+        }
         Ok(Err(error)) => {
             let cause = Innermost(error);
             Err(Error::unreachable(response.url(), cause.to_string()).caused_by(cause))

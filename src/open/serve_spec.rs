@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::index_cache::read_hot;
 use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
 use crate::cache::disk::DiskCache;
-use crate::fetch::{self, Coded, FetchOptions, Fetcher, LayerSource, Verifier, Windows};
+use crate::fetch::{self, Coded, FetchOptions, FetchStats, Fetcher, LayerSource, PrepareCost, Verifier, Windows};
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
@@ -49,6 +49,8 @@ pub struct ImageSpec {
     /// Where fetched bytes are kept.
     store: Option<PathBuf>,
     fetching: Fetching,
+    /// What preparing the layers downloaded.
+    cost: PrepareCost,
 }
 
 /// A layer to be served, and where its index is.
@@ -77,6 +79,19 @@ pub struct Opened {
     pub image: Arc<dyn BlockImage>,
     /// The bytes of its layers.
     pub fetcher: Fetcher,
+    /// What preparing the layers downloaded.
+    pub cost: PrepareCost,
+}
+
+impl Opened {
+    /// What the fetcher has counted, and what was downloaded before it.
+    #[must_use]
+    pub fn stats(&self) -> FetchStats {
+        FetchStats {
+            prepared: self.cost.clone(),
+            ..self.fetcher.stats()
+        }
+    }
 }
 
 impl Prepared {
@@ -92,6 +107,7 @@ impl Prepared {
             tree: self.mode,
             store: self.cache.as_ref().map(Cache::layers),
             fetching,
+            cost: self.cost.clone(),
         };
         for layer in &self.layers {
             let lent = match &layer.kept {
@@ -184,7 +200,7 @@ impl ImageSpec {
             };
             sources.push(layer_source(served.layer, &index, windows));
         }
-        start(image, sources, self.store.as_deref(), &self.fetching)
+        start(image, sources, self.store.as_deref(), &self.fetching, self.cost)
     }
 }
 
@@ -234,6 +250,7 @@ fn start(
     layers: Vec<LayerSource>,
     store: Option<&Path>,
     fetching: &Fetching,
+    cost: PrepareCost,
 ) -> Result<Opened, OpenError> {
     // A plain local file is its own store.
     let needs_store = |layer: &LayerSource| layer.layer.blob.is_remote() || layer.coding.is_some();
@@ -279,7 +296,7 @@ fn start(
     };
     let files: Arc<dyn FileMap> = image.clone();
     let fetcher = Fetcher::start(layers, options, Some(files))?;
-    Ok(Opened { image, fetcher })
+    Ok(Opened { image, fetcher, cost })
 }
 
 /// Opens what was prepared in this process.
@@ -297,7 +314,7 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
         };
         sources.push(layer_source(layer.layer, &layer.index, windows));
     }
-    start(image, sources, store.as_deref(), fetching)
+    start(image, sources, store.as_deref(), fetching, prepared.cost)
 }
 
 /// Every decoder window of an index that is whole.

@@ -114,6 +114,8 @@ pub(crate) struct Asked {
     /// Whether storage was asked and not the registry.
     pub(crate) storage: bool,
     pub(crate) status: u16,
+    /// How many bytes the answer's body has, if one is sent.
+    pub(crate) sent: u64,
 }
 
 #[derive(Default)]
@@ -349,6 +351,7 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
             body,
             storage,
             status: 0,
+            sent: 0,
         };
         let mut answer = if storage {
             from_storage(&asked, shared)
@@ -360,6 +363,9 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
         }
         asked.status = answer.status;
         let head_only = asked.method == "HEAD";
+        if !head_only {
+            asked.sent = u64::try_from(answer.body.len()).unwrap();
+        }
         lock(&shared.held).log.push(asked);
         let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
         if !head_only || lock(&shared.held).rules.head_lengths {

@@ -1,0 +1,120 @@
+//! `tarblk stats`: what a device has done, and what it took. In: a device or where it is mounted. Out: a table or JSON.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::Session;
+use super::attach::states;
+use super::cli::StatsArgs;
+use super::laziness::{Downloaded, Laziness};
+use super::output::{Table, print, println};
+use crate::device::daemon::DaemonStats;
+use crate::device::inventory::{self, Counted};
+use crate::fetch::FetchStats;
+use crate::quantity::{show_count, show_size, show_time};
+
+/// What `stats --json` says.
+#[derive(Debug, Serialize)]
+struct StatsReport<'a> {
+    #[serde(flatten)]
+    counted: &'a Counted,
+    /// Whether the layers came lazily; none where the daemon does not say.
+    lazy: Option<Laziness>,
+    /// What was downloaded, before the device was there and since.
+    downloaded: Downloaded,
+}
+
+impl<'a> StatsReport<'a> {
+    fn of(counted: &'a Counted) -> Self {
+        let fetch = &counted.counters.fetch;
+        Self {
+            counted,
+            lazy: Laziness::of(&fetch.prepared, &counted.state.source),
+            downloaded: Downloaded::of(&fetch.prepared, fetch.bytes_fetched),
+        }
+    }
+}
+
+/// `tarblk stats`.
+pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
+    let counted = inventory::stats(&states(), &args.device)?;
+    if args.json {
+        return println(serde_json::to_string_pretty(&StatsReport::of(&counted))?);
+    }
+    print(table(&counted))
+}
+
+/// The counters as a table for people.
+fn table(counted: &Counted) -> Table {
+    let StatsReport { lazy, downloaded, .. } = StatsReport::of(counted);
+    let Counted { state, counters } = counted;
+    let mut table = Table::plain();
+    let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
+    if let Some(lazy) = &lazy {
+        row("lazy", lazy.sentence());
+    }
+    if downloaded.of_bytes > 0 || downloaded.bytes > 0 {
+        row("downloaded", downloaded.sentence());
+    }
+    let about = (state.device.display(), state.backend, show_size(state.len));
+    row("device", format!("{} ({}), {}", about.0, about.1, about.2));
+    row("source", state.source.clone());
+    row("up", show_time(Duration::from_millis(counters.up_ms)));
+    let (resident, pid) = (show_size(counters.resident_bytes), state.process.pid);
+    row("memory", format!("{resident} resident, pid {pid}"));
+    rows_of_device(counters, &mut row);
+    rows_of_fetcher(&counters.fetch, &mut row);
+    table
+}
+
+/// What the device counted.
+fn rows_of_device(counters: &DaemonStats, row: &mut dyn FnMut(&str, String)) {
+    let device = &counters.device;
+    let reads = show_count(device.reads);
+    row(
+        "reads",
+        format!("{reads}, {} failed, {} refused", device.errors, device.refused),
+    );
+    row("from metadata", show_size(device.bytes.metadata));
+    // The device knows only that the fetcher had to be asked; where bytes were then, the fetcher knows.
+    let from = counters.fetch.bytes;
+    row("from memory", show_size(from.memory));
+    row("from disk", show_size(from.disk));
+    row("from network", show_size(from.network));
+    row("zeros", show_size(device.bytes.zero));
+    let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));
+    row(
+        "latency",
+        format!(
+            "median {}, 90% {}, 99% {}, worst {}",
+            latency(device.latency.p50_ns),
+            latency(device.latency.p90_ns),
+            latency(device.latency.p99_ns),
+            latency(device.latency.max_ns),
+        ),
+    );
+}
+
+/// What the fetcher counted.
+fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
+    let (requests, connections) = (show_count(fetch.requests), show_count(fetch.connections));
+    row("requests", format!("{requests} on {connections} connections"));
+    // As it travels; everything else here counts bytes of the layers' tars.
+    let (fetched, ahead) = (show_size(fetch.bytes_fetched), show_size(fetch.bytes_prefetched));
+    row("fetched", format!("{fetched}, {ahead} of it ahead of need"));
+    let filled = match fetch.bytes_filled {
+        0 => String::new(),
+        filled => format!(", {} of it fetched while idle", show_size(filled)),
+    };
+    let (held, all) = (show_size(fetch.bytes_held), show_size(fetch.bytes_layers));
+    row("kept", format!("{held} of {all} uncompressed{filled}"));
+    let (retries, errors) = (show_count(fetch.retries), show_count(fetch.errors));
+    row("retries", format!("{retries}, {errors} bad answers"));
+    let (checked, wrong) = (show_count(fetch.chunks_checked), show_count(fetch.chunks_wrong));
+    row("checked", format!("{checked} chunks, {wrong} wrong"));
+    for wait in &fetch.waiting {
+        let left = show_time(Duration::from_millis(wait.left_ms));
+        row("waiting", format!("{left} more for {}: {}", wait.place, wait.why));
+    }
+}

@@ -1,0 +1,298 @@
+//! What a mount says that it downloaded is what the server sent: before the device was there and since, of images with indexes
+//! and without.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+mod scripted;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use common::anonymous::registry_options;
+use common::noise::noise;
+use common::rawtar::RawTar;
+use common::session::Session;
+use scripted::{Asked, TestRegistry};
+use serde_json::Value;
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::fetch::{KnownBy, PrepareCost};
+use tarblk::internals::open::publish::{PublishWatch, push};
+use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Reading, Unwatched, Watch, prepare};
+use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
+
+const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
+
+/// What comes is counted for the whole process: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Silent;
+
+impl Watch for Silent {
+    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
+}
+
+impl PublishWatch for Silent {
+    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
+}
+
+fn gzip(tar: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("gzip")
+        .args(["-6", "-n"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || input.write_all(tar).unwrap());
+        child.wait_with_output().unwrap().stdout
+    })
+}
+
+fn tar(seed: u64) -> Vec<u8> {
+    let lines: Vec<String> = (0..40_000).map(|n| format!("line {n} of layer {seed}\n")).collect();
+    RawTar::new()
+        .dir(format!("layer{seed}/").as_bytes())
+        .file(format!("layer{seed}/text").as_bytes(), lines.concat().as_bytes())
+        .file(format!("layer{seed}/noise").as_bytes(), &noise(2_000_000, seed))
+        .end()
+        .0
+}
+
+/// Puts an image into a registry; its blobs' lengths together.
+fn put_image(registry: &TestRegistry, name: &str, tars: &[Vec<u8>], kind: &str) -> u64 {
+    let blobs: Vec<Vec<u8>> = tars
+        .iter()
+        .map(|tar| if kind == GZIP { gzip(tar) } else { tar.clone() })
+        .collect();
+    let digest = |bytes: &[u8]| Digest::of(Algorithm::Sha256, bytes).to_string();
+    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": digest(bytes), "size": bytes.len() });
+    let diff_ids: Vec<_> = tars.iter().map(|tar| digest(tar)).collect();
+    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
+    let config = config.to_string().into_bytes();
+    registry.put_blob(&config);
+    let layers: Vec<_> = blobs
+        .iter()
+        .map(|blob| {
+            registry.put_blob(blob);
+            descriptor(blob, kind)
+        })
+        .collect();
+    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor(&config, "application/vnd.oci.image.config.v1+json"), "layers": layers });
+    registry.put_manifest(name, "latest", OCI_MANIFEST, manifest.to_string().as_bytes());
+    blobs.iter().map(|blob| u64::try_from(blob.len()).unwrap()).sum()
+}
+
+/// Where there is a referrers API, the question for its fallback is not waited for, and its answer comes at any time.
+fn without_referrers_api() -> TestRegistry {
+    let registry = TestRegistry::start();
+    registry.rules(|rules| rules.referrers_api = false);
+    registry
+}
+
+fn publish(registry: &TestRegistry, name: &str) {
+    let reference = Reference::parse(&format!("{}/{name}:latest", registry.host())).unwrap();
+    push(&reference, &registry_options(2), 64 << 10, false, &mut Silent).unwrap();
+    registry.take_log();
+}
+
+fn options(cache: Option<&Path>, index: IndexChoice) -> OpenOptions {
+    OpenOptions {
+        index,
+        cache: cache.map(|dir| Cache::new(dir).unwrap()),
+        registry: registry_options(2),
+        ..OpenOptions::default()
+    }
+}
+
+/// The bytes of all bodies that a server has sent.
+fn sent<'a>(asked: impl IntoIterator<Item = &'a Asked>) -> u64 {
+    asked.into_iter().map(|asked| asked.sent).sum()
+}
+
+fn kinds(cost: &PrepareCost) -> Vec<KnownBy> {
+    cost.layers.iter().map(|layer| layer.known_by).collect()
+}
+
+#[test]
+fn what_preparing_costs_is_what_the_server_sent() {
+    let _alone = alone();
+    let registry = without_referrers_api();
+    let tars = [tar(1), tar(2)];
+    let all = put_image(&registry, "app", &tars, GZIP);
+    let name = registry.name("app:latest");
+    let cost_of = |options: &OpenOptions| {
+        registry.take_log();
+        let prepared = prepare(&name, options, &mut Unwatched).unwrap();
+        (prepared.cost, registry.take_log())
+    };
+    // Without an index anywhere all of it comes.
+    let (cost, log) = cost_of(&options(None, IndexChoice::Auto));
+    let layers = sent(log.iter().filter(|asked| asked.sent > 1_000_000));
+    assert_eq!(kinds(&cost), [KnownBy::WholeDownload; 2]);
+    assert_eq!((cost.bytes_layers, cost.remote_bytes()), (all, all));
+    // The header field of a blob that is no index was followed, in vain.
+    assert!(cost.bytes_indexes < all, "{cost:?}");
+    assert_eq!(cost.layers.iter().map(|layer| layer.downloaded).sum::<u64>(), layers);
+    assert_eq!(cost.downloaded(), sent(&log), "{log:#?}");
+    // With published indexes, hardly anything; and that is called what it is.
+    publish(&registry, "app");
+    let cache = common::scratch("cost-");
+    let (cost, log) = cost_of(&options(Some(cache.path()), IndexChoice::Auto));
+    assert_eq!(kinds(&cost), [KnownBy::PublishedIndex; 2]);
+    let ranges = sent(log.iter().filter(|asked| asked.headers.contains_key("range")));
+    assert_eq!((cost.bytes_indexes, cost.bytes_layers), (ranges, 0));
+    assert_eq!(cost.bytes_manifests, sent(&log) - ranges);
+    assert!(cost.downloaded() < all / 10, "{cost:?}");
+    // Kept here, only the tag is asked for.
+    let (cost, log) = cost_of(&options(Some(cache.path()), IndexChoice::Auto));
+    assert_eq!(kinds(&cost), [KnownBy::CachedIndex; 2]);
+    assert_eq!((cost.bytes_indexes, cost.bytes_layers), (0, 0));
+    assert_eq!((cost.bytes_manifests, log.len()), (sent(&log), 1));
+}
+
+#[test]
+fn plain_layers_are_read_by_their_headers() {
+    let _alone = alone();
+    let registry = TestRegistry::start();
+    put_image(&registry, "plain", &[tar(3)], PLAIN);
+    let name = registry.name("plain:latest");
+    let prepared = prepare(&name, &options(None, IndexChoice::Auto), &mut Unwatched).unwrap();
+    let cost = prepared.cost;
+    assert_eq!(kinds(&cost), [KnownBy::Headers]);
+    assert!(
+        cost.bytes_layers > 0 && cost.bytes_layers < cost.remote_bytes(),
+        "{cost:?}"
+    );
+    // A server may have sent what was hung up on.
+    assert!(cost.downloaded() <= sent(&registry.take_log()));
+}
+
+/// The bytes of a tar's files that a device serves are told apart from those that travelled, and both from those that came
+/// before the device.
+#[test]
+fn stats_tell_from_the_first_byte() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("stats_tell_from_the_first_byte", why);
+    }
+    let _alone = alone();
+    let registry = without_referrers_api();
+    let tars = [tar(4), tar(5)];
+    let all = put_image(&registry, "app", &tars, GZIP);
+    let name = registry.name("app:latest");
+    let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{value}"));
+    let more = |more: &[&str]| -> Vec<OsString> {
+        let registry = ["--platform", "linux/amd64", "--hosts-dir", "/nonexistent"];
+        registry.iter().chain(more).map(OsString::from).collect()
+    };
+    for published in [false, true] {
+        if published {
+            publish(&registry, "app");
+        }
+        registry.take_log();
+        let mut session = Session::new("loop");
+        let dir = session.mount_with(&name, &more(&["--fetch-all"]));
+        let mounted = dir.to_str().unwrap().to_owned();
+        std::fs::read(dir.join("layer4/text")).unwrap();
+        let stats = || -> Value { serde_json::from_str(&session.succeed(&["stats", "--json", &mounted])).unwrap() };
+        let mut report = stats();
+        while report["counters"]["fetch"]["bytes_held"] != report["counters"]["fetch"]["bytes_layers"] {
+            std::thread::sleep(Duration::from_millis(50));
+            report = stats();
+        }
+        let log = registry.take_log();
+        // One byte is asked for to find out whom to ask.
+        let real = || log.iter().filter(|asked| asked.sent != 1);
+        let downloaded = &report["downloaded"];
+        assert_eq!(number(&downloaded["bytes"]), sent(real()), "{downloaded} {log:#?}");
+        assert_eq!(number(&downloaded["of_bytes"]), all);
+        assert_eq!(
+            number(&downloaded["bytes"]),
+            number(&downloaded["to_mount"]["bytes"]) + number(&downloaded["since"])
+        );
+        assert_eq!(report["lazy"]["lazy"], published);
+        let since = number(&downloaded["since"]);
+        assert_eq!(
+            since >= all,
+            published,
+            "what is not there yet comes later: {downloaded}"
+        );
+        let text = session.succeed(&["stats", &mounted]);
+        let lines: Vec<&str> = text.lines().take(2).collect();
+        let word = if published {
+            "yes: indexes of all 2 layers were published"
+        } else {
+            "no: no index for 2 of 2 layers, so"
+        };
+        assert!(lines[0].starts_with("lazy ") && lines[0].contains(word), "{text}");
+        assert!(
+            lines[1].starts_with("downloaded ") && lines[1].contains(" to mount, "),
+            "{text}"
+        );
+        // What is kept is counted as it comes out of the layers.
+        assert_eq!(
+            number(&report["counters"]["fetch"]["bytes_held"]),
+            tars.iter().map(|tar| u64::try_from(tar.len()).unwrap()).sum::<u64>()
+        );
+        session.umount();
+    }
+}
+
+#[test]
+fn mount_says_in_one_line_what_it_took() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("mount_says_in_one_line_what_it_took", why);
+    }
+    let _alone = alone();
+    let registry = TestRegistry::start();
+    put_image(&registry, "app", &[tar(6)], GZIP);
+    publish(&registry, "app");
+    let name = registry.name("app:latest");
+    let session = Session::new("loop");
+    let dir = session.dir().join("m");
+    std::fs::create_dir(&dir).unwrap();
+    let dir = dir.to_str().unwrap();
+    for (more, is_said) in [(&[][..], true), (&["-q"][..], false)] {
+        session.empty_cache();
+        registry.take_log();
+        let base = [
+            "mount",
+            &name,
+            dir,
+            "--backend",
+            "loop",
+            "--json",
+            "--platform",
+            "linux/amd64",
+            "--hosts-dir",
+            "/no",
+        ];
+        let output = session.run(&[&base[..], more].concat());
+        let sent = sent(&registry.take_log());
+        session.succeed(&["umount", dir]);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        let lazy: Vec<&str> = said.lines().filter(|line| line.contains("lazy")).collect();
+        assert_eq!(lazy.len(), usize::from(is_said), "{said}");
+        if is_said {
+            let line = "tarblk: lazy yes: the index of the layer was published beside the image; downloaded ";
+            assert!(lazy[0].starts_with(line), "{said}");
+        }
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        // The device's fetcher may have asked for something already.
+        let before = report["downloaded"]["to_mount"]["bytes"].as_u64().unwrap();
+        assert!(before > 0 && before <= sent, "{report}");
+        assert_eq!(report["lazy"]["lazy"], true);
+    }
+}
