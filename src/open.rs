@@ -15,8 +15,10 @@ pub mod artifact;
 mod compare;
 mod cost;
 pub mod discover;
+mod error;
 mod index_cache;
 mod layer;
+mod named;
 mod prepared;
 pub mod publish;
 mod published;
@@ -26,228 +28,33 @@ mod toc;
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::cache::disk::DiskCacheError;
 use crate::digest::Digest;
-use crate::fetch::{self, PrepareCost};
+use crate::fetch::PrepareCost;
 use crate::http::{HttpOptions, without_secrets};
-use crate::image::ImageError;
 use crate::image::ext4::{Ext4Image, Ext4Options};
-use crate::index::{ImageArchiveProbe, Index, IndexError, IndexFault, Tee, hot_len, is_index};
+use crate::index::{ImageArchiveProbe, Index, IndexError, Tee, is_index};
 use crate::layer::Coding;
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallBlobCache};
-use crate::source::{self, Blob, Source, SourceError, registry};
+use crate::source::{self, Blob, Source, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
-use crate::walk::WalkError;
 use compare::check_headers;
 use cost::CostMeter;
+use named::{bytes_of_named, check_pin, named_index, open_index, pinned};
 use prepared::FoundLayer;
 
 pub use discover::IndexChoice;
+pub use error::{OpenError, PackedImage};
 pub use index_cache::{Cache, default_cache_dir};
+pub use named::load_index;
 pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
 pub use serve_spec::{Fetching, ImageSpec, Opened, serve_here};
 
-/// No index file is longer: about 100 million entries. What says it is longer is not read.
+/// The longest index file that is read, in bytes: about 100 million entries.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
-
-/// Why a layer cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The layer cannot be found or its headers not read.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The tar itself is bad, or its compression, or it holds what no index can.
-    #[error("{name}: {source}")]
-    Tar {
-        /// The layer.
-        name: String,
-        /// What is wrong.
-        source: IndexError,
-    },
-    /// A layer by itself has no bytes, or none when its compression is undone.
-    #[error(
-        "{name} is empty ({len}): no tar is, whose end alone takes 1,024 bytes; was it written and downloaded to its end?"
-    )]
-    Empty {
-        /// The layer.
-        name: String,
-        /// Its length of 0 bytes, and where that is.
-        len: &'static str,
-    },
-    /// The index that was named cannot be used.
-    #[error("{name}: {cause}")]
-    Index {
-        /// Which.
-        name: String,
-        /// Why.
-        #[source]
-        cause: IndexError,
-    },
-    /// The index that was named cannot be read.
-    #[error("cannot read index {name}: {cause}")]
-    ReadIndex {
-        /// Which.
-        name: String,
-        /// Why.
-        #[source]
-        cause: io::Error,
-    },
-    /// What was named as an index is neither a file nor one of the words.
-    #[error("cannot read index {name}: No such file or directory; name a file, a URL, or one of {words}{meant}")]
-    NoSuchIndex {
-        /// What was named.
-        name: String,
-        /// The words that mean a choice.
-        words: String,
-        /// The word that is nearest, with a separator in front, or nothing.
-        meant: String,
-    },
-    /// The index that was named is another layer's.
-    #[error("index {name} is of a tar of {expected} bytes, but {source_name} has {found}: it belongs to another layer")]
-    OtherLayer {
-        /// Which index.
-        name: String,
-        /// The tar's length that it was made of.
-        expected: u64,
-        /// The layer.
-        source_name: String,
-        /// Its length.
-        found: u64,
-    },
-    /// What was named as a layer is a whole image, packed.
-    #[error("{0}")]
-    ImageArchive(PackedImage),
-    /// The layer holds something that no filesystem image can.
-    #[error("{name}: {cause}")]
-    Tree {
-        /// The layer.
-        name: String,
-        /// What.
-        #[source]
-        cause: IndexError,
-    },
-    /// The layer holds something that ext4 cannot.
-    #[error("{name}: {cause}")]
-    Image {
-        /// The layer.
-        name: String,
-        /// What.
-        #[source]
-        cause: ImageError,
-    },
-    /// A layer's bytes are not those that its image means.
-    #[error("{source_name}: the {what} of a layer is {found} and has to be {expected}: it was damaged or exchanged")]
-    Digest {
-        /// The image or layer.
-        source_name: String,
-        /// Which digest: of the blob, or of the tar in it.
-        what: &'static str,
-        /// What it has to be.
-        expected: String,
-        /// What came.
-        found: String,
-    },
-    /// The image has no such layer.
-    #[error("{name} has no layer {wanted}: {has}")]
-    NoSuchLayer {
-        /// The image.
-        name: String,
-        /// What was asked for.
-        wanted: String,
-        /// What it has.
-        has: String,
-    },
-    /// One layer is wanted of an image that has several.
-    #[error("{0} has several layers, and an index is of one; choose it with --layer")]
-    OneIndex(String),
-    /// Nobody has published indexes of an image.
-    #[error(
-        "{name} has no published indexes, nor tables of contents in all layers that its manifest vouches for; `tarblk index push` makes indexes"
-    )]
-    NoIndexes {
-        /// The image.
-        name: String,
-    },
-    /// A local layer is not what it was when its index was read.
-    #[error("{0} changed while it was being attached; try again")]
-    Changed(String),
-    /// The fetcher could not start.
-    #[error(transparent)]
-    Fetch(#[from] fetch::StartError),
-    /// The store of fetched bytes cannot be used.
-    #[error(transparent)]
-    DiskCache(#[from] DiskCacheError),
-    /// Something cannot be kept or read in the cache directory.
-    #[error("cache {path}: {cause}; name another one with --cache, or use --no-cache")]
-    Cache {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        cause: io::Error,
-    },
-}
-
-impl From<WalkError> for OpenError {
-    fn from(error: WalkError) -> Self {
-        match error {
-            WalkError::Source(error) => Self::Source(error),
-            WalkError::Tar { name, source } => Self::Tar { name, source },
-        }
-    }
-}
-
-/// A tar that holds an image in place of a layer's files: what `docker save` or `skopeo copy … oci-archive:` writes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PackedImage {
-    /// The tar, as it was named.
-    name: String,
-    /// What skopeo calls such an archive.
-    transport: &'static str,
-}
-
-impl PackedImage {
-    /// No archive of an image has more entries: three for each of at most some hundred layers.
-    const MOST_ENTRIES: u64 = 10_000;
-
-    /// Whether a tar's index is that of an archive; for commands that show what a tar holds, whatever it is.
-    ///
-    /// # Errors
-    /// When the index cannot be read.
-    pub fn find<B: AsRef<[u8]>>(name: &str, index: &Index<B>) -> Result<Option<Self>, IndexError> {
-        if index.summary().entries > Self::MOST_ENTRIES {
-            return Ok(None);
-        }
-        let mut probe = ImageArchiveProbe::default();
-        index.replay(&mut probe)?;
-        Ok(probe.found().map(|archive| Self {
-            name: without_secrets(name),
-            transport: archive.transport(),
-        }))
-    }
-}
-
-impl std::fmt::Display for PackedImage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { name, transport } = self;
-        // skopeo reads such archives from files alone.
-        let (first, file) = match name.rsplit_once('/') {
-            Some((_, last)) if name.contains("://") => ("download it and unpack it", last.trim_end_matches("?…")),
-            _ => ("unpack it first", name.as_str()),
-        };
-        write!(
-            f,
-            "{name} is an image packed into a tar ({transport}), not a layer: {first} with `skopeo copy {transport}:{file} \
-             oci:DIR:latest`, then use oci:DIR:latest"
-        )
-    }
-}
 
 /// How a layer or an image is opened.
 #[derive(Clone, Debug, Default)]
@@ -318,14 +125,14 @@ impl Reading {
     }
 }
 
-/// Told what opening is doing, by whoever shows it.
+/// Receives the progress of opening; commands implement it to draw a bar.
 pub trait Watch {
     /// Layers are being read: the position reached and their length, both in bytes, of all together. Of layers that are read
     /// in different ways, `what` is the one that takes the most.
     fn reading(&mut self, what: Reading, at: u64, len: u64);
 }
 
-/// Shows nothing.
+/// A [`Watch`] that shows nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Unwatched;
 
@@ -341,23 +148,23 @@ pub enum IndexOrigin {
     Given,
     /// It was in the cache directory.
     Kept,
-    /// Somebody has published it: its hot part had this many bytes.
+    /// It was published in the image's registry.
     Published {
-        /// How many.
+        /// The length of its hot part in bytes.
         bytes: u64,
     },
-    /// The layer brought it along: its own table of contents, in this many requests, bringing this many bytes.
+    /// It was made of the layer's own table of contents (eStargz, zstd:chunked).
     Contents {
-        /// How many.
+        /// How many requests that took.
         reads: u64,
-        /// How many bytes came with them.
+        /// How many bytes they brought.
         bytes: u64,
     },
-    /// The headers were read, or the whole layer: in this many reads or requests, bringing this many bytes.
+    /// It was made by reading the layer's headers, or all of it.
     Read {
-        /// How many.
+        /// How many reads or requests that took.
         reads: u64,
-        /// How many bytes came with them, payload that passed by included.
+        /// How many bytes they brought, payload that was passed over included.
         bytes: u64,
     },
 }
@@ -456,7 +263,7 @@ fn find_blob(source: &Source, options: &OpenOptions) -> Result<Blob, OpenError> 
     Ok(blob)
 }
 
-/// Says that a layer's server makes it impossible to read parts of it.
+/// Warns that a layer has to be downloaded whole, because its server does not serve ranges.
 fn warn_without_ranges(blob: &Blob) {
     if !blob.answers_ranges() {
         log::warn!(
@@ -466,7 +273,7 @@ fn warn_without_ranges(blob: &Blob) {
     }
 }
 
-/// Finds one layer: what was named, or of an image the one that was chosen or is its only one.
+/// Finds one layer: a tar by itself, or of an image the layer that was chosen or is its only one.
 fn find_one(text: &str, options: &OpenOptions) -> Result<FoundLayer, OpenError> {
     let source = Source::parse(text)?;
     let Source::Image(name) = &source else {
@@ -479,7 +286,7 @@ fn find_one(text: &str, options: &OpenOptions) -> Result<FoundLayer, OpenError> 
     }
 }
 
-/// How the layer that is meant is compressed, by its first bytes.
+/// How the layer `text` is compressed, by its first bytes.
 ///
 /// # Errors
 /// [`OpenError`] when it cannot be found or read.
@@ -579,8 +386,8 @@ fn prepare_all(
             let tell = Mutex::new(tell.clone());
             threads.push(scope.spawn(move || {
                 let mut reached = |what: Reading, at: u64| {
-                    // Who listens goes first only when everything ends.
-                    let _nobody_listens = tell
+                    // The receiver is gone only when the command is ending.
+                    let _ = tell
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .send((number, what, at));
@@ -633,79 +440,12 @@ fn prepare_with_index(
     PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)
 }
 
-/// The bytes of an index that was named where a word might have stood.
-fn bytes_of_named(name: &str, http: &HttpOptions) -> Result<Vec<u8>, OpenError> {
-    load_index(name, http).map_err(|error| match error {
-        OpenError::ReadIndex { name, cause } if cause.kind() == io::ErrorKind::NotFound => OpenError::NoSuchIndex {
-            words: IndexChoice::WORDS.join(", "),
-            meant: IndexChoice::nearest_word(&name)
-                .map(|word| format!("; did you mean {word}?"))
-                .unwrap_or_default(),
-            name,
-        },
-        other => other,
-    })
-}
-
-/// An index that was named, and is the one that it has to be.
-fn named_index(name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
-    pinned(open_index(bytes_of_named(name, &options.http)?, name)?, name, options)
-}
-
-fn pinned(index: Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<Index<Vec<u8>>, OpenError> {
-    if index.is_of_contents() {
-        return Err(OpenError::Index {
-            name: without_secrets(name),
-            cause: IndexFault::MadeUp.into(),
-        });
-    }
-    check_pin(&index, name, options).map(|()| index)
-}
-
-/// Whether an index is the one that it has to be, if one was named.
-fn check_pin(index: &Index<Vec<u8>>, name: &str, options: &OpenOptions) -> Result<(), OpenError> {
-    match &options.index_digest {
-        Some(pin) if !discover::is_pinned(index, pin) => Err(OpenError::Digest {
-            source_name: without_secrets(name),
-            what: "index",
-            expected: pin.to_string(),
-            found: discover::hot_digest(index).to_string(),
-        }),
-        _ => Ok(()),
-    }
-}
-
 /// Whether a disk has no more room.
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Reads an index file, whole, from a path or a URL.
-///
-/// # Errors
-/// [`OpenError::ReadIndex`], [`OpenError::Source`].
-pub fn load_index(name: &str, http: &HttpOptions) -> Result<Vec<u8>, OpenError> {
-    let failed = |cause| OpenError::ReadIndex {
-        name: without_secrets(name),
-        cause,
-    };
-    match Source::parse(name)? {
-        Source::Path(path) => {
-            // Asked before opening: a pipe would be waited for.
-            if !std::fs::metadata(&path).map_err(failed)?.is_file() {
-                return Err(failed(io::Error::other("it is not a regular file")));
-            }
-            let file = File::open(&path).map_err(failed)?;
-            let mut bytes = Vec::new();
-            file.take(MAX_INDEX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
-            Ok(bytes)
-        }
-        Source::Url(url) => Ok(source::get_whole(&url, MAX_INDEX_BYTES, http)?),
-        Source::Image(_) => Err(failed(io::Error::other("it is an image, not an index"))),
-    }
-}
-
-/// Opens what may be a layer or an index, for those who only want to know what is in it.
+/// The index of what may be a layer or an index file; for commands that only show what is in it.
 ///
 /// # Errors
 /// [`OpenError`].
@@ -723,20 +463,6 @@ pub fn index_of(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Res
         return open_index(load_index(text, &options.http)?, text);
     }
     Ok(prepare(text, options, watch)?.into_only()?.index)
-}
-
-/// Opens an index file, or the hot part of one.
-fn open_index(bytes: Vec<u8>, name: &str) -> Result<Index<Vec<u8>>, OpenError> {
-    let is_hot = hot_len(&bytes).is_ok_and(|hot| hot == u64::try_from(bytes.len()).ok());
-    let opened = if is_hot {
-        Index::open_hot(bytes)
-    } else {
-        Index::open(bytes)
-    };
-    opened.map_err(|cause| OpenError::Index {
-        name: without_secrets(name),
-        cause,
-    })
 }
 
 /// The tree of layers by their indexes, the lowest first.

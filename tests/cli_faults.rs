@@ -1172,10 +1172,7 @@ fn mount_takes_the_options_of_mount() {
     ]);
     let options = options_of(&lab.path("mnt"));
     let has = |option: &str| options.split(',').any(|it| it == option);
-    assert!(
-        has("ro") && has("nosuid") && has("noexec") && has("nodev"),
-        "{options}"
-    );
+    assert!(has("ro") && has("nosuid") && has("noexec") && has("nodev"), "{options}");
     lab.good(&["umount", "mnt"]);
     // What ext4 does not know is refused by it, and nothing stays.
     let said = lab.bad(&["mount", "layer.tar", "mnt", "-q", "-o", "nonsense=7"], 1);
