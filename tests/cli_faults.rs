@@ -1186,7 +1186,7 @@ fn layer_of_root(lab: &Lab) {
     let program = fs::read("/usr/bin/id").unwrap();
     let mut entry = tar::Header::new_ustar();
     entry.set_mode(0o4755);
-    entry.set_size(program.len() as u64);
+    entry.set_size(u64::try_from(program.len()).unwrap());
     tar.append_data(&mut entry, "id", &*program).unwrap();
     entry = tar::Header::new_ustar();
     entry.set_entry_type(tar::EntryType::Char);
