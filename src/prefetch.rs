@@ -22,7 +22,7 @@ use crate::cache::chunk::ChunkKey;
 use crate::image::{FileId, FileMap};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
-/// Where a chunk is, as far as planning goes.
+/// Whether a chunk has to be fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Presence {
     /// In memory or in the store.
@@ -33,10 +33,10 @@ pub enum Presence {
     Absent,
 }
 
-/// Says where a chunk is.
+/// Tells the planner whether a chunk is here, under way or absent.
 pub type Look<'a> = &'a dyn Fn(ChunkKey) -> Presence;
 
-/// Shows the bytes of a chunk to whoever asks, if it is in memory, and says whether it is.
+/// Hands the bytes of a chunk to the closure if it is in memory; false if it is not.
 pub type Peek<'a> = &'a dyn Fn(ChunkKey, &mut dyn FnMut(&[u8])) -> bool;
 
 /// A range of chunks of one layer.

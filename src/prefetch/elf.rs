@@ -2,44 +2,45 @@
 //! parts of it that its loader reads before anything runs, the interpreter of a script.
 //!
 //! In: a file's length and whatever of its bytes is here. Out: names and ranges, or which bytes would have to be here to
-//! say. Pure, and only a reason: what is wrong in a file makes the reason worse and nothing else. Sources: the System V ABI
-//! (gabi 4.1, chapters 4 and 5), elf(5), and what glibc's and musl's loaders read.
+//! say. Pure. What it returns only decides what is prefetched: a damaged file costs a useless prefetch at most. Sources: the
+//! System V ABI (gabi 4.1, chapters 4 and 5), elf(5), and what glibc's and musl's loaders read.
 
 use std::cell::RefCell;
 
 use crate::units::len_usize;
 
-/// Program headers looked at; real files have about a dozen.
+/// The most program headers that are read; real files have about a dozen.
 const MOST_HEADERS: u64 = 64;
-/// The longest program header; real ones have 32 or 56 bytes.
+/// The longest program header in bytes; real ones have 32 or 56.
 const LONGEST_HEADER: u64 = 128;
-/// The longest dynamic section read, and the most names taken from it.
+/// The most bytes of a dynamic section that are read.
 const LONGEST_DYNAMIC: u64 = 16 << 10;
+/// The most libraries and search paths that are taken from it, of each.
 const MOST_NAMES: usize = 64;
-/// The longest name.
+/// The longest name that is read, in bytes.
 const LONGEST_NAME: u64 = 256;
 
-/// What a program needs.
+/// The files, and the parts of its own file, that a program needs before it runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// The program that starts it: an absolute path.
+    /// The program that starts it (`PT_INTERP`, or the `#!` line): an absolute path.
     pub(super) interpreter: Option<Vec<u8>>,
-    /// Libraries by name, in the order of their loading.
+    /// Libraries by name (`DT_NEEDED`), in the order in which they are loaded.
     pub(super) libraries: Vec<Vec<u8>>,
-    /// Where it says that they lie, as it says it (`$ORIGIN` and all).
+    /// Directories to search for them (`DT_RPATH`, `DT_RUNPATH`), with `$ORIGIN` not yet replaced.
     pub(super) search: Vec<Vec<u8>>,
-    /// The parts of the file, as offset and length, that a loader reads before the program runs: symbols and relocations,
-    /// what is written to, and where initialisers and finalisers lie.
+    /// The parts of the file that a loader reads before the program runs, as offset and length in bytes: symbols and
+    /// relocations, writable segments, initialisers and finalisers.
     pub(super) parts: Vec<(u64, u64)>,
-    /// Bytes that must be here before the rest can be said, likewise.
+    /// Parts of the file that have to be fetched before more can be read from it, as offset and length in bytes.
     pub(super) lacking: Vec<(u64, u64)>,
 }
 
-/// Reads bytes of the file: offset and length. None when they are not here.
+/// Reads bytes of the file by offset and length; none when not all of them are in memory.
 pub(super) type Peek<'a> = &'a dyn Fn(u64, u64) -> Option<Vec<u8>>;
 
-/// What the file needs, as far as its bytes are here. Nothing, when it is neither an ELF file nor a script, or makes no
-/// sense.
+/// Reads what a file needs, as far as its bytes are in memory; the planner calls it again when [`Needs::lacking`] has come. Empty
+/// for what is neither an ELF file nor a script, or is malformed.
 pub(super) fn needs(file_len: u64, peek: Peek<'_>) -> Needs {
     let file = File {
         len: file_len,
@@ -58,7 +59,7 @@ pub(super) fn needs(file_len: u64, peek: Peek<'_>) -> Needs {
     needs
 }
 
-/// A script's first line: `#! interpreter argument`. With `env` the argument is what matters, and is a name.
+/// Parses a script's first line, `#! interpreter argument`. For `env` the interpreter is its argument, looked for in `/usr/bin`.
 fn script(head: &[u8]) -> Needs {
     let line = head.get(2..).unwrap_or_default();
     let mut words = line
@@ -79,14 +80,16 @@ fn script(head: &[u8]) -> Needs {
     }
 }
 
+/// A file of which only some bytes are in memory; notes those that were asked for and are not.
 struct File<'a> {
+    /// In bytes.
     len: u64,
     peek: Peek<'a>,
     lacking: RefCell<Vec<(u64, u64)>>,
 }
 
 impl File<'_> {
-    /// Exactly these bytes, if they are here; what lies past the file's end does not exist and is empty.
+    /// The `len` bytes at offset `at`, if they are in memory; empty when they reach past the file's end.
     fn bytes(&self, at: u64, len: u64) -> Option<Vec<u8>> {
         if len == 0 || at.checked_add(len).is_none_or(|end| end > self.len) {
             return Some(Vec::new());
@@ -99,7 +102,7 @@ impl File<'_> {
     }
 }
 
-/// The fields of a header, in either width and byte order.
+/// An ELF header: the width and byte order of the file, and where its program headers are.
 struct Elf {
     wide: bool,
     big: bool,
@@ -108,6 +111,7 @@ struct Elf {
     headers: u64,
 }
 
+/// A program header. Offset and length are in bytes of the file, the address is in memory.
 #[derive(Clone, Copy)]
 struct Segment {
     kind: u64,
@@ -118,8 +122,9 @@ struct Segment {
     executable: bool,
 }
 
-/// A page of memory, as far as it matters here.
+/// The page size in bytes; larger ones only make the prefetched part of the code too short.
 const PAGE: u64 = 4096;
+// Types of program headers, and tags of the dynamic section.
 const LOAD: u64 = 1;
 const DYNAMIC: u64 = 2;
 const INTERP: u64 = 3;
@@ -151,6 +156,7 @@ impl Elf {
         })
     }
 
+    /// An unsigned field of `len` bytes at offset `at`, in the file's byte order.
     fn number(&self, bytes: &[u8], at: usize, len: usize) -> Option<u64> {
         let field = bytes.get(at..at.checked_add(len)?)?;
         let add = |sum: u64, byte: &u8| sum << 8 | u64::from(*byte);
@@ -161,11 +167,12 @@ impl Elf {
         })
     }
 
-    /// An address, offset or size at `at`.
+    /// An address, offset or size at offset `at`: 8 bytes in a 64-bit file, else 4.
     fn word(&self, bytes: &[u8], at: usize) -> Option<u64> {
         self.number(bytes, at, if self.wide { 8 } else { 4 })
     }
 
+    /// Parses one program header; none if it is cut off.
     fn segment(&self, header: &[u8]) -> Option<Segment> {
         let (flags, offset, address, len) = if self.wide { (4, 8, 16, 32) } else { (24, 4, 8, 16) };
         let flags = self.number(header, flags, 4)?;
@@ -216,7 +223,7 @@ impl Elf {
         }
     }
 
-    /// Reads the dynamic section.
+    /// Takes libraries and search paths from the dynamic section.
     fn dynamic(&self, file: &File<'_>, segments: &[Segment], table: &[u8], needs: &mut Needs) {
         let width = if self.wide { 8 } else { 4 };
         let entries = || {
@@ -229,7 +236,7 @@ impl Elf {
         let (Some(strings), Some(size)) = (value(DT_STRTAB), value(DT_STRSZ)) else {
             return;
         };
-        // Tables are named by their addresses in memory.
+        // DT_STRTAB is an address in memory: the segment that is loaded there says where that is in the file.
         let home = segments.iter().find(|segment| {
             segment.kind == LOAD && segment.address <= strings && strings - segment.address < segment.len
         });

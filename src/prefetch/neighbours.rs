@@ -1,5 +1,5 @@
-//! A directory's other files. In: first touches of files. Out: the files most likely touched next, as far as the directory
-//! has earned it.
+//! Prefetch of a directory's other files. In: files as they are read for the first time. Out: the files most likely read next, in
+//! proportion to what was read of the directory.
 //!
 //! Programs read directories in different ways: an interpreter goes through most of a package's modules, a loader takes a
 //! single library out of hundreds. Nothing but reading tells which it is, so a directory begins with little credit and
@@ -18,12 +18,14 @@ const MOST_DIRECTORIES: usize = 4096;
 /// How many neighbours are looked at for one touch; most of a huge directory is never looked at.
 const MOST_VISITS: usize = 512;
 
-/// What a directory has earned, in bytes of its small files.
+/// A directory's budget for prefetch, in bytes of its small files.
 #[derive(Debug, Default)]
 struct Credit {
+    /// Bytes of the files that were read.
     read: u64,
-    /// Queued and not read.
+    /// Files that were queued and not read yet.
     guessed: HashSet<FileId>,
+    /// Their bytes.
     guessed_bytes: u64,
 }
 
@@ -31,12 +33,12 @@ struct Credit {
 #[derive(Debug, Default)]
 pub(super) struct Neighbours {
     directories: HashMap<DirectoryId, Credit>,
-    /// What to fetch, the latest touch's first.
+    /// The files to fetch, the latest touch's neighbours first.
     batches: VecDeque<VecDeque<Planned>>,
 }
 
 impl Neighbours {
-    /// A file is touched for the first time.
+    /// Notes that a file is touched for the first time, and queues its neighbours.
     pub(super) fn touched(&mut self, files: &dyn FileMap, file: StoredFile, options: &PlanOptions, look: Look<'_>) {
         if self.directories.len() >= MOST_DIRECTORIES {
             self.directories.clear();
@@ -81,7 +83,7 @@ impl Neighbours {
         }
     }
 
-    /// The most likely absent stretch of at most `most` chunks.
+    /// The next range of absent chunks to fetch, at most `most` of them.
     pub(super) fn next(&mut self, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
         while let Some(batch) = self.batches.front_mut() {
             if let Some(found) = take_from(batch, most, gap, look) {

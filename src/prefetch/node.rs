@@ -1,19 +1,19 @@
-//! What a JavaScript file of Node's kind loads. In: its path and bytes. Out: the files that its `require` and `import` name, for
-//! whoever knows which paths are files.
+//! The modules that a JavaScript file loads under Node.js. In: its path and bytes, and a function that tells which paths are files.
+//! Out: the files that its `require` and `import` name.
 //!
 //! Only names that stand in the text as literals are seen, wherever they stand, and each is looked for as Node does
 //! (`modules.md` of its documentation): beside the file, or in the `node_modules` of the directories above it; failing that
 //! beside the package itself, which is how distributions lay packages out. A package's directory begins with its
-//! `package.json`, whose `main` says which file is the package. Pure, and only a reason.
+//! `package.json`, whose `main` says which file is the package. Pure; what it returns only decides what is prefetched.
 
-/// Names taken from one file.
+/// The most names that are taken from one file.
 const MOST_NAMES: usize = 256;
-/// The longest name.
+/// The longest name that is read, in bytes.
 const LONGEST_NAME: usize = 200;
-/// Directories above a file that are searched.
+/// The most directories above a file that are searched for a package.
 const MOST_ABOVE: usize = 16;
-/// Modules inside Node, which has no file for them.
-const INSIDE: [&[u8]; 36] = [
+/// Modules built into Node.js, which have no file.
+const BUILT_IN: [&[u8]; 36] = [
     b"assert",
     b"async_hooks",
     b"buffer",
@@ -52,7 +52,7 @@ const INSIDE: [&[u8]; 36] = [
     b"zlib",
 ];
 
-/// Whether the file at `path` is one that may load others, by its name.
+/// Whether a file may load others, by its name: JavaScript, or a `package.json`.
 pub(super) fn is_script(path: &[u8]) -> bool {
     [&b".js"[..], b".cjs", b".mjs"]
         .iter()
@@ -64,7 +64,7 @@ fn is_package(path: &[u8]) -> bool {
     path.ends_with(b"/package.json")
 }
 
-/// The files that the one at `path` loads, in the order in which it names them.
+/// The files that the one at `path` loads, in the order in which it names them. `exists` returns the file at a path.
 pub(super) fn loads<F>(path: &[u8], bytes: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>) -> Vec<F> {
     let Some(slash) = path.iter().rposition(|&byte| byte == b'/') else {
         return Vec::new();
@@ -79,20 +79,22 @@ pub(super) fn loads<F>(path: &[u8], bytes: &[u8], exists: &dyn Fn(&[u8]) -> Opti
     for name in names(bytes).take(MOST_NAMES) {
         if name.starts_with(b"./") || name.starts_with(b"../") || name == b"." || name == b".." {
             found.extend(file(&[directory, b"/", name].concat(), exists));
-        } else if !name.starts_with(b"/") && !name.starts_with(b"node:") && !INSIDE.contains(&name) {
+        } else if !name.starts_with(b"/") && !name.starts_with(b"node:") && !BUILT_IN.contains(&name) {
             package(directory, name, exists, &mut found);
         }
     }
     found
 }
 
-/// What a path without an ending means: the file, with the endings that Node tries, or a directory's.
+/// Resolves a path as `require` does: the file itself, the file with one of the endings that Node.js tries, or a directory's
+/// package or `index.js`.
 fn file<F>(path: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>) -> Option<F> {
     const ENDINGS: [&[u8]; 6] = [b"", b".js", b".json", b".node", b"/package.json", b"/index.js"];
     ENDINGS.iter().find_map(|ending| exists(&[path, ending].concat()))
 }
 
-/// A package by its name, or a file in one.
+/// Adds to `found` the `package.json` of the package `name` (and the file inside it, if it names one), looking upwards from
+/// `directory`.
 fn package<F>(directory: &[u8], name: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>, found: &mut Vec<F>) {
     // `package/file`, or `@scope/package/file`.
     let parts = if name.starts_with(b"@") { 2 } else { 1 };
@@ -110,7 +112,7 @@ fn package<F>(directory: &[u8], name: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>
             let Some(description) = exists(&[&home[..], b"/package.json"].concat()) else {
                 continue;
             };
-            // Its `main` is followed once the description is here.
+            // Its `main` is followed once its bytes are here.
             found.push(description);
             if !inside.is_empty() {
                 found.extend(file(&[&home, inside].concat(), exists));
@@ -124,7 +126,7 @@ fn package<F>(directory: &[u8], name: &[u8], exists: &dyn Fn(&[u8]) -> Option<F>
     }
 }
 
-/// The literals behind `require(`, `import` and `from`.
+/// The string literals behind `require(`, `import(`, `import` and `from`.
 fn names(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
@@ -153,12 +155,13 @@ fn names(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
+/// Whether a literal can be the name of a module.
 fn is_name(text: &[u8]) -> bool {
     let fits = |byte: &u8| byte.is_ascii_alphanumeric() || b"@._-/:".contains(byte);
     !text.is_empty() && text.iter().all(fits)
 }
 
-/// What a package's description says is the package: the value of its `"main"`.
+/// The value of `"main"` in a `package.json`: the file that stands for the package.
 fn main(bytes: &[u8]) -> Option<&[u8]> {
     const KEY: &[u8] = b"\"main\"";
     let at = bytes.windows(KEY.len()).position(|window| window == KEY)?;

@@ -1,9 +1,9 @@
-//! Programs and what they need. In: files at their first touch, chunks as they come. Out: ranges of other files that will be
-//! read before the program runs.
+//! Prefetch of what programs load. In: files as they are read for the first time, chunks as they come. Out: ranges of other files
+//! that will be read before the program runs.
 //!
 //! A loader goes from library to library and an interpreter from module to module, and over a network each step costs the
-//! reader a round trip or two. The names of the next ones stand in the bytes that have just come: they are read here as
-//! soon as they are in memory, and what they name is asked for at once.
+//! reader a round trip or two. The names of the next files are in the bytes that have just come: they are parsed here as
+//! soon as they are in memory, and the files that they name are queued at once.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -15,52 +15,52 @@ use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
 
-/// Files that are being looked into at once; beyond, the oldest is given up.
-const MOST_OPEN: usize = 256;
-/// Files looked into in all. A system has a few thousand programs; who has more is served without.
+/// The most files that wait for bytes to be parsed; the oldest is dropped for another.
+const MOST_PENDING: usize = 256;
+/// The most files that are parsed in all. A system has a few thousand programs; further ones are served without this prefetch.
 const MOST_KNOWN: usize = 1 << 16;
-/// Directories in which libraries were found.
-const MOST_HOMES: usize = 16;
-/// The loader's own list of libraries, which it reads before any of them.
+/// The most directories with libraries that are remembered.
+const MOST_LIBRARY_DIRS: usize = 16;
+/// The loader's list of libraries (ldconfig(8)), which it reads before any of them.
 const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
-/// Compiled modules longer than this are not searched.
+/// The longest module that is parsed, in bytes.
 const LONGEST_MODULE: u64 = 1 << 20;
 
-/// A file that is being looked into.
+/// A file that waits for bytes to be parsed.
 #[derive(Debug)]
-struct Open {
+struct Pending {
     file: StoredFile,
-    /// What must be here before more can be said.
+    /// The chunks that have to be in memory before it can be parsed further.
     lacking: Vec<ChunkRange>,
-    /// How many files lie between it and one that a reader touched.
+    /// How many loads lead to it from a file that a reader touched.
     hops: u8,
 }
 
-/// What will be read: where, and whether certainly.
+/// A range to prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
     pub(super) layer: LayerId,
     pub(super) range: TarRange,
     pub(super) reason: Reason,
-    /// It is read before the program that names it runs; else it is likely.
+    /// Whether it is read for certain before the program that names it runs; else it is only likely.
     pub(super) certain: bool,
 }
 
-/// The touched files that are to be looked into, and the loaders that read them; see the module.
+/// Parses touched files for what they load, as their bytes come.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    open: VecDeque<Open>,
-    /// Files that were looked into, and how far from a touched one they were then.
+    pending: VecDeque<Pending>,
+    /// Files that were parsed or wait for it, with their `hops` at that time.
     known: HashMap<FileId, u8>,
-    /// Where libraries were found, the latest first.
-    homes: VecDeque<DirectoryId>,
+    /// Directories in which libraries were found, the latest first.
+    library_dirs: VecDeque<DirectoryId>,
     modules: Modules,
-    /// Whether files were touched that have not been looked into yet.
+    /// Whether files were touched since the last [`read_on`](Self::read_on).
     fresh: bool,
 }
 
 impl Programs {
-    /// A file is touched for the first time: its first bytes are here or will be soon.
+    /// Notes that a file is touched for the first time: its first bytes are here or will be soon.
     pub(super) fn touched(&mut self, file: StoredFile) {
         self.look_into(file, 0);
         self.fresh = true;
@@ -81,34 +81,34 @@ impl Programs {
             .iter()
             .map(|part| ChunkRange::of(file.layer, range(part)))
             .collect();
-        self.open.push_back(Open { file, lacking, hops });
-        if self.open.len() > MOST_OPEN {
-            self.open.pop_front();
+        self.pending.push_back(Pending { file, lacking, hops });
+        if self.pending.len() > MOST_PENDING {
+            self.pending.pop_front();
         }
     }
 
-    /// Whether there is something to look into that may have been here before it was touched.
+    /// Whether a file was touched whose bytes may be in memory already, so that no chunk will come to bring it up.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh
     }
 
-    /// Whether a chunk is one that is waited for.
+    /// Whether a file waits for this chunk.
     pub(super) fn awaits(&self, key: ChunkKey) -> bool {
         let is_it = |part: &ChunkRange| part.layer == key.layer && (part.first..part.end).contains(&key.index);
-        self.open.iter().any(|open| open.lacking.iter().any(is_it))
+        self.pending.iter().any(|waiting| waiting.lacking.iter().any(is_it))
     }
 
-    /// Looks into the files whose bytes are here. Returns what to fetch, the most urgent first.
+    /// Parses the files whose bytes have come. Returns what to fetch, the most urgent first.
     pub(super) fn read_on(&mut self, files: &dyn FileMap, options: &PlanOptions, peek: Peek<'_>) -> Vec<Wanted> {
         self.fresh = false;
         let mut wanted = Vec::new();
-        for _ in 0..self.open.len() {
-            let Some(open) = self.open.pop_front() else { break };
+        for _ in 0..self.pending.len() {
+            let Some(waiting) = self.pending.pop_front() else { break };
             let here = |part: &ChunkRange| part.keys().all(|key| peek(key, &mut |_| ()));
-            if open.lacking.iter().all(here) {
-                self.read(files, &open, options, peek, &mut wanted);
+            if waiting.lacking.iter().all(here) {
+                self.read(files, &waiting, options, peek, &mut wanted);
             } else {
-                self.open.push_back(open);
+                self.pending.push_back(waiting);
             }
         }
         wanted
@@ -117,31 +117,31 @@ impl Programs {
     fn read(
         &mut self,
         files: &dyn FileMap,
-        open: &Open,
+        waiting: &Pending,
         options: &PlanOptions,
         peek: Peek<'_>,
         wanted: &mut Vec<Wanted>,
     ) {
-        let (file, len) = (open.file, open.file.range.len);
+        let (file, len) = (waiting.file, waiting.file.range.len);
         let bytes = |at, len| bytes_of(file, at, len, peek);
         let Some(head) = bytes(0, len.min(64)) else { return };
         let path = files.path(file.file).unwrap_or_default();
         if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path)) {
             match bytes(0, len) {
-                Some(bytes) => self.import(files, file, &path, &bytes, open.hops, options, wanted),
-                None => self.wait(file, &[(0, len)], open.hops),
+                Some(bytes) => self.import(files, file, &path, &bytes, waiting.hops, options, wanted),
+                None => self.wait(file, &[(0, len)], waiting.hops),
             }
             return;
         }
         let needs = needs(len, &bytes);
-        self.follow(files, file, &needs, options, open.hops, wanted);
+        self.follow(files, file, &needs, options, waiting.hops, wanted);
         if !needs.lacking.is_empty() {
             wanted.extend(needs.lacking.iter().map(|(at, len)| part_of(file, *at, *len)));
-            self.wait(file, &needs.lacking, open.hops);
+            self.wait(file, &needs.lacking, waiting.hops);
         }
     }
 
-    /// What a module of Python or Node loads.
+    /// Adds what a module of Python or Node.js loads.
     #[expect(clippy::too_many_arguments, reason = "a file, and what it is looked into with")]
     fn import(
         &mut self,
@@ -160,7 +160,7 @@ impl Programs {
         let modules = if node::is_script(path) {
             node::loads(path, bytes, &exists)
         } else {
-            // What only functions import is hardly ever read before something else shows it.
+            // What only functions import is seldom read at all, and then long after.
             let imports = self.modules.imports(path, bytes, &exists).into_iter();
             imports
                 .filter(|(_, when)| *when == When::Imported)
@@ -194,7 +194,7 @@ impl Programs {
             && let Some(interpreter) = files.resolve(file.directory, interpreter)
         {
             self.want(interpreter, options, hops, wanted);
-            // Libraries lie where the one that loads them lies.
+            // Libraries are often in the directory of the loader.
             self.found_in(interpreter.directory);
             if !needs.libraries.is_empty()
                 && let Some(cache) = files.resolve(file.directory, LOADER_CACHE)
@@ -203,7 +203,7 @@ impl Programs {
             }
         }
         for &(at, len) in &needs.parts {
-            // A fault brings what lies around it as well.
+            // A page fault brings pages around it as well (fault-around).
             let (from, to) = (at.saturating_sub(options.fault_around_bytes), at.saturating_add(len));
             let at = from.min(file.range.len);
             let len = to.saturating_add(options.fault_around_bytes).min(file.range.len) - at;
@@ -215,7 +215,7 @@ impl Programs {
             if len <= options.program_part_bytes {
                 want(at, len);
             } else {
-                // Of a big part both ends: tables lie at the beginning, the kernel clears what is behind the end.
+                // Of a big part both ends: tables are at the beginning, and the kernel clears the last page behind the data.
                 let half = options.program_part_bytes / 2;
                 want(at, half);
                 want(at + len - half, half);
@@ -229,7 +229,7 @@ impl Programs {
         }
     }
 
-    /// The library `name`: where the program says, beside the program, or where others were found.
+    /// Finds the library `name`: in the search paths of the program, or where others were found.
     fn find(&self, files: &dyn FileMap, origin: DirectoryId, search: &[Vec<u8>], name: &[u8]) -> Option<StoredFile> {
         if name.is_empty() || name.contains(&b'/') {
             return files.resolve(origin, name);
@@ -241,10 +241,10 @@ impl Programs {
                 .map_or_else(|| place.clone(), |rest| [b".", rest].concat());
             files.resolve(origin, &[&place[..], b"/", name].concat())
         });
-        named.or_else(|| self.homes.iter().find_map(|home| files.resolve(*home, name)))
+        named.or_else(|| self.library_dirs.iter().find_map(|home| files.resolve(*home, name)))
     }
 
-    /// A file that will be read: its beginning, and when that is here what it says.
+    /// Adds the beginning of a file that will be read, and parses it when that has come.
     fn want(&mut self, file: StoredFile, options: &PlanOptions, hops: u8, wanted: &mut Vec<Wanted>) {
         if self.known.contains_key(&file.file) {
             return;
@@ -255,13 +255,13 @@ impl Programs {
     }
 
     fn found_in(&mut self, directory: DirectoryId) {
-        self.homes.retain(|home| *home != directory);
-        self.homes.push_front(directory);
-        self.homes.truncate(MOST_HOMES);
+        self.library_dirs.retain(|home| *home != directory);
+        self.library_dirs.push_front(directory);
+        self.library_dirs.truncate(MOST_LIBRARY_DIRS);
     }
 }
 
-/// A part of a file, as far as the file goes.
+/// A part of a file, by offset and length in bytes, cut at the file's end.
 fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     let len = len.min(file.range.len.saturating_sub(at));
     Wanted {
@@ -272,7 +272,7 @@ fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
     }
 }
 
-/// Bytes of a file out of the chunks that hold them, when all of them are in memory.
+/// The `len` bytes of a file at offset `at`; none unless all chunks that hold them are in memory.
 fn bytes_of(file: StoredFile, at: u64, len: u64, peek: Peek<'_>) -> Option<Vec<u8>> {
     let range = TarRange::new(file.range.start.plus(at), len);
     let mut bytes = Vec::with_capacity(len_usize(len));

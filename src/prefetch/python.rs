@@ -1,41 +1,42 @@
-//! What a compiled Python module imports. In: the module's path and bytes. Out: the files of the modules that it imports, for
-//! whoever knows which paths are files.
+//! The modules that a compiled Python module imports. In: its path and bytes, and a function that tells which paths are files. Out:
+//! the files of the modules that it imports.
 //!
 //! The statements come from the module's bytecode, or of a version that [`bytecode`] does not know from its short strings
 //! (`marshal.c` of `CPython`: type `z` or `Z`, one byte of length, ASCII), among which are the names of what it imports: few
-//! others are a file's. Pure, and only a reason.
+//! others are a file's. Pure; what it returns only decides what is prefetched.
 
 mod bytecode;
 
 use std::collections::HashSet;
 
-/// Where top-level packages were found, the most used first.
+/// The most directories with top-level packages that are searched.
 const MOST_ROOTS: usize = 8;
-/// Names looked up in all before the memory of them is cleared.
+/// The most names whose look-up is remembered; then all are forgotten.
 const MOST_ASKED: usize = 1 << 16;
+/// The directory of compiled modules, below that of their sources.
 const CACHE: &[u8] = b"/__pycache__/";
 
-/// When a module imports another.
+/// When an import statement runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum When {
-    /// As it is imported itself.
+    /// When its module is imported.
     Imported,
-    /// When one of its functions is called, if ever.
+    /// When one of its module's functions is called, if ever.
     Called,
 }
 
-/// What was learned of this layer's Python.
+/// Where a layer's Python modules are, learned from the paths of those that were read.
 #[derive(Debug, Default)]
 pub(super) struct Modules {
     /// Directories in which top-level modules and packages lie, without a slash at the end.
     roots: Vec<Vec<u8>>,
     /// How the names of extension modules end: `.cpython-311-x86_64-linux-gnu.so`.
     extension: Option<Vec<u8>>,
-    /// What was asked for: it need not be asked for again.
+    /// The paths, without their endings, that were looked up before.
     asked: HashSet<Vec<u8>>,
 }
 
-/// A module's place, taken apart.
+/// The path of a compiled module, split.
 struct Place<'a> {
     /// The directory of its source, without a slash at the end.
     package: &'a [u8],
@@ -67,7 +68,7 @@ pub(super) fn is_compiled(head: &[u8]) -> bool {
 }
 
 impl Modules {
-    /// A file is touched: extension modules say how others of their kind are named.
+    /// Learns from a touched file's path how the names of extension modules end.
     pub(super) fn saw(&mut self, path: &[u8]) {
         if self.extension.is_none()
             && path.ends_with(b".so")

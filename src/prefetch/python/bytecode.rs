@@ -122,10 +122,10 @@ pub(super) fn imports(file: &[u8]) -> Option<Vec<Import<'_>>> {
     Some(reader.imports)
 }
 
-/// What is remembered of an object.
+/// A marshalled object, as far as import statements need it.
 #[derive(Debug)]
 enum Object<'a> {
-    /// Nothing.
+    /// A value that imports have no use for.
     Other,
     Number(i64),
     Text(&'a [u8]),
@@ -133,7 +133,7 @@ enum Object<'a> {
     Tuple(Vec<Handle>),
 }
 
-/// Which of the objects.
+/// The number of an object among those that were read.
 type Handle = usize;
 const OTHER: Handle = 0;
 
