@@ -31,7 +31,7 @@ use crate::http::tls::{self, Trust};
 use crate::http::{self, Asked, ByteRange, Error, Redirects, USER_AGENT, Verdict, judge};
 use crate::units::len_u64;
 
-/// All hosts' pools and how to talk to them. Lives on the fetch thread; clones are the same client.
+/// The HTTP client of the fetch thread: one connection pool for each host. Clones share the pools.
 #[derive(Clone)]
 pub(crate) struct Client(Rc<Pools>);
 
@@ -43,27 +43,27 @@ struct Pools {
     counters: Arc<Counters>,
 }
 
-/// What came back from a GET: the range that was asked for, by as many requests as the server makes of it, or the whole blob.
+/// The body of a GET: the range that was asked for, by as many requests as the server makes of it, or the whole blob.
 pub(crate) struct Reply {
-    /// From sending the first request to the response head.
+    /// The time from sending the first request to its response head.
     pub(crate) head_took: Duration,
     /// Whether the body is the whole layer and not the range.
     pub(crate) whole: bool,
     url: Url,
     body: Incoming,
-    /// What is asked for when this body has ended, where the server gives less than it was asked for.
+    /// The rest of the range, asked for when this body has ended; where the server gives less than it was asked for.
     rest: Option<Rest>,
     left: u64,
     known_len: bool,
     lease: Option<Lease>,
     stall: Duration,
     slowest: u64,
-    /// When the body began, and what came of it until now.
+    /// When the body began, and how many bytes of it have come.
     began: Instant,
     came: u64,
 }
 
-/// A range that is still to be asked for, and of which server.
+/// A range that is still to be asked for, and where.
 struct Rest {
     client: Client,
     layer: Rc<RemoteLayer>,
@@ -82,7 +82,7 @@ impl Client {
         }))
     }
 
-    /// The pool for a URL's host, as it is believed to be that host.
+    /// The pool for a URL's host, under the certificates that its endpoint is to be trusted by.
     fn host(&self, url: &Url, trust: &Trust) -> Result<Rc<Host>, Error> {
         let shared = &self.0;
         let key = HostKey::of(url, trust).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
@@ -116,8 +116,8 @@ impl Client {
         }
     }
 
-    /// Sends a GET for `len` bytes from `start` on, follows redirects, asks again for what has expired, and comes back with
-    /// the judged head. `len` is not zero.
+    /// Sends a GET for `len` bytes from `start` on (`len` is not 0), follows redirects, renews expired addresses and tokens, and
+    /// returns when the response head has passed [`http::judge`].
     pub(crate) async fn get(
         &self,
         layer: &Rc<RemoteLayer>,
@@ -225,7 +225,7 @@ impl Client {
         }
     }
 
-    /// What is to be asked for behind the first `part` bytes of `range`.
+    /// The rest of `range` behind its first `part` bytes; none when that is all of it.
     fn rest(&self, layer: &Rc<RemoteLayer>, range: ByteRange, part: u64, demand: bool) -> Option<Rest> {
         (part < range.len).then(|| Rest {
             client: self.clone(),
@@ -238,7 +238,7 @@ impl Client {
         })
     }
 
-    /// An answer whose body is to hold `left` bytes.
+    /// The answer with this body, which is to hold `left` bytes.
     fn reply(&self, whole: bool, left: u64, url: Url, head_took: Duration, (body, lease): (Incoming, Lease)) -> Reply {
         Reply {
             head_took,
@@ -340,7 +340,7 @@ impl Client {
     }
 }
 
-/// Reads the little that follows a refusal, in the background, so that its connection can be used again.
+/// Reads a refusal's body in the background, if it is short, so that its connection can be used again.
 fn drain(mut body: Incoming, lease: Lease, within: Duration) {
     const WORTH_READING: usize = 64 << 10;
     runtime::spawn(async move {
@@ -408,7 +408,7 @@ impl Reply {
         }
     }
 
-    /// Asks for what the server has left out.
+    /// Requests the rest of the range.
     async fn go_on(&mut self, rest: Rest) -> Result<(), Error> {
         let Rest {
             client,
@@ -423,7 +423,7 @@ impl Reply {
                 "the whole blob in place of the rest of a range",
             ));
         }
-        // How slow it is shows over all of it.
+        // Whether it is too slow is measured over all parts.
         *self = Self {
             head_took: self.head_took,
             began: self.began,
@@ -441,7 +441,7 @@ impl Reply {
         self.lost(explain(&error)).caused_by(error)
     }
 
-    /// Sees the body's end, so that nothing follows what was asked for and the connection is free again.
+    /// Reads to the end of the body: checks that no more comes than was asked for, and frees the connection.
     async fn finish(&mut self) -> Result<(), Error> {
         let Some(lease) = self.lease.take() else { return Ok(()) };
         if self.known_len {

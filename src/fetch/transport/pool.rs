@@ -1,4 +1,4 @@
-//! The connections to one host. In: a request that waits to be sent. Out: a connection that carries no other.
+//! The connection pool of one host. In: a request that waits to be sent. Out: a connection that carries no other.
 //!
 //! HTTP/1.1 carries one answer at a time, so parallel requests need parallel connections; they are kept alive, and when
 //! the last idle one is taken the next is opened in the background, so that a miss seldom waits for a handshake.
@@ -25,20 +25,21 @@ use crate::fetch::stats::{Counters, add};
 use crate::http::proxy::Proxy;
 use crate::http::tls::Trust;
 
-/// How long a host's addresses are believed. Short enough for a moved service, long enough to be off the hot path.
+/// How long a host's addresses are used before they are looked up again. Short enough for a moved service, long enough to be off
+/// the hot path.
 const ADDRESSES_KEPT: Duration = Duration::from_secs(60);
 /// How long a connection may take to be ready again after the last byte of an answer was read.
 const SETTLES: Duration = Duration::from_millis(100);
-/// The largest response head we read. Some registries redirect to URLs of several KiB.
+/// The largest response head that is read, in bytes. Some registries redirect to URLs of several KiB.
 const LARGEST_HEAD: usize = 64 << 10;
 
-/// Where to connect and how.
+/// Host, port, TLS and proxy of a pool's connections.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct HostKey {
     pub(crate) tls: bool,
     pub(crate) host: String,
     pub(crate) port: u16,
-    /// Connections made with one trust are not lent to those who ask for another.
+    /// Connections made under one trust never carry requests under another.
     trust: Trust,
 }
 
@@ -84,7 +85,7 @@ struct Free {
     used: bool,
 }
 
-/// A connection on loan. Unless it is given back it is closed.
+/// A connection taken from the pool. Dropping it closes it, unless it was given back.
 pub(crate) struct Lease {
     sender: Option<SendRequest<Empty<Bytes>>>,
     host: Rc<Host>,
@@ -102,7 +103,7 @@ impl Lease {
         if let Some(sender) = self.sender.take() {
             if sender.is_closed() {
                 self.host.count.set(self.host.count.get().saturating_sub(1));
-                // A waiting request would have had it.
+                // A waiting request would have taken it.
                 self.host.open_for_waiters();
             } else {
                 self.host.offer(Free { sender, used: true });
@@ -120,7 +121,7 @@ impl Drop for Lease {
     }
 }
 
-/// A place in the queue. Left early, it passes on what came for it.
+/// A place in the queue of waiting requests. A connection that arrives after it was dropped goes to the next.
 struct Ticket<'a> {
     take: oneshot::Receiver<Result<Free, Arc<io::Error>>>,
     host: &'a Host,
@@ -272,7 +273,7 @@ impl Host {
                 Err(_) => last = io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no connection in time")),
             }
         }
-        // What did not work is not believed any longer.
+        // Addresses that did not work are looked up again.
         self.addresses.borrow_mut().take();
         Err(last)
     }
@@ -291,7 +292,7 @@ impl Host {
         }
     }
 
-    /// Goes on through a proxy that `stream` leads to.
+    /// Opens a tunnel (CONNECT, SOCKS) through the proxy that `stream` leads to.
     async fn through<S>(&self, proxy: &Proxy, mut stream: S) -> io::Result<SendRequest<Empty<Bytes>>>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,
@@ -302,7 +303,7 @@ impl Host {
         self.secured(stream).await
     }
 
-    /// Speaks TLS, where that is wanted, and then HTTP.
+    /// The TLS handshake, for `https`, and the HTTP one.
     async fn secured<S>(&self, stream: S) -> io::Result<SendRequest<Empty<Bytes>>>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,

@@ -16,16 +16,16 @@ use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, BlobLocation};
 use crate::source::{self, Blob};
 
-/// How long answers that were asked for before an endpoint was distrusted may still come in.
+/// For so long after an endpoint was replaced, wrong bytes are taken for answers of the one before.
 const STRAGGLERS: Duration = Duration::from_secs(30);
 
-/// A URL and what is sent there.
+/// A URL and the headers that are sent there.
 pub(crate) struct Endpoint {
     pub(crate) url: Url,
-    /// For this URL's origin; credentials among them.
+    /// Headers for this URL's origin alone, credentials among them.
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
     pub(crate) trust: Trust,
-    /// Where it came from, if it can be had anew.
+    /// The endpoint of the registry that it is, if there is a registry to renew it.
     located: Option<BlobLocation>,
 }
 
@@ -156,7 +156,7 @@ impl RemoteLayer {
         }
     }
 
-    /// Whether a endpoint that refuses can be had anew.
+    /// Whether an endpoint that refuses can be renewed or replaced.
     pub(crate) fn can_move(&self) -> bool {
         matches!(self.location, Location::Registry(_))
     }
@@ -196,9 +196,9 @@ impl RemoteLayer {
         }
     }
 
-    /// What came from where it is now was wrong: next time it is asked anew where the bytes are, and another endpoint is asked,
-    /// if there is one. Otherwise the second try would get the same bad copy. What else of that copy still comes in within the
-    /// next moments must not speak against the endpoint that was found instead.
+    /// Notes that wrong bytes came from the current endpoint: next time the redirect is asked for anew, and of another endpoint
+    /// if there is one, because another try would get the same bad copy. Wrong bytes that still arrive from requests made
+    /// before do not count against the new endpoint.
     pub(crate) fn distrust(&self) {
         let now = Instant::now();
         let again = self.distrusted.get().is_some_and(|when| now - when < STRAGGLERS);
@@ -222,13 +222,13 @@ impl RemoteLayer {
         until.is_none_or(|until| SystemTime::now() < until).then(|| url.clone())
     }
 
-    /// Keeps where a redirect led: for as long as it says, or until it fails.
+    /// Remembers where a redirect led, for as long as its URL is valid or until it fails.
     pub(crate) fn keep_target(&self, url: Url) {
         let until = expiry::of_url(&url, SystemTime::now());
         *self.target.borrow_mut() = Some((url, until));
     }
 
-    /// Forgets it, if it is still this one. Others may have found a new one meanwhile.
+    /// Forgets a redirect, unless another request has replaced it meanwhile.
     pub(crate) fn forget_target(&self, url: &Url) {
         self.target.borrow_mut().take_if(|(kept, _)| kept == url);
     }
@@ -246,7 +246,7 @@ impl RegistryBlob {
 fn failure(name: &str, error: SourceError) -> Error {
     match error {
         SourceError::Http(error) => error,
-        // A refusal as any other, whatever words the registry finds for it.
+        // Whatever the registry says, it is a refusal like any other.
         other => Error::refused(name, other),
     }
 }
