@@ -1,11 +1,11 @@
 //! The cache directory. In: a layer's identity. Out: its index, and where its bytes are kept.
 //!
-//! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of indexes that somebody has published: each
+//! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of published indexes: each
 //! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
 //! file's digest. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
 //! configurations of images, by their digests.
 //!
-//! Everything in it can be deleted at any time, by anybody, and is checked when it is read. Indexes are kept under a digest
+//! Everything in it can be deleted at any time and is checked when it is read. Indexes are kept under a digest
 //! of the identity, so that names and URLs (which may hold secrets) do not show.
 
 use std::fs::{self, DirBuilder, File};
@@ -23,18 +23,18 @@ use crate::source::registry::SmallBlobCache;
 
 /// How many indexes are kept, of each kind; those not used the longest go.
 const MAX_INDEXES: usize = 256;
-/// How many manifests and configurations.
+/// How many manifests and configurations are kept.
 const MAX_SMALL: usize = 1024;
-/// None of these is longer.
+/// The longest of these in bytes.
 const LONGEST_SMALL: u64 = 8 << 20;
 
-/// The longest digest, and more, in bytes.
+/// The most bytes that are read as the digest behind a kept index; longer than any digest.
 const LONGEST_DIGEST: u64 = 256;
 
 /// The hot part of an index that was published, as it is kept.
 #[derive(Debug)]
 pub(super) struct KeptHot {
-    /// Where.
+    /// The file in the cache.
     pub(super) path: PathBuf,
     /// The hot part; it was checked against its own checksums.
     pub(super) index: Index<Vec<u8>>,
@@ -48,7 +48,7 @@ pub struct Cache {
     dir: PathBuf,
 }
 
-/// Where things are kept when nobody says otherwise: `/var/cache/tarblk` for root, else `$XDG_CACHE_HOME/tarblk` or
+/// The default cache directory: `/var/cache/tarblk` for root, else `$XDG_CACHE_HOME/tarblk` or
 /// `~/.cache/tarblk`.
 #[must_use]
 pub fn default_cache_dir() -> PathBuf {
@@ -81,13 +81,13 @@ impl Cache {
         })
     }
 
-    /// Where it is; absolute.
+    /// The directory; absolute.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Where layers' bytes are kept.
+    /// The directory of layers' bytes.
     #[must_use]
     pub fn layers(&self) -> PathBuf {
         self.dir.join("layers")
@@ -210,7 +210,7 @@ impl SmallBlobCache for Cache {
     }
 
     fn put(&self, digest: &ContentDigest, media_type: &str, bytes: &[u8]) {
-        // A registry's word: it becomes one line.
+        // From a registry: made one line, because the file's first line is this.
         let media_type = media_type.lines().next().unwrap_or_default();
         let path = self.small_path(&digest.to_string());
         let kept = self.keep(&path, MAX_SMALL, |file| {
@@ -240,7 +240,7 @@ fn read_and_mark(path: &Path, most: u64) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Used now: the last to be removed.
+/// Marks a file as used now, so that it is removed last.
 fn mark_used(path: &Path) {
     let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
@@ -258,7 +258,7 @@ fn forget_oldest(dir: &Path, most: usize) {
     }
 }
 
-/// An identity as a file name.
+/// The file name for an identity: a digest of it.
 fn digest(identity: &str) -> String {
     hexadecimal(&Sha256::digest(identity.as_bytes()))
 }

@@ -95,7 +95,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
     {
         return PreparedLayer::new(found, index, IndexOrigin::Kept, Some(path));
     }
-    // Who pins an index means one that everybody makes alike.
+    // A pinned index has to be one that is made alike everywhere.
     let takes_contents = matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
         && options.index_digest.is_none()
         && toc::may_be_used(found);

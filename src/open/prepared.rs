@@ -57,7 +57,7 @@ impl FoundLayer {
     }
 }
 
-/// An index that somebody has published.
+/// A published index of a layer.
 #[derive(Clone, Debug)]
 pub(super) struct Published {
     /// Its hot part.
@@ -207,7 +207,7 @@ pub(super) fn kept_as(found: &FoundLayer) -> Option<String> {
     Some(format!("{name}\ntable of contents {named}"))
 }
 
-/// Of a foreign layer that is not there: that it is one, and who has it.
+/// The same error, or for a foreign layer that is absent one that says so and names its URLs.
 pub(super) fn named_if_foreign(error: OpenError, name: &str, foreign: Option<&str>) -> OpenError {
     match (&error, foreign) {
         (OpenError::Source(absence), Some(why)) if absence.is_absence() => {

@@ -389,7 +389,7 @@ pub fn copy(
         };
         let index = match whole_index(&there, layer, &found.listed, options) {
             Ok(index) => index,
-            // Anybody may have put it there.
+            // Whoever may write to the repository can have put it there.
             Err(error @ OpenError::Index { .. }) => {
                 log::warn!("{error}; not copied");
                 layers.push((layer.clone(), Published::Missing, None));

@@ -30,12 +30,12 @@ pub(super) enum Lead {
     Found(Box<FoundIndex>),
 }
 
-/// Whether nothing but published indexes will do.
+/// Whether a layer without a published index is an error.
 fn required(options: &OpenOptions) -> bool {
     options.index == IndexChoice::Require || options.index_digest.is_some()
 }
 
-/// How the cache knows a repository.
+/// The name of a repository in the cache.
 fn repository(reference: &Reference) -> String {
     format!("{}/{}", reference.host, reference.repository)
 }
@@ -71,7 +71,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
         };
     };
     match options.index {
-        // Who names a digest wants that index and no other.
+        // A pin allows that index and no other.
         IndexChoice::Ignore | IndexChoice::Build if required => return Err(no_indexes()),
         IndexChoice::Ignore | IndexChoice::Build | IndexChoice::Named(_) => return Ok(none()),
         IndexChoice::Auto | IndexChoice::Require => {}
@@ -139,7 +139,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
             _ => Lead::Found(Box::new(found)),
         };
     }
-    // Who requires one that is not pinned also takes a layer's own table of contents, if there is one.
+    // Under `require` without a pin a layer's own table of contents will do as well.
     if options.index_digest.is_some() && leads.iter().any(|(_, lead)| matches!(lead, Lead::Nothing)) {
         return Err(no_indexes());
     }

@@ -25,13 +25,13 @@ use crate::tree::TreeMode;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fetching {
-    /// The memory tier's bound in bytes.
+    /// The most bytes that the memory cache holds.
     pub memory_bytes: u64,
     /// Connections per host at most.
     pub connections: u16,
-    /// Whether everything is brought to the store in the end, while nobody reads.
+    /// Whether all of the layers is fetched into the disk cache in the end, while there are no reads.
     pub fetch_all: bool,
-    /// After this a read fails; never if none.
+    /// How long a read may wait before it fails; for ever if none.
     pub deadline: Option<Duration>,
     /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
     pub store_bytes: u64,
@@ -41,7 +41,7 @@ pub struct Fetching {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageSpec {
-    /// For messages, without secrets.
+    /// The image's or layer's name for messages, without secrets.
     name: String,
     layers: Vec<ServedLayer>,
     /// How the layers become one tree.
@@ -66,7 +66,7 @@ struct ServedLayer {
 #[serde(deny_unknown_fields)]
 struct IndexFile {
     path: PathBuf,
-    /// Whether it was written for its reader alone, who removes it.
+    /// Whether it was written for this spec alone, so that its reader removes it.
     lent: bool,
     /// Where the rest of the index is, if the file holds its hot part alone.
     rest: Option<Blob>,
@@ -220,7 +220,7 @@ impl IndexFile {
             let index = read_hot(&mut file).ok_or_else(|| OpenError::Changed(self.path.display().to_string()))?;
             return Ok((index, file));
         }
-        // Opened once: somebody may put another index in its place meanwhile.
+        // Opened once: another index may be put in its place meanwhile.
         let mut file = File::open(&self.path).map_err(failed)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(failed)?;
@@ -252,7 +252,7 @@ fn start(
     fetching: &Fetching,
     cost: PrepareCost,
 ) -> Result<Opened, OpenError> {
-    // A plain local file is its own store.
+    // A plain local file needs no disk cache.
     let needs_store = |layer: &LayerSource| layer.layer.blob.is_remote() || layer.coding.is_some();
     let store = match store.filter(|_| layers.iter().any(needs_store)).map(DiskCache::open) {
         Some(Ok(store)) => Some(store),

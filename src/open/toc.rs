@@ -1,11 +1,11 @@
-//! The index that a layer brings along: the table of contents of eStargz and zstd:chunked layers, fetched by range. In: a layer that
-//! nobody has indexed, and what its image's manifest says of it. Out: an index of the tar space that the table makes up
+//! The index that a layer brings along: the table of contents of eStargz and zstd:chunked layers, fetched by range. In: a layer
+//! without another index, and what its image's manifest says of it. Out: an index of the tar space that the table makes up
 //! ([`crate::index::toc`]), or nothing, and then the layer is read like any other.
 //!
-//! Whose word it is: a layer of an image has a digest, and its bytes are not to be believed on anybody else's word. There a table
-//! counts only if the manifest names its digest and if it has the digest of every piece of every file; all that is then read of
-//! the layer is checked. A file on a web server has no digest: nobody vouches for it, whichever way it is read, and its table is as
-//! good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
+//! What is trusted: a layer of an image has a digest, and nothing else vouches for its bytes. There a table
+//! counts only if the manifest names its digest and if it has the digest of every piece of every file; all that is then read
+//! of the layer is checked. A file on a web server has no digest: nothing vouches for it, whichever way it is read, and its
+//! table is as good as its headers. What cannot be used is no error, because reading the whole layer (whose digest is then checked) can:
 //! manifests keep annotations of layers that were compressed anew, and a forged layer is found out by its digest.
 //!
 //! What a table cannot be held to without reading the whole layer is its own tar: a maker of images can have the two say different
