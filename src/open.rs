@@ -488,8 +488,8 @@ fn tree_of<'i>(
                 let mut probe = ImageArchiveProbe::default();
                 let outcome = index.replay(&mut Tee(&mut probe, &mut tree));
                 if let Some(archive) = probe.found() {
-                    let (name, transport) = (name.to_owned(), archive.transport());
-                    return Err(OpenError::ImageArchive(PackedImage { name, transport }));
+                    let packed = PackedImage::new(name, archive.transport(), index.identity().coding);
+                    return Err(OpenError::ImageArchive(packed));
                 }
                 outcome.map_err(failed)?;
             }

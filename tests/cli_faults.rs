@@ -1375,7 +1375,7 @@ fn images_packed_into_a_tar_are_pointed_out() {
     fs::write(lab.path("docker.tar"), alone(docker)).unwrap();
     fs::write(lab.path("oci.tar"), alone(oci)).unwrap();
     let gzip = Command::new("gzip")
-        .args(["-k", "docker.tar"])
+        .args(["-k", "docker.tar", "oci.tar"])
         .current_dir(lab.dir.path())
         .status();
     assert!(gzip.unwrap().success());
@@ -1389,8 +1389,9 @@ fn images_packed_into_a_tar_are_pointed_out() {
         ),
         (
             "docker.tar.gz",
-            "skopeo copy docker-archive:docker.tar.gz oci:DIR:latest`",
+            "`gzip -dc docker.tar.gz > image.tar && skopeo copy docker-archive:image.tar oci:DIR:latest`",
         ),
+        ("oci.tar.gz", "skopeo copy oci-archive:oci.tar.gz oci:DIR:latest`"),
         ("oci.tar", "skopeo copy oci-archive:oci.tar oci:DIR:latest`"),
         (
             &url,
