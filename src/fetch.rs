@@ -87,6 +87,8 @@ pub struct FetchOptions {
     pub slowest_body: u64,
     /// After this a read fails. Until then everything is tried again.
     pub deadline: Duration,
+    /// How long bytes that have a digest must keep coming wrong, asked for anew each time, until the layer is taken to be wrong.
+    pub wrong_for: Duration,
     /// Whether anything is fetched before it is asked for.
     pub prefetch: bool,
     /// Whether whole layers are fetched into the disk cache, while no one reads.
@@ -109,6 +111,7 @@ impl Default for FetchOptions {
             },
             slowest_body: 4 << 10,
             deadline: Duration::from_secs(300),
+            wrong_for: Duration::from_secs(30),
             prefetch: true,
             fetch_all: false,
             store: None,
@@ -263,10 +266,12 @@ impl Fetcher {
                 stats.bytes_held += layer.cache.get().map_or(0, |cache| cache.bytes_held());
             }
         }
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         stats.waiting = http::waiting()
             .into_iter()
             .map(|waiting| Wait {
-                left_ms: u64::try_from(waiting.left().as_millis()).unwrap_or(u64::MAX),
+                waited_ms: millis(waiting.lasted()),
+                left_ms: millis(waiting.left()),
                 place: waiting.place,
                 why: waiting.why,
             })

@@ -6,15 +6,18 @@
 //! query string into a message, and never wait without a deadline.
 //!
 //! Parts: `error`; `redact` and `secret` (what may be printed); `validator`, `range` and `response` (is the answer right);
-//! `redirect`; `retry` (deadlines, retries, `Retry-After`, and what is waited for); `expiry` (signed URLs); `tls`; `proxy`;
-//! `runtime` (the thread for registries), `client` (what only reqwest needs) and `ahead` (connections before there is a request).
+//! `redirect`; `retry` (deadlines, retries, `Retry-After`); `waits` (what is waited for right now); `pace` (trickles); `reach` (whom strangers may name); `expiry` (signed URLs); `tls`;
+//! `proxy`; `runtime` (the thread for registries), `client` (what only reqwest needs) and `ahead` (connections before there is a
+//! request).
 
 mod ahead;
 mod client;
 mod error;
 pub mod expiry;
+mod pace;
 pub(crate) mod proxy;
 mod range;
+mod reach;
 mod redact;
 mod redirect;
 mod response;
@@ -24,22 +27,27 @@ mod secret;
 mod span;
 pub mod tls;
 mod validator;
+mod waits;
 
 pub use client::received_bytes;
 pub use error::{Error, Kind, Shown};
+pub use reach::Reach;
 pub use redact::{shown_url, stable_name, without_secrets};
 pub use redirect::MOST_REDIRECTS;
-pub use retry::{HttpOptions, RetryPolicy, Timeouts, Waiting, waiting};
+pub use retry::{HttpOptions, RetryPolicy, Timeouts};
 pub use secret::Secret;
 pub use validator::Validator;
+pub use waits::{Waiting, waiting};
 
 pub(crate) use ahead::{Opener, build_with_opener};
-pub(crate) use client::{Body, build, receive, send};
+pub(crate) use client::{Body, build, client_within, peer, receive, send};
+pub(crate) use pace::Pace;
 pub(crate) use range::ByteRange;
 pub(crate) use redact::split_credentials;
 pub(crate) use redirect::Redirects;
 pub(crate) use response::{Asked, Encoding, Found, Verdict, content_length, encoding, judge, judge_first};
-pub(crate) use retry::{Backoff, retry_after, stay};
+pub(crate) use retry::{Backoff, retry_after};
+pub(crate) use waits::noting;
 
 /// `User-Agent` of every request.
 pub(crate) const USER_AGENT: &str = concat!("tarblk/", env!("CARGO_PKG_VERSION"));

@@ -289,6 +289,38 @@ fn damaged(made: &Made) -> Vec<u8> {
     blob
 }
 
+/// A machine on the way that spoils bytes for a while: they are asked for until they are right.
+#[test]
+fn bytes_that_are_wrong_for_a_while_are_waited_for() {
+    for way in WAYS {
+        let made = make(way);
+        let origin = Origin::start().unwrap();
+        origin.serve_blob("/blob", damaged(&made));
+        let options = FetchOptions {
+            wrong_for: Duration::from_secs(60),
+            prefetch: false,
+            ..quick()
+        };
+        let fetcher = start(made.over_http(&origin), options);
+        let reading = {
+            let fetcher = fetcher.clone();
+            std::thread::spawn(move || read(&fetcher, 0, SIZE))
+        };
+        while fetcher.stats().chunks_wrong < 4 && !reading.is_finished() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!reading.is_finished(), "{way:?}: {:?}", reading.join().unwrap().err());
+        origin.serve_blob("/blob", made.blob.to_vec());
+        let bytes = reading
+            .join()
+            .unwrap()
+            .unwrap_or_else(|error| panic!("{way:?}: {error}"));
+        assert!(bytes == *made.tar, "{way:?}");
+        let stats = fetcher.stats();
+        assert_eq!((stats.read_errors, stats.layers_poisoned), (0, 0), "{way:?}: {stats:?}");
+    }
+}
+
 #[test]
 fn a_flipped_byte_is_never_served() {
     for way in WAYS {

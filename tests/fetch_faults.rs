@@ -31,6 +31,14 @@ fn quick() -> FetchOptions {
     }
 }
 
+/// The same, and readers that wait for a second.
+fn impatient() -> FetchOptions {
+    FetchOptions {
+        deadline: Duration::from_secs(1),
+        ..quick()
+    }
+}
+
 fn layer(origin: &Origin, path: &str) -> Blob {
     at_origin(origin, path, SIZE)
 }
@@ -210,17 +218,157 @@ fn a_changed_layer_is_an_error_and_no_bytes() {
 #[test]
 fn what_is_not_there_is_refused() {
     let (origin, _) = served();
-    let error = start(layer(&origin, "/nothing.tar"), quick())
+    let error = start(layer(&origin, "/nothing.tar"), impatient())
         .read_blocking(vec![range(0, 4096)])
         .unwrap_err();
     assert!(matches!(error, FetchError::Refused { status: 404, .. }), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("for 1s the server says 404 Not Found"), "{said}");
+}
+
+/// An answer that a machine on the way may have made up, and how it is served.
+type Nonsense = (&'static str, fn(&Origin));
+
+fn script(fault: Fault) -> impl Fn(&Request) -> Vec<Fault> + Send + Sync + 'static {
+    move |_| vec![fault.clone()]
+}
+
+/// Whatever is said on the way to the server, for longer than six tries take: the bytes come when it is over.
+#[test]
+fn what_may_pass_is_waited_for() {
+    let nonsense: &[Nonsense] = &[
+        ("a wrong range", |origin| {
+            origin.set_faults(script(Fault::WrongRange(512)));
+        }),
+        ("a range of two bytes", |origin| {
+            origin.set_faults(|request: &Request| {
+                let asked = named(request).map_or(0, |(start, end)| end - start + 1);
+                vec![Fault::ShortRange(asked.saturating_sub(2))]
+            });
+        }),
+        ("400", |origin| origin.set_faults(script(Fault::Status(400, None)))),
+        ("401", |origin| origin.set_faults(script(Fault::Status(401, None)))),
+        ("403", |origin| origin.set_faults(script(Fault::Status(403, None)))),
+        ("404", |origin| origin.set_faults(script(Fault::Status(404, None)))),
+        ("407", |origin| origin.set_faults(script(Fault::Status(407, None)))),
+        ("416", |origin| origin.set_faults(script(Fault::Status(416, None)))),
+        ("451", |origin| origin.set_faults(script(Fault::Status(451, None)))),
+        ("501", |origin| origin.set_faults(script(Fault::Status(501, None)))),
+        ("505", |origin| origin.set_faults(script(Fault::Status(505, None)))),
+        ("a page in place of the layer", |origin| {
+            origin.serve_blob("/layer.tar", &b"<html>please log in to this network</html>"[..]);
+        }),
+        ("a redirect in a circle", |origin| {
+            origin.set_faults(script(Fault::Redirect("/layer.tar".to_owned())));
+        }),
+        ("no redirect for such as us", |origin| {
+            origin.set_faults(script(Fault::Redirect("ftp://elsewhere/layer.tar".to_owned())));
+        }),
+    ];
+    std::thread::scope(|scope| {
+        for (name, begin) in nonsense {
+            scope.spawn(move || {
+                let (origin, data) = served();
+                begin(&origin);
+                let options = FetchOptions {
+                    wrong_for: Duration::from_secs(60),
+                    ..quick()
+                };
+                let fetcher = start(layer(&origin, "/layer.tar"), options);
+                let reading = {
+                    let fetcher = fetcher.clone();
+                    std::thread::spawn(move || fetcher.read_blocking(vec![range(4096, 4096)]))
+                };
+                // Six tries and more: `quick` waits 50 ms and twice as long each time.
+                while fetcher.stats().errors < 8 && !reading.is_finished() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                assert!(!reading.is_finished(), "{name}: {:?}", reading.join());
+                let known = fetcher.stats().waiting;
+                let address = origin.url("/layer.tar");
+                assert!(known.iter().any(|wait| wait.place == address), "{name}: {known:?}");
+                origin.clear_faults();
+                origin.serve_blob("/layer.tar", data.as_slice());
+                let bytes = reading
+                    .join()
+                    .unwrap()
+                    .unwrap_or_else(|error| panic!("{name}: {error}"));
+                assert!(joined(&bytes) == data[4096..8192], "{name}");
+                let stats = fetcher.stats();
+                assert_eq!((stats.read_errors, stats.in_flight), (0, 0), "{name}: {stats:?}");
+            });
+        }
+    });
+}
+
+/// What is no HTTP at all, and heads that never end, are waited out as well.
+#[test]
+fn garbage_is_waited_out() {
+    for garbage in [
+        &b"\0\x01\x02 this is no HTTP \xff\xfe\r\n\r\n"[..],
+        b"HTTP/9.9 999 \r\n\r\n",
+        b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-4095/",
+        b"HTTP/1.1 206 Partial Content\r\nContent-Length: -5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ] {
+        let data = noise(SIZE, 1);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let (counted, served) = (asked.clone(), data.clone());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut stream, counted, served) = (stream.unwrap(), counted.clone(), served.clone());
+                std::thread::spawn(move || {
+                    let mut head = Vec::new();
+                    let mut byte = [0];
+                    while !head.ends_with(b"\r\n\r\n") {
+                        if stream.read(&mut byte).unwrap_or(0) == 0 {
+                            return;
+                        }
+                        head.push(byte[0]);
+                    }
+                    if counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < 9 {
+                        let _ = stream.write_all(garbage);
+                        return;
+                    }
+                    let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
+                    let asked = head
+                        .split("range: bytes=")
+                        .nth(1)
+                        .unwrap()
+                        .split("\r\n")
+                        .next()
+                        .unwrap();
+                    let (from, to) = asked.split_once('-').unwrap();
+                    let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());
+                    let _ = write!(
+                        stream,
+                        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {from}-{to}/{SIZE}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                        to + 1 - from
+                    );
+                    let _ = stream.write_all(&served[from..=to]);
+                });
+            }
+        });
+        let url = format!("http://{address}/layer.tar").parse().unwrap();
+        let blob = Blob::of_url(UrlBlob::new(&url), u(SIZE));
+        let options = FetchOptions {
+            prefetch: false,
+            ..quick()
+        };
+        let fetcher = start(blob, options);
+        let bytes = joined(&fetcher.read_blocking(vec![range(4096, 4096)]).unwrap());
+        assert!(bytes == data[4096..8192]);
+        assert!(fetcher.stats().errors >= 6, "{:?}", fetcher.stats());
+    }
 }
 
 #[test]
 fn wrong_answers_for_ever_are_an_error() {
     let (origin, _) = served();
     origin.set_faults(|_: &_| vec![Fault::WrongRange(512)]);
-    let error = start(layer(&origin, "/layer.tar"), quick())
+    let error = start(layer(&origin, "/layer.tar"), impatient())
         .read_blocking(vec![range(0, 4096)])
         .unwrap_err();
     assert!(
@@ -291,7 +439,7 @@ fn a_redirect_that_expires_with_a_400_does_not_cost_the_ranges() {
 fn a_redirect_loop_ends() {
     let (origin, _) = served();
     origin.set_faults(|_: &_| vec![Fault::Redirect("/layer.tar".to_owned())]);
-    let error = start(layer(&origin, "/layer.tar"), quick())
+    let error = start(layer(&origin, "/layer.tar"), impatient())
         .read_blocking(vec![range(0, 4096)])
         .unwrap_err();
     assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
@@ -526,7 +674,10 @@ fn what_is_waited_for_stands_in_the_statistics() {
     assert!((3_000_000..=3_600_000).contains(&wait.left_ms), "{wait:?}");
     fetcher.shutdown();
     assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
-    assert!(fetcher.stats().waiting.iter().all(|wait| wait.place != address));
+    // The thread answers before it ends.
+    while fetcher.stats().waiting.iter().any(|wait| wait.place == address) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// What is at a URL has no digest: an encoding that has come or gone since it was found makes other bytes of it.
@@ -542,7 +693,9 @@ fn another_encoding_than_the_one_found_is_refused() {
         }),
         ..found
     };
-    let error = start(encoded, quick()).read_blocking(vec![range(0, 4096)]).unwrap_err();
+    let error = start(encoded, impatient())
+        .read_blocking(vec![range(0, 4096)])
+        .unwrap_err();
     assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
     assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }

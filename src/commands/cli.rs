@@ -168,6 +168,10 @@ pub struct RegistryArgs {
     /// Directories of containerd's `hosts.toml`, with mirrors, certificates and headers.
     #[arg(long, help_heading = "Registry options", value_name = "DIR", default_value = DEFAULT_HOSTS_DIR, value_hint = ValueHint::DirPath)]
     pub hosts_dir: PathBuf,
+    /// Follow servers on the internet also to addresses of this machine and of private networks: redirects, token servers, places
+    /// to upload to. Servers that lie there themselves may always lead there. `TARBLK_ALLOW_PRIVATE_REDIRECTS=1` means the same.
+    #[arg(long, help_heading = "Registry options")]
+    pub allow_private_redirects: bool,
     /// Go on asking a server that is away or busy for this long [default: 6 tries within 1min]. One that wishes to be left alone for
     /// longer (`Retry-After`) is not waited for.
     #[arg(long, help_heading = "Registry options", value_name = "TIME", value_parser = parse_time)]

@@ -50,7 +50,10 @@ impl RegistryArgs {
     /// How requests are made, to registries and other servers.
     #[must_use]
     pub fn http(&self) -> HttpOptions {
-        let mut options = HttpOptions::default();
+        let mut options = HttpOptions {
+            private_redirects: self.allow_private_redirects || is_set("TARBLK_ALLOW_PRIVATE_REDIRECTS"),
+            ..HttpOptions::default()
+        };
         if let Some(deadline) = self.retry_for {
             options.retry = RetryPolicy {
                 tries: u32::MAX,
@@ -60,6 +63,12 @@ impl RegistryArgs {
         }
         options
     }
+}
+
+/// Whether the environment says yes: by anything but nothing, `0`, `no` and `false`.
+fn is_set(name: &str) -> bool {
+    let no = ["", "0", "no", "false"];
+    env::var_os(name).is_some_and(|value| !no.iter().any(|no| value.eq_ignore_ascii_case(no)))
 }
 
 /// The environment's credentials.

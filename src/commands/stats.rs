@@ -114,7 +114,11 @@ fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
     let (checked, wrong) = (show_count(fetch.chunks_checked), show_count(fetch.chunks_wrong));
     row("checked", format!("{checked} chunks, {wrong} wrong"));
     for wait in &fetch.waiting {
-        let left = show_time(Duration::from_millis(wait.left_ms));
-        row("waiting", format!("{left} more for {}: {}", wait.place, wait.why));
+        let shown = |ms| show_time(Duration::from_millis(ms));
+        let times = match wait.left_ms {
+            0 => format!("{} so far", shown(wait.waited_ms)),
+            left => format!("{} so far, {} more", shown(wait.waited_ms), shown(left)),
+        };
+        row("waiting", format!("{times} for {}: {}", wait.place, wait.why));
     }
 }

@@ -65,17 +65,19 @@ pub enum FetchError {
         /// What differs.
         how: String,
     },
-    /// The server refused, again and again.
-    #[error("{url}: {why}; check the address and the credentials")]
+    /// The server refused until the deadline.
+    #[error("{url}: for {after:.0?} {why}; check the address and the credentials")]
     Refused {
         /// Without secrets.
         url: String,
         /// The last answer.
         why: String,
+        /// The deadline.
+        after: Duration,
         /// The HTTP status.
         status: u16,
     },
-    /// The server's answers do not fit the questions.
+    /// The server's answers did not fit the questions until the deadline.
     #[error("{url}: bytes {range}: {why}")]
     WrongAnswer {
         /// Without secrets.

@@ -43,6 +43,23 @@ impl Runtime {
     }
 }
 
+/// Whether an operation failed because the machine or the process is short of something that comes back: descriptors, memory,
+/// ports, room in a queue.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let short = [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::NOMEM,
+        Errno::NOBUFS,
+        Errno::AGAIN,
+        Errno::ADDRNOTAVAIL,
+    ];
+    error
+        .raw_os_error()
+        .is_some_and(|code| short.iter().any(|errno| errno.raw_os_error() == code))
+}
+
 /// Runs `task` beside the one that calls, on the same thread.
 pub(crate) fn spawn(task: impl Future<Output = ()> + 'static) {
     // Dropping the handle lets it run.

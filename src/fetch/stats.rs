@@ -107,7 +107,7 @@ pub struct BytesByOrigin {
     pub network: u64,
 }
 
-/// A wait before a server is asked again: it wishes so, or it failed.
+/// Something that does not come, for now: its server failed, wishes to be left alone, or does not answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Wait {
@@ -115,7 +115,9 @@ pub struct Wait {
     pub place: String,
     /// What happened.
     pub why: String,
-    /// How long it still takes, in milliseconds.
+    /// How long nothing of it has come, in milliseconds.
+    pub waited_ms: u64,
+    /// How long until it is asked for again, in milliseconds; 0 while a request is under way.
     pub left_ms: u64,
 }
 

@@ -28,7 +28,9 @@ use super::runtime::{self, timeout};
 use super::stats::{Counters, add};
 use crate::http::proxy::Proxies;
 use crate::http::tls::{self, Trust};
-use crate::http::{self, Asked, ByteRange, Error, Redirects, USER_AGENT, Verdict, judge};
+use crate::http::{
+    self, Asked, ByteRange, Error, Pace, Reach, Redirects, USER_AGENT, Verdict, judge, noting, shown_url,
+};
 use crate::units::len_u64;
 
 /// The HTTP client of the fetch thread: one connection pool for each host. Clones share the pools.
@@ -57,10 +59,7 @@ pub(crate) struct Reply {
     known_len: bool,
     lease: Option<Lease>,
     stall: Duration,
-    slowest: u64,
-    /// When the body began, and how many bytes of it have come.
-    began: Instant,
-    came: u64,
+    pace: Pace,
 }
 
 /// A range that is still to be asked for, and where.
@@ -82,10 +81,12 @@ impl Client {
         }))
     }
 
-    /// The pool for a URL's host, under the certificates that its endpoint is to be trusted by.
-    fn host(&self, url: &Url, trust: &Trust) -> Result<Rc<Host>, Error> {
+    /// The pool for a URL's host, under the certificates that its endpoint is to be trusted by, of connections that go no further
+    /// than `reach`.
+    fn host(&self, url: &Url, trust: &Trust, reach: Reach) -> Result<Rc<Host>, Error> {
         let shared = &self.0;
-        let key = HostKey::of(url, trust).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
+        let key =
+            HostKey::of(url, trust, reach).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
         if let Some(host) = shared.hosts.borrow().get(&key) {
             return Ok(host.clone());
         }
@@ -110,7 +111,7 @@ impl Client {
     /// Opens a few connections ahead of the first read.
     pub(crate) fn warm(&self, layer: &RemoteLayer, count: usize) {
         if let Some((url, trust)) = layer.first_host()
-            && let Ok(host) = self.host(&url, &trust)
+            && let Ok(host) = self.host(&url, &trust, Reach::Anywhere)
         {
             host.warm(count);
         }
@@ -131,7 +132,10 @@ impl Client {
         let mut endpoint = layer.endpoint(None).await?;
         // What one server answers to a Range says nothing of the next.
         let begin = |url: &Url| (Redirects::from(url.clone()), true);
-        let (mut chain, mut ranged) = begin(kept.as_ref().unwrap_or(&endpoint.url));
+        let (mut chain, mut ranged) = begin(&endpoint.url);
+        if let Some((target, reach)) = &kept {
+            chain = Redirects::resumed(endpoint.url.clone(), target.clone(), *reach);
+        }
         let mut renewed = false;
         // Each turn follows one redirect of the chain, or leaves behind what does not work: where a redirect led before, an
         // endpoint, ranges of this chain.
@@ -145,7 +149,7 @@ impl Client {
                 encoding: layer.encoding(),
             };
             let sent = Instant::now();
-            let (head, body, lease) = match self.exchange(&endpoint, &url, asked, demand).await {
+            let (head, body, lease) = match self.exchange(&endpoint, &chain, asked, demand).await {
                 Ok(answer) => answer,
                 Err(failure) => {
                     layer.forget_target(&url);
@@ -155,11 +159,12 @@ impl Client {
                     return Err(failure);
                 }
             };
+            chain.answered(lease.peer, layer.allows_private_redirects());
             let verdict = judge(head.status, &head.headers, asked);
             match verdict {
                 Verdict::Part { .. } | Verdict::Whole => {
                     if url != endpoint.url && kept.is_none() {
-                        layer.keep_target(url.clone());
+                        layer.keep_target(url.clone(), chain.reach());
                     }
                     let part = match verdict {
                         Verdict::Part { len } => Some(len),
@@ -191,7 +196,7 @@ impl Client {
                         }
                         return Err(failure);
                     }
-                    if let Some(target) = kept.take() {
+                    if let Some((target, _)) = kept.take() {
                         // The signature in the redirect's URL has run out: ask the original for a new one.
                         layer.forget_target(&target);
                         (chain, ranged) = begin(&endpoint.url);
@@ -206,16 +211,16 @@ impl Client {
                     }
                     return Err(failure);
                 }
-                Verdict::Changed(how) => {
+                verdict @ (Verdict::Changed(_) | Verdict::SeemsChanged(_)) => {
                     drain(body, lease, stall);
-                    if let Some(target) = kept.take() {
+                    if let Some((target, _)) = kept.take() {
                         // Only where the redirect led before has another layer now: the original may lead elsewhere.
                         layer.forget_target(&target);
                         (chain, ranged) = begin(&endpoint.url);
                         continue;
                     }
                     layer.forget_target(&url);
-                    return Err(Error::changed(layer.name(), how));
+                    return Err(verdict.into_error(&*layer.name()));
                 }
                 Verdict::Wrong(why) => {
                     layer.forget_target(&url);
@@ -250,28 +255,28 @@ impl Client {
             rest: None,
             lease: Some(lease),
             stall: self.0.options.timeouts.stall,
-            slowest: self.0.options.slowest_body,
-            began: Instant::now(),
-            came: 0,
+            pace: Pace::new(self.0.options.timeouts.stall, self.0.options.slowest_body),
         }
     }
 
-    /// One request to `url`, with the endpoint's credentials if it is the endpoint's origin.
+    /// One request to where `chain` leads now, with the endpoint's credentials if it is the endpoint's origin.
     async fn exchange(
         &self,
         endpoint: &Endpoint,
-        url: &Url,
+        chain: &Redirects,
         asked: Asked<'_>,
         demand: bool,
     ) -> Result<(hyper::http::response::Parts, Incoming, Lease), Error> {
+        let url = chain.url();
         let own = url.origin() == endpoint.url.origin();
         let host = if own {
-            self.host(url, &endpoint.trust)?
+            self.host(url, &endpoint.trust, chain.reach())?
         } else {
-            self.host(url, &endpoint.trust.for_redirects())?
+            self.host(url, &endpoint.trust.for_redirects(), chain.reach())?
         };
         let lease = host.take(demand).await;
-        let mut lease = lease.map_err(|error| Error::unreachable(url, error.to_string()).caused_by(error))?;
+        let mut lease =
+            lease.map_err(|error| chain.explain(Error::unreachable(url, error.to_string()).caused_by(error)))?;
         let request = Self::request(endpoint, url, own, &host, asked)?;
         let response = self.send(url, &mut lease, request).await?;
         let (head, body) = response.into_parts();
@@ -291,7 +296,8 @@ impl Client {
             return Err(Error::unreachable(url, "the connection is gone"));
         };
         let within = self.0.options.timeouts.head;
-        match timeout(within, sender.send_request(request)).await {
+        let sent = timeout(within, sender.send_request(request));
+        match noting(|| shown_url(url), UNANSWERED, sent).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if reused => Err(Error::stale(url, explain(&error)).caused_by(error)),
             Ok(Err(error)) => Err(Error::not_http(url, explain(&error)).caused_by(error)),
@@ -340,6 +346,10 @@ impl Client {
     }
 }
 
+/// Why something is waited for, as [`http::waiting`] has it.
+const UNANSWERED: &str = "the server has not answered yet";
+const STOPPED: &str = "the server has stopped sending";
+
 /// Reads a refusal's body in the background, if it is short, so that its connection can be used again.
 fn drain(mut body: Incoming, lease: Lease, within: Duration) {
     const WORTH_READING: usize = 64 << 10;
@@ -383,7 +393,9 @@ impl Reply {
                     Some(rest) => self.go_on(rest).await?,
                 }
             }
-            let frame = match timeout(self.stall, self.body.frame()).await {
+            let asked = Instant::now();
+            let coming = timeout(self.stall, self.body.frame());
+            let frame = match noting(|| shown_url(&self.url), STOPPED, coming).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return Err(self.broken(error)),
                 Ok(None) => return Err(self.lost(format!("the body ended {} bytes early", self.left))),
@@ -396,11 +408,10 @@ impl Reply {
                 return Err(Error::wrong(&self.url, why));
             }
             self.left -= len;
-            self.came += len;
-            let took = self.began.elapsed();
-            let more = self.left > 0 || self.rest.is_some();
-            if took > self.stall && more && self.came < self.slowest.saturating_mul(took.as_secs()) {
-                return Err(self.lost(format!("only {} bytes came in {took:.0?}", self.came)));
+            if (self.left > 0 || self.rest.is_some())
+                && let Some(slow) = self.pace.note(asked.elapsed(), len)
+            {
+                return Err(self.lost(slow));
             }
             if !data.is_empty() {
                 return Ok(Some(data));
@@ -426,8 +437,7 @@ impl Reply {
         // Whether it is too slow is measured over all parts.
         *self = Self {
             head_took: self.head_took,
-            began: self.began,
-            came: self.came,
+            pace: self.pace.clone(),
             ..next
         };
         Ok(())

@@ -1,16 +1,23 @@
 //! What both rooms that use reqwest need of it: a client, requests with deadlines, and bodies that are bounded.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reqwest::{Client, ClientBuilder, RequestBuilder, Response, redirect};
 use url::Url;
 
 use super::error::{Error, innermost};
+use super::pace::Pace;
+use super::proxy::Proxies;
+use super::reach::{InsideAddress, PublicNames, Reach};
+use super::redact::shown_url;
 use super::retry::Timeouts;
 use super::tls::{self, Trust};
+use super::waits::noting;
 
 /// A client that follows no redirects by itself: whoever follows decides where credentials go. Proxies are taken from the
 /// environment. `secure` says whether it will be used for TLS, without which certificates need not be there.
@@ -19,6 +26,29 @@ use super::tls::{self, Trust};
 /// [`Kind::Setup`](super::Kind::Setup).
 pub(crate) fn build(trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<Client, Error> {
     finish(builder(trust, secure, timeouts)?)
+}
+
+/// A client for what strangers name, which goes no further than `reach`; through no proxy, unless that is
+/// [`Reach::Anywhere`]: see [`Reach::unless_proxied`]. Requests for the same trust and reach share it and its connections.
+///
+/// # Errors
+/// [`Kind::Setup`](super::Kind::Setup).
+pub(crate) fn client_within(reach: Reach, trust: &Trust, secure: bool, timeouts: &Timeouts) -> Result<Client, Error> {
+    /// Few: one for each authority that the machine's configuration names. Those that cannot speak TLS are not kept.
+    static CLIENTS: Mutex<Vec<(Reach, Trust, Client)>> = Mutex::new(Vec::new());
+    let kept = || CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((.., client)) = kept().iter().find(|(to, by, _)| *to == reach && by == trust) {
+        return Ok(client.clone());
+    }
+    let builder = builder(trust, secure, timeouts)?;
+    let client = finish(match reach {
+        Reach::Anywhere => builder,
+        Reach::Public => builder.no_proxy().dns_resolver(PublicNames::shared()),
+    })?;
+    if secure {
+        kept().push((reach, trust.clone(), client.clone()));
+    }
+    Ok(client)
 }
 
 /// What all clients have in common.
@@ -48,7 +78,8 @@ pub(super) fn finish(builder: ClientBuilder) -> Result<Client, Error> {
 /// # Errors
 /// [`Error`]: no connection, no answer in time, none that is HTTP.
 pub(crate) async fn send(url: &Url, request: RequestBuilder, timeouts: &Timeouts) -> Result<Response, Error> {
-    match tokio::time::timeout(timeouts.connect + timeouts.head, request.send()).await {
+    let sent = tokio::time::timeout(timeouts.connect + timeouts.head, request.send());
+    match noting(|| shown_url(url), "the server has not answered yet", sent).await {
         Ok(Ok(response)) => Ok(response),
         Ok(Err(error)) => Err(classify(url, error)),
         Err(_) => Err(Error::unreachable(url, "the server does not answer")),
@@ -65,33 +96,69 @@ pub fn received_bytes() -> u64 {
     RECEIVED.load(Ordering::Relaxed)
 }
 
-/// The next piece of a body; none behind the last. Every body goes through here.
-async fn piece(response: &mut Response, stall: Duration) -> Result<Option<Bytes>, Error> {
-    match tokio::time::timeout(stall, response.chunk()).await {
-        Ok(Ok(piece)) => {
-            let len = piece.as_ref().map_or(0, Bytes::len);
-            RECEIVED.fetch_add(u64::try_from(len).unwrap_or(u64::MAX), Ordering::Relaxed);
-            Ok(piece)
+/// The address that an answer to a request to `url` came from; none if that was a proxy's, or is not known.
+pub(crate) fn peer(url: &Url, response: &Response) -> Option<IpAddr> {
+    match Proxies::of_environment().of(url) {
+        Ok(None) => response.remote_addr().map(|address| address.ip()),
+        Ok(Some(_)) | Err(_) => None,
+    }
+}
+
+/// A body slower than this many bytes a second is a server that does not answer. The worst links that people use bring more than
+/// ten times as much.
+const SLOWEST_BODY: u64 = 256;
+
+/// A body as it comes. No more is waited for than a stall between two pieces, and a trickle is a stall.
+#[derive(Debug)]
+struct Coming {
+    response: Response,
+    stall: Duration,
+    pace: Pace,
+}
+
+impl Coming {
+    fn new(response: Response, stall: Duration) -> Self {
+        Self {
+            response,
+            stall,
+            pace: Pace::new(stall, SLOWEST_BODY),
         }
-        Ok(Err(error)) => {
-            let cause = Innermost(error);
-            Err(Error::unreachable(response.url(), cause.to_string()).caused_by(cause))
+    }
+
+    /// The next piece of the body; none behind the last. Every body goes through here.
+    async fn piece(&mut self) -> Result<Option<Bytes>, Error> {
+        let (url, asked) = (self.response.url().clone(), Instant::now());
+        let next = tokio::time::timeout(self.stall, self.response.chunk());
+        let piece = match noting(|| shown_url(&url), "the server has stopped sending", next).await {
+            Ok(Ok(Some(piece))) => piece,
+            Ok(Ok(None)) => return Ok(None),
+            Ok(Err(error)) => {
+                let cause = Innermost(error);
+                return Err(Error::unreachable(&url, cause.to_string()).caused_by(cause));
+            }
+            Err(_) => return Err(Error::unreachable(&url, "the server stopped sending")),
+        };
+        let len = u64::try_from(piece.len()).unwrap_or(u64::MAX);
+        RECEIVED.fetch_add(len, Ordering::Relaxed);
+        match self.pace.note(asked.elapsed(), len) {
+            None => Ok(Some(piece)),
+            Some(slow) => Err(Error::unreachable(&url, slow)),
         }
-        Err(_) => Err(Error::unreachable(response.url(), "the server stopped sending")),
     }
 }
 
 /// Reads a whole body that is not longer than `most` bytes.
 ///
 /// # Errors
-/// [`Error`]: it is longer, breaks off or stalls.
-pub(crate) async fn receive(url: &Url, mut response: Response, most: u64, stall: Duration) -> Result<Vec<u8>, Error> {
+/// [`Error`]: it is longer, breaks off, stalls or trickles.
+pub(crate) async fn receive(url: &Url, response: Response, most: u64, stall: Duration) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
     let too_long = || Error::wrong(url, format!("more than {most} bytes"));
     if response.content_length().is_some_and(|len| len > most) {
         return Err(too_long());
     }
-    while let Some(piece) = piece(&mut response, stall).await? {
+    let mut coming = Coming::new(response, stall);
+    while let Some(piece) = coming.piece().await? {
         bytes.extend_from_slice(&piece);
         if u64::try_from(bytes.len()).is_ok_and(|len| len > most) {
             return Err(too_long());
@@ -103,20 +170,18 @@ pub(crate) async fn receive(url: &Url, mut response: Response, most: u64, stall:
 /// An answer whose head was judged and whose body comes piece by piece, each with its place in the blob.
 #[derive(Debug)]
 pub(crate) struct Body {
-    response: Response,
+    coming: Coming,
     at: u64,
     end: u64,
-    stall: Duration,
 }
 
 impl Body {
     /// The body holds the bytes of a blob from `at` up to `end`.
-    pub(crate) const fn new(response: Response, at: u64, end: u64, stall: Duration) -> Self {
+    pub(crate) fn new(response: Response, at: u64, end: u64, stall: Duration) -> Self {
         Self {
-            response,
+            coming: Coming::new(response, stall),
             at,
             end,
-            stall,
         }
     }
 
@@ -133,18 +198,21 @@ impl Body {
     /// The next piece and where it lies; `None` behind the last.
     ///
     /// # Errors
-    /// [`Error`]: it stalls, breaks off, or is longer than its head said.
+    /// [`Error`]: it stalls, trickles, breaks off, or is longer than its head said.
     pub(crate) async fn next(&mut self) -> Result<Option<(u64, Bytes)>, Error> {
-        match piece(&mut self.response, self.stall).await? {
+        match self.coming.piece().await? {
             Some(bytes) => {
                 let at = self.at;
                 self.at = self.at.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
                 if self.at > self.end {
-                    return Err(Error::wrong(self.response.url(), "more bytes than it announced"));
+                    return Err(Error::wrong(self.coming.response.url(), "more bytes than it announced"));
                 }
                 Ok(Some((at, bytes)))
             }
-            None if self.at < self.end => Err(Error::unreachable(self.response.url(), "the answer ended too early")),
+            None if self.at < self.end => Err(Error::unreachable(
+                self.coming.response.url(),
+                "the answer ended too early",
+            )),
             None => Ok(None),
         }
     }
@@ -152,6 +220,9 @@ impl Body {
 
 /// What reqwest's failure means.
 fn classify(url: &Url, error: reqwest::Error) -> Error {
+    if let Some(inside) = InsideAddress::behind(&error) {
+        return Error::wrong(url, format!("it is {inside}")).lasting().caused_by(inside);
+    }
     let cause = Innermost(error);
     let (error, why) = (&cause.0, cause.to_string());
     if error.is_builder() {

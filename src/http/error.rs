@@ -109,9 +109,16 @@ impl Error {
         Self::new(Kind::Stale, shown_url(url), why)
     }
 
-    /// The blob `name` is another one now; `how` says what differs.
+    /// The blob `name` is another one now, which no other try will change; `how` says what differs.
     #[must_use]
     pub fn changed(name: impl Into<String>, how: impl Into<String>) -> Self {
+        Self::new(Kind::Changed, name.into(), how).lasting()
+    }
+
+    /// The blob `name` seems to be another one, by a sign that a machine on the way may have made up: a length alone. `how` says
+    /// what differs.
+    #[must_use]
+    pub fn seems_changed(name: impl Into<String>, how: impl Into<String>) -> Self {
         Self::new(Kind::Changed, name.into(), how)
     }
 
@@ -169,6 +176,13 @@ impl Error {
     #[must_use]
     pub fn lasting(mut self) -> Self {
         self.0.lasting = true;
+        self
+    }
+
+    /// The same, and another try may change it: for whoever can wait for longer than a person.
+    #[must_use]
+    pub fn passing(mut self) -> Self {
+        self.0.lasting = false;
         self
     }
 
@@ -238,7 +252,7 @@ impl Error {
     /// Whether no other try can change it, whatever its kind.
     #[must_use]
     pub fn is_lasting(&self) -> bool {
-        self.0.lasting || matches!(self.0.kind, Kind::Changed | Kind::Setup)
+        self.0.lasting || self.0.kind == Kind::Setup
     }
 
     /// Whether another try of one server with unchanged credentials may succeed.

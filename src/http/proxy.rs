@@ -44,6 +44,12 @@ pub(crate) struct Proxy {
 }
 
 impl Proxies {
+    /// The environment's, as it was when they were first asked for.
+    pub(crate) fn of_environment() -> &'static Self {
+        static PROXIES: std::sync::OnceLock<Proxies> = std::sync::OnceLock::new();
+        PROXIES.get_or_init(Self::default)
+    }
+
     /// The proxy for `url`, if it is to be reached through one.
     pub(crate) fn of(&self, url: &Url) -> Result<Option<Proxy>, String> {
         // Only scheme and host matter, and what else there is may be secret.

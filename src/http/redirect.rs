@@ -1,11 +1,14 @@
 //! Where a server sends those who ask (RFC 9110, section 15.4). One set of rules for both clients, which send the next request
 //! themselves and keep credentials to the origin they are for.
 
+use std::net::IpAddr;
+
 use hyper::StatusCode;
 use hyper::header::{HeaderMap, HeaderValue, LOCATION};
 use url::Url;
 
 use super::error::Error;
+use super::reach::{InsideAddress, Reach};
 use super::redact::shown_location;
 
 /// Registry, storage, region, object: four hops are seen in the wild. More than these are a loop; Go and reqwest give up there
@@ -15,8 +18,12 @@ pub const MOST_REDIRECTS: usize = 10;
 /// A chain of redirects, from the URL that was asked first.
 #[derive(Debug)]
 pub(crate) struct Redirects {
+    /// The URL that was named.
+    first: Url,
     url: Url,
     hops: usize,
+    /// Where redirects may lead; none until the server that was named has answered.
+    reach: Option<Reach>,
 }
 
 /// Whether an answer with this status sends the client elsewhere. 300, 304, 305 and 306 do not.
@@ -33,8 +40,44 @@ pub(crate) fn follows(status: StatusCode) -> bool {
 
 impl Redirects {
     /// The chain that begins with a request to `url`.
-    pub(crate) const fn from(url: Url) -> Self {
-        Self { url, hops: 0 }
+    pub(crate) fn from(url: Url) -> Self {
+        Self {
+            first: url.clone(),
+            url,
+            hops: 0,
+            reach: None,
+        }
+    }
+
+    /// The rest of a chain that began with `first` and led to `url` before, as far as `reach`.
+    pub(crate) const fn resumed(first: Url, url: Url, reach: Reach) -> Self {
+        Self {
+            first,
+            url,
+            hops: 0,
+            reach: Some(reach),
+        }
+    }
+
+    /// Where the request for the URL asked now may go: anywhere, if a person named it.
+    pub(crate) fn reach(&self) -> Reach {
+        self.reach.unwrap_or_default()
+    }
+
+    /// The URL asked now has answered from `peer`, none if that was a proxy. What the first answer of all comes from decides
+    /// where redirects may lead; `allowed` is whether a person lets them lead anywhere.
+    pub(crate) fn answered(&mut self, peer: Option<IpAddr>, allowed: bool) {
+        if self.reach.is_none() {
+            self.reach = Some(Reach::of_server(&self.url, peer, allowed));
+        }
+    }
+
+    /// A failure to ask the URL asked now, with who led there if it must not be asked.
+    pub(crate) fn explain(&self, failure: Error) -> Error {
+        match InsideAddress::behind(&failure) {
+            Some(inside) => inside.refused(&self.first, &self.url),
+            None => failure,
+        }
     }
 
     /// The URL that is asked now.
@@ -46,7 +89,7 @@ impl Redirects {
     ///
     /// # Errors
     /// [`Kind::WrongAnswer`](super::Kind::WrongAnswer): a redirect that leads nowhere, that leaves TLS (what was asked for by
-    /// TLS is not taken from whoever can meddle with plain HTTP) or HTTP, or one too many.
+    /// TLS is not taken from whoever can meddle with plain HTTP) or HTTP, that leads out of its [`Reach`], or one too many.
     pub(crate) fn next(&mut self, status: StatusCode, headers: &HeaderMap) -> Result<Option<&Url>, Error> {
         if !follows(status) {
             return Ok(None);
@@ -70,6 +113,7 @@ impl Redirects {
         if self.hops == MOST_REDIRECTS {
             return Err(wrong(format!("more than {MOST_REDIRECTS} redirects")).lasting());
         }
+        self.reach().check(&self.first, &next)?;
         self.hops += 1;
         self.url = next;
         Ok(Some(&self.url))
@@ -113,6 +157,28 @@ mod tests {
             }
         }
         assert!(step("http://a/x", 302, None).is_err());
+    }
+
+    #[test]
+    fn who_is_outside_leads_nowhere_inside() {
+        let mut headers = HeaderMap::new();
+        headers.insert(LOCATION, "http://10.0.0.1/x".parse().unwrap());
+        let next = |peer: &str, allowed: bool| {
+            let mut chain = Redirects::from(Url::parse("http://a.example/x").unwrap());
+            assert_eq!(chain.reach(), Reach::Anywhere, "a person named it");
+            chain.answered(Some(peer.parse().unwrap()), allowed);
+            chain.next(StatusCode::FOUND, &headers).map(|next| next.is_some())
+        };
+        assert!(next("10.0.0.7", false).unwrap() && next("1.1.1.1", true).unwrap());
+        let error = next("1.1.1.1", false).unwrap_err();
+        assert!(error.is_lasting(), "{error}");
+        // Over another one outside, it is still the first that counts.
+        headers.insert(LOCATION, "http://b.example/x".parse().unwrap());
+        let mut chain = Redirects::from(Url::parse("http://a.example/x").unwrap());
+        chain.answered(Some("1.1.1.1".parse().unwrap()), false);
+        assert!(chain.next(StatusCode::FOUND, &headers).unwrap().is_some());
+        chain.answered(Some("10.0.0.1".parse().unwrap()), false);
+        assert_eq!(chain.reach(), Reach::Public);
     }
 
     #[test]

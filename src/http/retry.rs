@@ -1,8 +1,6 @@
-//! How long to wait for servers, when to ask again, and which requests wait for that right now.
+//! How long to wait for servers, and when to ask again.
 
-use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use hyper::header::{DATE, HeaderMap, RETRY_AFTER};
@@ -12,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Kind};
 use super::span::Span;
+use super::waits::Wait;
 
 /// Deadlines of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,10 +94,14 @@ pub struct HttpOptions {
     pub timeouts: Timeouts,
     /// What follows a failure.
     pub retry: RetryPolicy,
+    /// Whether servers outside may lead to addresses inside: see [`Reach`](super::Reach).
+    #[serde(default)]
+    pub private_redirects: bool,
 }
 
-/// Failures in a row of asking for one thing. In: each failure. Out: the pause before the next try, or that there is none.
-#[derive(Clone, Debug)]
+/// Failures in a row of asking for one thing. In: each failure. Out: the pause before the next try, or that there is none. From
+/// the first failure until something comes it is an entry of [`waiting`](super::waiting).
+#[derive(Debug)]
 pub(crate) struct Backoff {
     policy: RetryPolicy,
     /// Failures by kind, since something came.
@@ -107,6 +110,7 @@ pub(crate) struct Backoff {
     refused: u32,
     since: Option<Instant>,
     pause: Duration,
+    wait: Option<Wait>,
 }
 
 impl Backoff {
@@ -118,6 +122,7 @@ impl Backoff {
             refused: 0,
             since: None,
             pause: policy.first_pause,
+            wait: None,
         }
     }
 
@@ -137,7 +142,7 @@ impl Backoff {
         let (count, most) = match failure.kind() {
             Kind::Stale => return Ok(Duration::ZERO),
             Kind::Refused(_) => (&mut self.refused, self.policy.refused),
-            Kind::WrongAnswer => (&mut self.wrong, self.policy.wrong),
+            Kind::WrongAnswer | Kind::Changed => (&mut self.wrong, self.policy.wrong),
             _ => (&mut self.unanswered, self.policy.tries),
         };
         *count = count.saturating_add(1);
@@ -151,6 +156,13 @@ impl Backoff {
         Ok(pause)
     }
 
+    /// Says of `place` that it is asked again after `pause` because of `why`.
+    pub(crate) fn note(&mut self, place: &str, why: &str, pause: Duration) {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let wait = self.wait.get_or_insert_with(|| Wait::begin(place, why, since));
+        wait.pause(place, why, pause);
+    }
+
     fn tries(&self) -> u32 {
         self.unanswered.saturating_add(self.wrong).saturating_add(self.refused)
     }
@@ -162,12 +174,12 @@ impl Backoff {
     pub(crate) async fn wait_after(&mut self, failure: Error) -> Result<(), Error> {
         let (place, why) = (failure.place().to_owned(), failure.why());
         let pause = self.pause_after(failure)?;
-        if pause < WORTH_SAYING {
+        if pause < LONG {
             log::debug!("{place}: {why}; asking again in {pause:.1?}");
         } else {
             log::warn!("{place}: {why}; asking again in {}", Span(pause));
         }
-        let _waiting = stay(&place, &why, pause);
+        self.note(&place, &why, pause);
         tokio::time::sleep(pause).await;
         Ok(())
     }
@@ -178,6 +190,9 @@ fn jittered(pause: Duration) -> Duration {
     let random = u32::try_from(RandomState::new().hash_one(0) & 0xFFFF).unwrap_or(0);
     pause / 2 + pause / 2 * random / 0xFFFF
 }
+
+/// Pauses from here on are said in the log; those between our own few tries are shorter.
+const LONG: Duration = Duration::from_secs(2);
 
 /// A `Retry-After` counts as no more than this, so that times do not overflow.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -205,83 +220,6 @@ fn http_date(text: &str) -> Option<SystemTime> {
         .iter()
         .find_map(|form| DateTime::strptime(form, fixed.trim()).ok())?;
     Some(TimeZone::UTC.to_timestamp(date).ok()?.into())
-}
-
-/// A request that waits to be sent again.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
-    /// What it is for: a URL or a blob's name, without secrets.
-    pub place: String,
-    /// Why it has to wait.
-    pub why: String,
-    /// When it is sent.
-    pub until: Instant,
-}
-
-impl Waiting {
-    /// How long it still waits.
-    #[must_use]
-    pub fn left(&self) -> Duration {
-        self.until.saturating_duration_since(Instant::now())
-    }
-}
-
-/// `registry.example/x: the server says 429 Too Many Requests; asking again in 30s`.
-impl fmt::Display for Waiting {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}; asking again in {}", self.place, self.why, Span(self.left()))
-    }
-}
-
-/// Pauses from here on are said in the log, progress and statistics; those between our own few tries are shorter.
-const WORTH_SAYING: Duration = Duration::from_secs(2);
-
-/// All pauses of this process that are worth saying, each with a number.
-static PAUSES: Mutex<(u64, Vec<(u64, Waiting)>)> = Mutex::new((0, Vec::new()));
-
-/// What this process is waiting for before it asks a server again, longest first, the same thing once; for progress and
-/// statistics.
-#[must_use]
-pub fn waiting() -> Vec<Waiting> {
-    let mut all: Vec<Waiting> = {
-        let pauses = PAUSES.lock().unwrap_or_else(PoisonError::into_inner);
-        pauses.1.iter().map(|(_, waiting)| waiting.clone()).collect()
-    };
-    all.sort_by_key(|waiting| std::cmp::Reverse(waiting.until));
-    let mut seen = std::collections::HashSet::new();
-    all.retain(|waiting| seen.insert((waiting.place.clone(), waiting.why.clone())));
-    all
-}
-
-/// An entry of [`waiting`], as long as it lives.
-#[derive(Debug)]
-pub(crate) struct Stay(Option<u64>);
-
-/// Notes that `place` is asked again after `pause`, because of `why`, for as long as what comes back lives.
-pub(crate) fn stay(place: &str, why: &str, pause: Duration) -> Stay {
-    if pause < WORTH_SAYING {
-        return Stay(None);
-    }
-    let now = Instant::now();
-    let waiting = Waiting {
-        place: place.to_owned(),
-        why: why.to_owned(),
-        until: now.checked_add(pause).unwrap_or(now + LONGEST_RETRY_AFTER),
-    };
-    let mut pauses = PAUSES.lock().unwrap_or_else(PoisonError::into_inner);
-    pauses.0 += 1;
-    let number = pauses.0;
-    pauses.1.push((number, waiting));
-    Stay(Some(number))
-}
-
-impl Drop for Stay {
-    fn drop(&mut self) {
-        if let Some(number) = self.0 {
-            let mut pauses = PAUSES.lock().unwrap_or_else(PoisonError::into_inner);
-            pauses.1.retain(|(other, _)| *other != number);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -427,29 +365,5 @@ mod tests {
             assert_eq!(retry_after(&headers), seconds.map(Duration::from_secs), "{wished:?}");
         }
         assert_eq!(retry_after(&HeaderMap::new()), None);
-    }
-
-    #[test]
-    fn long_pauses_are_known_while_they_last() {
-        let mine = || {
-            let all = waiting();
-            all.into_iter()
-                .filter(|waiting| waiting.place == "test/x")
-                .collect::<Vec<_>>()
-        };
-        let long = stay("test/x", "busy", Duration::from_secs(30));
-        let again = stay("test/x", "busy", Duration::from_secs(10));
-        let other = stay("test/x", "broken", Duration::from_secs(60));
-        let short = stay("test/x", "slow", Duration::from_millis(1));
-        let all = mine();
-        assert_eq!(all.len(), 2, "{all:?}");
-        assert!(all[0].why == "broken" && all[1].left() > Duration::from_secs(20));
-        assert!(
-            all[1].to_string().starts_with("test/x: busy; asking again in "),
-            "{}",
-            all[1]
-        );
-        drop((long, again, other, short));
-        assert!(mine().is_empty());
     }
 }

@@ -18,7 +18,7 @@ use url::Url;
 use super::error::SourceError;
 use super::registry::BlobAccess;
 use crate::digest::Digest;
-use crate::http::{Secret, Validator, shown_url, split_credentials};
+use crate::http::{Reach, Secret, Validator, shown_url, split_credentials};
 
 /// A blob that was found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -221,6 +221,12 @@ pub struct UrlBlob {
     pub url: Url,
     /// Where redirects led when it was found; may expire, which [`url`](Self::url) does not.
     pub resolved: Url,
+    /// Where redirects of this server may lead, also to [`resolved`](Self::resolved).
+    #[serde(default)]
+    pub reach: Reach,
+    /// Whether a person lets its redirects lead anywhere.
+    #[serde(default)]
+    pub private_redirects: bool,
     /// The value of `Authorization`, for the host of [`url`](Self::url) and no other.
     pub authorization: Option<Secret>,
     /// Whether the server answers ranges. If not, the blob can only be streamed from its beginning.
@@ -240,6 +246,8 @@ impl UrlBlob {
         let authorization = authorization.and_then(|value| Some(Secret::new(value.to_str().ok()?.to_owned())));
         Self {
             resolved: url.clone(),
+            reach: Reach::default(),
+            private_redirects: false,
             url,
             authorization,
             ranges: true,

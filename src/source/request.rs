@@ -11,7 +11,7 @@ use super::blob::{Blob, Place, UrlBlob};
 use super::error::{SourceError, wait_after};
 use crate::http::tls::Trust;
 use crate::http::{
-    self, Asked, Backoff, Body, ByteRange, Encoding, Found, HttpOptions, Kind, Redirects, Validator, Verdict,
+    self, Asked, Backoff, Body, ByteRange, Encoding, Found, HttpOptions, Kind, Reach, Redirects, Validator, Verdict,
     content_length, encoding, judge, judge_first, runtime, shown_url, split_credentials,
 };
 
@@ -54,28 +54,36 @@ impl Requests {
         Backoff::new(self.options.retry)
     }
 
-    /// A GET of `range`, or of everything, with redirects followed. `authorization` goes to `home`'s origin alone. Also returns
-    /// the URL that gave the answer.
+    /// A GET of `range`, or of everything, with the redirects of `chain` followed. `authorization` goes to `home`'s origin alone.
+    /// Also returns the chain, whose URL is the one that gave the answer.
     async fn get(
         &self,
-        from: &Url,
+        mut chain: Redirects,
         home: &Url,
         authorization: Option<&HeaderValue>,
         range: Option<ByteRange>,
-    ) -> Result<(Response, Url), http::Error> {
-        let mut chain = Redirects::from(from.clone());
+    ) -> Result<(Response, Redirects), http::Error> {
         loop {
             let url = chain.url().clone();
-            let mut request = self.client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
+            let client = match chain.reach().unless_proxied(&url) {
+                Reach::Anywhere => self.client.clone(),
+                within @ Reach::Public => {
+                    let secure = url.scheme() == "https";
+                    http::client_within(within, &Trust::default(), secure, &self.options.timeouts)?
+                }
+            };
+            let mut request = client.get(url.clone()).header(ACCEPT_ENCODING, "identity");
             if let Some(range) = range {
                 request = request.header(RANGE, range.to_string());
             }
             if let Some(value) = authorization.filter(|_| url.origin() == home.origin()) {
                 request = request.header(AUTHORIZATION, value);
             }
-            let response = http::send(&url, request, &self.options.timeouts).await?;
+            let sent = http::send(&url, request, &self.options.timeouts).await;
+            let response = sent.map_err(|failure| chain.explain(failure))?;
+            chain.answered(http::peer(&url, &response), self.options.private_redirects);
             if chain.next(response.status(), response.headers())?.is_none() {
-                return Ok((response, url));
+                return Ok((response, chain));
             }
         }
     }
@@ -93,7 +101,13 @@ impl Requests {
         };
         let authorization = at.authorization_header();
         let authorization = authorization.as_ref();
-        let (response, _) = self.get(&at.resolved, &at.url, authorization, range).await?;
+        let first = || Redirects::from(at.url.clone());
+        let chain = if at.resolved == at.url {
+            first()
+        } else {
+            Redirects::resumed(at.url.clone(), at.resolved.clone(), at.reach)
+        };
+        let (response, _) = self.get(chain, &at.url, authorization, range).await?;
         let expired = matches!(
             response.status(),
             StatusCode::BAD_REQUEST
@@ -104,7 +118,7 @@ impl Requests {
         );
         if expired && at.resolved != at.url {
             // Signed URLs expire; the one that was named leads to a new one.
-            return Ok(self.get(&at.url, &at.url, authorization, range).await?.0);
+            return Ok(self.get(first(), &at.url, authorization, range).await?.0);
         }
         Ok(response)
     }
@@ -149,7 +163,6 @@ impl Requests {
                 end: blob.len,
             })),
             Verdict::NoRanges { .. } => Ok(None),
-            Verdict::Changed(how) => Err(http::Error::changed(&*blob.name, how).into()),
             refused @ Verdict::Status { status, .. } => {
                 Err(refused.into_error(&*blob.name).advising(advice(status)).into())
             }
@@ -246,7 +259,8 @@ pub fn get_whole(url: &Url, most: u64, options: &HttpOptions) -> Result<Vec<u8>,
 
 async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<Vec<u8>, SourceError> {
     let (url, authorization) = split_credentials(named);
-    let (response, _) = requests.get(&url, &url, authorization.as_ref(), None).await?;
+    let chain = Redirects::from(url.clone());
+    let (response, _) = requests.get(chain, &url, authorization.as_ref(), None).await?;
     if response.status() != StatusCode::OK {
         return Err(refused(&url, &response).into());
     }
@@ -276,7 +290,8 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceErro
     let (mut ranged, mut proven) = (true, false);
     loop {
         let range = ranged.then_some(first);
-        let (response, resolved) = requests.get(&url, &url, authorization.as_ref(), range).await?;
+        let chain = Redirects::from(url.clone());
+        let (response, chain) = requests.get(chain, &url, authorization.as_ref(), range).await?;
         let (status, headers) = (response.status(), response.headers());
         let (len, seekable) = match judge_first(status, headers, ranged) {
             Found::Blob { len, ranges } => (len, ranges || proven),
@@ -291,7 +306,9 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceErro
             Found::Not(verdict) => return Err(verdict.into_error(&url).advising(advice(status)).into()),
         };
         let at = UrlBlob {
-            resolved,
+            resolved: chain.url().clone(),
+            reach: chain.reach(),
+            private_redirects: requests.options.private_redirects,
             validator: Validator::of(headers),
             ranges: seekable,
             encoding: encoding(headers).map(str::to_owned),

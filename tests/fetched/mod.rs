@@ -78,6 +78,7 @@ pub(crate) fn quick() -> FetchOptions {
         },
         slowest_body: 16 << 10,
         deadline: Duration::from_secs(60),
+        wrong_for: Duration::from_secs(1),
         memory_bytes: 1 << 20,
         ..FetchOptions::default()
     }

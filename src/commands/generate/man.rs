@@ -277,6 +277,10 @@ fn environment(command: &Command) -> Vec<(&'static str, &'static str)> {
             "Credentials for the registry, where --creds gives none: USER:PASSWORD or @FILE.",
         ));
         variables.push((
+            "TARBLK_ALLOW_PRIVATE_REDIRECTS",
+            "When it is 1, servers on the internet may lead to addresses of private networks, as with --allow-private-redirects.",
+        ));
+        variables.push((
             "REGISTRY_AUTH_FILE",
             "The only file with credentials to look into, where --authfile names none.",
         ));

@@ -8,6 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashSet};
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::coded_layer::{CodedLayer, SpanRequest};
 use super::flight::{Flight, FlightGuard, Received};
@@ -174,7 +175,7 @@ impl Flight for CodedFlight {
     }
 
     /// The decoder begins anew, with its window read anew as well.
-    fn mismatched(&self, engine: &Rc<Engine>, state: &LayerState, why: &str) -> Result<(), FetchError> {
+    fn mismatched(&self, engine: &Rc<Engine>, state: &LayerState, why: &str) -> Result<Duration, FetchError> {
         self.pipeline.take();
         let layer = self.request.layer;
         let at = TarOffset(self.request.delivered.get());

@@ -11,22 +11,27 @@ use super::budget::Share;
 use super::origin::{Body, Trouble};
 use super::{Engine, LayerState};
 use crate::fetch::FetchError;
-use crate::fetch::runtime::sleep;
+use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
 use crate::http::{self, Kind, RetryPolicy};
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
-/// What follows a failure: a server that is away or busy is asked again for as long as readers wait, which their deadlines decide;
-/// wrong answers and refusals are worth a few more tries.
+/// What follows a failure: whatever a server or a proxy says, it may be well again, so it is asked again for as long as readers
+/// wait, which their deadlines decide.
 const RETRY: RetryPolicy = RetryPolicy {
     tries: u32::MAX,
-    wrong: 6,
-    refused: 6,
+    wrong: u32::MAX,
+    refused: u32::MAX,
     first_pause: Duration::from_millis(50),
     longest_pause: Duration::from_secs(10),
     deadline: Duration::MAX,
 };
+/// A change of the layer that only its length shows, or bytes that are not what their digest says, are believed when at least so
+/// many answers in a row say so, over at least [`FetchOptions::wrong_for`](crate::fetch::FetchOptions::wrong_for).
+pub(super) const PROOF_TRIES: u32 = 6;
+/// How long to wait when the machine is short of something that another process, or a request that ends, may give back.
+const SHORTAGE: Duration = Duration::from_millis(200);
 /// How often readers that have come meanwhile are looked at during a long pause.
 pub(super) const LOOK_AT_READERS: Duration = Duration::from_millis(250);
 
@@ -39,53 +44,68 @@ pub(super) enum Received {
 }
 
 /// [`http::Backoff`] for everything that can go wrong here: the state of one retry loop.
-pub(super) struct Backoff(http::Backoff);
+pub(super) struct Backoff {
+    pauses: http::Backoff,
+    wrong_for: Duration,
+    /// Since when every answer says that the layer is another one, and how many have.
+    changed: Option<(Instant, u32)>,
+}
 
 impl Backoff {
-    pub(super) const fn new() -> Self {
-        Self(http::Backoff::new(RETRY))
+    pub(super) const fn new(wrong_for: Duration) -> Self {
+        Self {
+            pauses: http::Backoff::new(RETRY),
+            wrong_for,
+            changed: None,
+        }
     }
 
     /// How long to wait before the next try of `range`, or why there is none.
     pub(super) fn pause(
         &mut self,
-        trouble: &Trouble,
+        failure: &http::Error,
         state: &LayerState,
         range: TarRange,
     ) -> Result<Duration, FetchError> {
         let url = state.origin.name();
-        let failure = match trouble {
-            Trouble::File(error) => {
-                return Err(FetchError::File {
-                    path: url.into(),
-                    range,
-                    why: std::sync::Arc::new(std::io::Error::new(error.kind(), error.to_string())),
+        let seems_changed = failure.kind() == Kind::Changed && !failure.is_lasting();
+        if seems_changed {
+            let (since, answers) = self.changed.get_or_insert((Instant::now(), 0));
+            *answers += 1;
+            if *answers >= PROOF_TRIES && since.elapsed() >= self.wrong_for {
+                return Err(FetchError::Changed {
+                    url,
+                    how: failure.why(),
                 });
             }
-            // After wrong bytes there is one more try, at once: see `Engine::digest_mismatched`.
-            Trouble::Wrong(_) => return Ok(Duration::ZERO),
-            Trouble::Net(failure) => failure,
+        } else {
+            self.changed = None;
+        }
+        let failure = match failure.kind() {
+            Kind::Changed | Kind::Setup => failure.clone(),
+            _ => failure.clone().passing(),
         };
-        self.0.pause_after(failure.clone()).map_err(|failure| {
+        self.pauses.pause_after(failure).map_err(|failure| {
             let why = Trouble::Net(failure.clone()).why(&url);
             match failure.kind() {
                 Kind::Changed => FetchError::Changed {
                     url,
                     how: failure.why(),
                 },
-                Kind::Refused(status) => FetchError::Refused {
-                    url,
-                    why,
-                    status: status.as_u16(),
-                },
                 _ => FetchError::WrongAnswer { url, range, why },
             }
         })
     }
 
+    /// Says what is waited for, until something comes.
+    pub(super) fn note(&mut self, name: &str, why: &str, pause: Duration) {
+        self.pauses.note(name, why, pause);
+    }
+
     /// Something came: whatever goes wrong next is another matter.
     pub(super) fn reset(&mut self) {
-        self.0.succeeded();
+        self.pauses.succeeded();
+        self.changed = None;
     }
 }
 
@@ -116,10 +136,8 @@ pub(super) trait Flight {
     where
         Self: Sized;
 
-    /// What came was wrong. An error ends the flight.
-    fn mismatched(&self, _engine: &Rc<Engine>, _state: &LayerState, _why: &str) -> Result<(), FetchError> {
-        Ok(())
-    }
+    /// What came was wrong. How long to wait before it is asked for again; an error ends the flight.
+    fn mismatched(&self, engine: &Rc<Engine>, state: &LayerState, why: &str) -> Result<Duration, FetchError>;
 
     /// It has ended, and its chunks were delivered or given up.
     fn ended(&self, _engine: &Rc<Engine>) {}
@@ -181,7 +199,7 @@ impl Engine {
     /// The retry loop.
     async fn pursue<F: Flight>(self: &Rc<Self>, guard: &FlightGuard<F>) -> Result<(), FetchError> {
         let (state, flight) = (&guard.state, &guard.flight);
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(self.options.wrong_for);
         loop {
             if let Some(error) = self.poison_of(flight.layer()) {
                 return Err(error);
@@ -204,42 +222,81 @@ impl Engine {
                 }
                 Err(trouble) => trouble,
             };
-            if let Trouble::Wrong(why) = &trouble {
-                flight.mismatched(self, state, why)?;
-            }
             if flight.progress() > before {
                 backoff.reset();
             }
-            self.back_off(state, flight.rest(), &mut backoff, &trouble).await?;
+            add(&self.counters.errors, 1);
+            let rest = flight.rest();
+            let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
+            let pause = match &trouble {
+                Trouble::Wrong(why) => flight.mismatched(self, state, why)?,
+                Trouble::Net(failure) => backoff.pause(failure, state, range)?,
+                Trouble::File(error) => Self::pause_for_file(error, state, range)?,
+            };
+            self.back_off(state, rest, &mut backoff, &trouble, pause).await?;
         }
     }
 
-    /// After something went wrong with `rest`: waits until it is time for another try. An error, when no reader would still
-    /// wait then.
+    /// What a failing local file means: the machine may be short of something, else nothing will help.
+    pub(super) fn pause_for_file(
+        error: &std::io::Error,
+        state: &LayerState,
+        range: TarRange,
+    ) -> Result<Duration, FetchError> {
+        if runtime::is_shortage(error) {
+            return Ok(SHORTAGE);
+        }
+        Err(FetchError::File {
+            path: state.origin.name().into(),
+            range,
+            why: std::sync::Arc::new(std::io::Error::new(error.kind(), error.to_string())),
+        })
+    }
+
+    /// What readers are told of `range` whose deadline ends while `trouble` lasts.
+    pub(super) fn late(&self, state: &LayerState, range: TarRange, trouble: &Trouble) -> FetchError {
+        let (url, after) = (state.origin.name(), self.options.deadline);
+        let why = trouble.why(&url);
+        match trouble {
+            Trouble::Net(failure) => match failure.kind() {
+                Kind::Refused(status) => FetchError::Refused {
+                    url,
+                    why,
+                    after,
+                    status: status.as_u16(),
+                },
+                Kind::WrongAnswer => FetchError::WrongAnswer { url, range, why },
+                _ => FetchError::Deadline { url, range, after, why },
+            },
+            Trouble::File(_) | Trouble::Wrong(_) => FetchError::Deadline { url, range, after, why },
+        }
+    }
+
+    /// After something went wrong with `rest`: waits for `pause`, until it is time for another try. An error, when no reader
+    /// would still wait then.
     async fn back_off(
         self: &Rc<Self>,
         state: &LayerState,
         rest: ChunkRange,
         backoff: &mut Backoff,
         trouble: &Trouble,
+        pause: Duration,
     ) -> Result<(), FetchError> {
-        add(&self.counters.errors, 1);
         let url = state.origin.name();
         let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
-        let pause = backoff.pause(trouble, state, range)?;
         let why = trouble.why(&url);
-        let late = FetchError::Deadline {
-            url: url.clone(),
-            range,
-            after: self.options.deadline,
-            why: why.clone(),
-        };
-        let mut waiting = None;
+        let late = self.late(state, range, trouble);
+        // Whether bytes are wrong for good is found out to the end, whoever waits for them: it is said of the whole layer.
+        let for_itself = matches!(trouble, Trouble::Wrong(_));
+        let mut is_said = false;
         let until = Instant::now().checked_add(pause);
         loop {
             let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
             self.expire(rest, left, &late);
-            if !self.in_flight.has_readers(rest) {
+            if self.stopping.get() {
+                return Err(FetchError::Stopped);
+            }
+            if !for_itself && !self.in_flight.has_readers(rest) {
                 // No reader has asked for it yet, or none any more: the one who does starts afresh.
                 log::debug!("{url}: bytes {range}: {why}; no reader waits for them, so they are not asked for again");
                 return Err(late);
@@ -247,9 +304,10 @@ impl Engine {
             if left.is_zero() {
                 break;
             }
-            if waiting.is_none() {
+            if !is_said {
+                is_said = true;
                 log::warn!("{url}: bytes {range}: {why}; asking again in {pause:.1?}");
-                waiting = Some(http::stay(&url, &why, pause));
+                backoff.note(&url, &why, pause);
             }
             sleep(left.min(LOOK_AT_READERS)).await;
         }

@@ -2,11 +2,12 @@
 //! may look at.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::coded_layer::CodedLayer;
 use super::origin::Origin;
@@ -40,9 +41,10 @@ pub(super) struct LayerState {
     pub(super) warned: Cell<bool>,
     /// Whether it was said that its cache is damaged.
     pub(super) told_damage: Cell<bool>,
-    /// Chunks that are being checked, and chunks that were wrong once.
+    /// Chunks that are being checked.
     pub(super) verifying: RefCell<HashSet<u32>>,
-    pub(super) mismatched: RefCell<HashSet<u32>>,
+    /// Chunks that came wrong and have not come right since.
+    pub(super) mismatched: RefCell<HashMap<u32, Mismatch>>,
     /// Held while pieces of the disk cache are verified: neighbours ask for the same ones at the same time.
     pub(super) verifying_pieces: tokio::sync::Mutex<()>,
 }
@@ -106,6 +108,24 @@ impl LayerState {
             layer,
             first: 0,
             end: chunk_count(self.size).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// A chunk that came wrong and has not come right since.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mismatch {
+    /// When it came wrong first.
+    pub(super) since: Instant,
+    /// How many answers had it wrong.
+    pub(super) answers: u32,
+}
+
+impl Mismatch {
+    pub(super) fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            answers: 0,
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::flight::{Flight, FlightGuard, Received};
 use super::origin::Trouble;
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
+use crate::fetch::FetchError;
 use crate::fetch::runtime;
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, len_u64, len_usize};
@@ -40,6 +42,16 @@ impl Flight for PlainFlight {
 
     fn finish(&self) {
         self.next.set(self.chunks.end);
+    }
+
+    /// What comes is checked chunk by chunk, apart from the flight; of what the flight itself finds wrong, that goes for its next
+    /// chunk.
+    fn mismatched(&self, engine: &Rc<Engine>, state: &LayerState, why: &str) -> Result<Duration, FetchError> {
+        let key = ChunkKey {
+            layer: self.chunks.layer,
+            index: self.next.get(),
+        };
+        engine.digest_mismatched(state, key, why)
     }
 
     async fn attempt(

@@ -18,7 +18,6 @@ use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
 use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
-use crate::http;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
 use crate::units::{LayerId, TarOffset, TarRange, len_u64, len_usize};
@@ -55,7 +54,7 @@ impl Engine {
         layer: LayerId,
         mut first: Option<Body>,
     ) -> Result<(), FetchError> {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(self.options.wrong_for);
         let mut pipeline = None;
         let wrong = Cell::new(None);
         // When something last came.
@@ -76,28 +75,26 @@ impl Engine {
                 Err(trouble) => trouble,
             };
             add(&self.counters.errors, 1);
-            if let Trouble::Wrong(why) = &trouble {
-                // From the beginning, once more.
-                pipeline = None;
-                let index = wrong.take().unwrap_or(0);
-                self.digest_mismatched(state, ChunkKey { layer, index }, why)?;
-            }
             if pipeline.as_ref().map_or(0, |pipeline| pipeline.blob_at) > before {
                 backoff.reset();
                 alive = Instant::now();
             }
             let range = TarRange::new(TarOffset(0), state.size);
-            let pause = backoff.pause(&trouble, state, range)?;
+            let pause = match &trouble {
+                Trouble::Wrong(why) => {
+                    // From the beginning, once more.
+                    pipeline = None;
+                    let index = wrong.take().unwrap_or(0);
+                    self.digest_mismatched(state, ChunkKey { layer, index }, why)?
+                }
+                Trouble::Net(failure) => backoff.pause(failure, state, range)?,
+                Trouble::File(error) => Self::pause_for_file(error, state, range)?,
+            };
             let name = state.origin.name();
             let why = trouble.why(&name);
-            let late = FetchError::Deadline {
-                url: name.clone(),
-                range,
-                after: self.options.deadline,
-                why: why.clone(),
-            };
+            let late = self.late(state, range, &trouble);
             log::warn!("{name}: {why}; reading on in {pause:.1?}");
-            let _waiting = http::stay(&name, &why, pause);
+            backoff.note(&name, &why, pause);
             let until = Instant::now().checked_add(pause);
             loop {
                 let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));

@@ -1,25 +1,36 @@
 //! Verifying chunks and whole layers. In: chunks as they come, and digests of whole layers. Out: chunks whose digest matches; of a
-//! layer that mismatches twice, nothing any more.
+//! layer that keeps mismatching, nothing any more.
 //!
 //! Chunk digests are SHA-256 cut to their first 20 bytes, as the index holds them ([`crate::index`]'s `digests`); whole layers and
 //! the pieces of tables of contents have all 32.
 //!
-//! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched once more; wrong again, it is the
-//! layer (or its index) that is wrong: it is poisoned, reads of it fail, and what the disk cache holds of it is deleted.
+//! A chunk is checked before anybody sees it: on a worker thread, unless a short read waits for it alone. A wrong one is fetched
+//! again, from where the layer comes from and not from where a redirect led before, because machines on the way fail for a while.
+//! When it was wrong in several answers over a time (`FetchOptions::wrong_for`), it is the layer (or its index) that is wrong: it
+//! is poisoned, reads of it fail, and what the disk cache holds of it is deleted.
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::disk::NOT_AS_WRITTEN;
+use super::flight::{Backoff, LOOK_AT_READERS, PROOF_TRIES};
+use super::layer_state::Mismatch;
+use super::origin::Trouble;
 use super::{Engine, LayerState, Origin};
 use crate::cache::chunk::ChunkKey;
-use crate::fetch::runtime;
+use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
 use crate::fetch::{FetchError, Verifier};
-use crate::units::LayerId;
+use crate::units::{CHUNK_BYTES, LayerId, TarRange};
+
+/// Before a chunk is fetched for the third time; doubles each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// What it doubles up to.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 impl Engine {
     pub(super) fn count_verified(&self, state: &LayerState) {
@@ -80,41 +91,91 @@ impl Engine {
         if right {
             Self::digest_matched(state, key.index);
             self.deliver(key, bytes, true);
-        } else if self
-            .digest_mismatched(state, key, "it is not what the index says")
-            .is_ok()
-        {
-            self.fetch_again(key);
+            return;
+        }
+        let why = "it is not what the index says";
+        match self.digest_mismatched(state, key, why) {
+            // Poisoned: its readers were told.
+            Err(_) => {}
+            Ok(Duration::ZERO) => self.fetch_again(key),
+            Ok(pause) => {
+                let (engine, state) = (self.clone(), state.clone());
+                runtime::spawn(async move {
+                    engine.wait_with_readers(&state, key, why, pause).await;
+                    engine.fetch_again(key);
+                });
+            }
         }
     }
 
-    /// Fetches a chunk that was lost on its way, if a reader waits for it.
-    pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
-        self.in_flight.set_absent(key);
-        self.launch(&[key.into()]);
+    /// Waits for `pause` before a chunk is fetched again that was wrong; readers whose deadline ends meanwhile are told.
+    async fn wait_with_readers(self: &Rc<Self>, state: &LayerState, key: ChunkKey, why: &str, pause: Duration) {
+        let name = state.origin.name();
+        let range = TarRange::new(key.start(), CHUNK_BYTES);
+        let late = self.late(state, range, &Trouble::Wrong(why.to_owned()));
+        let mut backoff = Backoff::new(self.options.wrong_for);
+        backoff.note(&name, why, pause);
+        let until = Instant::now() + pause;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            self.expire(key.into(), left, &late);
+            if left.is_zero() || self.stopping.get() {
+                return;
+            }
+            sleep(left.min(LOOK_AT_READERS)).await;
+        }
     }
 
-    /// Something about a chunk was wrong. Fine for the first time: it is to be fetched once more. The second time the layer
-    /// is poisoned, which is the error.
+    /// Fetches a chunk that was lost on its way.
+    pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
+        self.in_flight.set_absent(key);
+        if !self.stopping.get() {
+            self.launch(&[key.into()]);
+        }
+    }
+
+    /// Something about a chunk was wrong. How long to wait before it is fetched again: at first not at all. When it was wrong for
+    /// long and in several answers, the layer is poisoned, which is the error. A local file is poisoned the second time: nothing is
+    /// between it and its reader that may pass.
     pub(super) fn digest_mismatched(
         self: &Rc<Self>,
         state: &LayerState,
         key: ChunkKey,
         why: &str,
-    ) -> Result<(), FetchError> {
+    ) -> Result<Duration, FetchError> {
         add(&self.counters.chunks_wrong, 1);
         if let Some(error) = self.poison_of(key.layer) {
             return Err(error);
         }
         let name = state.origin.name();
-        if state.mismatched.borrow_mut().insert(key.index) {
-            if let Origin::Http(layer) = &state.origin {
+        let mut mismatched = state.mismatched.borrow_mut();
+        let Mismatch { since, answers } = mismatched.entry(key.index).or_insert_with(Mismatch::new);
+        *answers += 1;
+        let (since, answers) = (*since, *answers);
+        drop(mismatched);
+        let proven = match &state.origin {
+            Origin::File { .. } => answers > 1,
+            Origin::Http(layer) => {
                 layer.distrust();
+                answers >= PROOF_TRIES && since.elapsed() >= self.options.wrong_for
             }
-            log::warn!("{name}: chunk {}: {why}; fetching it once more", key.index);
-            return Ok(());
+        };
+        if proven {
+            let over = since.elapsed();
+            return Err(self.poison(
+                key.layer,
+                &format!(
+                    "chunk {} was wrong in {answers} answers over {over:.0?}: {why}",
+                    key.index
+                ),
+            ));
         }
-        Err(self.poison(key.layer, &format!("chunk {} was wrong twice: {why}", key.index)))
+        let pause = match answers {
+            1 => Duration::ZERO,
+            more => LONGEST_PAUSE.min(FIRST_PAUSE.saturating_mul(1_u32.checked_shl(more - 2).unwrap_or(u32::MAX))),
+        };
+        log::warn!("{name}: chunk {}: {why}; fetching it again in {pause:.1?}", key.index);
+        Ok(pause)
     }
 
     /// A chunk came right.

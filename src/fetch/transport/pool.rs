@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use crate::fetch::runtime::{self, TcpStream, timeout};
 use crate::fetch::stats::{Counters, add};
 use crate::http::proxy::Proxy;
 use crate::http::tls::Trust;
+use crate::http::{Reach, noting};
 
 /// How long a host's addresses are used before they are looked up again. Short enough for a moved service, long enough to be off
 /// the hot path.
@@ -41,10 +42,12 @@ pub(crate) struct HostKey {
     pub(crate) port: u16,
     /// Connections made under one trust never carry requests under another.
     trust: Trust,
+    /// Nor are those that may be made to any address lent to whom strangers lead here.
+    reach: Reach,
 }
 
 impl HostKey {
-    pub(crate) fn of(url: &Url, trust: &Trust) -> Option<Self> {
+    pub(crate) fn of(url: &Url, trust: &Trust, reach: Reach) -> Option<Self> {
         let tls = match url.scheme() {
             "http" => false,
             "https" => true,
@@ -55,6 +58,7 @@ impl HostKey {
             host: url.host_str()?.to_owned(),
             port: url.port_or_known_default()?,
             trust: trust.clone(),
+            reach,
         })
     }
 }
@@ -67,7 +71,7 @@ pub(crate) struct Host {
     most: usize,
     connect_timeout: Duration,
     counters: Arc<Counters>,
-    idle: RefCell<Vec<SendRequest<Empty<Bytes>>>>,
+    idle: RefCell<Vec<Open>>,
     /// Connections idle, lent or being opened.
     count: Cell<usize>,
     opening: Cell<usize>,
@@ -78,9 +82,16 @@ pub(crate) struct Host {
 
 type Waiting = oneshot::Sender<Result<Free, Arc<io::Error>>>;
 
+/// An open connection.
+struct Open {
+    sender: SendRequest<Empty<Bytes>>,
+    /// The address that it was made to; none if that is a proxy's.
+    peer: Option<IpAddr>,
+}
+
 /// An idle connection.
 struct Free {
-    sender: SendRequest<Empty<Bytes>>,
+    open: Open,
     /// Whether it carried a request before.
     used: bool,
 }
@@ -88,6 +99,8 @@ struct Free {
 /// A connection taken from the pool. Dropping it closes it, unless it was given back.
 pub(crate) struct Lease {
     sender: Option<SendRequest<Empty<Bytes>>>,
+    /// The address that the connection was made to; none if that is a proxy's.
+    pub(crate) peer: Option<IpAddr>,
     host: Rc<Host>,
     /// Whether it carried a request before: then it may have died unseen, and a failure says nothing about the server.
     pub(crate) reused: bool,
@@ -106,7 +119,11 @@ impl Lease {
                 // A waiting request would have taken it.
                 self.host.open_for_waiters();
             } else {
-                self.host.offer(Free { sender, used: true });
+                let open = Open {
+                    sender,
+                    peer: self.peer,
+                };
+                self.host.offer(Free { open, used: true });
             }
         }
     }
@@ -170,7 +187,7 @@ impl Host {
 
     /// Waits for a connection. Demand goes before prefetch.
     pub(crate) async fn take(self: &Rc<Self>, demand: bool) -> Result<Lease, Arc<io::Error>> {
-        while let Some(mut sender) = self.pop_idle() {
+        while let Some(Open { mut sender, peer }) = self.pop_idle() {
             // One that has just been given back needs a turn of its task to see its answer's end.
             if sender.is_ready() || matches!(timeout(SETTLES, sender.ready()).await, Ok(Ok(()))) {
                 if self.idle.borrow().is_empty() && self.opening.get() == 0 && self.count.get() < self.most {
@@ -178,6 +195,7 @@ impl Host {
                 }
                 return Ok(Lease {
                     sender: Some(sender),
+                    peer,
                     host: self.clone(),
                     reused: true,
                 });
@@ -193,8 +211,9 @@ impl Host {
         self.open_for_waiters();
         let mut ticket = Ticket { take, host: self };
         match (&mut ticket.take).await {
-            Ok(Ok(Free { sender, used })) => Ok(Lease {
-                sender: Some(sender),
+            Ok(Ok(Free { open, used })) => Ok(Lease {
+                sender: Some(open.sender),
+                peer: open.peer,
                 host: self.clone(),
                 reused: used,
             }),
@@ -203,7 +222,7 @@ impl Host {
         }
     }
 
-    fn pop_idle(&self) -> Option<SendRequest<Empty<Bytes>>> {
+    fn pop_idle(&self) -> Option<Open> {
         self.idle.borrow_mut().pop()
     }
 
@@ -228,7 +247,7 @@ impl Host {
                 Ok(()) | Err(Err(_)) => return,
             }
         }
-        self.idle.borrow_mut().push(free.sender);
+        self.idle.borrow_mut().push(free.open);
     }
 
     fn open_for_waiters(self: &Rc<Self>) {
@@ -246,9 +265,9 @@ impl Host {
             let opened = host.connect().await;
             host.opening.set(host.opening.get() - 1);
             match opened {
-                Ok(sender) => {
+                Ok(open) => {
                     add(&host.counters.connections, 1);
-                    host.offer(Free { sender, used: false });
+                    host.offer(Free { open, used: false });
                 }
                 Err(error) => {
                     host.count.set(host.count.get().saturating_sub(1));
@@ -263,12 +282,16 @@ impl Host {
         });
     }
 
-    async fn connect(&self) -> io::Result<SendRequest<Empty<Bytes>>> {
+    async fn connect(&self) -> io::Result<Open> {
         let addresses = self.resolve().await?;
         let mut last = io::Error::other("the name has no address");
         for address in &addresses {
-            match timeout(self.connect_timeout, self.connect_to(*address)).await {
-                Ok(Ok(sender)) => return Ok(sender),
+            let connecting = Box::pin(timeout(self.connect_timeout, self.connect_to(*address)));
+            match noting(|| self.place(), "no connection yet", connecting).await {
+                Ok(Ok(sender)) => {
+                    let peer = self.proxy.is_none().then(|| address.ip());
+                    return Ok(Open { sender, peer });
+                }
                 Ok(Err(error)) => last = io::Error::new(error.kind(), format!("{address}: {error}")),
                 Err(_) => last = io::Error::new(io::ErrorKind::TimedOut, format!("{address}: no connection in time")),
             }
@@ -276,6 +299,11 @@ impl Host {
         // Addresses that did not work are looked up again.
         self.addresses.borrow_mut().take();
         Err(last)
+    }
+
+    /// For messages.
+    fn place(&self) -> String {
+        format!("{}:{}", self.key.host, self.key.port)
     }
 
     /// The proxy that requests are sent to as they are, if it is one that forwards: for plain HTTP.
@@ -337,6 +365,14 @@ impl Host {
         Ok(sender)
     }
 
+    /// What of the addresses found may be connected to. Of a host behind a proxy they are the proxy's, which the person named.
+    fn within_reach(&self, found: Vec<SocketAddr>) -> io::Result<Vec<SocketAddr>> {
+        if self.proxy.is_some() {
+            return Ok(found);
+        }
+        self.key.reach.filter(found.into_iter()).map_err(io::Error::other)
+    }
+
     async fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
         if let Some((when, addresses)) = &*self.addresses.borrow()
             && when.elapsed() < ADDRESSES_KEPT
@@ -349,8 +385,9 @@ impl Host {
         };
         let host = host.trim_matches(['[', ']']).to_owned();
         let looking = runtime::blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
-        let addresses = match timeout(self.connect_timeout, looking).await {
-            Ok(Ok(found)) => found?,
+        let looking = timeout(self.connect_timeout, looking);
+        let addresses = match noting(|| self.place(), "its name has no address yet", looking).await {
+            Ok(Ok(found)) => self.within_reach(found?)?,
             Ok(Err(error)) => return Err(io::Error::other(error)),
             Err(_) => {
                 return Err(io::Error::new(

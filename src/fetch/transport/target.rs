@@ -11,7 +11,7 @@ use url::Url;
 use super::pool::HostKey;
 use crate::fetch::StartError;
 use crate::http::tls::Trust;
-use crate::http::{Encoding, Error, Validator, expiry};
+use crate::http::{Encoding, Error, Reach, Validator, expiry};
 use crate::source::SourceError;
 use crate::source::registry::{BlobAccess, BlobLocation};
 use crate::source::{self, Blob};
@@ -31,7 +31,7 @@ pub(crate) struct Endpoint {
 
 impl Endpoint {
     fn new(url: Url, headers: Vec<(HeaderName, HeaderValue)>) -> Result<Self, String> {
-        HostKey::of(&url, &Trust::default()).ok_or("only http:// and https:// can be fetched")?;
+        HostKey::of(&url, &Trust::default(), Reach::Anywhere).ok_or("only http:// and https:// can be fetched")?;
         Ok(Self {
             url,
             headers,
@@ -73,10 +73,19 @@ pub(crate) struct RemoteLayer {
     pub(crate) size: u64,
     pub(crate) validator: Option<Validator>,
     location: Location,
-    /// Where the last redirect led, and until when that works.
-    target: RefCell<Option<(Url, Option<SystemTime>)>>,
+    /// Where the last redirect led.
+    target: RefCell<Option<Target>>,
     /// When wrong bytes last came from it.
     distrusted: Cell<Option<Instant>>,
+}
+
+/// Where a redirect led.
+struct Target {
+    url: Url,
+    /// How far it was allowed to lead.
+    reach: Reach,
+    /// Until when it works, where that is known.
+    until: Option<SystemTime>,
 }
 
 enum Location {
@@ -84,6 +93,7 @@ enum Location {
         endpoint: Rc<Endpoint>,
         /// The `Content-Encoding` with which it was found.
         encoding: Option<String>,
+        private_redirects: bool,
     },
     Registry(Box<RegistryBlob>),
 }
@@ -119,6 +129,7 @@ impl RemoteLayer {
                 let location = Location::Url {
                     endpoint: Rc::new(endpoint),
                     encoding: at.encoding.clone(),
+                    private_redirects: at.private_redirects,
                 };
                 (location, at.validator.clone())
             }
@@ -153,6 +164,14 @@ impl RemoteLayer {
             Location::Url { encoding, .. } => Encoding::Same(encoding.as_deref()),
             // A digest decides.
             Location::Registry(_) => Encoding::Any,
+        }
+    }
+
+    /// Whether redirects to addresses inside are followed, whoever sends them.
+    pub(crate) fn allows_private_redirects(&self) -> bool {
+        match &self.location {
+            Location::Url { private_redirects, .. } => *private_redirects,
+            Location::Registry(in_registry) => in_registry.access.allows_private_redirects(),
         }
     }
 
@@ -200,13 +219,13 @@ impl RemoteLayer {
     /// if there is one, because another try would get the same bad copy. Wrong bytes that still arrive from requests made
     /// before do not count against the new endpoint.
     pub(crate) fn distrust(&self) {
+        self.target.borrow_mut().take();
         let now = Instant::now();
         let again = self.distrusted.get().is_some_and(|when| now - when < STRAGGLERS);
         if again {
             return;
         }
         self.distrusted.set(Some(now));
-        self.target.borrow_mut().take();
         if let Location::Registry(in_registry) = &self.location {
             let endpoint = in_registry.endpoint.borrow().clone();
             if let Some(endpoint) = endpoint {
@@ -215,22 +234,24 @@ impl RemoteLayer {
         }
     }
 
-    /// Where a redirect led before, if that should still work.
-    pub(crate) fn target(&self) -> Option<Url> {
+    /// Where a redirect led before, if that should still work, and how far it may lead.
+    pub(crate) fn target(&self) -> Option<(Url, Reach)> {
         let target = self.target.borrow();
-        let (url, until) = target.as_ref()?;
-        until.is_none_or(|until| SystemTime::now() < until).then(|| url.clone())
+        let Target { url, reach, until } = target.as_ref()?;
+        until
+            .is_none_or(|until| SystemTime::now() < until)
+            .then(|| (url.clone(), *reach))
     }
 
     /// Remembers where a redirect led, for as long as its URL is valid or until it fails.
-    pub(crate) fn keep_target(&self, url: Url) {
+    pub(crate) fn keep_target(&self, url: Url, reach: Reach) {
         let until = expiry::of_url(&url, SystemTime::now());
-        *self.target.borrow_mut() = Some((url, until));
+        *self.target.borrow_mut() = Some(Target { url, reach, until });
     }
 
     /// Forgets a redirect, unless another request has replaced it meanwhile.
     pub(crate) fn forget_target(&self, url: &Url) {
-        self.target.borrow_mut().take_if(|(kept, _)| kept == url);
+        self.target.borrow_mut().take_if(|kept| kept.url == *url);
     }
 }
 

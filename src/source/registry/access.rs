@@ -15,7 +15,7 @@ use super::credentials::Keyring;
 use super::session::{Effort, Grant, Need, RepositorySpec, Session, State, lock};
 use crate::digest::Digest;
 use crate::http::tls::Trust;
-use crate::http::{ByteRange, expiry, runtime, without_secrets};
+use crate::http::{ByteRange, Reach, expiry, runtime, without_secrets};
 use crate::source::error::SourceError;
 
 /// A blob in a registry, and all that is needed to ask for it for as long as a device lives: endpoints, credentials and where
@@ -34,7 +34,10 @@ pub struct BlobAccess {
 #[derive(Clone)]
 struct Target {
     at: usize,
+    /// The URL that led there.
+    from: Url,
     url: Url,
+    reach: Reach,
     until: Option<SystemTime>,
 }
 
@@ -156,6 +159,12 @@ impl BlobAccess {
         ))
     }
 
+    /// Whether redirects to addresses inside are followed, whoever sends them.
+    #[must_use]
+    pub fn allows_private_redirects(&self) -> bool {
+        self.session.spec.http.private_redirects
+    }
+
     /// Whether more than one endpoint may have it.
     #[must_use]
     pub fn has_alternatives(&self) -> bool {
@@ -263,7 +272,11 @@ impl BlobAccess {
         let make = ranged(range);
         let kept = lock(&self.target).clone();
         if let Some(target) = kept.filter(|target| target.until.is_none_or(|until| SystemTime::now() < until)) {
-            match self.session.ask_target(target.at, &target.url, &make).await {
+            match self
+                .session
+                .ask_target(target.at, &target.from, (&target.url, target.reach), &make)
+                .await
+            {
                 Ok(response) if usable(response.status()) => return Ok(response),
                 // Expired, or gone: the registry that redirected there gives a new one.
                 Ok(_) | Err(_) => *lock(&self.target) = None,
@@ -293,13 +306,15 @@ impl BlobAccess {
             .await?;
         let (response, led_to) = self.session.follow_redirects(at, &url, response, &grant, make).await?;
         if !usable(response.status()) {
-            let place = led_to.unwrap_or(url);
+            let place = led_to.map_or(url, |(place, _)| place);
             return Err(refusal(&place, response, &self.session.spec.http, BLOB_ABSENT).await);
         }
-        *lock(&self.target) = led_to.map(|url| Target {
+        *lock(&self.target) = led_to.map(|(target, reach)| Target {
             at,
-            until: expiry::of_url(&url, SystemTime::now()),
-            url,
+            from: url,
+            until: expiry::of_url(&target, SystemTime::now()),
+            url: target,
+            reach,
         });
         Ok(response)
     }

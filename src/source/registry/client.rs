@@ -17,7 +17,7 @@ use super::reference::{Reference, Version, check_tag};
 use super::session::{Effort, Need, RepositorySpec, Session};
 use super::{RegistryOptions, SmallBlobCache};
 use crate::digest::{Algorithm, Digest};
-use crate::http::{self, Backoff, runtime, shown_url};
+use crate::http::{self, Backoff, Reach, runtime, shown_url};
 use crate::source::error::{SourceError, wait_after};
 
 /// So long an answer to what is optional is waited for: many round trips of a long way, and no more than a person takes for one
@@ -357,7 +357,8 @@ impl Registry {
                 return self.refused(&url, response).await;
             }
             let place = upload_place(&url, response.headers())?;
-            self.put_blob(at, &url, place, digest, bytes.clone()).await
+            let reach = self.session.reach_of(&url, &response);
+            self.put_blob(at, &url, (place, reach), digest, bytes.clone()).await
         })
     }
 
@@ -375,7 +376,7 @@ impl Registry {
         &self,
         at: usize,
         own: &Url,
-        mut place: Url,
+        (mut place, reach): (Url, Reach),
         digest: &Digest,
         bytes: bytes::Bytes,
     ) -> Result<(), SourceError> {
@@ -390,7 +391,7 @@ impl Registry {
         let response = if place.origin() == own.origin() {
             self.session.send(at, Need::Push, &place, None, &make).await?.0
         } else {
-            self.session.ask_target(at, &place, &make).await?
+            self.session.ask_target(at, own, (&place, reach), &make).await?
         };
         self.taken(&place, response, "blob that was pushed", |taken| taken == digest)
             .await

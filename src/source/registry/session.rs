@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, HeaderValue};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use url::Url;
@@ -21,7 +21,7 @@ use super::answer::{LONGEST_ANSWER, body, explanation, refusal};
 use super::challenge::{Challenge, Token, TokenAnswer};
 use super::credentials::{Keyring, Login};
 use super::hosts::Endpoint;
-use crate::http::{self, HttpOptions, Kind, Opener, Secret, shown_url};
+use crate::http::{self, HttpOptions, Kind, Opener, Reach, Redirects, Secret, shown_url};
 use crate::source::error::SourceError;
 
 /// An endpoint that failed is not asked first again for this long.
@@ -59,10 +59,6 @@ pub(super) struct Session {
 struct Host {
     /// For itself alone, and what opens connections ahead.
     clients: OnceLock<(Client, Opener)>,
-    /// For its token server, if that is elsewhere.
-    token_client: OnceLock<Client>,
-    /// For whom it redirects to, if it has authorities of its own.
-    redirect_client: OnceLock<Client>,
     state: Mutex<State>,
     /// Held while one request finds out how to log in, so that the others wait for it.
     entering: tokio::sync::Mutex<()>,
@@ -80,6 +76,9 @@ pub(super) struct State {
     /// Its base, once it is known whether it speaks TLS.
     base: Option<Url>,
     challenge: Option<Challenge>,
+    /// Where the token server that the challenge names may be.
+    #[serde(default)]
+    reach: Reach,
     login: Option<Login>,
     tokens: HashMap<String, Token>,
     #[serde(skip)]
@@ -202,23 +201,23 @@ impl Session {
         Ok(self.hosts[at].clients.get_or_init(|| clients).clone())
     }
 
-    /// The client for the token server that an endpoint names, whom it is trusted like the endpoint itself.
-    fn token_client(&self, at: usize, realm: &Url) -> Result<Client, SourceError> {
-        let endpoint = &self.spec.endpoints[at];
+    /// The client for the token server that an endpoint names, which is trusted like the endpoint itself, and may be where that
+    /// may lead.
+    fn token_client(&self, at: usize, realm: &Url, reach: Reach) -> Result<Client, SourceError> {
+        let (endpoint, secure) = (&self.spec.endpoints[at], realm.scheme() == "https");
         let base = lock(&self.hosts[at].state).base.clone();
-        if base.as_ref().unwrap_or(&endpoint.base).origin() == realm.origin() {
-            return self.client(at, realm.scheme() == "https");
+        let own = base.as_ref().unwrap_or(&endpoint.base).origin() == realm.origin();
+        let reach = reach.unless_proxied(realm);
+        if own && reach == Reach::Anywhere {
+            return self.client(at, secure);
         }
-        if let Some(client) = self.hosts[at].token_client.get() {
-            return Ok(client.clone());
-        }
-        let client = http::build(&endpoint.trust, realm.scheme() == "https", &self.spec.http.timeouts)?;
-        Ok(self.hosts[at].token_client.get_or_init(|| client).clone())
+        let client = http::client_within(reach, &endpoint.trust, secure, &self.spec.http.timeouts)?;
+        Ok(client)
     }
 
-    /// The place of the client for whom an endpoint redirects to.
-    pub(super) fn redirect_client(&self, at: usize) -> &OnceLock<Client> {
-        &self.hosts[at].redirect_client
+    /// Where the server that gave this answer to a request to `url` may lead.
+    pub(super) fn reach_of(&self, url: &Url, response: &Response) -> Reach {
+        Reach::of_server(url, http::peer(url, response), self.spec.http.private_redirects)
     }
 
     /// The URL of something in the repository: `manifests/latest`.
@@ -335,7 +334,7 @@ impl Session {
         let Ok(response) = self.exchange(&url, request).await else {
             return false;
         };
-        self.learn(at, &url, response.headers(), response.status());
+        self.learn(at, &url, &response);
         let mut state = lock(&host.state);
         if let Some(Challenge::Bearer { scope, .. }) = &mut state.challenge {
             // Whatever it is for, it is not for this repository.
@@ -345,14 +344,16 @@ impl Session {
     }
 
     /// Notes what an answer says about how to be let in.
-    fn learn(&self, at: usize, url: &Url, headers: &HeaderMap, status: StatusCode) {
+    fn learn(&self, at: usize, url: &Url, response: &Response) {
+        let status = response.status();
         let mut state = lock(&self.hosts[at].state);
         state.asked = true;
         state.admitted |= status.is_success() || status.is_redirection();
         if status == StatusCode::UNAUTHORIZED
-            && let Some(challenge) = Challenge::of(headers, url)
+            && let Some(challenge) = Challenge::of(response.headers(), url)
         {
             state.challenge = Some(challenge);
+            state.reach = self.reach_of(url, response);
         }
     }
 
@@ -377,7 +378,7 @@ impl Session {
             let request = self.request(at, url, grant.authorization.as_ref(), make)?;
             let response = self.exchange(url, request).await?;
             let status = response.status();
-            self.learn(at, url, response.headers(), status);
+            self.learn(at, url, &response);
             let refused = status == StatusCode::UNAUTHORIZED || status == StatusCode::FORBIDDEN;
             let hidden = (refused || status == StatusCode::NOT_FOUND)
                 && grant.authorization.is_none()
@@ -550,7 +551,10 @@ impl Session {
             name: shown_url(url),
             why: why.to_owned(),
         };
-        let challenge = lock(&self.hosts[at].state).challenge.clone();
+        let (challenge, reach) = {
+            let known = lock(&self.hosts[at].state);
+            (known.challenge.clone(), known.reach)
+        };
         let granted = |authorization, until| Grant {
             authorization: Some(authorization),
             until,
@@ -577,7 +581,14 @@ impl Session {
                     need != Need::Push || scope.rsplit(':').next().is_some_and(|actions| actions.contains("push"))
                 });
                 let scope = scope.unwrap_or_else(|| wanted.clone());
-                let token = self.token(at, &realm, service.as_deref(), &scope, login).await?;
+                reach.check(url, &realm)?;
+                let token = self.token(at, &realm, reach, service.as_deref(), &scope, login).await;
+                let token = token.map_err(|failure| match failure {
+                    SourceError::Http(failure) => Redirects::resumed(url.clone(), realm.clone(), reach)
+                        .explain(failure)
+                        .into(),
+                    other => other,
+                })?;
                 let authorization = bearer(&token.secret)?;
                 let until = Some(token.until);
                 lock(&self.hosts[at].state).tokens.insert(wanted, token);
@@ -591,11 +602,12 @@ impl Session {
         &self,
         at: usize,
         realm: &Url,
+        reach: Reach,
         service: Option<&str>,
         scope: &str,
         login: &Login,
     ) -> Result<Token, SourceError> {
-        let client = self.token_client(at, realm)?;
+        let client = self.token_client(at, realm, reach)?;
         let asked = SystemTime::now();
         let mut pairs: Vec<(&str, &str)> = service.map(|service| ("service", service)).into_iter().collect();
         let request = if let Login::Identity(secret) = login {

@@ -1,0 +1,188 @@
+//! What this process waits for on the network right now. In: requests that failed and will be sent again, requests that are not
+//! answered. Out: a list for progress, messages and statistics: what, since when, why, and when it is asked again.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::span::Span;
+
+/// What has been waited for this long is said; all that is shorter is how networks are.
+pub(crate) const WORTH_SAYING: Duration = Duration::from_millis(1500);
+/// No pause is said to be longer, so that times do not overflow.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Something that does not come, for now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// What it is for: a URL or a blob's name, without secrets.
+    pub place: String,
+    /// Why it has to wait: what went wrong last.
+    pub why: String,
+    /// Since when nothing of it came.
+    pub since: Instant,
+    /// When it is asked for again; none while a request is under way that is not answered yet.
+    pub until: Option<Instant>,
+}
+
+impl Waiting {
+    /// How long until it is asked for again; zero while a request is under way.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+        left.unwrap_or_default()
+    }
+
+    /// How long nothing of it has come.
+    #[must_use]
+    pub fn lasted(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    fn is_worth_saying(&self) -> bool {
+        let end = self.until.unwrap_or(self.since).max(Instant::now());
+        end.saturating_duration_since(self.since) >= WORTH_SAYING
+    }
+}
+
+/// `registry.example/x: the server says 429 Too Many Requests; waiting for 12s, asking again in 30s`.
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}; waiting", self.place, self.why)?;
+        if self.lasted() >= WORTH_SAYING {
+            write!(f, " for {}", Span(self.lasted()))?;
+        }
+        match self.left() {
+            left if left.is_zero() => Ok(()),
+            left => write!(f, ", asking again in {}", Span(left)),
+        }
+    }
+}
+
+/// All waits of this process, each with a number.
+static WAITS: Mutex<(u64, Vec<(u64, Waiting)>)> = Mutex::new((0, Vec::new()));
+
+fn with<T>(change: impl FnOnce(&mut (u64, Vec<(u64, Waiting)>)) -> T) -> T {
+    change(&mut WAITS.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// What this process waits for and has waited for long enough to be told of it, the same thing once. First what is asked again
+/// last, and of what is under way what was begun first.
+#[must_use]
+pub fn waiting() -> Vec<Waiting> {
+    let mut all: Vec<Waiting> = with(|waits| waits.1.iter().map(|(_, wait)| wait.clone()).collect());
+    all.retain(Waiting::is_worth_saying);
+    all.sort_by_key(|wait| (std::cmp::Reverse(wait.left()), wait.since));
+    let mut seen = HashSet::new();
+    all.retain(|wait| seen.insert((wait.place.clone(), wait.why.clone())));
+    all
+}
+
+/// An entry of [`waiting`], as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Wait(u64);
+
+impl Wait {
+    /// Notes that nothing of `place` has come since `since`, because of `why`.
+    pub(crate) fn begin(place: &str, why: &str, since: Instant) -> Self {
+        let wait = Waiting {
+            place: place.to_owned(),
+            why: why.to_owned(),
+            since,
+            until: None,
+        };
+        with(|(last, waits)| {
+            *last += 1;
+            waits.push((*last, wait));
+            Self(*last)
+        })
+    }
+
+    /// It went wrong, for the first time or again: it is asked for again after `pause`.
+    pub(crate) fn pause(&self, place: &str, why: &str, pause: Duration) {
+        with(|(_, waits)| {
+            if let Some((_, wait)) = waits.iter_mut().find(|(number, _)| *number == self.0) {
+                place.clone_into(&mut wait.place);
+                why.clone_into(&mut wait.why);
+                wait.until = Instant::now().checked_add(pause.min(LONGEST));
+            }
+        });
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        with(|(_, waits)| waits.retain(|(number, _)| *number != self.0));
+    }
+}
+
+/// Waits for `future`, which is to bring something of `place`, on tokio's timer; after a moment it is an entry of [`waiting`].
+pub(crate) async fn noting<F: Future>(place: impl FnOnce() -> String, why: &str, future: F) -> F::Output {
+    noting_after(WORTH_SAYING, place, why, future).await
+}
+
+async fn noting_after<F: Future>(moment: Duration, place: impl FnOnce() -> String, why: &str, future: F) -> F::Output {
+    let since = Instant::now();
+    let mut future = pin!(future);
+    if let Ok(output) = tokio::time::timeout(moment, future.as_mut()).await {
+        return output;
+    }
+    let _wait = Wait::begin(&place(), why, since);
+    future.await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(place: &str) -> Vec<Waiting> {
+        let mut all = waiting();
+        all.retain(|wait| wait.place == place);
+        all
+    }
+
+    #[test]
+    fn what_takes_long_is_known_while_it_lasts() {
+        let now = Instant::now();
+        let long_ago = now.checked_sub(Duration::from_millis(12_500)).unwrap();
+        let (long, again) = (Wait::begin("a", "busy", now), Wait::begin("a", "busy", now));
+        long.pause("a", "busy", Duration::from_secs(30));
+        again.pause("a", "busy", Duration::from_secs(10));
+        let short = Wait::begin("a", "slow", now);
+        short.pause("a", "slow", Duration::from_millis(1));
+        let other = Wait::begin("a", "no answer", long_ago);
+        let all = of("a");
+        assert_eq!(all.len(), 2, "{all:?}");
+        assert!(all[0].left() > Duration::from_secs(20), "{all:?}");
+        assert_eq!(all[0].to_string(), "a: busy; waiting, asking again in 30s");
+        assert_eq!(all[1].to_string(), "a: no answer; waiting for 13s");
+        other.pause("a", "gone", Duration::from_secs(60));
+        assert_eq!(of("a")[0].to_string(), "a: gone; waiting for 13s, asking again in 60s");
+        drop((long, again, other, short));
+        assert!(of("a").is_empty());
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_is_known_after_a_moment() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let known = || with(|waits| waits.1.iter().filter(|(_, wait)| wait.place == "b").count());
+        let moment = Duration::from_millis(10);
+        runtime.block_on(async {
+            let name = || "b".to_owned();
+            let quick = async { known() };
+            assert_eq!(noting_after(moment, name, "no answer", quick).await, 0);
+            let slow = async {
+                tokio::time::sleep(moment * 3).await;
+                known()
+            };
+            assert_eq!(noting_after(moment, name, "no answer", slow).await, 1);
+            assert_eq!(known(), 0);
+        });
+    }
+}
