@@ -116,6 +116,14 @@ pub enum DeviceError {
     /// The ublk driver refused something.
     #[error("ublk: {0}")]
     Ublk(String),
+    /// A ublk device that can never be taken over by another server, only deleted.
+    #[error("ublk: device {id} cannot be served again: {cause}")]
+    UblkLost {
+        /// The driver's number of the device.
+        id: u32,
+        /// What is the matter with it.
+        cause: String,
+    },
     /// The kernel has no FUSE or no loop devices, or they may not be used.
     #[error("no FUSE under a loop device: {0}")]
     NoLoop(String),

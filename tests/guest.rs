@@ -69,7 +69,12 @@ fn in_guest(name: &str, seconds: u32, program: &Path, arguments: &[&OsStr]) {
     let mut command = tools_guest();
     command.args(["--timeout", &seconds.to_string(), "--memory", GUEST_MIB]);
     command.arg("--env").arg(format!("{INSIDE}={GUEST_DIR}"));
-    for name in ["TARBLK_TEST_LAYER", "TARBLK_TEST_IMAGES"] {
+    for name in [
+        "TARBLK_TEST_LAYER",
+        "TARBLK_TEST_IMAGES",
+        "TARBLK_TEST_KILLS",
+        "TARBLK_TEST_SEED",
+    ] {
         if let Some(value) = std::env::var_os(name) {
             let mut variable = OsString::from(format!("{name}="));
             variable.push(&value);
@@ -110,6 +115,18 @@ fn the_cases_of_a_device_pass_on_ublk() {
     }
     let program = built_test("device_ublk");
     in_guest(NAME, 200, &program, &[]);
+}
+
+/// As `the_cases_of_a_device_pass_on_ublk`: servers that are killed and followed by others.
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn devices_are_taken_over_from_killed_servers() {
+    const NAME: &str = "devices_are_taken_over_from_killed_servers";
+    if rustix::process::geteuid().is_root() && ublk::preflight().is_ok() {
+        return eprintln!("{NAME}: this kernel has ublk, so ublk_recovery has run them");
+    }
+    let program = built_test("ublk_recovery");
+    in_guest(NAME, 300, &program, &[]);
 }
 
 /// Where cargo has put another test program of this package.

@@ -11,6 +11,7 @@
 mod completion;
 mod control;
 mod queue;
+mod recovery;
 
 use std::fs;
 use std::io;
@@ -21,6 +22,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use io_uring::IoUring;
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
@@ -28,7 +30,8 @@ use libublk::{UblkError, UblkFlags, sys};
 use super::volume::Volume;
 use super::{DeviceError, DeviceOptions, STOP_GRACE, wait_until};
 use crate::units::BLOCK_SIZE;
-use queue::Completions;
+use control::DeviceState;
+use queue::{QueueControl, StartLine};
 
 const CONTROL: &str = "/dev/ublk-control";
 
@@ -38,20 +41,25 @@ const CREATION_LIMIT: Duration = Duration::from_secs(30);
 /// The largest read the kernel may send in one request, in bytes.
 const MAX_IO_BYTES: u32 = 512 << 10;
 
-/// A running ublk device. Dropping it without [`UblkDevice::stop`] leaves its threads serving.
+/// A running ublk device. Dropping it without [`UblkDevice::stop`] leaves its threads serving; when the process ends, however
+/// it does, the device stays, and reads wait until [`UblkDevice::resume`] in another process.
 #[derive(Debug)]
 pub struct UblkDevice {
     id: u32,
     path: PathBuf,
     volume: Arc<Volume>,
-    completions: Vec<Arc<Completions>>,
+    queues: Queues,
     control: JoinHandle<()>,
     ended: mpsc::Receiver<()>,
 }
 
-/// What the control thread tells while it creates the device.
+/// What this process shares with the threads of a device's queues.
+type Queues = Vec<Arc<QueueControl>>;
+
+/// What the control thread tells while it gets the device.
 enum Progress {
-    Added(u32),
+    /// There is a device that is not served yet.
+    Added(u32, Queues),
     Started,
     Failed(DeviceError),
 }
@@ -81,54 +89,9 @@ impl UblkDevice {
     /// [`DeviceError::NoUblk`] when there is no driver, [`DeviceError::Ublk`] when it refuses or does not come back.
     pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<Self, DeviceError> {
         preflight()?;
-        let completions: Vec<_> = (0..options.queues).map(|_| Completions::new(options.depth)).collect();
-        let (tell, told) = mpsc::channel();
-        let (end, ended) = mpsc::channel();
-        let control = {
-            let (volume, options, completions) = (Arc::clone(volume), options.clone(), completions.clone());
-            thread::Builder::new()
-                .name("ublk-control".to_owned())
-                .spawn(move || {
-                    if let Err(error) = run(&volume, &options, &completions, &tell) {
-                        let _ = tell.send(Progress::Failed(error));
-                    }
-                    drop(end);
-                })
-                .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?
-        };
-        let mut id = None;
-        let deadline = Instant::now() + CREATION_LIMIT;
-        loop {
-            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Progress::Added(new)) => id = Some(new),
-                Ok(Progress::Failed(error)) => return Err(error),
-                Ok(Progress::Started) => break,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(DeviceError::Ublk("its control thread died".to_owned()));
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    let stage = if id.is_some() {
-                        "start the device"
-                    } else {
-                        "add a device"
-                    };
-                    return Err(DeviceError::Ublk(format!(
-                        "the driver did not {stage} within {} s; kernels 6.18.4, 6.18.5 and some 6.17 hang here and need \
-                         an update, and until the next boot `--backend loop`",
-                        CREATION_LIMIT.as_secs()
-                    )));
-                }
-            }
-        }
-        let id = id.ok_or_else(|| DeviceError::Ublk("the driver started a device without a number".to_owned()))?;
-        let device = Self {
-            id,
-            path: path_of(id),
-            volume: Arc::clone(volume),
-            completions,
-            control,
-            ended,
-        };
+        let (shared, chosen) = (Arc::clone(volume), options.clone());
+        let device = Self::launch(volume, CREATION_LIMIT, move |tell| create(&shared, &chosen, tell))
+            .map_err(|failure| failure.unwrap_or_else(|| stuck("add or start a device", CREATION_LIMIT)))?;
         if !wait_until(Duration::from_secs(5), || is_block_device(&device.path)) {
             let path = device.path.display().to_string();
             let _ = device.stop();
@@ -138,6 +101,66 @@ impl UblkDevice {
         }
         super::queue_sysfs(&device.path, options);
         Ok(device)
+    }
+
+    /// Takes over device `id`, whose server is gone or about to be: `volume`, which must be the image that it was started
+    /// with, answers the reads that wait. The device keeps its queues and the size of its requests, whatever `options` say.
+    ///
+    /// # Errors
+    /// [`DeviceError::UblkLost`] when the device can only be deleted ([`delete_dead`]). [`DeviceError::Ublk`] when another
+    /// process serves it, when it is another image's, or when the driver refuses or does not come back: then the device is as
+    /// it was, and reads wait on.
+    pub fn resume(volume: &Arc<Volume>, options: &DeviceOptions, id: u32) -> Result<Self, DeviceError> {
+        preflight()?;
+        let (shared, chosen) = (Arc::clone(volume), options.clone());
+        let limit = recovery::LIMIT + CREATION_LIMIT;
+        Self::launch(volume, limit, move |tell| take_over(&shared, &chosen, id, tell))
+            .map_err(|failure| failure.unwrap_or_else(|| stuck(&format!("give us device {id}"), limit)))
+    }
+
+    /// Runs `control` on a thread of its own, which gets a device and serves it to its end. Fails with nothing when that takes
+    /// longer than `limit`; the thread then gives its device up as soon as it has it.
+    fn launch(
+        volume: &Arc<Volume>,
+        limit: Duration,
+        control: impl FnOnce(&mpsc::Sender<Progress>) -> Result<(), DeviceError> + Send + 'static,
+    ) -> Result<Self, Option<DeviceError>> {
+        let (tell, told) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
+        let control = thread::Builder::new()
+            .name("ublk-control".to_owned())
+            .spawn(move || {
+                if let Err(error) = control(&tell) {
+                    let _ = tell.send(Progress::Failed(error));
+                }
+                drop(end);
+            })
+            .map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?;
+        let mut added = None;
+        let deadline = Instant::now() + limit;
+        let (id, queues) = loop {
+            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Progress::Added(id, queues)) => added = Some((id, queues)),
+                Ok(Progress::Failed(error)) => return Err(Some(error)),
+                Ok(Progress::Started) => {
+                    break added
+                        .take()
+                        .ok_or_else(|| DeviceError::Ublk("the driver started a device without a number".to_owned()))?;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Some(DeviceError::Ublk("its control thread died".to_owned())));
+                }
+                Err(RecvTimeoutError::Timeout) => return Err(None),
+            }
+        };
+        Ok(Self {
+            id,
+            path: path_of(id),
+            volume: Arc::clone(volume),
+            queues,
+            control,
+            ended,
+        })
     }
 
     /// The block device.
@@ -164,6 +187,9 @@ impl UblkDevice {
     /// [`DeviceError::Ublk`] when the driver does not let go in time.
     pub fn stop(self) -> Result<(), DeviceError> {
         let id = self.id;
+        for queue in &self.queues {
+            queue.stop();
+        }
         // STOP_DEV returns once every request is answered, so it may not run on a thread that has to see to that.
         thread::Builder::new()
             .name("ublk-stop".to_owned())
@@ -179,8 +205,8 @@ impl UblkDevice {
             self.ended.recv_timeout(grace.saturating_duration_since(Instant::now()))
         {
             self.volume.close();
-            for completions in &self.completions {
-                completions.give_up();
+            for queue in &self.queues {
+                queue.give_up();
             }
             grace = Instant::now() + Duration::from_millis(200);
             if Instant::now() > deadline {
@@ -196,6 +222,37 @@ impl UblkDevice {
             )))
         }
     }
+
+    /// Stops serving without stopping the device, for the process that is to go on with it ([`UblkDevice::resume`]): its number.
+    /// Reads that are not answered yet wait.
+    ///
+    /// # Errors
+    /// [`DeviceError::Ublk`] when the queues do not end in time; when this process ends they will.
+    pub fn hand_over(self) -> Result<u32, DeviceError> {
+        for queue in &self.queues {
+            queue.leave();
+        }
+        if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(CREATION_LIMIT) {
+            return Err(DeviceError::Ublk(format!(
+                "the queues of device {} do not end",
+                self.id
+            )));
+        }
+        let _ = self.control.join();
+        let at_rest = || control::info(self.id).is_ok_and(|info| info.state != DeviceState::Live);
+        if !wait_until(STOP_GRACE, at_rest) {
+            log::warn!("the driver takes its time to put device {} to rest", self.id);
+        }
+        Ok(self.id)
+    }
+}
+
+fn stuck(what: &str, limit: Duration) -> DeviceError {
+    DeviceError::Ublk(format!(
+        "the driver did not {what} within {} s; kernels 6.18.4, 6.18.5 and some 6.17 hang here and need an update, and until \
+         the next boot `--backend loop`",
+        limit.as_secs()
+    ))
 }
 
 /// Deletes a device that its server, process `server`, left behind.
@@ -230,7 +287,7 @@ fn of_dead(
     }
     let info = control::info(id).map_err(|error| DeviceError::Ublk(format!("cannot ask for device {id}: {error}")))?;
     // The driver says -1 for a server that is gone.
-    if info.live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
+    if info.state == DeviceState::Live && u32::try_from(info.server).is_ok_and(|now| now != 0 && now != server) {
         return Err(DeviceError::Ublk(format!(
             "device {id} belongs to process {} now",
             info.server
@@ -250,6 +307,12 @@ fn of_dead(
     }
 }
 
+/// Whether device `id` has a server that answers: one whose server is gone lets everything wait that has to be read from it.
+#[must_use]
+pub fn is_served(id: u32) -> bool {
+    control::info(id).is_ok_and(|info| info.state == DeviceState::Live && recovery::process_lives(info.server))
+}
+
 /// Whether the driver knows device `id`.
 #[must_use]
 pub fn exists(id: u32) -> bool {
@@ -261,13 +324,9 @@ fn path_of(id: u32) -> PathBuf {
     PathBuf::from(format!("/dev/ublkb{id}"))
 }
 
-/// The control thread: creates the device, waits until its queues end, deletes it.
-fn run(
-    volume: &Arc<Volume>,
-    options: &DeviceOptions,
-    completions: &[Arc<Completions>],
-    tell: &mpsc::Sender<Progress>,
-) -> Result<(), DeviceError> {
+/// The control thread of a new device: creates it, starts it, and serves it to its end.
+fn create(volume: &Arc<Volume>, options: &DeviceOptions, tell: &mpsc::Sender<Progress>) -> Result<(), DeviceError> {
+    // Until it is disowned, dropping this deletes the device.
     let ctrl = UblkCtrlBuilder::default()
         .name("tarblk")
         .nr_queues(options.queues)
@@ -277,68 +336,164 @@ fn run(
         .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV)
         .build()
         .map_err(|error| failure("add", &error))?;
-    let _ = tell.send(Progress::Added(ctrl.dev_info().dev_id));
-    let size = volume.len();
-    let dev =
-        UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl).map_err(|error| failure("open", &error))?;
-    let dev = Arc::new(dev);
-    let queues = start_queues(&ctrl, &dev, volume, options.pin_queues, completions)?;
-    let started = ctrl.start_dev(&dev).map_err(|error| failure("start", &error));
-    if started.is_ok() {
-        let _ = tell.send(Progress::Started);
+    let id = ctrl.dev_info().dev_id;
+    let served = Served::open(ctrl, volume, options, tell)?;
+    let started = match served.ctrl.start_dev(&served.dev) {
+        // libublk takes "busy" for success.
+        Ok(code) if code < 0 => Err(failure("start", &UblkError::OtherError(code))),
+        Ok(_) => Ok(()),
+        Err(error) => Err(failure("start", &error)),
+    };
+    if started.is_ok() && tell.send(Progress::Started).is_ok() {
+        served.ctrl.disown();
+        log::debug!("ublk device {id} is started");
     } else {
-        // Ends the queues, which wait for requests that will never come.
-        let _ = ctrl.kill_dev();
+        // It is of no use: this ends the queues, which wait for requests that will never come.
+        let _ = served.ctrl.kill_dev();
     }
-    for queue in queues {
-        if queue.join().is_err() {
-            log::error!("a ublk queue thread panicked");
-        }
-    }
-    // The driver deletes a device only after its last user is gone, and `dev` holds it open.
-    drop(dev);
-    drop(ctrl);
-    started.map(drop)
+    served.serve_out();
+    started
 }
 
-/// Starts the queue threads and waits until each has its first requests ready: only then may `START_DEV` be called,
-/// which waits for them without a limit.
-fn start_queues(
-    ctrl: &UblkCtrl,
-    dev: &Arc<UblkDev>,
+/// The control thread of a device that another process started: takes it over and serves it to its end.
+fn take_over(
     volume: &Arc<Volume>,
-    pin: bool,
-    completions: &[Arc<Completions>],
-) -> Result<Vec<JoinHandle<()>>, DeviceError> {
-    let (tell, told) = mpsc::channel();
-    let mut queues = Vec::new();
-    for (id, completions) in (0u16..).zip(completions).take(usize::from(dev.dev_info.nr_hw_queues)) {
-        let (dev, volume, completions, tell) = (
-            Arc::clone(dev),
-            Arc::clone(volume),
-            Arc::clone(completions),
-            tell.clone(),
-        );
-        let thread = thread::Builder::new().name(format!("ublk-queue-{id}")).spawn(move || {
-            // Marks the thread as one that memory reclaim waits for, so that it never waits for reclaim itself.
-            let tid = UblkCtrl::init_queue_thread();
-            queue::serve(id, &dev, &volume, &completions, |ready| {
-                let _ = tell.send((id, tid, ready));
-            });
-        });
-        queues.push(thread.map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?);
+    options: &DeviceOptions,
+    id: u32,
+    tell: &mpsc::Sender<Progress>,
+) -> Result<(), DeviceError> {
+    let info = recovery::begin(id, volume.len())?;
+    let ctrl = UblkCtrlBuilder::default()
+        .name("tarblk")
+        .id(i32::try_from(id).map_err(|_| DeviceError::Ublk(format!("there is no device {id}")))?)
+        .nr_queues(info.queues)
+        .depth(info.depth)
+        .io_buf_bytes(info.io_bytes)
+        .dev_flags(UblkFlags::UBLK_DEV_F_RECOVER_DEV)
+        .build()
+        .map_err(|error| failure("give us", &error))?;
+    let served = Served::open(ctrl, volume, options, tell)?;
+    let started = control::end_recovery(id, std::process::id())
+        .map_err(|error| DeviceError::Ublk(format!("the driver did not give us device {id}: {error}")));
+    if started.is_err() || tell.send(Progress::Started).is_err() {
+        served.leave();
     }
-    drop(tell);
-    for _ in 0..queues.len() {
-        let (id, tid, ready) = told
-            .recv()
-            .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
-        ready.map_err(|error| failure("set up a queue of", &error))?;
-        if pin {
-            ctrl.set_thread_affinity(id, tid);
+    served.serve_out();
+    started
+}
+
+/// A device that this process serves, as its control thread has it.
+struct Served {
+    ctrl: UblkCtrl,
+    dev: Arc<UblkDev>,
+    controls: Queues,
+    /// What a thread returns is to be kept until it has ended, and no longer.
+    threads: Vec<JoinHandle<Option<IoUring>>>,
+}
+
+impl Served {
+    /// Opens the device of `ctrl`, and starts its queues.
+    fn open(
+        ctrl: UblkCtrl,
+        volume: &Arc<Volume>,
+        options: &DeviceOptions,
+        tell: &mpsc::Sender<Progress>,
+    ) -> Result<Self, DeviceError> {
+        let info = ctrl.dev_info();
+        let controls: Queues = (0..info.nr_hw_queues)
+            .map(|_| QueueControl::new(info.queue_depth))
+            .collect();
+        let _ = tell.send(Progress::Added(info.dev_id, controls.clone()));
+        let size = volume.len();
+        let dev = UblkDev::new("tarblk".to_owned(), |dev| describe(dev, size), &ctrl)
+            .map_err(|error| failure("open", &error))?;
+        let mut served = Self {
+            ctrl,
+            dev: Arc::new(dev),
+            controls,
+            threads: Vec::new(),
+        };
+        let start_line = StartLine::new(served.controls.len());
+        match served.start_queues(volume, options.pin_queues, &start_line) {
+            Ok(()) => Ok(served),
+            Err(error) => {
+                start_line.call_off();
+                served.leave();
+                served.serve_out();
+                Err(error)
+            }
         }
     }
-    Ok(queues)
+
+    /// Starts the queue threads and waits until each has its first requests ready: only then may `START_DEV` or
+    /// `END_USER_RECOVERY` be called, which wait for them without a limit.
+    fn start_queues(
+        &mut self,
+        volume: &Arc<Volume>,
+        pin: bool,
+        start_line: &Arc<StartLine>,
+    ) -> Result<(), DeviceError> {
+        let (tell, told) = mpsc::channel();
+        for (id, control) in (0u16..).zip(&self.controls) {
+            let (dev, volume, control, start_line, tell) = (
+                Arc::clone(&self.dev),
+                Arc::clone(volume),
+                Arc::clone(control),
+                Arc::clone(start_line),
+                tell.clone(),
+            );
+            let thread = thread::Builder::new().name(format!("ublk-queue-{id}")).spawn(move || {
+                // Marks the thread as one that memory reclaim waits for, so that it never waits for reclaim itself.
+                let tid = UblkCtrl::init_queue_thread();
+                queue::serve(id, &dev, &volume, &control, &start_line, |ready| {
+                    let _ = tell.send((id, tid, ready));
+                })
+            });
+            self.threads
+                .push(thread.map_err(|error| DeviceError::Ublk(format!("cannot start a thread: {error}")))?);
+        }
+        drop(tell);
+        for _ in 0..self.threads.len() {
+            let (id, tid, ready) = told
+                .recv()
+                .map_err(|_| DeviceError::Ublk("a queue thread died".to_owned()))?;
+            ready.map_err(|error| failure("set up a queue of", &error))?;
+            if pin {
+                self.ctrl.set_thread_affinity(id, tid);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the queues without stopping the device.
+    fn leave(&self) {
+        for control in &self.controls {
+            control.leave();
+        }
+    }
+
+    /// Waits until the queues end, and deletes the device if that is because it was stopped.
+    fn serve_out(self) {
+        let Self { ctrl, dev, threads, .. } = self;
+        for thread in threads {
+            if thread.join().is_err() {
+                log::error!("a ublk queue thread panicked");
+            }
+        }
+        let id = ctrl.dev_info().dev_id;
+        // The driver deletes a device only after its last user is gone, and `dev` holds it open.
+        drop(dev);
+        drop(ctrl);
+        match control::info(id) {
+            Ok(info) if info.state == DeviceState::Dead => {
+                if let Err(error) = control::delete(id) {
+                    log::debug!("ublk device {id} is deleted by another process: {error}");
+                }
+            }
+            Ok(info) => log::info!("ublk device {id} is left to another server ({:?})", info.state),
+            Err(_) => {}
+        }
+    }
 }
 
 /// The parameters of the device: read-only, blocks of 4096 bytes, and no volatile cache, because there is nothing to flush.

@@ -13,6 +13,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use super::ublk;
+
 /// One use of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum User {
@@ -150,9 +152,22 @@ pub fn mount_points(device: &Path) -> Vec<PathBuf> {
 
 /// Whether something has claimed `device` for itself: a mount in any namespace, swap, another device.
 ///
+/// Never waits for the device. Opening it would, where its server is gone: for the reader of it that was killed and cannot end
+/// (closing a device waits for the reads in flight), or for a look at its partitions. So a ublk device without a server is not
+/// opened; of it, claims that neither sysfs nor any process's mounts show are not seen. Opening for reading makes udev do nothing.
+///
 /// # Errors
 /// When the device cannot be opened for another reason.
 pub fn is_claimed(device: &Path) -> io::Result<bool> {
+    if shows_claim(device) {
+        return Ok(true);
+    }
+    let ublk = device
+        .to_str()
+        .and_then(|path| path.strip_prefix("/dev/ublkb")?.parse().ok());
+    if ublk.is_some_and(|id| ublk::exists(id) && !ublk::is_served(id)) {
+        return Ok(!mount_points(device).is_empty() || !foreign_mounts(device).is_empty());
+    }
     match OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_EXCL | libc::O_CLOEXEC)
@@ -162,6 +177,16 @@ pub fn is_claimed(device: &Path) -> io::Result<bool> {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(true),
         Err(error) => Err(error),
     }
+}
+
+/// Whether sysfs shows that an ext4 filesystem on `device`, in whatever namespace and even where it was unmounted lazily, or
+/// another device has claimed it. Cheap, and touches nothing, so it can be asked again and again: [`is_claimed`], which holds the
+/// device itself for a moment, is for when this says no.
+#[must_use]
+pub fn shows_claim(device: &Path) -> bool {
+    let Some(name) = device.file_name() else { return false };
+    let holders = fs::read_dir(Path::new("/sys/block").join(name).join("holders"));
+    Path::new("/sys/fs/ext4").join(name).exists() || holders.into_iter().flatten().flatten().next().is_some()
 }
 
 /// Everything that uses `device`; empty when nothing does.

@@ -16,6 +16,7 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsRawFd as _, BorrowedFd, RawFd};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -29,33 +30,157 @@ use super::completion::{Completion, RingCallback};
 use crate::cache::Slice;
 use crate::device::stats::ThreadCounters;
 use crate::device::volume::{Found, Gap, GapBytes, ReadError, Scratch, Volume, fill_gaps, to_u64};
+use crate::fetch::FetchError;
+use crate::units::BLOCK_SIZE;
+
+/// [`BLOCK_SIZE`] as a length in memory.
+const BLOCK: usize = 4096;
 
 /// One hit in this many has its time taken.
 const SAMPLE: u32 = 16;
 
-/// What a queue thread shares with the thread that stops the device.
+/// What a queue thread shares with the threads that start and end its device.
 #[derive(Debug)]
-pub(super) struct Completions(Vec<Mutex<Option<Arc<Completion>>>>);
+pub(super) struct QueueControl {
+    /// What each tag waits for, if it does.
+    waits: Vec<Mutex<Option<Arc<Completion>>>>,
+    /// Wakes the queue's thread. None before it serves, and after.
+    bell: Mutex<Option<Arc<Completion>>>,
+    end: AtomicU8,
+}
 
-impl Completions {
+/// How a queue is to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Not yet.
+    NotYet,
+    /// The device is being stopped: every request has to be answered, with an error if need be.
+    Stop,
+    /// Another process will serve the device: requests that are not answered yet are left to it.
+    Leave,
+}
+
+impl QueueControl {
+    /// For a queue of `depth` tags.
     pub(super) fn new(depth: u16) -> Arc<Self> {
-        Arc::new(Self((0..depth).map(|_| Mutex::new(None)).collect()))
+        Arc::new(Self {
+            waits: (0..depth).map(|_| Mutex::new(None)).collect(),
+            bell: Mutex::new(None),
+            end: AtomicU8::new(0),
+        })
     }
 
-    fn set(&self, tag: u16, completion: Option<Arc<Completion>>) {
-        if let Some(slot) = self.0.get(usize::from(tag)) {
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = completion;
+    fn end(&self) -> End {
+        match self.end.load(Ordering::SeqCst) {
+            0 => End::NotYet,
+            1 => End::Stop,
+            _ => End::Leave,
         }
     }
 
-    /// Answers every read that waits for the fetch thread with an error.
+    /// Remembers what `tag` waits for. What is wanted no more does not have to be waited for.
+    fn wait_for(&self, tag: u16, completion: &Arc<Completion>) {
+        if let Some(slot) = self.waits.get(usize::from(tag)) {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(completion));
+        }
+        // After it can be seen by `give_up`, and so not missed by both. Who stops a device gives reads a moment.
+        if self.end() == End::Leave {
+            completion.give_up();
+        }
+    }
+
+    fn arrived(&self, tag: u16) {
+        if let Some(slot) = self.waits.get(usize::from(tag)) {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    /// From now on reads that cannot be answered may fail.
+    pub(super) fn stop(&self) {
+        self.end.store(1, Ordering::SeqCst);
+    }
+
+    /// Ends every wait for the fetch thread without bytes.
     pub(super) fn give_up(&self) {
-        for slot in &self.0 {
+        for slot in &self.waits {
             let completion = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let Some(completion) = completion {
                 completion.give_up();
             }
         }
+    }
+
+    /// Ends the queue's thread without stopping the device: what has not been answered is left to the next server.
+    pub(super) fn leave(&self) {
+        self.end.store(2, Ordering::SeqCst);
+        self.give_up();
+        self.ring();
+    }
+
+    /// Wakes the queue's thread, if it can sleep. Holds the lock meanwhile, so that the thread's ring stays.
+    fn ring(&self) {
+        if let Some(bell) = &*self.bell.lock().unwrap_or_else(PoisonError::into_inner) {
+            bell.give_up();
+        }
+    }
+
+    /// Lets others wake this thread by a message to its ring, until the guard is dropped: the ring ends with the thread.
+    fn hang_bell(&self, bell: Arc<Completion>) -> HungBell<'_> {
+        *self.bell.lock().unwrap_or_else(PoisonError::into_inner) = Some(bell);
+        HungBell(self)
+    }
+}
+
+/// While it lives, a queue's thread can be woken.
+struct HungBell<'a>(&'a QueueControl);
+
+impl Drop for HungBell<'_> {
+    fn drop(&mut self) {
+        *self.0.bell.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Where the queue threads of a device wait for each other before they fetch their first requests.
+///
+/// A process that is killed when some queues have fetched and others have not leaves a device that some kernels (6.16 to
+/// 6.19) can neither give to another server nor delete. So they fetch at the same time, as nearly as can be: it is a matter
+/// of microseconds, and worth spinning for.
+#[derive(Debug)]
+pub(super) struct StartLine {
+    missing: AtomicUsize,
+    called_off: AtomicBool,
+}
+
+impl StartLine {
+    /// For `queues` threads.
+    pub(super) fn new(queues: usize) -> Arc<Self> {
+        Arc::new(Self {
+            missing: AtomicUsize::new(queues),
+            called_off: AtomicBool::new(false),
+        })
+    }
+
+    /// Lets those that wait go without a start.
+    pub(super) fn call_off(&self) {
+        self.called_off.store(true, Ordering::SeqCst);
+    }
+
+    /// Waits for the others; false when one will not come.
+    fn wait(&self) -> bool {
+        self.missing.fetch_sub(1, Ordering::SeqCst);
+        let mut looks = 0u32;
+        while self.missing.load(Ordering::SeqCst) != 0 {
+            if self.called_off.load(Ordering::SeqCst) {
+                return false;
+            }
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(LookOut::PER_YIELD) {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        true
     }
 }
 
@@ -64,8 +189,9 @@ struct QueueContext<'a> {
     queue: UblkQueue<'a>,
     volume: &'a Volume,
     counters: &'a ThreadCounters,
-    completions: &'a Completions,
+    control: &'a QueueControl,
     io_bytes: usize,
+    /// Zeros for the largest request from [`QueueContext::zeros`] on. Never written, so they cost no memory.
     zeros: Box<[u8]>,
     /// Ready to be used, the last used first.
     buffers: RefCell<Vec<IoBuf<u8>>>,
@@ -73,9 +199,18 @@ struct QueueContext<'a> {
     retiring: RefCell<Vec<IoBuf<u8>>>,
     scratch: RefCell<Vec<Scratch<'a>>>,
     sampled: Cell<u32>,
+    /// Requests that a task is about to answer.
+    busy: Cell<usize>,
 }
 
 impl QueueContext<'_> {
+    /// Where zeros are. They begin with a page: the driver may stop copying an answer between pages when this process is
+    /// killed, and then asks the next server for the rest, counted in sectors of 512 bytes.
+    fn zeros(&self) -> *const u8 {
+        let start = self.zeros.as_ptr();
+        start.wrapping_add(start.align_offset(BLOCK))
+    }
+
     fn take_buffer(&self) -> IoBuf<u8> {
         self.buffers
             .borrow_mut()
@@ -90,8 +225,8 @@ impl QueueContext<'_> {
 
 /// How a request is answered: with which bytes, and how many of them or which error.
 enum Answer {
-    /// From a buffer.
-    Buffer(IoBuf<u8>, i32),
+    /// From a buffer, past so many bytes.
+    Buffer(IoBuf<u8>, usize, i32),
     /// Zeros.
     Zeros(i32),
     /// From memory of the fetch room, which this keeps alive until the tag's next request.
@@ -100,32 +235,40 @@ enum Answer {
     Bare(i32),
 }
 
-/// Serves queue `id` until the device is stopped. `ready` is called once, with the reason if the queue could not be set
-/// up, and before anything is served.
+/// Serves queue `id` until the device is stopped, or the queue is to leave it. `ready` is called once, with the reason if the
+/// queue could not be set up, and before anything is served; then it waits at `start_line`.
+///
+/// Returns the ring of a queue that left with fetches in flight. It is to be closed when the thread has ended, whose end ends
+/// them: Linux 6.12 frees requests twice when a ring is closed with fetches in it.
 pub(super) fn serve(
     id: u16,
     dev: &UblkDev,
     volume: &Volume,
-    completions: &Completions,
+    control: &QueueControl,
+    start_line: &StartLine,
     ready: impl FnOnce(Result<(), UblkError>),
-) {
+) -> Option<IoUring> {
     let depth = dev.dev_info.queue_depth;
     let queue = match init_ring(depth).and_then(|()| UblkQueue::new(id, dev)) {
         Ok(queue) => queue,
-        Err(error) => return ready(Err(error)),
+        Err(error) => {
+            ready(Err(error));
+            return None;
+        }
     };
     let io_bytes = usize::try_from(dev.dev_info.max_io_buf_bytes).unwrap_or(1 << 19);
     let context = QueueContext {
         queue,
         volume,
         counters: volume.counters(usize::from(id)),
-        completions,
+        control,
         io_bytes,
-        zeros: vec![0; io_bytes].into_boxed_slice(),
+        zeros: vec![0; io_bytes + BLOCK].into_boxed_slice(),
         buffers: RefCell::default(),
         retiring: RefCell::default(),
         scratch: RefCell::default(),
         sampled: Cell::new(0),
+        busy: Cell::new(0),
     };
     let executor = smol::LocalExecutor::new();
     let context = Rc::new(context);
@@ -133,22 +276,64 @@ pub(super) fn serve(
     let unused = Rc::new(IoBuf::<u8>::new(io_bytes));
     let tag_task = |tag| executor.spawn(serve_tag(Rc::clone(&context), tag, Rc::clone(&unused)));
     let tasks: Vec<_> = context.queue.tags().map(tag_task).collect();
-    // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for.
+    let bell = UblkUringOpFuture::new(TARGET);
+    let _hung = control.hang_bell(Completion::new(ring_fd(&context.queue), bell.user_data));
+    // Has nothing to do but to be woken: then the thread looks why.
+    let woken = executor.spawn(async move {
+        bell.await;
+    });
+    // The first tick makes every task register its buffer and queue its first FETCH, which START_DEV waits for. They fit the
+    // submission queue, so that one system call sends them all: see `StartLine`.
     while executor.try_tick() {}
     ready(Ok(()));
+    if !start_line.wait() {
+        return None;
+    }
     let mut look_out = LookOut::default();
-    while !tasks.iter().all(smol::Task::is_finished) {
+    let is_left = || control.end() == End::Leave && context.busy.get() == 0;
+    while !(is_left() || tasks.iter().all(smol::Task::is_finished)) {
         if let Err(error) = wait_for_events(&context.queue, &mut look_out) {
             log::error!("ublk queue {id} ends: {error}");
             // Operations may still be in flight and write to the tags' buffers: those must never be freed.
-            std::mem::forget((executor, tasks, context, unused));
-            return;
+            std::mem::forget((executor, tasks, woken, context, unused));
+            return None;
         }
         // A kernel short of memory takes only a part of what is queued: then a commit may still be to come.
         if with_task_io_ring_mut(|ring: &mut IoUring<squeue::Entry>| ring.submission().is_empty()) {
             context.buffers.borrow_mut().append(&mut context.retiring.borrow_mut());
         }
         while executor.try_tick() {}
+    }
+    if !is_left() {
+        return None;
+    }
+    // These tasks wait for requests: nothing but the driver's answer is in flight for them.
+    drop((tasks, woken, executor));
+    if let Ok(context) = Rc::try_unwrap(context) {
+        abandon(context.queue);
+    }
+    match IoUring::new(1) {
+        Ok(empty) => Some(with_task_io_ring_mut(|ring| std::mem::replace(ring, empty))),
+        Err(error) => {
+            log::error!("cannot make a ring: {error}");
+            None
+        }
+    }
+}
+
+/// Lets go of a queue whose fetches are still with the driver. Dropping it would take its file out of the ring first, and
+/// kernels before 6.13 wait for all fetches to end before they do that.
+fn abandon(queue: UblkQueue<'_>) {
+    let requests = std::ptr::from_ref(queue.get_iod(0)).cast_mut();
+    let bytes = (queue.tags().count() * size_of::<sys::ublksrv_io_desc>()).next_multiple_of(rustix::param::page_size());
+    // What is forgotten is a ring's registration, which ends with the ring, and this mapping.
+    std::mem::forget(queue);
+    // SAFETY: the mapping is the queue's, as long as libublk made it: all its tags' requests from the first on, in whole pages.
+    // Nothing refers to it any more. It has to go because it keeps the device open.
+    #[allow(unsafe_code)]
+    let unmapped = unsafe { libc::munmap(requests.cast(), bytes) };
+    if unmapped != 0 {
+        log::error!("cannot let go of a ublk queue: {}", std::io::Error::last_os_error());
     }
 }
 
@@ -260,19 +445,22 @@ async fn serve_tag(context: Rc<QueueContext<'_>>, tag: u16, unused: Rc<IoBuf<u8>
             }
             Err(_) => return,
         }
+        context.busy.set(context.busy.get() + 1);
         let answer = answer(&context, tag).await;
-        if queue.is_stopping() {
+        context.busy.set(context.busy.get() - 1);
+        let Some(answer) = answer else { return };
+        if queue.is_stopping() || context.control.end() == End::Leave {
             return;
         }
         let (address, result) = match &answer {
-            Answer::Zeros(result) => (context.zeros.as_ptr(), *result),
+            Answer::Zeros(result) => (context.zeros(), *result),
             Answer::Memory(slice, result) => (slice.as_ptr(), *result),
-            Answer::Buffer(buf, result) => (buf.as_ptr(), *result),
+            Answer::Buffer(buf, skip, result) => (buf.as_ptr().wrapping_add(*skip), *result),
             Answer::Bare(result) => (unused.as_ptr(), *result),
         };
         // A slice is kept until the commit's completion, which is the tag's next request.
         let _kept = match answer {
-            Answer::Buffer(buf, _) => {
+            Answer::Buffer(buf, ..) => {
                 context.retiring.borrow_mut().push(buf);
                 None
             }
@@ -289,32 +477,38 @@ async fn serve_tag(context: Rc<QueueContext<'_>>, tag: u16, unused: Rc<IoBuf<u8>
 #[allow(clippy::as_conversions, clippy::cast_possible_wrap)] // a small constant that bindgen gives as u32
 const SERVE: i32 = sys::UBLK_IO_RES_OK as i32;
 
-/// Answers the request that tag `tag` holds.
-async fn answer(context: &QueueContext<'_>, tag: u16) -> Answer {
+/// Answers the request that tag `tag` holds; none when it is to be left to the next server.
+async fn answer(context: &QueueContext<'_>, tag: u16) -> Option<Answer> {
+    if context.control.end() == End::Leave {
+        return None;
+    }
     let request = context.queue.get_iod(tag);
     let (op, sectors, start) = (request.op_flags & 0xff, request.nr_sectors, request.start_sector);
     match op {
         sys::UBLK_IO_OP_READ => {}
-        sys::UBLK_IO_OP_FLUSH => return Answer::Bare(0),
+        sys::UBLK_IO_OP_FLUSH => return Some(Answer::Bare(0)),
         sys::UBLK_IO_OP_WRITE => {
             context.counters.refused();
-            return Answer::Bare(-libc::EROFS);
+            return Some(Answer::Bare(-libc::EROFS));
         }
         _ => {
             context.counters.refused();
-            return Answer::Bare(-libc::EOPNOTSUPP);
+            return Some(Answer::Bare(-libc::EOPNOTSUPP));
         }
     }
     context.counters.read();
     let len = usize::try_from(sectors).unwrap_or(usize::MAX).saturating_mul(512);
+    let offset = start.saturating_mul(512);
+    // The rest of a request whose answer a kill cut short begins within a block; all others begin with one.
+    let skip = usize::try_from(offset % BLOCK_SIZE).unwrap_or(0);
     let done = match i32::try_from(len) {
-        Ok(done) if len <= context.io_bytes => done,
-        _ => return Answer::Bare(-libc::EINVAL),
+        Ok(done) if skip + len <= context.io_bytes => done,
+        _ => return Some(Answer::Bare(-libc::EINVAL)),
     };
+    let (offset, len) = (offset - to_u64(skip), skip + len);
     let sampled = context.sampled.get();
     context.sampled.set(sampled.wrapping_add(1));
     let began = sampled.is_multiple_of(SAMPLE).then(Instant::now);
-    let offset = start.saturating_mul(512);
     let mut scratch = context.scratch.borrow_mut().pop().unwrap_or_default();
     let mut buf = context.take_buffer();
     let found = context
@@ -335,22 +529,44 @@ async fn answer(context: &QueueContext<'_>, tag: u16) -> Answer {
         }
     };
     context.scratch.borrow_mut().push(scratch);
-    match found {
-        Ok(Found::Filled | Found::Gaps) => Answer::Buffer(buf, done),
+    Some(match found {
+        Ok(Found::Filled | Found::Gaps) => Answer::Buffer(buf, skip, done),
         Ok(Found::Zero) => {
             context.give_back(buf);
             Answer::Zeros(done)
         }
         Ok(Found::Memory(slice)) => {
             context.give_back(buf);
-            Answer::Memory(slice, done)
+            Answer::Memory(if skip == 0 { slice } else { slice.part(skip, len) }, done)
         }
         Err(error) => {
             context.give_back(buf);
+            if is_stopped(&error) && wait_for_end(context, tag).await == End::Leave {
+                return None;
+            }
             context.volume.failed(context.counters, offset, len, &error);
             Answer::Bare(-libc::EIO)
         }
+    })
+}
+
+/// Whether a read failed because the fetch thread ends, and not because of what it found.
+fn is_stopped(error: &ReadError) -> bool {
+    matches!(error, ReadError::Stopped | ReadError::Fetch(FetchError::Stopped))
+}
+
+/// Waits until the queue is to end. A fetch thread that ends before the device does says nothing of the bytes: the read is
+/// for the next server to answer.
+async fn wait_for_end(context: &QueueContext<'_>, tag: u16) -> End {
+    while context.control.end() == End::NotYet {
+        log::warn!("a read waits for another server of its device, because the fetch thread of this one is gone");
+        let ended = UblkUringOpFuture::new(TARGET);
+        let completion = Completion::new(ring_fd(&context.queue), ended.user_data);
+        context.control.wait_for(tag, &completion);
+        ended.await;
+        context.control.arrived(tag);
     }
+    context.control.end()
 }
 
 /// Brings what is missing: local files through this queue's ring, everything else from the fetch thread, all at once.
@@ -389,7 +605,7 @@ async fn close_gaps(
 fn ask(context: &QueueContext<'_>, tag: u16, gaps: &[Gap<'_>]) -> (UblkUringOpFuture, Arc<Completion>) {
     let arrival = UblkUringOpFuture::new(TARGET);
     let completion = Completion::new(ring_fd(&context.queue), arrival.user_data);
-    context.completions.set(tag, Some(Arc::clone(&completion)));
+    context.control.wait_for(tag, &completion);
     context
         .volume
         .fetch(gaps, Box::new(RingCallback(Arc::clone(&completion))));
@@ -403,7 +619,7 @@ async fn hear(
     (arrival, completion): (UblkUringOpFuture, Arc<Completion>),
 ) -> Result<Vec<Slice>, ReadError> {
     arrival.await;
-    context.completions.set(tag, None);
+    context.control.arrived(tag);
     completion.take()
 }
 
