@@ -2,39 +2,69 @@
 //!
 //! `export` serves the image as the only file of a FUSE filesystem, and `loop_device` puts a read-only loop device on it that
 //! reads around the page cache: many reads in flight, and no block cached twice. The filesystem is never attached to a
-//! directory. It exists only behind descriptors of this process, so no one can see it or keep it busy, and when the
-//! process ends, however it ends, nothing of it is left.
+//! directory: nothing but the loop device holds its file open, so no one can see it or keep it busy, and it goes with the device.
+//!
+//! The protocol is spoken here (`protocol`, `channel`, `session`), because a connection must be able to outlive the process
+//! that serves it. It does as long as another process holds what [`FuseLoop::held`] gives: the open `/dev/fuse`, the `ledger` of
+//! requests that are not answered, and the loop device. A process that comes after goes on with [`FuseLoop::resume`], and
+//! reads that waited for the dead one are answered as if nothing had been. Where nobody else holds them, everything ends with this process.
 
+mod channel;
 mod export;
+mod ledger;
 mod loop_device;
+mod protocol;
+mod session;
 
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use fuser::{Session, SessionACL};
 use rustix::fs::{Mode, OFlags};
 
 use super::volume::Volume;
 use super::{DeviceError, DeviceOptions, STOP_GRACE};
-use export::{Export, Waiting};
+use channel::Channel;
+use export::Export;
+use ledger::{Ledger, MAX_THREADS};
 use loop_device::LoopDevice;
+use session::Session;
 
 /// How long the kernel may take to let go of a device that no process has open.
 const RELEASE_LIMIT: Duration = Duration::from_secs(5);
 
-/// A running loop device over a FUSE file. When it is dropped without [`FuseLoop::stop`], both end with the process.
+/// Set in the environment, this keeps the kernel's own resending of requests (Linux 6.9) out of new connections, so that what older
+/// kernels do can be tested everywhere.
+const NO_RESEND: &str = "TARBLK_FUSE_NO_RESEND";
+
+/// A running loop device over a FUSE file. When it is dropped without [`FuseLoop::stop`], its threads go on as long as the device is
+/// open somewhere.
 #[derive(Debug)]
 pub struct FuseLoop {
     device: LoopDevice,
     volume: Arc<Volume>,
-    waiting: Arc<Waiting>,
-    mount: OwnedFd,
-    session: JoinHandle<io::Result<()>>,
+    export: Arc<Export>,
+    session: Session,
+}
+
+/// What keeps a device and its connection alive when the process that serves them ends.
+#[derive(Debug)]
+pub struct HeldLoop {
+    /// The open `/dev/fuse`.
+    pub channel: OwnedFd,
+    /// The memfd with the requests that are not answered.
+    pub ledger: OwnedFd,
+    /// The open `/dev/loopN`; none, when the device is to go with its last user.
+    pub device: Option<OwnedFd>,
+}
+
+/// Why something with the device failed, for [`Result::map_err`].
+fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
+    move |error| DeviceError::Loop(format!("cannot {what}: {error}"))
 }
 
 /// Makes sure that this kernel has FUSE and loop devices, loading their drivers if need be.
@@ -64,40 +94,96 @@ impl FuseLoop {
     /// [`DeviceError::NoLoop`] when the kernel lacks FUSE or loop devices, [`DeviceError::Loop`] when it refuses one.
     pub fn start(volume: &Arc<Volume>, options: &DeviceOptions) -> Result<Self, DeviceError> {
         preflight()?;
-        let failed = |what: &'static str| move |error: io::Error| DeviceError::Loop(format!("cannot {what}: {error}"));
-        let channel = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse")
-            .map_err(failed("open /dev/fuse"))?;
+        let channel = Channel::open().map_err(failed("open /dev/fuse"))?;
         let mount = export::mount_detached(channel.as_fd()).map_err(failed("mount the FUSE file"))?;
-        let mut config = fuser::Config::default();
-        config.n_threads = Some(usize::from(options.queues.max(1)));
-        config.clone_fd = true;
-        let waiting = Arc::new(Waiting::default());
+        let threads = session_threads(options);
+        let (ledger, mut slots) = Ledger::create(threads).map_err(failed("make a ledger of requests"))?;
         let name = export::file_name(&options.label);
-        let export = Export::new(Arc::clone(volume), Arc::clone(&waiting), &name).map_err(failed("start a thread"))?;
-        let session = Session::from_fd(export, channel.into(), SessionACL::Owner, config)
-            .map_err(failed("speak FUSE with the kernel"))?;
-        let session = thread::Builder::new()
-            .name("fuse-session".to_owned())
-            .spawn(move || session.run())
-            .map_err(failed("start a thread"))?;
+        let export =
+            Export::new(Arc::clone(volume), channel, ledger, name.clone()).map_err(failed("start a thread"))?;
+        let export = Arc::new(export);
+        if let Some(slot) = slots.first_mut() {
+            let resend = std::env::var_os(NO_RESEND).is_none();
+            Session::begin(&export, slot, resend).map_err(failed("speak FUSE with the kernel"))?;
+        }
+        let session = Session::start(&export, usize::from(threads), slots, Vec::new());
+        let session = session.map_err(failed("start a thread"))?;
         let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
         let file = rustix::fs::openat(mount.as_fd(), &*name, flags, Mode::empty())
             .map_err(io::Error::from)
             .map_err(failed("open the FUSE file"))?;
-        let device = LoopDevice::attach(&file, &options.label).map_err(failed("set up a loop device"))?;
-        // From here on the loop device alone holds the file open.
-        drop(file);
+        let stat = rustix::fs::fstat(&file)
+            .map_err(io::Error::from)
+            .map_err(failed("look at the FUSE file"))?;
+        export.ledger().set_filesystem(stat.st_dev);
+        let device = LoopDevice::attach(&file, &options.label, stat.st_dev).map_err(failed("set up a loop device"))?;
+        // From here on the loop device alone holds the file open, and the file the filesystem.
+        drop((file, mount));
         super::queue_sysfs(device.path(), options);
         Ok(Self {
             device,
             volume: Arc::clone(volume),
-            waiting,
-            mount,
+            export,
             session,
         })
+    }
+
+    /// Goes on with `/dev/loopN`, N being `number`, whose process is dead. `volume` is the same as that one's, and `held` what
+    /// [`FuseLoop::held`] gave. Reads that wait are answered, also those that the dead process had begun to answer.
+    ///
+    /// # Errors
+    /// [`DeviceError::Loop`] when the device is gone, or what is held belongs to another version of this program.
+    pub fn resume(
+        volume: &Arc<Volume>,
+        options: &DeviceOptions,
+        number: u32,
+        held: HeldLoop,
+    ) -> Result<Self, DeviceError> {
+        let channel = Channel::from(held.channel);
+        let threads = session_threads(options);
+        let (ledger, slots) =
+            Ledger::open(held.ledger, threads).map_err(|error| DeviceError::Loop(error.to_string()))?;
+        if channel.has_ended() {
+            return Err(DeviceError::Loop(format!("/dev/loop{number} is gone")));
+        }
+        let device = LoopDevice::resume(number, held.device, ledger.filesystem());
+        let mut left = ledger.left();
+        if ledger.negotiated().is_some_and(protocol::Negotiated::resends) {
+            match channel.ask_resend() {
+                // They all come again by themselves. What is in slots is answered all the same: a process that died inside
+                // read(2) may have left a request there that the kernel did not yet count as handed out.
+                Ok(()) => left.drain(..).for_each(|(entry, _)| entry.clear()),
+                Err(error) => log::warn!("requests do not come again ({error}): answering from the ledger"),
+            }
+        }
+        log::debug!("/dev/loop{number}: {} reads from the ledger", left.len());
+        let name = export::file_name(&options.label);
+        let export = Export::new(Arc::clone(volume), channel, ledger, name).map_err(failed("start a thread"))?;
+        let export = Arc::new(export);
+        let session = Session::start(&export, usize::from(threads), slots, left).map_err(failed("start a thread"))?;
+        Ok(Self {
+            device,
+            volume: Arc::clone(volume),
+            export,
+            session,
+        })
+    }
+
+    /// What another process has to hold so that this one can be killed without loss: duplicates of this one's descriptors.
+    ///
+    /// # Errors
+    /// When this process may have no more descriptors.
+    pub fn held(&self) -> io::Result<HeldLoop> {
+        Ok(HeldLoop {
+            channel: self.export.channel().as_fd().try_clone_to_owned()?,
+            ledger: self.export.ledger().memfd().try_clone_to_owned()?,
+            device: self.device.held()?,
+        })
+    }
+
+    /// Closes this process's descriptor of the loop device, which then goes with its last user: the filesystem mounted on it.
+    pub fn let_go(&mut self) {
+        self.device.let_go();
     }
 
     /// The block device.
@@ -112,10 +198,10 @@ impl FuseLoop {
         self.device.number()
     }
 
-    /// Whether the device is still ours; another process's `losetup -d` ends it.
+    /// Whether the device is still there; another process's `losetup -d` ends it, and its last user where it was let go of.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        loop_device::is_attached(self.device.number())
+        !self.export.channel().has_ended() && !self.session.is_finished() && loop_device::is_attached(self.number())
     }
 
     /// Takes the loop device and the FUSE file down. Reads in flight get a moment to finish, then fail. Where a process has the
@@ -127,20 +213,20 @@ impl FuseLoop {
         let Self {
             device,
             volume,
-            waiting,
-            mount,
+            export,
             session,
         } = self;
         let (number, path) = (device.number(), device.path().display().to_string());
         device
             .detach()
             .map_err(|error| DeviceError::Loop(format!("cannot detach {path}: {error}")))?;
-        drop(mount);
         let began = Instant::now();
-        while loop_device::is_attached(number) || !session.is_finished() {
+        // A filesystem that has ended had no loop device any more, and the number may be another's by now.
+        let is_there = || !export.channel().has_ended() && loop_device::is_attached(number);
+        while !session.is_finished() || is_there() {
             if began.elapsed() > STOP_GRACE {
                 volume.close();
-                waiting.give_up();
+                export.give_up();
             }
             if began.elapsed() > RELEASE_LIMIT {
                 log::warn!("{path} is still open in another process; the kernel removes it when it is closed");
@@ -148,13 +234,13 @@ impl FuseLoop {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        match session.join() {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => log::warn!("the FUSE session ended with: {error}"),
-            Err(_) => log::error!("a FUSE session thread panicked"),
-        }
         Ok(())
     }
+}
+
+/// How many threads take the kernel's requests.
+fn session_threads(options: &DeviceOptions) -> u16 {
+    options.queues.clamp(1, MAX_THREADS)
 }
 
 /// Whether loop device `number` has a FUSE file of ours behind it.

@@ -210,6 +210,15 @@ pub(crate) fn uniform(path: &Path, everything: Everything) -> (Arc<dyn BlockImag
     make(path, Some(everything), Some(Duration::ZERO), File::open(path).unwrap())
 }
 
+/// The blocks of [`patchwork`]'s image that are far away.
+pub(crate) fn far_away_blocks(path: &Path) -> Vec<u64> {
+    let content = Arc::new(read_all(path));
+    let blocks = u64::try_from(content.len() / BLOCK).unwrap();
+    let image = Patchwork { content, uniform: None };
+    let is_far = |block: &u64| matches!(image.origin(*block), Origin::Layer(FAR_AWAY, _));
+    (0..blocks).filter(is_far).collect()
+}
+
 fn make(
     path: &Path,
     uniform: Option<Everything>,

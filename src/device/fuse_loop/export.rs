@@ -4,19 +4,19 @@
 //! cache has it, and everything else is answered by the fetch thread when the bytes are there.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::{Duration, Instant, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
-};
-use rustix::io::ReadWriteFlags;
+use rustix::io::{Errno, ReadWriteFlags};
 
+use super::channel::Channel;
+use super::ledger::{Entry, Ledger, PendingRead};
+use super::protocol::{self, Attributes, Init, Negotiated, Operation, ParseError, ROOT, Request};
 use crate::cache::Slice;
 use crate::device::stats::{Source, ThreadCounters};
 use crate::device::volume::{Found, Gap, GapBytes, ReadError, Scratch, Volume, fill_gaps, to_u64};
@@ -37,31 +37,42 @@ pub(super) fn file_name(label: &str) -> String {
     NAME_PREFIX.chars().chain(shown).take(MOST_NAME).collect()
 }
 
-const FILE: INodeNo = INodeNo(2);
+/// The file's number in the filesystem.
+const FILE: u64 = 2;
 
-/// Nothing about the file ever changes, so the kernel may keep what it knows for good.
-const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+/// A directory that only root may list, as stat(2) has it.
+const DIRECTORY_MODE: u32 = 0o040_500;
 
-/// Requests the kernel may have in flight before it holds more back; reads through a loop device count as background.
-const MAX_BACKGROUND: u16 = 512;
+/// A regular file that only root may read.
+const FILE_MODE: u32 = 0o100_400;
 
-/// Answers longer than this are copied to the kernel by a thread of their own instead of the fetch thread.
+/// Answers longer than this, in bytes, are copied to the kernel by a thread of their own instead of the fetch thread.
 const LONG_ANSWER: usize = 64 << 10;
 
-/// The filesystem.
+/// How often a session thread looks for room in a full ledger.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
+
+/// The filesystem, and the connection that it answers.
 #[derive(Debug)]
 pub(super) struct Export {
-    volume: Arc<Volume>,
-    next_thread: AtomicUsize,
-    waiting: Arc<Waiting>,
+    answers: Arc<Answers>,
+    ledger: Arc<Ledger>,
+    waiting: Waiting,
     long_answers: mpsc::Sender<Arrived>,
     /// The file's name.
-    name: OsString,
+    name: String,
+}
+
+/// What it takes to answer a read whose bytes are here.
+#[derive(Debug)]
+struct Answers {
+    volume: Arc<Volume>,
+    channel: Channel,
 }
 
 /// The reads whose bytes are on the way, by number.
 #[derive(Debug, Default)]
-pub(super) struct Waiting {
+struct Waiting {
     reads: Mutex<HashMap<u64, Pending>>,
     next: AtomicU64,
 }
@@ -80,40 +91,40 @@ impl Waiting {
     fn take(&self, number: u64) -> Option<Pending> {
         self.reads().remove(&number)
     }
-
-    /// Answers every read that waits for the fetch thread with an error.
-    pub(super) fn give_up(&self) {
-        let reads = std::mem::take(&mut *self.reads());
-        for pending in reads.into_values() {
-            pending.give_up();
-        }
-    }
 }
 
-thread_local! {
-    /// What a session thread reuses from read to read: its lane's number, its lists, its buffer.
-    static THREAD_SCRATCH: std::cell::RefCell<Option<ThreadScratch>> = const { std::cell::RefCell::new(None) };
-}
-
+/// What a session thread reuses from read to read: its lists, its buffer.
 #[derive(Debug)]
-struct ThreadScratch {
+pub(super) struct ThreadScratch {
     /// Which of the volume's counters are this thread's.
     number: usize,
     scratch: Scratch<'static>,
     buf: Vec<u8>,
 }
 
+impl ThreadScratch {
+    /// Of session thread `number`.
+    pub(super) fn new(number: usize) -> Self {
+        Self {
+            number,
+            scratch: Scratch::default(),
+            buf: Vec::new(),
+        }
+    }
+}
+
 /// A read whose bytes are on the way.
 #[derive(Debug)]
 struct Pending {
-    volume: Arc<Volume>,
     thread: usize,
+    unique: u64,
     offset: u64,
     buf: Vec<u8>,
     gaps: Vec<Gap<'static>>,
     gap_bytes: GapBytes,
     began: Instant,
-    reply: ReplyData,
+    /// What another process finds if this one is killed.
+    entry: Entry,
 }
 
 /// A read whose bytes are here but not yet with the kernel.
@@ -124,111 +135,209 @@ struct Arrived {
 }
 
 impl Export {
-    /// Serves `volume` as a file called `name`, with a thread for long answers that ends with the filesystem.
-    pub(super) fn new(volume: Arc<Volume>, waiting: Arc<Waiting>, name: &str) -> io::Result<Self> {
+    /// Serves `volume` as a file called `name` to the kernel behind `channel`, with a thread for long answers that ends with the
+    /// filesystem.
+    pub(super) fn new(volume: Arc<Volume>, channel: Channel, ledger: Arc<Ledger>, name: String) -> io::Result<Self> {
         let (long_answers, arrivals) = mpsc::channel::<Arrived>();
-        std::thread::Builder::new()
-            .name("fuse-answers".to_owned())
-            .spawn(move || {
-                for arrived in arrivals {
-                    arrived.pending.finish(arrived.outcome);
-                }
-            })?;
+        let answers = Arc::new(Answers { volume, channel });
+        let of_thread = Arc::clone(&answers);
+        thread::Builder::new().name("fuse-answers".to_owned()).spawn(move || {
+            for arrived in arrivals {
+                arrived.pending.finish(&of_thread, arrived.outcome);
+            }
+        })?;
         Ok(Self {
-            volume,
-            next_thread: AtomicUsize::new(0),
-            waiting,
+            answers,
+            ledger,
+            waiting: Waiting::default(),
             long_answers,
-            name: name.into(),
+            name,
         })
     }
 
-    fn attributes(&self, ino: INodeNo) -> FileAttr {
-        let (kind, perm, size) = match ino {
-            FILE => (FileType::RegularFile, 0o400, self.volume.len()),
-            _ => (FileType::Directory, 0o500, 0),
-        };
-        let epoch = SystemTime::UNIX_EPOCH;
-        FileAttr {
-            ino,
-            size,
-            blocks: size.div_ceil(512),
-            atime: epoch,
-            mtime: epoch,
-            ctime: epoch,
-            crtime: epoch,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
+    /// The connection.
+    pub(super) fn channel(&self) -> &Channel {
+        &self.answers.channel
+    }
+
+    /// What is not answered yet.
+    pub(super) fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Answers every read that waits for the fetch thread with an error.
+    pub(super) fn give_up(&self) {
+        let reads = std::mem::take(&mut *self.waiting.reads());
+        for pending in reads.into_values() {
+            pending.fail(&self.answers, &ReadError::Stopped);
         }
     }
 
-    fn serve(&self, thread: &mut ThreadScratch, offset: u64, size: u32, reply: ReplyData) {
-        let mut scratch: Scratch<'_> = std::mem::take(&mut thread.scratch);
-        self.serve_with(&mut scratch, thread.number, &mut thread.buf, offset, size, reply);
-        thread.scratch = scratch.emptied();
+    /// Answers a connection's first request, at the beginning of `bytes`. With `resend` unset the kernel is not asked to keep
+    /// requests in order to send them again.
+    ///
+    /// # Errors
+    /// When it is no such request, or of a kernel that is too old.
+    pub(super) fn answer_init(&self, bytes: &[u8], resend: bool) -> io::Result<Negotiated> {
+        let request = Request::parse(bytes).map_err(io::Error::other)?;
+        let Operation::Init(init) = request.operation else {
+            return Err(io::Error::other(format!(
+                "the kernel begins with {:?}",
+                request.operation
+            )));
+        };
+        let agreed = self.agree(request.unique, init, resend);
+        agreed.ok_or_else(|| {
+            let (major, minor) = (init.major, init.minor);
+            io::Error::other(format!(
+                "the kernel's FUSE protocol is {major}.{minor}, and 7.23 is the least that will do"
+            ))
+        })
     }
 
-    /// Answers a read of `size` bytes, with the lists and the buffer of the calling thread, which is number `thread`.
-    fn serve_with<'v>(
-        &'v self,
+    fn agree(&self, unique: u64, init: Init, resend: bool) -> Option<Negotiated> {
+        let agreed = init.negotiate(resend);
+        match agreed {
+            Some(agreed) => {
+                self.ledger.set_negotiated(agreed);
+                self.channel().answer(unique, &init.answer(agreed));
+            }
+            None => self.channel().refuse(unique, Errno::PROTO),
+        }
+        agreed
+    }
+
+    /// Answers the request at the beginning of `bytes`, or enters it in the ledger to be answered later.
+    pub(super) fn handle(self: &Arc<Self>, thread: &mut ThreadScratch, bytes: &[u8]) {
+        let channel = self.channel();
+        let Request {
+            unique,
+            node,
+            operation,
+        } = match Request::parse(bytes) {
+            Ok(request) => request,
+            Err(error) => {
+                log::error!("{error}");
+                if let ParseError::Body { unique, .. } = error {
+                    channel.refuse(unique, Errno::INVAL);
+                }
+                return;
+            }
+        };
+        match operation {
+            Operation::Read { offset, size } if node == FILE => {
+                let read = PendingRead { unique, offset, size };
+                self.read(thread, read, None);
+            }
+            Operation::Lookup { name } if node == ROOT && name == OsStr::new(&self.name) => {
+                channel.answer(unique, &protocol::entry(self.attributes(FILE)));
+            }
+            Operation::Lookup { .. } => channel.refuse(unique, Errno::NOENT),
+            Operation::GetAttr => channel.answer(unique, &protocol::attributes(self.attributes(node))),
+            Operation::Open if node == FILE => channel.answer(unique, &protocol::opened()),
+            Operation::Read { .. } | Operation::Open => channel.refuse(unique, Errno::ISDIR),
+            Operation::OpenDir => channel.answer(unique, &protocol::opened()),
+            Operation::StatFs => channel.answer(unique, &protocol::statfs(self.answers.volume.len())),
+            Operation::Release | Operation::Destroy => channel.answer(unique, &[]),
+            Operation::Forget => {}
+            // Every read is answered anyway. The kernel tells of no more signals after this.
+            Operation::Interrupt | Operation::FlushOrSync | Operation::Other(_) => {
+                channel.refuse(unique, Errno::NOSYS);
+            }
+            // Comes once, before there are session threads.
+            Operation::Init(_) => channel.refuse(unique, Errno::INVAL),
+        }
+    }
+
+    fn attributes(&self, node: u64) -> Attributes {
+        let (mode, len) = match node {
+            FILE => (FILE_MODE, self.answers.volume.len()),
+            _ => (DIRECTORY_MODE, 0),
+        };
+        Attributes { node, mode, len }
+    }
+
+    /// Answers a read now or when its bytes are here. `entry` is the read's place in the ledger, if it has one already.
+    pub(super) fn read(self: &Arc<Self>, thread: &mut ThreadScratch, read: PendingRead, entry: Option<Entry>) {
+        let mut scratch: Scratch<'_> = std::mem::take(&mut thread.scratch);
+        let entry = self.read_with(&mut scratch, thread.number, &mut thread.buf, read, entry);
+        thread.scratch = scratch.emptied();
+        if let Some(entry) = entry {
+            entry.clear();
+        }
+    }
+
+    /// Answers a read with the lists and the buffer of the calling thread, which is number `thread`. Gives `entry` back when the
+    /// read was answered at once.
+    fn read_with<'v>(
+        self: &'v Arc<Self>,
         scratch: &mut Scratch<'v>,
         thread: usize,
         whole_buf: &mut Vec<u8>,
-        offset: u64,
-        size: u32,
-        reply: ReplyData,
-    ) {
+        read: PendingRead,
+        entry: Option<Entry>,
+    ) -> Option<Entry> {
         let began = Instant::now();
-        let counters = self.volume.counters(thread);
+        let PendingRead { unique, offset, size } = read;
+        let Answers { volume, channel } = &*self.answers;
+        let counters = volume.counters(thread);
         counters.read();
-        let left = self.volume.len().saturating_sub(offset);
+        let left = volume.len().saturating_sub(offset);
         let len = usize::try_from(left.min(u64::from(size))).unwrap_or(0);
         if whole_buf.len() < len {
             whole_buf.resize(len, 0);
         }
         let buf = &mut whole_buf[..len];
-        match self.volume.look(offset, buf, scratch, counters) {
+        match volume.look(offset, buf, scratch, counters) {
             Ok(Found::Zero) => {
                 buf.fill(0);
-                reply.data(buf);
+                channel.answer(unique, buf);
             }
-            Ok(Found::Memory(slice)) => reply.data(&slice),
-            Ok(Found::Filled) => reply.data(buf),
+            Ok(Found::Memory(slice)) => channel.answer(unique, &slice),
+            Ok(Found::Filled) => channel.answer(unique, buf),
             Ok(Found::Gaps) => {
                 let gaps = &mut scratch.gaps;
                 read_cached(gaps, buf, counters);
                 if gaps.is_empty() {
-                    reply.data(buf);
+                    channel.answer(unique, buf);
                 } else {
+                    // Without an entry there is no answering later; the slot keeps the read until then.
+                    let entry = entry.or_else(|| self.enter(read))?;
                     let pending = Pending {
-                        volume: Arc::clone(&self.volume),
                         thread,
+                        unique,
                         offset,
                         // Only what is here already has to be kept.
                         buf: if covers(gaps, len) { vec![0; len] } else { buf.to_vec() },
                         gaps: gaps.iter().copied().map(Gap::detached).collect(),
                         gap_bytes: GapBytes::of(gaps),
                         began,
-                        reply,
+                        entry,
                     };
-                    let (waiting, long_answers) = (Arc::clone(&self.waiting), self.long_answers.clone());
                     let callback = FuseCallback {
-                        number: waiting.add(pending),
-                        waiting,
-                        long_answers,
+                        number: self.waiting.add(pending),
+                        export: Arc::clone(self),
                     };
-                    return self.volume.fetch(gaps, Box::new(callback));
+                    volume.fetch(gaps, Box::new(callback));
+                    return None;
                 }
             }
-            Err(error) => fail(&self.volume, thread, offset, len, &error, reply),
+            Err(error) => self.answers.fail(thread, unique, offset, len, &error),
         }
         counters.took(began.elapsed(), 1);
+        entry
+    }
+
+    /// Enters `read` in the ledger, waiting for room if need be, which the kernel's bound on requests in flight leaves; `None` when the
+    /// filesystem has ended meanwhile.
+    fn enter(&self, read: PendingRead) -> Option<Entry> {
+        loop {
+            let entry = self.ledger.enter(read);
+            if entry.is_some() || self.channel().has_ended() {
+                return entry;
+            }
+            thread::sleep(FULL_PAUSE);
+        }
     }
 }
 
@@ -237,9 +346,12 @@ fn covers(gaps: &[Gap<'_>], len: usize) -> bool {
     gaps.iter().map(|gap| gap.len).sum::<usize>() == len
 }
 
-fn fail(volume: &Volume, thread: usize, offset: u64, len: usize, error: &ReadError, reply: ReplyData) {
-    volume.failed(volume.counters(thread), offset, len, error);
-    reply.error(Errno::EIO);
+impl Answers {
+    /// Answers read `unique` with an error, on behalf of session thread `thread`.
+    fn fail(&self, thread: usize, unique: u64, offset: u64, len: usize, error: &ReadError) {
+        self.volume.failed(self.volume.counters(thread), offset, len, error);
+        self.channel.refuse(unique, Errno::IO);
+    }
 }
 
 /// Closes the gaps that lie in local files and whose bytes the page cache holds.
@@ -265,60 +377,50 @@ fn read_if_cached(fd: BorrowedFd<'_>, target: &mut [u8], offset: u64) -> io::Res
 
 impl Pending {
     /// Answers the kernel.
-    fn finish(mut self, outcome: Result<Vec<Slice>, FetchError>) {
+    fn finish(mut self, answers: &Answers, outcome: Result<Vec<Slice>, FetchError>) {
         let slices = match outcome {
             Ok(slices) => slices,
-            Err(error) => return self.fail(&error.into()),
+            Err(error) => return self.fail(answers, &error.into()),
         };
         if let ([gap], [slice]) = (&self.gaps[..], &slices[..])
             && gap.len == self.buf.len()
             && slice.len() == gap.len
         {
-            self.reply.data(slice);
+            answers.channel.answer(self.unique, slice);
         } else if let Err(error) = fill_gaps(&self.gaps, &slices, &mut self.buf) {
-            return self.fail(&error);
+            return self.fail(answers, &error);
         } else {
-            self.reply.data(&self.buf);
+            answers.channel.answer(self.unique, &self.buf);
         }
-        let counters = self.volume.counters(self.thread);
+        self.entry.clear();
+        let counters = answers.volume.counters(self.thread);
         self.gap_bytes.count(counters);
         counters.took(self.began.elapsed(), 1);
     }
 
-    fn fail(self, error: &ReadError) {
-        fail(
-            &self.volume,
-            self.thread,
-            self.offset,
-            self.buf.len(),
-            error,
-            self.reply,
-        );
-    }
-
-    fn give_up(self) {
-        self.fail(&ReadError::Stopped);
+    fn fail(self, answers: &Answers, error: &ReadError) {
+        answers.fail(self.thread, self.unique, self.offset, self.buf.len(), error);
+        self.entry.clear();
     }
 }
 
 /// Answers the kernel when the fetch thread has the bytes.
 struct FuseCallback {
     number: u64,
-    waiting: Arc<Waiting>,
-    long_answers: mpsc::Sender<Arrived>,
+    export: Arc<Export>,
 }
 
 impl ReadCallback for FuseCallback {
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-        let Some(pending) = self.waiting.take(self.number) else {
+        let Some(pending) = self.export.waiting.take(self.number) else {
             return;
         };
         if pending.buf.len() > LONG_ANSWER {
-            if let Err(mpsc::SendError(arrived)) = self.long_answers.send(Arrived { pending, outcome }) {
-                arrived.pending.finish(arrived.outcome);
+            if let Err(mpsc::SendError(arrived)) = self.export.long_answers.send(Arrived { pending, outcome }) {
+                arrived.pending.finish(&self.export.answers, arrived.outcome);
             }
         } else {
-            pending.finish(outcome);
+            pending.finish(&self.export.answers, outcome);
         }
     }
 }
@@ -326,84 +428,9 @@ impl ReadCallback for FuseCallback {
 impl Drop for FuseCallback {
     /// A waiter that is dropped untold must not leave the kernel's request hanging.
     fn drop(&mut self) {
-        if let Some(pending) = self.waiting.take(self.number) {
-            pending.give_up();
+        if let Some(pending) = self.export.waiting.take(self.number) {
+            pending.fail(&self.export.answers, &ReadError::Stopped);
         }
-    }
-}
-
-impl Filesystem for Export {
-    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Each of these makes reads faster where the kernel has it, and none is needed.
-        for capability in [
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_ASYNC_READ,
-            InitFlags::FUSE_MAX_PAGES,
-        ] {
-            let _ = config.add_capabilities(capability);
-        }
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        // The length of a read is bounded by that of a write, which never happens.
-        let _ = config.set_max_write(1 << 20);
-        if let Err(most) = config.set_max_readahead(1 << 20) {
-            let _ = config.set_max_readahead(most);
-        }
-        Ok(())
-    }
-
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if parent == INodeNo::ROOT && name == self.name {
-            reply.entry(&FOR_EVER, &self.attributes(FILE), Generation(0));
-        } else {
-            reply.error(Errno::ENOENT);
-        }
-    }
-
-    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        if ino == INodeNo::ROOT || ino == FILE {
-            reply.attr(&FOR_EVER, &self.attributes(ino));
-        } else {
-            reply.error(Errno::ENOENT);
-        }
-    }
-
-    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        if ino == FILE {
-            reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
-        } else {
-            reply.error(Errno::EISDIR);
-        }
-    }
-
-    /// Nothing is ever written, so there is nothing to flush. The kernel asks no more after this answer.
-    fn flush(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
-
-    /// As for flush: the caller is told that all is well, and the kernel asks no more.
-    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn read(
-        &self,
-        _request: &Request,
-        _ino: INodeNo,
-        _fh: FileHandle,
-        offset: u64,
-        size: u32,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        THREAD_SCRATCH.with_borrow_mut(|thread| {
-            let thread = thread.get_or_insert_with(|| ThreadScratch {
-                number: self.next_thread.fetch_add(1, Ordering::Relaxed),
-                scratch: Scratch::default(),
-                buf: Vec::new(),
-            });
-            self.serve(thread, offset, size, reply);
-        });
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use linux_raw_sys::loop_device::{LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config, loop_info64};
-use rustix::ioctl::{Ioctl, IoctlOutput, NoArg, Opcode, Setter, ioctl};
+use linux_raw_sys::loop_device::{
+    LOOP_CLR_FD, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, loop_config, loop_info64,
+};
+use rustix::ioctl::{Getter, Ioctl, IoctlOutput, NoArg, Opcode, Setter, ioctl};
 
 use crate::units::BLOCK_SIZE;
 
@@ -19,13 +21,17 @@ const LO_FLAGS_DIRECT_IO: u32 = 16;
 /// How often another process may take the free device that we were told of.
 const ATTEMPTS: usize = 64;
 
-/// A loop device on a file of ours. The kernel takes it down when its last user closes it, which at the latest is the end of
-/// this process.
+/// A loop device on a file of ours. The kernel takes it down when its last user closes it: a filesystem mounted on it, this process
+/// unless it let go, another that holds it.
 #[derive(Debug)]
 pub(super) struct LoopDevice {
     number: u32,
     path: PathBuf,
-    device: File,
+    /// The device number of the filesystem that its file is in. No other device has it, whatever number it gets, as long as the
+    /// filesystem is there.
+    filesystem: u64,
+    /// None after it was let go of.
+    device: Option<File>,
 }
 
 /// `LOOP_CTL_GET_FREE`: the number comes as the call's result.
@@ -48,9 +54,9 @@ unsafe impl Ioctl for GetFree {
 }
 
 impl LoopDevice {
-    /// A read-only device of 4096-byte blocks over `file`, which it reads around the page cache; `label` is what `losetup -l`
-    /// may show.
-    pub(super) fn attach(file: impl AsFd, label: &str) -> io::Result<Self> {
+    /// A read-only device of 4096-byte blocks over `file` in `filesystem`, which it reads around the page cache; `label` is what
+    /// `losetup -l` may show.
+    pub(super) fn attach(file: impl AsFd, label: &str, filesystem: u64) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
         let mut attempt = 0;
         loop {
@@ -58,18 +64,42 @@ impl LoopDevice {
             // SAFETY: `GetFree` describes the request as the kernel defines it.
             #[allow(unsafe_code)]
             let number = unsafe { ioctl(&control, GetFree) }?;
-            let path = PathBuf::from(format!("/dev/loop{number}"));
-            let device = OpenOptions::new()
-                .read(true)
-                .custom_flags(libc::O_CLOEXEC)
-                .open(&path)
-                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+            let path = path_of(number);
+            let device = open(&path)?;
             match configure(&device, &file, label) {
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) && attempt < ATTEMPTS => {}
                 Err(error) => return Err(error),
-                Ok(()) => return Ok(Self { number, path, device }),
+                Ok(()) => {
+                    return Ok(Self {
+                        number,
+                        path,
+                        filesystem,
+                        device: Some(device),
+                    });
+                }
             }
         }
+    }
+
+    /// Device `number`, which is there already, with its descriptor if it is to be held.
+    pub(super) fn resume(number: u32, device: Option<OwnedFd>, filesystem: u64) -> Self {
+        Self {
+            number,
+            path: path_of(number),
+            filesystem,
+            device: device.map(File::from),
+        }
+    }
+
+    /// A duplicate of the descriptor, as long as it was not let go of.
+    pub(super) fn held(&self) -> io::Result<Option<OwnedFd>> {
+        let duplicate = |device: &File| device.try_clone().map(OwnedFd::from);
+        self.device.as_ref().map(duplicate).transpose()
+    }
+
+    /// Closes the descriptor.
+    pub(super) fn let_go(&mut self) {
+        self.device = None;
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -80,17 +110,50 @@ impl LoopDevice {
         self.number
     }
 
-    /// Lets go of the file; when another process has the device open the kernel does it at their close.
+    /// Takes the file away from the device; when another process has the device open the kernel does it at their close.
     pub(super) fn detach(self) -> io::Result<()> {
+        let Self {
+            path,
+            filesystem,
+            device,
+            ..
+        } = self;
+        let device = match device {
+            Some(device) => device,
+            // While it is open here it stays what it is. Its number may be another device's by now.
+            None => match open(&path) {
+                Ok(device) if filesystem_of(&device) == Some(filesystem) => device,
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(error),
+            },
+        };
         // SAFETY: the request takes no argument.
         #[allow(unsafe_code)]
-        let cleared = unsafe { ioctl(&self.device, NoArg::<LOOP_CLR_FD>::new()) };
+        let cleared = unsafe { ioctl(&device, NoArg::<LOOP_CLR_FD>::new()) };
         match cleared {
             // Taken down by another process (losetup -d): that is what was wanted.
             Ok(()) | Err(rustix::io::Errno::NXIO) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn path_of(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/loop{number}"))
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC).open(path);
+    opened.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+/// The device number of the filesystem that the file behind `device` is in; `None` when there is no file.
+fn filesystem_of(device: &File) -> Option<u64> {
+    // SAFETY: the request writes a `loop_info64`, which is what it gets room for; every pattern of bits is one.
+    #[allow(unsafe_code)]
+    let status = unsafe { ioctl(device, Getter::<LOOP_GET_STATUS64, loop_info64>::new()) };
+    status.ok().map(|status| status.lo_device)
 }
 
 fn configure(device: &File, file: &impl AsFd, label: &str) -> io::Result<()> {
