@@ -18,6 +18,7 @@ pub mod discover;
 mod error;
 mod index_cache;
 mod layer;
+mod limit;
 mod named;
 mod prepared;
 pub mod publish;
@@ -48,6 +49,7 @@ use prepared::FoundLayer;
 pub use discover::IndexChoice;
 pub use error::{OpenError, PackedImage};
 pub use index_cache::{Cache, default_cache_dir};
+pub use limit::SizeLimit;
 pub use named::load_index;
 pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
@@ -67,6 +69,8 @@ pub struct OpenOptions {
     pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept; nowhere if none.
     pub cache: Option<Cache>,
+    /// How long a layer may be.
+    pub size: SizeLimit,
     /// How long to wait for servers.
     pub http: HttpOptions,
     /// How registries are talked to.
@@ -231,6 +235,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
             (layers, TreeMode::Plain)
         }
     };
+    layers.iter().try_for_each(|layer| options.size.check(layer))?;
     Ok(Prepared {
         name: source.to_string(),
         cost: meter.finish(&layers),

@@ -538,6 +538,59 @@ fn a_server_without_ranges_is_read_once_with_a_warning() {
     assert!(fs::read(lab.path("remote.ext4")).unwrap() == fs::read(lab.path("local.ext4")).unwrap());
 }
 
+/// A zstd frame of some 34 bytes for each mebibyte of zeros that it becomes, behind a header that says so.
+fn bomb(file_len: u64) -> Vec<u8> {
+    const BLOCK: u32 = 128 << 10;
+    let head = header("zeros", format!("{file_len:011o}\0").as_bytes(), b'0', "");
+    let len = u64::try_from(head.len()).unwrap() + file_len + 1024;
+    let block = |kind: u32, len: u32, last: u32| ((len << 3) | (kind << 1) | last).to_le_bytes()[..3].to_vec();
+    let mut frame = [&[0x28, 0xb5, 0x2f, 0xfd, 0xc0, 0x38][..], &len.to_le_bytes()].concat();
+    frame.extend([block(0, u32::try_from(head.len()).unwrap(), 0), head].concat());
+    let mut left = file_len + 1024;
+    while left > 0 {
+        let run = left.min(BLOCK.into());
+        left -= run;
+        frame.extend(block(1, u32::try_from(run).unwrap(), u32::from(left == 0)));
+        frame.push(0);
+    }
+    frame
+}
+
+/// What decodes to more than layers do, and what is longer than a person allows, is refused in one line that says how to allow
+/// it.
+#[test]
+fn layers_that_are_too_long_are_refused() {
+    let lab = Lab::new();
+    fs::write(lab.path("bomb.tar.zst"), bomb(20 << 30)).unwrap();
+    fs::write(lab.path("some.tar.zst"), bomb(96 << 20)).unwrap();
+    let gzipped = gzipped(&lab);
+    let gzipped = gzipped.to_str().unwrap();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/some", &lab.path("some.tar.zst")).unwrap();
+    let url = origin.url("/some");
+    for (name, most) in [
+        ("bomb.tar.zst", "64MiB"),
+        ("some.tar.zst", "64MiB"),
+        (gzipped, "1MiB"),
+        ("layer.tar", "1MiB"),
+        (&url, "64MiB"),
+    ] {
+        for command in [&["index", name][..], &["ls", name], &["image", name, "-o", "out"]] {
+            let said = lab.bad(&[command, &["--max-layer-size", most]].concat(), 1);
+            assert!(said.contains("too long") && said.contains("--max-layer-size"), "{said}");
+            assert!(said.contains(&most.replace("MiB", " MiB")), "{said}");
+        }
+    }
+    assert!(!lab.path("out").exists());
+    for (name, most) in [("some.tar.zst", "97MiB"), (gzipped, "4MiB"), ("layer.tar", "4MiB")] {
+        lab.good(&["index", name, "-o", "some.tarblk", "--max-layer-size", most]);
+        // An index says how long the layer is, and is believed no more than the layer.
+        let named = ["image", name, "--index", "some.tarblk", "-o", "out"];
+        let said = lab.bad(&[&named[..], &["--max-layer-size", "1MiB"]].concat(), 1);
+        assert!(said.contains("too long"), "{said}");
+    }
+}
+
 #[test]
 fn outputs_replace_files_and_nothing_else() {
     let lab = Lab::new();

@@ -216,7 +216,13 @@ fn a_published_index_says_what_a_blob_is() {
         let reference =
             tarblk::internals::source::registry::Reference::parse(name.strip_prefix("docker://").unwrap()).unwrap();
         let options = options(None);
-        tarblk::internals::open::publish::push(&reference, &options.registry, 1 << 20, false, &mut Silent).unwrap();
+        tarblk::internals::open::publish::push(
+            &reference,
+            &options.registry,
+            tarblk::internals::open::publish::PushOptions::new(1 << 20),
+            &mut Silent,
+        )
+        .unwrap();
         registry.take_log();
         let prepared = open(
             &name,

@@ -21,7 +21,7 @@ use tarblk::internals::index::{ColdPart, Index};
 use tarblk::internals::layer::Coding;
 use tarblk::internals::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
 use tarblk::internals::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
-use tarblk::internals::open::publish::{Publication, PublishWatch, Published, copy, push};
+use tarblk::internals::open::publish::{Publication, PublishWatch, Published, PushOptions, copy, push};
 use tarblk::internals::open::{
     Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Unwatched, Watch, prepare,
 };
@@ -189,8 +189,16 @@ impl Reader {
     }
 }
 
+/// Indexes are made also of layers that have one.
+fn anew(spacing: u64) -> PushOptions {
+    PushOptions {
+        anew: true,
+        ..PushOptions::new(spacing)
+    }
+}
+
 fn pushed(image: &Reference) -> Publication {
-    push(image, &options(), SPACING, false, &mut Silent).unwrap()
+    push(image, &options(), PushOptions::new(SPACING), &mut Silent).unwrap()
 }
 
 fn outcomes(publication: &Publication) -> Vec<Published> {
@@ -383,7 +391,7 @@ fn a_layer_that_is_not_what_the_manifest_says_is_not_published() {
     let mut blob = other.blob.clone();
     blob.resize(layer.blob.len(), 0);
     registry.put_blob_as(&layer.digest(), &blob);
-    let refused = push(&image, &options(), SPACING, false, &mut Silent).unwrap_err();
+    let refused = push(&image, &options(), PushOptions::new(SPACING), &mut Silent).unwrap_err();
     assert!(
         matches!(refused, OpenError::Index { .. } | OpenError::Tar { .. }),
         "{refused}"
@@ -525,10 +533,10 @@ fn what_was_found_once_is_kept_and_only_the_tag_is_asked_for() {
             .is_err()
     );
     // Another artifact with other indexes of the same layers is another pin: they are fetched.
-    push(&image, &options(), SPACING / 2, true, &mut Silent).unwrap();
+    push(&image, &options(), anew(SPACING / 2), &mut Silent).unwrap();
     let (_, other) = (
         artifact,
-        push(&image, &options(), SPACING / 2, false, &mut Silent).unwrap(),
+        push(&image, &options(), PushOptions::new(SPACING / 2), &mut Silent).unwrap(),
     );
     let (pinned, asked) = opener.open(name, &IndexChoice::Auto, other.artifact.as_ref());
     let pinned = pinned.unwrap();
@@ -850,7 +858,7 @@ fn any_success_takes_what_is_pushed() {
         assert_eq!(outcomes(&pushed(&image)), [Published::Kept]);
         assert!(Reader::new(&image).find_one().unwrap().1.is_ok());
         registry.rules(|rules| rules.taken_as = Some(sha256(b"something else").to_string()));
-        let error = push(&image, &options(), SPACING, true, &mut Silent)
+        let error = push(&image, &options(), anew(SPACING), &mut Silent)
             .unwrap_err()
             .to_string();
         assert!(error.contains("was pushed"), "{error}");

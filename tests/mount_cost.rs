@@ -22,7 +22,7 @@ use scripted::{Asked, TestRegistry};
 use serde_json::Value;
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{KnownBy, PrepareCost};
-use tarblk::internals::open::publish::{PublishWatch, push};
+use tarblk::internals::open::publish::{PublishWatch, PushOptions, push};
 use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Reading, Unwatched, Watch, prepare};
 use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
 
@@ -103,7 +103,13 @@ fn without_referrers_api() -> TestRegistry {
 
 fn publish(registry: &TestRegistry, name: &str) {
     let reference = Reference::parse(&format!("{}/{name}:latest", registry.host())).unwrap();
-    push(&reference, &registry_options(2), 64 << 10, false, &mut Silent).unwrap();
+    push(
+        &reference,
+        &registry_options(2),
+        PushOptions::new(64 << 10),
+        &mut Silent,
+    )
+    .unwrap();
     registry.take_log();
 }
 

@@ -168,6 +168,10 @@ pub struct RegistryArgs {
     /// Directories of containerd's `hosts.toml`, with mirrors, certificates and headers.
     #[arg(long, help_heading = "Registry options", value_name = "DIR", default_value = DEFAULT_HOSTS_DIR, value_hint = ValueHint::DirPath)]
     pub hosts_dir: PathBuf,
+    /// Refuse a layer whose tar is longer than this [default: 256GiB, and no more than 4GiB and 256 bytes for each byte of a
+    /// compressed layer; a plain tar of which only headers are read may have any length].
+    #[arg(long, help_heading = "Registry options", value_name = "SIZE", value_parser = parse_size)]
+    pub max_layer_size: Option<u64>,
     /// Follow servers on the internet also to addresses of this machine and of private networks: redirects, token servers, places
     /// to upload to. Servers that lie there themselves may always lead there. `TARBLK_ALLOW_PRIVATE_REDIRECTS=1` means the same.
     #[arg(long, help_heading = "Registry options")]

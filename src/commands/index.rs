@@ -18,7 +18,7 @@ use crate::http::without_secrets;
 use crate::index::build::Contents;
 use crate::index::{ColdPart, EndOfArchive, Index, IndexError, IndexFault, Summary, first_difference};
 use crate::layer::Coding;
-use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording};
+use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording, SizeLimit};
 use crate::quantity::{show_count, show_size, show_time};
 use crate::source::Source;
 
@@ -59,8 +59,10 @@ struct Report<'a> {
 fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut bar = Bar::new(session.talk);
+    let size = args.registry.size();
     let options = OpenOptions {
         layer: args.layer.clone(),
+        size,
         http: args.registry.http(),
         registry: args.registry.options()?,
         ..OpenOptions::default()
@@ -68,7 +70,12 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
     let prepared = match whole(source, args, &options)? {
         Some(contents) => {
             let spacing = args.spacing;
-            open::record(source, &Recording { contents, spacing }, &options, &mut bar)?
+            let recording = Recording {
+                contents,
+                spacing,
+                size,
+            };
+            open::record(source, &recording, &options, &mut bar)?
         }
         None => open::prepare(source, &options, &mut bar)?.into_only()?,
     };
@@ -272,8 +279,12 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     let prepared = if contents == Contents::ENTRIES && identity.coding == Coding::Plain {
         open::prepare(&args.source, &options, &mut bar)?.into_only()?
     } else {
-        let spacing = identity.spacing;
-        open::record(&args.source, &Recording { contents, spacing }, &options, &mut bar)?
+        let recording = Recording {
+            contents,
+            spacing: identity.spacing,
+            size: SizeLimit::at_least(index.summary().tar_bytes),
+        };
+        open::record(&args.source, &recording, &options, &mut bar)?
     };
     drop(bar);
     let difference = first_difference(&index, &prepared.index)?;

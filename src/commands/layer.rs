@@ -95,6 +95,7 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
         index_digest: args.index_digest.clone(),
         layer: args.layer.clone(),
         cache,
+        size: args.registry.size(),
         http: args.registry.http(),
         registry: args.registry.options()?,
     };
@@ -110,6 +111,7 @@ pub(super) fn options_for(source: &str, registry: &RegistryArgs) -> anyhow::Resu
     let is_image = matches!(Source::parse(source)?, Source::Image(_));
     Ok(OpenOptions {
         cache: is_image.then(|| Cache::new(&cache_dir())).transpose()?,
+        size: registry.size(),
         http: registry.http(),
         registry: registry.options()?,
         ..OpenOptions::default()

@@ -10,7 +10,7 @@ use super::cli::{CopyArgs, PushArgs};
 use super::layer::Bar;
 use super::output::{Table, print, println};
 use crate::digest::Digest;
-use crate::open::publish::{self, Publication, PublishWatch, Published};
+use crate::open::publish::{self, Publication, PublishWatch, Published, PushOptions};
 use crate::quantity::show_size;
 use crate::source::registry::{ImageName, Reference};
 use crate::source::{Source, image_meant};
@@ -38,7 +38,12 @@ pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
     let image = reference(&args.image)?;
     let options = args.registry.options()?;
     let mut bar = Bar::new(session.talk);
-    let publication = publish::push(&image, &options, args.spacing, args.anew, &mut bar)?;
+    let how = PushOptions {
+        spacing: args.spacing,
+        anew: args.anew,
+        size: args.registry.size(),
+    };
+    let publication = publish::push(&image, &options, how, &mut bar)?;
     drop(bar);
     report(
         &ImageName::Registry(image).to_string(),

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use super::UsageError;
 use super::cli::RegistryArgs;
 use crate::http::{HttpOptions, RetryPolicy, Secret};
+use crate::open::SizeLimit;
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
 /// The most that is read of a file with credentials, in bytes.
@@ -45,6 +46,12 @@ impl RegistryArgs {
             http: self.http(),
             ..RegistryOptions::default()
         })
+    }
+
+    /// How long a layer may be.
+    #[must_use]
+    pub fn size(&self) -> SizeLimit {
+        self.max_layer_size.map_or_else(SizeLimit::default, SizeLimit::of)
     }
 
     /// How requests are made, to registries and other servers.

@@ -353,6 +353,17 @@ impl BlobRecorder {
         }
     }
 
+    /// Refuses a compressed blob that decodes to more than `bytes` bytes, and never accepts more than 1 TiB. Only before anything
+    /// was fed.
+    #[must_use]
+    pub fn limit(mut self, bytes: u64) -> Self {
+        self.compressed = self.compressed.map(|compressed| Compressed {
+            indexer: Box::new(compressed.indexer.limit(bytes.min(MAX_TAR))),
+            ..compressed
+        });
+        self
+    }
+
     /// Makes the digests of the blob and of the tar, as far as they are made, by these algorithms instead of SHA-256. Only
     /// before anything was fed.
     #[must_use]

@@ -9,8 +9,13 @@ use crate::http::without_secrets;
 use crate::image::ImageError;
 use crate::index::{ImageArchiveProbe, Index, IndexError};
 use crate::layer::Coding;
+use crate::quantity::show_size;
 use crate::source::SourceError;
 use crate::walk::WalkError;
+
+fn more_than(bytes: u64) -> String {
+    format!("more than {}", show_size(bytes))
+}
 
 /// Why a layer or an image cannot be opened. Each message is one line that names the layer and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +31,19 @@ pub enum OpenError {
         name: String,
         /// What is wrong.
         source: IndexError,
+    },
+    /// A layer is longer than layers are, or than a person allows.
+    #[error(
+        "{name} is too long: {} of it would be read or decoded, from {}; if that is right, --max-layer-size SIZE allows it",
+        more_than(*most), show_size(*blob_len)
+    )]
+    TooLong {
+        /// The layer.
+        name: String,
+        /// The most that is accepted, in bytes of the tar.
+        most: u64,
+        /// The blob's length in bytes.
+        blob_len: u64,
     },
     /// A layer by itself has no bytes, or none when its compression is undone.
     #[error(

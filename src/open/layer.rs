@@ -69,6 +69,9 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         let source_name = blob.name.clone();
         return Err(SourceError::Unusable { source_name, why }.into());
     }
+    options
+        .size
+        .check_blob(blob, blob.is_remote() && !blob.answers_ranges())?;
     if let Some(Published {
         index,
         rest,
@@ -302,6 +305,7 @@ fn read_all(
     let recording = Recording {
         contents: Contents::CHECKED,
         spacing: SPACING,
+        size: options.size,
     };
     // A plain tar in a file is its own store.
     let is_its_own = coding == Coding::Plain && !blob.is_remote();

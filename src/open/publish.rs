@@ -14,7 +14,7 @@ use super::artifact::{
 use super::discover::{check_layer, find_indexes, hot_digest};
 use super::prepared::named_if_foreign;
 use super::record::algorithms;
-use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, Watch, record_blob};
+use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, SizeLimit, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};
@@ -63,16 +63,38 @@ pub struct Publication {
     pub tags: Vec<String>,
 }
 
+/// How indexes are published.
+#[derive(Clone, Copy, Debug)]
+pub struct PushOptions {
+    /// The distance of entry points into a gzip layer, in bytes of the tar.
+    pub spacing: u64,
+    /// Whether indexes are made also of layers that have one.
+    pub anew: bool,
+    /// How long a layer may be.
+    pub size: SizeLimit,
+}
+
+impl PushOptions {
+    /// With entry points `spacing` bytes apart, of layers without an index, which may be as long as layers are.
+    #[must_use]
+    pub fn new(spacing: u64) -> Self {
+        Self {
+            spacing,
+            anew: false,
+            size: SizeLimit::default(),
+        }
+    }
+}
+
 /// Makes indexes of an image's layers, several at the same time, and publishes them in the image's repository. What others have published for a layer is
-/// used again, unless `anew`.
+/// used again, unless it is to be made anew.
 ///
 /// # Errors
 /// [`OpenError`]: the registry does not take them, or a layer is not what the manifest says.
 pub fn push(
     reference: &Reference,
     options: &RegistryOptions,
-    spacing: u64,
-    anew: bool,
+    how: PushOptions,
     watch: &mut dyn PublishWatch,
 ) -> Result<Publication, OpenError> {
     let name = ImageName::Registry(reference.clone());
@@ -89,11 +111,15 @@ pub fn push(
         }
     }
     let one = |layer: &&ImageLayer, reached: Reached<'_>| {
-        let kept = if anew { None } else { tagged(&registry, layer, options)? };
+        let kept = if how.anew {
+            None
+        } else {
+            tagged(&registry, layer, options)?
+        };
         if let Some(listed) = kept {
             return Ok((listed, None));
         }
-        let index = made_of(&name, layer, options, spacing, reached)?;
+        let index = made_of(&name, layer, options, how, reached)?;
         Ok((listed(&index, &layer.descriptor.digest), Some(index)))
     };
     let made = at_the_same_time(&wanted, &one, Some(watch))?;
@@ -273,13 +299,14 @@ fn made_of(
     image: &ImageName,
     layer: &ImageLayer,
     options: &RegistryOptions,
-    spacing: u64,
+    how: PushOptions,
     reached: Reached<'_>,
 ) -> Result<Index<Vec<u8>>, OpenError> {
     let blob = source::layer_blob(image, layer)?;
     let recording = Recording {
         contents: Contents::FULL,
-        spacing,
+        spacing: how.spacing,
+        size: how.size,
     };
     let recorded = record_blob(
         &blob,

@@ -1,6 +1,7 @@
 //! An index of everything in a layer, made by reading all of its blob once. In: a layer that was found. Out: the index, with
 //! whatever digests, entry points and header bytes were asked for.
 
+use super::limit::SizeLimit;
 use super::prepared::{PreparedLayer, named_if_foreign};
 use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
@@ -11,6 +12,9 @@ use crate::layer::Coding;
 use crate::source::{self, Blob};
 use crate::units::TarOffset;
 
+/// How much of the tar passes, in bytes, before it is told again how far in the blob that is.
+const SIGN_OF_LIFE: usize = 16 << 20;
+
 /// How a layer is recorded.
 #[derive(Clone, Copy, Debug)]
 pub struct Recording {
@@ -18,6 +22,8 @@ pub struct Recording {
     pub contents: Contents,
     /// The distance of entry points into a gzip layer, in bytes of the tar.
     pub spacing: u64,
+    /// How long the layer may be.
+    pub size: SizeLimit,
 }
 
 /// A layer that was read whole.
@@ -60,7 +66,9 @@ pub fn record(
         reads: recorded.reads,
         bytes: blob.len,
     };
-    PreparedLayer::new(&found, index, origin, None)
+    let layer = PreparedLayer::new(&found, index, origin, None)?;
+    options.size.check(&layer)?;
+    Ok(layer)
 }
 
 /// The algorithms of digests that a blob and its tar have to have.
@@ -81,13 +89,13 @@ pub fn record_blob(
     reached: &mut dyn FnMut(u64),
     tap: &mut dyn FnMut(TarOffset, &[u8]),
 ) -> Result<RecordedBlob, OpenError> {
-    let bad_tar = |source| OpenError::Tar {
-        name: blob.name.clone(),
-        source,
-    };
+    recording.size.check_blob(blob, blob.is_remote())?;
+    let bad_tar = |error| SizeLimit::explain(blob, error);
     let recorder_of = |first: &[u8]| {
-        let recorder = BlobRecorder::new(Coding::of_bytes(first), recording.spacing, recording.contents);
-        recorder.algorithms(of_blob, of_tar)
+        let coding = Coding::of_bytes(first);
+        let recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
+        let most = recording.size.of_decoded(coding, blob.len);
+        recorder.limit(most).algorithms(of_blob, of_tar)
     };
     // The bytes that came before there were enough of them to tell the coding.
     let mut first = Vec::new();
@@ -103,7 +111,17 @@ pub fn record_blob(
             recorder.insert(recorder_of(&first))
         };
         let bytes = if first.is_empty() { bytes } else { &first };
-        let fed = recorder.feed_into(bytes, &mut None::<IndexBuilder>, tap);
+        let (at, mut unsaid) = (recorder.blob_position(), 0);
+        // A piece of the blob may become so much that whoever waits wants to see a sign of life.
+        let mut tap = |position, tar: &[u8]| {
+            tap(position, tar);
+            unsaid += tar.len();
+            if unsaid >= SIGN_OF_LIFE {
+                unsaid = 0;
+                reached(at);
+            }
+        };
+        let fed = recorder.feed_into(bytes, &mut None::<IndexBuilder>, &mut tap);
         fed.map_err(bad_tar)?;
         first.clear();
         reached(recorder.blob_position());
