@@ -20,6 +20,7 @@ mod publish;
 mod registry;
 mod replace;
 mod stats;
+mod waits;
 
 use std::process::ExitCode;
 

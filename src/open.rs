@@ -20,6 +20,8 @@ mod index_cache;
 mod layer;
 mod limit;
 mod named;
+mod names;
+mod offline;
 mod prepared;
 pub mod publish;
 mod published;
@@ -224,11 +226,13 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
             });
         }
         (_, IndexChoice::Auto | IndexChoice::Ignore | IndexChoice::Build) => {
-            let blob = find_blob(&source, options)?;
+            let (blob, recalled) = offline::find_blob(&source, options)?;
             warn_without_ranges(&blob);
             meter.manifests();
+            let options = &offline::options_after(recalled.as_ref(), options);
             let layers = prepare_all(vec![blob.into()], options, watch)?;
             meter.layers();
+            offline::tell(&source.to_string(), None, recalled.as_ref(), &layers, options);
             for layer in &layers {
                 check_pin(&layer.index, text, options)?;
             }
@@ -317,6 +321,8 @@ fn prepare_image(
     };
     published::warm_up(name, options)?;
     let found = registry::find(name, &options.registry)?;
+    let recalled = found.recalled().cloned();
+    let options = &offline::options_after(recalled.as_ref(), options);
     // Whether indexes are published can be asked while the configuration is on its way.
     let (early, _) = chosen(found.by_manifest(), options)?;
     let (config, published) = std::thread::scope(|scope| {
@@ -353,6 +359,13 @@ fn prepare_image(
     }
     let layers = prepare_all(found, options, watch)?;
     meter.layers();
+    offline::tell(
+        &name.to_string(),
+        Some(&image.manifest_digest),
+        recalled.as_ref(),
+        &layers,
+        options,
+    );
     if let (ImageName::Registry(_), Some(cache)) = (name, &options.cache) {
         cache.know(&name.to_string());
     }
@@ -423,11 +436,11 @@ fn prepare_with_index(
     meter: &mut CostMeter,
 ) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
-        let blob = scope.spawn(|| find_blob(source, options));
+        let blob = scope.spawn(|| offline::find_blob(source, options));
         let bytes = bytes_of_named(name, &options.http);
         (blob.join(), bytes)
     });
-    let blob = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let (blob, recalled) = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     warn_without_ranges(&blob);
     let index = pinned(open_index(bytes?, name)?, name, options)?;
     meter.indexes();
@@ -442,7 +455,15 @@ fn prepare_with_index(
     }
     check_headers(&index, &without_secrets(name), &blob, &options.http)?;
     meter.layers();
-    PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)
+    let layer = PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)?;
+    offline::tell(
+        &source.to_string(),
+        None,
+        recalled.as_ref(),
+        std::slice::from_ref(&layer),
+        options,
+    );
+    Ok(layer)
 }
 
 /// Whether a disk has no more room.

@@ -31,7 +31,7 @@ pub use self::writer::CacheWriter;
 use super::chunk::{chunk_count, chunk_len};
 use crate::digest::hexadecimal;
 use crate::http::stable_name;
-use crate::source::{Blob, Place};
+use crate::source::{Blob, LayerSpec, Place};
 use crate::units::{CHUNK_BYTES, TarOffset, len_usize};
 
 /// Behind the layer's bytes the data file has a block of its own that ties it to its map.
@@ -117,6 +117,16 @@ impl LayerKey {
                 Some(Self::of_url(&stable_name(at.url.as_str()), blob.len, validator.value()))
             }
             Place::File(_) | Place::Registry(_) => None,
+        }
+    }
+
+    /// A layer's tar of `tar_len` bytes, `coded` if its blob is compressed, under the best name that it has. None where a later
+    /// process could not tell whether it is still the same.
+    #[must_use]
+    pub fn of_layer(layer: &LayerSpec, coded: bool, tar_len: u64) -> Option<Self> {
+        match &layer.cached_as {
+            Some(name) => Some(Self::of_content(name, tar_len)),
+            None => Self::of_blob(&layer.blob).map(|key| if coded { key.of_decoded(tar_len) } else { key }),
         }
     }
 

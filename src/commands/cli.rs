@@ -10,7 +10,7 @@ use crate::digest::Digest;
 use crate::http::Secret;
 use crate::open::{IndexChoice, LayerChoice};
 use crate::quantity::{parse_rate, parse_size, parse_time};
-use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform};
+use crate::source::registry::{DEFAULT_HOSTS_DIR, Platform, PullPolicy};
 
 /// A container layer as a block device, before it has been downloaded.
 ///
@@ -176,10 +176,39 @@ pub struct RegistryArgs {
     /// to upload to. Servers that lie there themselves may always lead there. `TARBLK_ALLOW_PRIVATE_REDIRECTS=1` means the same.
     #[arg(long, help_heading = "Registry options")]
     pub allow_private_redirects: bool,
+    /// When the server is asked what a tag or a URL means: `always`; `newer`: always, and if it does not answer, what it meant
+    /// the last time is used; `missing`: only if that is not known; `never`: nothing is asked, what is not kept here is not there.
+    #[arg(long, help_heading = "Registry options", value_name = "WHEN", value_enum, default_value_t = PullArg::Newer, hide_possible_values = true)]
+    pub pull: PullArg,
     /// Go on asking a server that is away or busy for this long [default: 6 tries within 1min]. One that wishes to be left alone for
     /// longer (`Retry-After`) is not waited for.
     #[arg(long, help_heading = "Registry options", value_name = "TIME", value_parser = parse_time)]
     pub retry_for: Option<Duration>,
+}
+
+/// When servers are asked what a name means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PullArg {
+    /// Each time, and without an answer there is nothing.
+    Always,
+    /// Each time; without an answer, what it meant the last time is used.
+    #[default]
+    Newer,
+    /// Only if it is not known what it meant the last time.
+    Missing,
+    /// Never.
+    Never,
+}
+
+impl From<PullArg> for PullPolicy {
+    fn from(typed: PullArg) -> Self {
+        match typed {
+            PullArg::Always => Self::Always,
+            PullArg::Newer => Self::Newer,
+            PullArg::Missing => Self::Missing,
+            PullArg::Never => Self::Never,
+        }
+    }
 }
 
 /// Never fails: a message about it would quote it.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -15,6 +16,7 @@ use super::Session;
 use super::cli::{ImageArgs, LayerArgs, LsArgs, RegistryArgs};
 use super::output::{Talk, write_out};
 use super::replace::replace;
+use super::waits::WaitTeller;
 use crate::fetch::LayerRange;
 use crate::http::without_secrets;
 use crate::image::BlockImage as _;
@@ -29,11 +31,12 @@ use crate::tree::listing::write_tree;
 use crate::tree::{NodeId, Tree, TreeBuilder};
 use crate::units::{LayerId, TarOffset, TarRange};
 
-/// Draws how far layers are read, once it takes long enough to be noticed.
+/// Draws how far layers are read, once it takes long enough to be noticed, and says what is waited for meanwhile.
 pub(super) struct Bar {
     talk: Talk,
-    drawn: Option<ProgressBar>,
+    drawn: Arc<OnceLock<ProgressBar>>,
     began: Instant,
+    _waits: WaitTeller,
 }
 
 /// Nothing is drawn before this.
@@ -41,9 +44,11 @@ const NOTICED: Duration = Duration::from_millis(300);
 
 impl Bar {
     pub(super) fn new(talk: Talk) -> Self {
+        let drawn = Arc::new(OnceLock::new());
         Self {
             talk,
-            drawn: None,
+            _waits: WaitTeller::start(talk, drawn.clone()),
+            drawn,
             began: Instant::now(),
         }
     }
@@ -57,10 +62,10 @@ impl Watch for Bar {
             Reading::Download => "downloading",
         };
         let elapsed = self.began.elapsed();
-        if self.drawn.is_none() && elapsed > NOTICED {
-            self.drawn = Some(self.talk.bar(what, len, elapsed));
+        if self.drawn.get().is_none() && elapsed > NOTICED {
+            let _drawn_once = self.drawn.set(self.talk.bar(what, len, elapsed));
         }
-        if let Some(bar) = &self.drawn {
+        if let Some(bar) = self.drawn.get() {
             if bar.message() != what {
                 bar.set_message(what);
             }
@@ -71,7 +76,7 @@ impl Watch for Bar {
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        if let Some(bar) = &self.drawn {
+        if let Some(bar) = self.drawn.get() {
             bar.finish_and_clear();
         }
     }

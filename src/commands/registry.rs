@@ -44,6 +44,7 @@ impl RegistryArgs {
             },
             hosts_dir: self.hosts_dir.clone(),
             http: self.http(),
+            pull: self.pull.into(),
             ..RegistryOptions::default()
         })
     }

@@ -152,6 +152,14 @@ pub enum OpenError {
     /// A local layer is not what it was when its index was read.
     #[error("{0} changed while it was being attached; try again")]
     Changed(String),
+    /// Nothing may be asked, and what the layer holds is not known here.
+    #[error("{name}: {what} is not kept here, and its server cannot be reached or is not to be asked")]
+    NotKept {
+        /// The layer, or the URL.
+        name: String,
+        /// What is missing, as the subject of the sentence.
+        what: &'static str,
+    },
     /// The fetcher could not start.
     #[error(transparent)]
     Fetch(#[from] fetch::StartError),

@@ -3,7 +3,7 @@
 //! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of published indexes: each
 //! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
 //! file's digest. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
-//! configurations of images, by their digests.
+//! configurations of images, by their digests; `names` what tags and URLs meant (see `names`).
 //!
 //! Everything in it can be deleted at any time and is checked when it is read. Indexes are kept under a digest
 //! of the identity, so that names and URLs (which may hold secrets) do not show.
@@ -14,18 +14,24 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Digest as ContentDigest, hexadecimal};
 use crate::index::{Index, hot_len};
-use crate::source::registry::SmallBlobCache;
+use crate::source::registry::{KnownTag, SmallBlobCache};
 
 /// How many indexes are kept, of each kind; those not used the longest go.
 const MAX_INDEXES: usize = 256;
 /// How many manifests and configurations are kept.
 const MAX_SMALL: usize = 1024;
-/// The longest of these in bytes.
+/// How many tags and URLs are remembered.
+const MAX_NAMES: usize = 1024;
+/// The longest of these entries in bytes.
+const LONGEST_NAME: u64 = 16 << 10;
+/// The longest manifest or configuration in bytes.
 const LONGEST_SMALL: u64 = 8 << 20;
 
 /// The most bytes that are read as the digest behind a kept index; longer than any digest.
@@ -177,6 +183,29 @@ impl Cache {
         }
     }
 
+    fn name_path(&self, what: &str) -> PathBuf {
+        self.dir.join("names").join(digest(what))
+    }
+
+    /// What was noted under a name. An entry that is damaged, or another name's, is none.
+    pub(super) fn recall<T: DeserializeOwned>(&self, what: &str) -> Option<T> {
+        let text = String::from_utf8(read_and_mark(&self.name_path(what), LONGEST_NAME)?).ok()?;
+        let (checksum, json) = text.split_once('\n')?;
+        (checksum == digest(&format!("{what}\n{json}"))).then(|| serde_json::from_str(json).ok())?
+    }
+
+    /// Notes something under a name; a failure costs nothing but the note.
+    pub(super) fn remember<T: Serialize>(&self, what: &str, value: &T) {
+        let Ok(json) = serde_json::to_string(value) else { return };
+        let checksum = digest(&format!("{what}\n{json}"));
+        let noted = self.keep(&self.name_path(what), MAX_NAMES, |file| {
+            write!(file, "{checksum}\n{json}")
+        });
+        if let Err(error) = noted {
+            log::info!("{error}");
+        }
+    }
+
     /// Puts a file in its place, whole or not at all, and removes those of the same kind that were not used the longest.
     fn keep(
         &self,
@@ -220,6 +249,14 @@ impl SmallBlobCache for Cache {
         if let Err(error) = kept {
             log::info!("{error}");
         }
+    }
+
+    fn tag(&self, name: &str) -> Option<KnownTag> {
+        self.known_tag(name)
+    }
+
+    fn put_tag(&self, name: &str, digest: &ContentDigest) {
+        self.know_tag(name, digest);
     }
 }
 

@@ -11,6 +11,7 @@ use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexFault};
 use crate::layer::{Coding, SPACING};
+use crate::source::registry::PullPolicy;
 use crate::source::{LayerSpec, SourceError};
 use crate::units::{CHUNK_BYTES, TarOffset};
 use crate::walk;
@@ -112,6 +113,12 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
             }
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
         }
+    }
+    if options.registry.pull == PullPolicy::Never && blob.is_remote() {
+        return Err(OpenError::NotKept {
+            name: blob.name.clone(),
+            what: "its index",
+        });
     }
     // The first bytes decide. Of a blob in a registry they are not asked for by themselves: what its media type says is tried,
     // and when the first bytes come along and say something else, they are followed.

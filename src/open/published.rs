@@ -13,7 +13,7 @@ use super::prepared::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
 use crate::index::Index;
 use crate::source::Blob;
-use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, Reference, Registry};
+use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, PullPolicy, Reference, Registry};
 
 /// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
 /// connection for itself.
@@ -50,7 +50,7 @@ pub(super) fn warm_up(name: &ImageName, options: &OpenOptions) -> Result<(), Ope
         .cache
         .as_ref()
         .is_some_and(|cache| cache.knows(&name.to_string()));
-    if wanted && !known {
+    if wanted && !known && options.registry.pull != PullPolicy::Never {
         let others = usize::try_from(CONNECTIONS - 1).unwrap_or_default();
         Registry::new(reference, &options.registry)?.warm_up(others);
     }
@@ -108,7 +108,9 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
         };
         leads.push((layer, lead));
     }
-    let found = if asked.is_empty() {
+    // Of a registry that is not to be asked, an artifact that is pinned may be kept.
+    let is_silent = options.registry.pull == PullPolicy::Never && options.index_digest.is_none();
+    let found = if asked.is_empty() || is_silent {
         Vec::new()
     } else {
         let wanted = Image {

@@ -27,6 +27,7 @@ mod session;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 pub use access::{BlobAccess, BlobLocation};
 pub use client::{BlobHead, Fetched, Registry};
@@ -47,6 +48,51 @@ use oci_layout::Layout;
 /// The deepest nesting of indexes that is followed; builders make one level, or two.
 const DEEPEST_INDEX: usize = 4;
 
+/// When servers are asked what a name means, as podman's `--pull` has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PullPolicy {
+    /// Each time, and without an answer there is nothing.
+    Always,
+    /// Each time; when there is no answer, what it meant the last time is used, if that is known.
+    #[default]
+    Newer,
+    /// Only when it is not known what it meant the last time.
+    Missing,
+    /// Never: what is not known and kept is not there.
+    Never,
+}
+
+/// What a tag meant the last time that its registry was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownTag {
+    /// Of the manifest.
+    pub digest: Digest,
+    /// When that was.
+    pub at: SystemTime,
+}
+
+/// A name that was not asked for, or in vain: what it meant before is used.
+#[derive(Clone, Debug)]
+pub struct Recalled {
+    /// When it meant that.
+    pub at: SystemTime,
+    /// Why the server did not say; none if it was not asked.
+    pub because: Option<String>,
+}
+
+/// So long a registry is waited for that need not answer, unless a person wants to wait for longer than usual.
+const SPARE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a server is waited for when it can be done without.
+#[must_use]
+pub fn patience_to_spare(http: &HttpOptions) -> Duration {
+    if http.retry.deadline > HttpOptions::default().retry.deadline {
+        http.retry.deadline
+    } else {
+        SPARE_PATIENCE
+    }
+}
+
 /// How registries are talked to.
 #[derive(Clone, Debug)]
 pub struct RegistryOptions {
@@ -60,6 +106,8 @@ pub struct RegistryOptions {
     pub hosts_dir: PathBuf,
     /// How long to wait.
     pub http: HttpOptions,
+    /// When they are asked what a name means; no request is sent at all under [`PullPolicy::Never`].
+    pub pull: PullPolicy,
     /// The cache for manifests and configurations; none are cached without.
     pub cache: Option<Arc<dyn SmallBlobCache>>,
 }
@@ -71,6 +119,10 @@ pub trait SmallBlobCache: fmt::Debug + Send + Sync {
     fn get(&self, digest: &Digest) -> Option<(String, Vec<u8>)>;
     /// Caches it. A failure is logged by the cache and has no other effect.
     fn put(&self, digest: &Digest, media_type: &str, bytes: &[u8]);
+    /// What an image's name with a tag meant the last time.
+    fn tag(&self, name: &str) -> Option<KnownTag>;
+    /// Notes what it means now.
+    fn put_tag(&self, name: &str, digest: &Digest);
 }
 
 impl Default for RegistryOptions {
@@ -81,6 +133,7 @@ impl Default for RegistryOptions {
             keyring: Keyring::default(),
             hosts_dir: DEFAULT_HOSTS_DIR.into(),
             http: HttpOptions::default(),
+            pull: PullPolicy::default(),
             cache: None,
         }
     }
@@ -142,6 +195,7 @@ pub struct Found {
     config: Descriptor,
     holder: Holder,
     wanted: Wanted,
+    recalled: Option<Recalled>,
 }
 
 /// Finds an image's manifest, through indexes if need be: in one request, or two. See [`resolve`].
@@ -154,10 +208,11 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
         why,
     };
     let wanted = Wanted::of(options.platform.as_ref());
+    let mut recalled = None;
     let (holder, mut fetched) = match name {
         ImageName::Registry(reference) => {
-            let registry = Registry::new(reference, options)?;
-            let fetched = registry.manifest(&reference.version)?;
+            let (registry, fetched, memory) = by_reference(name, reference, options)?;
+            recalled = memory;
             (Holder::Registry(registry), fetched)
         }
         ImageName::Layout(name) => {
@@ -190,6 +245,7 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
                     config,
                     holder,
                     wanted,
+                    recalled,
                 });
             }
         }
@@ -197,7 +253,61 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
     Err(bad("indexes within indexes without end".to_owned()))
 }
 
+/// A manifest by its name, from the registry or from memory; in the latter case, that it was.
+fn by_reference(
+    name: &ImageName,
+    reference: &Reference,
+    options: &RegistryOptions,
+) -> Result<(Registry, Fetched, Option<Recalled>), SourceError> {
+    let registry = Registry::new(reference, options)?;
+    let Version::Tag(_) = &reference.version else {
+        let fetched = registry.manifest(&reference.version)?;
+        return Ok((registry, fetched, None));
+    };
+    let title = name.to_string();
+    // What is known of it, with its manifest.
+    let known = || {
+        let cache = options.cache.as_ref()?;
+        let known = cache.tag(&title)?;
+        let fetched = registry.cached_manifest(&known.digest)?;
+        Some((fetched, known.at))
+    };
+    let known = match options.pull {
+        PullPolicy::Always => None,
+        PullPolicy::Newer | PullPolicy::Missing | PullPolicy::Never => known(),
+    };
+    let asked = match (&options.pull, &known) {
+        (PullPolicy::Missing | PullPolicy::Never, Some(_)) => None,
+        (PullPolicy::Newer, Some(_)) => {
+            Some(registry.manifest_within(&reference.version, patience_to_spare(&options.http)))
+        }
+        _ => Some(registry.manifest(&reference.version)),
+    };
+    match (asked, known) {
+        (Some(Ok(fetched)), _) => {
+            if let Some(cache) = &options.cache {
+                cache.put_tag(&title, &fetched.digest);
+            }
+            Ok((registry, fetched, None))
+        }
+        (Some(Err(error)), Some((fetched, at))) if error.may_pass() => {
+            let because = Some(error.to_string());
+            let offline = registry.offline(format!("and {} cannot be reached", reference.host));
+            Ok((offline, fetched, Some(Recalled { at, because })))
+        }
+        (Some(Err(error)), _) => Err(error),
+        (None, Some((fetched, at))) => Ok((registry, fetched, Some(Recalled { at, because: None }))),
+        (None, None) => Err(registry.is_offline_error()),
+    }
+}
+
 impl Found {
+    /// That what the name means was not asked for now, or in vain; none if the registry has said it.
+    #[must_use]
+    pub const fn recalled(&self) -> Option<&Recalled> {
+        self.recalled.as_ref()
+    }
+
     /// Of the image's own manifest.
     #[must_use]
     pub const fn manifest_digest(&self) -> &Digest {

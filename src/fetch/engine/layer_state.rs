@@ -134,14 +134,7 @@ impl Mismatch {
 /// that goes with the process.
 fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, DiskCacheError> {
     let size = source.size();
-    let key = match &source.layer.cached_as {
-        Some(name) => Some(LayerKey::of_content(name, size)),
-        None => LayerKey::of_blob(&source.layer.blob).map(|key| match source.coding {
-            None => key,
-            Some(_) => key.of_decoded(size),
-        }),
-    };
-    let Some(key) = key else {
+    let Some(key) = LayerKey::of_layer(&source.layer, source.coding.is_some(), size) else {
         return store.unnamed(size);
     };
     let cache = store.layer(key, size)?;

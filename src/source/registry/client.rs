@@ -15,7 +15,7 @@ use super::hosts;
 use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, LONGEST_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::{Reference, Version, check_tag};
 use super::session::{Effort, Need, RepositorySpec, Session};
-use super::{RegistryOptions, SmallBlobCache};
+use super::{PullPolicy, RegistryOptions, SmallBlobCache};
 use crate::digest::{Algorithm, Digest};
 use crate::http::{self, Backoff, Reach, runtime, shown_url};
 use crate::source::error::{SourceError, wait_after};
@@ -32,6 +32,8 @@ const MOST_PAGES: usize = 64;
 pub struct Registry {
     session: Arc<Session>,
     cache: Option<Arc<dyn SmallBlobCache>>,
+    /// Why nothing is to be asked, if so.
+    offline: Option<Arc<str>>,
 }
 
 impl fmt::Debug for Registry {
@@ -84,7 +86,39 @@ impl Registry {
         Ok(Self {
             session: Session::shared(spec, None),
             cache: options.cache.clone(),
+            offline: match options.pull {
+                PullPolicy::Never => Some("and no server is to be asked (--pull never)".into()),
+                PullPolicy::Always | PullPolicy::Newer | PullPolicy::Missing => None,
+            },
         })
+    }
+
+    /// The same repository, of which nothing is asked any more, because of `why`.
+    #[must_use]
+    pub(super) fn offline(self, why: String) -> Self {
+        Self {
+            offline: Some(why.into()),
+            ..self
+        }
+    }
+
+    /// That something is not kept, and cannot be asked for.
+    pub(super) fn is_offline_error(&self) -> SourceError {
+        SourceError::Image {
+            name: self.name(),
+            why: format!(
+                "what is needed of it is not kept here, {}",
+                self.offline.as_deref().unwrap_or("and nothing may be asked")
+            ),
+        }
+    }
+
+    /// An error, if nothing is to be asked.
+    fn check_online(&self) -> Result<(), SourceError> {
+        match self.offline {
+            Some(_) => Err(self.is_offline_error()),
+            None => Ok(()),
+        }
     }
 
     /// For messages: registry and repository.
@@ -114,23 +148,31 @@ impl Registry {
 
     /// Asks one endpoint after the other, and all of them again where that may help.
     fn ask<T>(&self, need: Need, question: impl AsyncFn(usize) -> Result<T, SourceError>) -> Result<T, SourceError> {
-        runtime::wait(async {
-            let mut backoff = Backoff::new(self.session.spec.http.retry);
-            loop {
-                let mut last = None;
-                for at in self.session.order(need) {
-                    match question(at).await {
-                        Ok(answer) => return Ok(answer),
-                        Err(failure) => {
-                            self.session.set_down(at, &failure);
-                            last = Some(failure);
-                        }
+        self.check_online()?;
+        runtime::wait(self.ask_all(need, &question))
+    }
+
+    /// The same, for callers that bound how long it may take.
+    async fn ask_all<T>(
+        &self,
+        need: Need,
+        question: &impl AsyncFn(usize) -> Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        let mut backoff = Backoff::new(self.session.spec.http.retry);
+        loop {
+            let mut last = None;
+            for at in self.session.order(need) {
+                match question(at).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(failure) => {
+                        self.session.set_down(at, &failure);
+                        last = Some(failure);
                     }
                 }
-                let failure = last.unwrap_or_else(|| self.no_endpoint());
-                wait_after(&mut backoff, failure).await?;
             }
-        })
+            let failure = last.unwrap_or_else(|| self.no_endpoint());
+            wait_after(&mut backoff, failure).await?;
+        }
     }
 
     /// Asks one endpoint after the other for something optional, each once, and not for long. A failure is no reason to ask an
@@ -140,6 +182,7 @@ impl Registry {
         need: Need,
         question: impl AsyncFn(usize) -> Result<T, SourceError>,
     ) -> Result<T, SourceError> {
+        self.check_online()?;
         let asking = async {
             let mut last = None;
             for at in self.session.order(need) {
@@ -151,11 +194,13 @@ impl Registry {
             Err(last.unwrap_or_else(|| self.no_endpoint()))
         };
         let asked = tokio::time::timeout(OPTIONAL_DEADLINE, asking).await;
-        asked.unwrap_or_else(|_| {
-            let at = self.session.order(need).first().copied().unwrap_or_default();
-            let why = format!("no answer within {OPTIONAL_DEADLINE:?}");
-            Err(http::Error::unreachable(&self.session.url(at, ""), why).into())
-        })
+        asked.unwrap_or_else(|_| Err(self.no_answer(need, OPTIONAL_DEADLINE)))
+    }
+
+    fn no_answer(&self, need: Need, within: Duration) -> SourceError {
+        let at = self.session.order(need).first().copied().unwrap_or_default();
+        let why = format!("no answer within {within:?}");
+        http::Error::unreachable(&self.session.url(at, ""), why).into()
     }
 
     fn no_endpoint(&self) -> SourceError {
@@ -191,12 +236,8 @@ impl Registry {
         let need = match version {
             Version::Tag(_) => Need::Resolve,
             Version::Digest(digest) => {
-                if let Some((media_type, bytes)) = self.cached(digest) {
-                    return Ok(Fetched {
-                        bytes,
-                        media_type,
-                        digest: digest.clone(),
-                    });
+                if let Some(cached) = self.cached_manifest(digest) {
+                    return Ok(cached);
                 }
                 Need::Pull
             }
@@ -204,10 +245,36 @@ impl Registry {
         let fetched = self.ask(need, async |at| {
             self.manifest_from(at, need, Effort::Full, version).await
         })?;
-        if let (Version::Digest(digest), Some(cache)) = (version, &self.cache) {
-            cache.put(digest, &fetched.media_type, &fetched.bytes);
-        }
+        self.keep(&fetched);
         Ok(fetched)
+    }
+
+    /// The same of a registry that can be done without: it is not waited for longer than `patience`.
+    pub(super) fn manifest_within(&self, version: &Version, patience: Duration) -> Result<Fetched, SourceError> {
+        self.check_online()?;
+        let question = async |at| self.manifest_from(at, Need::Resolve, Effort::Full, version).await;
+        let fetched = runtime::wait(async {
+            let asked = tokio::time::timeout(patience, self.ask_all(Need::Resolve, &question)).await;
+            asked.unwrap_or_else(|_| Err(self.no_answer(Need::Resolve, patience)))
+        })?;
+        self.keep(&fetched);
+        Ok(fetched)
+    }
+
+    /// A manifest from the cache.
+    pub(super) fn cached_manifest(&self, digest: &Digest) -> Option<Fetched> {
+        let (media_type, bytes) = self.cached(digest)?;
+        Some(Fetched {
+            bytes,
+            media_type,
+            digest: digest.clone(),
+        })
+    }
+
+    fn keep(&self, fetched: &Fetched) {
+        if let Some(cache) = &self.cache {
+            cache.put(&fetched.digest, &fetched.media_type, &fetched.bytes);
+        }
     }
 
     /// The manifest that a tag names, if there is one that can be had by asking once: for what is optional.
