@@ -1,20 +1,22 @@
 //! The bytes that a block needs. In: ranges of layers in tar space. Out: the same ranges as memory, verified as far as the
 //! layer allows, or an error with a cause.
 //!
-//! One fetch thread runs an `io_uring` runtime and does all that waits: local files, the cache file, the network. Threads
-//! that answer the kernel only look ([`Fetcher::locate`]) or leave a request ([`Fetcher::read`]); neither ever blocks. This
+//! One fetch thread runs an `io_uring` runtime and does all that waits, for all devices of the process ([`FetchPool`]): local
+//! files, the cache file, the network. Threads that answer the kernel only look ([`Fetcher::locate`]) or leave a request ([`Fetcher::read`]); neither ever blocks. This
 //! room knows nothing of inodes: what it needs to know of files it asks a [`FileMap`].
 //!
 //! A blob may be compressed: what is fetched are ranges of the blob, what is handed out are ranges of the tar that comes out
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
-//! Parts: `blob` (what a layer is), `engine` (the fetch thread: one flight a chunk), `transport` (ranges over connections),
-//! `stats`, `cost` (what happened before there was a fetcher).
+//! Parts: `blob` (what a layer is), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
+//! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher).
 
 mod blob;
 mod cost;
 mod engine;
 mod error;
+mod options;
+mod pool;
 mod runtime;
 mod shared;
 mod stats;
@@ -32,17 +34,17 @@ pub(crate) use blob::WholeDigests;
 pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};
 pub use cost::{KnownBy, LayerCost, PrepareCost};
 pub use error::{FetchError, StartError};
-pub use stats::{BytesByOrigin, FetchStats, Percentiles, Wait};
+pub use options::{FetchOptions, OpenOptions, PoolOptions};
+pub use pool::FetchPool;
+pub use stats::{BytesByOrigin, FetchStats, Percentiles, PoolStats, Wait};
 
 use crate::cache::chunk::{FirstUse, pieces};
-use crate::cache::disk::DiskCache;
 use crate::cache::{Slice, Slices};
-use crate::http::{self, Timeouts, tls};
-use crate::image::FileMap;
+use crate::http::{self, tls};
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarRange};
 use engine::Command;
-use shared::{Shared, SharedLayer, Touch};
+use shared::{FetchedLayer, Shared, SharedLayer, Touch};
 use stats::add;
 
 /// Where a range of a layer is right now. Borrowed from the fetcher that said so.
@@ -74,63 +76,6 @@ pub struct LayerRange {
     pub range: TarRange,
 }
 
-/// How a fetcher behaves.
-#[derive(Clone)]
-pub struct FetchOptions {
-    /// The memory cache's bound in bytes. Chunks that a [`Slice`] holds come on top.
-    pub memory_bytes: u64,
-    /// Connections per host at most.
-    pub connections: usize,
-    /// Deadlines of one request; none is longer than [`deadline`](Self::deadline).
-    pub timeouts: Timeouts,
-    /// A body slower than this many bytes a second is given up and asked for again on another connection.
-    pub slowest_body: u64,
-    /// After this a read fails. Until then everything is tried again.
-    pub deadline: Duration,
-    /// How long bytes that have a digest must keep coming wrong, asked for anew each time, until the layer is taken to be wrong.
-    pub wrong_for: Duration,
-    /// Whether anything is fetched before it is asked for.
-    pub prefetch: bool,
-    /// Whether whole layers are fetched into the disk cache, while no one reads.
-    pub fetch_all: bool,
-    /// Where chunks stay when the process goes; none keeps them in memory only.
-    pub store: Option<Arc<DiskCache>>,
-    /// How https servers are verified; without it only http works. See [`default_tls`].
-    pub tls: Option<Arc<ClientConfig>>,
-}
-
-impl Default for FetchOptions {
-    fn default() -> Self {
-        Self {
-            memory_bytes: 64 << 20,
-            connections: 16,
-            timeouts: Timeouts {
-                connect: Duration::from_secs(10),
-                head: Duration::from_secs(15),
-                stall: Duration::from_secs(10),
-            },
-            slowest_body: 4 << 10,
-            deadline: Duration::from_secs(300),
-            wrong_for: Duration::from_secs(30),
-            prefetch: true,
-            fetch_all: false,
-            store: None,
-            tls: None,
-        }
-    }
-}
-
-impl fmt::Debug for FetchOptions {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FetchOptions")
-            .field("memory_bytes", &self.memory_bytes)
-            .field("connections", &self.connections)
-            .field("deadline", &self.deadline)
-            .field("tls", &self.tls.is_some())
-            .finish_non_exhaustive()
-    }
-}
-
 /// A TLS configuration that believes what this machine believes.
 ///
 /// # Errors
@@ -139,12 +84,15 @@ pub fn default_tls() -> Result<Arc<ClientConfig>, StartError> {
     tls::client_config().map_err(StartError::Certificates)
 }
 
-/// A handle on the fetch thread. Cheap to clone; the thread ends when the last handle is gone.
+/// A handle on a device's engine on the fetch thread. Cheap to clone; the engine ends when the last handle is gone, and what it
+/// held in memory is given back.
 #[derive(Clone)]
 pub struct Fetcher {
     shared: Arc<Shared>,
-    /// The thread runs as long as one of these lives.
+    /// The engine runs as long as one of these lives.
     commands: UnboundedSender<Command>,
+    /// Keeps the thread.
+    pool: FetchPool,
 }
 
 impl fmt::Debug for Fetcher {
@@ -156,18 +104,10 @@ impl fmt::Debug for Fetcher {
 }
 
 impl Fetcher {
-    /// Starts the fetch thread for `layers`, numbered in this order. `files` lets read-ahead know which files lie where;
-    /// without it only sequential reads are seen coming.
-    ///
-    /// # Errors
-    /// When a layer cannot be fetched by its description, or the thread cannot be made. Servers are not asked.
-    pub fn start(
-        layers: Vec<LayerSource>,
-        options: FetchOptions,
-        files: Option<Arc<dyn FileMap>>,
-    ) -> Result<Self, StartError> {
-        let (shared, commands) = engine::start(layers, options, files)?;
-        Ok(Self { shared, commands })
+    /// The pool that it is of.
+    #[must_use]
+    pub fn pool(&self) -> &FetchPool {
+        &self.pool
     }
 
     /// Where `range` is now, without waiting, system calls or long locks. Counts as a use of what it finds.
@@ -186,7 +126,7 @@ impl Fetcher {
                 if layer.poison.get().is_some() {
                     return Located::Elsewhere;
                 }
-                if let Some(slices) = self.locate_in_memory(asked) {
+                if let Some(slices) = self.locate_in_memory(layer, asked) {
                     return Located::Memory(slices);
                 }
                 let stretch = ChunkRange::of(asked.layer, asked.range);
@@ -199,12 +139,12 @@ impl Fetcher {
         }
     }
 
-    fn locate_in_memory(&self, asked: LayerRange) -> Option<Slices> {
+    fn locate_in_memory(&self, layer: &FetchedLayer, asked: LayerRange) -> Option<Slices> {
         let shared = &*self.shared;
         let mut slices = Slices::new();
         let (mut paid, mut first_use, mut wake) = (0, false, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
-            let Some(chunk) = shared.memory.get(key) else {
+            let Some(chunk) = layer.memory.get(key.index) else {
                 slices.clear();
                 break;
             };
@@ -235,7 +175,7 @@ impl Fetcher {
             callback: engine::CompleteOnDrop::new(callback),
             asked: Instant::now(),
         };
-        // When the thread is gone the command comes back and is dropped, and dropping it tells the waiter.
+        // When the engine is gone the command comes back and is dropped, and dropping it tells the waiter.
         let _gone = self.commands.send(command);
     }
 
@@ -279,11 +219,11 @@ impl Fetcher {
         stats
     }
 
-    /// Ends the fetch thread and waits for it: reads in flight fail with [`FetchError::Stopped`]. Safe to call twice.
+    /// Ends its engine and waits for that: reads in flight fail with [`FetchError::Stopped`]. Safe to call twice.
     pub fn shutdown(&self) {
         let (give, take) = mpsc::channel();
         if self.commands.send(Command::Shutdown(give)).is_ok() {
-            // A thread that is gone already has nothing to say.
+            // An engine that is gone already has nothing to say.
             let _gone = take.recv();
         }
     }

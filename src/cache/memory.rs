@@ -1,37 +1,60 @@
-//! The memory cache. In: chunks as they arrive. Out: the same to anybody who asks, from any
+//! The memory cache. In: chunks of any layer, as they arrive. Out: the same to anybody who asks, from any
 //! thread, under a lock held for a hash lookup.
 //!
-//! Bounded by CLOCK: a hand goes round and takes what was not read since it last passed. A chunk on loan in a
-//! [`Slice`](super::Slice) outlives its eviction.
+//! One for all devices of a process, with one bound. Bounded by CLOCK: a hand goes round and takes what was not read since it
+//! last passed. A chunk on loan in a [`Slice`](super::Slice) outlives its eviction. Each layer has a handle, [`MemoryLayer`],
+//! and its chunks leave with it.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hashbrown::HashTable;
 
-use super::chunk::{Chunk, ChunkKey};
-use crate::units::{CHUNK_BYTES, len_usize};
+use super::chunk::Chunk;
+use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 /// Chunks that lie side by side share a shard, so that a read over several of them takes its lock once or twice.
 const NEIGHBOURHOOD_BITS: u32 = 3;
 const MOST_SHARDS: usize = 16;
 
+/// A layer's number in the memory cache. Every [`MemoryLayer`] has another one, whatever its device calls the layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MemoryLayerId(u32);
+
+/// Which chunk of which layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MemoryKey {
+    layer: MemoryLayerId,
+    index: u32,
+}
+
 /// Chunks in memory, by key, in up to [`MOST_SHARDS`] shards with a lock each.
 #[derive(Debug)]
 pub(crate) struct MemoryCache {
     shards: Box<[Mutex<Shard>]>,
+    next_layer: AtomicU32,
+}
+
+/// A layer's chunks in memory. Dropping it gives back what they take.
+#[derive(Debug)]
+pub(crate) struct MemoryLayer {
+    memory: Arc<MemoryCache>,
+    id: MemoryLayerId,
+    /// How many chunks it has.
+    count: u32,
 }
 
 #[derive(Debug)]
 struct Shard {
     /// Slot numbers by the hash of their key.
     by_key: HashTable<usize>,
-    slots: Vec<(ChunkKey, Arc<Chunk>)>,
+    slots: Vec<(MemoryKey, Arc<Chunk>)>,
     capacity: usize,
     hand: usize,
 }
 
-/// Spreads a key over 64 bits. Keys come from the layout of a layer; colliding them harms their own reader alone.
-fn hash(key: ChunkKey) -> u64 {
+/// Spreads a key over 64 bits. Keys come from the layout of a layer; colliding them harms its own readers most.
+fn hash(key: MemoryKey) -> u64 {
     let mixed = ((u64::from(key.layer.0) << 32) | u64::from(key.index)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     mixed ^ (mixed >> 29)
 }
@@ -51,11 +74,31 @@ impl MemoryCache {
         };
         Self {
             shards: std::iter::repeat_with(shard).take(count).collect(),
+            next_layer: AtomicU32::new(0),
         }
     }
 
-    fn shard(&self, key: ChunkKey) -> MutexGuard<'_, Shard> {
-        let spread = hash(ChunkKey {
+    /// A place for the chunks of a layer that has `count` of them.
+    pub(crate) fn layer(self: &Arc<Self>, count: u32) -> MemoryLayer {
+        MemoryLayer {
+            memory: Arc::clone(self),
+            id: MemoryLayerId(self.next_layer.fetch_add(1, Ordering::Relaxed)),
+            count,
+        }
+    }
+
+    /// The bytes of all chunks that are here.
+    pub(crate) fn bytes_held(&self) -> u64 {
+        let of_shard = |shard: &Mutex<Shard>| {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let bytes = shard.slots.iter().map(|(_, chunk)| len_u64(chunk.bytes().len()));
+            bytes.sum::<u64>()
+        };
+        self.shards.iter().map(of_shard).sum()
+    }
+
+    fn shard(&self, key: MemoryKey) -> MutexGuard<'_, Shard> {
+        let spread = hash(MemoryKey {
             layer: key.layer,
             index: key.index >> NEIGHBOURHOOD_BITS,
         }) >> 40;
@@ -64,33 +107,70 @@ impl MemoryCache {
         // looked at again by key.
         self.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// The chunk, if it is here. Not a use: the caller says so with [`Chunk::touch`].
-    pub(crate) fn get(&self, key: ChunkKey) -> Option<Arc<Chunk>> {
-        self.shard(key).get(key)
+impl MemoryLayer {
+    fn key(&self, index: u32) -> MemoryKey {
+        MemoryKey { layer: self.id, index }
     }
 
-    pub(crate) fn holds(&self, key: ChunkKey) -> bool {
-        let shard = self.shard(key);
+    /// Chunk `index`, if it is here. Not a use: the caller says so with [`Chunk::touch`].
+    pub(crate) fn get(&self, index: u32) -> Option<Arc<Chunk>> {
+        let key = self.key(index);
+        self.memory.shard(key).get(key)
+    }
+
+    /// Whether chunk `index` is here.
+    pub(crate) fn holds(&self, index: u32) -> bool {
+        let key = self.key(index);
+        let shard = self.memory.shard(key);
         shard.slot(key).is_some()
     }
 
-    /// Keeps `chunk` and hands back what had to leave for it. What leaves is dropped by the caller, outside the lock.
-    pub(crate) fn insert(&self, key: ChunkKey, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
-        self.shard(key).insert(key, chunk)
+    /// Keeps `chunk` and hands back what had to leave for it, which may be another layer's. What leaves is dropped by the caller,
+    /// outside the lock.
+    pub(crate) fn insert(&self, index: u32, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
+        let key = self.key(index);
+        self.memory.shard(key).insert(key, chunk)
+    }
+
+    /// Lets go of all its chunks.
+    pub(crate) fn clear(&self) {
+        let held = |shard: &Mutex<Shard>| shard.lock().unwrap_or_else(PoisonError::into_inner).slots.len();
+        let slots: usize = self.memory.shards.iter().map(held).sum();
+        let mut gone = Vec::new();
+        if len_u64(slots) < u64::from(self.count) {
+            for shard in &self.memory.shards {
+                let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                let own = |(key, _): &(MemoryKey, _)| (key.layer == self.id).then_some(*key);
+                let keys: Vec<MemoryKey> = shard.slots.iter().filter_map(own).collect();
+                gone.extend(keys.into_iter().filter_map(|key| shard.remove(key)));
+            }
+        } else {
+            let keys = (0..self.count).map(|index| self.key(index));
+            gone.extend(keys.filter_map(|key| self.memory.shard(key).remove(key)));
+        }
+        // Dropped here, outside the locks.
+        drop(gone);
+    }
+}
+
+impl Drop for MemoryLayer {
+    fn drop(&mut self) {
+        self.clear();
     }
 }
 
 impl Shard {
-    fn slot(&self, key: ChunkKey) -> Option<usize> {
+    fn slot(&self, key: MemoryKey) -> Option<usize> {
         self.by_key.find(hash(key), |&slot| self.slots[slot].0 == key).copied()
     }
 
-    fn get(&self, key: ChunkKey) -> Option<Arc<Chunk>> {
+    fn get(&self, key: MemoryKey) -> Option<Arc<Chunk>> {
         self.slot(key).map(|slot| self.slots[slot].1.clone())
     }
 
-    fn insert(&mut self, key: ChunkKey, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
+    fn insert(&mut self, key: MemoryKey, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
         if let Some(slot) = self.slot(key) {
             return Some(std::mem::replace(&mut self.slots[slot].1, chunk));
         }
@@ -111,6 +191,24 @@ impl Shard {
         Some(std::mem::replace(&mut self.slots[slot], (key, chunk)).1)
     }
 
+    fn remove(&mut self, key: MemoryKey) -> Option<Arc<Chunk>> {
+        let slot = match self.by_key.find_entry(hash(key), |&slot| self.slots[slot].0 == key) {
+            Ok(entry) => entry.remove().0,
+            Err(_) => return None,
+        };
+        let (_, chunk) = self.slots.swap_remove(slot);
+        // What was last has its number now.
+        if let Some((moved, _)) = self.slots.get(slot)
+            && let Some(number) = self.by_key.find_mut(hash(*moved), |&number| number == self.slots.len())
+        {
+            *number = slot;
+        }
+        if self.hand >= self.slots.len() {
+            self.hand = 0;
+        }
+        Some(chunk)
+    }
+
     /// The next slot whose chunk went unread for a whole round; after two rounds whatever is under the hand.
     fn victim(&mut self) -> usize {
         for _ in 0..2 * self.slots.len() {
@@ -127,13 +225,9 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::LayerId;
 
-    fn key(index: u32) -> ChunkKey {
-        ChunkKey {
-            layer: LayerId(0),
-            index,
-        }
+    fn memory(chunks: u64) -> Arc<MemoryCache> {
+        Arc::new(MemoryCache::new(chunks * CHUNK_BYTES))
     }
 
     fn chunk(n: u8) -> Arc<Chunk> {
@@ -142,70 +236,99 @@ mod tests {
 
     #[test]
     fn holds_no_more_than_its_bound() {
-        let memory = MemoryCache::new(16 * CHUNK_BYTES);
+        let layer = memory(16).layer(100);
         for n in 0..100u8 {
-            memory.insert(key(n.into()), chunk(n));
+            layer.insert(n.into(), chunk(n));
         }
-        let held = (0..100).filter(|&n| memory.holds(key(n))).count();
+        let held = (0..100).filter(|&n| layer.holds(n)).count();
         assert_eq!(held, 16);
-        assert!(memory.holds(key(99)));
+        assert!(layer.holds(99));
     }
 
     #[test]
     fn what_is_read_stays_and_a_scan_passes_by() {
-        let memory = MemoryCache::new(16 * CHUNK_BYTES);
+        let layer = memory(16).layer(200);
         for n in 0..4u8 {
-            memory.insert(key(n.into()), chunk(n));
+            layer.insert(n.into(), chunk(n));
         }
         for n in 4..200u8 {
             for hot in 0..4 {
-                memory.get(key(hot)).expect("a chunk in use was evicted").touch();
+                layer.get(hot).expect("a chunk in use was evicted").touch();
             }
-            memory.insert(key(n.into()), chunk(n));
+            layer.insert(n.into(), chunk(n));
         }
     }
 
     #[test]
     fn agrees_with_a_plain_map_while_nothing_is_evicted() {
-        let memory = MemoryCache::new(4096 * CHUNK_BYTES);
-        for layer in 0..3u32 {
+        let memory = memory(4096);
+        let layers = [0u8, 7, 14].map(|first| (first, memory.layer(500)));
+        for (first, layer) in &layers {
             for index in 0..500u32 {
-                let byte = u8::try_from((layer * 7 + index) % 251).unwrap();
-                memory.insert(
-                    ChunkKey {
-                        layer: LayerId(layer),
-                        index,
-                    },
-                    chunk(byte),
-                );
+                let byte = u8::try_from((u32::from(*first) + index) % 251).unwrap();
+                layer.insert(index, chunk(byte));
             }
         }
-        for layer in 0..3u32 {
+        for (first, layer) in &layers {
             for index in 0..500u32 {
-                let found = memory
-                    .get(ChunkKey {
-                        layer: LayerId(layer),
-                        index,
-                    })
-                    .unwrap();
-                assert_eq!(u32::from(found.bytes()[0]), (layer * 7 + index) % 251);
+                let found = layer.get(index).unwrap();
+                assert_eq!(u32::from(found.bytes()[0]), (u32::from(*first) + index) % 251);
             }
         }
-        assert!(
-            memory
-                .get(ChunkKey {
-                    layer: LayerId(3),
-                    index: 0
-                })
-                .is_none()
-        );
+        assert!(memory.layer(500).get(0).is_none());
     }
 
     #[test]
     fn replacing_keeps_one_copy() {
-        let memory = MemoryCache::new(16 * CHUNK_BYTES);
-        assert!(memory.insert(key(1), chunk(1)).is_none());
-        assert_eq!(memory.insert(key(1), chunk(2)).unwrap().bytes()[0], 1);
-        assert_eq!(memory.get(key(1)).unwrap().bytes()[0], 2);
+        let layer = memory(16).layer(2);
+        assert!(layer.insert(1, chunk(1)).is_none());
+        assert_eq!(layer.insert(1, chunk(2)).unwrap().bytes()[0], 1);
+        assert_eq!(layer.get(1).unwrap().bytes()[0], 2);
+    }
+
+    /// Layers come and go while chunks do, and what is found is always what a plain map has, or nothing.
+    #[test]
+    fn a_layer_takes_its_chunks_with_it_and_no_others() {
+        for (chunks, count) in [(32, 200u32), (2048, 40)] {
+            let memory = memory(chunks);
+            let mut state = 88_172_645_463_325_252_u64;
+            let mut random = |below: usize| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                len_usize(state % len_u64(below))
+            };
+            let mut layers: Vec<MemoryLayer> = (0..6).map(|_| memory.layer(count)).collect();
+            let mut model = std::collections::HashMap::new();
+            for _ in 0..20_000 {
+                let at = random(layers.len());
+                let index = u32::try_from(random(len_usize(count.into()))).unwrap();
+                let layer = &layers[at];
+                match random(100) {
+                    0 => {
+                        model.retain(|(owner, _), _| *owner != layer.id.0);
+                        layers[at] = memory.layer(count);
+                        assert!((0..count).all(|index| !layers[at].holds(index)));
+                    }
+                    1..50 => {
+                        let byte = u8::try_from(random(256)).unwrap();
+                        layer.insert(index, chunk(byte));
+                        model.insert((layer.id.0, index), byte);
+                        assert_eq!(layer.get(index).unwrap().bytes()[0], byte);
+                    }
+                    _ => {
+                        if let Some(found) = layer.get(index) {
+                            assert_eq!(model.get(&(layer.id.0, index)), Some(&found.bytes()[0]));
+                            found.touch();
+                        } else if chunks > 1000 {
+                            assert!(!model.contains_key(&(layer.id.0, index)), "it was lost");
+                        }
+                    }
+                }
+                assert!(memory.bytes_held() <= chunks * 4);
+            }
+            drop(layers);
+            assert_eq!(memory.bytes_held(), 0);
+        }
     }
 }

@@ -1,13 +1,14 @@
-//! The engine of the fetch thread. In: reads, left by any thread. Out: each reader told once, with its bytes or why there are none.
+//! The engine of one device, on the fetch thread beside those of other devices. In: reads, left by any thread. Out: each reader
+//! told once, with its bytes or why there are none.
 //!
 //! A read is cut into chunks. A chunk that is neither here nor in flight gets a request of its own; whoever asks for it meanwhile
 //! waits for the same request. Readers are told as chunks come, not when a request ends. Demand is sent at once; behind it, as far as
 //! the budget has room, goes what the planner thinks is next. Decoding and digests go to worker threads.
 //!
 //! Invariant: everything here runs on one thread and never blocks it. Every read is answered exactly once, also when the engine
-//! stops or a task panics.
+//! stops or a task panics. All tasks of an engine are in a set of their own: they end with it, and it with none of another's.
 //!
-//! Parts: `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
+//! Parts: `pool_state` (what engines share), `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
 //! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
 //! end to end), `deliver` (chunks to their readers), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
 //! they become chunks), `disk` (local files and the disk cache), `fill` (the whole layer, while no one reads), `verify`,
@@ -26,6 +27,7 @@ mod origin;
 mod partial;
 mod pipeline;
 mod plain;
+mod pool_state;
 mod request;
 mod stream;
 mod verify;
@@ -35,7 +37,6 @@ mod window;
 mod write_queue;
 
 use std::cell::{Cell, RefCell};
-use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -45,17 +46,20 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use self::budget::Budget;
 use self::fill::Filler;
-use self::in_flight::{InFlight, Waiter};
+use self::in_flight::{InFlight, Purpose, Waiter};
 use self::layer_state::{LayerState, TakenLayer, take_in};
 use self::origin::Origin;
+pub(crate) use self::pool_state::PoolState;
 pub(crate) use self::request::CompleteOnDrop;
 use self::request::Request;
-use super::runtime::{self, Runtime};
+use super::options::OpenOptions;
+use super::runtime::{self, TaskSet};
 use super::shared::{FetchedLayer, Shared, SharedLayer};
-use super::stats::{Counters, add};
+use super::stats::{Counters, add, take};
 use super::transport::Client;
-use super::{FetchError, FetchOptions, LayerRange, LayerSource, StartError};
-use crate::cache::chunk::{ChunkKey, FirstUse, Slice, pieces};
+use super::{FetchError, LayerRange, LayerSource, StartError};
+use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
+use crate::cache::disk::DiskCache;
 use crate::cache::memory::MemoryCache;
 use crate::image::FileMap;
 use crate::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, merge};
@@ -83,9 +87,10 @@ pub(crate) enum Command {
 }
 
 struct Engine {
+    pool: Rc<PoolState>,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
-    options: FetchOptions,
+    options: OpenOptions,
     client: Client,
     layers: Vec<Option<Rc<LayerState>>>,
     in_flight: InFlight,
@@ -93,7 +98,7 @@ struct Engine {
     planner: RefCell<Planner>,
     /// Ranges this close are one request, in chunks between them.
     gap: u32,
-    /// Who may decode or digest: as many at once as there are CPUs.
+    /// See [`PoolState`].
     workers: Arc<Semaphore>,
     /// When a reader last had to wait.
     last_read: Cell<Instant>,
@@ -102,97 +107,109 @@ struct Engine {
     stopping: Cell<bool>,
 }
 
-/// What the thread is made of before it runs.
-struct Parts {
+/// A device on its way to the fetch thread.
+pub(crate) struct Device {
     shared: Arc<Shared>,
-    options: FetchOptions,
+    options: OpenOptions,
     sources: Vec<Option<TakenLayer>>,
     files: Option<Arc<dyn FileMap>>,
+    inbox: UnboundedReceiver<Command>,
 }
 
-/// Starts the thread.
-pub(crate) fn start(
+/// Makes of `layers` what the fetch thread needs, what all threads see, and where commands go. Files are opened here.
+pub(crate) fn prepare(
     layers: Vec<LayerSource>,
-    mut options: FetchOptions,
+    options: OpenOptions,
     files: Option<Arc<dyn FileMap>>,
-) -> Result<(Arc<Shared>, UnboundedSender<Command>), StartError> {
-    // No single wait may outlast the whole.
-    options.timeouts = options.timeouts.at_most(options.deadline);
+    memory: &Arc<MemoryCache>,
+    store: Option<&Arc<DiskCache>>,
+) -> Result<(Device, Arc<Shared>, UnboundedSender<Command>), StartError> {
     let mut shared_layers = Vec::new();
     let mut sources = Vec::new();
     for (layer, source) in layers.into_iter().enumerate() {
-        let (shared, source) = take_in(layer, source, &options)?;
+        let (shared, source) = take_in(layer, source, memory, store)?;
         shared_layers.push(shared);
         sources.push(source);
     }
     let (commands, inbox) = unbounded_channel();
-    let shared = Arc::new(Shared::new(shared_layers, MemoryCache::new(options.memory_bytes)));
-    let parts = Parts {
+    let shared = Arc::new(Shared::new(shared_layers));
+    let device = Device {
         shared: shared.clone(),
         options,
         sources,
         files,
+        inbox,
     };
-    let (ready, started) = mpsc::channel();
-    std::thread::Builder::new()
-        .name("tarblk-fetch".to_owned())
-        .spawn(move || {
-            let runtime = match Runtime::new() {
-                Ok(runtime) => runtime,
-                Err(error) => {
-                    let _starter_is_gone = ready.send(Err(error));
-                    return;
-                }
-            };
-            let _starter_is_gone = ready.send(Ok(()));
-            drop(ready);
-            runtime.block_on(async move { Engine::new(parts).run(inbox).await });
-        })?;
-    match started.recv() {
-        Ok(Ok(())) => Ok((shared, commands)),
-        Ok(Err(error)) => Err(StartError::Thread(error)),
-        Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
+    Ok((device, shared, commands))
+}
+
+/// Runs a device's engine from its beginning to its end, which is a command, or its last handle's end. However it ends: no
+/// task of it is left then, and every read was answered.
+pub(crate) async fn run(device: Device, pool: Rc<PoolState>) {
+    /// Fails what still waits, also when the engine panics.
+    struct StopOnDrop(Rc<Engine>);
+    impl Drop for StopOnDrop {
+        fn drop(&mut self) {
+            self.0.stop();
+            take(&self.0.pool.gauges.devices, 1);
+        }
+    }
+    let tasks = TaskSet::new();
+    add(&pool.gauges.devices, 1);
+    let (engine, inbox) = Engine::new(device, pool);
+    let stop = StopOnDrop(engine.clone());
+    let told = tasks.run_until(engine.run(inbox)).await;
+    drop((stop, tasks));
+    if let Some(tell) = told {
+        let _nobody_waits = tell.send(());
     }
 }
 
 impl Engine {
-    fn new(parts: Parts) -> Rc<Self> {
-        let Parts {
+    fn new(device: Device, pool: Rc<PoolState>) -> (Rc<Self>, UnboundedReceiver<Command>) {
+        let Device {
             shared,
             options,
             sources,
             files,
-        } = parts;
+            inbox,
+        } = device;
         // Whatever could be wrong with them was found before.
         let state = |taken: TakenLayer| LayerState::new(taken).ok().map(Rc::new);
         // Reading further ahead would push out of memory what the reader has not read yet: see PlanOptions.
-        let largest_read_ahead_bytes = (options.memory_bytes / 4).max(CHUNK_BYTES);
+        let largest_read_ahead_bytes = (pool.options.memory_bytes / 4).max(CHUNK_BYTES);
         let defaults = PlanOptions::default();
         let plan = PlanOptions {
             largest_read_ahead_bytes: defaults.largest_read_ahead_bytes.min(largest_read_ahead_bytes),
             ..defaults
         };
         let sizes = shared.layers.iter().map(SharedLayer::size).collect();
-        Rc::new(Self {
-            client: Client::new(&options, shared.counters.clone()),
+        let engine = Rc::new(Self {
+            client: Client::new(
+                &pool.connections,
+                &pool.options,
+                options.deadline,
+                shared.counters.clone(),
+            ),
             layers: sources.into_iter().map(|source| source.and_then(state)).collect(),
             in_flight: InFlight::default(),
-            budget: Budget::new(options.connections),
+            budget: Budget::of(&pool.budget),
             gap: plan.gap_chunks,
             planner: RefCell::new(Planner::new(files, sizes, plan)),
-            workers: Arc::new(Semaphore::new(
-                std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
-            )),
+            workers: pool.workers.clone(),
             last_read: Cell::new(Instant::now()),
             filler: options.fetch_all.then(|| RefCell::new(Filler::new())),
             stopping: Cell::new(false),
             counters: shared.counters.clone(),
             shared,
             options,
-        })
+            pool,
+        });
+        (engine, inbox)
     }
 
-    async fn run(self: Rc<Self>, mut inbox: UnboundedReceiver<Command>) {
+    /// Takes commands until there can be no more of them; returns whom to tell that it has ended.
+    async fn run(self: Rc<Self>, mut inbox: UnboundedReceiver<Command>) -> Option<mpsc::Sender<()>> {
         const AT_ONCE: usize = 64;
         self.begin();
         let mut batch = Vec::with_capacity(AT_ONCE);
@@ -242,9 +259,7 @@ impl Engine {
         // What is still in the inbox tells its waiters as it is dropped: here, inside the runtime.
         while inbox.try_recv().is_ok() {}
         self.settle().await;
-        if let Some(tell) = told {
-            let _nobody_waits = tell.send(());
-        }
+        told
     }
 
     /// What is done before anybody asks: connections are opened, and what has to be read from end to end is begun.
@@ -262,20 +277,58 @@ impl Engine {
             }
         }
         if self.filler.is_some() {
-            runtime::spawn(self.clone().keep_filling());
+            self.spawn(self.clone().keep_filling());
         }
     }
 
     /// Fails what still waits.
     fn stop(&self) {
         self.stopping.set(true);
-        for waiter in self.in_flight.take_all() {
-            waiter.request.end(Err(FetchError::Stopped));
+        self.fail_all();
+    }
+
+    /// Fails what still waits, and forgets what was to come.
+    fn fail_all(&self) {
+        for pending in self.in_flight.take_all() {
+            if pending.purpose == Purpose::Prefetch {
+                self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
+            }
+            for waiter in pending.waiters {
+                waiter.request.end(Err(FetchError::Stopped));
+            }
         }
     }
 
-    fn memory_cache(&self) -> &MemoryCache {
-        &self.shared.memory
+    /// Runs `task` beside the others of the engine. If it panics, the reads that are under way fail: it is not known which of them
+    /// it would have answered. Those that come later find everything in order.
+    fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
+        struct FailOnPanic(Rc<Engine>);
+        impl Drop for FailOnPanic {
+            fn drop(&mut self) {
+                if std::thread::panicking() && !self.0.stopping.get() {
+                    self.0.fail_all();
+                    for state in self.0.layers.iter().flatten() {
+                        state.verifying.borrow_mut().clear();
+                    }
+                }
+            }
+        }
+        let guard = FailOnPanic(self.clone());
+        runtime::spawn(async move {
+            let _guard = guard;
+            task.await;
+        });
+    }
+
+    /// A chunk, if it is in memory. Not a use.
+    fn in_memory(&self, key: ChunkKey) -> Option<Arc<Chunk>> {
+        self.fetched(key.layer)?.memory.get(key.index)
+    }
+
+    /// Whether a chunk is in memory.
+    fn holds(&self, key: ChunkKey) -> bool {
+        self.fetched(key.layer)
+            .is_some_and(|layer| layer.memory.holds(key.index))
     }
 
     fn layer(&self, layer: LayerId) -> Option<&Rc<LayerState>> {
@@ -305,7 +358,7 @@ impl Engine {
         let Some(state) = self.layer(key.layer) else {
             return Presence::Here;
         };
-        if self.memory_cache().holds(key) || self.is_stored(key) {
+        if self.holds(key) || self.is_stored(key) {
             Presence::Here
         } else if state.streaming.get() {
             Presence::Coming
@@ -355,7 +408,7 @@ impl Engine {
         for (key, from, len) in pieces(asked.layer, asked.range) {
             let state = self.layer(key.layer);
             let waiting_to_be_written = || state.and_then(|state| state.writer.queued(key.index));
-            if let Some(chunk) = self.memory_cache().get(key).or_else(waiting_to_be_written) {
+            if let Some(chunk) = self.in_memory(key).or_else(waiting_to_be_written) {
                 match chunk.touch() {
                     FirstUse::Yes { prefetched: true, .. } => paid += len_u64(chunk.bytes().len()),
                     FirstUse::Yes { .. } => found_first = true,
@@ -410,7 +463,7 @@ impl Engine {
 
     /// Shows a chunk that is in memory.
     fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
-        let chunk = self.memory_cache().get(key);
+        let chunk = self.in_memory(key);
         if let Some(chunk) = &chunk {
             show(chunk.bytes());
         }

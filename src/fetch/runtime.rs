@@ -9,6 +9,9 @@ mod stream;
 
 use std::future::Future;
 use std::io;
+use std::rc::{Rc, Weak};
+
+use tokio::task::LocalSet;
 
 pub(crate) use self::file::File;
 pub(crate) use self::stream::TcpStream;
@@ -60,8 +63,40 @@ pub(crate) fn is_shortage(error: &io::Error) -> bool {
         .is_some_and(|code| short.iter().any(|errno| errno.raw_os_error() == code))
 }
 
-/// Runs `task` beside the one that calls, on the same thread.
+/// Runs `task` beside the one that calls, on the same thread: in the same [`TaskSet`], and no longer than that.
 pub(crate) fn spawn(task: impl Future<Output = ()> + 'static) {
     // Dropping the handle lets it run.
     drop(tokio_uring::spawn(task));
+}
+
+/// Tasks that end together, at the latest when this is dropped. One that panics ends alone.
+pub(crate) struct TaskSet(Rc<LocalSet>);
+
+impl TaskSet {
+    pub(crate) fn new() -> Self {
+        Self(Rc::new(LocalSet::new()))
+    }
+
+    /// Runs `main` to its end, and as long as that takes, what was spawned into the set.
+    pub(crate) async fn run_until<F: Future>(&self, main: F) -> F::Output {
+        self.0.run_until(main).await
+    }
+
+    /// What spawns into this set, whichever set the task belongs to that calls.
+    pub(crate) fn spawner(&self) -> Spawner {
+        Spawner(Rc::downgrade(&self.0))
+    }
+}
+
+/// Spawns into a set of its own choice. Stays on the fetch thread.
+#[derive(Clone)]
+pub(crate) struct Spawner(Weak<LocalSet>);
+
+impl Spawner {
+    /// Runs `task` in the set; drops it if the set is gone.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        if let Some(set) = self.0.upgrade() {
+            drop(set.spawn_local(task));
+        }
+    }
 }

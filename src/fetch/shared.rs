@@ -14,7 +14,7 @@ use super::stats::Counters;
 use super::{FetchError, LayerRange};
 use crate::cache::chunk;
 use crate::cache::disk::{Bits, LayerCache};
-use crate::cache::memory::MemoryCache;
+use crate::cache::memory::{MemoryCache, MemoryLayer};
 
 /// A layer as every thread sees it.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub(crate) enum SharedLayer {
 pub(crate) struct FetchedLayer {
     /// The tar's length.
     pub(super) size: u64,
+    /// Its chunks in memory.
+    pub(super) memory: MemoryLayer,
     /// Set at the start, or once the layer has to be streamed.
     pub(super) cache: OnceLock<Arc<LayerCache>>,
     /// The chunks in the cache of which this process has verified the pieces; none when the layer is not verified by pieces.
@@ -39,10 +41,11 @@ pub(crate) struct FetchedLayer {
 }
 
 impl FetchedLayer {
-    pub(super) fn new(size: u64, by_pieces: bool) -> Self {
+    pub(super) fn new(size: u64, memory: &Arc<MemoryCache>, by_pieces: bool) -> Self {
         let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
         Self {
             size,
+            memory: memory.layer(count),
             cache: OnceLock::new(),
             checked: by_pieces.then(|| Bits::new(count)),
             poison: OnceLock::new(),
@@ -64,10 +67,9 @@ impl SharedLayer {
     }
 }
 
-/// What all handles and the fetch thread share.
+/// What all handles on a device's engine and the engine share.
 pub(crate) struct Shared {
     pub(super) layers: Vec<SharedLayer>,
-    pub(super) memory: MemoryCache,
     pub(super) counters: Arc<Counters>,
     /// First uses of prefetched chunks, for the planner.
     pub(super) touches: Mutex<Vec<Touch>>,
@@ -82,10 +84,9 @@ pub(crate) struct Touch {
 }
 
 impl Shared {
-    pub(super) fn new(layers: Vec<SharedLayer>, memory: MemoryCache) -> Self {
+    pub(super) fn new(layers: Vec<SharedLayer>) -> Self {
         Self {
             layers,
-            memory,
             counters: Arc::default(),
             touches: Mutex::default(),
             nudge: Notify::new(),

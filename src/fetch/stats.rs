@@ -121,6 +121,39 @@ pub struct Wait {
     pub left_ms: u64,
 }
 
+/// What a pool of fetchers holds at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PoolStats {
+    /// Bytes of chunks in the memory cache.
+    pub bytes_memory: u64,
+    /// Bytes of chunks that wait to be written to the disk cache.
+    pub bytes_unwritten: u64,
+    /// Connections that are open or being opened.
+    pub connections: u64,
+    /// Devices whose engines run.
+    pub devices: u64,
+}
+
+/// The numbers of a pool that the fetch thread alone changes.
+#[derive(Debug, Default)]
+pub(crate) struct PoolGauges {
+    pub(crate) bytes_unwritten: AtomicU64,
+    pub(crate) connections: AtomicU64,
+    pub(crate) devices: AtomicU64,
+}
+
+impl PoolGauges {
+    pub(crate) fn snapshot(&self) -> PoolStats {
+        PoolStats {
+            bytes_memory: 0,
+            bytes_unwritten: self.bytes_unwritten.load(Ordering::Relaxed),
+            connections: self.connections.load(Ordering::Relaxed),
+            devices: self.devices.load(Ordering::Relaxed),
+        }
+    }
+}
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Counters that any thread adds to.

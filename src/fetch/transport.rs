@@ -8,7 +8,7 @@ mod target;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,28 +20,40 @@ use hyper::header;
 use rustls::ClientConfig;
 use url::Url;
 
-use self::pool::{Host, HostKey, Lease};
+use self::pool::{Host, HostKey, HostLimits, Lease};
 use self::target::Endpoint;
 pub(crate) use self::target::RemoteLayer;
-use super::FetchOptions;
-use super::runtime::{self, timeout};
-use super::stats::{Counters, add};
+use super::options::PoolOptions;
+use super::runtime::{self, Spawner, timeout};
+use super::stats::{Counters, PoolGauges, add};
 use crate::http::proxy::Proxies;
 use crate::http::tls::{self, Trust};
 use crate::http::{
-    self, Asked, ByteRange, Error, Pace, Reach, Redirects, USER_AGENT, Verdict, judge, noting, shown_url,
+    self, Asked, ByteRange, Error, Pace, Reach, Redirects, Timeouts, USER_AGENT, Verdict, judge, noting, shown_url,
 };
 use crate::units::len_u64;
 
-/// The HTTP client of the fetch thread: one connection pool for each host. Clones share the pools.
-#[derive(Clone)]
-pub(crate) struct Client(Rc<Pools>);
-
-struct Pools {
-    hosts: RefCell<HashMap<HostKey, Rc<Host>>>,
+/// The connections of all devices, by host. Lives on the fetch thread.
+pub(crate) struct Connections {
+    /// A host's connections are closed with the last client that has used it.
+    hosts: RefCell<HashMap<HostKey, Weak<Host>>>,
     tls: Option<Arc<ClientConfig>>,
     proxies: Proxies,
-    options: FetchOptions,
+    limits: HostLimits,
+    spawner: Spawner,
+    gauges: Arc<PoolGauges>,
+}
+
+/// How one device talks to servers. Lives on the fetch thread; clones are the same client.
+#[derive(Clone)]
+pub(crate) struct Client(Rc<Own>);
+
+struct Own {
+    connections: Rc<Connections>,
+    /// The hosts that it has used.
+    hosts: RefCell<HashMap<HostKey, Rc<Host>>>,
+    timeouts: Timeouts,
+    slowest_body: u64,
     counters: Arc<Counters>,
 }
 
@@ -70,41 +82,75 @@ struct Rest {
     demand: bool,
 }
 
-impl Client {
-    pub(crate) fn new(options: &FetchOptions, counters: Arc<Counters>) -> Self {
-        Self(Rc::new(Pools {
+impl Connections {
+    /// Connections with the pool's `options`, looked after by tasks of `spawner`.
+    pub(crate) fn new(options: &PoolOptions, spawner: Spawner, gauges: Arc<PoolGauges>) -> Rc<Self> {
+        Rc::new(Self {
             hosts: RefCell::default(),
             tls: options.tls.clone(),
             proxies: Proxies::default(),
-            options: options.clone(),
-            counters,
-        }))
+            limits: HostLimits {
+                connections: options.connections.max(1),
+                connect_timeout: options.timeouts.connect,
+            },
+            spawner,
+            gauges,
+        })
     }
 
-    /// The pool for a URL's host, under the certificates that its endpoint is to be trusted by, of connections that go no further
-    /// than `reach`.
-    fn host(&self, url: &Url, trust: &Trust, reach: Reach) -> Result<Rc<Host>, Error> {
-        let shared = &self.0;
-        let key =
-            HostKey::of(url, trust, reach).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
-        if let Some(host) = shared.hosts.borrow().get(&key) {
-            return Ok(host.clone());
+    /// The connections of `key`, which is of `url` and `trust`.
+    fn host(&self, key: HostKey, url: &Url, trust: &Trust) -> Result<Rc<Host>, Error> {
+        if let Some(host) = self.hosts.borrow().get(&key).and_then(Weak::upgrade) {
+            return Ok(host);
         }
-        let tls = match &shared.tls {
+        let tls = match &self.tls {
             _ if !key.tls => None,
             Some(given) if *trust == Trust::default() => Some(given.clone()),
             _ => Some(tls::client_config_for(trust)?),
         };
-        let proxy = shared.proxies.of(url).map_err(|why| Error::setup("the proxy", why))?;
+        let proxy = self.proxies.of(url).map_err(|why| Error::setup("the proxy", why))?;
         let host = Host::new(
             key.clone(),
             tls,
             proxy,
-            shared.options.connections,
-            shared.options.timeouts.connect,
-            shared.counters.clone(),
+            self.limits,
+            self.spawner.clone(),
+            self.gauges.clone(),
         );
-        shared.hosts.borrow_mut().insert(key, host.clone());
+        let mut hosts = self.hosts.borrow_mut();
+        hosts.retain(|_, host| host.strong_count() > 0);
+        hosts.insert(key, Rc::downgrade(&host));
+        Ok(host)
+    }
+}
+
+impl Client {
+    /// A client with the pool's `options`, whose requests are counted in `counters`. No single wait outlasts `deadline`.
+    pub(crate) fn new(
+        connections: &Rc<Connections>,
+        options: &PoolOptions,
+        deadline: Duration,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self(Rc::new(Own {
+            connections: connections.clone(),
+            hosts: RefCell::default(),
+            timeouts: options.timeouts.at_most(deadline),
+            slowest_body: options.slowest_body,
+            counters,
+        }))
+    }
+
+    /// The connections to a URL's host, under the certificates that its endpoint is to be trusted by, that go no further than
+    /// `reach`.
+    fn host(&self, url: &Url, trust: &Trust, reach: Reach) -> Result<Rc<Host>, Error> {
+        let key =
+            HostKey::of(url, trust, reach).ok_or_else(|| Error::wrong(url, "an address that is not http").lasting())?;
+        if let Some(host) = self.0.hosts.borrow().get(&key) {
+            return Ok(host.clone());
+        }
+        let host = self.0.connections.host(key.clone(), url, trust)?;
+        self.0.hosts.borrow_mut().insert(key, host.clone());
         Ok(host)
     }
 
@@ -113,7 +159,7 @@ impl Client {
         if let Some((url, trust)) = layer.first_host()
             && let Ok(host) = self.host(&url, &trust, Reach::Anywhere)
         {
-            host.warm(count);
+            host.warm(count, &self.0.counters);
         }
     }
 
@@ -127,7 +173,7 @@ impl Client {
         demand: bool,
     ) -> Result<Reply, Error> {
         let range = ByteRange { start, len };
-        let stall = self.0.options.timeouts.stall;
+        let stall = self.0.timeouts.stall;
         let mut kept = layer.target();
         let mut endpoint = layer.endpoint(None).await?;
         // What one server answers to a Range says nothing of the next.
@@ -254,8 +300,8 @@ impl Client {
             body,
             rest: None,
             lease: Some(lease),
-            stall: self.0.options.timeouts.stall,
-            pace: Pace::new(self.0.options.timeouts.stall, self.0.options.slowest_body),
+            stall: self.0.timeouts.stall,
+            pace: Pace::new(self.0.timeouts.stall, self.0.slowest_body),
         }
     }
 
@@ -274,7 +320,7 @@ impl Client {
         } else {
             self.host(url, &endpoint.trust.for_redirects(), chain.reach())?
         };
-        let lease = host.take(demand).await;
+        let lease = host.take(demand, &self.0.counters).await;
         let mut lease =
             lease.map_err(|error| chain.explain(Error::unreachable(url, error.to_string()).caused_by(error)))?;
         let request = Self::request(endpoint, url, own, &host, asked)?;
@@ -295,7 +341,7 @@ impl Client {
         let Some(sender) = lease.sender() else {
             return Err(Error::unreachable(url, "the connection is gone"));
         };
-        let within = self.0.options.timeouts.head;
+        let within = self.0.timeouts.head;
         let sent = timeout(within, sender.send_request(request));
         match noting(|| shown_url(url), UNANSWERED, sent).await {
             Ok(Ok(response)) => Ok(response),

@@ -2,47 +2,81 @@
 //! bytes may be prefetched now.
 //!
 //! Demand is never held back. Prefetch goes as far as the link has room behind what was asked for, the disk keeps up, and
-//! half of the connections stay free for demand.
+//! half of the connections stay free for demand. There is one link for all devices; each that asks has its part of it for
+//! certain, and all of what the others leave: a device whose server does not answer, or that fetches everything, takes from no
+//! other one the room to read ahead.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::fetch::stats::{PoolGauges, add, take};
 use crate::prefetch::bandwidth::BdpEstimator;
+use crate::units::len_usize;
 
 /// Chunks that wait to be written are memory, counted in bytes here. Above half of this nothing more is prefetched, above all
 /// of it chunks do not go to the disk cache at all.
 const MOST_UNWRITTEN: u64 = 64 << 20;
 
-/// The budget of one fetcher; see the module. For one thread.
-pub(super) struct Budget {
+/// What all devices have under way together; see the module. For one thread.
+pub(super) struct PoolBudget {
     bdp: RefCell<BdpEstimator>,
     /// Bytes of blobs asked for and not here yet.
     requested: Cell<u64>,
+    /// Devices that have asked for such bytes.
+    asking: Cell<u64>,
     /// Requests under way that no reader waited for when they were sent.
     prefetches: Cell<usize>,
     most_prefetches: usize,
-    /// Bytes that wait to be written to disk caches.
-    unwritten: Cell<u64>,
+    /// Where the bytes are counted that wait to be written to disk caches.
+    gauges: Arc<PoolGauges>,
 }
 
-impl Budget {
+impl PoolBudget {
     /// For `connections` to one host.
-    pub(super) fn new(connections: usize) -> Rc<Self> {
+    pub(super) fn new(connections: usize, gauges: Arc<PoolGauges>) -> Rc<Self> {
         Rc::new(Self {
             bdp: RefCell::default(),
             requested: Cell::new(0),
+            asking: Cell::new(0),
             prefetches: Cell::new(0),
             most_prefetches: (connections / 2).max(1),
-            unwritten: Cell::new(0),
+            gauges,
+        })
+    }
+}
+
+/// The budget of one device; see the module.
+pub(super) struct Budget {
+    pool: Rc<PoolBudget>,
+    /// As in [`PoolBudget`], of this device alone.
+    requested: Cell<u64>,
+    prefetches: Cell<usize>,
+}
+
+impl Budget {
+    /// A device's part of `pool`.
+    pub(super) fn of(pool: &Rc<PoolBudget>) -> Rc<Self> {
+        Rc::new(Self {
+            pool: Rc::clone(pool),
+            requested: Cell::new(0),
+            prefetches: Cell::new(0),
         })
     }
 
     /// Counts a request for `bytes` bytes as under way, as long as what is returned lives.
     pub(super) fn request(self: &Rc<Self>, bytes: u64, demand: bool) -> Share {
-        self.requested.set(self.requested.get().saturating_add(bytes));
+        let pool = &self.pool;
+        if self.requested.get() == 0 && bytes > 0 {
+            pool.asking.set(pool.asking.get() + 1);
+        }
+        self.requested.set(self.requested.get() + bytes);
+        pool.requested.set(pool.requested.get() + bytes);
         if !demand {
             self.prefetches.set(self.prefetches.get() + 1);
+            pool.prefetches.set(pool.prefetches.get() + 1);
         }
         Share {
             budget: Rc::clone(self),
@@ -53,47 +87,52 @@ impl Budget {
 
     /// How many bytes may be prefetched now; none if that is too little to be worth a request.
     pub(super) fn room(&self) -> Option<u64> {
-        let limit = self.bdp.borrow().in_flight_limit();
-        let room = limit.saturating_sub(self.requested.get());
-        let has_room = room >= limit / 2
-            && self.unwritten.get() <= MOST_UNWRITTEN / 2
-            && self.prefetches.get() < self.most_prefetches;
+        let pool = &self.pool;
+        let limit = pool.bdp.borrow().in_flight_limit();
+        let devices = (pool.asking.get() + u64::from(self.requested.get() == 0)).max(1);
+        let left_over = limit.saturating_sub(pool.requested.get());
+        let own = (limit / devices).saturating_sub(self.requested.get());
+        let room = left_over.max(own);
+        let own_prefetches = (pool.most_prefetches / len_usize(devices)).max(1);
+        let has_room = room >= limit / 2 / devices
+            && self.unwritten() <= MOST_UNWRITTEN / 2
+            && (pool.prefetches.get() < pool.most_prefetches || self.prefetches.get() < own_prefetches);
         has_room.then_some(room)
     }
 
     /// The shortest recent round trip, once one was measured.
     pub(super) fn round_trip(&self) -> Option<Duration> {
-        self.bdp.borrow().round_trip()
+        self.pool.bdp.borrow().round_trip()
     }
 
     /// An answer's head came `took` after its request.
     pub(super) fn note_head(&self, took: Duration) {
-        self.bdp.borrow_mut().head(Instant::now(), took);
+        self.pool.bdp.borrow_mut().head(Instant::now(), took);
     }
 
     /// `len` bytes of a body came over the network.
     pub(super) fn note_arrival(&self, len: u64) {
-        self.bdp.borrow_mut().arrived(Instant::now(), len);
+        self.pool.bdp.borrow_mut().arrived(Instant::now(), len);
     }
 
     /// Bytes that wait to be written to disk caches.
     pub(super) fn unwritten(&self) -> u64 {
-        self.unwritten.get()
+        self.pool.gauges.bytes_unwritten.load(Ordering::Relaxed)
     }
 
     /// Whether the disk is so far behind that chunks go without it.
     pub(super) fn is_disk_behind(&self) -> bool {
-        self.unwritten.get() > MOST_UNWRITTEN
+        self.unwritten() > MOST_UNWRITTEN
     }
 
     /// `bytes` more wait to be written.
     pub(super) fn queue_write(&self, bytes: u64) {
-        self.unwritten.set(self.unwritten.get() + bytes);
+        add(&self.pool.gauges.bytes_unwritten, bytes);
     }
 
     /// `bytes` do not wait any more.
     pub(super) fn end_write(&self, bytes: u64) {
-        self.unwritten.set(self.unwritten.get().saturating_sub(bytes));
+        take(&self.pool.gauges.bytes_unwritten, bytes);
     }
 }
 
@@ -109,9 +148,16 @@ impl Share {
     /// `len` bytes are not under way any more.
     pub(super) fn arrived(&self, len: u64) {
         let by = len.min(self.owed.get());
+        if by == 0 {
+            return;
+        }
         self.owed.set(self.owed.get() - by);
-        let requested = &self.budget.requested;
-        requested.set(requested.get().saturating_sub(by));
+        let (own, pool) = (&self.budget.requested, &self.budget.pool);
+        own.set(own.get() - by);
+        pool.requested.set(pool.requested.get() - by);
+        if own.get() == 0 {
+            pool.asking.set(pool.asking.get() - 1);
+        }
     }
 }
 
@@ -119,8 +165,9 @@ impl Drop for Share {
     fn drop(&mut self) {
         self.arrived(self.owed.get());
         if !self.demand {
-            let prefetches = &self.budget.prefetches;
-            prefetches.set(prefetches.get().saturating_sub(1));
+            let (own, pool) = (&self.budget.prefetches, &self.budget.pool.prefetches);
+            own.set(own.get() - 1);
+            pool.set(pool.get() - 1);
         }
     }
 }
@@ -129,9 +176,34 @@ impl Drop for Share {
 mod tests {
     use super::*;
 
+    fn of_connections(count: usize) -> Rc<Budget> {
+        Budget::of(&PoolBudget::new(count, Arc::default()))
+    }
+
+    #[test]
+    fn what_one_device_asks_for_leaves_the_others_their_part() {
+        let pool = PoolBudget::new(4, Arc::default());
+        let [first, second, third] = [(); 3].map(|()| Budget::of(&pool));
+        let limit = first.room().unwrap();
+        let stuck = first.request(10 * limit, true);
+        let waits = [first.request(1, false), first.request(1, false)];
+        assert_eq!((first.room(), second.room()), (None, Some(limit / 2)));
+        // What it has is counted against its own part.
+        let own = second.request(limit / 2, false);
+        assert_eq!((second.room(), third.room()), (None, Some(limit / 3)));
+        drop((stuck, waits));
+        assert_eq!(first.room(), Some(limit - limit / 2));
+        drop(own);
+        assert_eq!(third.room(), Some(limit));
+        assert_eq!(
+            (pool.asking.get(), pool.requested.get(), pool.prefetches.get()),
+            (0, 0, 0)
+        );
+    }
+
     #[test]
     fn a_share_is_given_back_whatever_came() {
-        let budget = Budget::new(16);
+        let budget = of_connections(16);
         let all = budget.room().unwrap();
         let half = budget.request(all / 2, true);
         assert_eq!(budget.room(), Some(all - all / 2));
@@ -148,7 +220,7 @@ mod tests {
 
     #[test]
     fn half_of_the_connections_are_for_demand() {
-        let budget = Budget::new(4);
+        let budget = of_connections(4);
         let first = budget.request(1, false);
         let second = budget.request(1, false);
         assert_eq!(budget.room(), None);
@@ -159,12 +231,12 @@ mod tests {
 
     #[test]
     fn a_slow_disk_stops_prefetch_first() {
-        let budget = Budget::new(16);
+        let budget = of_connections(16);
         budget.queue_write(MOST_UNWRITTEN / 2 + 1);
         assert!(budget.room().is_none() && !budget.is_disk_behind());
         budget.queue_write(MOST_UNWRITTEN / 2);
         assert!(budget.is_disk_behind());
-        budget.end_write(MOST_UNWRITTEN);
+        budget.end_write(MOST_UNWRITTEN + 1);
         assert!(budget.room().is_some() && !budget.is_disk_behind());
     }
 }

@@ -17,7 +17,6 @@ use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
-use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned, Presence};
@@ -247,7 +246,7 @@ impl Engine {
                 pipeline: RefCell::default(),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
-            runtime::spawn(self.clone().fly(guard));
+            self.spawn(self.clone().fly(guard));
         }
     }
 

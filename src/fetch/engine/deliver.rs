@@ -33,11 +33,11 @@ impl Engine {
     /// A chunk has come, by a request or from the disk cache: it goes to memory and to all readers that wait for it, and with
     /// `store` to the disk cache.
     pub(super) fn deliver(self: &Rc<Self>, key: ChunkKey, bytes: Vec<u8>, store: bool) {
-        if self.fetched(key.layer).is_none_or(|layer| layer.poison.get().is_some()) {
+        let Some(layer) = self.fetched(key.layer).filter(|layer| layer.poison.get().is_none()) else {
             return;
-        }
+        };
         let known = self.in_flight.take(key);
-        if known.is_none() && self.memory_cache().holds(key) {
+        if known.is_none() && layer.memory.holds(key.index) {
             return;
         }
         let purpose = known.as_ref().map_or(Purpose::Bundled, |pending| pending.purpose);
@@ -51,7 +51,7 @@ impl Engine {
             Purpose::Prefetch => Chunk::prefetched(bytes, pending.marker),
             Purpose::Bundled | Purpose::Fill => Chunk::bundled(bytes, pending.marker),
         });
-        if let Some(old) = self.memory_cache().insert(key, chunk.clone())
+        if let Some(old) = layer.memory.insert(key.index, chunk.clone())
             && old.is_unread_prefetch()
         {
             add(&self.counters.prefetched_unused, len_u64(old.bytes().len()));
@@ -78,8 +78,10 @@ impl Engine {
             .unwrap_or_default();
         let chunk = Arc::new(Chunk::demanded(bytes));
         let stored = self.queue_write(key, chunk.clone(), true);
-        if !waiters.is_empty() || !stored {
-            drop(self.memory_cache().insert(key, chunk.clone()));
+        if (!waiters.is_empty() || !stored)
+            && let Some(layer) = self.fetched(key.layer)
+        {
+            drop(layer.memory.insert(key.index, chunk.clone()));
         }
         tell(waiters, &chunk);
     }

@@ -42,7 +42,7 @@ impl Engine {
             let range = TarRange::new(at, len);
             let slot = request.expect();
             let (engine, request) = (self.clone(), request.clone());
-            runtime::spawn(async move {
+            self.spawn(async move {
                 match engine
                     .read_file(LayerRange {
                         layer: asked.layer,
@@ -92,7 +92,7 @@ impl Engine {
                     self.deliver(*key, chunk.bytes().to_vec(), false);
                 } else if let Some(pieces) = state.verifier.as_ref().and_then(Verifier::pieces) {
                     let (engine, state, pieces, key) = (self.clone(), state.clone(), pieces.clone(), *key);
-                    runtime::spawn(async move { engine.deliver_verified_pieces(&state, &pieces, key).await });
+                    self.spawn(async move { engine.deliver_verified_pieces(&state, &pieces, key).await });
                 } else {
                     in_file.push(*key);
                 }
@@ -100,7 +100,7 @@ impl Engine {
             for batch in in_file.chunks(READ_BACK_AT_ONCE) {
                 let (engine, state, cache) = (self.clone(), state.clone(), cache.clone());
                 let batch = batch.to_vec();
-                runtime::spawn(async move { engine.read_back(&state, &cache, batch).await });
+                self.spawn(async move { engine.read_back(&state, &cache, batch).await });
             }
         }
     }
@@ -132,7 +132,7 @@ impl Engine {
         }
         for key in waiting {
             let (engine, state, cache, checker) = (self.clone(), state.clone(), cache.clone(), checker.clone());
-            runtime::spawn(async move {
+            self.spawn(async move {
                 let len = len_usize(chunk_len(state.size, key.index));
                 let read = async {
                     File::from(cache.file_of(key.index)?)
@@ -234,7 +234,7 @@ impl Engine {
         self.budget.queue_write(len_u64(chunk.bytes().len()));
         state.writer.queue.borrow_mut().insert(key.index, chunk);
         if !state.writer.running.replace(true) {
-            runtime::spawn(self.clone().write_behind(key));
+            self.spawn(self.clone().write_behind(key));
         }
         true
     }

@@ -151,7 +151,7 @@ impl Engine {
         if self.is_stored(key) {
             return Presence::Here;
         }
-        let held = || self.memory_cache().get(key);
+        let held = || self.in_memory(key);
         match self.look(key) {
             Presence::Here if held().is_some_and(|chunk| self.queue_write(key, chunk, false)) => Presence::Here,
             // The disk does not keep up.

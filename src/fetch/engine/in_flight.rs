@@ -166,9 +166,9 @@ impl InFlight {
         self.chunks.borrow_mut().remove(&key)
     }
 
-    /// Takes all readers out.
-    pub(super) fn take_all(&self) -> impl Iterator<Item = Waiter> {
-        self.chunks.take().into_values().flat_map(|pending| pending.waiters)
+    /// Takes all chunks out.
+    pub(super) fn take_all(&self) -> impl Iterator<Item = Pending> {
+        self.chunks.take().into_values()
     }
 
     /// Takes out the readers of `chunks` that would have waited longer than `deadline` after another `pause`.

@@ -14,9 +14,10 @@ use super::origin::Origin;
 use super::write_queue::WriteQueue;
 use crate::cache::chunk::chunk_count;
 use crate::cache::disk::{DiskCache, DiskCacheError, LayerCache, LayerKey};
+use crate::cache::memory::MemoryCache;
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
 use crate::fetch::transport::RemoteLayer;
-use crate::fetch::{FetchOptions, LayerSource, StartError, Verifier, WholeDigests};
+use crate::fetch::{LayerSource, StartError, Verifier, WholeDigests};
 use crate::layer::Coding;
 use crate::prefetch::ChunkRange;
 use crate::source::Place;
@@ -155,7 +156,8 @@ pub(super) struct TakenLayer {
 pub(super) fn take_in(
     layer: usize,
     mut source: LayerSource,
-    options: &FetchOptions,
+    memory: &Arc<MemoryCache>,
+    store: Option<&Arc<DiskCache>>,
 ) -> Result<(SharedLayer, Option<TakenLayer>), StartError> {
     let size = source.size();
     if chunk_count(size).is_none() {
@@ -179,7 +181,7 @@ pub(super) fn take_in(
         }
     };
     let by_pieces = source.verifier.as_ref().and_then(Verifier::pieces).is_some();
-    let fetched = FetchedLayer::new(size, by_pieces);
+    let fetched = FetchedLayer::new(size, memory, by_pieces);
     match file {
         Some((path, file)) if source.coding.is_none() && source.verifier.is_none() => {
             let file = file.into();
@@ -191,7 +193,7 @@ pub(super) fn take_in(
             drop(fetched.cache.set(Arc::new(LayerCache::borrowed(own, size))));
         }
         _ => {
-            if let Some(store) = &options.store {
+            if let Some(store) = store {
                 match cache_of(store, &source) {
                     Ok(found) => drop(fetched.cache.set(found)),
                     Err(error) => log::warn!("{error}; going on without a cache"),

@@ -9,7 +9,6 @@ use super::origin::Trouble;
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
-use crate::fetch::runtime;
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, len_u64, len_usize};
 
@@ -114,6 +113,6 @@ impl Engine {
             next: Cell::new(chunks.first),
         };
         let guard = FlightGuard::new(self, state, flight, chunks.bytes(), demand);
-        runtime::spawn(self.clone().fly(guard));
+        self.spawn(self.clone().fly(guard));
     }
 }

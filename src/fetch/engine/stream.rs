@@ -16,7 +16,7 @@ use super::{Engine, LayerState};
 use crate::cache::chunk::ChunkKey;
 use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
-use crate::fetch::runtime::{self, sleep};
+use crate::fetch::runtime::sleep;
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
@@ -37,7 +37,7 @@ impl Engine {
         }
         self.make_room_for_stream(state, layer);
         let guard = Streaming(self.clone(), state.clone(), layer);
-        runtime::spawn(async move {
+        self.spawn(async move {
             let Streaming(engine, state, layer) = &guard;
             if let Err(error) = engine.stream(state, *layer, first).await {
                 if !matches!(error, FetchError::Stopped) {

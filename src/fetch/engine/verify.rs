@@ -66,7 +66,7 @@ impl Engine {
         let keys: Vec<ChunkKey> = chunks.iter().map(|(key, _)| *key).collect();
         state.verifying.borrow_mut().extend(keys.iter().map(|key| key.index));
         let (engine, state, check) = (self.clone(), state.clone(), check.clone());
-        runtime::spawn(async move {
+        self.spawn(async move {
             let permit = engine.workers.clone().acquire_owned().await.ok();
             let (give, mut take) = unbounded_channel();
             runtime::blocking(move || {
@@ -100,7 +100,7 @@ impl Engine {
             Ok(Duration::ZERO) => self.fetch_again(key),
             Ok(pause) => {
                 let (engine, state) = (self.clone(), state.clone());
-                runtime::spawn(async move {
+                self.spawn(async move {
                     engine.wait_with_readers(&state, key, why, pause).await;
                     engine.fetch_again(key);
                 });
@@ -277,7 +277,7 @@ impl Engine {
             return;
         }
         let (engine, state) = (self.clone(), state.clone());
-        runtime::spawn(async move {
+        self.spawn(async move {
             let verdict = take.await;
             state.verifying_whole.set(false);
             match verdict {

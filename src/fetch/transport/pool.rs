@@ -1,4 +1,4 @@
-//! The connection pool of one host. In: a request that waits to be sent. Out: a connection that carries no other.
+//! The connections to one host, of all devices. In: a request that waits to be sent. Out: a connection that carries no other.
 //!
 //! HTTP/1.1 carries one answer at a time, so parallel requests need parallel connections; they are kept alive, and when
 //! the last idle one is taken the next is opened in the background, so that a miss seldom waits for a handshake.
@@ -20,8 +20,8 @@ use rustls::pki_types::ServerName;
 use tokio::sync::oneshot;
 use url::Url;
 
-use crate::fetch::runtime::{self, TcpStream, timeout};
-use crate::fetch::stats::{Counters, add};
+use crate::fetch::runtime::{self, Spawner, TcpStream, timeout};
+use crate::fetch::stats::{Counters, PoolGauges, add, take};
 use crate::http::proxy::Proxy;
 use crate::http::tls::Trust;
 use crate::http::{Reach, noting};
@@ -63,14 +63,24 @@ impl HostKey {
     }
 }
 
+/// What holds for the connections to each host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostLimits {
+    /// How many at most.
+    pub(crate) connections: usize,
+    /// For the name to resolve, and for each address to accept, TLS included.
+    pub(crate) connect_timeout: Duration,
+}
+
 /// One host's pool. Lives on the fetch thread.
 pub(crate) struct Host {
     key: HostKey,
     tls: Option<Arc<ClientConfig>>,
     proxy: Option<Proxy>,
-    most: usize,
-    connect_timeout: Duration,
-    counters: Arc<Counters>,
+    limits: HostLimits,
+    /// For what outlives the device that asked for it.
+    spawner: Spawner,
+    gauges: Arc<PoolGauges>,
     idle: RefCell<Vec<Open>>,
     /// Connections idle, lent or being opened.
     count: Cell<usize>,
@@ -102,6 +112,8 @@ pub(crate) struct Lease {
     /// The address that the connection was made to; none if that is a proxy's.
     pub(crate) peer: Option<IpAddr>,
     host: Rc<Host>,
+    /// Of the device that has it.
+    counters: Arc<Counters>,
     /// Whether it carried a request before: then it may have died unseen, and a failure says nothing about the server.
     pub(crate) reused: bool,
 }
@@ -115,9 +127,9 @@ impl Lease {
     pub(crate) fn give_back(mut self) {
         if let Some(sender) = self.sender.take() {
             if sender.is_closed() {
-                self.host.count.set(self.host.count.get().saturating_sub(1));
+                self.host.closed();
                 // A waiting request would have taken it.
-                self.host.open_for_waiters();
+                self.host.open_for_waiters(&self.counters);
             } else {
                 let open = Open {
                     sender,
@@ -132,8 +144,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if self.sender.take().is_some() {
-            self.host.count.set(self.host.count.get().saturating_sub(1));
-            self.host.open_for_waiters();
+            self.host.closed();
+            self.host.open_for_waiters(&self.counters);
         }
     }
 }
@@ -153,22 +165,29 @@ impl Drop for Ticket<'_> {
     }
 }
 
+impl Drop for Host {
+    /// Closes what is idle; none is on loan any more.
+    fn drop(&mut self) {
+        take(&self.gauges.connections, crate::units::len_u64(self.count.get()));
+    }
+}
+
 impl Host {
     pub(crate) fn new(
         key: HostKey,
         tls: Option<Arc<ClientConfig>>,
         proxy: Option<Proxy>,
-        most: usize,
-        connect_timeout: Duration,
-        counters: Arc<Counters>,
+        limits: HostLimits,
+        spawner: Spawner,
+        gauges: Arc<PoolGauges>,
     ) -> Rc<Self> {
         Rc::new(Self {
             key,
             tls,
             proxy,
-            most: most.max(1),
-            connect_timeout,
-            counters,
+            limits,
+            spawner,
+            gauges,
             idle: RefCell::default(),
             count: Cell::new(0),
             opening: Cell::new(0),
@@ -179,28 +198,38 @@ impl Host {
     }
 
     /// Opens connections in the background until `count` exist.
-    pub(crate) fn warm(self: &Rc<Self>, count: usize) {
-        while self.count.get() < count.min(self.most) {
-            self.open();
+    pub(crate) fn warm(self: &Rc<Self>, count: usize, counters: &Arc<Counters>) {
+        while self.count.get() < count.min(self.limits.connections) {
+            self.open(counters);
         }
     }
 
-    /// Waits for a connection. Demand goes before prefetch.
-    pub(crate) async fn take(self: &Rc<Self>, demand: bool) -> Result<Lease, Arc<io::Error>> {
+    /// A connection is no more.
+    fn closed(&self) {
+        self.count.set(self.count.get().saturating_sub(1));
+        take(&self.gauges.connections, 1);
+    }
+
+    /// Waits for a connection. Demand goes before prefetch. What is opened for it is counted in `counters`.
+    pub(crate) async fn take(self: &Rc<Self>, demand: bool, counters: &Arc<Counters>) -> Result<Lease, Arc<io::Error>> {
         while let Some(Open { mut sender, peer }) = self.pop_idle() {
             // One that has just been given back needs a turn of its task to see its answer's end.
             if sender.is_ready() || matches!(timeout(SETTLES, sender.ready()).await, Ok(Ok(()))) {
-                if self.idle.borrow().is_empty() && self.opening.get() == 0 && self.count.get() < self.most {
-                    self.open();
+                if self.idle.borrow().is_empty()
+                    && self.opening.get() == 0
+                    && self.count.get() < self.limits.connections
+                {
+                    self.open(counters);
                 }
                 return Ok(Lease {
                     sender: Some(sender),
                     peer,
                     host: self.clone(),
+                    counters: counters.clone(),
                     reused: true,
                 });
             }
-            self.count.set(self.count.get().saturating_sub(1));
+            self.closed();
         }
         let (give, take) = oneshot::channel();
         if demand {
@@ -208,13 +237,14 @@ impl Host {
         } else {
             self.waiting_prefetch.borrow_mut().push_back(give);
         }
-        self.open_for_waiters();
+        self.open_for_waiters(counters);
         let mut ticket = Ticket { take, host: self };
         match (&mut ticket.take).await {
             Ok(Ok(Free { open, used })) => Ok(Lease {
                 sender: Some(open.sender),
                 peer: open.peer,
                 host: self.clone(),
+                counters: counters.clone(),
                 reused: used,
             }),
             Ok(Err(error)) => Err(error),
@@ -250,33 +280,34 @@ impl Host {
         self.idle.borrow_mut().push(free.open);
     }
 
-    fn open_for_waiters(self: &Rc<Self>) {
+    fn open_for_waiters(self: &Rc<Self>, counters: &Arc<Counters>) {
         let waiting = self.waiting_demand.borrow().len() + self.waiting_prefetch.borrow().len();
-        while self.opening.get() < waiting && self.count.get() < self.most {
-            self.open();
+        while self.opening.get() < waiting && self.count.get() < self.limits.connections {
+            self.open(counters);
         }
     }
 
-    fn open(self: &Rc<Self>) {
+    fn open(self: &Rc<Self>, counters: &Arc<Counters>) {
         self.count.set(self.count.get() + 1);
+        add(&self.gauges.connections, 1);
         self.opening.set(self.opening.get() + 1);
-        let host = self.clone();
-        runtime::spawn(async move {
+        let (host, counters) = (self.clone(), counters.clone());
+        self.spawner.spawn(async move {
             let opened = host.connect().await;
             host.opening.set(host.opening.get() - 1);
             match opened {
                 Ok(open) => {
-                    add(&host.counters.connections, 1);
+                    add(&counters.connections, 1);
                     host.offer(Free { open, used: false });
                 }
                 Err(error) => {
-                    host.count.set(host.count.get().saturating_sub(1));
+                    host.closed();
                     let error = Arc::new(error);
                     // One failure is one waiter's: the others have their own attempts under way, or get them now.
                     if let Some(waiter) = host.next_waiter() {
                         let _waiter_gone = waiter.send(Err(error));
                     }
-                    host.open_for_waiters();
+                    host.open_for_waiters(&counters);
                 }
             }
         });
@@ -286,7 +317,7 @@ impl Host {
         let addresses = self.resolve().await?;
         let mut last = io::Error::other("the name has no address");
         for address in &addresses {
-            let connecting = Box::pin(timeout(self.connect_timeout, self.connect_to(*address)));
+            let connecting = Box::pin(timeout(self.limits.connect_timeout, self.connect_to(*address)));
             match noting(|| self.place(), "no connection yet", connecting).await {
                 Ok(Ok(sender)) => {
                     let peer = self.proxy.is_none().then(|| address.ip());
@@ -385,7 +416,7 @@ impl Host {
         };
         let host = host.trim_matches(['[', ']']).to_owned();
         let looking = runtime::blocking(move || (host.as_str(), port).to_socket_addrs().map(Vec::from_iter));
-        let looking = timeout(self.connect_timeout, looking);
+        let looking = timeout(self.limits.connect_timeout, looking);
         let addresses = match noting(|| self.place(), "its name has no address yet", looking).await {
             Ok(Ok(found)) => self.within_reach(found?)?,
             Ok(Err(error)) => return Err(io::Error::other(error)),

@@ -1,0 +1,37 @@
+//! The state of the pool on the fetch thread: what the engines of all devices share.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::budget::PoolBudget;
+use crate::fetch::options::PoolOptions;
+use crate::fetch::runtime::Spawner;
+use crate::fetch::stats::PoolGauges;
+use crate::fetch::transport::Connections;
+
+/// What the engines of all devices share. Lives on the fetch thread.
+pub(crate) struct PoolState {
+    pub(super) options: PoolOptions,
+    pub(super) connections: Rc<Connections>,
+    pub(super) budget: Rc<PoolBudget>,
+    /// Who may decode or digest: as many at once as there are CPUs.
+    pub(super) workers: Arc<Semaphore>,
+    pub(super) gauges: Arc<PoolGauges>,
+}
+
+impl PoolState {
+    /// For `options`; connections belong to the tasks that `spawner` spawns, not to the device that opens them.
+    pub(crate) fn new(options: &PoolOptions, gauges: Arc<PoolGauges>, spawner: Spawner) -> Self {
+        Self {
+            connections: Connections::new(options, spawner, gauges.clone()),
+            budget: PoolBudget::new(options.connections, gauges.clone()),
+            workers: Arc::new(Semaphore::new(
+                std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+            )),
+            options: options.clone(),
+            gauges,
+        }
+    }
+}

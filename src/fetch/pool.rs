@@ -1,0 +1,146 @@
+//! One fetch thread for all devices of a process. In: layers, device by device. Out: a [`Fetcher`] for each, whose engine runs on
+//! the one thread and shares connections, workers, memory and the estimate of the link with the others.
+//!
+//! Invariant: what goes wrong with one fetcher (its server, its layers, a panic of one of its tasks) ends no other.
+
+use std::io;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
+
+use super::engine::{self, Device, PoolState};
+use super::options::{FetchOptions, OpenOptions, PoolOptions};
+use super::runtime::{Runtime, TaskSet};
+use super::stats::{PoolGauges, PoolStats};
+use super::{Fetcher, LayerSource, StartError};
+use crate::cache::memory::MemoryCache;
+use crate::image::FileMap;
+
+/// A handle on the fetch thread. Cheap to clone; the thread ends when the last handle and the last [`Fetcher`] are gone.
+#[derive(Clone, Debug)]
+pub struct FetchPool(Arc<Pool>);
+
+#[derive(Debug)]
+struct Pool {
+    options: PoolOptions,
+    memory: Arc<MemoryCache>,
+    gauges: Arc<PoolGauges>,
+    /// The thread runs as long as this lives, and as the devices that came by it.
+    opened: UnboundedSender<Device>,
+}
+
+impl FetchPool {
+    /// Starts the fetch thread.
+    ///
+    /// # Errors
+    /// When the thread or its ring cannot be made.
+    pub fn start(options: PoolOptions) -> Result<Self, StartError> {
+        let memory = Arc::new(MemoryCache::new(options.memory_bytes));
+        let gauges = Arc::new(PoolGauges::default());
+        let (opened, devices) = unbounded_channel();
+        let (ready, started) = mpsc::channel();
+        let (own_options, own_gauges) = (options.clone(), gauges.clone());
+        std::thread::Builder::new()
+            .name("tarblk-fetch".to_owned())
+            .spawn(move || {
+                let runtime = match Runtime::new() {
+                    Ok(runtime) => runtime,
+                    Err(error) => {
+                        let _starter_is_gone = ready.send(Err(error));
+                        return;
+                    }
+                };
+                let _starter_is_gone = ready.send(Ok(()));
+                drop(ready);
+                runtime.block_on(run(&own_options, own_gauges, devices));
+            })?;
+        match started.recv() {
+            Ok(Ok(())) => Ok(Self(Arc::new(Pool {
+                options,
+                memory,
+                gauges,
+                opened,
+            }))),
+            Ok(Err(error)) => Err(StartError::Thread(error)),
+            Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
+        }
+    }
+
+    /// A fetcher for `layers`, numbered in this order. `files` lets read-ahead know which files lie where; without it only
+    /// sequential reads are seen coming.
+    ///
+    /// # Errors
+    /// When a layer cannot be fetched by its description, or the thread is gone. Servers are not asked.
+    pub fn open(
+        &self,
+        layers: Vec<LayerSource>,
+        options: OpenOptions,
+        files: Option<Arc<dyn FileMap>>,
+    ) -> Result<Fetcher, StartError> {
+        let pool = &*self.0;
+        let store = pool.options.store.as_ref().filter(|_| options.cached);
+        let (device, shared, commands) = engine::prepare(layers, options, files, &pool.memory, store)?;
+        let gone = |_| StartError::Thread(io::Error::other("the fetch thread is gone"));
+        pool.opened.send(device).map_err(gone)?;
+        Ok(Fetcher {
+            shared,
+            commands,
+            pool: self.clone(),
+        })
+    }
+
+    /// What the pool holds now.
+    #[must_use]
+    pub fn stats(&self) -> PoolStats {
+        PoolStats {
+            bytes_memory: self.0.memory.bytes_held(),
+            ..self.0.gauges.snapshot()
+        }
+    }
+}
+
+/// The thread's main task: runs each device's engine, until no device can come any more and the last one has ended.
+async fn run(options: &PoolOptions, gauges: Arc<PoolGauges>, mut opened: UnboundedReceiver<Device>) {
+    let tasks = TaskSet::new();
+    let state = Rc::new(PoolState::new(options, gauges, tasks.spawner()));
+    let mut devices = JoinSet::new();
+    let main = async {
+        loop {
+            tokio::select! {
+                device = opened.recv() => match device {
+                    Some(device) => drop(devices.spawn_local(engine::run(device, state.clone()))),
+                    None => break,
+                },
+                Some(ended) = devices.join_next() => report(ended),
+            }
+        }
+        while let Some(ended) = devices.join_next().await {
+            report(ended);
+        }
+    };
+    tasks.run_until(main).await;
+}
+
+/// Says it if an engine did not end well. Its readers were told when it ended.
+fn report(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        log::error!("a device's fetcher has ended, and its reads fail: {error}");
+    }
+}
+
+impl Fetcher {
+    /// Starts a pool for one fetcher; see [`FetchPool::open`].
+    ///
+    /// # Errors
+    /// As [`FetchPool::start`] and [`FetchPool::open`].
+    pub fn start(
+        layers: Vec<LayerSource>,
+        options: FetchOptions,
+        files: Option<Arc<dyn FileMap>>,
+    ) -> Result<Self, StartError> {
+        let (pool, open) = options.split();
+        FetchPool::start(pool)?.open(layers, open, files)
+    }
+}
