@@ -1114,8 +1114,8 @@ fn messages_have_words_and_no_numbers_of_errors() {
         &["image", "layer.tar", "-o", "out", "--cache", "file"],
         &["index", "verify", "absent", "layer.tar"],
         &["ls", "oci:absent:tag"],
-        &["ls", "docker://127.0.0.1:1/x", "--plain-http", "-q"],
-        &["ls", "http://127.0.0.1:1/x", "-q"],
+        &["ls", "docker://127.0.0.1:1/x", "--plain-http"],
+        &["ls", "http://127.0.0.1:1/x"],
         &["ls", "docker://127.0.0.1:1/x", "--creds", "@absent"],
         &["generate", "man", "absent"],
     ] {

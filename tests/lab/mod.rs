@@ -69,10 +69,14 @@ impl Lab {
         text(&output.stdout)
     }
 
-    /// The one line of a command that must fail with `code`.
+    /// The one line of a command that must fail with `code`, without those that tell what it waits for meanwhile.
     pub(crate) fn bad(&self, args: &[&str], code: i32) -> String {
         let output = self.run(args);
-        let said = text(&output.stderr);
+        let all = text(&output.stderr);
+        let said: String = all
+            .split_inclusive('\n')
+            .filter(|line| !line.contains("; waiting"))
+            .collect();
         assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
         if code == 1 {
             assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
