@@ -14,6 +14,8 @@ mod index;
 mod layer;
 mod laziness;
 mod logs;
+mod mount_helper;
+mod notify;
 pub mod output;
 mod ps;
 mod publish;
@@ -22,6 +24,7 @@ mod replace;
 mod stats;
 mod waits;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -52,9 +55,27 @@ struct UsageError(String);
 /// Runs the command line of this process and returns its exit code: 0, 1 (failed) or 2 (usage).
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let mut typed: Vec<OsString> = std::env::args_os().collect();
+    let (mut failed, mut usage) = (FAILED, USAGE);
+    if mount_helper::is_meant(typed.first().map(OsString::as_os_str)) {
+        (failed, usage) = (mount_helper::FAILED_STATUS, mount_helper::USAGE_STATUS);
+        match mount_helper::parse(typed.into_iter().skip(1)) {
+            Ok(wanted) if wanted.is_fake => return ExitCode::SUCCESS,
+            Ok(wanted) => typed = wanted.arguments,
+            Err(why) => {
+                report(&anyhow::anyhow!("{}: {why}", mount_helper::NAME));
+                return ExitCode::from(usage);
+            }
+        }
+    }
+    let cli = match Cli::try_parse_from(typed).map_err(without_wrong_tips) {
         Ok(cli) => cli,
-        Err(e) => without_wrong_tips(e).exit(),
+        Err(e) if e.use_stderr() => {
+            // Where standard error is closed there is no other place for it.
+            let _ = e.print();
+            return ExitCode::from(usage);
+        }
+        Err(e) => e.exit(),
     };
     if matches!(cli.command, Command::ServeDevice) {
         start_daemon_log();
@@ -72,7 +93,7 @@ pub fn main() -> ExitCode {
         Err(e) if e.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(e) => {
             report(&e);
-            ExitCode::from(if e.is::<UsageError>() { USAGE } else { FAILED })
+            ExitCode::from(if e.is::<UsageError>() { usage } else { failed })
         }
     }
 }

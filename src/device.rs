@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 pub mod daemon;
 pub mod fuse_loop;
 pub mod inventory;
+pub mod metrics;
 pub mod state;
 pub mod stats;
 pub mod ublk;

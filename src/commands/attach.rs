@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::laziness::{Downloaded, Laziness, line_of_mount};
+use super::notify::{READY, STOPPING, notify};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
 use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, ServeSpec, Served};
@@ -102,8 +103,14 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
         }
     };
     if args.foreground {
-        let announce = |attached: &Attached| tell(attached).map_err(std::io::Error::other);
-        return Ok(daemon::serve(spec.spec, None, build, announce)?);
+        let announce = |attached: &Attached| {
+            tell(attached).map_err(std::io::Error::other)?;
+            notify(READY);
+            Ok(())
+        };
+        let served = daemon::serve(spec.spec, None, build, announce);
+        notify(STOPPING);
+        return Ok(served?);
     }
     // From here on a signal must not come between the daemon and what is known of it.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
@@ -177,7 +184,9 @@ fn hold_mount(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Re
     session
         .talk
         .note(format_args!("mounted on {}; Ctrl-C unmounts it", dir.display()));
+    notify(READY);
     interrupt.wait();
+    notify(STOPPING);
     let mut told = false;
     loop {
         match mount::unmount(&states(), dir) {
@@ -321,7 +330,7 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
 }
 
 /// What a layer is called in lists, which are read in other directories than the one where it was named.
-fn from_anywhere(typed: &str, name: &str) -> String {
+pub(super) fn from_anywhere(typed: &str, name: &str) -> String {
     let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     match Source::parse(typed) {
         Ok(Source::Path(path)) => absolute(&path).display().to_string(),

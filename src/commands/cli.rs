@@ -548,11 +548,31 @@ pub struct PsArgs {
 #[derive(Debug, Args)]
 pub struct StatsArgs {
     /// The device, as `attach` printed it, or where it is mounted.
-    #[arg(value_name = "DEVICE|MOUNTPOINT", value_hint = ValueHint::AnyPath)]
-    pub device: PathBuf,
-    /// As JSON.
+    #[arg(value_name = "DEVICE|MOUNTPOINT", value_hint = ValueHint::AnyPath, required_unless_present = "prometheus")]
+    pub device: Option<PathBuf>,
+    /// As JSON; with `--watch` one object a line.
     #[arg(long)]
     pub json: bool,
+    /// In the text format that Prometheus scrapes; of all devices, if none is named.
+    #[arg(long, conflicts_with_all = ["json", "watch"])]
+    pub prometheus: bool,
+    /// Show them again and again, until the device is gone [default: every 2s].
+    #[arg(long, value_name = "TIME", value_parser = parse_pause, num_args = 0..=1, require_equals = true, default_missing_value = "2s")]
+    pub watch: Option<Duration>,
+}
+
+/// A time between two looks; a number without a unit is of seconds.
+fn parse_pause(text: &str) -> Result<Duration, String> {
+    /// Who looks more often sees nothing else.
+    const SHORTEST: Duration = Duration::from_millis(100);
+    let pause = match text.parse::<u32>() {
+        Ok(seconds) => Duration::from_secs(seconds.into()),
+        Err(_) => parse_time(text)?,
+    };
+    if pause < SHORTEST {
+        return Err(format!("no less than {SHORTEST:?}"));
+    }
+    Ok(pause)
 }
 
 /// Arguments of `tarblk logs`.
@@ -678,6 +698,41 @@ pub enum Generate {
         #[arg(value_enum)]
         shell: clap_complete::Shell,
     },
+    /// Print a unit for systemd that mounts a layer.
+    Systemd(SystemdArgs),
+}
+
+/// Arguments of `tarblk generate systemd`.
+#[derive(Debug, Args)]
+#[command(after_help = "The first line of the unit names the file that it belongs in.
+
+Example:
+  tarblk generate systemd docker://registry.example.org/team/app:1.2 /mnt/app \\
+      >/etc/systemd/system/tarblk-mnt-app.service
+  systemctl daemon-reload && systemctl enable --now tarblk-mnt-app")]
+pub struct SystemdArgs {
+    /// What is mounted: a layer or an image, as `tarblk mount` takes it.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: String,
+    /// Where.
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
+    /// Mount options, as `tarblk mount` and, in a mount unit, `mount.tarblk` take them.
+    #[arg(short = 'o', long = "options", value_name = "OPTIONS", value_delimiter = ',')]
+    pub options: Vec<String>,
+    /// A service, which runs `tarblk mount --foreground`; or a mount unit, for which mount(8) has to find `mount.tarblk`.
+    #[arg(long, value_enum, default_value_t = UnitKind::Service)]
+    pub kind: UnitKind,
+}
+
+/// What kind of a unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum UnitKind {
+    /// `tarblk-DIR.service`.
+    #[default]
+    Service,
+    /// `DIR.mount`.
+    Mount,
 }
 
 #[cfg(test)]

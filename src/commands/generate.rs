@@ -1,16 +1,19 @@
-//! `tarblk generate`: man pages and completions, made from the command definitions.
+//! `tarblk generate`: man pages and completions, made from the command definitions; units for systemd.
 
 mod man;
+mod systemd;
 
 use std::path::Path;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use clap::builder::PossibleValuesParser;
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 
+use super::attach::from_anywhere;
 use super::cli::{Cli, Generate};
-use super::output::write_out;
+use super::output::{print, write_out};
+use crate::http::without_secrets;
 
 /// What the shells are told besides the definitions: they cannot know what is attached.
 const FOR_BASH: &str = include_str!("generate/complete.bash");
@@ -35,6 +38,21 @@ pub(super) fn run(what: &Generate) -> anyhow::Result<()> {
         Generate::Completions { shell } => {
             let script = completions(*shell);
             write_out(|out| out.write_all(script.as_bytes()))
+        }
+        Generate::Systemd(args) => {
+            let program = std::env::current_exe().context("cannot find this program")?;
+            // A unit can be read by everybody.
+            if without_secrets(&args.source) != args.source {
+                bail!(
+                    "{}: a unit can be read by everybody, and the address holds secrets",
+                    without_secrets(&args.source)
+                );
+            }
+            print(systemd::unit(
+                args,
+                &from_anywhere(&args.source, &args.source),
+                &program,
+            )?)
         }
     }
 }

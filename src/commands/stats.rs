@@ -1,5 +1,8 @@
-//! `tarblk stats`: what a device has done, and what it took. In: a device or where it is mounted. Out: a table or JSON.
+//! `tarblk stats`: what a device has done, and what it took. In: a device or where it is mounted. Out: a table, JSON, or what
+//! Prometheus reads.
 
+use std::io::{self, IsTerminal as _};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -9,8 +12,10 @@ use super::attach::states;
 use super::cli::StatsArgs;
 use super::laziness::{Downloaded, Laziness};
 use super::output::{Table, print, println};
-use crate::device::daemon::DaemonStats;
+use crate::device::daemon::{self, DaemonStats};
 use crate::device::inventory::{self, Counted};
+use crate::device::metrics::{self, DeviceMetrics};
+use crate::device::state::State;
 use crate::fetch::FetchStats;
 use crate::quantity::{show_count, show_size, show_time};
 
@@ -38,11 +43,77 @@ impl<'a> StatsReport<'a> {
 
 /// `tarblk stats`.
 pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
-    let counted = inventory::stats(&states(), &args.device)?;
-    if args.json {
-        return println(serde_json::to_string_pretty(&StatsReport::of(&counted))?);
+    let Some(device) = &args.device else {
+        return prometheus(None);
+    };
+    if args.prometheus {
+        return prometheus(Some(device));
     }
-    print(table(&counted))
+    let counted = inventory::stats(&states(), device)?;
+    match args.watch {
+        Some(pause) => watch(device, counted, pause, args.json),
+        None if args.json => println(serde_json::to_string_pretty(&StatsReport::of(&counted))?),
+        None => print(table(&counted)),
+    }
+}
+
+/// The counters of one device or of all, for Prometheus. Of those that do not answer it is said that they do not.
+fn prometheus(device: Option<&Path>) -> anyhow::Result<()> {
+    let states = states();
+    let all = match device {
+        Some(device) => vec![inventory::find(&states, device)?],
+        None => states.list()?.0,
+    };
+    let ask = |state: State| {
+        let stats = daemon::stats(&states, &state);
+        let stats = stats.inspect_err(|error| log::warn!("{error}")).ok();
+        (state, stats)
+    };
+    let all: Vec<_> = all.into_iter().map(ask).collect();
+    let devices = all
+        .iter()
+        .map(|(state, stats)| DeviceMetrics::new(state, stats.as_ref()));
+    print(metrics::exposition(&devices.collect::<Vec<_>>()))
+}
+
+/// Shows the counters again and again: on a terminal in the same place, else below each other.
+fn watch(device: &Path, first: Counted, pause: Duration, json: bool) -> anyhow::Result<()> {
+    /// To the upper left corner, and everything below it blank.
+    const CLEAR: &str = "\x1b[H\x1b[2J";
+    let clear = if io::stdout().is_terminal() { CLEAR } else { "" };
+    let mut last: Option<Counted> = None;
+    let mut counted = first;
+    loop {
+        if json {
+            println(serde_json::to_string(&StatsReport::of(&counted))?)?;
+        } else {
+            let mut table = table(&counted);
+            if let Some(last) = &last {
+                table.row(["now".to_owned(), show_rates(&last.counters, &counted.counters)]);
+            }
+            print(format_args!("{clear}{table}"))?;
+            if clear.is_empty() {
+                println("")?;
+            }
+        }
+        std::thread::sleep(pause);
+        last = Some(counted);
+        counted = inventory::stats(&states(), device)?;
+    }
+}
+
+/// What happened between two looks: `12 reads/s, 3.4 MiB/s served, 1.2 MiB/s fetched`.
+fn show_rates(before: &DaemonStats, after: &DaemonStats) -> String {
+    let millis = after.up_ms.saturating_sub(before.up_ms).max(1);
+    let rate = |before: u64, after: u64| after.saturating_sub(before).saturating_mul(1000) / millis;
+    let served =
+        |stats: &DaemonStats| stats.device.bytes.metadata + stats.device.bytes.zero + stats.device.bytes.of_layers();
+    format!(
+        "{} reads/s, {}/s served, {}/s fetched",
+        show_count(rate(before.device.reads, after.device.reads)),
+        show_size(rate(served(before), served(after))),
+        show_size(rate(before.fetch.bytes_fetched, after.fetch.bytes_fetched))
+    )
 }
 
 /// The counters as a table for people.

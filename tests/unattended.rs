@@ -1,0 +1,253 @@
+//! What runs without a person: mount(8)'s helper, units of systemd, and what is scraped and watched.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use common::TARBLK;
+use common::rawtar::RawTar;
+use common::session::{Session, is_mounted};
+use serde_json::Value;
+
+fn layer(session: &Session) -> PathBuf {
+    let path = session.dir().join("layer.tar");
+    fs::write(&path, RawTar::new().file(b"word", b"here").end().0).unwrap();
+    path
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// What mount(8) would run for the type `tarblk`.
+struct Helper {
+    program: PathBuf,
+    cache: PathBuf,
+}
+
+impl Helper {
+    fn new(session: &Session) -> Self {
+        let program = session.dir().join("mount.tarblk");
+        symlink(TARBLK, &program).unwrap();
+        Self {
+            program,
+            cache: session.dir().join("cache"),
+        }
+    }
+
+    fn run(&self, arguments: &[&OsStr]) -> Output {
+        Command::new(&self.program)
+            .args(arguments)
+            .env("TARBLK_CACHE", &self.cache)
+            .output()
+            .unwrap()
+    }
+}
+
+#[test]
+fn mount_has_a_helper() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("mount_has_a_helper", why);
+    }
+    let session = Session::new("loop");
+    let (helper, layer) = (Helper::new(&session), layer(&session));
+    let dir = session.dir().join("m");
+    fs::create_dir(&dir).unwrap();
+    let base = [layer.as_os_str(), dir.as_os_str()];
+    let run = |more: &[&str]| {
+        let more = more.iter().map(OsStr::new);
+        helper.run(&base.into_iter().chain(more).collect::<Vec<_>>())
+    };
+    // Only looked at.
+    assert!(run(&["-f"]).status.success() && !is_mounted(&dir));
+    // As mount(8) calls it for a line of fstab, and by hand.
+    let line = "rw,noexec,nofail,_netdev,x-systemd.automount,backend=loop,deadline=1min";
+    let mounted = run(&["-o", line]);
+    assert!(mounted.status.success(), "{}", said(&mounted));
+    assert_eq!(fs::read(dir.join("word")).unwrap(), b"here");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let own = mounts
+        .lines()
+        .find(|line| line.contains(dir.to_str().unwrap()))
+        .unwrap();
+    assert!(own.contains(" ro,") && own.contains("noexec"), "{own}");
+    // mount(8)'s statuses: 32 for a mount that fails, 1 for wrong usage.
+    let again = run(&["-o", "backend=loop"]);
+    assert_eq!(again.status.code(), Some(32), "{}", said(&again));
+    session.succeed(&[OsStr::new("umount"), dir.as_os_str()]);
+    for wrong in [&["-x"][..], &["-o", "deadline=soon"], &["-o", "remount"], &["extra"]] {
+        let output = run(wrong);
+        assert_eq!(output.status.code(), Some(1), "{wrong:?}: {}", said(&output));
+        assert!(!is_mounted(&dir));
+    }
+}
+
+/// A command in the foreground that is told where to say how far it is.
+fn in_foreground(session: &Session, socket: &str, arguments: &[&str]) -> Child {
+    Command::new(TARBLK)
+        .args(arguments)
+        .args(["--foreground", "--backend", "loop"])
+        .env("TARBLK_CACHE", session.dir().join("cache"))
+        .env("NOTIFY_SOCKET", socket)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn hear(socket: &UnixDatagram) -> String {
+    let mut buffer = [0; 256];
+    let len = socket.recv(&mut buffer).unwrap();
+    String::from_utf8_lossy(&buffer[..len]).into_owned()
+}
+
+#[test]
+fn the_service_manager_hears_when_it_is_ready_and_when_it_ends() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("the_service_manager_hears_when_it_is_ready_and_when_it_ends", why);
+    }
+    let session = Session::new("loop");
+    let layer = layer(&session);
+    let layer = layer.to_str().unwrap();
+    let dir = session.dir().join("m");
+    fs::create_dir(&dir).unwrap();
+    let path = session.dir().join("notify");
+    let by_path = UnixDatagram::bind(&path).unwrap();
+    let name = format!("tarblk-test-{}", std::process::id());
+    let by_name = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let mut mounting = in_foreground(
+        &session,
+        path.to_str().unwrap(),
+        &["mount", layer, dir.to_str().unwrap()],
+    );
+    assert_eq!(hear(&by_path), "READY=1");
+    assert_eq!(fs::read(dir.join("word")).unwrap(), b"here");
+    terminate(&mounting);
+    assert_eq!(hear(&by_path), "STOPPING=1");
+    assert!(mounting.wait().unwrap().success() && !is_mounted(&dir));
+    let mut attaching = in_foreground(&session, &format!("@{name}"), &["attach", layer]);
+    assert_eq!(hear(&by_name), "READY=1");
+    terminate(&attaching);
+    assert_eq!(hear(&by_name), "STOPPING=1");
+    assert!(attaching.wait().unwrap().success());
+}
+
+fn terminate(child: &Child) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+}
+
+/// systemd itself reads the units.
+#[test]
+fn units_are_what_systemd_takes() {
+    let session = Session::new("loop");
+    for (source, dir, kind) in [
+        ("docker://registry.example.org/team/app:1.2", "/mnt/app", "service"),
+        ("docker://registry.example.org/team/app:1.2", "/mnt/my app", "mount"),
+        ("/var/lib/100% of $it/layer \"x\".tar", "/mnt/it's", "service"),
+        ("/var/lib/100%/layer.tar", "/mnt/b", "mount"),
+    ] {
+        let unit = session.succeed(&["generate", "systemd", source, dir, "--kind", kind, "-o", "noexec,nodev"]);
+        let file = unit
+            .lines()
+            .next()
+            .unwrap()
+            .strip_prefix("# /etc/systemd/system/")
+            .unwrap();
+        assert_eq!(Path::new(file).extension(), Some(OsStr::new(kind)));
+        let path = session.dir().join(file);
+        fs::write(&path, &unit).unwrap();
+        if common::have("systemd-analyze") {
+            let verified = Command::new("systemd-analyze")
+                .args(["verify", "--man=no"])
+                .arg(&path)
+                .env("SYSTEMD_LOG_LEVEL", "warning")
+                .output()
+                .unwrap();
+            let words = [said(&verified), String::from_utf8_lossy(&verified.stdout).into_owned()].concat();
+            // Other units of this machine may be wrong.
+            let ours: Vec<&str> = words.lines().filter(|line| line.contains(file)).collect();
+            assert!(ours.is_empty(), "{unit}\n{words}");
+        } else {
+            common::skip("units_are_what_systemd_takes", "there is no systemd-analyze");
+        }
+    }
+    for secret in ["https://me:word@host/x.tar", "https://host/x.tar?sig=word"] {
+        let refused = session.run(&["generate", "systemd", secret, "/mnt"]);
+        assert!(
+            !refused.status.success() && !said(&refused).contains("word"),
+            "{}",
+            said(&refused)
+        );
+    }
+}
+
+#[test]
+fn devices_are_scraped_and_watched() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("devices_are_scraped_and_watched", why);
+    }
+    let mut session = Session::new("loop");
+    let layer = layer(&session);
+    let dir = session.mount(layer.as_os_str());
+    fs::read(dir.join("word")).unwrap();
+    let mounted = dir.to_str().unwrap();
+    let state: Value = serde_json::from_str(&session.succeed(&["stats", "--json", mounted])).unwrap();
+    let (name, reads) = (
+        state["state"]["name"].as_str().unwrap(),
+        &state["counters"]["device"]["reads"],
+    );
+    let (one, all) = (
+        session.succeed(&["stats", "--prometheus", mounted]),
+        session.succeed(&["stats", "--prometheus"]),
+    );
+    for text in [&one, &all] {
+        let line = format!("tarblk_device_up{{device=\"{name}\"}} 1\n");
+        assert!(text.contains(&line), "{text}");
+        assert!(text.contains(&format!("source=\"{}\"", layer.display())), "{text}");
+    }
+    assert_eq!(one.matches("tarblk_device_info{").count(), 1);
+    let metric = format!("tarblk_reads_total{{device=\"{name}\"}} ");
+    let scraped = one.lines().find_map(|line| line.strip_prefix(&metric)).unwrap();
+    assert!(scraped.parse::<u64>().unwrap() >= reads.as_u64().unwrap());
+    // Watched until it is gone.
+    let mut watching = Command::new(TARBLK)
+        .args(["stats", "--watch=0.1s", "--json", mounted])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    for _ in 0..3 {
+        let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(line["state"]["name"], name);
+    }
+    let text = Command::new("timeout")
+        .args(["1", TARBLK, "stats", "--watch=0.2s", mounted])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(
+        text.contains("\nnow ") && text.contains(" reads/s, ") && !text.contains('\u{1b}'),
+        "{text}"
+    );
+    session.umount();
+    assert!(!watching.wait().unwrap().success());
+    for wrong in [
+        &["stats"][..],
+        &["stats", "--watch=0", mounted],
+        &["stats", "--watch=5s", "--prometheus", mounted],
+    ] {
+        assert_eq!(session.run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}
