@@ -99,6 +99,7 @@ impl UblkDevice {
                 "{path} did not appear; is devtmpfs mounted on /dev?"
             )));
         }
+        recovery::spare_a_tag(device.id, options.depth);
         super::queue_sysfs(&device.path, options);
         Ok(device)
     }

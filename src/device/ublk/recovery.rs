@@ -14,6 +14,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd as _;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,8 @@ use super::control::{self, DeviceInfo, DeviceState};
 use crate::device::DeviceError;
 use crate::units::BLOCK_SIZE;
 
-/// How long a dead server may take to let go of its device. Drivers before 6.16 may need their request timeout of 30 s when
-/// every request of a queue was in flight.
+/// How long a dead server may take to let go of its device. Drivers before 6.15 may need their request timeout of 30 s: see
+/// [`spare_a_tag`].
 pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a server that seems alive may serve on: it may have been killed a moment ago.
@@ -95,7 +96,7 @@ pub(super) fn begin(id: u32, size: u64) -> Result<DeviceInfo, DeviceError> {
     // Before anything is changed: the device of another image is to stay as it is.
     let params = control::params(id).map_err(|error| refused(id, "tell of", &error))?;
     check_params(id, &params, size)?;
-    let mut complete = !forgets_queues();
+    let mut complete = !driver_cleans_up();
     loop {
         let taken = if complete {
             complete_queues(id, &info)
@@ -167,8 +168,9 @@ pub(super) fn process_lives(pid: i32) -> bool {
     !matches!(state, Some('Z' | 'X') | None)
 }
 
-/// Whether the driver forgets the queues of a server that ends (Linux 6.15; the feature asked for came right after).
-pub(super) fn forgets_queues() -> bool {
+/// Whether the driver puts a device to rest as soon as its server lets go of it, and forgets its queues (Linux 6.15; the
+/// feature asked for came right after).
+pub(super) fn driver_cleans_up() -> bool {
     control::features().is_ok_and(|features| features & u64::from(sys::UBLK_F_QUIESCE) != 0)
 }
 
@@ -222,6 +224,31 @@ fn complete_queues(id: u32, info: &DeviceInfo) -> io::Result<()> {
         thread::sleep(SETTLING);
     }
     Ok(())
+}
+
+/// How long a device's start waits for [`spare_a_tag`].
+const SPARING_LIMIT: Duration = Duration::from_secs(1);
+
+/// Keeps one tag of each queue of depth `depth` free, where the driver learns of its server's end only by what it holds of
+/// requests that have not come: with every tag in flight, reads would wait for the request timeout (30 s) first.
+///
+/// The kernel lets the requests in flight end before it changes this, and holds new ones back meanwhile; so only on a device that
+/// has just been started, whose only readers are the kernel and udev.
+pub(super) fn spare_a_tag(id: u32, depth: u16) {
+    if driver_cleans_up() {
+        return;
+    }
+    let (tell, told) = mpsc::channel();
+    let sparing = thread::Builder::new().name("ublk-tags".to_owned()).spawn(move || {
+        let knob = format!("/sys/block/ublkb{id}/queue/nr_requests");
+        if let Err(error) = fs::write(&knob, depth.saturating_sub(1).to_string()) {
+            log::warn!("cannot set {knob}: {error}");
+        }
+        let _ = tell.send(());
+    });
+    if sparing.is_ok() && told.recv_timeout(SPARING_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        log::warn!("the kernel takes its time to spare a request of device {id}");
+    }
 }
 
 #[cfg(test)]
