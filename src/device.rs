@@ -248,12 +248,13 @@ fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// Sets what can only be set on a running device. It works without, so failures are only logged.
+/// Sets what can only be set on a running device. It works without, so failures are only logged. Not by the queue's own knob,
+/// for which some kernels (6.11 to 6.15) wait until no request is in flight.
 fn queue_sysfs(device: &Path, options: &DeviceOptions) {
     let (Some(name), Some(kib)) = (device.file_name(), options.read_ahead_kb) else {
         return;
     };
-    let knob = Path::new("/sys/block").join(name).join("queue/read_ahead_kb");
+    let knob = Path::new("/sys/block").join(name).join("bdi/read_ahead_kb");
     if let Err(error) = fs::write(&knob, kib.to_string()) {
         log::warn!("cannot set {} to {kib}: {error}", knob.display());
     }

@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::OwnedFd;
@@ -46,6 +46,10 @@ const CASES: &[Case] = &[
         a_device_that_was_never_started_is_lost,
     ),
     ("a_device_that_was_stopped_is_lost", a_device_that_was_stopped_is_lost),
+    (
+        "a_server_killed_while_it_starts_leaves_a_device_or_none",
+        a_server_killed_while_it_starts_leaves_a_device_or_none,
+    ),
     (
         "whether_a_dead_device_is_claimed_is_known",
         whether_a_dead_device_is_claimed_is_known,
@@ -697,6 +701,59 @@ fn a_device_that_was_stopped_is_lost() {
     assert!(is_lost(lab.number, &lab.image()));
     ublk::delete_dead(lab.number, pid).unwrap();
     assert!(!ublk::exists(lab.number));
+}
+
+/// The numbers of the devices that the driver has.
+fn devices() -> BTreeSet<u32> {
+    let entries = fs::read_dir("/sys/class/ublk-char").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("ublkc")?.parse().ok())
+        .collect()
+}
+
+fn a_server_killed_while_it_starts_leaves_a_device_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    make_ext4(&image, 16);
+    let content = read_all(&image);
+    let mut random = Random(from_environment("TARBLK_TEST_SEED", 1));
+    let before = devices();
+    // How long a start takes depends on the machine.
+    let mut server = Server::spawn(&image, "1", "new");
+    server.ready();
+    let (_, start_time) = server.serving();
+    assert_eq!(server.tell("stop"), "stopped Ok(())");
+    drop(server);
+    let (mut none, mut lost, mut taken) = (0, 0, 0);
+    for _ in 0..from_environment("TARBLK_TEST_KILLS", 20) {
+        let mut server = Server::spawn(&image, "1", "new");
+        server.ready();
+        let micros = usize::try_from(start_time.as_micros()).unwrap();
+        thread::sleep(Duration::from_micros(u64::try_from(random.below(micros)).unwrap()));
+        server.kill();
+        let left: Vec<u32> = devices().difference(&before).copied().collect();
+        let [number] = left[..] else {
+            assert!(left.is_empty(), "{left:?}");
+            none += 1;
+            continue;
+        };
+        match UblkDevice::resume(&volume(&image, "1"), &DeviceOptions::default(), number) {
+            Ok(device) => {
+                assert!(read_all(device.path()) == content);
+                device.stop().unwrap();
+                taken += 1;
+            }
+            Err(DeviceError::UblkLost { .. }) => {
+                ublk::delete_dead(number, 0).unwrap();
+                lost += 1;
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(devices(), before);
+    }
+    eprintln!(
+        "killed within {start_time:.1?}: {none} times there was no device, {lost} times a lost one, {taken} times one to take over"
+    );
 }
 
 fn whether_a_dead_device_is_claimed_is_known() {

@@ -26,6 +26,7 @@ use io_uring::IoUring;
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::UblkDev;
 use libublk::{UblkError, UblkFlags, sys};
+use rustix::thread::CapabilitySet;
 
 use super::volume::Volume;
 use super::{DeviceError, DeviceOptions, STOP_GRACE, wait_until};
@@ -308,12 +309,6 @@ fn of_dead(
     }
 }
 
-/// Whether device `id` has a server that answers: one whose server is gone lets everything wait that has to be read from it.
-#[must_use]
-pub fn is_served(id: u32) -> bool {
-    control::info(id).is_ok_and(|info| info.state == DeviceState::Live && recovery::process_lives(info.server))
-}
-
 /// Whether the driver knows device `id`.
 #[must_use]
 pub fn exists(id: u32) -> bool {
@@ -446,6 +441,7 @@ impl Served {
             let thread = thread::Builder::new().name(format!("ublk-queue-{id}")).spawn(move || {
                 // Marks the thread as one that memory reclaim waits for, so that it never waits for reclaim itself.
                 let tid = UblkCtrl::init_queue_thread();
+                give_up_administration();
                 queue::serve(id, &dev, &volume, &control, &start_line, |ready| {
                     let _ = tell.send((id, tid, ready));
                 })
@@ -494,6 +490,21 @@ impl Served {
             Ok(info) => log::info!("ublk device {id} is left to another server ({:?})", info.state),
             Err(_) => {}
         }
+    }
+}
+
+/// Takes `CAP_SYS_ADMIN` from a queue's thread. The driver does not trust the device of such a thread, so that nobody looks for
+/// partitions in it: a server that is killed while the kernel does that in its name would never end, and the rest of what it
+/// serves could not be served again.
+fn give_up_administration() {
+    let dropped = rustix::thread::capabilities(None).and_then(|mut sets| {
+        sets.effective.remove(CapabilitySet::SYS_ADMIN);
+        sets.permitted.remove(CapabilitySet::SYS_ADMIN);
+        sets.inheritable.remove(CapabilitySet::SYS_ADMIN);
+        rustix::thread::set_capabilities(None, sets)
+    });
+    if let Err(error) = dropped {
+        log::warn!("a ublk queue keeps CAP_SYS_ADMIN: {error}");
     }
 }
 

@@ -152,9 +152,10 @@ pub fn mount_points(device: &Path) -> Vec<PathBuf> {
 
 /// Whether something has claimed `device` for itself: a mount in any namespace, swap, another device.
 ///
-/// Never waits for the device. Opening it would, where its server is gone: for the reader of it that was killed and cannot end
-/// (closing a device waits for the reads in flight), or for a look at its partitions. So a ublk device without a server is not
-/// opened; of it, claims that neither sysfs nor any process's mounts show are not seen. Opening for reading makes udev do nothing.
+/// A ublk device is not opened for this. Opening and closing one waits, uninterruptibly, for a reader of it that was killed (its
+/// own closing waits for its reads), and so for the server: without one for ever, and if the server asks and is killed itself,
+/// it can never end, nor any of its devices be served again. Of a ublk device, claims that neither sysfs nor the mounts of any
+/// process show are not seen: those of programs that open it exclusively.
 ///
 /// # Errors
 /// When the device cannot be opened for another reason.
@@ -165,7 +166,7 @@ pub fn is_claimed(device: &Path) -> io::Result<bool> {
     let ublk = device
         .to_str()
         .and_then(|path| path.strip_prefix("/dev/ublkb")?.parse().ok());
-    if ublk.is_some_and(|id| ublk::exists(id) && !ublk::is_served(id)) {
+    if ublk.is_some_and(ublk::exists) {
         return Ok(!mount_points(device).is_empty() || !foreign_mounts(device).is_empty());
     }
     match OpenOptions::new()

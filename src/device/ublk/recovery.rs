@@ -14,6 +14,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd as _;
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -156,7 +157,7 @@ fn another_lives(server: i32) -> bool {
 }
 
 /// Whether process `pid` has not ended.
-pub(super) fn process_lives(pid: i32) -> bool {
+fn process_lives(pid: i32) -> bool {
     if pid <= 0 {
         return false;
     }
@@ -232,8 +233,9 @@ const SPARING_LIMIT: Duration = Duration::from_secs(1);
 /// Keeps one tag of each queue of depth `depth` free, where the driver learns of its server's end only by what it holds of
 /// requests that have not come: with every tag in flight, reads would wait for the request timeout (30 s) first.
 ///
-/// The kernel lets the requests in flight end before it changes this, and holds new ones back meanwhile; so only on a device that
-/// has just been started, whose only readers are the kernel and udev.
+/// The kernel lets the requests in flight end before it changes this, and holds new ones back meanwhile. So only on a device that
+/// has just been started, whose only reader is udev; and by another process, because this one, if it were killed while it waits
+/// for requests that it has to answer itself, would never end.
 pub(super) fn spare_a_tag(id: u32, depth: u16) {
     if driver_cleans_up() {
         return;
@@ -241,8 +243,14 @@ pub(super) fn spare_a_tag(id: u32, depth: u16) {
     let (tell, told) = mpsc::channel();
     let sparing = thread::Builder::new().name("ublk-tags".to_owned()).spawn(move || {
         let knob = format!("/sys/block/ublkb{id}/queue/nr_requests");
-        if let Err(error) = fs::write(&knob, depth.saturating_sub(1).to_string()) {
-            log::warn!("cannot set {knob}: {error}");
+        let written = Command::new("sh")
+            .args(["-c", "echo \"$0\" >\"$1\"", &depth.saturating_sub(1).to_string(), &knob])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        if !written.is_ok_and(|status| status.success()) {
+            log::warn!("cannot set {knob}");
         }
         let _ = tell.send(());
     });
