@@ -18,6 +18,8 @@ mod error;
 mod options;
 mod pool;
 mod runtime;
+#[cfg(feature = "unstable-internals")]
+pub use runtime::simulated;
 mod shared;
 mod stats;
 mod transport;
@@ -25,10 +27,11 @@ mod transport;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustls::ClientConfig;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::time::Instant;
 
 pub(crate) use blob::WholeDigests;
 pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};

@@ -6,11 +6,12 @@
 //! query string into a message, and never wait without a deadline.
 //!
 //! Parts: `error`; `redact` and `secret` (what may be printed); `validator`, `range` and `response` (is the answer right);
-//! `redirect`; `retry` (deadlines, retries, `Retry-After`); `waits` (what is waited for right now); `pace` (trickles); `reach` (whom strangers may name); `expiry` (signed URLs); `tls`;
+//! `redirect`; `retry` (deadlines, retries, `Retry-After`); `chance`; `waits` (what is waited for right now); `pace` (trickles); `reach` (whom strangers may name); `expiry` (signed URLs); `tls`;
 //! `proxy`; `runtime` (the thread for registries), `client` (what only reqwest needs) and `ahead` (connections before there is a
 //! request).
 
 mod ahead;
+pub mod chance;
 mod client;
 mod error;
 pub mod expiry;

@@ -5,14 +5,14 @@
 
 use std::io;
 use std::rc::Rc;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 
 use super::engine::{self, Device, PoolState};
 use super::options::{FetchOptions, OpenOptions, PoolOptions};
-use super::runtime::{Runtime, TaskSet};
+use super::runtime::{self, TaskSet};
 use super::stats::{PoolGauges, PoolStats};
 use super::{Fetcher, LayerSource, StartError};
 use crate::cache::memory::MemoryCache;
@@ -40,32 +40,14 @@ impl FetchPool {
         let memory = Arc::new(MemoryCache::new(options.memory_bytes));
         let gauges = Arc::new(PoolGauges::default());
         let (opened, devices) = unbounded_channel();
-        let (ready, started) = mpsc::channel();
         let (own_options, own_gauges) = (options.clone(), gauges.clone());
-        std::thread::Builder::new()
-            .name("tarblk-fetch".to_owned())
-            .spawn(move || {
-                let runtime = match Runtime::new() {
-                    Ok(runtime) => runtime,
-                    Err(error) => {
-                        let _starter_is_gone = ready.send(Err(error));
-                        return;
-                    }
-                };
-                let _starter_is_gone = ready.send(Ok(()));
-                drop(ready);
-                runtime.block_on(run(&own_options, own_gauges, devices));
-            })?;
-        match started.recv() {
-            Ok(Ok(())) => Ok(Self(Arc::new(Pool {
-                options,
-                memory,
-                gauges,
-                opened,
-            }))),
-            Ok(Err(error)) => Err(StartError::Thread(error)),
-            Err(_) => Err(StartError::Thread(io::Error::other("it ended at once"))),
-        }
+        runtime::start("tarblk-fetch", move || run(own_options, own_gauges, devices))?;
+        Ok(Self(Arc::new(Pool {
+            options,
+            memory,
+            gauges,
+            opened,
+        })))
     }
 
     /// A fetcher for `layers`, numbered in this order. `files` lets read-ahead know which files lie where; without it only
@@ -102,13 +84,14 @@ impl FetchPool {
 }
 
 /// The thread's main task: runs each device's engine, until no device can come any more and the last one has ended.
-async fn run(options: &PoolOptions, gauges: Arc<PoolGauges>, mut opened: UnboundedReceiver<Device>) {
+async fn run(options: PoolOptions, gauges: Arc<PoolGauges>, mut opened: UnboundedReceiver<Device>) {
     let tasks = TaskSet::new();
-    let state = Rc::new(PoolState::new(options, gauges, tasks.spawner()));
+    let state = Rc::new(PoolState::new(&options, gauges, tasks.spawner()));
     let mut devices = JoinSet::new();
     let main = async {
         loop {
             tokio::select! {
+                biased;
                 device = opened.recv() => match device {
                     Some(device) => drop(devices.spawn_local(engine::run(device, state.clone()))),
                     None => break,

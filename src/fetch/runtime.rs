@@ -3,19 +3,24 @@
 //!
 //! All of it goes through one `io_uring`, by tokio-uring, and nothing outside of this module names that crate. Tasks run on the
 //! fetch thread alone; what would block (name look-ups, decoding, digests, syncing) goes to worker threads by [`blocking`].
+//!
+//! Tests put a simulated world in the place of threads, sockets, disks, clock and chance (`simulated`); then all of it runs on the
+//! thread that asks for it, and the same again for the same seed.
 
 mod file;
+#[cfg(feature = "unstable-internals")]
+pub mod simulated;
 mod stream;
 
 use std::future::Future;
 use std::io;
 use std::rc::{Rc, Weak};
 
-use tokio::task::LocalSet;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::task::{JoinHandle, LocalSet};
 
 pub(crate) use self::file::File;
 pub(crate) use self::stream::TcpStream;
-pub(crate) use tokio::task::spawn_blocking as blocking;
 pub(crate) use tokio::time::{sleep, timeout};
 
 /// How many operations the ring takes before it has to be entered.
@@ -61,6 +66,100 @@ pub(crate) fn is_shortage(error: &io::Error) -> bool {
     error
         .raw_os_error()
         .is_some_and(|code| short.iter().any(|errno| errno.raw_os_error() == code))
+}
+
+/// Runs `main` on a new thread with a runtime of its own.
+///
+/// # Errors
+/// When there is no thread to be had, or no ring.
+pub(crate) fn start<F: Future<Output = ()> + 'static>(
+    name: &str,
+    main: impl FnOnce() -> F + Send + 'static,
+) -> io::Result<()> {
+    #[cfg(feature = "unstable-internals")]
+    if simulated::is_entered() {
+        drop(tokio::task::spawn_local(main()));
+        return Ok(());
+    }
+    let (ready, started) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let runtime = match Runtime::new() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                let _starter_is_gone = ready.send(Err(error));
+                return;
+            }
+        };
+        let _starter_is_gone = ready.send(Ok(()));
+        drop(ready);
+        runtime.block_on(main());
+    })?;
+    match started.recv() {
+        Ok(outcome) => outcome,
+        Err(_) => Err(io::Error::other("it ended at once")),
+    }
+}
+
+/// Runs `job`, which may block, on a worker thread.
+pub(crate) fn blocking<T: Send + 'static>(job: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    #[cfg(feature = "unstable-internals")]
+    if simulated::is_entered() {
+        return simulated::work(job);
+    }
+    tokio::task::spawn_blocking(job)
+}
+
+/// Runs `job`, which takes long and is in no hurry, on a thread of its own.
+///
+/// # Errors
+/// When there is no thread to be had.
+pub(crate) fn background(name: &str, job: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    #[cfg(feature = "unstable-internals")]
+    if simulated::is_entered() {
+        drop(simulated::work(job));
+        return Ok(());
+    }
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // On Linux this is the thread's own; if it cannot be had, it is only less polite.
+        let _not_so_nice = rustix::process::nice(19);
+        job();
+    })?;
+    Ok(())
+}
+
+/// How many jobs may be under way at once: as many as there are CPUs.
+pub(crate) fn workers() -> usize {
+    #[cfg(feature = "unstable-internals")]
+    if simulated::is_entered() {
+        return simulated::WORKERS;
+    }
+    std::thread::available_parallelism().map_or(2, std::num::NonZero::get)
+}
+
+/// A worker's end of a channel to the fetch thread.
+pub(crate) struct ToFetchThread<T>(Sender<T>);
+
+impl<T> ToFetchThread<T> {
+    /// Hands `item` over, and waits while there is no room for it. Says whether there is still a receiver.
+    pub(crate) fn give(&self, item: T) -> bool {
+        #[cfg(feature = "unstable-internals")]
+        if simulated::is_entered() {
+            return self.0.try_send(item).is_ok();
+        }
+        self.0.blocking_send(item).is_ok()
+    }
+}
+
+/// A channel from a worker to the fetch thread, in which no more than `most` items wait.
+pub(crate) fn from_worker<T>(most: usize) -> (ToFetchThread<T>, Receiver<T>) {
+    #[cfg(feature = "unstable-internals")]
+    let most = if simulated::is_entered() {
+        simulated::MOST_HANDED_OVER
+    } else {
+        most
+    };
+    let (give, take) = channel(most);
+    (ToFetchThread(give), take)
 }
 
 /// Runs `task` beside the one that calls, on the same thread: in the same [`TaskSet`], and no longer than that.

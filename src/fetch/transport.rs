@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use http_body_util::{BodyExt, Empty};
@@ -18,6 +18,7 @@ use hyper::Request;
 use hyper::body::Incoming;
 use hyper::header;
 use rustls::ClientConfig;
+use tokio::time::Instant;
 use url::Url;
 
 use self::pool::{Host, HostKey, HostLimits, Lease};

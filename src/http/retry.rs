@@ -1,13 +1,14 @@
 //! How long to wait for servers, and when to ask again.
 
-use std::hash::{BuildHasher, RandomState};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use hyper::header::{DATE, HeaderMap, RETRY_AFTER};
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
+use super::chance;
 use super::error::{Error, Kind};
 use super::span::Span;
 use super::waits::Wait;
@@ -159,7 +160,9 @@ impl Backoff {
     /// Says of `place` that it is asked again after `pause` because of `why`.
     pub(crate) fn note(&mut self, place: &str, why: &str, pause: Duration) {
         let since = *self.since.get_or_insert_with(Instant::now);
-        let wait = self.wait.get_or_insert_with(|| Wait::begin(place, why, since));
+        let wait = self
+            .wait
+            .get_or_insert_with(|| Wait::begin(place, why, since.into_std()));
         wait.pause(place, why, pause);
     }
 
@@ -187,7 +190,7 @@ impl Backoff {
 
 /// Between half and all of `pause`, so that many clients do not come back in step.
 fn jittered(pause: Duration) -> Duration {
-    let random = u32::try_from(RandomState::new().hash_one(0) & 0xFFFF).unwrap_or(0);
+    let random = u32::try_from(chance::number() & 0xFFFF).unwrap_or(0);
     pause / 2 + pause / 2 * random / 0xFFFF
 }
 

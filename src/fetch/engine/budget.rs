@@ -10,7 +10,9 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::fetch::stats::{PoolGauges, add, take};
 use crate::prefetch::bandwidth::BdpEstimator;
@@ -107,12 +109,12 @@ impl Budget {
 
     /// An answer's head came `took` after its request.
     pub(super) fn note_head(&self, took: Duration) {
-        self.pool.bdp.borrow_mut().head(Instant::now(), took);
+        self.pool.bdp.borrow_mut().head(Instant::now().into_std(), took);
     }
 
     /// `len` bytes of a body came over the network.
     pub(super) fn note_arrival(&self, len: u64) {
-        self.pool.bdp.borrow_mut().arrived(Instant::now(), len);
+        self.pool.bdp.borrow_mut().arrived(Instant::now().into_std(), len);
     }
 
     /// Bytes that wait to be written to disk caches.

@@ -5,7 +5,9 @@
 //! cache and not to memory, which belongs to what is read.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::Engine;
 use crate::cache::chunk::{ChunkKey, chunk_count};

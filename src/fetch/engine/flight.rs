@@ -5,7 +5,9 @@
 //! tar, [`CodedFlight`](super::coded::CodedFlight) where it has to be decoded.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::budget::Share;
 use super::origin::{Body, Trouble};

@@ -97,14 +97,16 @@ impl InFlight {
         chunks.keys().any(|key| all.contains_key(&key))
     }
 
-    /// Those of `chunks` that are in the table, in any order.
+    /// Those of `chunks` that are in the table, in order.
     pub(super) fn keys_in(&self, chunks: ChunkRange) -> Vec<ChunkKey> {
         let all = self.chunks.borrow();
         if all.len() > usize::try_from(chunks.count()).unwrap_or(usize::MAX) {
             return chunks.keys().filter(|key| all.contains_key(key)).collect();
         }
         let within = |key: &&ChunkKey| key.layer == chunks.layer && (chunks.first..chunks.end).contains(&key.index);
-        all.keys().filter(within).copied().collect()
+        let mut keys: Vec<ChunkKey> = all.keys().filter(within).copied().collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// A reader waits for a chunk from now on.
@@ -220,7 +222,8 @@ impl InFlight {
 mod tests {
     use std::sync::Arc;
     use std::sync::mpsc::{Receiver, channel};
-    use std::time::Instant;
+
+    use tokio::time::Instant;
 
     use super::*;
     use crate::cache::Slice;

@@ -7,7 +7,8 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::coded_layer::CodedLayer;
 use super::origin::Origin;

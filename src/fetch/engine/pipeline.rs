@@ -6,7 +6,6 @@
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
 
 use super::Engine;
 use super::verify_piece::PieceVerifier;
@@ -194,12 +193,12 @@ impl Engine {
     ) -> Result<DecodePipeline, String> {
         // The semaphore is never closed; without a permit it would only be busier.
         let permit = self.workers.clone().acquire_owned().await.ok();
-        let (give, mut take) = mpsc::channel(CUTS_ON_THE_WAY);
+        let (give, mut take) = runtime::from_worker(CUTS_ON_THE_WAY);
         let job = runtime::blocking(move || {
             let _permit = permit;
             let fed = pipeline.feed(&piece, &mut |cut| {
                 // The flight may have ended: then what comes out is dropped.
-                let _gone = give.blocking_send(cut);
+                let _gone = give.give(cut);
             });
             fed.map(|()| pipeline)
         });

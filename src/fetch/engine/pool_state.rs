@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 
 use super::budget::PoolBudget;
 use crate::fetch::options::PoolOptions;
-use crate::fetch::runtime::Spawner;
+use crate::fetch::runtime::{self, Spawner};
 use crate::fetch::stats::PoolGauges;
 use crate::fetch::transport::Connections;
 
@@ -27,9 +27,7 @@ impl PoolState {
         Self {
             connections: Connections::new(options, spawner, gauges.clone()),
             budget: PoolBudget::new(options.connections, gauges.clone()),
-            workers: Arc::new(Semaphore::new(
-                std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
-            )),
+            workers: Arc::new(Semaphore::new(runtime::workers())),
             options: options.clone(),
             gauges,
         }

@@ -7,7 +7,9 @@
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::flight::{Backoff, LOOK_AT_READERS};
 use super::origin::{Body, Trouble};

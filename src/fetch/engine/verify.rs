@@ -11,10 +11,11 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc::unbounded_channel;
+use tokio::time::Instant;
 
 use super::disk::NOT_AS_WRITTEN;
 use super::flight::{Backoff, LOOK_AT_READERS, PROOF_TRIES};
@@ -254,24 +255,20 @@ impl Engine {
         }
         let (give, take) = tokio::sync::oneshot::channel();
         let (whole, check) = (Arc::clone(cache), state.verifier.clone());
-        let thread = std::thread::Builder::new()
-            .name("tarblk-seal".to_owned())
-            .spawn(move || {
-                // On Linux this is the thread's own; if it cannot be had, it is only less polite.
-                let _not_so_nice = rustix::process::nice(19);
-                let mut hash = Sha256::new();
-                let mut wrong = None;
-                whole.read_whole(&mut |index, bytes| {
-                    let right = |bytes: &&[u8]| check.as_ref().is_none_or(|check| check.matches(index, bytes));
-                    match bytes.filter(right) {
-                        Some(bytes) => hash.update(bytes),
-                        None => wrong = Some(index),
-                    }
-                    wrong.is_none() && !give.is_closed()
-                });
-                // The fetcher may be gone.
-                let _engine_is_gone = give.send((wrong, hash.finalize().into()));
+        let thread = runtime::background("tarblk-seal", move || {
+            let mut hash = Sha256::new();
+            let mut wrong = None;
+            whole.read_whole(&mut |index, bytes| {
+                let right = |bytes: &&[u8]| check.as_ref().is_none_or(|check| check.matches(index, bytes));
+                match bytes.filter(right) {
+                    Some(bytes) => hash.update(bytes),
+                    None => wrong = Some(index),
+                }
+                wrong.is_none() && !give.is_closed()
             });
+            // The fetcher may be gone.
+            let _engine_is_gone = give.send((wrong, hash.finalize().into()));
+        });
         if let Err(error) = thread {
             log::warn!("cannot check the whole layer: {error}");
             return;

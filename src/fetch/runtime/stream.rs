@@ -37,16 +37,64 @@ enum Writing {
 }
 
 /// A connection; see the module.
-pub(crate) struct TcpStream {
+pub(crate) enum TcpStream {
+    Ring(RingStream),
+    #[cfg(feature = "unstable-internals")]
+    Simulated(Box<dyn super::simulated::Stream>),
+}
+
+impl TcpStream {
+    /// Connects; no deadline of its own.
+    pub(crate) async fn connect(address: SocketAddr) -> io::Result<Self> {
+        #[cfg(feature = "unstable-internals")]
+        if let Some(connecting) = super::simulated::connect(address) {
+            return connecting.await.map(Self::Simulated);
+        }
+        RingStream::connect(address).await.map(Self::Ring)
+    }
+}
+
+/// Hands a call on to whichever kind of stream it is.
+macro_rules! forward {
+    ($stream:expr, $poll:ident, $($argument:expr),*) => {
+        match $stream.get_mut() {
+            TcpStream::Ring(stream) => Pin::new(stream).$poll($($argument),*),
+            #[cfg(feature = "unstable-internals")]
+            TcpStream::Simulated(stream) => Pin::new(stream).$poll($($argument),*),
+        }
+    };
+}
+
+impl AsyncRead for TcpStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        forward!(self, poll_read, cx, out)
+    }
+}
+
+impl AsyncWrite for TcpStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        forward!(self, poll_write, cx, data)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, poll_flush, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, poll_shutdown, cx)
+    }
+}
+
+/// A connection through the ring.
+pub(crate) struct RingStream {
     socket: Rc<Socket>,
     reading: Reading,
     writing: Writing,
     next_read: usize,
 }
 
-impl TcpStream {
-    /// Connects; no deadline of its own.
-    pub(crate) async fn connect(address: SocketAddr) -> io::Result<Self> {
+impl RingStream {
+    async fn connect(address: SocketAddr) -> io::Result<Self> {
         let socket = Socket::connect(address).await?;
         socket.set_nodelay(true)?;
         Ok(Self {
@@ -76,7 +124,7 @@ impl TcpStream {
     }
 }
 
-impl AsyncRead for TcpStream {
+impl AsyncRead for RingStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             match &mut self.reading {
@@ -111,7 +159,7 @@ impl AsyncRead for TcpStream {
     }
 }
 
-impl AsyncWrite for TcpStream {
+impl AsyncWrite for RingStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_written(cx))?;
         if let Writing::Ready(buffer) = &mut self.writing {
@@ -149,7 +197,7 @@ impl AsyncWrite for TcpStream {
     }
 }
 
-impl Drop for TcpStream {
+impl Drop for RingStream {
     /// A read that is on the ring keeps the socket open after its future is gone; this ends it.
     fn drop(&mut self) {
         // It may be closed already; then there is nothing to end.

@@ -3,9 +3,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use hyper::header::{AUTHORIZATION, HeaderName, HeaderValue};
+use tokio::time::Instant;
 use url::Url;
 
 use super::pool::HostKey;
