@@ -14,6 +14,7 @@ mod stream;
 
 use std::future::Future;
 use std::io;
+use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 
 use tokio::sync::mpsc::{Receiver, Sender, channel};
@@ -125,6 +126,15 @@ pub(crate) fn background(name: &str, job: impl FnOnce() + Send + 'static) -> io:
         job();
     })?;
     Ok(())
+}
+
+/// Where files go that end with the process.
+pub(crate) fn temporary_dir() -> PathBuf {
+    #[cfg(feature = "unstable-internals")]
+    if let Some(dir) = simulated::temporary_dir() {
+        return dir;
+    }
+    std::env::temp_dir()
 }
 
 /// How many jobs may be under way at once: as many as there are CPUs.

@@ -18,7 +18,7 @@ use super::{Engine, LayerState};
 use crate::cache::chunk::ChunkKey;
 use crate::cache::disk::LayerCache;
 use crate::fetch::FetchError;
-use crate::fetch::runtime::sleep;
+use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
 use crate::prefetch::{ChunkRange, Planned};
@@ -246,7 +246,7 @@ impl Engine {
         if let Some(shared) = self.fetched(layer)
             && shared.cache.get().is_none()
         {
-            match LayerCache::temporary(&std::env::temp_dir(), shared.size) {
+            match LayerCache::temporary(&runtime::temporary_dir(), shared.size) {
                 // It is not set yet: only this thread sets it.
                 Ok(temporary) => drop(shared.cache.set(Arc::new(temporary))),
                 Err(error) => log::warn!("{name}: no place to keep what is streamed: {error}"),

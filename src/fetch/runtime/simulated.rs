@@ -12,6 +12,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -49,6 +50,10 @@ pub trait World {
     /// # Errors
     /// What the read is answered with.
     fn before_read(&self) -> io::Result<()>;
+
+    /// Where files go that end with the process. Whether a page cache has a file is no world's to say: a file system in memory
+    /// always has it.
+    fn temporary_dir(&self) -> PathBuf;
 }
 
 thread_local! {
@@ -78,6 +83,10 @@ fn world() -> Option<Rc<dyn World>> {
 
 pub(super) fn is_entered() -> bool {
     WORLD.with_borrow(Option::is_some)
+}
+
+pub(super) fn temporary_dir() -> Option<PathBuf> {
+    Some(world()?.temporary_dir())
 }
 
 /// Connects in the world of this thread, if it is in one.

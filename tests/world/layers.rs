@@ -1,0 +1,139 @@
+//! The layers of a world: as they are on the server, as they come out, and what is known of them.
+
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::fetch::{Coded, LayerSource, Verifier, Windows};
+use tarblk::internals::http::Validator;
+use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::source::{Blob, LayerSpec, Place, UrlBlob};
+use tarblk::internals::units::CHUNK_BYTES;
+
+use super::chance::Chance;
+
+/// Between the places that a blob can be decoded from.
+const SPACING: u64 = 100_000;
+/// What each layer is cut in before it is compressed, where it has several members or frames.
+const MEMBER: usize = 150_000;
+
+/// A layer of the laboratory; made once, used by every world.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) kind: &'static str,
+    pub(crate) tar: Arc<Vec<u8>>,
+    pub(crate) blob: Arc<Vec<u8>>,
+    /// None: the blob is the tar.
+    spans: Option<Spans>,
+}
+
+/// Something between text and noise: compresses to about a third.
+fn content(len: usize, seed: u64) -> Vec<u8> {
+    let mut chance = Chance::new(seed);
+    let mut bytes = Vec::with_capacity(len + 64);
+    while bytes.len() < len {
+        match chance.below(5) {
+            0 | 1 => bytes.extend_from_slice(&chance.next().to_le_bytes()),
+            2 if bytes.len() > 40_000 => {
+                let from = bytes.len() - 1 - chance.index(30_000);
+                let again = bytes[from..bytes.len().min(from + 50)].to_vec();
+                bytes.extend_from_slice(&again);
+            }
+            _ => bytes.extend_from_slice(b"a line that comes often\n"),
+        }
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+fn gzip(input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new("gzip")
+        .args(["-6", "-n"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("gzip is on every machine");
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || stdin.write_all(&input));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap().unwrap();
+    assert!(output.status.success());
+    output.stdout
+}
+
+fn indexed(coding: Coding, blob: &[u8]) -> Spans {
+    let mut indexer = Indexer::new(coding, SPACING);
+    for piece in blob.chunks(100_000) {
+        indexer.feed(piece, &mut |_| {}).unwrap();
+    }
+    indexer.finish().unwrap()
+}
+
+/// One of each kind, of different lengths.
+pub(crate) fn all() -> Vec<Layer> {
+    let zstd = |bytes: &[u8]| zstd::bulk::compress(bytes, 3).unwrap();
+    let pieces = |tar: &[u8], code: &dyn Fn(&[u8]) -> Vec<u8>| tar.chunks(MEMBER).flat_map(code).collect::<Vec<u8>>();
+    let chunk = usize::try_from(CHUNK_BYTES).unwrap();
+    let coded = |kind, coding, tar: Vec<u8>, blob: Vec<u8>| Layer {
+        kind,
+        spans: Some(indexed(coding, &blob)),
+        tar: Arc::new(tar),
+        blob: Arc::new(blob),
+    };
+    let plain = |kind, tar: Vec<u8>| Layer {
+        kind,
+        spans: None,
+        tar: Arc::new(tar.clone()),
+        blob: Arc::new(tar),
+    };
+    let (one, two, three, four) = (
+        content(700_321, 1),
+        content(35 * chunk, 2),
+        content(900_001, 3),
+        content(500_000, 4),
+    );
+    vec![
+        plain("plain", content(40 * chunk + 12_345, 5)),
+        plain("short plain", content(70_000, 6)),
+        coded("gzip", Coding::Gzip, one.clone(), gzip(&one)),
+        coded("gzip members", Coding::Gzip, two.clone(), pieces(&two, &gzip)),
+        coded("zstd frames", Coding::Zstd, three.clone(), pieces(&three, &zstd)),
+        coded("one zstd frame", Coding::Zstd, four.clone(), zstd(&four)),
+    ]
+}
+
+impl Layer {
+    /// What a fetcher is told of the layer at `url`. With `digests` each chunk and the whole are known.
+    pub(crate) fn source(&self, url: &str, digests: bool) -> LayerSource {
+        let len = u64::try_from(self.blob.len()).unwrap();
+        let at = UrlBlob {
+            validator: Some(Validator::ETag(format!("\"{}\"", self.kind))),
+            ..UrlBlob::new(&url.parse().unwrap())
+        };
+        let blob = Blob::of_url(at, len);
+        assert!(matches!(blob.place, Place::Url(_)));
+        let digest = |bytes: &[u8]| digests.then(|| Digest::of(Algorithm::Sha256, bytes));
+        let tar = self.tar.clone();
+        let chunk = usize::try_from(CHUNK_BYTES).unwrap();
+        // The bytes themselves in the place of digests: what is tested is when they are compared.
+        let check = move |index: u32, bytes: &[u8]| {
+            let from = usize::try_from(index).unwrap() * chunk;
+            tar.get(from..(from + chunk).min(tar.len())) == Some(bytes)
+        };
+        LayerSource {
+            coding: self.spans.as_ref().map(|spans| Coded {
+                table: spans.table.clone(),
+                windows: Windows::Memory(Arc::new(spans.windows.clone())),
+            }),
+            verifier: digests.then(|| Verifier::chunks(check)),
+            layer: LayerSpec {
+                digest: digest(&self.blob),
+                diff_id: digest(&self.tar),
+                cached_as: digests.then(|| format!("layer {}", self.kind)),
+                ..blob.into()
+            },
+        }
+    }
+}
