@@ -1498,3 +1498,127 @@ fn a_packed_image_is_not_mounted() {
         assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
     }
 }
+
+/// Runs a command, and says when it first said something that has `words` in it, and how it ended.
+fn first_word(lab: &Lab, args: &[&str], words: &str) -> (Option<Duration>, Output, Duration) {
+    use std::io::BufRead as _;
+    let began = Instant::now();
+    let mut command = lab.tarblk();
+    command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines();
+    let (mut first, mut all) = (None, Vec::new());
+    for line in lines {
+        let line = line.unwrap();
+        if first.is_none() && line.contains(words) {
+            first = Some(began.elapsed());
+        }
+        all.extend(line.into_bytes());
+        all.push(b'\n');
+    }
+    let mut output = child.wait_with_output().unwrap();
+    output.stderr = all;
+    (first, output, began.elapsed())
+}
+
+/// A server that does not answer, fails for ever, or sends a byte now and then: it is said soon what is waited for, also where there
+/// is no terminal, and the wait ends when the person says.
+#[test]
+fn waits_are_told_and_end() {
+    let lab = Lab::new();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    let faults: [(&str, Fault); 4] = [
+        ("has not answered yet", Fault::Silence),
+        ("503 Service Unavailable", Fault::Status(503, None)),
+        ("; waiting", Fault::WrongRange(512)),
+        ("; waiting", Fault::ResetBefore),
+    ];
+    std::thread::scope(|scope| {
+        for (words, fault) in faults {
+            for command in ["ls", "index", "image"] {
+                let (lab, fault) = (&lab, fault.clone());
+                scope.spawn(move || {
+                    let origin = Origin::start().unwrap();
+                    origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
+                    origin.set_faults(move |_| vec![fault.clone()]);
+                    let url = origin.url("/layer.tar");
+                    let out = format!("{command}-{}", url.rsplit(':').next().unwrap().replace('/', "-"));
+                    let args: &[&str] = match command {
+                        "image" => &["image", &url, "-o", &out, "--no-cache", "--deadline", "4s"],
+                        _ => &[command, &url, "--deadline", "4s"],
+                    };
+                    let (said, output, took) = first_word(lab, args, words);
+                    let all = text(&output.stderr);
+                    assert_eq!(output.status.code(), Some(1), "{args:?}: {all}");
+                    let is_wait = |line: &&str| line.contains("; waiting") || line.contains("; asking again");
+                    let waits: Vec<_> = all.lines().filter(is_wait).collect();
+                    assert!(!waits.is_empty() && waits[0].contains(&url), "{args:?}: {all}");
+                    assert!(said.is_some(), "{args:?}: no {words}: {all}");
+                    // A deadline is no more than a few times itself, however busy the machine is.
+                    assert!(took < Duration::from_secs(30), "{args:?}: {took:?}");
+                    let last = all.lines().last().unwrap();
+                    assert!(last.starts_with("tarblk: http") && !last.contains("waiting"), "{last}");
+                });
+            }
+        }
+    });
+}
+
+/// Bytes that trickle are no progress, whether of bodies or heads: a command ends.
+#[test]
+fn a_trickle_is_a_stall() {
+    let lab = Lab::new();
+    let layer = fs::read(lab.path("layer.tar")).unwrap();
+    for head_trickles in [true, false] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/layer.tar", listener.local_addr().unwrap());
+        let len = layer.len();
+        let whole = layer.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut stream, whole) = (stream.unwrap(), whole.clone());
+                std::thread::spawn(move || {
+                    use std::io::Read as _;
+                    let mut asked = [0; 4096];
+                    let got = stream.read(&mut asked).unwrap_or(0);
+                    let asked = text(&asked[..got]).to_ascii_lowercase();
+                    let range = asked
+                        .split("range: bytes=")
+                        .nth(1)
+                        .and_then(|rest| rest.split("\r\n").next());
+                    let Some((from, to)) = range.and_then(|range| range.split_once('-')) else {
+                        return;
+                    };
+                    let (from, to): (usize, usize) = (from.parse().unwrap(), to.parse().unwrap());
+                    let first = to == 0;
+                    let head = format!(
+                        "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {from}-{to}/{len}\r\nContent-Length: {}\r\n\r\n",
+                        to + 1 - from
+                    );
+                    let quick = if head_trickles {
+                        3
+                    } else {
+                        head.len() + usize::from(first)
+                    };
+                    let answer = [head.as_bytes(), &whole[from..=to]].concat();
+                    let _ = stream.write_all(&answer[..quick]);
+                    for byte in &answer[quick..] {
+                        std::thread::sleep(Duration::from_millis(100));
+                        if stream.write_all(&[*byte]).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        let (said, output, took) = first_word(&lab, &["ls", &url, "--deadline", "3s"], "; waiting");
+        let all = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{all}");
+        assert!(took < Duration::from_secs(30), "{took:?}: {all}");
+        if head_trickles {
+            assert!(said.is_some(), "{all}");
+        } else {
+            assert!(all.contains("bytes came in"), "{all}");
+        }
+    }
+}

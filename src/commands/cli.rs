@@ -184,6 +184,9 @@ pub struct RegistryArgs {
     /// longer (`Retry-After`) is not waited for.
     #[arg(long, help_heading = "Registry options", value_name = "TIME", value_parser = parse_time)]
     pub retry_for: Option<Duration>,
+    /// What another option of the command says: see [`RegistryArgs::within`].
+    #[arg(skip)]
+    pub deadline: Option<Duration>,
 }
 
 /// When servers are asked what a name means.
@@ -298,6 +301,10 @@ pub struct IndexArgs {
     /// Which layer of an image: by its digest, or its number, the lowest being 1.
     #[arg(long, value_name = "DIGEST|N")]
     pub layer: Option<LayerChoice>,
+    /// Fail when nothing has come from a server for this long, whatever it says or does not say [default: 6 tries within 1min, of
+    /// some 30s each].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
@@ -416,6 +423,10 @@ pub struct LsArgs {
     /// One layer of an image alone: by its digest, or its number, the lowest being 1.
     #[arg(long, value_name = "DIGEST|N")]
     pub layer: Option<LayerChoice>,
+    /// Fail when nothing has come from a server for this long, whatever it says or does not say [default: 6 tries within 1min, of
+    /// some 30s each].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
@@ -448,6 +459,10 @@ pub struct DiffArgs {
     /// List also files of which only nothing says that their content is the same.
     #[arg(long, conflicts_with = "json")]
     pub uncertain: bool,
+    /// Fail when nothing has come from a server for this long, whatever it says or does not say [default: 6 tries within 1min, of
+    /// some 30s each].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
@@ -464,6 +479,10 @@ pub struct ImageArgs {
     /// The file to write; replaced when the image is whole. Sparse where the image is zero.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
+    /// Fail when nothing has come from a server for this long, whatever it says or does not say [default: 6 tries within 1min for
+    /// what the layer holds, 5min for its bytes].
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub deadline: Option<Duration>,
 }
 
 /// Arguments of `tarblk attach`.

@@ -28,7 +28,7 @@ impl Opened {
     /// The tree of an image, or of what may be a layer or an index of one.
     fn new(source: &str, args: &DiffArgs, session: Session) -> anyhow::Result<Self> {
         let bar = &mut Bar::new(session.talk);
-        let options = options_for(source, &args.registry)?;
+        let options = options_for(source, &args.registry.within(args.deadline))?;
         if let Source::Image(_) = Source::parse(source)? {
             let prepared = open::prepare(source, &options, bar)?;
             let known = |layer: &PreparedLayer| {

@@ -59,12 +59,13 @@ struct Report<'a> {
 fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut bar = Bar::new(session.talk);
-    let size = args.registry.size();
+    let registry = args.registry.within(args.deadline);
+    let size = registry.size();
     let options = OpenOptions {
         layer: args.layer.clone(),
         size,
-        http: args.registry.http(),
-        registry: args.registry.options()?,
+        http: registry.http(),
+        registry: registry.options()?,
         ..OpenOptions::default()
     };
     let prepared = match whole(source, args, &options)? {

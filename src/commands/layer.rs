@@ -132,7 +132,7 @@ pub(super) fn ls(args: &LsArgs, session: Session) -> anyhow::Result<()> {
     };
     let options = OpenOptions {
         layer: args.layer.clone(),
-        ..options_for(&args.source, &args.registry)?
+        ..options_for(&args.source, &args.registry.within(args.deadline))?
     };
     let mut bar = Bar::new(session.talk);
     if let Source::Image(_) = Source::parse(&args.source)? {
@@ -207,7 +207,9 @@ fn selection(paths: &[OsString], tree: &Tree, source: &str) -> anyhow::Result<Se
 
 /// `tarblk image`.
 pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
-    let prepared = prepare(&args.layer, session)?;
+    let mut layer = args.layer.clone();
+    layer.registry = layer.registry.within(args.deadline);
+    let prepared = prepare(&layer, session)?;
     let name = prepared.name.clone();
     let payload = prepared.payload_bytes();
     let cannot = || format!("cannot write {}", args.output.display());
@@ -231,8 +233,9 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
         bar.finish_and_clear();
         (written?, image.len())
     } else {
-        let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size))?;
+        let opened = open::serve_here(prepared, &image_fetching(args.layer.cache_size, args.deadline))?;
         let bar = session.talk.bar("writing image", payload, Duration::ZERO);
+        let _waits = WaitTeller::start(session.talk, Arc::new(OnceLock::from(bar.clone())));
         let written = replace(&args.output, |out| {
             image_from_fetcher(&opened, out, &bar).with_context(cannot)
         });
@@ -250,12 +253,12 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
 }
 
 /// How a whole image is fetched.
-fn image_fetching(store_bytes: u64) -> Fetching {
+fn image_fetching(store_bytes: u64, deadline: Option<Duration>) -> Fetching {
     Fetching {
         memory_bytes: 256 << 20,
         connections: 4,
         fetch_all: false,
-        deadline: Some(Duration::from_secs(300)),
+        deadline: deadline.or(Some(Duration::from_secs(300))),
         store_bytes,
     }
 }

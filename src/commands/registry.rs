@@ -5,12 +5,13 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{self, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 
 use super::UsageError;
 use super::cli::RegistryArgs;
-use crate::http::{HttpOptions, RetryPolicy, Secret};
+use crate::http::{HttpOptions, RetryPolicy, Secret, Timeouts};
 use crate::open::SizeLimit;
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
@@ -69,7 +70,30 @@ impl RegistryArgs {
                 ..options.retry
             };
         }
+        if let Some(deadline) = self.deadline {
+            let Timeouts { connect, head, stall } = options.timeouts;
+            options.timeouts = Timeouts {
+                connect: connect.min(deadline / 2),
+                head: head.min(deadline / 2),
+                stall: stall.min(deadline),
+            };
+            options.retry = RetryPolicy {
+                tries: u32::MAX,
+                wrong: u32::MAX,
+                deadline: deadline.min(self.retry_for.unwrap_or(deadline)),
+                ..options.retry
+            };
+        }
         options
+    }
+
+    /// The same, and nothing is waited for longer than `deadline`, if there is one.
+    #[must_use]
+    pub fn within(&self, deadline: Option<Duration>) -> Self {
+        Self {
+            deadline,
+            ..self.clone()
+        }
     }
 }
 

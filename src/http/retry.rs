@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::chance;
 use super::error::{Error, Kind};
 use super::span::Span;
-use super::waits::Wait;
+use super::waits::{WORTH_SAYING, Wait};
 
 /// Deadlines of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +59,7 @@ pub struct RetryPolicy {
     pub first_pause: Duration,
     /// What it doubles up to.
     pub longest_pause: Duration,
-    /// From the first failure in a row to the last try. A server that wishes to be left alone for longer is not waited for.
+    /// From when nothing came any more to the last try. A server that wishes to be left alone for longer is not waited for.
     pub deadline: Duration,
 }
 
@@ -112,12 +112,18 @@ pub(crate) struct Backoff {
     since: Option<Instant>,
     pause: Duration,
     wait: Option<Wait>,
+    /// When it was begun, or something last came.
+    began: Instant,
+    /// Bytes that came since the last failure.
+    came: u64,
 }
 
 impl Backoff {
-    pub(crate) const fn new(policy: RetryPolicy) -> Self {
+    pub(crate) fn new(policy: RetryPolicy) -> Self {
         Self {
             policy,
+            began: Instant::now(),
+            came: 0,
             unanswered: 0,
             wrong: 0,
             refused: 0,
@@ -130,6 +136,14 @@ impl Backoff {
     /// Something came: whatever goes wrong next is another matter.
     pub(crate) fn succeeded(&mut self) {
         *self = Self::new(self.policy);
+    }
+
+    /// So many bytes came. A trickle that breaks off again and again is no success.
+    pub(crate) fn came(&mut self, bytes: usize) {
+        self.came = self.came.saturating_add(u64::try_from(bytes).unwrap_or(u64::MAX));
+        if self.came >= PROGRESS {
+            self.succeeded();
+        }
     }
 
     /// How long to wait before the next try: what the server wishes, or twice as long as before, give or take chance.
@@ -148,7 +162,8 @@ impl Backoff {
         };
         *count = count.saturating_add(1);
         let exhausted = *count >= most;
-        let since = *self.since.get_or_insert_with(Instant::now);
+        self.came = 0;
+        let since = self.first_failure();
         let pause = jittered(self.pause).max(failure.retry_after().unwrap_or_default());
         if exhausted || since.elapsed().saturating_add(pause) > self.policy.deadline {
             return Err(failure.after(self.tries()));
@@ -159,11 +174,25 @@ impl Backoff {
 
     /// Says of `place` that it is asked again after `pause` because of `why`.
     pub(crate) fn note(&mut self, place: &str, why: &str, pause: Duration) {
-        let since = *self.since.get_or_insert_with(Instant::now);
+        let since = self.first_failure();
+        let worth = if self.policy.tries == u32::MAX {
+            WORTH_SAYING
+        } else {
+            FEW_TRIES
+        };
         let wait = self
             .wait
-            .get_or_insert_with(|| Wait::begin(place, why, since.into_std()));
+            .get_or_insert_with(|| Wait::begin(place, why, since.into_std(), worth));
         wait.pause(place, why, pause);
+    }
+
+    /// Since when nothing has come. What a reader did with what came before is not laid at the server's door.
+    fn first_failure(&mut self) -> Instant {
+        let now = Instant::now();
+        let began = now
+            .checked_sub(LONGEST_TRY)
+            .map_or(self.began, |try_began| self.began.max(try_began));
+        *self.since.get_or_insert(began)
     }
 
     fn tries(&self) -> u32 {
@@ -193,6 +222,13 @@ fn jittered(pause: Duration) -> Duration {
     let random = u32::try_from(chance::number() & 0xFFFF).unwrap_or(0);
     pause / 2 + pause / 2 * random / 0xFFFF
 }
+
+/// A few tries whose pauses are short are over before this, one way or the other.
+const FEW_TRIES: Duration = Duration::from_millis(3500);
+/// So many bytes in a row are progress; fewer may be a trickle.
+const PROGRESS: u64 = 8 << 10;
+/// No try takes longer until it fails.
+const LONGEST_TRY: Duration = Duration::from_secs(40);
 
 /// Pauses from here on are said in the log; those between our own few tries are shorter.
 const LONG: Duration = Duration::from_secs(2);
@@ -288,6 +324,37 @@ mod tests {
         assert_eq!(tries(&[stale(), stale(), stale(), stale()]), None);
         let said = Backoff::new(RetryPolicy::once()).pause_after(lost()).unwrap_err();
         assert_eq!(said.to_string(), "http://host/x: gone");
+    }
+
+    #[test]
+    fn a_trickle_that_breaks_off_is_no_success() {
+        let policy = RetryPolicy {
+            tries: 3,
+            ..RetryPolicy::default()
+        };
+        let mut backoff = Backoff::new(policy);
+        for _ in 0..2 {
+            backoff.came(4000);
+            assert!(backoff.pause_after(lost()).is_ok());
+        }
+        backoff.came(4000);
+        assert!(backoff.pause_after(lost()).is_err());
+        let mut backoff = Backoff::new(policy);
+        for _ in 0..9 {
+            (0..3).for_each(|_| backoff.came(4000));
+            assert!(backoff.pause_after(lost()).is_ok());
+        }
+    }
+
+    #[test]
+    fn the_deadline_counts_from_when_nothing_came() {
+        let mut backoff = Backoff::new(RetryPolicy {
+            deadline: Duration::from_millis(50),
+            first_pause: Duration::ZERO,
+            ..RetryPolicy::default()
+        });
+        std::thread::sleep(Duration::from_millis(60));
+        assert!(backoff.pause_after(lost()).is_err(), "the first try took all of it");
     }
 
     #[test]

@@ -12,6 +12,8 @@ use super::span::Span;
 
 /// What has been waited for this long is said; all that is shorter is how networks are.
 pub(crate) const WORTH_SAYING: Duration = Duration::from_millis(1500);
+/// A pause that long is said at once.
+const LONG_PAUSE: Duration = Duration::from_millis(1900);
 /// No pause is said to be longer, so that times do not overflow.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -41,10 +43,22 @@ impl Waiting {
     pub fn lasted(&self) -> Duration {
         self.since.elapsed()
     }
+}
 
+/// A wait, and when it is worth saying.
+#[derive(Clone, Debug)]
+struct Entry {
+    number: u64,
+    wait: Waiting,
+    /// Shorter waits are not said ...
+    worth: Duration,
+    /// ... unless it is known that this one will be long.
+    is_long: bool,
+}
+
+impl Entry {
     fn is_worth_saying(&self) -> bool {
-        let end = self.until.unwrap_or(self.since).max(Instant::now());
-        end.saturating_duration_since(self.since) >= WORTH_SAYING
+        self.is_long || self.wait.lasted() >= self.worth
     }
 }
 
@@ -62,10 +76,10 @@ impl fmt::Display for Waiting {
     }
 }
 
-/// All waits of this process, each with a number.
-static WAITS: Mutex<(u64, Vec<(u64, Waiting)>)> = Mutex::new((0, Vec::new()));
+/// All waits of this process, and the last one's number.
+static WAITS: Mutex<(u64, Vec<Entry>)> = Mutex::new((0, Vec::new()));
 
-fn with<T>(change: impl FnOnce(&mut (u64, Vec<(u64, Waiting)>)) -> T) -> T {
+fn with<T>(change: impl FnOnce(&mut (u64, Vec<Entry>)) -> T) -> T {
     change(&mut WAITS.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
@@ -73,8 +87,10 @@ fn with<T>(change: impl FnOnce(&mut (u64, Vec<(u64, Waiting)>)) -> T) -> T {
 /// last, and of what is under way what was begun first.
 #[must_use]
 pub fn waiting() -> Vec<Waiting> {
-    let mut all: Vec<Waiting> = with(|waits| waits.1.iter().map(|(_, wait)| wait.clone()).collect());
-    all.retain(Waiting::is_worth_saying);
+    let mut all: Vec<Waiting> = with(|(_, waits)| {
+        let worth = waits.iter().filter(|entry| entry.is_worth_saying());
+        worth.map(|entry| entry.wait.clone()).collect()
+    });
     all.sort_by_key(|wait| (std::cmp::Reverse(wait.left()), wait.since));
     let mut seen = HashSet::new();
     all.retain(|wait| seen.insert((wait.place.clone(), wait.why.clone())));
@@ -86,8 +102,8 @@ pub fn waiting() -> Vec<Waiting> {
 pub(crate) struct Wait(u64);
 
 impl Wait {
-    /// Notes that nothing of `place` has come since `since`, because of `why`.
-    pub(crate) fn begin(place: &str, why: &str, since: Instant) -> Self {
+    /// Notes that nothing of `place` has come since `since`, because of `why`; worth saying when it has lasted for `worth`.
+    pub(crate) fn begin(place: &str, why: &str, since: Instant, worth: Duration) -> Self {
         let wait = Waiting {
             place: place.to_owned(),
             why: why.to_owned(),
@@ -96,7 +112,12 @@ impl Wait {
         };
         with(|(last, waits)| {
             *last += 1;
-            waits.push((*last, wait));
+            waits.push(Entry {
+                number: *last,
+                wait,
+                worth,
+                is_long: false,
+            });
             Self(*last)
         })
     }
@@ -104,10 +125,11 @@ impl Wait {
     /// It went wrong, for the first time or again: it is asked for again after `pause`.
     pub(crate) fn pause(&self, place: &str, why: &str, pause: Duration) {
         with(|(_, waits)| {
-            if let Some((_, wait)) = waits.iter_mut().find(|(number, _)| *number == self.0) {
+            if let Some(Entry { wait, is_long, .. }) = waits.iter_mut().find(|entry| entry.number == self.0) {
                 place.clone_into(&mut wait.place);
                 why.clone_into(&mut wait.why);
                 wait.until = Instant::now().checked_add(pause.min(LONGEST));
+                *is_long = pause >= LONG_PAUSE;
             }
         });
     }
@@ -115,7 +137,7 @@ impl Wait {
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        with(|(_, waits)| waits.retain(|(number, _)| *number != self.0));
+        with(|(_, waits)| waits.retain(|entry| entry.number != self.0));
     }
 }
 
@@ -130,7 +152,7 @@ async fn noting_after<F: Future>(moment: Duration, place: impl FnOnce() -> Strin
     if let Ok(output) = tokio::time::timeout(moment, future.as_mut()).await {
         return output;
     }
-    let _wait = Wait::begin(&place(), why, since);
+    let _wait = Wait::begin(&place(), why, since, moment);
     future.await
 }
 
@@ -146,14 +168,15 @@ mod tests {
 
     #[test]
     fn what_takes_long_is_known_while_it_lasts() {
+        let begin = |why, since| Wait::begin("a", why, since, WORTH_SAYING);
         let now = Instant::now();
         let long_ago = now.checked_sub(Duration::from_millis(12_500)).unwrap();
-        let (long, again) = (Wait::begin("a", "busy", now), Wait::begin("a", "busy", now));
+        let (long, again) = (begin("busy", now), begin("busy", now));
         long.pause("a", "busy", Duration::from_secs(30));
         again.pause("a", "busy", Duration::from_secs(10));
-        let short = Wait::begin("a", "slow", now);
+        let short = begin("slow", now);
         short.pause("a", "slow", Duration::from_millis(1));
-        let other = Wait::begin("a", "no answer", long_ago);
+        let other = begin("no answer", long_ago);
         let all = of("a");
         assert_eq!(all.len(), 2, "{all:?}");
         assert!(all[0].left() > Duration::from_secs(20), "{all:?}");
@@ -171,7 +194,7 @@ mod tests {
             .enable_time()
             .build()
             .unwrap();
-        let known = || with(|waits| waits.1.iter().filter(|(_, wait)| wait.place == "b").count());
+        let known = || with(|(_, waits)| waits.iter().filter(|entry| entry.wait.place == "b").count());
         let moment = Duration::from_millis(10);
         runtime.block_on(async {
             let name = || "b".to_owned();

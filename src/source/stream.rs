@@ -122,7 +122,7 @@ async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff
                 let room = usize::try_from(range.end - next).unwrap_or(usize::MAX);
                 if let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) {
                     got.extend_from_slice(&fresh[..fresh.len().min(room)]);
-                    backoff.succeeded();
+                    backoff.came(fresh.len());
                 }
             }
             Err(failure) => return Some(failure.into()),
@@ -185,7 +185,7 @@ async fn stream_http<E: From<SourceError>>(
                         if let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) {
                             sink(fresh)?;
                             reached = body.at();
-                            backoff.succeeded();
+                            backoff.came(fresh.len());
                         }
                     }
                     Err(failure) => break Some(SourceError::from(failure)),

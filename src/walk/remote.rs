@@ -141,7 +141,7 @@ async fn walk_stream(wire: &Wire<'_>, main: &mut MainParser<'_>, keep_all: bool)
                         main.feed(at, &bytes)?;
                         if body.at() > reached {
                             reached = body.at();
-                            backoff.succeeded();
+                            backoff.came(bytes.len());
                         }
                         if main.wants().is_none() && !keep_all {
                             return main.finish();

@@ -54,7 +54,7 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) const fn new(wrong_for: Duration) -> Self {
+    pub(super) fn new(wrong_for: Duration) -> Self {
         Self {
             pauses: http::Backoff::new(RETRY),
             wrong_for,

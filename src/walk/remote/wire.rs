@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::{BLOCK, len_u64};
-use crate::http::Body;
+use crate::http::{Backoff, Body};
 use crate::index::TAR_BLOCK;
 use crate::source::{Blob, Place, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
@@ -141,6 +141,8 @@ impl Link {
 pub(super) struct Reader<'w, 'a> {
     pub(super) wire: &'w Wire<'a>,
     body: Option<Body>,
+    /// Failures since something came.
+    backoff: Backoff,
     /// Bytes that came and were not taken yet, and where they lie.
     held: (u64, Bytes),
     window: u64,
@@ -156,6 +158,7 @@ impl<'w, 'a> Reader<'w, 'a> {
         Self {
             wire,
             body: None,
+            backoff: wire.requests.backoff(),
             held,
             window: FIRST,
             run_start: 0,
@@ -176,7 +179,6 @@ impl<'w, 'a> Reader<'w, 'a> {
 
     /// Bytes from exactly `at` on: at least one, as many as came together.
     pub(super) async fn read(&mut self, at: u64) -> Result<Bytes, SourceError> {
-        let mut backoff = self.wire.requests.backoff();
         loop {
             if self.has(at) {
                 let skip = usize::try_from(at - self.held.0).unwrap_or(usize::MAX);
@@ -185,13 +187,13 @@ impl<'w, 'a> Reader<'w, 'a> {
             }
             let failure = match self.advance(at).await {
                 Ok(()) => {
-                    backoff.succeeded();
+                    self.backoff.came(self.held.1.len());
                     continue;
                 }
                 Err(failure) => failure,
             };
             self.body = None;
-            wait_after(&mut backoff, failure).await?;
+            wait_after(&mut self.backoff, failure).await?;
         }
     }
 
