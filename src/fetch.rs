@@ -8,10 +8,11 @@
 //! A blob may be compressed: what is fetched are ranges of the blob, what is handed out are ranges of the tar that comes out
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
-//! Parts: `blob` (what a layer is), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
+//! Parts: `blob` (what a layer is), `content` (what is held of it), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
 //! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher).
 
 mod blob;
+mod content;
 mod cost;
 mod engine;
 mod error;
@@ -147,7 +148,7 @@ impl Fetcher {
         let mut slices = Slices::new();
         let (mut paid, mut first_use, mut wake) = (0, false, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
-            let Some(chunk) = layer.memory.get(key.index) else {
+            let Some(chunk) = layer.content.memory.get(key.index) else {
                 slices.clear();
                 break;
             };
@@ -206,7 +207,7 @@ impl Fetcher {
         for layer in &self.shared.layers {
             if let SharedLayer::Fetched(layer) = layer {
                 stats.bytes_layers += layer.size;
-                stats.bytes_held += layer.cache.get().map_or(0, |cache| cache.bytes_held());
+                stats.bytes_held += layer.content.cache.get().map_or(0, |cache| cache.bytes_held());
             }
         }
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);

@@ -114,6 +114,11 @@ impl MemoryLayer {
         MemoryKey { layer: self.id, index }
     }
 
+    /// Its number: no other layer of the process has had it.
+    pub(crate) fn number(&self) -> u32 {
+        self.id.0
+    }
+
     /// Chunk `index`, if it is here. Not a use: the caller says so with [`Chunk::touch`].
     pub(crate) fn get(&self, index: u32) -> Option<Arc<Chunk>> {
         let key = self.key(index);

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::digest::Digest;
-use crate::index::{ColdDirectory, PieceDigests};
+use crate::index::{ChunkDigests, ColdDirectory, PieceDigests};
 use crate::layer::SpanTable;
 use crate::source::{Blob, LayerSpec};
 use crate::units::TarRange;
@@ -97,7 +97,22 @@ impl Verifier {
     /// is in memory.
     #[must_use]
     pub fn chunks(matches: impl Fn(u32, &[u8]) -> bool + Send + Sync + 'static) -> Self {
-        Self::Chunks(ChunkVerifier(Arc::new(matches)))
+        Self::Chunks(ChunkVerifier(Matches::Asked(Arc::new(matches))))
+    }
+
+    /// Every chunk by its digest in an index. Layers that have the same digests can share what is held of them.
+    #[must_use]
+    pub const fn chunk_digests(digests: ChunkDigests) -> Self {
+        Self::Chunks(ChunkVerifier(Matches::Digests(digests)))
+    }
+
+    /// The digests, where they are known.
+    pub(super) fn digests(&self) -> Option<VerifierDigests> {
+        match self {
+            Self::Chunks(ChunkVerifier(Matches::Digests(digests))) => Some(VerifierDigests::Chunks(digests.clone())),
+            Self::Chunks(ChunkVerifier(Matches::Asked(_))) => None,
+            Self::Pieces(pieces) => Some(VerifierDigests::Pieces(pieces.clone())),
+        }
     }
 
     /// The ranges, if they are not simply the chunks.
@@ -136,14 +151,23 @@ impl fmt::Debug for Verifier {
 
 /// Says of a chunk, by its number and bytes, whether it is what the layer's index says.
 #[derive(Clone)]
-pub struct ChunkVerifier(Arc<IsRight>);
+pub struct ChunkVerifier(Matches);
+
+#[derive(Clone)]
+enum Matches {
+    Digests(ChunkDigests),
+    Asked(Arc<IsRight>),
+}
 
 type IsRight = dyn Fn(u32, &[u8]) -> bool + Send + Sync;
 
 impl ChunkVerifier {
     /// Whether `bytes` are chunk `index`.
     pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
-        (self.0)(index, bytes)
+        match &self.0 {
+            Matches::Digests(digests) => digests.check(index.into(), bytes),
+            Matches::Asked(is_right) => is_right(index, bytes),
+        }
     }
 }
 
@@ -153,8 +177,15 @@ impl fmt::Debug for ChunkVerifier {
     }
 }
 
+/// The digests that a [`Verifier`] compares with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum VerifierDigests {
+    Chunks(ChunkDigests),
+    Pieces(PieceDigests),
+}
+
 /// SHA-256 of a whole layer, as far as it is known.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WholeDigests {
     /// Of the blob as it lies on the server: the digest in the manifest.
     pub(crate) blob: Option<[u8; 32]>,

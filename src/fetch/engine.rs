@@ -8,7 +8,7 @@
 //! Invariant: everything here runs on one thread and never blocks it. Every read is answered exactly once, also when the engine
 //! stops or a task panics. All tasks of an engine are in a set of their own: they end with it, and it with none of another's.
 //!
-//! Parts: `pool_state` (what engines share), `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
+//! Parts: `pool_state` (what engines share), `peers` (what they tell each other), `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
 //! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
 //! end to end), `deliver` (chunks to their readers), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
 //! they become chunks), `disk` (local files and the disk cache), `fill` (the whole layer, while no one reads), `verify`,
@@ -25,6 +25,7 @@ mod in_flight;
 mod layer_state;
 mod origin;
 mod partial;
+mod peers;
 mod pipeline;
 mod plain;
 mod pool_state;
@@ -50,9 +51,11 @@ use self::fill::Filler;
 use self::in_flight::{InFlight, Purpose, Waiter};
 use self::layer_state::{LayerState, TakenLayer, take_in};
 use self::origin::Origin;
+use self::peers::Letter;
 pub(crate) use self::pool_state::PoolState;
 pub(crate) use self::request::CompleteOnDrop;
 use self::request::Request;
+use super::content::Contents;
 use super::options::OpenOptions;
 use super::runtime::{self, TaskSet};
 use super::shared::{FetchedLayer, Shared, SharedLayer};
@@ -61,7 +64,6 @@ use super::transport::Client;
 use super::{FetchError, LayerRange, LayerSource, StartError};
 use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
 use crate::cache::disk::DiskCache;
-use crate::cache::memory::MemoryCache;
 use crate::image::FileMap;
 use crate::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, merge};
 use crate::units::{CHUNK_BYTES, LayerId, len_u64};
@@ -95,6 +97,8 @@ struct Engine {
     client: Client,
     layers: Vec<Option<Rc<LayerState>>>,
     in_flight: InFlight,
+    /// What other engines have told it, until its main task looks.
+    letters: RefCell<Vec<Letter>>,
     budget: Rc<Budget>,
     planner: RefCell<Planner>,
     /// Ranges this close are one request, in chunks between them.
@@ -122,13 +126,13 @@ pub(crate) fn prepare(
     layers: Vec<LayerSource>,
     options: OpenOptions,
     files: Option<Arc<dyn FileMap>>,
-    memory: &Arc<MemoryCache>,
+    contents: &Contents,
     store: Option<&Arc<DiskCache>>,
 ) -> Result<(Device, Arc<Shared>, UnboundedSender<Command>), StartError> {
     let mut shared_layers = Vec::new();
     let mut sources = Vec::new();
     for (layer, source) in layers.into_iter().enumerate() {
-        let (shared, source) = take_in(layer, source, memory, store)?;
+        let (shared, source) = take_in(layer, source, contents, store)?;
         shared_layers.push(shared);
         sources.push(source);
     }
@@ -194,6 +198,7 @@ impl Engine {
             ),
             layers: sources.into_iter().map(|source| source.and_then(state)).collect(),
             in_flight: InFlight::default(),
+            letters: RefCell::default(),
             budget: Budget::of(&pool.budget),
             gap: plan.gap_chunks,
             planner: RefCell::new(Planner::new(files, sizes, plan)),
@@ -206,6 +211,7 @@ impl Engine {
             options,
             pool,
         });
+        engine.pool.peers.join(&engine);
         (engine, inbox)
     }
 
@@ -240,6 +246,7 @@ impl Engine {
                     Command::Shutdown(tell) => told = Some(tell),
                 }
             }
+            self.read_letters();
             self.read_cached(&cached);
             self.launch(&now);
             let waits = short && !now.is_empty();
@@ -290,6 +297,7 @@ impl Engine {
 
     /// Fails what still waits, and forgets what was to come.
     fn fail_all(&self) {
+        self.end_bringing_all();
         for pending in self.in_flight.take_all() {
             if pending.purpose == Purpose::Prefetch {
                 self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
@@ -323,13 +331,13 @@ impl Engine {
 
     /// A chunk, if it is in memory. Not a use.
     fn in_memory(&self, key: ChunkKey) -> Option<Arc<Chunk>> {
-        self.fetched(key.layer)?.memory.get(key.index)
+        self.fetched(key.layer)?.content.memory.get(key.index)
     }
 
     /// Whether a chunk is in memory.
     fn holds(&self, key: ChunkKey) -> bool {
         self.fetched(key.layer)
-            .is_some_and(|layer| layer.memory.holds(key.index))
+            .is_some_and(|layer| layer.content.memory.holds(key.index))
     }
 
     fn layer(&self, layer: LayerId) -> Option<&Rc<LayerState>> {
@@ -361,7 +369,7 @@ impl Engine {
         };
         if self.holds(key) || self.is_stored(key) {
             Presence::Here
-        } else if state.streaming.get() {
+        } else if state.streaming.get() || self.is_brought(key) {
             Presence::Coming
         } else {
             Presence::Absent
@@ -403,7 +411,13 @@ impl Engine {
     }
 
     /// Adds the slots of a range that has to be brought to `request`.
-    fn join(&self, request: &Rc<Request>, asked: LayerRange, now: &mut Vec<Planned>, cached: &mut Vec<ChunkKey>) {
+    fn join(
+        self: &Rc<Self>,
+        request: &Rc<Request>,
+        asked: LayerRange,
+        now: &mut Vec<Planned>,
+        cached: &mut Vec<ChunkKey>,
+    ) {
         let counters = &self.counters;
         let (mut waits, mut paid, mut found_first) = (false, 0, false);
         for (key, from, len) in pieces(asked.layer, asked.range) {
@@ -438,11 +452,16 @@ impl Engine {
             }
             if state.is_some_and(|state| state.streaming.get()) {
                 self.in_flight.set_coming(key);
+            } else if found.is_new {
+                self.follow(key);
             }
             add(&counters.bytes_network, len);
             waits = true;
         }
         add(&counters.prefetched_used, paid);
+        if paid > 0 {
+            self.paid_for_others(asked.layer, paid);
+        }
         let mut planner = self.planner.borrow_mut();
         planner.paid(paid);
         if waits {
@@ -458,6 +477,9 @@ impl Engine {
         let mut planner = self.planner.borrow_mut();
         for touch in touches {
             planner.paid(touch.paid);
+            if touch.paid > 0 {
+                self.paid_for_others(touch.asked.layer, touch.paid);
+            }
             planner.hit(touch.asked.layer, touch.asked.range, &|key| self.look(key));
         }
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
 
+use super::content::Contents;
 use super::engine::{self, Device, PoolState};
 use super::options::{FetchOptions, OpenOptions, PoolOptions};
 use super::runtime::{self, TaskSet};
@@ -25,7 +26,7 @@ pub struct FetchPool(Arc<Pool>);
 #[derive(Debug)]
 struct Pool {
     options: PoolOptions,
-    memory: Arc<MemoryCache>,
+    contents: Contents,
     gauges: Arc<PoolGauges>,
     /// The thread runs as long as this lives, and as the devices that came by it.
     opened: UnboundedSender<Device>,
@@ -37,14 +38,14 @@ impl FetchPool {
     /// # Errors
     /// When the thread or its ring cannot be made.
     pub fn start(options: PoolOptions) -> Result<Self, StartError> {
-        let memory = Arc::new(MemoryCache::new(options.memory_bytes));
+        let contents = Contents::new(Arc::new(MemoryCache::new(options.memory_bytes)));
         let gauges = Arc::new(PoolGauges::default());
         let (opened, devices) = unbounded_channel();
         let (own_options, own_gauges) = (options.clone(), gauges.clone());
         runtime::start("tarblk-fetch", move || run(own_options, own_gauges, devices))?;
         Ok(Self(Arc::new(Pool {
             options,
-            memory,
+            contents,
             gauges,
             opened,
         })))
@@ -63,7 +64,7 @@ impl FetchPool {
     ) -> Result<Fetcher, StartError> {
         let pool = &*self.0;
         let store = pool.options.store.as_ref().filter(|_| options.cached);
-        let (device, shared, commands) = engine::prepare(layers, options, files, &pool.memory, store)?;
+        let (device, shared, commands) = engine::prepare(layers, options, files, &pool.contents, store)?;
         let gone = |_| StartError::Thread(io::Error::other("the fetch thread is gone"));
         pool.opened.send(device).map_err(gone)?;
         Ok(Fetcher {
@@ -77,7 +78,7 @@ impl FetchPool {
     #[must_use]
     pub fn stats(&self) -> PoolStats {
         PoolStats {
-            bytes_memory: self.0.memory.bytes_held(),
+            bytes_memory: self.0.contents.bytes_in_memory(),
             ..self.0.gauges.snapshot()
         }
     }

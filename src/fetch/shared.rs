@@ -10,11 +10,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::content::ContentUse;
 use super::stats::Counters;
 use super::{FetchError, LayerRange};
-use crate::cache::chunk;
-use crate::cache::disk::{Bits, LayerCache};
-use crate::cache::memory::{MemoryCache, MemoryLayer};
 
 /// A layer as every thread sees it.
 #[derive(Debug)]
@@ -30,31 +28,27 @@ pub(crate) enum SharedLayer {
 pub(crate) struct FetchedLayer {
     /// The tar's length.
     pub(super) size: u64,
-    /// Its chunks in memory.
-    pub(super) memory: MemoryLayer,
-    /// Set at the start, or once the layer has to be streamed.
-    pub(super) cache: OnceLock<Arc<LayerCache>>,
-    /// The chunks in the cache of which this process has verified the pieces; none when the layer is not verified by pieces.
-    pub(super) checked: Option<Bits>,
+    /// What is held of it, which other layers may share.
+    pub(super) content: ContentUse,
     /// Set once, when the layer turns out to be damaged or forged.
     pub(super) poison: OnceLock<FetchError>,
 }
 
 impl FetchedLayer {
-    pub(super) fn new(size: u64, memory: &Arc<MemoryCache>, by_pieces: bool) -> Self {
-        let count = chunk::chunk_count(size).unwrap_or(u32::MAX);
+    pub(super) fn new(size: u64, content: ContentUse) -> Self {
         Self {
             size,
-            memory: memory.layer(count),
-            cache: OnceLock::new(),
-            checked: by_pieces.then(|| Bits::new(count)),
+            content,
             poison: OnceLock::new(),
         }
     }
 
     /// Whether all chunks from `first` up to `end` are in the disk cache.
     pub(super) fn is_on_disk(&self, first: u32, end: u32) -> bool {
-        self.cache.get().is_some_and(|cache| cache.find(first, end).is_some())
+        self.content
+            .cache
+            .get()
+            .is_some_and(|cache| cache.find(first, end).is_some())
     }
 }
 

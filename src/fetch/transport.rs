@@ -21,7 +21,8 @@ use rustls::ClientConfig;
 use tokio::time::Instant;
 use url::Url;
 
-use self::pool::{Host, HostKey, HostLimits, Lease};
+pub(crate) use self::pool::HostKey;
+use self::pool::{Host, HostLimits, Lease};
 use self::target::Endpoint;
 pub(crate) use self::target::RemoteLayer;
 use super::options::PoolOptions;

@@ -232,8 +232,7 @@ impl IndexFile {
 fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> LayerSource {
     let table = index.spans().cloned();
     let has_windows = index.cold().has(ColdPart::Windows);
-    let digests = index.chunk_digests().cloned();
-    let digests = digests.map(|digests| Verifier::chunks(move |chunk, bytes| digests.check(chunk.into(), bytes)));
+    let digests = index.chunk_digests().cloned().map(Verifier::chunk_digests);
     let pieces = index.piece_digests().cloned().map(Verifier::Pieces);
     LayerSource {
         layer,

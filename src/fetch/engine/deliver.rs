@@ -18,7 +18,8 @@ use crate::units::{CHUNK_BYTES, len_u64};
 
 impl Engine {
     /// A request brings a chunk, and was planned to or brings it along.
-    pub(super) fn expect(&self, key: ChunkKey, planned: bool, marker: bool) {
+    pub(super) fn expect(self: &Rc<Self>, key: ChunkKey, planned: bool, marker: bool) {
+        self.bring(key);
         match self.in_flight.expect(key, planned, marker) {
             Purpose::Demand => self.planner.borrow_mut().demanded(CHUNK_BYTES),
             Purpose::Prefetch => {
@@ -37,13 +38,15 @@ impl Engine {
             return;
         };
         let known = self.in_flight.take(key);
-        if known.is_none() && layer.memory.holds(key.index) {
+        if known.is_none() && layer.content.memory.holds(key.index) {
             return;
         }
         let purpose = known.as_ref().map_or(Purpose::Bundled, |pending| pending.purpose);
         let pending = known.unwrap_or_default();
         if purpose == Purpose::Fill && pending.waiters.is_empty() {
-            let _unless_the_cache_is_full = self.queue_write(key, Arc::new(Chunk::bundled(bytes, false)), false);
+            let chunk = Arc::new(Chunk::bundled(bytes, false));
+            self.end_bringing(key, Some(&chunk));
+            let _unless_the_cache_is_full = self.queue_write(key, chunk, false);
             return;
         }
         let chunk = Arc::new(match purpose {
@@ -51,12 +54,13 @@ impl Engine {
             Purpose::Prefetch => Chunk::prefetched(bytes, pending.marker),
             Purpose::Bundled | Purpose::Fill => Chunk::bundled(bytes, pending.marker),
         });
-        if let Some(old) = layer.memory.insert(key.index, chunk.clone())
+        if let Some(old) = layer.content.memory.insert(key.index, chunk.clone())
             && old.is_unread_prefetch()
         {
             add(&self.counters.prefetched_unused, len_u64(old.bytes().len()));
         }
         tell(pending.waiters, &chunk);
+        self.end_bringing(key, Some(&chunk));
         let mut now = Vec::new();
         self.planner
             .borrow_mut()
@@ -81,13 +85,15 @@ impl Engine {
         if (!waiters.is_empty() || !stored)
             && let Some(layer) = self.fetched(key.layer)
         {
-            drop(layer.memory.insert(key.index, chunk.clone()));
+            drop(layer.content.memory.insert(key.index, chunk.clone()));
         }
         tell(waiters, &chunk);
+        self.end_bringing(key, Some(&chunk));
     }
 
     /// Chunks that will not come: whoever waits for one is told.
     pub(super) fn give_up(&self, chunks: ChunkRange, error: &FetchError) {
+        self.end_bringing_of(chunks);
         for key in self.in_flight.keys_in(chunks) {
             let Some(pending) = self.in_flight.take(key) else {
                 continue;
@@ -111,6 +117,7 @@ impl Engine {
     /// No request brings a chunk any more; says whether readers wait for it, so that it has to be asked for again.
     pub(super) fn release(&self, key: ChunkKey) -> bool {
         let released = self.in_flight.release(key);
+        self.end_bringing(key, None);
         if released == Released::Dropped(Purpose::Prefetch) {
             self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
         }

@@ -202,20 +202,20 @@ impl Engine {
     /// Whether this process has verified the pieces of a chunk in the cache: from then on its checksum tells whether it still is
     /// the same.
     pub(super) fn is_verified(&self, key: ChunkKey) -> bool {
-        let checked = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref());
+        let checked = self.fetched(key.layer).and_then(|layer| layer.content.checked.as_ref());
         let has_sums = self.cache(key.layer).is_some_and(|cache| !cache.is_borrowed());
         has_sums && checked.is_some_and(|checked| checked.has(key.index))
     }
 
     /// The pieces of a chunk in the cache were verified by this process.
     pub(super) fn mark_verified(&self, key: ChunkKey) {
-        if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.checked.as_ref()) {
+        if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.content.checked.as_ref()) {
             checked.set(key.index);
         }
     }
 
     pub(super) fn cache(&self, layer: LayerId) -> Option<&Arc<LayerCache>> {
-        self.fetched(layer)?.cache.get()
+        self.fetched(layer)?.content.cache.get()
     }
 
     /// Leaves a chunk to be written to the cache, if there is one that takes it; says whether it is there or will be.

@@ -229,6 +229,7 @@ impl Engine {
             }
             add(&self.counters.errors, 1);
             let rest = flight.rest();
+            self.end_bringing_of(rest);
             let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
             let pause = match &trouble {
                 Trouble::Wrong(why) => flight.mismatched(self, state, why)?,

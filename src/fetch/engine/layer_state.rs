@@ -14,11 +14,12 @@ use super::coded_layer::CodedLayer;
 use super::origin::Origin;
 use super::write_queue::WriteQueue;
 use crate::cache::chunk::chunk_count;
-use crate::cache::disk::{DiskCache, DiskCacheError, LayerCache, LayerKey};
-use crate::cache::memory::MemoryCache;
+use crate::cache::disk::{DiskCache, LayerCache};
+use crate::fetch::content::Contents;
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
-use crate::fetch::transport::RemoteLayer;
+use crate::fetch::transport::{HostKey, RemoteLayer};
 use crate::fetch::{LayerSource, StartError, Verifier, WholeDigests};
+use crate::http::Reach;
 use crate::layer::Coding;
 use crate::prefetch::ChunkRange;
 use crate::source::Place;
@@ -27,6 +28,8 @@ use crate::units::{LayerId, TarOffset, TarRange};
 /// A layer that has to be brought, as the fetch thread sees it.
 pub(super) struct LayerState {
     pub(super) origin: Origin,
+    /// The server that is asked first; none for a file.
+    pub(super) server: Option<Rc<HostKey>>,
     /// The tar's length.
     pub(super) size: u64,
     /// None: the blob is the tar.
@@ -59,8 +62,14 @@ impl LayerState {
             Some((path, file)) => Origin::file(path, file),
             None => Origin::remote(&source.layer.blob)?,
         };
+        let server = match &origin {
+            Origin::Http(layer) => layer.first_host(),
+            Origin::File { .. } => None,
+        };
+        let server = server.and_then(|(url, trust)| HostKey::of(&url, &trust, Reach::Anywhere));
         Ok(Self {
             origin,
+            server: server.map(Rc::new),
             size,
             coded: source.coding.map(CodedLayer::new).transpose()?.map(Rc::new),
             whole: WholeDigests::of(&source.layer),
@@ -132,19 +141,6 @@ impl Mismatch {
     }
 }
 
-/// The cache of a layer, under the best name that it has. A layer on a server that says neither a digest nor a validator gets one
-/// that goes with the process.
-fn cache_of(store: &DiskCache, source: &LayerSource) -> Result<Arc<LayerCache>, DiskCacheError> {
-    let size = source.size();
-    let Some(key) = LayerKey::of_layer(&source.layer, source.coding.is_some(), size) else {
-        return store.unnamed(size);
-    };
-    let cache = store.layer(key, size)?;
-    let digest = source.layer.digest.as_ref().map(ToString::to_string);
-    cache.describe(&source.layer.blob.name, &digest.unwrap_or_default());
-    Ok(cache)
-}
-
 /// A layer that has to be fetched, on its way to the fetch thread.
 pub(super) struct TakenLayer {
     source: LayerSource,
@@ -157,7 +153,7 @@ pub(super) struct TakenLayer {
 pub(super) fn take_in(
     layer: usize,
     mut source: LayerSource,
-    memory: &Arc<MemoryCache>,
+    contents: &Contents,
     store: Option<&Arc<DiskCache>>,
 ) -> Result<(SharedLayer, Option<TakenLayer>), StartError> {
     let size = source.size();
@@ -173,7 +169,7 @@ pub(super) fn take_in(
             source.coding = None;
         }
     }
-    let file = match &source.layer.blob.place {
+    let mut file = match &source.layer.blob.place {
         Place::File(local) => Some((local.path.clone(), local.open()?)),
         Place::Url(_) | Place::Registry(_) => {
             // Checked here, made again on the thread: what lives there cannot move between threads.
@@ -181,26 +177,15 @@ pub(super) fn take_in(
             None
         }
     };
-    let by_pieces = source.verifier.as_ref().and_then(Verifier::pieces).is_some();
-    let fetched = FetchedLayer::new(size, memory, by_pieces);
-    match file {
-        Some((path, file)) if source.coding.is_none() && source.verifier.is_none() => {
-            let file = file.into();
-            return Ok((SharedLayer::Local { path, file, size }, None));
-        }
-        Some((_, ref file)) if source.coding.is_none() => {
-            let own = file.try_clone()?;
-            // It was empty: no other thread has it yet.
-            drop(fetched.cache.set(Arc::new(LayerCache::borrowed(own, size))));
-        }
-        _ => {
-            if let Some(store) = store {
-                match cache_of(store, &source) {
-                    Ok(found) => drop(fetched.cache.set(found)),
-                    Err(error) => log::warn!("{error}; going on without a cache"),
-                }
-            }
-        }
+    if let Some((path, file)) = file.take_if(|_| source.coding.is_none() && source.verifier.is_none()) {
+        let file = file.into();
+        return Ok((SharedLayer::Local { path, file, size }, None));
+    }
+    let fetched = FetchedLayer::new(size, contents.of(&source, store));
+    if let Some((_, file)) = file.as_ref().filter(|_| source.coding.is_none()) {
+        let own = file.try_clone()?;
+        // It was empty: a plain file's content is not shared.
+        drop(fetched.content.cache.set(Arc::new(LayerCache::borrowed(own, size))));
     }
     Ok((SharedLayer::Fetched(fetched), Some(TakenLayer { source, file })))
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use super::budget::PoolBudget;
+use super::peers::Peers;
 use crate::fetch::options::PoolOptions;
 use crate::fetch::runtime::{self, Spawner};
 use crate::fetch::stats::PoolGauges;
@@ -16,6 +17,7 @@ pub(crate) struct PoolState {
     pub(super) options: PoolOptions,
     pub(super) connections: Rc<Connections>,
     pub(super) budget: Rc<PoolBudget>,
+    pub(super) peers: Peers,
     /// Who may decode or digest: as many at once as there are CPUs.
     pub(super) workers: Arc<Semaphore>,
     pub(super) gauges: Arc<PoolGauges>,
@@ -27,6 +29,7 @@ impl PoolState {
         Self {
             connections: Connections::new(options, spawner, gauges.clone()),
             budget: PoolBudget::new(options.connections, gauges.clone()),
+            peers: Peers::default(),
             workers: Arc::new(Semaphore::new(runtime::workers())),
             options: options.clone(),
             gauges,

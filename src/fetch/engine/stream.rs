@@ -208,6 +208,7 @@ impl Engine {
 
     /// Leaves `chunks` to the stream: it brings them, or has brought them already.
     pub(super) fn leave_to_stream(self: &Rc<Self>, chunks: ChunkRange) {
+        self.end_bringing_of(chunks);
         let mut cached = Vec::new();
         for key in self.in_flight.keys_in(chunks) {
             self.in_flight.set_coming(key);
@@ -244,11 +245,11 @@ impl Engine {
             );
         }
         if let Some(shared) = self.fetched(layer)
-            && shared.cache.get().is_none()
+            && shared.content.cache.get().is_none()
         {
             match LayerCache::temporary(&runtime::temporary_dir(), shared.size) {
                 // It is not set yet: only this thread sets it.
-                Ok(temporary) => drop(shared.cache.set(Arc::new(temporary))),
+                Ok(temporary) => drop(shared.content.cache.set(Arc::new(temporary))),
                 Err(error) => log::warn!("{name}: no place to keep what is streamed: {error}"),
             }
         }

@@ -130,6 +130,7 @@ impl Engine {
     /// Fetches a chunk that was lost on its way.
     pub(super) fn fetch_again(self: &Rc<Self>, key: ChunkKey) {
         self.in_flight.set_absent(key);
+        self.end_bringing(key, None);
         if !self.stopping.get() {
             self.launch(&[key.into()]);
         }
@@ -197,15 +198,36 @@ impl Engine {
             name,
             why: why.to_owned(),
         };
+        // What is held was right by the digests that other devices go by as well: only this one's server has something else.
+        if let Some(shared) = self.fetched(layer)
+            && !shared.content.is_shared()
+            && let Some(cache) = shared.content.cache.get()
+        {
+            cache.poison();
+        }
+        self.poison_as(layer, error)
+    }
+
+    /// The same after the whole was found to be something else: what is held of it is let go of, also for other devices.
+    fn poison_whole(self: &Rc<Self>, layer: LayerId, why: &str) {
+        if let Some(shared) = self.fetched(layer) {
+            if let Some(cache) = shared.content.cache.get() {
+                cache.poison();
+            }
+            shared.content.memory.clear();
+        }
+        let error = self.poison(layer, why);
+        self.tell_of_poison(layer, &error);
+    }
+
+    /// Gives up a layer for this reason.
+    pub(super) fn poison_as(self: &Rc<Self>, layer: LayerId, error: FetchError) -> FetchError {
         let Some(shared) = self.fetched(layer) else {
             return error;
         };
         if shared.poison.set(error.clone()).is_ok() {
             log::error!("{error}");
             add(&self.counters.layers_poisoned, 1);
-            if let Some(cache) = shared.cache.get() {
-                cache.poison();
-            }
         }
         if let Some(state) = self.layer(layer) {
             self.give_up(state.all(layer), &error);
@@ -224,9 +246,9 @@ impl Engine {
         let differs = |expected: Option<[u8; 32]>, found| expected.is_some_and(|expected| expected != found);
         let blob_known = blob.is_some() && state.whole.blob.is_some();
         if blob.is_some_and(|blob| differs(state.whole.blob, blob)) {
-            self.poison(layer, "the blob's SHA-256 is not the manifest's");
+            self.poison_whole(layer, "the blob's SHA-256 is not the manifest's");
         } else if state.is_whole_tar() && differs(state.whole.tar, tar) {
-            self.poison(layer, "the tar's SHA-256 is not the image's diffID");
+            self.poison_whole(layer, "the tar's SHA-256 is not the image's diffID");
         } else if (blob_known || (state.is_whole_tar() && state.whole.tar.is_some()))
             && let Some(cache) = self.cache(layer)
             && !state.verifying_whole.get()

@@ -114,11 +114,14 @@ impl Engine {
     }
 
     /// Leaves what has come of chunks that did not become whole where their pieces can be proven later. Only when nothing else is
-    /// written any more: whole chunks may go past the page cache, and must not meet an older page of theirs there.
+    /// written any more, not by another device either: whole chunks may go past the page cache, and must not meet an older page
+    /// of theirs there.
     pub(super) async fn write_parts(&self) {
         for (layer, state) in (0..).map(LayerId).zip(&self.layers) {
             let has_room = |cache: &&Arc<LayerCache>| cache.takes_more() && !cache.is_poisoned();
-            let (Some(state), Some(cache)) = (state, self.cache(layer).filter(has_room)) else {
+            let (Some(state), Some(cache), Some(shared)) =
+                (state, self.cache(layer).filter(has_room), self.fetched(layer))
+            else {
                 continue;
             };
             let pieces = state.verifier.as_ref().and_then(Verifier::pieces);
@@ -127,9 +130,12 @@ impl Engine {
             };
             let mut parts = coded.take_parts();
             parts.retain(|(at, _)| !cache.has(ChunkKey::holding(layer, TarOffset(*at)).index));
+            let if_alone = shared.content.if_alone();
             let job = runtime::blocking(move || {
+                let mut written = Ok(());
                 // What is not there is fetched again.
-                parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at))
+                if_alone(&mut || written = parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at)));
+                written
             });
             if let Ok(Err(error)) = job.await {
                 log::debug!("{}: parts of chunks are not kept: {error}", state.origin.name());

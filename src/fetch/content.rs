@@ -1,0 +1,206 @@
+//! What is held of layers, by what they are. In: layers, device by device. Out: for layers that must be the same, byte for byte, one
+//! place in memory and one in the disk cache, whatever devices they are of.
+//!
+//! Invariant: two layers share what is held only if they have the same name (the digest, or who claims it), and every byte of
+//! either is held to the same rules ([`ByteRules`]). A device whose index lies has a place of its own: what it takes for right is
+//! never read by another one.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use super::blob::{LayerSource, VerifierDigests, WholeDigests};
+use crate::cache::chunk;
+use crate::cache::disk::{Bits, DiskCache, DiskCacheError, LayerCache, LayerKey};
+use crate::cache::memory::{MemoryCache, MemoryLayer};
+use crate::layer::SpanTable;
+use crate::source::Place;
+
+/// What is held of a layer, in memory and on disk.
+#[derive(Debug)]
+pub(crate) struct LayerContent {
+    /// Its chunks in memory.
+    pub(super) memory: MemoryLayer,
+    /// Set at the start, or once the layer has to be streamed.
+    pub(super) cache: OnceLock<Arc<LayerCache>>,
+    /// The chunks in the cache of which this process has verified the pieces; none when the layer is not verified by pieces.
+    pub(super) checked: Option<Bits>,
+    /// Whether the disk cache was asked for.
+    stored: bool,
+    /// None: nothing tells it from other layers, so it has one user.
+    rules: Option<ByteRules>,
+    users: AtomicUsize,
+    /// Held for what is only right as long as there is one user.
+    alone: Mutex<()>,
+}
+
+/// What decides which bytes are taken for the layer's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ByteRules {
+    whole: WholeDigests,
+    digests: Option<VerifierDigests>,
+    /// How bytes come out of the blob, where there is not a digest for each of them.
+    table: Option<SpanTable>,
+}
+
+impl ByteRules {
+    /// Those of `source`; none if they cannot be compared with others'.
+    fn of(source: &LayerSource) -> Option<Self> {
+        let digests = match &source.verifier {
+            Some(verifier) => Some(verifier.digests()?),
+            None => None,
+        };
+        let by_digests_alone = matches!(digests, Some(VerifierDigests::Chunks(_)));
+        let table = source.coding.as_ref().filter(|_| !by_digests_alone);
+        Some(Self {
+            whole: WholeDigests::of(&source.layer),
+            digests,
+            table: table.map(|coded| coded.table.clone()),
+        })
+    }
+}
+
+/// One user of a layer's content.
+#[derive(Debug)]
+pub(crate) struct ContentUse(Arc<LayerContent>);
+
+impl std::ops::Deref for ContentUse {
+    type Target = LayerContent;
+    fn deref(&self) -> &LayerContent {
+        &self.0
+    }
+}
+
+impl Drop for ContentUse {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl ContentUse {
+    /// Does something that is only right as long as no other device uses the content: none does meanwhile. Others wait for it
+    /// with their opening.
+    pub(super) fn if_alone(&self) -> impl FnOnce(&mut dyn FnMut()) + Send + 'static {
+        let content = Arc::clone(&self.0);
+        move |job| {
+            let _no_other_comes = content.alone.lock().unwrap_or_else(PoisonError::into_inner);
+            if content.users.load(Ordering::Acquire) == 1 {
+                job();
+            }
+        }
+    }
+
+    /// Whether another device uses it.
+    pub(super) fn is_shared(&self) -> bool {
+        self.0.users.load(Ordering::Acquire) > 1
+    }
+
+    /// Whether `other` is the same.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+/// The contents that are in use.
+#[derive(Debug)]
+pub(crate) struct Contents {
+    memory: Arc<MemoryCache>,
+    by_key: Mutex<HashMap<LayerKey, Vec<Weak<LayerContent>>>>,
+}
+
+impl Contents {
+    /// Of layers whose chunks are kept in `memory`.
+    pub(super) fn new(memory: Arc<MemoryCache>) -> Self {
+        Self {
+            memory,
+            by_key: Mutex::default(),
+        }
+    }
+
+    /// Bytes of chunks in memory.
+    pub(super) fn bytes_in_memory(&self) -> u64 {
+        self.memory.bytes_held()
+    }
+
+    /// The content of a layer that has to be fetched, decoded or verified. `store` is where it is to be kept.
+    pub(super) fn of(&self, source: &LayerSource, store: Option<&Arc<DiskCache>>) -> ContentUse {
+        let size = source.size();
+        // A plain file is its own store.
+        let is_file = matches!(source.layer.blob.place, Place::File(_));
+        let store = store.filter(|_| !is_file || source.coding.is_some());
+        let key =
+            LayerKey::of_layer(&source.layer, source.coding.is_some(), size).filter(|_| store.is_some() || !is_file);
+        let Some(key) = key else {
+            let cache = store.map(|store| store.unnamed(size));
+            return self.make(source, store.is_some(), None, cache);
+        };
+        let rules = ByteRules::of(source);
+        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        by_key.retain(|_, all| {
+            all.retain(|content| content.strong_count() > 0);
+            !all.is_empty()
+        });
+        let all = by_key.entry(key).or_default();
+        let in_use: Vec<Arc<LayerContent>> = all.iter().filter_map(Weak::upgrade).collect();
+        let same = |content: &&Arc<LayerContent>| {
+            let spoiled = content.cache.get().is_some_and(|cache| cache.is_poisoned());
+            content.stored == store.is_some() && rules.is_some() && content.rules == rules && !spoiled
+        };
+        if let Some(content) = in_use.iter().find(same) {
+            content.users.fetch_add(1, Ordering::AcqRel);
+            drop(content.alone.lock());
+            return ContentUse(Arc::clone(content));
+        }
+        // Files of this name are another content's as long as that is in use.
+        let name_taken = in_use.iter().any(|content| content.stored);
+        let cache = store.map(|store| {
+            if name_taken {
+                store.unnamed(size)
+            } else {
+                cache_of(source, key, store)
+            }
+        });
+        let made = self.make(source, store.is_some(), rules, cache);
+        all.push(Arc::downgrade(&made.0));
+        made
+    }
+
+    fn make(
+        &self,
+        source: &LayerSource,
+        stored: bool,
+        rules: Option<ByteRules>,
+        cache: Option<Result<Arc<LayerCache>, DiskCacheError>>,
+    ) -> ContentUse {
+        let cache = match cache {
+            Some(Ok(cache)) => OnceLock::from(cache),
+            Some(Err(error)) => {
+                log::warn!("{error}; going on without a cache");
+                OnceLock::new()
+            }
+            None => OnceLock::new(),
+        };
+        let count = chunk::chunk_count(source.size()).unwrap_or(u32::MAX);
+        let by_pieces = source
+            .verifier
+            .as_ref()
+            .is_some_and(|verifier| verifier.pieces().is_some());
+        ContentUse(Arc::new(LayerContent {
+            memory: self.memory.layer(count),
+            cache,
+            checked: by_pieces.then(|| Bits::new(count)),
+            stored,
+            rules,
+            users: AtomicUsize::new(1),
+            alone: Mutex::default(),
+        }))
+    }
+}
+
+/// The cache of the layer with this key.
+fn cache_of(source: &LayerSource, key: LayerKey, store: &DiskCache) -> Result<Arc<LayerCache>, DiskCacheError> {
+    let cache = store.layer(key, source.size())?;
+    let digest = source.layer.digest.as_ref().map(ToString::to_string);
+    cache.describe(&source.layer.blob.name, &digest.unwrap_or_default());
+    Ok(cache)
+}
