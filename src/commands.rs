@@ -9,10 +9,12 @@ mod bench;
 mod cli;
 mod demo;
 mod diff;
+mod doctor;
 mod generate;
 mod index;
 mod layer;
 mod laziness;
+mod logging;
 mod logs;
 mod mount_helper;
 mod notify;
@@ -31,7 +33,7 @@ use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 
 pub use cli::Cli;
-use cli::{Command, TalkArgs};
+use cli::Command;
 use output::{ReaderGone, Talk, without_errno};
 
 /// It did not work.
@@ -78,10 +80,10 @@ pub fn main() -> ExitCode {
         Err(e) => e.exit(),
     };
     if matches!(cli.command, Command::ServeDevice) {
-        start_daemon_log();
+        logging::start_daemon();
         return attach::serve();
     }
-    start_log(cli.talk);
+    logging::start(cli.talk);
     let session = Session {
         talk: Talk {
             quiet: cli.talk.quiet,
@@ -129,6 +131,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Detach(args) => attach::detach(args, session),
         Command::Ps(args) => ps::ps(args, session),
         Command::Stats(args) => stats::stats(args, session),
+        Command::Doctor(args) => doctor::doctor(args, session),
         Command::Logs(args) => logs::logs(args),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
@@ -166,36 +169,6 @@ fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
-}
-
-/// Sends the log to standard error: warnings, and more with `-v`.
-fn start_log(talk: TalkArgs) {
-    let level = match (talk.quiet, talk.verbose) {
-        (true, _) => "error",
-        (_, 0) => "warn",
-        (_, 1) => "tarblk=info,warn",
-        (_, 2) => "tarblk=debug,info",
-        _ => "trace",
-    };
-    let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level));
-    builder.format(|out, record| {
-        use std::io::Write;
-        let level = record.level().as_str().to_ascii_lowercase();
-        writeln!(out, "tarblk: {level}: {}", without_errno(&record.args().to_string()))
-    });
-    // A second logger (in a test) is no reason to fail.
-    let _ = builder.try_init();
-}
-
-/// A daemon's log, on its standard error: with times, because it is read later.
-fn start_daemon_log() {
-    let mut builder = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("tarblk=info,warn"));
-    builder.format(|out, record| {
-        use std::io::Write;
-        let words = without_errno(&record.args().to_string());
-        writeln!(out, "[{} {:<5}] {words}", out.timestamp_millis(), record.level())
-    });
-    let _ = builder.try_init();
 }
 
 #[cfg(test)]

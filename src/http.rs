@@ -47,7 +47,7 @@ pub(crate) use range::ByteRange;
 pub(crate) use redact::split_credentials;
 pub(crate) use redirect::Redirects;
 pub(crate) use response::{Asked, Encoding, Found, Verdict, content_length, encoding, judge, judge_first};
-pub(crate) use retry::{Backoff, retry_after};
+pub(crate) use retry::{Backoff, date, retry_after};
 pub(crate) use waits::noting;
 
 /// `User-Agent` of every request.

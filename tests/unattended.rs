@@ -251,3 +251,38 @@ fn devices_are_scraped_and_watched() {
         assert_eq!(session.run(wrong).status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn logs_are_for_programs_where_these_ask() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("logs_are_for_programs_where_these_ask", why);
+    }
+    let session = Session::new("loop");
+    let layer = layer(&session);
+    let dir = session.dir().join("m");
+    fs::create_dir(&dir).unwrap();
+    let states = session.dir().join("states");
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(TARBLK);
+        command
+            .args(arguments)
+            .env("TARBLK_CACHE", session.dir().join("cache"))
+            .env("TARBLK_STATE_DIR", &states)
+            .env("TARBLK_LOG_FORMAT", "json");
+        common::succeed(&mut command)
+    };
+    let mounted = dir.to_str().unwrap();
+    run(&["mount", layer.to_str().unwrap(), mounted, "--backend", "loop"]);
+    let log = String::from_utf8(run(&["logs", mounted])).unwrap();
+    run(&["umount", mounted]);
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(!lines.is_empty());
+    for line in &lines {
+        assert!(
+            ["time", "level", "target", "message"]
+                .iter()
+                .all(|field| line[field].is_string()),
+            "{line}"
+        );
+    }
+}

@@ -95,6 +95,8 @@ pub enum Command {
     Stats(StatsArgs),
     /// Show the log of a device's daemon.
     Logs(LogsArgs),
+    /// Find out what keeps tarblk from working on this machine, or from a layer.
+    Doctor(DoctorArgs),
     /// Detach a device; refused while it is mounted.
     Detach(DetachArgs),
     /// Measure a cold start: a command in a layer that is not there yet, against the usual ways to get it there.
@@ -606,6 +608,32 @@ pub struct LogsArgs {
     /// Begin with the last N lines [default: the whole log].
     #[arg(short = 'n', long, value_name = "N")]
     pub lines: Option<usize>,
+}
+
+/// Arguments of `tarblk doctor`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Each line is ok, a warning (it works, but worse than it could) or a problem (something does not work), with what to
+do about it. The exit status is 1 if there is a problem.
+
+Examples:
+  tarblk doctor
+  tarblk doctor docker://registry.example.org/team/app:1.2
+  tarblk doctor --json | jq -r '.checks[] | select(.state != \"ok\").advice'"
+)]
+pub struct DoctorArgs {
+    /// Look also whether this can be mounted lazily: an image or a layer at a URL.
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
+    pub source: Option<String>,
+    /// The cache directory to look at [default: the environment's `TARBLK_CACHE`, else the usual one].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub cache: Option<PathBuf>,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// The registry.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
 }
 
 /// Arguments of `tarblk detach`.

@@ -83,7 +83,7 @@ impl Drop for Bar {
 }
 
 /// The cache directory that no option names: the environment's `TARBLK_CACHE`, or the usual one.
-fn cache_dir() -> PathBuf {
+pub(super) fn cache_dir() -> PathBuf {
     let named = std::env::var_os("TARBLK_CACHE").filter(|dir| !dir.is_empty());
     named.map_or_else(open::default_cache_dir, PathBuf::from)
 }

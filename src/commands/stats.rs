@@ -59,20 +59,20 @@ pub(super) fn stats(args: &StatsArgs, _: Session) -> anyhow::Result<()> {
 
 /// The counters of one device or of all, for Prometheus. Of those that do not answer it is said that they do not.
 fn prometheus(device: Option<&Path>) -> anyhow::Result<()> {
-    let states = states();
+    let dir = states();
     let all = match device {
-        Some(device) => vec![inventory::find(&states, device)?],
-        None => states.list()?.0,
+        Some(device) => vec![inventory::find(&dir, device)?],
+        None => dir.list()?.0,
     };
     let ask = |state: State| {
-        let stats = daemon::stats(&states, &state);
-        let stats = stats.inspect_err(|error| log::warn!("{error}")).ok();
-        (state, stats)
+        let counters = daemon::stats(&dir, &state);
+        let counters = counters.inspect_err(|error| log::warn!("{error}")).ok();
+        (state, counters)
     };
     let all: Vec<_> = all.into_iter().map(ask).collect();
     let devices = all
         .iter()
-        .map(|(state, stats)| DeviceMetrics::new(state, stats.as_ref()));
+        .map(|(state, counters)| DeviceMetrics::new(state, counters.as_ref()));
     print(metrics::exposition(&devices.collect::<Vec<_>>()))
 }
 

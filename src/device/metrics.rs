@@ -26,11 +26,11 @@ pub struct DeviceMetrics<'a> {
 impl<'a> DeviceMetrics<'a> {
     /// Of a device's state and counters.
     #[must_use]
-    pub fn new(state: &'a State, stats: Option<&'a DaemonStats>) -> Self {
+    pub fn new(device: &'a State, stats: Option<&'a DaemonStats>) -> Self {
         Self {
-            name: &state.name,
-            source: &state.source,
-            backend: match state.backend {
+            name: &device.name,
+            source: &device.source,
+            backend: match device.backend {
                 Backend::Ublk => "ublk",
                 Backend::Loop => "loop",
             },

@@ -250,6 +250,11 @@ pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(until.duration_since(now).unwrap_or_default().min(LONGEST_RETRY_AFTER))
 }
 
+/// What the server's clock says, by the `Date` of an answer.
+pub(crate) fn date(headers: &HeaderMap) -> Option<SystemTime> {
+    http_date(headers.get(DATE)?.to_str().ok()?.trim())
+}
+
 /// A date in any of the three forms of RFC 9110, section 5.6.7.
 fn http_date(text: &str) -> Option<SystemTime> {
     // The day of the week says nothing that the date does not, and servers get it wrong.

@@ -5,6 +5,8 @@
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, RANGE};
 use reqwest::{Client, Response, StatusCode};
+use std::time::SystemTime;
+
 use url::Url;
 
 use super::blob::{Blob, Place, UrlBlob};
@@ -238,6 +240,30 @@ pub fn probe(url: &Url, options: &HttpOptions) -> Result<Blob, SourceError> {
             }
         }
     })
+}
+
+/// What the clock of a URL's server says; none if it does not answer or does not say.
+#[must_use]
+pub fn server_clock(url: &Url, options: &HttpOptions) -> Option<SystemTime> {
+    let requests = Requests::new(url, options).ok()?;
+    let (url, _) = split_credentials(url);
+    let request = requests.client.head(url.clone());
+    let asked = runtime::runtime()
+        .ok()?
+        .block_on(http::send(&url, request, &options.timeouts));
+    http::date(asked.ok()?.headers())
+}
+
+/// Whether a blob's server answers ranges, by asking for its first byte.
+///
+/// # Errors
+/// [`SourceError`]: unreachable, refused, or an answer that makes no sense.
+pub fn has_ranges(blob: &Blob, options: &HttpOptions) -> Result<bool, SourceError> {
+    if !blob.is_remote() || blob.len == 0 {
+        return Ok(true);
+    }
+    let requests = Requests::of(blob, options)?;
+    runtime::runtime()?.block_on(requests.answers_ranges(blob))
 }
 
 /// Brings a small file, whole, in one request.

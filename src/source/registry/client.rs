@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, LINK, LOCATION};
 use reqwest::{Client, RequestBuilder, Response, StatusCode};
@@ -119,6 +119,18 @@ impl Registry {
             Some(_) => Err(self.is_offline_error()),
             None => Ok(()),
         }
+    }
+
+    /// What the clock of the endpoint says that is asked first; none if it does not answer or does not say.
+    #[must_use]
+    pub fn clock(&self) -> Option<SystemTime> {
+        let at = *self.session.order(Need::Resolve).first()?;
+        let url = self.session.known_base(at)?;
+        let client = self.session.client(at, url.scheme() == "https").ok()?;
+        let asked: Result<_, SourceError> = runtime::wait(async {
+            Ok(http::send(&url, client.get(url.clone()), &self.session.spec.http.timeouts).await?)
+        });
+        http::date(asked.ok()?.headers())
     }
 
     /// For messages: registry and repository.
