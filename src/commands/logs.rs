@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use anyhow::Context as _;
 
 use super::attach::states;
 use super::cli::LogsArgs;
+use super::logging::older;
 use super::output::write_out;
 use crate::device::inventory;
 use crate::device::state::State;
@@ -30,12 +31,20 @@ pub(super) fn logs(args: &LogsArgs) -> anyhow::Result<()> {
     })?;
     let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut log = BufReader::new(file);
-    match args.lines {
-        Some(most) => last_lines(&mut log, most)?,
-        None => copy(&mut log)?,
+    // What did not fit into it any more.
+    let older = File::open(older(&path)).ok();
+    match (args.lines, older) {
+        (Some(most), Some(older)) => last_lines(&mut BufReader::new(older).chain(&mut log), most)?,
+        (Some(most), None) => last_lines(&mut log, most)?,
+        (None, Some(mut older)) => copy(&mut older).and_then(|()| copy(&mut log))?,
+        (None, None) => copy(&mut log)?,
     }
     while args.follow && goes_on(&log, &state)? {
         std::thread::sleep(GLANCE);
+        // It was full, and begins again.
+        if log.stream_position()? > log.get_ref().metadata()?.len() {
+            log.rewind()?;
+        }
         copy(&mut log)?;
     }
     Ok(())

@@ -263,7 +263,8 @@ impl StateDir {
             return;
         }
         let name = &state.name;
-        for path in [self.file(name), self.socket(name), self.log(name)] {
+        let older_log = self.0.join(format!("{name}.log.1"));
+        for path in [self.file(name), self.socket(name), self.log(name), older_log] {
             if let Err(error) = fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
             {

@@ -309,6 +309,10 @@ fn environment(command: &Command) -> Vec<(&'static str, &'static str)> {
         variables.push(("TMPDIR", "Where --scratch is, if nothing else is named; else /var/tmp."));
     }
     variables.push((
+        "TARBLK_LOG_FORMAT",
+        "json: each line of the log is a JSON object, of devices attached from then on too.",
+    ));
+    variables.push((
         "RUST_LOG",
         "What is logged, in the form of Rust's env_logger; --verbose is simpler.",
     ));
