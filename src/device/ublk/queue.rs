@@ -682,7 +682,68 @@ fn submit_read(
 
 #[cfg(test)]
 mod tests {
-    use super::LookOut;
+    use super::*;
+
+    /// How many messages a ring has got.
+    fn messages(ring: &mut IoUring) -> usize {
+        ring.completion().count()
+    }
+
+    #[test]
+    fn queues_start_together_or_not_at_all() {
+        for comes in [true, false] {
+            let line = StartLine::new(3);
+            let started = std::thread::scope(|scope| {
+                let waiting: Vec<_> = (0..2).map(|_| scope.spawn(|| line.wait())).collect();
+                if comes {
+                    assert!(line.wait());
+                } else {
+                    line.call_off();
+                }
+                waiting.into_iter().map(|one| one.join().unwrap()).collect::<Vec<_>>()
+            });
+            assert_eq!(started, [comes; 2]);
+        }
+    }
+
+    #[test]
+    fn who_waits_when_a_queue_leaves_is_woken_once() {
+        let mut ring = IoUring::new(4).unwrap();
+        let control = QueueControl::new(2);
+        let completion = |user_data| Completion::new(ring.as_raw_fd(), user_data);
+        let (before, after, bell) = (completion(1 << 16), completion(2 << 16), completion(3 << 16));
+        assert_eq!(control.end(), End::NotYet);
+        control.wait_for(0, &before);
+        let hung = control.hang_bell(bell);
+        assert_eq!(messages(&mut ring), 0);
+        control.leave();
+        assert_eq!(control.end(), End::Leave);
+        assert!(matches!(before.take(), Err(ReadError::Stopped)));
+        assert_eq!(messages(&mut ring), 2, "one for the wait, one for the bell");
+        // Nothing is waited for any more, and nobody is woken twice.
+        control.wait_for(1, &after);
+        control.leave();
+        assert_eq!(messages(&mut ring), 1);
+        // The ring goes with the thread: nothing may be sent there.
+        drop(hung);
+        control.ring();
+        assert_eq!(messages(&mut ring), 0);
+    }
+
+    #[test]
+    fn a_stop_gives_reads_a_moment() {
+        let mut ring = IoUring::new(4).unwrap();
+        let control = QueueControl::new(1);
+        control.stop();
+        let completion = Completion::new(ring.as_raw_fd(), 1 << 16);
+        control.wait_for(0, &completion);
+        assert_eq!((control.end(), messages(&mut ring)), (End::Stop, 0));
+        control.give_up();
+        assert_eq!(messages(&mut ring), 1);
+        control.arrived(0);
+        control.give_up();
+        assert_eq!(messages(&mut ring), 0);
+    }
 
     #[test]
     fn looking_out_in_vain_becomes_rare_and_success_makes_it_usual_again() {
