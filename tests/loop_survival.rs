@@ -46,6 +46,9 @@ const CASES: &[harness::Case] = &[
     ("a_resumed_device_can_be_stopped", || {
         both(a_resumed_device_can_be_stopped);
     }),
+    ("another_image_is_refused", || {
+        both(another_image_is_refused);
+    }),
     ("nothing_is_left_without_holders", || {
         both(nothing_is_left_without_holders);
     }),
@@ -94,6 +97,7 @@ fn serve() -> ExitCode {
         label: order.label,
         ..DeviceOptions::default()
     };
+    let began = Instant::now();
     let made = match order.number {
         None => FuseLoop::start(&volume, &options),
         Some(number) => {
@@ -114,7 +118,7 @@ fn serve() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let number = device.number().to_string();
+    let number = format!("{} {}", device.number(), began.elapsed().as_micros());
     send(socket.as_fd(), number.as_bytes(), &fds(&device.held().unwrap())).unwrap();
     while device.is_running() {
         if !readable(&socket) {
@@ -212,18 +216,20 @@ impl Server {
         Self { child, socket: ours }
     }
 
-    /// The device's number and what holds it, when it is there.
-    fn ready(&self) -> (u32, HeldLoop) {
-        let (number, mut fds) = receive(self.socket.as_fd()).expect("the server did not start");
+    /// The device's number, what holds it, and how long it took to make it or to go on with it, when it is there.
+    fn ready(&self) -> (u32, HeldLoop, Duration) {
+        let (text, mut fds) = receive(self.socket.as_fd()).expect("the server did not start");
         let device = (fds.len() > 2).then(|| fds.remove(2));
         let (ledger, channel) = (fds.remove(1), fds.remove(0));
-        let number = String::from_utf8(number).unwrap().parse().unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let (number, micros) = text.split_once(' ').unwrap();
         let held = HeldLoop {
             channel,
             ledger,
             device,
         };
-        (number, held)
+        let took = Duration::from_micros(micros.parse().unwrap());
+        (number.parse().unwrap(), held, took)
     }
 
     fn kill(&mut self) {
@@ -280,7 +286,7 @@ impl Lab {
     /// Makes the device.
     fn start(&mut self, delay_ms: Option<u64>) {
         let server = Server::start(self, delay_ms, 2);
-        let (number, held) = server.ready();
+        let (number, held, _) = server.ready();
         (self.number, self.held, self.server) = (number, Some(held), Some(server));
     }
 
@@ -289,9 +295,11 @@ impl Lab {
         self.server = Some(Server::start(self, delay_ms, queues));
     }
 
-    /// Waits until the last one that was started goes on.
-    fn wait_ready(&self) {
-        assert_eq!(self.server.as_ref().unwrap().ready().0, self.number);
+    /// Waits until the last one that was started goes on, and returns how long it took for that.
+    fn wait_ready(&self) -> Duration {
+        let (number, _, took) = self.server.as_ref().unwrap().ready();
+        assert_eq!(number, self.number);
+        took
     }
 
     fn kill(&mut self) {
@@ -515,7 +523,7 @@ fn kills_under_load(lab: &mut Lab) {
     let seed = u64::from(std::process::id()) << 20 | 1;
     println!("  seed {seed}");
     let mut random = Random(seed);
-    let (mut to_ready, mut to_answer) = (Vec::new(), Vec::new());
+    let (mut to_resume, mut to_answer) = (Vec::new(), Vec::new());
     for kill in 0..kills {
         thread::sleep(Duration::from_micros(random.below(60_000)));
         let killed = Instant::now();
@@ -526,8 +534,7 @@ fn kills_under_load(lab: &mut Lab) {
             // The next may be killed before it goes on, or while it does.
             continue;
         }
-        lab.wait_ready();
-        to_ready.push(killed.elapsed());
+        to_resume.push(lab.wait_ready());
         wait_until("a read", || readers.total() > before);
         to_answer.push(killed.elapsed());
         if kill % 5 == 4 {
@@ -536,10 +543,10 @@ fn kills_under_load(lab: &mut Lab) {
     }
     readers.wait_for_all();
     let reads = readers.finish();
-    for (what, mut times) in [("ready", to_ready), ("a read's end", to_answer)] {
+    for (what, mut times) in [("to resume", to_resume), ("from kill to a read's end", to_answer)] {
         times.sort();
         let (median, most) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("  {kills} kills under {reads} reads; from kill to {what}: median {median:.1?}, at most {most:.1?}");
+        println!("  {kills} kills under {reads} reads; {what}: median {median:.1?}, at most {most:.1?}");
     }
     lab.unmount();
     lab.tell(STOP);
@@ -689,6 +696,33 @@ fn a_resumed_device_can_be_stopped(lab: &mut Lab) {
         lab.wait_for_the_server_to_end();
         lab.assert_gone();
     }
+}
+
+/// What was mixed up would be wrong bytes under a mounted filesystem.
+fn another_image_is_refused(lab: &mut Lab) {
+    lab.start(Some(1));
+    lab.kill();
+    let image = fs::read(lab.image()).unwrap();
+    let refused = |lab: &Lab| {
+        let mut server = Server::start(lab, Some(1), 2);
+        assert!(receive(server.socket.as_fd()).is_err(), "another image was served");
+        assert!(!server.child.wait().unwrap().success());
+    };
+    fs::write(lab.image(), &image[..image.len() - BLOCK]).unwrap();
+    refused(lab);
+    // The filesystem's identity.
+    let mut other = image.clone();
+    other[1024 + 0x68] ^= 1;
+    fs::write(lab.image(), &other).unwrap();
+    refused(lab);
+    fs::write(lab.image(), &image).unwrap();
+    lab.resume(Some(1), 2);
+    lab.wait_ready();
+    assert!(read_all(&lab.device()) == image);
+    lab.tell(STOP);
+    lab.held = None;
+    lab.wait_for_the_server_to_end();
+    lab.assert_gone();
 }
 
 fn nothing_is_left_without_holders(lab: &mut Lab) {

@@ -26,11 +26,12 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::volume::Volume;
+use super::stats::ThreadCounters;
+use super::volume::{Found, Scratch, Volume};
 use super::{DeviceError, DeviceOptions, STOP_GRACE};
 use channel::Channel;
 use export::Export;
-use ledger::{Ledger, MAX_THREADS};
+use ledger::{ImageIdentity, Ledger, MAX_THREADS};
 use loop_device::LoopDevice;
 use session::Session;
 
@@ -98,6 +99,7 @@ impl FuseLoop {
         let mount = export::mount_detached(channel.as_fd()).map_err(failed("mount the FUSE file"))?;
         let threads = session_threads(options);
         let (ledger, mut slots) = Ledger::create(threads).map_err(failed("make a ledger of requests"))?;
+        ledger.set_image(identity(volume));
         let name = export::file_name(&options.label);
         let export =
             Export::new(Arc::clone(volume), channel, ledger, name.clone()).map_err(failed("start a thread"))?;
@@ -132,7 +134,8 @@ impl FuseLoop {
     /// [`FuseLoop::held`] gave. Reads that wait are answered, also those that the dead process had begun to answer.
     ///
     /// # Errors
-    /// [`DeviceError::Loop`] when the device is gone, or what is held belongs to another version of this program.
+    /// [`DeviceError::Loop`] when the device is gone or was made of another image, or when what is held belongs to another version
+    /// of this program.
     pub fn resume(
         volume: &Arc<Volume>,
         options: &DeviceOptions,
@@ -145,6 +148,10 @@ impl FuseLoop {
             Ledger::open(held.ledger, threads).map_err(|error| DeviceError::Loop(error.to_string()))?;
         if channel.has_ended() {
             return Err(DeviceError::Loop(format!("/dev/loop{number} is gone")));
+        }
+        if !ledger.image().agrees(identity(volume)) {
+            let error = format!("/dev/loop{number} was made of another image: its bytes would be wrong");
+            return Err(DeviceError::Loop(error));
         }
         let device = LoopDevice::resume(number, held.device, ledger.filesystem());
         let mut left = ledger.left();
@@ -235,6 +242,24 @@ impl FuseLoop {
             thread::sleep(Duration::from_millis(1));
         }
         Ok(())
+    }
+}
+
+/// By what the image of `volume` is known again: its length, and its first block as far as that needs no waiting. An ext4 image's has
+/// the identity that was made of its layers.
+fn identity(volume: &Volume) -> ImageIdentity {
+    let mut block = vec![0; 4096];
+    let mut scratch = Scratch::default();
+    let found = volume.look(0, &mut block, &mut scratch, &ThreadCounters::default());
+    let checksum = match found {
+        Ok(Found::Zero | Found::Filled) => Some(crc32c::crc32c(&block)),
+        Ok(Found::Memory(slice)) => Some(crc32c::crc32c(&slice)),
+        Ok(Found::Gaps) | Err(_) => None,
+    };
+    ImageIdentity {
+        len: volume.len(),
+        // Never 0.
+        check: checksum.map_or(0, |checksum| u64::from(checksum) | 1 << 32),
     }
 }
 

@@ -5,7 +5,7 @@
 //! A memfd: whoever holds its descriptor keeps it, without looking inside. It has three parts, all in the machine's byte order:
 //!
 //! ```text
-//! header    magic, version and geometry; what was negotiated with the kernel; the filesystem's device number
+//! header    magic, version and geometry; what was negotiated with the kernel; the filesystem's device number; which image
 //! table     reads that wait for bytes: state, size, number, offset
 //! slots     one for each session thread: read(2) of /dev/fuse goes straight into it
 //! ```
@@ -60,6 +60,9 @@ mod field {
     pub(super) const MINOR: usize = 32;
     pub(super) const FLAGS: usize = 40;
     pub(super) const FILESYSTEM: usize = 48;
+    pub(super) const IMAGE_LEN: usize = 56;
+    /// 0 when unknown.
+    pub(super) const IMAGE_CHECK: usize = 64;
 }
 
 /// Where an entry's fields are, in bytes from its beginning.
@@ -113,6 +116,22 @@ pub(super) struct PendingRead {
     pub(super) offset: u64,
     /// How many bytes.
     pub(super) size: u32,
+}
+
+/// By what an image is known to be the one that was served before. Another one would be wrong bytes under a mounted filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ImageIdentity {
+    /// Its length in bytes.
+    pub(super) len: u64,
+    /// Made of its first block; 0 when that was not at hand.
+    pub(super) check: u64,
+}
+
+impl ImageIdentity {
+    /// Whether both may be the same image.
+    pub(super) const fn agrees(self, other: Self) -> bool {
+        self.len == other.len && (self.check == other.check || self.check == 0 || other.check == 0)
+    }
 }
 
 /// The mapped memfd.
@@ -295,6 +314,20 @@ impl Ledger {
         self.map.u64(field::FILESYSTEM).store(device, Ordering::Relaxed);
     }
 
+    /// What is served.
+    pub(super) fn image(&self) -> ImageIdentity {
+        ImageIdentity {
+            len: self.map.u64(field::IMAGE_LEN).load(Ordering::Relaxed),
+            check: self.map.u64(field::IMAGE_CHECK).load(Ordering::Relaxed),
+        }
+    }
+
+    /// Notes what is served.
+    pub(super) fn set_image(&self, image: ImageIdentity) {
+        self.map.u64(field::IMAGE_LEN).store(image.len, Ordering::Relaxed);
+        self.map.u64(field::IMAGE_CHECK).store(image.check, Ordering::Relaxed);
+    }
+
     fn entry_u32(&self, index: u32, field: usize) -> &AtomicU32 {
         self.map.u32(TABLE_AT + to_usize(index) * ENTRY_BYTES + field)
     }
@@ -454,6 +487,8 @@ mod tests {
     fn another_process_finds_what_was_not_answered() {
         let (ledger, mut slots) = begun(2);
         ledger.set_filesystem(77);
+        let image = ImageIdentity { len: 4096, check: 3 };
+        ledger.set_image(image);
         let entries: Vec<Entry> = (1..=5).map(|n| ledger.enter(read(n)).unwrap()).collect();
         for (n, entry) in entries.into_iter().enumerate() {
             if n % 2 == 0 {
@@ -466,7 +501,7 @@ mod tests {
 
         let (ledger, mut slots) = reopened(&ledger, 1).unwrap();
         assert_eq!(ledger.negotiated(), Some(Negotiated { minor: 31, flags: 1 }));
-        assert_eq!(ledger.filesystem(), 77);
+        assert_eq!((ledger.filesystem(), ledger.image()), (77, image));
         let left: Vec<PendingRead> = ledger.left().into_iter().map(|(_, read)| read).collect();
         assert_eq!(left, [read(2), read(4)]);
         // One thread fewer, but its slot is still looked at.
@@ -560,6 +595,15 @@ mod tests {
         }
         let (ledger, _) = begun(1);
         assert!(rustix::fs::ftruncate(ledger.memfd(), 0).is_err(), "a ledger can be cut");
+    }
+
+    #[test]
+    fn only_the_same_image_agrees() {
+        let image = |len, check| ImageIdentity { len, check };
+        assert!(image(4096, 3).agrees(image(4096, 3)) && image(4096, 3).agrees(image(4096, 0)));
+        assert!(image(4096, 0).agrees(image(4096, 3)));
+        assert!(!image(4096, 3).agrees(image(8192, 3)) && !image(4096, 3).agrees(image(4096, 4)));
+        assert!(!image(4096, 0).agrees(image(8192, 0)));
     }
 
     #[test]

@@ -120,14 +120,17 @@ impl LoopDevice {
         } = self;
         let device = match device {
             Some(device) => device,
-            // While it is open here it stays what it is. Its number may be another device's by now.
+            // While it is open here it stays what it is.
             None => match open(&path) {
-                Ok(device) if filesystem_of(&device) == Some(filesystem) => device,
-                Ok(_) => return Ok(()),
+                Ok(device) => device,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
                 Err(error) => return Err(error),
             },
         };
+        // What was let go of may be gone, and its number another device's by now.
+        if filesystem_of(&device) != Some(filesystem) {
+            return Ok(());
+        }
         // SAFETY: the request takes no argument.
         #[allow(unsafe_code)]
         let cleared = unsafe { ioctl(&device, NoArg::<LOOP_CLR_FD>::new()) };
