@@ -34,7 +34,7 @@ pub(super) fn start(talk: TalkArgs) {
     };
     let mut builder = Builder::from_env(Env::default().default_filter_or(level));
     if is_json() {
-        builder.format(|out, record| write_json(out, record));
+        builder.format(write_json);
     } else {
         builder.format(|out, record| {
             let level = record.level().as_str().to_ascii_lowercase();
@@ -49,7 +49,7 @@ pub(super) fn start(talk: TalkArgs) {
 pub(super) fn start_daemon() {
     let mut builder = Builder::from_env(Env::default().default_filter_or("tarblk=info,warn"));
     if is_json() {
-        builder.format(|out, record| write_json(out, record));
+        builder.format(write_json);
     } else {
         builder.format(|out, record| {
             let words = without_errno(&record.args().to_string());
