@@ -7,12 +7,13 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::noise::noise;
 use fetched::{at_origin, hammer, joined, quick, range, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::Slice;
+use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{
     FetchError, FetchPool, Fetcher, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback, Verifier,
 };
@@ -227,6 +228,49 @@ fn a_server_that_fails_delays_no_other_device() {
         assert_eq!((stats.errors, stats.retries), (0, 0));
         assert!(waiting.iter().all(|told| told.try_recv().is_err()));
     }
+}
+
+#[test]
+fn whole_layers_are_fetched_only_while_no_device_reads() {
+    let _alone = alone();
+    let origin = Origin::start().unwrap();
+    let (filled, _) = served(&origin, "/filled", 1);
+    let (layer, data) = served(&origin, "/read", 2);
+    for _attempt in 0..20 {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Some(DiskCache::open(dir.path()).unwrap());
+        let pool = FetchPool::start(PoolOptions { store, ..options() }).unwrap();
+        let reads = open(&pool, vec![layer.layer.blob.clone().into()]);
+        let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+        let mut read_on = |times: usize| {
+            for n in 0..times {
+                let at = n * 37_000 % (SIZE - 1000);
+                let slices = reads.read_blocking(vec![range(at, 1000)]).unwrap();
+                assert!(joined(&slices) == data[at..at + 1000]);
+                longest = longest.max(last.elapsed());
+                last = Instant::now();
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        read_on(1);
+        let fetch_all = OpenOptions {
+            fetch_all: true,
+            ..patient()
+        };
+        let fills = pool
+            .open(vec![filled.layer.blob.clone().into()], fetch_all, None)
+            .unwrap();
+        read_on(300);
+        let filled_meanwhile = fills.stats().bytes_filled;
+        wait_until("that all is there", || fills.stats().bytes_held == u(SIZE));
+        assert!(fills.stats().bytes_filled >= u(SIZE));
+        // On a machine so busy that the reader itself paused it says nothing.
+        if longest < Duration::from_millis(150) {
+            assert_eq!(filled_meanwhile, 0);
+            return;
+        }
+    }
+    panic!("the machine is too busy to tell");
 }
 
 /// A map of files that panics when it is asked.

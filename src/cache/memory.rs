@@ -139,6 +139,13 @@ impl MemoryLayer {
         self.memory.shard(key).insert(key, chunk)
     }
 
+    /// Lets go of chunk `index`.
+    pub(crate) fn forget(&self, index: u32) {
+        let key = self.key(index);
+        // Dropped behind the lock.
+        let _gone = self.memory.shard(key).remove(key);
+    }
+
     /// Lets go of all its chunks.
     pub(crate) fn clear(&self) {
         let held = |shard: &Mutex<Shard>| shard.lock().unwrap_or_else(PoisonError::into_inner).slots.len();

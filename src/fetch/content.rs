@@ -117,6 +117,11 @@ impl Contents {
         }
     }
 
+    /// Room in memory for `count` things of at most a chunk's size that one layer needs, and no other reads.
+    pub(super) fn room_for(&self, count: u32) -> MemoryLayer {
+        self.memory.layer(count)
+    }
+
     /// Bytes of chunks in memory.
     pub(super) fn bytes_in_memory(&self) -> u64 {
         self.memory.bytes_held()

@@ -105,8 +105,6 @@ struct Engine {
     gap: u32,
     /// See [`PoolState`].
     workers: Arc<Semaphore>,
-    /// When a reader last had to wait.
-    last_read: Cell<Instant>,
     /// None: only what is read is fetched.
     filler: Option<RefCell<Filler>>,
     stopping: Cell<bool>,
@@ -203,7 +201,6 @@ impl Engine {
             gap: plan.gap_chunks,
             planner: RefCell::new(Planner::new(files, sizes, plan)),
             workers: pool.workers.clone(),
-            last_read: Cell::new(Instant::now()),
             filler: options.fetch_all.then(|| RefCell::new(Filler::new())),
             stopping: Cell::new(false),
             counters: shared.counters.clone(),
@@ -386,7 +383,7 @@ impl Engine {
         now: &mut Vec<Planned>,
         cached: &mut Vec<ChunkKey>,
     ) {
-        self.last_read.set(asked);
+        self.pool.last_read.set(asked);
         let request = Request::new(callback, asked, self.counters.clone());
         for asked in ranges {
             match self.shared.layer_of(*asked) {

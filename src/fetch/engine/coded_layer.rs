@@ -9,6 +9,7 @@ use super::LONGEST_FLIGHT;
 use super::partial::{Partials, Ranges, subtract};
 use super::window::WindowShelf;
 use crate::cache::chunk::chunk_len;
+use crate::cache::memory::MemoryLayer;
 use crate::fetch::{Coded, StartError};
 use crate::layer::SpanTable;
 use crate::prefetch::ChunkRange;
@@ -27,10 +28,10 @@ pub(super) struct CodedLayer {
 }
 
 impl CodedLayer {
-    pub(super) fn new(coded: Coded) -> Result<Self, StartError> {
+    pub(super) fn new(coded: Coded, windows: MemoryLayer) -> Result<Self, StartError> {
         Ok(Self {
             table: coded.table,
-            windows: WindowShelf::new(coded.windows)?,
+            windows: WindowShelf::new(coded.windows, windows)?,
             in_flight: RefCell::default(),
             partials: RefCell::default(),
         })

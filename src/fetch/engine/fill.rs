@@ -1,7 +1,7 @@
 //! Filling the disk cache with whole layers. In: which chunks it lacks. Out: ranges of them, in the layers' order, to be fetched while
 //! no one reads. In the end the device needs no server any more, and every layer was compared with its digest.
 //!
-//! Invariant: it never competes. As long as a reader waits, and a while after, nothing is asked for; what it brings goes to the disk
+//! Invariant: it never competes. As long as a reader of any device waits, and a while after, nothing is asked for; what it brings goes to the disk
 //! cache and not to memory, which belongs to what is read.
 
 use std::rc::Rc;
@@ -132,7 +132,7 @@ impl Engine {
     /// A range of chunks that the disk cache lacks, marked as on its way there, if no one reads.
     pub(super) fn next_to_fill(self: &Rc<Self>, most: u64) -> Option<ChunkRange> {
         let mut filler = self.filler.as_ref()?.borrow_mut();
-        if self.last_read.get().elapsed() < QUIET {
+        if self.pool.last_read.get().elapsed() < QUIET {
             return None;
         }
         let chunks = |layer: LayerId| {

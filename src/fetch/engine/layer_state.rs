@@ -15,6 +15,7 @@ use super::origin::Origin;
 use super::write_queue::WriteQueue;
 use crate::cache::chunk::chunk_count;
 use crate::cache::disk::{DiskCache, LayerCache};
+use crate::cache::memory::MemoryLayer;
 use crate::fetch::content::Contents;
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
 use crate::fetch::transport::{HostKey, RemoteLayer};
@@ -56,7 +57,7 @@ pub(super) struct LayerState {
 
 impl LayerState {
     pub(super) fn new(taken: TakenLayer) -> Result<Self, StartError> {
-        let TakenLayer { source, file } = taken;
+        let TakenLayer { source, file, windows } = taken;
         let size = source.size();
         let origin = match file {
             Some((path, file)) => Origin::file(path, file),
@@ -71,7 +72,11 @@ impl LayerState {
             origin,
             server: server.map(Rc::new),
             size,
-            coded: source.coding.map(CodedLayer::new).transpose()?.map(Rc::new),
+            coded: source
+                .coding
+                .map(|coded| CodedLayer::new(coded, windows))
+                .transpose()?
+                .map(Rc::new),
             whole: WholeDigests::of(&source.layer),
             verifier: source.verifier,
             writer: WriteQueue::default(),
@@ -146,6 +151,8 @@ pub(super) struct TakenLayer {
     source: LayerSource,
     /// Its blob, if it is a file of this machine: its path, and the file, open.
     file: Option<(PathBuf, File)>,
+    /// Room in memory for its decoder windows.
+    windows: MemoryLayer,
 }
 
 /// What both sides see of a layer, and what the fetch thread has to know if it has to be fetched. Files are opened here, once:
@@ -187,5 +194,10 @@ pub(super) fn take_in(
         // It was empty: a plain file's content is not shared.
         drop(fetched.content.cache.set(Arc::new(LayerCache::borrowed(own, size))));
     }
-    Ok((SharedLayer::Fetched(fetched), Some(TakenLayer { source, file })))
+    let spans = source.coding.as_ref().map_or(0, |coded| coded.table.len());
+    let windows = contents.room_for(u32::try_from(spans).unwrap_or(u32::MAX));
+    Ok((
+        SharedLayer::Fetched(fetched),
+        Some(TakenLayer { source, file, windows }),
+    ))
 }

@@ -2,21 +2,19 @@
 //! index file or from the cold part of an index behind HTTP. Whatever a local file holds is checked against the hot part before
 //! it is used: where it has a hole, the registry is asked.
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Engine;
 use super::origin::{Origin, Trouble};
+use crate::cache::chunk::Chunk;
+use crate::cache::memory::MemoryLayer;
 use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::fetch::{StartError, Windows};
 use crate::index::{ColdDirectory, ColdPart, ColdPiece};
-use crate::units::{len_u64, len_usize};
+use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
-/// So many windows stay in memory: 2 MiB of gzip's 32 KiB.
-const MOST_KEPT: usize = 64;
 /// No window is longer: gzip's have 32 KiB, and no more than zstd's usual 8 MiB is taken.
 const LONGEST: u32 = 8 << 20;
 
@@ -37,12 +35,13 @@ fn local(file: &Arc<OwnedFd>) -> Result<Origin, StartError> {
 /// The windows of one layer.
 pub(super) struct WindowShelf {
     place: Place,
-    /// The latest used first.
-    kept: RefCell<VecDeque<(usize, Vec<u8>)>>,
+    /// In the memory cache, as chunks of a layer of their own.
+    kept: MemoryLayer,
 }
 
 impl WindowShelf {
-    pub(super) fn new(windows: Windows) -> Result<Self, StartError> {
+    /// Windows that were read are kept in `kept`.
+    pub(super) fn new(windows: Windows, kept: MemoryLayer) -> Result<Self, StartError> {
         let place = match windows {
             Windows::None => Place::Nowhere,
             Windows::Memory(windows) => Place::Memory(windows),
@@ -53,30 +52,29 @@ impl WindowShelf {
                 Place::Kept(Box::new(origins), directory)
             }
         };
-        Ok(Self {
-            place,
-            kept: RefCell::default(),
-        })
+        Ok(Self { place, kept })
     }
 
     /// Window `n` may be damaged: it is read again the next time.
     pub(super) fn forget(&self, n: usize) {
-        self.kept.borrow_mut().retain(|(number, _)| *number != n);
+        if let Ok(index) = u32::try_from(n) {
+            self.kept.forget(index);
+        }
     }
 
     fn find(&self, n: usize) -> Option<Vec<u8>> {
-        let mut kept = self.kept.borrow_mut();
-        let place = kept.iter().position(|(number, _)| *number == n)?;
-        let found = kept.remove(place)?;
-        let window = found.1.clone();
-        kept.push_front(found);
-        Some(window)
+        let kept = self.kept.get(u32::try_from(n).ok()?)?;
+        kept.touch();
+        Some(kept.bytes().to_vec())
     }
 
     fn keep(&self, n: usize, window: &[u8]) {
-        let mut kept = self.kept.borrow_mut();
-        kept.push_front((n, window.to_vec()));
-        kept.truncate(MOST_KEPT);
+        // What is longer than a chunk would break the cache's bound.
+        if let Ok(index) = u32::try_from(n)
+            && len_u64(window.len()) <= CHUNK_BYTES
+        {
+            drop(self.kept.insert(index, Arc::new(Chunk::demanded(window.to_vec()))));
+        }
     }
 }
 
