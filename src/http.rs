@@ -15,6 +15,8 @@ pub mod chance;
 mod client;
 mod error;
 pub mod expiry;
+#[cfg(feature = "unstable-internals")]
+pub mod fuzzing;
 mod pace;
 pub(crate) mod proxy;
 mod range;
@@ -33,7 +35,7 @@ mod waits;
 pub use client::received_bytes;
 pub use error::{Error, Kind, Shown};
 pub use reach::Reach;
-pub use redact::{shown_url, stable_name, without_secrets};
+pub use redact::{excerpt, meant_url, shown_url, stable_name, without_secrets};
 pub use redirect::MOST_REDIRECTS;
 pub use retry::{HttpOptions, RetryPolicy, Timeouts};
 pub use secret::Secret;

@@ -8,6 +8,8 @@
 
 pub mod bandwidth;
 mod elf;
+#[cfg(feature = "unstable-internals")]
+pub mod fuzzing;
 mod neighbours;
 mod node;
 mod programs;

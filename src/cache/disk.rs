@@ -5,6 +5,8 @@
 //! most the latest chunks. Every file can be deleted at any time. A layer's files are locked by the process that writes them; another
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 
+#[cfg(feature = "unstable-internals")]
+pub mod fuzzing;
 mod layer_writer;
 mod map;
 mod run;

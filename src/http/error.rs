@@ -7,7 +7,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use url::Url;
 
-use super::redact::shown_url;
+use super::redact::{excerpt, shown_url};
 use super::span::Span;
 
 /// What a failed request means for the next try.
@@ -75,7 +75,7 @@ impl Error {
         Self(Box::new(Inner {
             kind,
             place,
-            why: why.into(),
+            why: excerpt(&why.into()),
             advice: "",
             lasting: false,
             retry_after: None,

@@ -23,7 +23,7 @@ pub fn without_secrets(text: &str) -> String {
     match Url::parse(text) {
         // As it was typed, where it can be: a parser mends more than a message should.
         Ok(url) if url.has_host() && url.as_str() == bare(url.clone()).as_str() => return printable(text),
-        Ok(url) if url.has_host() => return shown_url(&url),
+        Ok(url) if url.has_host() => return excerpt(&shown_url(&url)),
         _ => {}
     }
     let Some((scheme, rest)) = text.split_once("//").filter(|(scheme, _)| {
@@ -43,6 +43,18 @@ pub fn without_secrets(text: &str) -> String {
     printable(&format!("{scheme}//{shown}{cut}"))
 }
 
+/// Text that can only be meant as a URL, as it may be printed: of what is none, nothing in front of an `@` and nothing behind a `?`.
+#[must_use]
+pub fn meant_url(text: &str) -> String {
+    let shown = without_secrets(text);
+    if Url::parse(text).is_ok_and(|url| url.has_host()) {
+        return shown;
+    }
+    let end = shown.find(['?', '#']).unwrap_or(shown.len());
+    let behind = shown[..end].rsplit('@').next().unwrap_or_default();
+    printable(behind)
+}
+
 /// A `Location` that leads nowhere, as it may be printed.
 pub(super) fn shown_location(location: &str) -> String {
     if location.contains("//") {
@@ -55,6 +67,16 @@ pub(super) fn shown_location(location: &str) -> String {
 /// Text from outside must not move the cursor or colour the screen.
 fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(512).collect()
+}
+
+/// The beginning of a text that is a stranger's, or quotes one: what they say can be megabytes, and a message is a line.
+#[must_use]
+pub fn excerpt(text: &str) -> String {
+    const MOST: usize = 512;
+    match text.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 /// The URL without user, password, query and fragment.

@@ -15,6 +15,8 @@ mod challenge;
 mod choice;
 mod client;
 mod credentials;
+#[cfg(feature = "unstable-internals")]
+pub mod fuzzing;
 mod hosts;
 mod lenient;
 mod manifest;

@@ -3,6 +3,7 @@
 
 use super::manifest::Descriptor;
 use super::platform::Platform;
+use crate::http::excerpt;
 
 /// The platform that an image is wanted for.
 #[derive(Clone, Debug)]
@@ -85,7 +86,7 @@ fn choose<'a>(
         if offered.is_empty() {
             "none at all".to_owned()
         } else {
-            offered.join(", ")
+            excerpt(&offered.join(", "))
         }
     ))
 }

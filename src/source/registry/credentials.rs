@@ -249,6 +249,19 @@ impl AuthFile {
     }
 }
 
+/// How a credentials file says to log in at `host` for `repository`; nothing of one that names helpers, which are not run.
+///
+/// # Errors
+/// What is wrong with the file.
+#[cfg(feature = "unstable-internals")]
+pub(super) fn login_of_file(bytes: &[u8], host: &str, repository: &str) -> Result<Option<Login>, String> {
+    let file = AuthFile::parse(bytes)?;
+    if file.names_helpers() {
+        return Ok(None);
+    }
+    file.login(host, repository).map_err(|error| error.to_string())
+}
+
 /// A key of `auths` without scheme and API version, Docker Hub's names made one. Of a URL only the host counts; without a
 /// scheme a path is a namespace.
 fn normal(key: &str) -> String {

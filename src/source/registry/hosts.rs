@@ -147,10 +147,19 @@ fn is_loopback(host: &str) -> bool {
     }
 }
 
+/// A host or a URL of a file, as it may be printed: a password can stand in either.
+fn shown(text: &str) -> String {
+    if text.contains("://") {
+        return crate::http::meant_url(text);
+    }
+    let shown = crate::http::meant_url(&format!("https://{text}"));
+    shown.strip_prefix("https://").unwrap_or(&shown).to_owned()
+}
+
 /// An endpoint with every right at `text`: a URL, or a host.
 fn endpoint(text: &str, override_path: bool) -> Result<Endpoint, SourceError> {
     let bad = |why: &str| SourceError::Unusable {
-        source_name: crate::http::without_secrets(text),
+        source_name: shown(text),
         why: why.to_owned(),
     };
     let with_scheme = if text.contains("://") {
@@ -210,7 +219,7 @@ fn parse(text: &str, host: &str, dir: &Path, own: &Endpoint) -> Result<Vec<Endpo
         return Err(format!("more than {MOST_MIRRORS} hosts"));
     }
     for (name, settings) in hosts {
-        let shown = crate::http::without_secrets(name);
+        let shown = shown(name);
         let settings = settings
             .as_table()
             .ok_or_else(|| format!("host {shown:?} is not a table"))?;
@@ -235,6 +244,15 @@ fn parse(text: &str, host: &str, dir: &Path, own: &Endpoint) -> Result<Vec<Endpo
     last.stands_for = stands_for(&last, own, host);
     endpoints.push(last);
     Ok(endpoints)
+}
+
+/// The endpoints of the registry `host` by a file with this text in `dir`.
+///
+/// # Errors
+/// What is wrong with it.
+#[cfg(feature = "unstable-internals")]
+pub(super) fn of_text(text: &str, host: &str, dir: &Path) -> Result<Vec<Endpoint>, String> {
+    parse(text, host, dir, &registry(host, false))
 }
 
 /// The registry that an endpoint stands for, if it is another host than the registry itself: it is told so, and gets no

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::lenient::{digest_in_any_case, null_is_empty, nulls_are_empty, whole_number};
 use super::platform::Platform;
 use crate::digest::Digest;
+use crate::http::{excerpt, meant_url};
 use crate::layer::LayerType;
-use crate::source::without_secrets;
 
 /// No manifest or index is longer (the distribution specification's limit).
 pub(super) const LONGEST_MANIFEST: u64 = 4 << 20;
@@ -74,21 +74,16 @@ impl Descriptor {
         if !is_foreign && self.urls.is_empty() {
             return None;
         }
-        let urls: Vec<_> = self
-            .urls
-            .iter()
-            .take(MOST_URLS)
-            .map(|url| without_secrets(url))
-            .collect();
+        let urls: Vec<_> = self.urls.iter().take(MOST_URLS).map(|url| meant_url(url)).collect();
         let place = if urls.is_empty() {
             "its manifest does not say where it is".to_owned()
         } else {
-            format!("its publisher has it at {}", urls.join(", "))
+            excerpt(&format!("its publisher has it at {}", urls.join(", ")))
         };
         Some(format!(
             "it is a foreign layer ({}), which registries and layouts need not hold, and it is not here; {place}; use a copy of \
              the image that includes it",
-            self.media_type
+            excerpt(&self.media_type)
         ))
     }
 }
@@ -185,6 +180,10 @@ impl Manifest {
     /// # Errors
     /// What is wrong with it, or that it is no image, in words that fit behind "NAME: ".
     pub(super) fn parse(bytes: &[u8], media_type: &str) -> Result<Self, String> {
+        Self::parse_all(bytes, media_type).map_err(|why| excerpt(&why))
+    }
+
+    fn parse_all(bytes: &[u8], media_type: &str) -> Result<Self, String> {
         let document: Document =
             serde_json::from_slice(bytes).map_err(|error| format!("the manifest makes no sense: {error}"))?;
         let (said, delivered) = (essence(&document.media_type), essence(media_type));
@@ -297,7 +296,7 @@ impl ImageConfig {
             diff_ids: Vec<Digest>,
         }
         let config: Config = serde_json::from_slice(&json)
-            .map_err(|error| format!("the image's configuration makes no sense: {error}"))?;
+            .map_err(|error| excerpt(&format!("the image's configuration makes no sense: {error}")))?;
         let diff_ids = config.rootfs.diff_ids;
         if diff_ids.len() != layers {
             return Err(format!(
