@@ -244,7 +244,7 @@ fn tries_are_told_while_they_last() {
         .local_addr()
         .unwrap();
     let session = Session::new("loop");
-    let tried = ls(&session, &format!("docker://{address}/app:1"), &[]);
+    let tried = ls(&session, &format!("docker://{address}/app:1"), &["--retry-for", "5s"]);
     let words = said(&tried);
     assert!(!tried.status.success());
     assert!(
