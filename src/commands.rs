@@ -36,6 +36,8 @@ pub use cli::Cli;
 use cli::Command;
 use output::{ReaderGone, Talk, without_errno};
 
+use crate::excerpt;
+
 /// It did not work.
 const FAILED: u8 = 1;
 
@@ -160,13 +162,7 @@ fn one_line(error: &anyhow::Error) -> String {
             line.push_str(": ");
         }
         // Names from layers and command lines must not move the cursor or colour the screen.
-        for character in cause.chars() {
-            if character.is_control() {
-                line.extend(character.escape_default());
-            } else {
-                line.push(character);
-            }
-        }
+        line.push_str(&excerpt::of_line(&cause));
     }
     line
 }

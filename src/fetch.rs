@@ -14,6 +14,7 @@
 mod blob;
 mod content;
 mod cost;
+pub mod descriptors;
 mod engine;
 mod error;
 mod options;

@@ -65,6 +65,7 @@
 
 mod diff;
 mod digest;
+mod excerpt;
 mod image;
 mod index;
 mod layer;

@@ -1622,3 +1622,151 @@ fn a_trickle_is_a_stall() {
         }
     }
 }
+
+/// A device that would run out of descriptors is refused before it is there; a limit that may be raised is.
+#[test]
+fn too_few_descriptors_are_refused_at_once() {
+    let Some(_alone) = devices("too_few_descriptors_are_refused_at_once") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let limited = |limit: &str| {
+        let program = lab.tarblk().get_program().to_owned();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
+            .arg(program)
+            .args(["mount", "layer.tar", "mnt", "-q"])
+            .current_dir(lab.dir.path())
+            .env("TARBLK_CACHE", lab.path("cache"))
+            .env("TARBLK_STATE_DIR", lab.path("states"));
+        command.output().unwrap()
+    };
+    let output = limited("-n 28");
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        said.contains("28 files may be open") && said.contains("ulimit -n"),
+        "{said}"
+    );
+    let output = limited("-Sn 28");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(fs::read(lab.path("mnt/etc/hello")).unwrap(), b"hello, world\n");
+    lab.good(&["umount", "mnt"]);
+}
+
+/// Answers every request with this, and closes.
+fn answering(answer: Vec<u8>) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, answer) = (stream.unwrap(), answer.clone());
+            // A connection may be opened ahead, and nothing asked on it.
+            std::thread::spawn(move || {
+                use std::io::Read as _;
+                let mut asked = [0; 4096];
+                let _ = stream.read(&mut asked);
+                let _ = stream.write_all(&answer);
+            });
+        }
+    });
+    host
+}
+
+/// Whatever a stranger wrote into a name, a header, a body or a document: messages are lines of a bounded length, and move no cursor.
+#[test]
+fn what_strangers_wrote_is_cut_in_messages() {
+    let lab = Lab::new();
+    let evil = format!("\u{1b}[2J\u{1b}]0;title\u{7}\u{202e}{}", "x".repeat(60_000));
+    let plain = "y".repeat(30_000);
+    let json = |text: &str| serde_json::to_string(text).unwrap();
+    let with_body = |status: &str, headers: &str, body: &str| {
+        let len = body.len();
+        answering(
+            format!("HTTP/1.1 {status}\r\n{headers}Content-Length: {len}\r\nConnection: close\r\n\r\n{body}")
+                .into_bytes(),
+        )
+    };
+    let error = format!("{{\"errors\":[{{\"code\":{0},\"message\":{0}}}]}}", json(&evil));
+    let refusing = with_body("403 Forbidden", "", &error);
+    let absent = with_body("404 Not Found", "", &error);
+    let manifest = with_body(
+        "200 OK",
+        "Content-Type: application/json\r\n",
+        &format!("{{\"mediaType\":{}}}", json(&evil)),
+    );
+    let leading = with_body("302 Found", &format!("Location: ftp://{plain}/x\r\n"), "");
+    let wrong = with_body("206 Partial Content", &format!("Content-Range: bytes {plain}\r\n"), "");
+    let reason = with_body(&format!("418 {plain}"), "", &plain);
+    let realm = with_body(
+        "401 Unauthorized",
+        &format!("WWW-Authenticate: Bearer realm=\"{plain}\"\r\n"),
+        &error,
+    );
+    // A tar with a name of 60,000 bytes on what ends too early.
+    let long = [
+        pax("path", &evil[..4000]),
+        header("q", b"00000100000\0", b'0', ""),
+        vec![1; 700],
+    ]
+    .concat();
+    fs::write(
+        lab.path("cut.tar"),
+        layer_of(&[])[..0].iter().copied().chain(long).collect::<Vec<_>>(),
+    )
+    .unwrap();
+    let record = pax(&evil[..2000], "v");
+    fs::write(lab.path("pax.tar"), [record, header("q", b"zz\0", b'0', "")].concat()).unwrap();
+    // An image in a directory whose documents say such things.
+    fs::create_dir_all(lab.path("oci/blobs/sha256")).unwrap();
+    fs::write(lab.path("oci/oci-layout"), "{\"imageLayoutVersion\":\"1.0.0\"}").unwrap();
+    let entry = format!(
+        "{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":{0},\"digest\":{0},\"size\":1,\"annotations\":{{\"org.opencontainers.image.ref.name\":{0}}}}}]}}",
+        json(&evil)
+    );
+    fs::write(lab.path("oci/index.json"), entry).unwrap();
+    let (http, docker) = (
+        |host: &str| format!("http://{host}/l.tar"),
+        |host: &str| format!("docker://{host}/i:1"),
+    );
+    for source in [
+        docker(&refusing),
+        docker(&absent),
+        docker(&manifest),
+        docker(&leading),
+        docker(&realm),
+        docker(&reason),
+        http(&leading),
+        http(&wrong),
+        http(&reason),
+        "cut.tar".to_owned(),
+        "pax.tar".to_owned(),
+        "oci:oci".to_owned(),
+        "oci:oci:other".to_owned(),
+    ] {
+        let mut args = vec!["ls", &source, "-vv", "--retry-for", "0s"];
+        if source.starts_with("docker") {
+            args.push("--plain-http");
+        }
+        let output = lab.run(&args);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{source}: {said}");
+        for line in said.lines() {
+            assert!(
+                line.chars().count() < 2200,
+                "{source}: {} characters: {line}",
+                line.chars().count()
+            );
+            let moves = |c: char| c.is_control() || c == '\u{202e}';
+            assert!(!line.contains(moves), "{source}: {line:?}");
+        }
+        let last = said.lines().last().unwrap();
+        assert!(
+            last.starts_with("tarblk: ") && last.chars().count() < 1200,
+            "{source}: {last}"
+        );
+    }
+}

@@ -699,3 +699,52 @@ fn another_encoding_than_the_one_found_is_refused() {
     assert!(matches!(error, FetchError::WrongAnswer { .. }), "{error}");
     assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }
+
+/// A process that has no descriptor left for a connection waits for one. Alone in its process, because all others would be without
+/// one too.
+#[test]
+fn a_shortage_of_descriptors_is_a_wait() {
+    const NAME: &str = "a_shortage_of_descriptors_is_a_wait";
+    if std::env::var_os("TARBLK_TEST_ALONE").is_none() {
+        let alone = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture"])
+            .env("TARBLK_TEST_ALONE", "1")
+            .status()
+            .unwrap();
+        assert!(alone.success(), "{alone}");
+        return;
+    }
+    let (origin, data) = served();
+    let options = FetchOptions {
+        prefetch: false,
+        ..quick()
+    };
+    let fetcher = start(layer(&origin, "/layer.tar"), options);
+    assert!(fetcher.read_blocking(vec![range(0, 4096)]).is_ok());
+    let limit = rustix::process::Rlimit {
+        current: Some(256),
+        maximum: Some(256),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    let mut taken = Vec::new();
+    origin.drop_connections();
+    // What the ends of connections give back is taken as well.
+    for _ in 0..40 {
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            taken.push(file);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let reading = {
+        let fetcher = fetcher.clone();
+        std::thread::spawn(move || fetcher.read_blocking(vec![range(1_000_000, 4096)]))
+    };
+    while fetcher.stats().errors < 3 && !reading.is_finished() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!reading.is_finished(), "{:?}", reading.join().unwrap().err());
+    drop(taken);
+    let bytes = joined(&reading.join().unwrap().unwrap());
+    assert!(bytes == data[1_000_000..1_004_096]);
+    assert_eq!(fetcher.stats().read_errors, 0);
+}

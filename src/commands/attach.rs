@@ -218,6 +218,7 @@ pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
 
 /// The hidden command: a daemon's life.
 pub(super) fn serve() -> ExitCode {
+    crate::fetch::descriptors::raise();
     daemon::main(build)
 }
 

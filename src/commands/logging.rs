@@ -18,6 +18,7 @@ use serde::Serialize;
 
 use super::cli::TalkArgs;
 use super::output::without_errno;
+use crate::excerpt;
 
 /// A daemon's log is no longer, in bytes: then it becomes the older one, in whose place it comes. Together they hold at least as
 /// much, and at most twice that and a record.
@@ -38,7 +39,11 @@ pub(super) fn start(talk: TalkArgs) {
     } else {
         builder.format(|out, record| {
             let level = record.level().as_str().to_ascii_lowercase();
-            writeln!(out, "tarblk: {level}: {}", without_errno(&record.args().to_string()))
+            writeln!(
+                out,
+                "tarblk: {level}: {}",
+                excerpt::of_line(&without_errno(&record.args().to_string()))
+            )
         });
     }
     // A second logger (in a test) is no reason to fail.
@@ -52,7 +57,7 @@ pub(super) fn start_daemon() {
         builder.format(write_json);
     } else {
         builder.format(|out, record| {
-            let words = without_errno(&record.args().to_string());
+            let words = excerpt::of_line(&without_errno(&record.args().to_string()));
             writeln!(out, "[{} {:<5}] {words}", out.timestamp_millis(), record.level())
         });
     }
@@ -86,7 +91,7 @@ fn write_json(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         time: now.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string(),
         level: record.level().as_str().to_ascii_lowercase(),
         target: record.target(),
-        message: without_errno(&record.args().to_string()),
+        message: excerpt::of_line(&without_errno(&record.args().to_string())),
     };
     serde_json::to_writer(&mut *out, &line)?;
     out.write_all(b"\n")

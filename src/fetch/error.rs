@@ -48,6 +48,16 @@ pub enum StartError {
     /// The machine's certificates cannot be used.
     #[error("{0}")]
     Certificates(#[source] http::Error),
+    /// This process may not have so many files open.
+    #[error(
+        "{limit} files may be open at the same time, and this needs {needs}: raise the limit (ulimit -n, LimitNOFILE=), or use fewer --connections"
+    )]
+    Descriptors {
+        /// The limit, which was raised as far as it may be.
+        limit: u64,
+        /// What is open already, and what the layers and their connections will need.
+        needs: u64,
+    },
     /// The fetch thread or its ring could not be made.
     #[error("cannot start the fetch thread: {0}; io_uring may be disabled here (sysctl kernel.io_uring_disabled)")]
     Thread(#[from] io::Error),

@@ -15,7 +15,7 @@ use super::engine::{self, Device, PoolState};
 use super::options::{FetchOptions, OpenOptions, PoolOptions};
 use super::runtime::{self, TaskSet};
 use super::stats::{PoolGauges, PoolStats};
-use super::{Fetcher, LayerSource, StartError};
+use super::{Fetcher, LayerSource, StartError, descriptors};
 use crate::cache::memory::MemoryCache;
 use crate::image::FileMap;
 
@@ -63,6 +63,8 @@ impl FetchPool {
         files: Option<Arc<dyn FileMap>>,
     ) -> Result<Fetcher, StartError> {
         let pool = &*self.0;
+        let is_remote = layers.iter().any(|source| source.layer.blob.is_remote());
+        descriptors::check(layers.len(), if is_remote { pool.options.connections } else { 0 })?;
         let store = pool.options.store.as_ref().filter(|_| options.cached);
         let (device, shared, commands) = engine::prepare(layers, options, files, &pool.contents, store)?;
         let gone = |_| StartError::Thread(io::Error::other("the fetch thread is gone"));

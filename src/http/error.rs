@@ -7,8 +7,9 @@ use std::time::Duration;
 use hyper::StatusCode;
 use url::Url;
 
-use super::redact::{excerpt, shown_url};
+use super::redact::shown_url;
 use super::span::Span;
+use crate::excerpt;
 
 /// What a failed request means for the next try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +72,12 @@ struct Inner {
 }
 
 impl Error {
-    fn new(kind: Kind, place: String, why: impl Into<String>) -> Self {
+    /// Both may have a server's text in them.
+    fn new(kind: Kind, place: &str, why: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
-            place,
-            why: excerpt(&why.into()),
+            place: excerpt::of_sentence(place),
+            why: excerpt::of_sentence(&why.into()),
             advice: "",
             lasting: false,
             retry_after: None,
@@ -87,39 +89,39 @@ impl Error {
     /// Nothing came from `url`, or not all; it may come yet.
     #[must_use]
     pub fn unreachable(url: &Url, why: impl Into<String>) -> Self {
-        Self::new(Kind::Unreachable, shown_url(url), why)
+        Self::new(Kind::Unreachable, &shown_url(url), why)
     }
 
     /// What answers at `url` does not speak HTTP, or not to its end.
     #[must_use]
     pub fn not_http(url: &Url, why: impl Into<String>) -> Self {
-        Self::new(Kind::NotHttp, shown_url(url), why)
+        Self::new(Kind::NotHttp, &shown_url(url), why)
     }
 
     /// An answer of `url` that contradicts the question. One bad machine behind a balancer can send it, so it may be asked
     /// again.
     #[must_use]
     pub fn wrong(url: &(impl Shown + ?Sized), why: impl Into<String>) -> Self {
-        Self::new(Kind::WrongAnswer, url.shown(), why)
+        Self::new(Kind::WrongAnswer, &url.shown(), why)
     }
 
     /// A failure of a kept connection to `url` that is to be repeated on another at once.
     #[must_use]
     pub fn stale(url: &Url, why: impl Into<String>) -> Self {
-        Self::new(Kind::Stale, shown_url(url), why)
+        Self::new(Kind::Stale, &shown_url(url), why)
     }
 
     /// The blob `name` is another one now, which no other try will change; `how` says what differs.
     #[must_use]
     pub fn changed(name: impl Into<String>, how: impl Into<String>) -> Self {
-        Self::new(Kind::Changed, name.into(), how).lasting()
+        Self::new(Kind::Changed, &name.into(), how).lasting()
     }
 
     /// The blob `name` seems to be another one, by a sign that a machine on the way may have made up: a length alone. `how` says
     /// what differs.
     #[must_use]
     pub fn seems_changed(name: impl Into<String>, how: impl Into<String>) -> Self {
-        Self::new(Kind::Changed, name.into(), how)
+        Self::new(Kind::Changed, &name.into(), how)
     }
 
     /// An answer of `url` that brings no bytes: [`Kind::Busy`] or [`Kind::Refused`] by its status. `said` is what the server
@@ -137,7 +139,7 @@ impl Error {
             Kind::Refused(status)
         };
         let why = said.map_or_else(|| status.to_string(), |said| format!("{status}: {said}"));
-        let mut error = Self::new(kind, url.shown(), why);
+        let mut error = Self::new(kind, &url.shown(), why);
         error.0.retry_after = retry_after;
         error
     }
@@ -146,14 +148,14 @@ impl Error {
     #[must_use]
     pub fn refused(name: &str, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         let why = cause.to_string();
-        Self::new(Kind::Refused(StatusCode::FORBIDDEN), name.to_owned(), why).caused_by(cause)
+        Self::new(Kind::Refused(StatusCode::FORBIDDEN), name, why).caused_by(cause)
     }
 
     /// `what` cannot be set up here.
     #[must_use]
     pub fn setup(what: &str, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         let cause = cause.into();
-        let mut error = Self::new(Kind::Setup, what.to_owned(), cause.to_string());
+        let mut error = Self::new(Kind::Setup, what, cause.to_string());
         error.0.cause = Some(Arc::from(cause));
         error
     }
@@ -189,7 +191,7 @@ impl Error {
     /// The same of `place`: for what has a better name than its URL.
     #[must_use]
     pub fn at(mut self, place: impl Into<String>) -> Self {
-        self.0.place = place.into();
+        self.0.place = excerpt::of_sentence(&place.into());
         self
     }
 

@@ -14,6 +14,7 @@ use tokio_rustls::client::TlsStream;
 use url::Url;
 
 use super::tls;
+use crate::excerpt;
 
 /// No proxy says more before the tunnel is open.
 const LONGEST_HEAD: usize = 16 << 10;
@@ -122,7 +123,7 @@ impl Proxy {
         if line.starts_with("HTTP/1.") && status.len() == 3 && status.starts_with('2') {
             return Ok(());
         }
-        let said: String = line.chars().filter(|c| !c.is_control()).take(80).collect();
+        let said = excerpt::of_text(&line);
         Err(io::Error::other(format!(
             "the proxy {}:{} says: {said}",
             self.host, self.port

@@ -5,6 +5,8 @@ use base64::engine::general_purpose::STANDARD;
 use hyper::header::HeaderValue;
 use url::Url;
 
+use crate::excerpt;
+
 /// A URL as it may be printed: no user, no password, no query, no fragment.
 #[must_use]
 pub fn shown_url(url: &Url) -> String {
@@ -64,19 +66,16 @@ pub(super) fn shown_location(location: &str) -> String {
     printable(&location[..end])
 }
 
-/// Text from outside must not move the cursor or colour the screen.
+/// What of it can be read; an address has no use for the rest.
 fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(512).collect()
+    let readable: String = text.chars().filter(|c| excerpt::is_printable(*c)).collect();
+    excerpt::of_sentence(&readable)
 }
 
-/// The beginning of a text that is a stranger's, or quotes one: what they say can be megabytes, and a message is a line.
+/// Either end of a text that is a stranger's, or quotes one: what they say can be megabytes, and a message is a line.
 #[must_use]
 pub fn excerpt(text: &str) -> String {
-    const MOST: usize = 512;
-    match text.char_indices().nth(MOST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    excerpt::of_sentence(text)
 }
 
 /// The URL without user, password, query and fragment.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::entry::Kind;
+use crate::excerpt;
 use crate::units::TarOffset;
 
 /// Why a tar or an index cannot be read.
@@ -227,10 +228,10 @@ impl fmt::Display for Quoted<'_> {
         f.write_str("'")?;
         for chunk in shown.utf8_chunks() {
             for c in chunk.valid().chars() {
-                if c.is_control() {
-                    write!(f, "{}", c.escape_default())?;
-                } else {
+                if excerpt::is_printable(c) {
                     write!(f, "{c}")?;
+                } else {
+                    write!(f, "{}", c.escape_default())?;
                 }
             }
             for byte in chunk.invalid() {

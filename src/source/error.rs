@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use url::Url;
 
+use crate::excerpt;
 use crate::http::{self, Backoff, Kind};
 
 /// Why a layer cannot be opened or walked. No variant holds a password or a query string.
@@ -11,7 +12,7 @@ use crate::http::{self, Backoff, Kind};
 #[non_exhaustive]
 pub enum SourceError {
     /// The name makes no sense, or names something that is no layer.
-    #[error("cannot use {source_name}: {why}")]
+    #[error("cannot use {source_name}: {}", excerpt::of_sentence(why))]
     Unusable {
         /// What was named.
         source_name: String,
@@ -53,7 +54,7 @@ pub enum SourceError {
     #[error(transparent)]
     Http(#[from] http::Error),
     /// An image is not what it should be, or is not there for this machine.
-    #[error("{name}: {why}")]
+    #[error("{name}: {}", excerpt::of_sentence(why))]
     Image {
         /// Which image, or part of it.
         name: String,
@@ -71,7 +72,10 @@ pub enum SourceError {
         expected: String,
     },
     /// A registry or its token server does not let us in.
-    #[error("{name}: access denied: {why}; log in with a tool that keeps credentials, or use --creds or --authfile")]
+    #[error(
+        "{name}: access denied: {}; log in with a tool that keeps credentials, or use --creds or --authfile",
+        excerpt::of_sentence(why)
+    )]
     Denied {
         /// The registry or token server.
         name: String,
@@ -79,7 +83,7 @@ pub enum SourceError {
         why: String,
     },
     /// Credentials cannot be found out.
-    #[error("cannot use credentials from {place}: {why}")]
+    #[error("cannot use credentials from {place}: {}", excerpt::of_sentence(why))]
     Credentials {
         /// The file or program.
         place: String,
@@ -87,7 +91,7 @@ pub enum SourceError {
         why: String,
     },
     /// A `hosts.toml` cannot be used.
-    #[error("cannot use {}: {why}", path.display())]
+    #[error("cannot use {}: {}", path.display(), excerpt::of_sentence(why))]
     Hosts {
         /// The file.
         path: PathBuf,

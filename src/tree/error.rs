@@ -1,6 +1,6 @@
 //! The error of building a tree: entries that no Linux filesystem can hold, or that contradict each other.
 
-use std::fmt::Write as _;
+use crate::excerpt;
 
 /// Why a layer's entries do not make a tree. Every message names the entry; the way out is always the same: such a layer
 /// cannot be unpacked by a container runtime either, so it has to be made anew.
@@ -164,27 +164,10 @@ pub(super) fn show_beginning(bytes: &[u8]) -> String {
     shown
 }
 
-/// Bytes of a layer as part of a one-line message: unprintable characters escaped, the middle of long ones left out.
+/// A name in a layer as part of a one-line message.
 pub(crate) fn show(bytes: &[u8]) -> String {
-    const HALF: usize = 100;
-    let mut shown = String::new();
-    let mut add = |bytes: &[u8]| {
-        for character in String::from_utf8_lossy(bytes).chars() {
-            if character.is_control() {
-                write!(shown, "{}", character.escape_default()).expect("a string takes all");
-            } else {
-                shown.push(character);
-            }
-        }
-    };
     if bytes.is_empty() {
-        add(b"(no name)");
-    } else if bytes.len() <= 2 * HALF {
-        add(bytes);
-    } else {
-        add(&bytes[..HALF]);
-        add("…".as_bytes());
-        add(&bytes[bytes.len() - HALF..]);
+        return "(no name)".to_owned();
     }
-    shown
+    excerpt::of_bytes(bytes)
 }

@@ -4,6 +4,7 @@ use reqwest::{Response, StatusCode};
 use serde::Deserialize;
 use url::Url;
 
+use crate::excerpt;
 use crate::http::{self, HttpOptions};
 use crate::source::error::SourceError;
 
@@ -47,9 +48,7 @@ pub(super) async fn explanation(response: Response, options: &HttpOptions) -> Op
         None if said.error_description.is_empty() => said.details,
         None => said.error_description,
     };
-    // A stranger's text, in one line of ours.
-    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
-    Some(text).filter(|text| !text.is_empty())
+    Some(excerpt::of_text(&text)).filter(|text| !text.is_empty())
 }
 
 /// What to do when a registry does not have what a person named: it may also be hidden from who has not logged in.
