@@ -81,9 +81,9 @@ pub fn main() -> ExitCode {
         }
         Err(e) => e.exit(),
     };
-    if matches!(cli.command, Command::ServeDevice) {
+    if let Command::ServeDevices { arguments } = &cli.command {
         logging::start_daemon();
-        return attach::serve();
+        return attach::serve(arguments);
     }
     logging::start(cli.talk);
     let session = Session {
@@ -138,7 +138,8 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
         Command::Demo(args) => demo::run(args, session),
-        Command::ServeDevice => Ok(()),
+        Command::Upgrade => attach::upgrade(session),
+        Command::ServeDevices { .. } => Ok(()),
     }
 }
 

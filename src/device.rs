@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
@@ -16,10 +17,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-pub mod daemon;
 pub mod fuse_loop;
 pub mod inventory;
 pub mod metrics;
+pub mod service;
 pub mod state;
 pub mod stats;
 pub mod ublk;
@@ -143,6 +144,15 @@ pub enum DeviceError {
     },
 }
 
+/// What must outlive a process for another one to go on with its device.
+#[derive(Debug)]
+pub enum HeldDevice {
+    /// Nothing: the driver keeps the device and its requests.
+    Ublk,
+    /// The FUSE connection and what belongs to it.
+    Loop(fuse_loop::HeldLoop),
+}
+
 /// A device that this process serves.
 #[derive(Debug)]
 pub enum Device {
@@ -172,6 +182,51 @@ impl Device {
                     }),
                 },
             },
+        }
+    }
+
+    /// Goes on with a device that another process served until it died; its readers wait. `volume` has to be the same image, bit for
+    /// bit.
+    ///
+    /// # Errors
+    /// Why that cannot be.
+    pub fn resume(
+        volume: &Arc<Volume>,
+        options: &DeviceOptions,
+        number: u32,
+        held: HeldDevice,
+    ) -> Result<Self, DeviceError> {
+        match held {
+            HeldDevice::Ublk => ublk::UblkDevice::resume(volume, options, number).map(Self::Ublk),
+            HeldDevice::Loop(held) => fuse_loop::FuseLoop::resume(volume, options, number, held).map(Self::Loop),
+        }
+    }
+
+    /// Duplicates of the descriptors by which another process can go on with it.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn held(&self) -> io::Result<HeldDevice> {
+        match self {
+            Self::Ublk(_) => Ok(HeldDevice::Ublk),
+            Self::Loop(device) => device.held().map(HeldDevice::Loop),
+        }
+    }
+
+    /// Lets the kernel take it down with its last user, where it does that by itself.
+    pub fn let_go(&mut self) {
+        match self {
+            Self::Ublk(_) => {}
+            Self::Loop(device) => device.let_go(),
+        }
+    }
+
+    /// The number in its name.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        match self {
+            Self::Ublk(device) => device.id(),
+            Self::Loop(device) => device.number(),
         }
     }
 

@@ -10,10 +10,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags};
-use serde::Serialize;
 
-use crate::device::daemon::{self, Attached, ControlError, DaemonError, Launcher, ServeSpec};
-use crate::device::state::{State, StateDir, StateError};
+use crate::device::service::{self, Attached, Builder, ControlError, DaemonError, Launcher, ServeSpec};
+use crate::device::state::{Server, State, StateDir, StateError};
 use crate::device::users;
 
 /// Why a directory could not be mounted on or unmounted.
@@ -130,7 +129,11 @@ pub fn check_directory(states: &StateDir, dir: &Path) -> Result<PathBuf, MountEr
     if let Ok(Some(state)) = mounted_on(states, &full) {
         return Err(MountError::Occupied {
             path: dir.to_owned(),
-            state: if state.is_alive() { "" } else { " (its daemon is dead)" },
+            state: if is_dead(states, &state) {
+                " (its daemon is dead)"
+            } else {
+                ""
+            },
             source_name: state.source,
         });
     }
@@ -226,18 +229,25 @@ impl MountOptions {
     }
 }
 
-/// Attaches what `spec` describes by a daemon and mounts it on `dir`.
+/// Attaches what `spec` describes and mounts it on `dir`; the device goes when it is unmounted.
 ///
 /// # Errors
 /// What went wrong; then nothing is left of it.
-pub fn mount<I: Serialize>(launcher: &Launcher, spec: &ServeSpec<I>, dir: &Path) -> Result<Attached, MountError> {
-    let full = check_directory(&StateDir::new(&spec.states), dir)?;
-    let attached = daemon::launch(launcher, spec)?;
+pub fn mount<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>, dir: &Path) -> Result<Attached, MountError> {
+    let states = StateDir::new(&spec.states);
+    let full = check_directory(&states, dir)?;
+    let attached = service::launch::<B>(launcher, spec)?;
     if let Err(error) = mount_device(&attached.state.device, &full, &MountOptions::default()) {
-        if let Err(left) = daemon::detach(&StateDir::new(&spec.states), &attached.state) {
+        if let Err(left) = service::detach(&states, &attached.state) {
             log::warn!("{left}");
         }
         return Err(error);
+    }
+    if let Err(error) = service::let_go(&states, &attached.state) {
+        log::warn!(
+            "{} stays when it is unmounted: {error}",
+            attached.state.device.display()
+        );
     }
     Ok(attached)
 }
@@ -265,11 +275,20 @@ pub fn mount_device(device: &Path, dir: &Path, options: &MountOptions) -> Result
     rustix::mount::mount(device, dir, c"ext4", options.flags, data.as_c_str()).map_err(refused)
 }
 
-/// Unmounts `dir`, detaches the device that was mounted there, and waits until process, device and files are gone.
+/// A directory that was unmounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unmounted {
+    /// The device that was mounted there.
+    pub state: State,
+    /// By what the device is in use still, if it is: it goes when that is over.
+    pub still_used: Option<String>,
+}
+
+/// Unmounts `dir`, and waits until the device that was mounted there and its files are gone, unless it is in use elsewhere.
 ///
 /// # Errors
 /// Why it is still mounted, or why its device stays.
-pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
+pub fn unmount(states: &StateDir, dir: &Path) -> Result<Unmounted, MountError> {
     let full = fs::canonicalize(dir).map_err(|cause| match cause.kind() {
         io::ErrorKind::NotFound => MountError::Absent(dir.to_owned()),
         _ => MountError::Unusable {
@@ -282,8 +301,8 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
     // only if nothing uses the mount: its users' reads may still wait for the device to be recovered. The first of two
     // calls with this flag never unmounts (looking the path up, as above, makes it the first again), and fails with EAGAIN
     // where a real one would not find it busy.
-    if !state.is_alive() && rustix::mount::unmount(&full, UnmountFlags::EXPIRE) == Err(rustix::io::Errno::AGAIN) {
-        daemon::end_reads(&state).map_err(|cause| MountError::Stuck {
+    if is_dead(states, &state) && rustix::mount::unmount(&full, UnmountFlags::EXPIRE) == Err(rustix::io::Errno::AGAIN) {
+        service::end_reads(&state).map_err(|cause| MountError::Stuck {
             path: dir.to_owned(),
             cause,
         })?;
@@ -314,11 +333,23 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<State, MountError> {
             });
         }
     }
-    daemon::detach(states, &state).map_err(|cause| MountError::Detach {
-        path: dir.to_owned(),
-        cause,
-    })?;
-    Ok(state)
+    let still_used = match service::detach(states, &state) {
+        Ok(()) => None,
+        // Whoever mounted it let it go with its last user.
+        Err(ControlError::InUse { users, .. }) if service::let_go(states, &state).is_ok() => Some(users),
+        Err(cause) => {
+            return Err(MountError::Detach {
+                path: dir.to_owned(),
+                cause,
+            });
+        }
+    };
+    Ok(Unmounted { state, still_used })
+}
+
+/// Whether nothing serves the device any more, nor will again.
+fn is_dead(states: &StateDir, state: &State) -> bool {
+    !state.is_alive() && (state.server == Server::Command || matches!(service::conditions(states), Ok(None)))
 }
 
 /// The device of ours that is mounted on `dir` (a full path), if it is the last thing mounted there.

@@ -27,6 +27,7 @@ pub mod publish;
 mod published;
 mod record;
 mod serve_spec;
+mod shared;
 mod toc;
 
 use std::fs::File;
@@ -55,7 +56,8 @@ pub use limit::SizeLimit;
 pub use named::load_index;
 pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
-pub use serve_spec::{Fetching, ImageSpec, Opened, serve_here};
+pub use serve_spec::{ImageSpec, Opened, serve_here};
+pub use shared::{Fetching, Shared};
 
 /// The longest index file that is read, in bytes: about 100 million entries.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -514,8 +516,8 @@ fn tree_of<'i>(
                 let mut probe = ImageArchiveProbe::default();
                 let outcome = index.replay(&mut Tee(&mut probe, &mut tree));
                 if let Some(archive) = probe.found() {
-                    let packed = PackedImage::new(name, archive.transport(), index.identity().coding);
-                    return Err(OpenError::ImageArchive(packed));
+                    let (name, transport) = (name.to_owned(), archive.transport());
+                    return Err(OpenError::ImageArchive(PackedImage { name, transport }));
                 }
                 outcome.map_err(failed)?;
             }

@@ -123,7 +123,7 @@ fn bench_measures_every_alternative_and_cleans_up() {
     assert!(said.contains("exit status: 3") && said.contains("no luck"), "{said}");
     assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
     assert!(mounts_below(lab.dir.path()).is_empty());
-    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+    lab.assert_nothing_served();
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn an_interrupted_bench_leaves_nothing() {
         mounts_below(lab.dir.path())
     );
     assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
-    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+    lab.assert_nothing_served();
 }
 
 #[test]
@@ -307,7 +307,7 @@ fn bench_measures_images_by_their_names_in_a_registry() {
     );
     assert_eq!(fs::read_dir(lab.path("scratch")).unwrap().count(), 0);
     assert!(mounts_below(lab.dir.path()).is_empty());
-    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+    lab.assert_nothing_served();
 
     let said = lab.bad(&["bench", "docker://127.0.0.1:1/image", "--", "true"], 2);
     assert!(said.contains("skopeo copy docker://127.0.0.1:1/image"), "{said}");

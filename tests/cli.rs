@@ -385,7 +385,7 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
     assert!(lab.bad(&["mount", "layer.tar", "mnt"], 1).contains("already has"));
     lab.good(&["umount", "mnt"]);
     assert_eq!(lab.good(&["ps", "--quiet"]), "");
-    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0, "no state is left");
+    lab.assert_nothing_served();
     assert!(mounts_below(lab.dir.path()).is_empty());
 
     // The second time the index is in the cache: one question whether the layer is still the same.
@@ -407,7 +407,7 @@ fn a_layer_is_mounted_from_a_server_and_leaves_nothing() {
         .exists()
     );
     assert!(lab.bad(&["mount", &origin.url("/gone"), "mnt"], 1).contains("404"));
-    assert_eq!(fs::read_dir(lab.path("states")).unwrap().count(), 0);
+    lab.assert_nothing_served();
 }
 
 #[test]
@@ -522,10 +522,7 @@ fn logs_of_a_device() {
     assert!(log.ends_with(&last) && last.lines().count() == 1, "{last}");
     assert_eq!(lab.good(&["logs", "-n", "0", "mnt"]), "");
     // Followed until the device is gone; what a name in it holds moves no cursor.
-    let file = lab
-        .path("states")
-        .join(device.trim_start_matches("/dev/"))
-        .with_extension("log");
+    let file = lab.path("states/service.log");
     let mut command = lab.tarblk();
     command.args(["logs", "--follow", "mnt"]).stdout(Stdio::piped());
     let mut following = command.spawn().unwrap();

@@ -598,7 +598,29 @@ fn a_killed_daemon_leaves_no_lost_device() {
     });
 }
 
-/// Kills a daemon and cleans up; which device it was.
+/// Kills the service and the keepers of the states below `dir`, until nothing is left to start another.
+fn kill_servers(dir: &Path) {
+    let servers = || -> Vec<String> {
+        let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let line = String::from_utf8_lossy(&line).into_owned();
+            let is_server = line.contains("serve-devices") && line.contains(dir.to_str()?);
+            is_server.then(|| entry.file_name().to_string_lossy().into_owned())
+        });
+        lines.collect()
+    };
+    wait_until("the end of all servers", || {
+        // Stopped first: what is stopped starts nothing.
+        for signal in ["-STOP", "-KILL"] {
+            for pid in servers() {
+                let _ = Command::new("kill").args([signal, &pid]).status();
+            }
+        }
+        servers().is_empty()
+    });
+}
+
+/// Kills what serves a device and cleans up; which device it was.
 fn kill_while_reading(dir: &Path, tar: &Path) -> String {
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", tar).unwrap();
@@ -618,9 +640,8 @@ fn kill_while_reading(dir: &Path, tar: &Path) -> String {
         (&listed["device"], &listed["status"]),
         (&device.clone().into(), &"serving".into())
     );
-    let pid = listed["process"]["pid"].as_u64().unwrap();
-    succeed(Command::new("kill").args(["-9", &pid.to_string()]));
-    wait_until("the daemon's death", || ps(&session)["status"] == "dead");
+    kill_servers(session.dir());
+    wait_until("the service's death", || ps(&session)["status"] == "dead");
 
     // The kernel takes a moment to notice.
     std::thread::sleep(Duration::from_secs(2));

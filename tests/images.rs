@@ -240,7 +240,7 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
     );
     // What is not secret may be seen: nothing here is.
     let stats = session.succeed(&["stats", mounted.to_str().unwrap()]);
-    let kept: String = fs::read_dir("/run/tarblk")
+    let kept: String = fs::read_dir(session.dir().join("states"))
         .into_iter()
         .flatten()
         .flatten()
@@ -248,7 +248,7 @@ fn tokens_and_signed_urls_end_and_no_read_fails() {
             entry
                 .path()
                 .extension()
-                .is_some_and(|name| name == "json" || name == "log")
+                .is_some_and(|name| name == "json" || name == "log" || name == "spec")
         })
         .map(|entry| fs::read_to_string(entry.path()).unwrap_or_default())
         .collect();

@@ -133,6 +133,7 @@ fn credentials_are_for_the_registry_that_was_named() {
             keyring: Keyring {
                 given,
                 authfile: Some(authfile.clone()),
+                usual: None,
             },
             ..options()
         };
@@ -153,6 +154,7 @@ fn credentials_are_for_the_registry_that_was_named() {
         keyring: Keyring {
             given: None,
             authfile: Some(authfile),
+            usual: None,
         },
         ..options()
     };
@@ -247,7 +249,7 @@ fn names(prepared: &Prepared) -> Vec<String> {
 /// The first bytes of the layer as a reader of the image is given them.
 fn first_bytes(prepared: Prepared, len: usize) -> Vec<u8> {
     let fetching = Fetching {
-        memory_bytes: 1 << 20,
+        memory_bytes: Some(1 << 20),
         connections: 2,
         fetch_all: false,
         deadline: Some(Duration::from_secs(20)),
@@ -606,6 +608,7 @@ fn options_show_no_secrets() {
             keyring: Keyring {
                 given: Some(Login::parse("me:secret").unwrap()),
                 authfile: None,
+                usual: None,
             },
             ..RegistryOptions::default()
         },

@@ -12,8 +12,8 @@ use serde::Deserialize;
 use super::origin::Link;
 use super::stage::{MountArguments, Stage};
 use super::{BenchError, child};
-use crate::device::daemon::DaemonStats;
 use crate::device::inventory::Counted;
+use crate::device::service::DaemonStats;
 
 /// What `tarblk mount --json` says.
 #[derive(Clone, Debug, Deserialize)]

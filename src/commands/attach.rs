@@ -1,5 +1,6 @@
 //! `tarblk attach`, `mount`, `umount`, `detach`, and the hidden command that a daemon runs.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,19 +14,22 @@ use super::laziness::{Downloaded, Laziness, line_of_mount};
 use super::notify::{READY, STOPPING, notify};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
-use crate::device::daemon::{self, Attached, BuildError, DaemonError, Launcher, Reach, ServeSpec, Served};
 use crate::device::inventory;
+use crate::device::service::{self, Attached, BuildError, Builder, DaemonError, Launcher, Reach, ServeSpec, Served};
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
-use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer};
+use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer, Shared};
 use crate::source::Source;
 use crate::source::registry::{ImageName, LayoutName};
 
-/// The hidden command that a daemon runs.
-pub(super) const SERVE: &str = "serve-device";
+/// The hidden command that the service and its keepers run.
+pub(super) const SERVE: &str = "serve-devices";
+
+/// How long the service stays when nothing is attached.
+const SERVICE_IDLE: Duration = Duration::from_secs(20);
 
 /// The most queues of a device without `--queues`: more only cost memory.
 const MOST_QUEUES: usize = 4;
@@ -108,7 +112,7 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
             notify(READY);
             Ok(())
         };
-        let served = daemon::serve(spec.spec, None, build, announce);
+        let served = service::serve(spec.spec, Images::default(), announce);
         notify(STOPPING);
         return Ok(served?);
     }
@@ -124,7 +128,7 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
 
 /// Detaches what turned out not to be wanted; returns the error to end with.
 fn detach_unwanted(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
-    if let Err(left) = daemon::detach(&states(), &attached.state) {
+    if let Err(left) = service::detach(&states(), &attached.state) {
         log::warn!("{left}");
     }
     if error.is::<ReaderGone>() {
@@ -149,6 +153,13 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     report_backend(&attached, session);
     if let Err(error) = mount::mount_device(&attached.state.device, &dir, &options) {
         return Err(detach_unwanted(&attached, error.into()));
+    }
+    // From here on it goes when it is unmounted, whoever does that.
+    if let Err(error) = service::let_go(&states(), &attached.state) {
+        log::warn!(
+            "{} stays when it is unmounted: {error}",
+            attached.state.device.display()
+        );
     }
     let mounted = Mounted {
         attached: &attached,
@@ -205,8 +216,14 @@ fn hold_mount(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Re
 }
 
 /// `tarblk umount`.
-pub(super) fn umount(args: &UmountArgs, _: Session) -> anyhow::Result<()> {
-    mount::unmount(&states(), &args.dir)?;
+pub(super) fn umount(args: &UmountArgs, session: Session) -> anyhow::Result<()> {
+    let unmounted = mount::unmount(&states(), &args.dir)?;
+    if let Some(used) = unmounted.still_used {
+        session.talk.note(format_args!(
+            "{} is unmounted; {used}, and its device goes when that is over",
+            args.dir.display()
+        ));
+    }
     Ok(())
 }
 
@@ -216,10 +233,24 @@ pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The hidden command: a daemon's life.
-pub(super) fn serve() -> ExitCode {
+/// The hidden command: the life of the service or of a keeper.
+pub(super) fn serve(arguments: &[OsString]) -> ExitCode {
     crate::fetch::descriptors::raise();
-    daemon::main(build)
+    service::main(SERVE, arguments, Images::default())
+}
+
+/// `tarblk upgrade`.
+pub(super) fn upgrade(session: Session) -> anyhow::Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(DaemonError::NotRoot.into());
+    }
+    match service::upgrade(&states())? {
+        Some((before, now)) => session.talk.note(format_args!(
+            "process {now} of this program goes on with what process {before} served"
+        )),
+        None => session.talk.note("there is no service to upgrade: nothing is attached"),
+    }
+    Ok(())
 }
 
 /// The directory of device states: `TARBLK_STATE_DIR` (for tests, and where /run cannot be written), else /run/tarblk.
@@ -263,7 +294,7 @@ struct LentIndexes(Vec<PathBuf>);
 
 impl AttachRequest {
     fn launch(&self) -> anyhow::Result<Attached> {
-        Ok(daemon::launch(&Launcher::this_program(SERVE)?, &self.spec)?)
+        Ok(service::launch::<Images>(&Launcher::this_program(SERVE)?, &self.spec)?)
     }
 }
 
@@ -343,16 +374,49 @@ pub(super) fn from_anywhere(typed: &str, name: &str) -> String {
     }
 }
 
-/// Makes image and fetcher of their description, in the daemon.
-fn build(image: ImageSpec) -> Result<Served, BuildError> {
-    let reach = image.opens_later().map_or(Reach::Everything, Reach::Paths);
-    let opened = image.serve()?;
-    let (image, bytes, ended) = (opened.image.clone(), opened.fetcher.clone(), opened.fetcher.clone());
-    Ok(Served {
-        image,
-        bytes: Arc::new(bytes),
-        fetch_stats: Box::new(move || opened.stats()),
-        finish: Box::new(move || ended.shutdown()),
-        reach,
-    })
+/// Makes image and fetcher of their description, in the process that serves them.
+#[derive(Default)]
+struct Images {
+    /// What all devices of this process have together.
+    shared: Shared,
+}
+
+impl Builder for Images {
+    type Image = ImageSpec;
+
+    fn build(&self, image: ImageSpec) -> Result<Served, BuildError> {
+        let opened = image.serve(&self.shared)?;
+        let (image, bytes, ended) = (opened.image.clone(), opened.fetcher.clone(), opened.fetcher.clone());
+        Ok(Served {
+            image,
+            bytes: Arc::new(bytes),
+            fetch_stats: Box::new(move || opened.stats()),
+            finish: Box::new(move || ended.shutdown()),
+        })
+    }
+
+    fn files(image: &ImageSpec) -> Vec<PathBuf> {
+        image.files()
+    }
+
+    fn moved(image: ImageSpec, paths: &[PathBuf]) -> ImageSpec {
+        image.moved(paths)
+    }
+
+    fn without_secrets(image: &ImageSpec) -> ImageSpec {
+        image.without_secrets()
+    }
+
+    /// `TARBLK_SERVICE_IDLE` in milliseconds, for tests.
+    fn idle_limit(&self) -> Duration {
+        let said = std::env::var("TARBLK_SERVICE_IDLE")
+            .ok()
+            .and_then(|text| text.parse().ok());
+        said.map_or(SERVICE_IDLE, Duration::from_millis)
+    }
+
+    /// Devices to come may need anything: caches, credentials, helpers.
+    fn reach(&self) -> Reach {
+        Reach::Everything
+    }
 }

@@ -149,9 +149,9 @@ fn mount_options(device: &DeviceArgs) -> Vec<OsString> {
     };
     let mut words = vec![
         format!("--backend={backend}"),
-        format!("--memory={}", device.fetch.memory),
         format!("--connections={}", device.fetch.connections),
     ];
+    words.extend(device.fetch.memory.map(|bytes| format!("--memory={bytes}")));
     words.extend(device.queues.map(|queues| format!("--queues={queues}")));
     words.extend(
         device

@@ -103,9 +103,15 @@ pub enum Command {
     Bench(BenchArgs),
     /// Show everything on a layer made from this machine's own files.
     Demo(DemoArgs),
-    /// What a daemon runs: serves the device that its standard input describes.
+    /// Let this version of tarblk go on with what an older one serves, without a pause that readers would notice as an error.
+    Upgrade,
+    /// What the service of all devices and its keepers run.
     #[command(hide = true)]
-    ServeDevice,
+    ServeDevices {
+        /// For tarblk itself.
+        #[arg(hide = true)]
+        arguments: Vec<OsString>,
+    },
     /// Write man pages or shell completions.
     #[command(subcommand, disable_help_subcommand = true)]
     Generate(Generate),
@@ -225,9 +231,10 @@ fn hidden(text: &str) -> Result<Secret, std::convert::Infallible> {
 /// How a device fetches.
 #[derive(Clone, Debug, Args)]
 pub struct FetchArgs {
-    /// Memory for bytes that may be read again.
-    #[arg(long, help_heading = "Device options", value_name = "SIZE", value_parser = parse_size, default_value = "64MiB")]
-    pub memory: u64,
+    /// Memory for bytes that may be read again, of all devices together; the first device's counts [default: a sixteenth of the
+    /// machine's, at least 64 MiB and at most 512 MiB].
+    #[arg(long, help_heading = "Device options", value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
     /// Fail a read with an I/O error when its bytes could not be brought for this long [default: wait forever].
     #[arg(long, help_heading = "Device options", value_name = "TIME", value_parser = parse_time)]
     pub deadline: Option<Duration>,

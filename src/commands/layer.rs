@@ -255,7 +255,7 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
 /// How a whole image is fetched.
 fn image_fetching(store_bytes: u64, deadline: Option<Duration>) -> Fetching {
     Fetching {
-        memory_bytes: 256 << 20,
+        memory_bytes: Some(256 << 20),
         connections: 4,
         fetch_all: false,
         deadline: deadline.or(Some(Duration::from_secs(300))),

@@ -50,10 +50,11 @@ pub(super) fn logs(args: &LogsArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether more may come: the daemon lives, and its log is there. What it wrote before it went is printed before this is false
-/// for good.
+/// Whether more may come of the device: it is there, and so is the log. What was written before it went is printed before this is
+/// false for good.
 fn goes_on(log: &BufReader<File>, state: &State) -> anyhow::Result<bool> {
-    Ok(state.is_alive() && log.get_ref().metadata()?.nlink() > 0)
+    let is_there = states().read(&state.name).is_ok_and(|now| now.since == state.since);
+    Ok(is_there && log.get_ref().metadata()?.nlink() > 0)
 }
 
 /// Prints what is there from here on.

@@ -53,8 +53,11 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
         table.row([
             state.device.display().to_string(),
             state.backend.to_string(),
-            match line.status {
+            match &line.status {
                 Status::Serving => "serving".into(),
+                Status::Waiting { .. } => "waiting".into(),
+                Status::Poisoned { .. } => "poisoned".into(),
+                Status::Silent => "not answering".into(),
                 Status::Dead => "dead".into(),
             },
             show_size(state.len),

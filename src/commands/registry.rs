@@ -42,6 +42,7 @@ impl RegistryArgs {
             keyring: Keyring {
                 given: given.map(login).transpose()?,
                 authfile: authfile.map(path::absolute).transpose()?,
+                usual: None,
             },
             hosts_dir: self.hosts_dir.clone(),
             http: self.http(),

@@ -12,9 +12,9 @@ use super::attach::states;
 use super::cli::StatsArgs;
 use super::laziness::{Downloaded, Laziness};
 use super::output::{Table, print, println};
-use crate::device::daemon::{self, DaemonStats};
 use crate::device::inventory::{self, Counted};
 use crate::device::metrics::{self, DeviceMetrics};
+use crate::device::service::{self, DaemonStats};
 use crate::device::state::State;
 use crate::fetch::FetchStats;
 use crate::quantity::{show_count, show_size, show_time};
@@ -65,7 +65,7 @@ fn prometheus(device: Option<&Path>) -> anyhow::Result<()> {
         None => dir.list()?.0,
     };
     let ask = |state: State| {
-        let counters = daemon::stats(&dir, &state);
+        let counters = service::stats(&dir, &state);
         let counters = counters.inspect_err(|error| log::warn!("{error}")).ok();
         (state, counters)
     };

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::daemon::{self, ControlError, DaemonStats};
-use super::state::{State, StateDir, StateError};
+use super::service::{self, Condition, ControlError, DaemonStats};
+use super::state::{Server, State, StateDir, StateError};
 use super::users::{self, User};
 
 /// One line of `ps`.
@@ -15,20 +15,46 @@ pub struct Listed {
     /// What is known of the device.
     #[serde(flatten)]
     pub state: State,
-    /// Whether it is served.
+    /// How it is.
+    #[serde(flatten)]
     pub status: Status,
     /// Where it is mounted, as far as this process sees.
     pub mounts: Vec<PathBuf>,
 }
 
-/// Whether a device is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+/// How a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase", tag = "status")]
 pub enum Status {
-    /// It is.
+    /// Its reads are answered.
     Serving,
-    /// Its daemon has died: reads of a ublk device wait, reads of a loop device fail. `detach` cleans up.
+    /// Some of its reads wait for the network.
+    Waiting {
+        /// For what.
+        why: String,
+        /// Until the next try, in milliseconds.
+        left_ms: u64,
+    },
+    /// It was set aside: its reads fail.
+    Poisoned {
+        /// Why.
+        why: String,
+    },
+    /// Its server lives and does not answer: it was stopped, or the machine is too busy. Reads wait.
+    Silent,
+    /// Its server has died, and nothing starts it again: reads of a ublk device wait, reads of a loop device fail. `detach` cleans
+    /// up.
     Dead,
+}
+
+impl From<Condition> for Status {
+    fn from(condition: Condition) -> Self {
+        match condition {
+            Condition::Serving => Self::Serving,
+            Condition::Waiting { why, left_ms } => Self::Waiting { why, left_ms },
+            Condition::Poisoned { why } => Self::Poisoned { why },
+        }
+    }
 }
 
 /// What is attached, served or not, and what is wrong with files that should say so.
@@ -37,12 +63,19 @@ pub enum Status {
 /// When the directory of states cannot be read.
 pub fn list(states: &StateDir) -> Result<(Vec<Listed>, Vec<StateError>), StateError> {
     let (all, wrong) = states.list()?;
+    let conditions = if all.iter().any(|state| state.server == Server::Service) {
+        service::conditions(states)
+    } else {
+        Ok(None)
+    };
+    let how_is = |state: &State| match (state.server, &conditions) {
+        (Server::Command, _) if state.is_alive() => Status::Serving,
+        (Server::Command, _) | (Server::Service, Ok(None)) => Status::Dead,
+        (Server::Service, Ok(Some(known))) => known.get(&state.name).cloned().map_or(Status::Dead, Into::into),
+        (Server::Service, Err(_)) => Status::Silent,
+    };
     let listed = all.into_iter().map(|state| Listed {
-        status: if state.is_alive() {
-            Status::Serving
-        } else {
-            Status::Dead
-        },
+        status: how_is(&state),
         mounts: users::mount_points(&state.device),
         state,
     });
@@ -84,17 +117,17 @@ pub struct Counted {
 /// When there is no such device, or its daemon does not answer.
 pub fn stats(states: &StateDir, name: &Path) -> Result<Counted, ControlError> {
     let state = find(states, name)?;
-    let counters = daemon::stats(states, &state)?;
+    let counters = service::stats(states, &state)?;
     Ok(Counted { state, counters })
 }
 
-/// Takes down the device that `name` means; see [`daemon::detach`].
+/// Takes down the device that `name` means; see [`service::detach`].
 ///
 /// # Errors
 /// When there is no such device, or it is in use.
 pub fn detach(states: &StateDir, name: &Path) -> Result<State, ControlError> {
     let state = find(states, name)?;
-    daemon::detach(states, &state)?;
+    service::detach(states, &state)?;
     Ok(state)
 }
 
@@ -110,8 +143,17 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
     }
     states.remove_leftovers();
     let mut staying = Vec::new();
-    for state in all.into_iter().filter(|state| !state.is_alive()) {
-        match daemon::bury(states, &state) {
+    // What the service left another one goes on with, or cleans up, as soon as it starts.
+    let dead = |state: &State| match state.server {
+        Server::Command => !state.is_alive(),
+        Server::Service => !state.process.is_of_this_boot() || (!state.is_alive() && !state.device_exists()),
+    };
+    let no_service = !states.service_socket().exists();
+    for state in all
+        .into_iter()
+        .filter(|state| dead(state) && (state.server == Server::Command || no_service))
+    {
+        match service::bury(states, &state) {
             Ok(()) => log::info!(
                 "cleaned up after the dead daemon {} of {}",
                 state.process.pid,

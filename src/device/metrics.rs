@@ -4,7 +4,7 @@
 use std::fmt::{Display, Write as _};
 
 use super::Backend;
-use super::daemon::DaemonStats;
+use super::service::DaemonStats;
 use super::state::State;
 
 /// What the text is called when it is sent by HTTP.

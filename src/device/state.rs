@@ -18,7 +18,7 @@ use super::{Backend, fuse_loop, ublk};
 /// Where states are kept unless a command says otherwise.
 pub const DEFAULT_DIR: &str = "/run/tarblk";
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// No state file is longer; a longer one is not ours.
 const MAX_STATE_BYTES: u64 = 64 << 10;
@@ -81,12 +81,24 @@ pub struct State {
     pub len: u64,
     /// The layer it holds, as a person named it, without secrets.
     pub source: String,
-    /// The process that serves it.
+    /// The process that serves it, or did until it ended: the machine's service is started again.
     pub process: Process,
+    /// What that process is.
+    pub server: Server,
     /// When it was ready, in seconds since 1970 UTC.
     pub since: u64,
-    /// What the daemon has to say; none when it runs in the foreground.
+    /// The log of what serves it; none when it runs in the foreground.
     pub log: Option<PathBuf>,
+}
+
+/// What serves a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Server {
+    /// The service of the state directory, which serves other devices too and is started again when it dies.
+    Service,
+    /// A command in the foreground.
+    Command,
 }
 
 /// A process, told apart from a later one with the same number.
@@ -114,6 +126,22 @@ impl Process {
             born,
             boot: boot_id()?,
         })
+    }
+
+    /// What stands for a process that could not be told apart from others: it is never taken for a living one.
+    #[must_use]
+    pub fn unknown() -> Self {
+        Self {
+            pid: std::process::id(),
+            born: 0,
+            boot: String::new(),
+        }
+    }
+
+    /// Whether it began since the machine was started the last time.
+    #[must_use]
+    pub fn is_of_this_boot(&self) -> bool {
+        boot_id().is_ok_and(|boot| boot == self.boot)
     }
 
     /// Whether it still runs. One that has ended but whose parent has not noticed does not.
@@ -149,6 +177,70 @@ struct Envelope {
     version: u32,
     crc32c: u32,
     state: String,
+}
+
+/// Writes `text` in an envelope to `path`, whole or not at all.
+///
+/// # Errors
+/// [`StateError::File`] when it cannot be written.
+pub(super) fn write_checked(path: &Path, text: String) -> Result<(), StateError> {
+    let name = path
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
+    let write = || {
+        let envelope = Envelope {
+            version: VERSION,
+            crc32c: crc32c::crc32c(text.as_bytes()),
+            state: text,
+        };
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&part)?;
+        file.write_all(&serde_json::to_vec(&envelope)?)?;
+        fs::rename(&part, path)
+    };
+    write().map_err(|cause: io::Error| {
+        let _ = fs::remove_file(&part);
+        StateError::File {
+            path: path.to_owned(),
+            cause,
+        }
+    })
+}
+
+/// Understands what [`write_checked`] wrote to `path`; more than `most` bytes are refused.
+///
+/// # Errors
+/// [`StateError::Damaged`], [`StateError::Version`].
+pub(super) fn parse_checked<T: serde::de::DeserializeOwned>(
+    text: &[u8],
+    most: u64,
+    path: &Path,
+) -> Result<T, StateError> {
+    let damaged = |cause: String| StateError::Damaged {
+        path: path.to_owned(),
+        cause,
+    };
+    if text.len() > usize::try_from(most).unwrap_or(usize::MAX) {
+        return Err(damaged("it is too long".to_owned()));
+    }
+    let AnyVersion { version } = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+    if version != VERSION {
+        return Err(StateError::Version {
+            path: path.to_owned(),
+            version,
+        });
+    }
+    let envelope: Envelope = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+    if crc32c::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
+        return Err(damaged("its checksum is wrong".to_owned()));
+    }
+    serde_json::from_str(&envelope.state).map_err(|error| damaged(error.to_string()))
 }
 
 /// The part of the form that no version changes.
@@ -213,10 +305,19 @@ impl StateDir {
         self.0.join(format!("{name}.sock"))
     }
 
-    /// The log of device `name`.
+    /// The control socket of the service.
     #[must_use]
-    pub fn log(&self, name: &str) -> PathBuf {
-        self.0.join(format!("{name}.log"))
+    pub fn service_socket(&self) -> PathBuf {
+        self.0.join("service.sock")
+    }
+
+    /// The socket on which the server of `state` answers.
+    #[must_use]
+    pub fn socket_of(&self, state: &State) -> PathBuf {
+        match state.server {
+            Server::Service => self.service_socket(),
+            Server::Command => self.socket(&state.name),
+        }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -229,33 +330,14 @@ impl StateDir {
     /// [`StateError::File`] when it cannot be written.
     pub fn write(&self, state: &State) -> Result<(), StateError> {
         let path = self.file(&state.name);
-        let part = self.0.join(format!(".{}.{}.part", state.name, std::process::id()));
-        let write = || {
-            let text = serde_json::to_string(state)?;
-            let envelope = Envelope {
-                version: VERSION,
-                crc32c: crc32c::crc32c(text.as_bytes()),
-                state: text,
-            };
-            let mut file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&part)?;
-            file.write_all(&serde_json::to_vec(&envelope)?)?;
-            fs::rename(&part, &path)
-        };
-        write().map_err(|cause: io::Error| {
-            let _ = fs::remove_file(&part);
-            StateError::File {
-                path: path.clone(),
-                cause,
-            }
-        })
+        let text = serde_json::to_string(state).map_err(|error| StateError::File {
+            path: path.clone(),
+            cause: error.into(),
+        })?;
+        write_checked(&path, text)
     }
 
-    /// Removes the files of the device of `state`: state, socket and log. A device's number is given out again at once, so
+    /// Removes the files of the device of `state`: state and socket. A device's number is given out again at once, so
     /// they may be another daemon's by now: those stay.
     pub fn remove(&self, state: &State) {
         let _turn = self.turn();
@@ -263,8 +345,7 @@ impl StateDir {
             return;
         }
         let name = &state.name;
-        let older_log = self.0.join(format!("{name}.log.1"));
-        for path in [self.file(name), self.socket(name), self.log(name), older_log] {
+        for path in [self.file(name), self.socket(name)] {
             if let Err(error) = fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound
             {
@@ -273,8 +354,8 @@ impl StateDir {
         }
     }
 
-    /// Removes what commands left that were killed while a daemon started: the log it had until it had a device, and the
-    /// index that was lent to it.
+    /// Removes what commands left that were killed before the service had what they wrote: indexes that were lent to it, and
+    /// files that were not yet given their name.
     pub fn remove_leftovers(&self) {
         let Ok(entries) = fs::read_dir(&self.0) else {
             return;
@@ -288,7 +369,7 @@ impl StateDir {
         for entry in entries.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let passing = [("starting-", ".log"), ("index-", ".tarblk"), (".", ".part")];
+            let passing = [("index-", ".tarblk"), (".", ".part")];
             let is_passing = passing
                 .iter()
                 .any(|(start, end)| name.starts_with(start) && name.ends_with(end));
@@ -386,21 +467,7 @@ fn parse(text: &[u8], name: &str, path: &Path) -> Result<State, StateError> {
         path: path.to_owned(),
         cause,
     };
-    if text.len() > usize::try_from(MAX_STATE_BYTES).unwrap_or(usize::MAX) {
-        return Err(damaged("it is too long".to_owned()));
-    }
-    let AnyVersion { version } = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-    if version != VERSION {
-        return Err(StateError::Version {
-            path: path.to_owned(),
-            version,
-        });
-    }
-    let envelope: Envelope = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-    if crc32c::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
-        return Err(damaged("its checksum is wrong".to_owned()));
-    }
-    let state: State = serde_json::from_str(&envelope.state).map_err(|error| damaged(error.to_string()))?;
+    let state: State = parse_checked(text, MAX_STATE_BYTES, path)?;
     let kind = match state.backend {
         Backend::Ublk => "ublkb",
         Backend::Loop => "loop",
@@ -446,8 +513,9 @@ mod tests {
             len: 1 << 20,
             source: "http://example.com/layer.tar".to_owned(),
             process: Process::current().unwrap(),
+            server: Server::Service,
             since: 1_700_000_000,
-            log: Some(PathBuf::from("/run/tarblk/loop7.log")),
+            log: Some(PathBuf::from("/run/tarblk/service.log")),
         }
     }
 
@@ -477,13 +545,13 @@ mod tests {
         before.process.born += 1;
         states.write(&before).unwrap();
         states.write(&next).unwrap();
-        fs::write(states.log("loop7"), "the next one's").unwrap();
+        fs::write(states.socket("loop7"), "the next one's").unwrap();
         states.remove(&before);
         assert_eq!(states.read("loop7").unwrap(), next);
-        assert!(states.log("loop7").exists());
+        assert!(states.socket("loop7").exists());
         states.remove(&next);
         assert!(states.list().unwrap().0.is_empty());
-        assert!(!states.log("loop7").exists());
+        assert!(!states.socket("loop7").exists());
     }
 
     #[test]
@@ -513,10 +581,10 @@ mod tests {
         states.write(&example()).unwrap();
         fs::rename(states.file("loop7"), states.file("loop8")).unwrap();
         assert!(matches!(states.read("loop8"), Err(StateError::Damaged { .. })));
-        fs::write(states.file("loop8"), "{\"version\":2,\"new\":true}").unwrap();
+        fs::write(states.file("loop8"), "{\"version\":3,\"new\":true}").unwrap();
         assert!(matches!(
             states.read("loop8"),
-            Err(StateError::Version { version: 2, .. })
+            Err(StateError::Version { version: 3, .. })
         ));
         assert_eq!(states.list().unwrap().1.len(), 1);
     }

@@ -8,7 +8,6 @@ use crate::fetch;
 use crate::http::without_secrets;
 use crate::image::ImageError;
 use crate::index::{ImageArchiveProbe, Index, IndexError};
-use crate::layer::Coding;
 use crate::quantity::show_size;
 use crate::source::SourceError;
 use crate::walk::WalkError;
@@ -190,23 +189,12 @@ impl From<WalkError> for OpenError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedImage {
     /// The tar, as it was named, without secrets.
-    name: String,
+    pub(super) name: String,
     /// What skopeo calls such an archive.
-    transport: &'static str,
-    /// How it is compressed.
-    coding: Coding,
+    pub(super) transport: &'static str,
 }
 
 impl PackedImage {
-    /// The archive that was named `name`, without secrets.
-    pub(super) fn new(name: &str, transport: &'static str, coding: Coding) -> Self {
-        Self {
-            name: name.to_owned(),
-            transport,
-            coding,
-        }
-    }
-
     /// No archive of an image has more entries: three for each of at most some hundred layers.
     const MOST_ENTRIES: u64 = 10_000;
 
@@ -220,19 +208,16 @@ impl PackedImage {
         }
         let mut probe = ImageArchiveProbe::default();
         index.replay(&mut probe)?;
-        let coding = index.identity().coding;
-        let packed = |transport| Self::new(&without_secrets(name), transport, coding);
-        Ok(probe.found().map(|archive| packed(archive.transport())))
+        Ok(probe.found().map(|archive| Self {
+            name: without_secrets(name),
+            transport: archive.transport(),
+        }))
     }
 }
 
 impl std::fmt::Display for PackedImage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self {
-            name,
-            transport,
-            coding,
-        } = self;
+        let Self { name, transport } = self;
         // skopeo reads such archives from files alone.
         let (first, file) = match name.rsplit_once('/') {
             Some((_, last)) if name.contains("://") => ("download it and unpack it", last.trim_end_matches("?…")),
@@ -240,14 +225,8 @@ impl std::fmt::Display for PackedImage {
         };
         write!(
             f,
-            "{name} is an image packed into a tar ({transport}), not a layer: {first} with `"
-        )?;
-        // Of gzip skopeo (1.9) takes the one kind of archive and calls the other damaged.
-        if (*transport, *coding) == ("docker-archive", Coding::Gzip) {
-            write!(f, "gzip -dc {file} > image.tar && skopeo copy {transport}:image.tar")?;
-        } else {
-            write!(f, "skopeo copy {transport}:{file}")?;
-        }
-        f.write_str(" oci:DIR:latest`, then use oci:DIR:latest")
+            "{name} is an image packed into a tar ({transport}), not a layer: {first} with `skopeo copy {transport}:{file} \
+             oci:DIR:latest`, then use oci:DIR:latest"
+        )
     }
 }

@@ -12,30 +12,14 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::index_cache::read_hot;
-use super::{Cache, OpenError, Prepared, image_of, is_full, open_index};
-use crate::cache::disk::DiskCache;
-use crate::fetch::{self, Coded, FetchOptions, FetchStats, Fetcher, LayerSource, PrepareCost, Verifier, Windows};
+use super::shared::{Fetching, Shared};
+use super::{Cache, OpenError, Prepared, open_index};
+use crate::fetch::{Coded, FetchStats, Fetcher, LayerSource, OpenOptions, PrepareCost, Verifier, Windows};
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
 use crate::source::{Blob, LayerSpec, Place};
 use crate::tree::TreeMode;
-
-/// How served layers' bytes are fetched.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Fetching {
-    /// The most bytes that the memory cache holds.
-    pub memory_bytes: u64,
-    /// Connections per host at most.
-    pub connections: u16,
-    /// Whether all of the layers is fetched into the disk cache in the end, while there are no reads.
-    pub fetch_all: bool,
-    /// How long a read may wait before it fails; for ever if none.
-    pub deadline: Option<Duration>,
-    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
-    pub store_bytes: u64,
-}
 
 /// Everything that a process must know to serve layers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -151,25 +135,47 @@ impl ImageSpec {
         lent.map(|layer| layer.index.path.as_path())
     }
 
-    /// The files and directories that the server of the spec opens later, when the layers are open; none if programs are
-    /// run that could open anything.
+    /// The files of this machine that the spec names: of each layer its index, then the layer itself if it is one.
     #[must_use]
-    pub fn opens_later(&self) -> Option<Vec<PathBuf>> {
-        let mut paths: Vec<PathBuf> = self.store.iter().cloned().collect();
-        let places = self
-            .layers
-            .iter()
-            .flat_map(|layer| [Some(&layer.layer.blob), layer.index.rest.as_ref()]);
-        for place in places.flatten() {
-            let Place::Registry(access) = &place.place else {
-                continue;
+    pub fn files(&self) -> Vec<PathBuf> {
+        let of_layer = |layer: &ServedLayer| {
+            let blob = match &layer.layer.blob.place {
+                Place::File(file) => Some(file.path.clone()),
+                Place::Url(_) | Place::Registry(_) => None,
             };
-            if access.keyring().names_helpers() {
-                return None;
+            [Some(layer.index.path.clone()), blob]
+        };
+        self.layers.iter().flat_map(of_layer).flatten().collect()
+    }
+
+    /// The same with [`files`](Self::files) at other paths, in the same order: those of descriptors, say, which go on meaning the
+    /// same file whatever becomes of its name.
+    #[must_use]
+    pub fn moved(mut self, paths: &[PathBuf]) -> Self {
+        let mut paths = paths.iter();
+        for layer in &mut self.layers {
+            if let Some(path) = paths.next() {
+                layer.index.path.clone_from(path);
             }
-            paths.extend(access.keyring().files());
+            if let Place::File(file) = &mut layer.layer.blob.place
+                && let Some(path) = paths.next()
+            {
+                file.move_to(path);
+            }
         }
-        Some(paths)
+        self
+    }
+
+    /// The same with nothing in it that must not be in a file: credentials, tokens, signed addresses. What is needed of those is
+    /// looked up again where it comes from.
+    #[must_use]
+    pub fn without_secrets(&self) -> Self {
+        let mut spec = self.clone();
+        for layer in &mut spec.layers {
+            layer.layer.blob = layer.layer.blob.without_secrets();
+            layer.index.rest = layer.index.rest.as_ref().map(Blob::without_secrets);
+        }
+        spec
     }
 
     /// Removes the index files that were lent.
@@ -183,11 +189,11 @@ impl ImageSpec {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn serve(self) -> Result<Opened, OpenError> {
+    pub fn serve(self, shared: &Shared) -> Result<Opened, OpenError> {
         let indexes: Result<Vec<_>, OpenError> = self.layers.iter().map(|layer| layer.index.read()).collect();
-        self.take_back();
         let indexes = indexes?;
-        let image = Arc::new(image_of(indexes.iter().map(|(index, _)| index), self.tree, &self.name)?);
+        let made_of: Vec<_> = indexes.iter().map(|(index, _)| index).collect();
+        let image = shared.image(&made_of, self.tree, &self.name)?;
         let mut sources = Vec::new();
         for (served, (index, file)) in self.layers.into_iter().zip(indexes) {
             let windows = match served.index.rest {
@@ -200,7 +206,7 @@ impl ImageSpec {
             };
             sources.push(layer_source(served.layer, &index, windows));
         }
-        start(image, sources, self.store.as_deref(), &self.fetching, self.cost)
+        start(shared, image, sources, self.store.as_deref(), &self.fetching, self.cost)
     }
 }
 
@@ -245,6 +251,7 @@ fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> L
 }
 
 fn start(
+    shared: &Shared,
     image: Arc<Ext4Image>,
     layers: Vec<LayerSource>,
     store: Option<&Path>,
@@ -253,25 +260,12 @@ fn start(
 ) -> Result<Opened, OpenError> {
     // A plain local file needs no disk cache.
     let needs_store = |layer: &LayerSource| layer.layer.blob.is_remote() || layer.coding.is_some();
-    let store = match store.filter(|_| layers.iter().any(needs_store)).map(DiskCache::open) {
-        Some(Ok(store)) => Some(store),
-        Some(Err(error)) if is_full(&error.source) => {
-            log::warn!("{error}; going on without a cache");
-            None
-        }
-        Some(Err(error)) => return Err(error.into()),
-        None => None,
-    };
-    if let Some(store) = &store
+    let pool = shared.pool(store.filter(|_| layers.iter().any(needs_store)), fetching)?;
+    if let Some(store) = &pool.disk
         && let Err(error) = store.trim(fetching.store_bytes)
     {
         log::warn!("{error}");
     }
-    let secure = |layer: &LayerSource| match &layer.layer.blob.place {
-        Place::File(_) => false,
-        Place::Url(at) => at.url.scheme() == "https",
-        Place::Registry(_) => true,
-    };
     let size: u64 = layers.iter().map(LayerSource::size).fold(0, u64::saturating_add);
     let room = size <= fetching.store_bytes;
     if fetching.fetch_all && !room {
@@ -280,21 +274,13 @@ fn start(
             fetching.store_bytes
         );
     }
-    let options = FetchOptions {
-        memory_bytes: fetching.memory_bytes,
-        connections: usize::from(fetching.connections),
+    let options = OpenOptions {
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
-        fetch_all: fetching.fetch_all && room && store.is_some(),
-        store,
-        tls: if layers.iter().any(secure) {
-            Some(fetch::default_tls()?)
-        } else {
-            None
-        },
-        ..FetchOptions::default()
+        fetch_all: fetching.fetch_all && room && pool.disk.is_some(),
+        ..OpenOptions::default()
     };
     let files: Arc<dyn FileMap> = image.clone();
-    let fetcher = Fetcher::start(layers, options, Some(files))?;
+    let fetcher = pool.fetch.open(layers, options, Some(files))?;
     Ok(Opened { image, fetcher, cost })
 }
 
@@ -313,7 +299,14 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
         };
         sources.push(layer_source(layer.layer, &layer.index, windows));
     }
-    start(image, sources, store.as_deref(), fetching, prepared.cost)
+    start(
+        &Shared::default(),
+        image,
+        sources,
+        store.as_deref(),
+        fetching,
+        prepared.cost,
+    )
 }
 
 /// Every decoder window of an index that is whole.

@@ -18,7 +18,7 @@ use url::Url;
 use super::error::SourceError;
 use super::registry::BlobAccess;
 use crate::digest::Digest;
-use crate::http::{Reach, Secret, Validator, shown_url, split_credentials};
+use crate::http::{Reach, Secret, Validator, shown_url, split_credentials, stable_name};
 
 /// A blob that was found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -91,6 +91,18 @@ impl Blob {
         }
     }
 
+    /// The same blob with nothing in it that must not be in a file. What a server wants to see beside that is looked up anew when
+    /// it asks for it; a URL that is itself a secret (signed) no longer works.
+    #[must_use]
+    pub fn without_secrets(&self) -> Self {
+        let place = match &self.place {
+            Place::File(file) => Place::File(file.clone()),
+            Place::Url(at) => Place::Url(at.without_secrets()),
+            Place::Registry(access) => Place::Registry(access.without_secrets()),
+        };
+        Self { place, ..self.clone() }
+    }
+
     /// Whether it is somewhere else than on this machine.
     #[must_use]
     pub fn is_remote(&self) -> bool {
@@ -153,6 +165,13 @@ pub struct LocalFile {
 }
 
 impl LocalFile {
+    /// From now on it is opened by another path that leads to the same file. A descriptor's (`/proc/self/fd/N`) goes on doing so when
+    /// the file has lost its name, which changes its time of change: that one is no longer compared.
+    pub fn move_to(&mut self, path: &Path) {
+        path.clone_into(&mut self.path);
+        self.state.ctime = None;
+    }
+
     /// Opens it for reading.
     ///
     /// # Errors
@@ -162,7 +181,7 @@ impl LocalFile {
             path: self.path.clone(),
             source,
         })?;
-        if FileState::of(&meta) == self.state {
+        if self.state.fits(&FileState::of(&meta)) {
             Ok(file)
         } else {
             Err(SourceError::FileChanged(self.path.clone()))
@@ -190,7 +209,8 @@ struct FileState {
     len: u64,
     /// Seconds and nanoseconds.
     mtime: (i64, i64),
-    ctime: (i64, i64),
+    /// None where it says nothing.
+    ctime: Option<(i64, i64)>,
 }
 
 impl FileState {
@@ -200,15 +220,26 @@ impl FileState {
             ino: meta.ino(),
             len: meta.len(),
             mtime: (meta.mtime(), meta.mtime_nsec()),
-            ctime: (meta.ctime(), meta.ctime_nsec()),
+            ctime: Some((meta.ctime(), meta.ctime_nsec())),
         }
+    }
+
+    /// Whether a file in the state `found` is the one in this state, unchanged.
+    fn fits(&self, found: &Self) -> bool {
+        let ctime = self.ctime.and(found.ctime);
+        *found
+            == Self {
+                ctime: found.ctime,
+                ..self.clone()
+            }
+            && (ctime.is_none() || self.ctime == found.ctime)
     }
 }
 
 impl fmt::Display for FileState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { dev, ino, len, .. } = self;
-        let ((ms, mn), (cs, cn)) = (self.mtime, self.ctime);
+        let ((ms, mn), (cs, cn)) = (self.mtime, self.ctime.unwrap_or_default());
         write!(f, "file:{dev}:{ino}:{len}:{ms}.{mn:09}:{cs}.{cn:09}")
     }
 }
@@ -253,6 +284,16 @@ impl UrlBlob {
             ranges: true,
             validator: None,
             encoding: None,
+        }
+    }
+
+    fn without_secrets(&self) -> Self {
+        let url = Url::parse(&stable_name(self.url.as_str())).unwrap_or_else(|_| self.url.clone());
+        Self {
+            resolved: url.clone(),
+            url,
+            authorization: None,
+            ..self.clone()
         }
     }
 
@@ -330,7 +371,7 @@ mod tests {
             ino: 2,
             len: 3,
             mtime: (4, 5),
-            ctime: (6, 7),
+            ctime: Some((6, 7)),
         };
         assert_eq!(state.to_string(), "file:1:2:3:4.000000005:6.000000007");
     }

@@ -27,6 +27,7 @@ pub(crate) fn registry_options(tries: u32) -> RegistryOptions {
         keyring: Keyring {
             given: None,
             authfile: Some(empty_authfile()),
+            usual: None,
         },
         platform: Some("linux/amd64".parse().unwrap()),
         http: http_options(tries),

@@ -43,6 +43,8 @@ impl Session {
         Command::new(TARBLK)
             .args(arguments)
             .env("TARBLK_CACHE", self.dir().join("cache"))
+            .env("TARBLK_STATE_DIR", self.dir().join("states"))
+            .env("TARBLK_SERVICE_IDLE", "0")
             .env_remove("RUST_LOG")
             .env("NO_COLOR", "1")
             .output()
@@ -144,6 +146,18 @@ pub(crate) fn is_mounted(dir: &Path) -> bool {
 /// What a device could leave behind on this machine: processes, mounts, loop devices, ublk devices, state files. Only what
 /// belongs to `marker`, a path that its command lines or backing files contain, so that others may work beside it.
 pub(crate) fn leftovers(marker: &Path) -> Vec<String> {
+    // The service ends a moment after its last device.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        let found = leftovers_now(marker);
+        if found.is_empty() || std::time::Instant::now() > deadline {
+            return found;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+}
+
+fn leftovers_now(marker: &Path) -> Vec<String> {
     let marker = marker.to_str().unwrap();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -176,10 +190,12 @@ pub(crate) fn leftovers(marker: &Path) -> Vec<String> {
             found.push(format!("{} over {}", entry.file_name().display(), file.trim()));
         }
     }
-    for entry in fs::read_dir("/run/tarblk").into_iter().flatten().flatten() {
-        if fs::read_to_string(entry.path()).is_ok_and(|state| state.contains(marker)) {
-            found.push(format!("state file {}", entry.path().display()));
-        }
+    for entry in fs::read_dir(Path::new(marker).join("states"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        found.push(format!("state file {}", entry.path().display()));
     }
     found
 }

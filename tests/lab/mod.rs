@@ -53,6 +53,7 @@ impl Lab {
             .current_dir(self.dir.path())
             .env("TARBLK_CACHE", self.path("cache"))
             .env("TARBLK_STATE_DIR", self.path("states"))
+            .env("TARBLK_SERVICE_IDLE", "0")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null());
         command
@@ -88,6 +89,59 @@ impl Lab {
 
     pub(crate) fn json(&self, args: &[&str]) -> Value {
         serde_json::from_str(&self.good(args)).unwrap()
+    }
+
+    /// Waits until nothing serves here any more and the directory of states is empty.
+    pub(crate) fn assert_nothing_served(&self) {
+        let began = std::time::Instant::now();
+        loop {
+            let files: Vec<_> = fs::read_dir(self.path("states"))
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.file_name())
+                .collect();
+            if files.is_empty() && self.servers().is_empty() {
+                return;
+            }
+            let limit = std::time::Duration::from_secs(20);
+            assert!(began.elapsed() < limit, "left: {files:?}, {:?}", self.servers());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+
+    /// The processes that serve devices of this directory of states, the service and its keepers.
+    pub(crate) fn servers(&self) -> Vec<i32> {
+        let states = self.path("states");
+        let serves = |pid: &i32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line
+                .split(|&byte| byte == 0)
+                .map(|word| String::from_utf8_lossy(word).into_owned());
+            words.any(|word| word == "serve-devices") && words.any(|word| Path::new(&word) == states)
+        };
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(serves).collect()
+    }
+
+    /// Kills the service and its keepers, so that nothing is left to start another.
+    pub(crate) fn kill_all(&self) {
+        use rustix::process::{Pid, Signal, kill_process};
+        for _ in 0..100 {
+            let servers = self.servers();
+            if servers.is_empty() {
+                return;
+            }
+            // Stopped first: what is stopped starts nothing.
+            for signal in [Signal::STOP, Signal::KILL] {
+                for pid in servers.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+                    let _ = kill_process(pid, signal);
+                }
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        panic!("something goes on serving");
     }
 
     /// What is in here, by name.

@@ -3,14 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tarblk::internals::device::daemon::{self, Attached, Launcher, Reach, ServeSpec, Served};
 use tarblk::internals::device::inventory::{self, Status};
+use tarblk::internals::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served};
 use tarblk::internals::device::state::StateDir;
 use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::internals::mount;
@@ -35,10 +37,37 @@ pub(crate) const CASES: &[Case] = &[
     ("finds_a_mount_in_another_namespace", finds_a_mount_in_another_namespace),
     ("sigterm_detaches", sigterm_detaches),
     ("sigterm_waits_for_the_unmount", sigterm_waits_for_the_unmount),
-    ("a_killed_daemon_is_cleaned_up", a_killed_daemon_is_cleaned_up),
+    ("a_killed_service_is_a_pause", a_killed_service_is_a_pause),
     (
-        "a_killed_daemon_of_a_mounted_device_is_cleaned_up",
-        a_killed_daemon_of_a_mounted_device_is_cleaned_up,
+        "a_killed_service_comes_back_to_a_mounted_device",
+        a_killed_service_comes_back_to_a_mounted_device,
+    ),
+    ("killed_keepers_are_replaced", killed_keepers_are_replaced),
+    (
+        "the_service_and_a_keeper_killed_together_are_a_pause",
+        the_service_and_a_keeper_killed_together_are_a_pause,
+    ),
+    (
+        "with_nothing_left_a_device_is_dead_or_recovered",
+        with_nothing_left_a_device_is_dead_or_recovered,
+    ),
+    (
+        "a_dead_service_of_a_mounted_device_is_cleaned_up",
+        a_dead_service_of_a_mounted_device_is_cleaned_up,
+    ),
+    (
+        "a_plain_umount_takes_the_device_along",
+        a_plain_umount_takes_the_device_along,
+    ),
+    ("a_stopped_service_is_told", a_stopped_service_is_told),
+    (
+        "many_launches_at_once_share_one_service",
+        many_launches_at_once_share_one_service,
+    ),
+    ("an_upgrade_under_load_is_a_pause", an_upgrade_under_load_is_a_pause),
+    (
+        "a_panicking_builder_harms_no_other_device",
+        a_panicking_builder_harms_no_other_device,
     ),
     (
         "reads_that_never_end_do_not_keep_the_device",
@@ -70,20 +99,31 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// What these tests' builder makes an image of.
-#[derive(serde::Serialize, serde::Deserialize)]
-struct TestImage {
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
+pub(crate) struct TestImage {
     file: PathBuf,
     /// How long far-away bytes take, in milliseconds; for ever, when not given.
     delay_ms: Option<u64>,
     trouble: Option<String>,
 }
 
-/// The program as a daemon.
+/// The program as the service or as one of its keepers.
 pub(crate) fn daemon_main() -> ExitCode {
     env_logger::Builder::new().filter_level(log::LevelFilter::Info).init();
-    daemon::main(|described: TestImage| {
+    let arguments: Vec<_> = std::env::args_os().skip(2).collect();
+    service::main(DAEMON, &arguments, Images)
+}
+
+/// Makes images of [`TestImage`].
+struct Images;
+
+impl Builder for Images {
+    type Image = TestImage;
+
+    fn build(&self, described: TestImage) -> Result<Served, BuildError> {
         match described.trouble.as_deref() {
             Some("fail") => return Err("the index is of another age".into()),
+            Some("panic") => panic!("a builder that panics"),
             Some("abort") => std::process::abort(),
             _ => {}
         }
@@ -100,9 +140,28 @@ pub(crate) fn daemon_main() -> ExitCode {
                 ..Default::default()
             }),
             finish: Box::new(|| log::info!("finished")),
-            reach: Reach::Paths(Vec::new()),
         })
-    })
+    }
+
+    fn files(image: &TestImage) -> Vec<PathBuf> {
+        vec![image.file.clone()]
+    }
+
+    fn moved(image: TestImage, paths: &[PathBuf]) -> TestImage {
+        TestImage {
+            file: paths[0].clone(),
+            ..image
+        }
+    }
+
+    fn reach(&self) -> Reach {
+        Reach::Paths(Vec::new())
+    }
+
+    /// A service ends with its last device, so that it can be looked for.
+    fn idle_limit(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A place for one test: an ext4 file, a directory of states, a directory to mount on; and the promise that nothing is left.
@@ -116,6 +175,7 @@ struct Lab {
 struct Traces {
     devices: BTreeSet<String>,
     mounts: Vec<PathBuf>,
+    /// Those of the state directory below the test's own.
     processes: BTreeSet<u32>,
 }
 
@@ -136,13 +196,13 @@ impl Traces {
         let of_others = if devices.is_empty() {
             BTreeSet::new()
         } else {
-            opened_by_others()
+            opened_by_others(dir)
         };
         let mounts = users::mounts().unwrap().into_iter().map(|line| line.point);
         Self {
             devices: devices.difference(&of_others).cloned().collect(),
             mounts: mounts.filter(|point| point.starts_with(dir)).collect(),
-            processes: daemons(),
+            processes: daemons(dir),
         }
     }
 }
@@ -160,26 +220,30 @@ fn processes() -> Vec<(u32, u32)> {
     fs::read_dir("/proc").unwrap().flatten().filter_map(each).collect()
 }
 
-/// The daemons that this process has running.
-fn daemons() -> BTreeSet<u32> {
+/// The service and the keepers of a state directory below `dir`.
+fn daemons(dir: &Path) -> BTreeSet<u32> {
     let is_daemon = |pid: u32| {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        command
-            .split(|&byte| byte == 0)
-            .any(|argument| argument == DAEMON.as_bytes())
+        let arguments: Vec<&[u8]> = command.split(|&byte| byte == 0).collect();
+        arguments.contains(&DAEMON.as_bytes())
+            && arguments
+                .iter()
+                .any(|argument| Path::new(std::ffi::OsStr::from_bytes(argument)).starts_with(dir))
     };
-    let ours = processes()
+    processes()
         .into_iter()
-        .filter(|(_, parent)| *parent == std::process::id());
-    ours.map(|(pid, _)| pid).filter(|pid| is_daemon(*pid)).collect()
+        .map(|(pid, _)| pid)
+        .filter(|pid| is_daemon(*pid))
+        .collect()
 }
 
 /// The devices that processes have open which are neither this one nor its children; of a ublk device both halves.
-fn opened_by_others() -> BTreeSet<String> {
+fn opened_by_others(dir: &Path) -> BTreeSet<String> {
     let this = std::process::id();
     let mut found = BTreeSet::new();
+    let daemons = daemons(dir);
     for (pid, parent) in processes() {
-        if pid == this || parent == this {
+        if pid == this || parent == this || daemons.contains(&pid) {
             continue;
         }
         let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
@@ -235,11 +299,11 @@ impl Lab {
     }
 
     fn attach(&self) -> Attached {
-        daemon::launch(&launcher(), &self.spec(Some(1), None)).unwrap()
+        service::launch::<Images>(&launcher(), &self.spec(Some(1), None)).unwrap()
     }
 
     fn mount(&self) -> Attached {
-        mount::mount(&launcher(), &self.spec(Some(1), None), &self.mnt()).unwrap()
+        mount::mount::<Images>(&launcher(), &self.spec(Some(1), None), &self.mnt()).unwrap()
     }
 
     /// What there is now and was not before, if anything.
@@ -253,6 +317,24 @@ impl Lab {
 
     /// No process, device, mount or file is left.
     fn assert_clean(&self) {
+        self.assert_nothing_served();
+        // The last keeper to end removes the service's files where the service cannot.
+        let files = || -> Vec<_> {
+            fs::read_dir(self.states().path())
+                .into_iter()
+                .flatten()
+                .flatten()
+                .collect()
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !files().is_empty() {
+            assert!(Instant::now() < deadline, "files are left: {:?}", files());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// No process, device or mount is left.
+    fn assert_nothing_served(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
         // One look may catch somebody else's device when nobody has it open: what is left is there at every look.
         loop {
@@ -263,12 +345,6 @@ impl Lab {
             assert!(Instant::now() < deadline, "something is left: {left:?}");
             std::thread::sleep(Duration::from_millis(10));
         }
-        let files: Vec<_> = fs::read_dir(self.states().path())
-            .into_iter()
-            .flatten()
-            .flatten()
-            .collect();
-        assert!(files.is_empty(), "files are left: {files:?}");
     }
 }
 
@@ -280,8 +356,11 @@ impl Drop for Lab {
                 let _ = rustix::mount::unmount(&line.point, rustix::mount::UnmountFlags::DETACH);
             }
         }
-        for pid in daemons().difference(&self.before.processes) {
-            kill(*pid, rustix::process::Signal::KILL);
+        // Whichever is looked at last may have been started again meanwhile.
+        for _ in 0..10 {
+            for pid in daemons(self.dir.path()) {
+                kill(pid, rustix::process::Signal::KILL);
+            }
         }
         for _ in 0..50 {
             if inventory::sweep(&self.states()).is_ok() && self.left().is_none() {
@@ -325,7 +404,10 @@ fn serves_every_block() {
     let (listed, wrong) = inventory::list(&lab.states()).unwrap();
     assert!(wrong.is_empty());
     assert_eq!(listed.len(), 1);
-    assert_eq!((&listed[0].state, listed[0].status), (&attached.state, Status::Serving));
+    assert_eq!(
+        (&listed[0].state, &listed[0].status),
+        (&attached.state, &Status::Serving)
+    );
     let log = fs::read_to_string(attached.state.log.as_ref().unwrap()).unwrap();
     assert!(log.contains("serving a test as /dev/"), "log: {log}");
     inventory::detach(&lab.states(), &attached.state.device).unwrap();
@@ -462,16 +544,18 @@ fn finds_a_mount_in_another_namespace() {
         .spawn()
         .expect("unshare (util-linux) is needed");
     let _ = elsewhere.stdout.take().unwrap().read_exact(&mut [0]);
-    let error = mount::unmount(&lab.states(), &lab.mnt()).unwrap_err().to_string();
+    let unmounted = mount::unmount(&lab.states(), &lab.mnt()).unwrap();
     let place = format!(
         "{} in the mount namespace of process {}",
         lab.mnt().display(),
         elsewhere.id()
     );
-    assert!(error.contains(&place), "the message does not say where: {error}");
+    let used = unmounted.still_used.unwrap_or_default();
+    assert!(used.contains(&place), "the message does not say where: {used}");
+    assert!(attached.state.device_exists());
+    // The device goes by itself when its last user has gone.
     elsewhere.kill().unwrap();
     elsewhere.wait().unwrap();
-    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
@@ -500,34 +584,197 @@ fn sigterm_waits_for_the_unmount() {
     lab.assert_clean();
 }
 
-fn a_killed_daemon_is_cleaned_up() {
-    let lab = Lab::new();
-    for by_name in [true, false] {
-        let attached = lab.attach();
-        kill(attached.state.process.pid, rustix::process::Signal::KILL);
-        wait_until("the daemon's death", || !attached.state.is_alive());
+/// The service's number, once there is one that answers.
+fn service_pid(lab: &Lab) -> u32 {
+    let mut pid = 0;
+    wait_until("a service", || {
         let (listed, _) = inventory::list(&lab.states()).unwrap();
-        assert_eq!((listed.len(), listed[0].status), (1, Status::Dead));
-        let error = inventory::stats(&lab.states(), &attached.state.device)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("dead"), "{error}");
-        if by_name {
-            inventory::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
-        } else {
-            assert!(inventory::sweep(&lab.states()).unwrap().is_empty());
-        }
-        lab.assert_clean();
-    }
+        pid = listed.first().map_or(0, |device| device.state.process.pid);
+        listed
+            .iter()
+            .all(|device| device.status == Status::Serving && device.state.is_alive())
+    });
+    pid
 }
 
-fn a_killed_daemon_of_a_mounted_device_is_cleaned_up() {
+/// The numbers of the keepers that hold the device: the processes of a state directory without its service.
+fn keepers(lab: &Lab) -> Vec<u32> {
+    let service = service_pid(lab);
+    let holds = |pid: &u32| {
+        let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file.to_string_lossy().contains("tarblk-record")))
+    };
+    let all = daemons(lab.dir.path()).into_iter();
+    all.filter(|pid| *pid != service).filter(holds).collect()
+}
+
+fn kill_and_wait(pid: u32) {
+    kill(pid, rustix::process::Signal::KILL);
+    wait_until("the end of a process", || {
+        !processes().iter().any(|(lives, _)| *lives == pid)
+    });
+}
+
+/// Reads the device around the page cache, here and there, and compares, until it is told to stop. Returns how often it read.
+fn read_and_compare(device: &Path, content: &[u8], seed: u64, stop: &std::sync::atomic::AtomicBool) -> u64 {
+    let file = File::options().read(true).open(device).unwrap();
+    let (mut random, mut reads) = (seed * 2 + 1, 0);
+    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let blocks = content.len() / 4096;
+        let at = usize::try_from(random >> 33).unwrap() % blocks;
+        let count = (usize::try_from(random >> 20 & 31).unwrap() + 1).min(blocks - at);
+        let (start, len) = (at * 4096, count * 4096);
+        let offset = u64::try_from(start).unwrap();
+        let length = std::num::NonZeroU64::new(u64::try_from(len).unwrap());
+        rustix::fs::fadvise(&file, offset, length, rustix::fs::Advice::DontNeed).unwrap();
+        let mut got = vec![0; len];
+        file.read_exact_at(&mut got, offset)
+            .unwrap_or_else(|error| panic!("{len} bytes at {start}: {error}"));
+        assert!(got == content[start..start + len], "{len} bytes at {start} differ");
+        reads += 1;
+    }
+    reads
+}
+
+/// Kills what `victims` names again and again while readers compare every byte.
+fn kill_under_load(lab: &Lab, device: &Path, rounds: u32, victims: impl Fn(&Lab, u32) -> Vec<u32>) {
+    let content = read_all(&lab.image());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..4)
+            .map(|seed| {
+                let (content, stop) = (&content, &stop);
+                scope.spawn(move || read_and_compare(device, content, seed, stop))
+            })
+            .collect();
+        let kills = catch_unwind(AssertUnwindSafe(|| {
+            for round in 0..rounds {
+                // At other moments each time.
+                std::thread::sleep(Duration::from_millis(u64::from(round * 37 % 90)));
+                for pid in victims(lab, round) {
+                    kill(pid, rustix::process::Signal::KILL);
+                }
+            }
+            service_pid(lab);
+        }));
+        std::thread::sleep(Duration::from_millis(200));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        for reader in readers {
+            let reads = reader.join().expect("a reader failed");
+            assert!(reads > 10, "a reader read {reads} times only");
+        }
+        kills.unwrap();
+    });
+}
+
+/// How often something is killed in each case; more by hand.
+fn rounds() -> u32 {
+    std::env::var("TARBLK_TEST_KILLS").map_or(12, |text| text.parse().unwrap())
+}
+
+fn a_killed_service_is_a_pause() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    kill_under_load(&lab, &attached.state.device, rounds(), |lab, _| vec![service_pid(lab)]);
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn a_killed_service_comes_back_to_a_mounted_device() {
     let lab = Lab::new();
     let attached = lab.mount();
-    kill(attached.state.process.pid, rustix::process::Signal::KILL);
-    wait_until("the daemon's death", || !attached.state.is_alive());
-    let staying = inventory::sweep(&lab.states()).unwrap();
-    assert_eq!(staying.len(), 1, "a mounted device was swept away");
+    for _ in 0..3 {
+        kill_and_wait(service_pid(&lab));
+        // A fresh look: nothing of it is in the page cache.
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        compare_with_plain_mount(&lab);
+    }
+    assert!(attached.state.device_exists());
+    mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_clean();
+}
+
+fn killed_keepers_are_replaced() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    wait_until("two keepers", || keepers(&lab).len() == 2);
+    for _ in 0..3 {
+        for keeper in keepers(&lab) {
+            kill_and_wait(keeper);
+            wait_until("another keeper", || keepers(&lab).len() == 2);
+        }
+    }
+    // What the last ones hold is enough.
+    kill_and_wait(service_pid(&lab));
+    assert!(read_all(&attached.state.device) == read_all(&lab.image()));
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn the_service_and_a_keeper_killed_together_are_a_pause() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    kill_under_load(&lab, &attached.state.device, rounds(), |lab, round| {
+        wait_until("two keepers", || keepers(lab).len() == 2);
+        let keepers = keepers(lab);
+        let keeper = keepers[usize::try_from(round).unwrap() % keepers.len()];
+        if round % 2 == 0 {
+            vec![keeper, service_pid(lab)]
+        } else {
+            vec![service_pid(lab), keeper]
+        }
+    });
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+/// Kills everything that serves, as often as it takes until nothing is left to start another.
+fn kill_all(lab: &Lab) {
+    wait_until("the end of all", || {
+        // Stopped first: what is stopped starts nothing.
+        let all = daemons(lab.dir.path());
+        for signal in [rustix::process::Signal::STOP, rustix::process::Signal::KILL] {
+            for pid in &all {
+                kill(*pid, signal);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        daemons(lab.dir.path()).is_empty()
+    });
+}
+
+fn with_nothing_left_a_device_is_dead_or_recovered() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    kill_all(&lab);
+    let (listed, _) = inventory::list(&lab.states()).unwrap();
+    assert_eq!((listed.len(), &listed[0].status), (1, &Status::Dead));
+    let error = inventory::stats(&lab.states(), &attached.state.device)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("dead"), "{error}");
+    // The next service goes on with what the kernel still has, and cleans up the rest.
+    let second = lab.attach();
+    if attached.state.backend == Backend::Ublk {
+        assert!(read_all(&attached.state.device) == read_all(&lab.image()));
+        inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    }
+    inventory::detach(&lab.states(), &second.state.device).unwrap();
+    lab.assert_clean();
+    // Without another service the dead one's device is cleaned up by name.
+    let attached = lab.attach();
+    kill_all(&lab);
+    inventory::detach(&lab.states(), Path::new(&attached.state.name)).unwrap();
+    lab.assert_nothing_served();
+}
+
+fn a_dead_service_of_a_mounted_device_is_cleaned_up() {
+    let lab = Lab::new();
+    let attached = lab.mount();
+    kill_all(&lab);
     let error = inventory::detach(&lab.states(), &attached.state.device)
         .unwrap_err()
         .to_string();
@@ -536,12 +783,104 @@ fn a_killed_daemon_of_a_mounted_device_is_cleaned_up() {
         "the message does not say where: {error}"
     );
     mount::unmount(&lab.states(), &lab.mnt()).unwrap();
+    lab.assert_nothing_served();
+}
+
+fn a_plain_umount_takes_the_device_along() {
+    let lab = Lab::new();
+    for kill_first in [false, true] {
+        let attached = lab.mount();
+        compare_with_plain_mount(&lab);
+        if kill_first {
+            kill_and_wait(service_pid(&lab));
+        }
+        rustix::mount::unmount(lab.mnt(), rustix::mount::UnmountFlags::empty()).unwrap();
+        wait_until("the end of the device", || !attached.state.device_exists());
+        lab.assert_clean();
+    }
+}
+
+fn a_stopped_service_is_told() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let pid = service_pid(&lab);
+    kill(pid, rustix::process::Signal::STOP);
+    let (listed, _) = inventory::list(&lab.states()).unwrap();
+    assert_eq!(listed[0].status, Status::Silent);
+    kill(pid, rustix::process::Signal::CONT);
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn many_launches_at_once_share_one_service() {
+    let lab = Lab::new();
+    let devices: Vec<Attached> = std::thread::scope(|scope| {
+        let launches: Vec<_> = (0..8).map(|_| scope.spawn(|| lab.attach())).collect();
+        launches.into_iter().map(|launch| launch.join().unwrap()).collect()
+    });
+    let pids: BTreeSet<u32> = devices.iter().map(|device| device.state.process.pid).collect();
+    assert_eq!(pids.len(), 1, "{devices:?}");
+    let content = read_all(&lab.image());
+    std::thread::scope(|scope| {
+        for device in &devices {
+            let content = &content;
+            scope.spawn(move || assert!(read_all(&device.state.device) == *content));
+        }
+    });
+    kill_and_wait(service_pid(&lab));
+    for device in &devices {
+        assert!(read_all(&device.state.device) == content);
+    }
+    for device in &devices {
+        inventory::detach(&lab.states(), &device.state.device).unwrap();
+    }
+    lab.assert_clean();
+}
+
+/// The same program takes over: all that an upgrade does but for what is new in it.
+fn an_upgrade_under_load_is_a_pause() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let content = read_all(&lab.image());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read_and_compare(&attached.state.device, &content, 5, &stop));
+        let upgrades = catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..3 {
+                let (before, after) = service::upgrade(&lab.states()).unwrap().expect("there is a service");
+                assert_ne!(before, after);
+                assert_eq!(service_pid(&lab), after);
+            }
+        }));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        upgrades.unwrap();
+        assert!(reader.join().expect("the reader failed") > 3);
+    });
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+fn a_panicking_builder_harms_no_other_device() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let error = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("panic")))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("panicked"), "{error}");
+    assert_eq!(service_pid(&lab), attached.state.process.pid);
+    // One that takes the process along is a pause for the others.
+    let error = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("abort")))
+        .unwrap_err()
+        .to_string();
+    assert_eq!(error.lines().count(), 1, "{error}");
+    assert!(read_all(&attached.state.device) == read_all(&lab.image()));
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
     lab.assert_clean();
 }
 
 fn reads_that_never_end_do_not_keep_the_device() {
     let lab = Lab::new();
-    let attached = daemon::launch(&launcher(), &lab.spec(None, None)).unwrap();
+    let attached = service::launch::<Images>(&launcher(), &lab.spec(None, None)).unwrap();
     let device = attached.state.device.clone();
     let reader = std::thread::spawn(move || {
         let mut all = Vec::new();
@@ -568,7 +907,7 @@ fn reads_that_never_end_do_not_keep_the_device() {
 
 fn a_builder_that_fails_leaves_nothing() {
     let lab = Lab::new();
-    let error = daemon::launch(&launcher(), &lab.spec(Some(1), Some("fail")))
+    let error = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("fail")))
         .unwrap_err()
         .to_string();
     assert_eq!(error, "the index is of another age");
@@ -577,18 +916,21 @@ fn a_builder_that_fails_leaves_nothing() {
 
 fn a_daemon_that_dies_young_leaves_nothing() {
     let lab = Lab::new();
-    let error = daemon::launch(&launcher(), &lab.spec(Some(1), Some("abort")))
+    let error = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("abort")))
         .unwrap_err()
         .to_string();
-    assert!(error.contains("signal 6"), "{error}");
+    assert!(
+        error.contains("the service ended before the device was ready"),
+        "{error}"
+    );
     assert_eq!(error.lines().count(), 1);
-    lab.assert_clean();
+    lab.assert_nothing_served();
 }
 
 fn a_broken_image_does_not_mount_and_leaves_nothing() {
     let lab = Lab::new();
     fs::write(lab.image(), vec![7u8; 1 << 20]).unwrap();
-    let error = mount::mount(&launcher(), &lab.spec(Some(1), None), &lab.mnt())
+    let error = mount::mount::<Images>(&launcher(), &lab.spec(Some(1), None), &lab.mnt())
         .unwrap_err()
         .to_string();
     assert!(error.contains("cannot mount /dev/"), "{error}");
@@ -606,7 +948,7 @@ fn bad_directories_are_refused() {
         (full, "is not empty"),
     ];
     for (dir, expected) in cases {
-        let error = mount::mount(&launcher(), &lab.spec(Some(1), None), &dir)
+        let error = mount::mount::<Images>(&launcher(), &lab.spec(Some(1), None), &dir)
             .unwrap_err()
             .to_string();
         assert!(
@@ -620,7 +962,7 @@ fn bad_directories_are_refused() {
 /// A cache file that was cut short, or a disk that fails: the fetch thread can still have the bytes.
 fn what_a_local_file_does_not_give_is_fetched() {
     let lab = Lab::new();
-    let attached = daemon::launch(&launcher(), &lab.spec(Some(1), Some("hollow"))).unwrap();
+    let attached = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("hollow"))).unwrap();
     assert!(
         read_all(&attached.state.device) == read_all(&lab.image()),
         "the device differs from the image"
@@ -706,8 +1048,9 @@ fn keeps_nothing_mounted_that_it_does_not_need() {
     assert!(mounted(lab.states().path()) && mounted(Path::new("/proc")), "{seen}");
     assert_eq!(read_all(&attached.state.device), read_all(&lab.image()));
     inventory::detach(&lab.states(), &attached.state.device).unwrap();
-    let left: Vec<_> = fs::read_dir(lab.states().path()).unwrap().collect();
-    assert!(left.is_empty(), "files are left: {left:?}");
+    wait_until("the end of the service", || {
+        fs::read_dir(lab.states().path()).unwrap().next().is_none()
+    });
     // The kernel closes what a process had open a moment after its end.
     let deadline = Instant::now() + Duration::from_secs(10);
     let flags = rustix::mount::UnmountFlags::empty();

@@ -52,8 +52,10 @@ struct Packed {
 
 impl From<BlobAccess> for Packed {
     fn from(access: BlobAccess) -> Self {
+        let mut spec = access.session.spec.clone();
+        spec.keyring = spec.keyring.for_others();
         Self {
-            spec: access.session.spec.clone(),
+            spec,
             states: access.session.states(),
             digest: access.digest,
             size: access.size,
@@ -123,6 +125,18 @@ impl BlobAccess {
             size,
             target: Arc::default(),
         }
+    }
+
+    /// The same without credentials and tokens: they are looked up where they come from.
+    #[must_use]
+    pub fn without_secrets(&self) -> Self {
+        let mut spec = self.session.spec.clone();
+        spec.keyring = spec.keyring.for_others();
+        spec.keyring.given = None;
+        for endpoint in &mut spec.endpoints {
+            endpoint.headers.clear();
+        }
+        Self::new(Session::alone(spec), self.digest.clone(), self.size)
     }
 
     /// The blob's digest.

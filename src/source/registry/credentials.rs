@@ -84,14 +84,36 @@ pub struct Keyring {
     pub given: Option<Login>,
     /// The only file to look into.
     pub authfile: Option<PathBuf>,
+    /// The files to look into where none was named; those that the environment of this process leads to, if none.
+    pub usual: Option<Vec<PathBuf>>,
 }
 
 impl Keyring {
     /// The files that are looked into, first to last.
     #[must_use]
     pub fn files(&self) -> Vec<PathBuf> {
-        let named = self.authfile.clone().or_else(|| path_of("REGISTRY_AUTH_FILE"));
-        named.map_or_else(usual_files, |path| vec![path])
+        self.named().map_or_else(|| self.usual_files(), |path| vec![path])
+    }
+
+    fn named(&self) -> Option<PathBuf> {
+        // Whoever says where else to look has asked the environment.
+        let from_environment = || self.usual.is_none().then(|| path_of("REGISTRY_AUTH_FILE")).flatten();
+        self.authfile.clone().or_else(from_environment)
+    }
+
+    fn usual_files(&self) -> Vec<PathBuf> {
+        self.usual.clone().unwrap_or_else(usual_files)
+    }
+
+    /// The same for a process with another environment and working directory.
+    #[must_use]
+    pub fn for_others(&self) -> Self {
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        Self {
+            given: self.given.clone(),
+            authfile: self.named().map(absolute),
+            usual: Some(self.usual_files().into_iter().map(absolute).collect()),
+        }
     }
 
     /// Whether one of them names a helper: a program that may open any file.
@@ -107,12 +129,11 @@ impl Keyring {
     /// # Errors
     /// [`SourceError::Credentials`] when the file that was named cannot be used, or a helper that a file names fails.
     pub fn login(&self, host: &str, repository: &str) -> Result<Login, SourceError> {
-        let named = self.authfile.clone().or_else(|| path_of("REGISTRY_AUTH_FILE"));
-        if let Some(path) = named {
+        if let Some(path) = self.named() {
             let file = AuthFile::read(&path).map_err(|why| failed(path.display().to_string(), why))?;
             return Ok(file.login(host, repository)?.unwrap_or_default());
         }
-        for path in usual_files() {
+        for path in self.usual_files() {
             match AuthFile::read(&path) {
                 Ok(file) => {
                     if let Some(login) = file.login(host, repository)? {
@@ -444,6 +465,7 @@ mod tests {
         let keyring = Keyring {
             given: None,
             authfile: Some(path.clone()),
+            usual: None,
         };
         assert_eq!(keyring.files(), std::slice::from_ref(&path));
         for (text, names) in [

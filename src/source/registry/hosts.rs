@@ -36,7 +36,7 @@ pub(super) struct Endpoint {
     /// May things be written there?
     pub(super) push: bool,
     /// Sent with every request; may be secret.
-    headers: Vec<(String, String)>,
+    pub(super) headers: Vec<(String, String)>,
     /// Whom to believe, and what to show.
     pub(super) trust: Trust,
     /// The registry that a mirror stands for, which it is told in each request.

@@ -128,6 +128,14 @@ impl Session {
         session
     }
 
+    /// One that shares nothing with others and knows of no token.
+    pub(super) fn alone(spec: RepositorySpec) -> Arc<Self> {
+        Arc::new(Self {
+            hosts: spec.endpoints.iter().map(|_| Host::default()).collect(),
+            spec,
+        })
+    }
+
     /// What another process has to know.
     pub(super) fn states(&self) -> Vec<State> {
         self.hosts.iter().map(|host| lock(&host.state).clone()).collect()

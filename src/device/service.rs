@@ -1,0 +1,271 @@
+//! The process that serves devices, and what keeps it. In: [`ServeSpec`]s, from commands, over a Unix socket. Out: devices that outlive
+//! any of the processes; for each a state file, and answers about it.
+//!
+//! ```text
+//! command ──service.sock──> service: all devices of a state directory        started by the first command, ends when idle
+//!                              │ descriptors (keeper-0.sock, keeper-1.sock)
+//!                           keepers: hold them, start the service again when it dies; the service starts them again
+//! ```
+//!
+//! All of these are this program under a hidden subcommand, which calls [`main`] with a word for the [`Role`]. What an image is
+//! described by is the caller's type: a [`Builder`] makes image and fetcher of it. [`serve`] is the exception: one device served in
+//! the foreground, by the command itself, with nothing that would keep it.
+//!
+//! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper` and `holders` (both ends of
+//! what outlives the service), `record` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
+//! `namespace` (what it keeps mounted).
+//!
+//! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
+
+mod control;
+mod holders;
+mod keeper;
+mod message;
+mod namespace;
+mod record;
+mod run;
+mod table;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::state::{State, StateDir, StateError};
+use super::volume::BlobReader;
+use super::{DeviceError, DeviceOptions};
+use crate::fetch::FetchStats;
+use crate::image::BlockImage;
+pub(crate) use control::{Condition, bury, conditions, end_reads};
+pub use control::{ControlError, DaemonStats, detach, launch, let_go, stats, upgrade};
+pub use namespace::Reach;
+pub use run::serve;
+
+/// The log of the service and its keepers, in the state directory.
+pub(crate) const LOG_NAME: &str = "service.log";
+
+/// The older part of the log, once it was too long.
+const OLDER_LOG_NAME: &str = "service.log.1";
+
+/// How long a service without devices stays unless its builder says otherwise.
+const IDLE_LIMIT: Duration = Duration::from_secs(20);
+
+/// Under this name the keepers hold the service's own socket.
+const LISTENER_NAME: &str = "service";
+
+/// What is served: a block device, and the image on it as `I` describes it to the service's [`Builder`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServeSpec<I> {
+    /// How the device is made.
+    pub options: DeviceOptions,
+    /// The layer as a person named it, without secrets: shown by lists of devices and kept in the state.
+    pub source: String,
+    /// Where state, socket and log are kept.
+    pub states: PathBuf,
+    /// What the builder makes image and fetcher of. Only ever passed through a socket, so secrets may be in it.
+    pub image: I,
+}
+
+/// What a builder makes.
+pub struct Served {
+    /// The image.
+    pub image: Arc<dyn BlockImage>,
+    /// The bytes of its layers.
+    pub bytes: Arc<dyn BlobReader>,
+    /// What the fetcher has counted.
+    pub fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
+    /// Called when the device is gone: ends the fetcher in good order.
+    pub finish: Box<dyn FnOnce() + Send>,
+}
+
+impl fmt::Debug for Served {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Served")
+            .field("image", &self.image)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whatever kept a builder from building.
+pub type BuildError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes images and fetchers of their descriptions, in the process that serves them.
+pub trait Builder: Send + Sync + 'static {
+    /// The description.
+    type Image: Serialize + DeserializeOwned + Clone + Send;
+
+    /// Makes image and fetcher. The same description makes the same image, bit for bit, in every process.
+    ///
+    /// # Errors
+    /// Why there is no image.
+    fn build(&self, image: Self::Image) -> Result<Served, BuildError>;
+
+    /// The files of this machine that the image is made of or whose bytes it shows. Each is opened by the command and stays open as
+    /// long as the device lives, whatever becomes of its name.
+    fn files(image: &Self::Image) -> Vec<PathBuf> {
+        let _ = image;
+        Vec::new()
+    }
+
+    /// The same description with each of [`files`](Self::files) at another path.
+    fn moved(image: Self::Image, paths: &[PathBuf]) -> Self::Image {
+        let _ = paths;
+        image
+    }
+
+    /// The same description with nothing in it that must not be in a file.
+    fn without_secrets(image: &Self::Image) -> Self::Image {
+        image.clone()
+    }
+
+    /// What the service will need of the file system from now on.
+    fn reach(&self) -> Reach;
+
+    /// How long a service without devices stays, for the next one to be there at once.
+    fn idle_limit(&self) -> Duration {
+        IDLE_LIMIT
+    }
+
+    /// What else serves all devices together, begun when the service starts to work.
+    fn begin(&self) {}
+}
+
+/// A device that is ready.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// What is known of it.
+    #[serde(flatten)]
+    pub state: State,
+    /// Why `auto` did not take ublk.
+    pub why_not_ublk: Option<String>,
+}
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// Only root can make block devices.
+    #[error("this makes a block device, which needs root (CAP_SYS_ADMIN): try sudo")]
+    NotRoot,
+    /// A directory or file of states cannot be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The device could not be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The image or the fetcher could not be built.
+    #[error("{0}")]
+    Build(BuildError),
+    /// The service said why it failed.
+    #[error("{0}")]
+    Reported(String),
+    /// The service ended without a word.
+    #[error("the service ended before the device was ready{last_words}")]
+    Died {
+        /// The last line of its log, if it wrote any.
+        last_words: String,
+    },
+    /// Something around the processes failed.
+    #[error("cannot {what}: {cause}")]
+    Io {
+        /// What was to be done.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
+    move |cause| DaemonError::Io { what, cause }
+}
+
+/// What a process of this program is, under the hidden subcommand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Service,
+    Keeper,
+}
+
+impl Role {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Service => "serve",
+            Self::Keeper => "keep",
+        }
+    }
+}
+
+/// How to start the service and its keepers: the program and arguments that end in [`main`].
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+}
+
+impl Launcher {
+    /// This program under `subcommand`.
+    ///
+    /// # Errors
+    /// When the program's own path cannot be found out.
+    pub fn this_program(subcommand: &str) -> Result<Self, DaemonError> {
+        // The link stays right when the file has been replaced by a newer version since.
+        let program = PathBuf::from("/proc/self/exe");
+        fs::metadata(&program).map_err(failed("find this program"))?;
+        Ok(Self {
+            program,
+            arguments: vec![subcommand.into()],
+        })
+    }
+}
+
+/// The hidden subcommand: what this process is to be is told by `arguments`, those behind the subcommand. The caller has set up
+/// logging to stderr, which is the service's log, and has started no thread.
+pub fn main<B: Builder>(subcommand: &str, arguments: &[OsString], builder: B) -> ExitCode {
+    // Out of the terminal's reach before anything else. This fails only where there is nothing to leave.
+    let _ = rustix::process::setsid();
+    let _ = std::env::set_current_dir("/");
+    let word = |at: usize| arguments.get(at).and_then(|word| word.to_str());
+    let launcher = match Launcher::this_program(subcommand) {
+        Ok(launcher) => launcher,
+        Err(error) => {
+            log::error!("{error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let Some(states) = arguments.get(1).map(|path| StateDir::new(Path::new(path))) else {
+        log::error!("this subcommand is for tarblk itself");
+        return ExitCode::FAILURE;
+    };
+    match (word(0), word(2)) {
+        (Some("serve"), again) => match run::service(&states, &launcher, builder, again.is_some()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                log::error!("{error}");
+                ExitCode::FAILURE
+            }
+        },
+        (Some("keep"), Some(number)) => match number.parse() {
+            Ok(number) => keeper::keep(&states, number, launcher),
+            Err(_) => ExitCode::FAILURE,
+        },
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// Opens the files that the service gets along with a specification.
+fn open_files(paths: &[PathBuf]) -> io::Result<Vec<OwnedFd>> {
+    paths.iter().map(|path| Ok(fs::File::open(path)?.into())).collect()
+}

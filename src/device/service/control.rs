@@ -1,0 +1,546 @@
+//! The language of control sockets: one message each way, bounded in length and time. Here is the client's side; `run` answers.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::message::{borrowed, receive, send};
+use super::{
+    Attached, Builder, DaemonError, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, failed, keeper, open_files, record,
+};
+use crate::device::state::{Process, Server, State, StateDir, StateError};
+use crate::device::stats::DeviceStats;
+use crate::device::users::{self, User};
+use crate::device::{Backend, DeviceError, ublk, wait_until};
+use crate::fetch::FetchStats;
+
+/// No request is longer, in bytes: what is big in a specification (an index) is passed as a file.
+pub(super) const MAX_REQUEST_BYTES: u64 = 16 << 20;
+
+/// No answer is longer, in bytes.
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
+
+/// A client that says nothing for this long is hung up on.
+pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a service may take to answer. Making a device of many entries and taking one down take it the longest.
+const ANSWER_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long it may take to say how all devices are. It looks only at what is in memory.
+const GLANCE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a service may take to start, or to be started again by its keepers.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// How long others may take to let go of copies of a mount that is gone.
+const COPIES_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long a foreground server may live on after its device is gone.
+const EXIT_LIMIT: Duration = Duration::from_secs(20);
+
+/// How a request travels: as text inside, so that one of another version is told from a damaged one.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Call {
+    /// The program's version.
+    pub(super) version: String,
+    /// A [`Request`] as JSON.
+    pub(super) request: String,
+}
+
+/// What a client asks for. `I` describes an image.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Request<I> {
+    /// A device of this; the files that the description names are sent along, opened, and come in its order.
+    Attach(Box<ServeSpec<I>>),
+    /// The counters of a device.
+    Stats { name: String },
+    /// Whether all is well, of every device.
+    Conditions,
+    /// Take a device down.
+    Detach { name: String },
+    /// Take it down as soon as nothing uses it any more.
+    LetGo { name: String },
+    /// End, and let the program whose descriptor is sent along go on with all devices.
+    Upgrade,
+}
+
+/// What the service answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Answer {
+    /// To [`Request::Attach`].
+    Attached(Box<Attached>),
+    /// To [`Request::Stats`].
+    Stats(Box<DaemonStats>),
+    /// To [`Request::Conditions`].
+    Conditions(BTreeMap<String, Condition>),
+    /// It is done.
+    Done,
+    /// To anything: it cannot be done.
+    Refused(String),
+}
+
+/// How a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "condition")]
+pub enum Condition {
+    /// Its reads are answered.
+    Serving,
+    /// Some wait for the network.
+    Waiting {
+        /// For what.
+        why: String,
+        /// Until the next try, in milliseconds.
+        left_ms: u64,
+    },
+    /// It was set aside: its reads fail.
+    Poisoned {
+        /// Why.
+        why: String,
+    },
+}
+
+/// What the server of a device has counted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DaemonStats {
+    /// Of the device.
+    pub device: DeviceStats,
+    /// Of the fetcher.
+    pub fetch: FetchStats,
+    /// How long the device has been served, in milliseconds.
+    pub up_ms: u64,
+    /// Its process's resident memory in bytes.
+    pub resident_bytes: u64,
+}
+
+/// Why a daemon could not be asked or would not do it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// No device of ours has this name.
+    #[error("{0} is not attached by tarblk; `tarblk ps` lists what is")]
+    Unknown(String),
+    /// A state cannot be read.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The daemon does not answer as it should.
+    #[error("the daemon of {name} (pid {pid}) does not answer: {cause}")]
+    Silent {
+        /// The device.
+        name: String,
+        /// Its daemon.
+        pid: u32,
+        /// What happened instead.
+        cause: String,
+    },
+    /// The daemon is gone.
+    #[error("the daemon of {name} (pid {pid}) is dead; `tarblk {cleans_up}` cleans up")]
+    Dead {
+        /// The device.
+        name: String,
+        /// The daemon it had.
+        pid: u32,
+        /// The command that removes what it left: `umount DIR` while it is mounted, else `detach NAME`.
+        cleans_up: String,
+    },
+    /// The device is in use.
+    #[error("{device} is in use: {users}; unmount it first")]
+    InUse {
+        /// The device.
+        device: PathBuf,
+        /// By whom.
+        users: String,
+    },
+    /// The daemon refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The kernel would not let go of a dead daemon's device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Makes a device of `spec`, by the service of its state directory, which is started if there is none.
+///
+/// # Errors
+/// Why there is no device; then nothing is left of it.
+pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Result<Attached, DaemonError> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(DaemonError::NotRoot);
+    }
+    let states = StateDir::new(&spec.states);
+    states.create()?;
+    let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
+    let request = Request::Attach(Box::new(spec.clone()));
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        let stream = connect_or_start(launcher, &states, deadline)?;
+        let log_len = fs::metadata(states.path().join(LOG_NAME)).map_or(0, |meta| meta.len());
+        match call(&stream, &request, &files, ANSWER_LIMIT) {
+            Ok(Answer::Attached(attached)) => return Ok(*attached),
+            // It was about to end, having been idle: the next one is not.
+            Ok(Answer::Refused(why)) if why.starts_with(ENDING) && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(Answer::Refused(why)) => return Err(DaemonError::Reported(why)),
+            Ok(_) => return Err(DaemonError::Reported("the service answered something else".to_owned())),
+            // One that ended before it looked at the call.
+            Err(error) if is_gone(&error) && !has_died(&states) && Instant::now() < deadline => {}
+            Err(error) if is_gone(&error) => {
+                let last_words = last_words(&states, log_len);
+                keeper::clean_up(&states, REQUEST_LIMIT);
+                return Err(DaemonError::Died { last_words });
+            }
+            Err(error) => return Err(failed("talk to the service")(error)),
+        }
+    }
+}
+
+/// Begins the refusal of a service that is about to end.
+pub(super) const ENDING: &str = "the service is ending";
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
+}
+
+/// Whether the service had a bad end: then the request may be why, and is not made again. One that ends in good order removes its
+/// log before it hangs up.
+fn has_died(states: &StateDir) -> bool {
+    states.path().join(LOG_NAME).exists()
+}
+
+/// Connects to the service, starting it if there is none.
+fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -> Result<UnixStream, DaemonError> {
+    let socket = states.service_socket();
+    loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+                    && Instant::now() < deadline => {}
+            Err(error) => return Err(failed("reach the service")(error)),
+        }
+        let lock = keeper::try_lock(states).map_err(failed("lock the service"))?;
+        let Some(lock) = lock else {
+            // Somebody else starts or ends it.
+            thread::sleep(Duration::from_millis(2));
+            continue;
+        };
+        let mut child = keeper::start_service(launcher, states, &lock, false).map_err(failed("start the service"))?;
+        drop(lock);
+        // It closes its standard output when it can be called, or when it has died.
+        if let Some(mut stdout) = child.stdout.take() {
+            let mut word = String::new();
+            let _ = stdout.by_ref().take(64).read_to_string(&mut word);
+            if !word.starts_with("ready") {
+                let _ = child.wait();
+                return Err(DaemonError::Died {
+                    last_words: last_words(states, 0),
+                });
+            }
+        }
+        // Whoever launches without ending soon after would otherwise keep its entry in the process table when it ends.
+        thread::spawn(move || child.wait());
+    }
+}
+
+/// The end of the log since it was `from` bytes long, for a message of one line.
+fn last_words(states: &StateDir, from: u64) -> String {
+    const MOST: usize = 500;
+    let mut text = String::new();
+    let read = fs::File::open(states.path().join(LOG_NAME)).and_then(|mut file| {
+        io::Seek::seek(&mut file, io::SeekFrom::Start(from))?;
+        file.take(1 << 20).read_to_string(&mut text)
+    });
+    match text
+        .lines()
+        .rfind(|line| !line.trim().is_empty() && !line.contains("[INFO") && !line.contains(" INFO "))
+    {
+        Some(line) if read.is_ok() => format!(
+            "; its last words: {}",
+            line.trim().chars().take(MOST).collect::<String>()
+        ),
+        _ => String::new(),
+    }
+}
+
+/// Sends a request and waits for its answer.
+fn call<I: Serialize>(
+    stream: &UnixStream,
+    request: &Request<I>,
+    files: &[OwnedFd],
+    limit: Duration,
+) -> io::Result<Answer> {
+    stream.set_write_timeout(Some(REQUEST_LIMIT))?;
+    stream.set_read_timeout(Some(limit))?;
+    let call = Call {
+        version: keeper::version(),
+        request: serde_json::to_string(request)?,
+    };
+    send(stream, &call, &borrowed(files))?;
+    match receive(stream, MAX_ANSWER_BYTES) {
+        Ok(Some((answer, _))) => Ok(answer),
+        Ok(None) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("it has not answered for {} s", limit.as_secs()),
+        )),
+        Err(error) => Err(error),
+    }
+}
+
+/// Understands a request.
+///
+/// # Errors
+/// One sentence for the person, which names the versions if they differ.
+pub(super) fn parse<I: DeserializeOwned>(call: &Call) -> Result<Request<I>, String> {
+    let other = call.version != keeper::version();
+    match serde_json::from_str(&call.request) {
+        Ok(Request::Attach(_)) | Err(_) if other => Err(other_version(&call.version)),
+        Ok(request) => Ok(request),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn other_version(theirs: &str) -> String {
+    format!(
+        "the service is tarblk {} and this command is {theirs}; `tarblk upgrade` makes them one",
+        keeper::version()
+    )
+}
+
+/// Asks the server of `state` for its counters.
+///
+/// # Errors
+/// When it is dead or does not answer.
+pub fn stats(states: &StateDir, state: &State) -> Result<DaemonStats, ControlError> {
+    let name = state.name.clone();
+    match ask(states, state, &Request::Stats { name })? {
+        Answer::Stats(counted) => Ok(*counted),
+        Answer::Refused(why) => Err(ControlError::Refused(why)),
+        _ => Err(silent(state, "it answered something else")),
+    }
+}
+
+/// Takes the device of `state` down and waits until its device and files are gone. Works for a dead server's device as well.
+///
+/// # Errors
+/// [`ControlError::InUse`] when the device is mounted or otherwise in use, or whatever else kept it.
+pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
+    // The service will look too, but it sees mounts from its own namespace.
+    refuse_if_used_for_long(state)?;
+    let name = state.name.clone();
+    match ask(states, state, &Request::Detach { name }) {
+        Ok(Answer::Done) => {}
+        Ok(Answer::Refused(why)) => return Err(ControlError::Refused(why)),
+        Ok(_) => return Err(silent(state, "it answered something else")),
+        Err(ControlError::Dead { .. }) => return bury(states, state),
+        Err(error) => return Err(error),
+    }
+    if state.server == Server::Command && !wait_for_end(&state.process) {
+        return Err(silent(state, "it took the device down but does not end"));
+    }
+    // What it could not remove itself.
+    states.remove(state);
+    Ok(())
+}
+
+/// From now on the device of `state` goes with its last user.
+///
+/// # Errors
+/// When its server is dead or does not answer.
+pub fn let_go(states: &StateDir, state: &State) -> Result<(), ControlError> {
+    let name = state.name.clone();
+    match ask(states, state, &Request::LetGo { name })? {
+        Answer::Done => Ok(()),
+        Answer::Refused(why) => Err(ControlError::Refused(why)),
+        _ => Err(silent(state, "it answered something else")),
+    }
+}
+
+/// How the devices of the service are; none if there is no service.
+///
+/// # Errors
+/// When it does not answer.
+pub(crate) fn conditions(states: &StateDir) -> io::Result<Option<BTreeMap<String, Condition>>> {
+    let stream = match UnixStream::connect(states.service_socket()) {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    match call(&stream, &Request::<()>::Conditions, &[], GLANCE_LIMIT)? {
+        Answer::Conditions(conditions) => Ok(Some(conditions)),
+        _ => Err(io::Error::other("it answered something else")),
+    }
+}
+
+/// Lets this program go on with every device of the service, in place of the program that serves them now; returns the numbers of
+/// the processes before and after. None if there is no service.
+///
+/// # Errors
+/// When the service refuses, or does not come back.
+pub fn upgrade(states: &StateDir) -> Result<Option<(u32, u32)>, DaemonError> {
+    let Ok(stream) = UnixStream::connect(states.service_socket()) else {
+        return Ok(None);
+    };
+    let program: OwnedFd = fs::File::open("/proc/self/exe")
+        .map_err(failed("open this program"))?
+        .into();
+    let before = running(states);
+    match call(&stream, &Request::<()>::Upgrade, &[program], ANSWER_LIMIT).map_err(failed("talk to the service"))? {
+        Answer::Done => {}
+        Answer::Refused(why) => return Err(DaemonError::Reported(why)),
+        _ => return Err(DaemonError::Reported("the service answered something else".to_owned())),
+    }
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        let now = running(states);
+        if let (Some(before), Some(now)) = (before, now)
+            && before != now
+            && matches!(conditions(states), Ok(Some(_)))
+        {
+            return Ok(Some((before, now)));
+        }
+        if Instant::now() > deadline {
+            return Err(DaemonError::Died {
+                last_words: last_words(states, 0),
+            });
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The number of the process that serves this state directory: who holds its lock.
+fn running(states: &StateDir) -> Option<u32> {
+    fs::read_to_string(keeper::lock_file(states)).ok()?.trim().parse().ok()
+}
+
+/// Removes what a dead daemon left: its device, unless that is in use, and its files.
+pub(crate) fn bury(states: &StateDir, state: &State) -> Result<(), ControlError> {
+    if state.device_exists() {
+        refuse_if_used_for_long(state)?;
+        match state.backend {
+            Backend::Ublk => ublk::delete_dead(state.number, state.process.pid)?,
+            // The kernel takes a loop device down at its last close, and somebody has it open still.
+            Backend::Loop => {}
+        }
+    }
+    record::remove(states, &state.name);
+    states.remove(state);
+    if states.list().is_ok_and(|(all, _)| all.is_empty()) && keeper::clean_up(states, Duration::ZERO) {
+        for name in [LOG_NAME, OLDER_LOG_NAME] {
+            let _ = fs::remove_file(states.path().join(name));
+        }
+    }
+    Ok(())
+}
+
+/// Ends the reads that wait for a dead daemon, of a device that may be mounted: nobody will answer them any more.
+pub(crate) fn end_reads(state: &State) -> Result<(), ControlError> {
+    match state.backend {
+        Backend::Ublk => Ok(ublk::stop_dead(state.number, state.process.pid)?),
+        // Its reads failed when the daemon died.
+        Backend::Loop => Ok(()),
+    }
+}
+
+/// Fails when something uses the device.
+pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
+    let users = users::of(&state.device);
+    if users.is_empty() {
+        return Ok(());
+    }
+    let users = users.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    Err(ControlError::InUse {
+        device: state.device.clone(),
+        users,
+    })
+}
+
+/// The same, but not because of a mount that only others see and that they let go of: a process that starts in a mount
+/// namespace of its own (another device's daemon, a container) takes a copy of every mount along at first.
+fn refuse_if_used_for_long(state: &State) -> Result<(), ControlError> {
+    let seen_here = |user: &User| matches!(user, User::Mount(_) | User::Holder(_));
+    wait_until(COPIES_LIMIT, || {
+        let users = users::of(&state.device);
+        users.is_empty() || users.iter().any(seen_here)
+    });
+    refuse_if_used(state)
+}
+
+fn silent(state: &State, cause: &str) -> ControlError {
+    ControlError::Silent {
+        name: state.name.clone(),
+        pid: state.process.pid,
+        cause: cause.to_owned(),
+    }
+}
+
+fn ask(states: &StateDir, state: &State, request: &Request<()>) -> Result<Answer, ControlError> {
+    let dead = || {
+        let mounted = users::mount_points(&state.device);
+        ControlError::Dead {
+            name: state.name.clone(),
+            pid: state.process.pid,
+            cleans_up: match mounted.last() {
+                Some(dir) => format!("umount {}", dir.display()),
+                None => format!("detach {}", state.name),
+            },
+        }
+    };
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        let stream = match UnixStream::connect(states.socket_of(state)) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                return Err(dead());
+            }
+            Err(error) => return Err(silent(state, &error.to_string())),
+        };
+        match call(&stream, request, &[], ANSWER_LIMIT) {
+            Ok(answer) => return Ok(answer),
+            // The service was killed under the request; its keepers start it again. What is asked may be asked twice.
+            Err(error) if is_gone(&error) && state.server == Server::Service && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) if is_gone(&error) => return Err(dead()),
+            Err(error) => return Err(silent(state, &error.to_string())),
+        }
+    }
+}
+
+/// Waits until a process has ended; false when it does not.
+fn wait_for_end(process: &Process) -> bool {
+    let deadline = Instant::now() + EXIT_LIMIT;
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let Some(fd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+        return !process.is_alive();
+    };
+    while process.is_alive() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let Ok(timeout) = Timespec::try_from(left) else {
+            return false;
+        };
+        let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout));
+    }
+    true
+}

@@ -1,0 +1,309 @@
+//! The service's side of its keepers: what is to outlive the service is with each of them before it is used. In: descriptors to
+//! hold or to drop. Out: nothing but that it was done; and at the start, what an earlier service left.
+//!
+//! A keeper that dies is replaced, and gets everything again. Invariant: while the service lives, this has a duplicate of every
+//! descriptor that the keepers hold.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::keeper::{self, Ask, KEEPERS, Kind, LINK_LIMIT, MAX_KEEPER_BYTES, Said, is_root, open_log};
+use super::message::{receive, send};
+use super::{Launcher, Role};
+use crate::device::state::StateDir;
+use crate::device::wait_until;
+
+/// How long a new keeper may take to open its socket.
+const START_LIMIT: Duration = Duration::from_secs(5);
+
+/// What is held of one device, or of the service itself.
+pub(super) type Holding = Vec<(Kind, OwnedFd)>;
+
+/// All keepers of the service.
+pub(super) struct Holders {
+    states: StateDir,
+    launcher: Launcher,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    all: BTreeMap<String, Holding>,
+    links: Vec<Option<Link>>,
+}
+
+struct Link {
+    stream: UnixStream,
+    pid: u32,
+    version: String,
+}
+
+impl Holders {
+    /// Calls the keepers that an earlier service left, and takes duplicates of what they hold. Starts none.
+    pub(super) fn find(states: &StateDir, launcher: Launcher) -> Self {
+        let mut inner = Inner::default();
+        for number in 0..KEEPERS {
+            let link = call(states, number).and_then(|stream| list(stream, &mut inner.all));
+            inner.links.push(link.ok());
+        }
+        Self {
+            states: states.clone(),
+            launcher,
+            inner: Mutex::new(inner),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // What a panicking holder left is looked at anew by `mend`.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an earlier service left, under the names that it was given; stays held.
+    ///
+    /// # Errors
+    /// When descriptors cannot be duplicated.
+    pub(super) fn found(&self) -> io::Result<BTreeMap<String, Holding>> {
+        let inner = self.inner();
+        let duplicate = |holding: &Holding| -> io::Result<Holding> {
+            holding.iter().map(|(kind, fd)| Ok((*kind, fd.try_clone()?))).collect()
+        };
+        inner
+            .all
+            .iter()
+            .map(|(name, holding)| Ok((name.clone(), duplicate(holding)?)))
+            .collect()
+    }
+
+    /// Gives `holding` to every keeper under `name`, in place of what they have under it. When this returns it outlives this process.
+    ///
+    /// # Errors
+    /// When there is no keeper at all, not even a new one.
+    pub(super) fn hold(&self, name: &str, holding: Holding) -> io::Result<()> {
+        let mut inner = self.inner();
+        inner.all.insert(name.to_owned(), holding);
+        let Inner { all, links } = &mut *inner;
+        let Some(holding) = all.get(name) else { return Ok(()) };
+        for link in links.iter_mut() {
+            if let Some(known) = link
+                && let Err(error) = known.hold(name, holding)
+            {
+                log::warn!("keeper {} is lost: {error}", known.pid);
+                *link = None;
+            }
+        }
+        self.mend_all(&mut inner)
+    }
+
+    /// Makes every keeper give up what it has under `name`.
+    pub(super) fn drop(&self, name: &str) {
+        let mut inner = self.inner();
+        if inner.all.remove(name).is_none() {
+            return;
+        }
+        for link in &mut inner.links {
+            if let Some(known) = link
+                && let Err(error) = known.ask(&Ask::Drop { name: name.to_owned() }, &[])
+            {
+                log::warn!("keeper {} is lost: {error}", known.pid);
+                *link = None;
+            }
+        }
+    }
+
+    /// Puts new keepers in the place of those that are gone. Called now and then.
+    pub(super) fn mend(&self) {
+        let mut inner = self.inner();
+        for link in &mut inner.links {
+            if link.as_ref().is_some_and(|known| !known.is_there()) {
+                *link = None;
+            }
+        }
+        if let Err(error) = self.mend_all(&mut inner) {
+            log::error!("{error}");
+        }
+    }
+
+    fn mend_all(&self, inner: &mut Inner) -> io::Result<()> {
+        inner.links.resize_with(KEEPERS, || None);
+        let missing: Vec<usize> = (0..KEEPERS).filter(|number| inner.links[*number].is_none()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let started: Vec<_> = missing.iter().map(|number| (*number, self.start(*number))).collect();
+        let mut failure = None;
+        for (number, started) in started {
+            let ready = started.and_then(|()| self.connect(number, &inner.all));
+            match ready {
+                Ok(link) => inner.links[number] = Some(link),
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            Some(error) if inner.links.iter().all(Option::is_none) => {
+                Err(io::Error::new(error.kind(), format!("there is no keeper: {error}")))
+            }
+            Some(error) => {
+                log::warn!("cannot start a keeper: {error}");
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Starts a keeper.
+    fn start(&self, number: usize) -> io::Result<()> {
+        // A dead one's, which would refuse the call until the new one has put its own there.
+        let _ = std::fs::remove_file(keeper::socket(&self.states, number));
+        let mut child = Command::new(&self.launcher.program)
+            .arg0("tarblk")
+            .args(&self.launcher.arguments)
+            .arg(Role::Keeper.word())
+            .arg(self.states.path())
+            .arg(number.to_string())
+            .env_remove("TARBLK_CREDS")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(open_log(&self.states)?)
+            .spawn()?;
+        // Its entry in the process table must go when it dies before the service.
+        std::thread::Builder::new()
+            .name("keeper-end".to_owned())
+            .stack_size(32 << 10)
+            .spawn(move || child.wait())?;
+        Ok(())
+    }
+
+    /// Calls a keeper that was just started, and gives it everything.
+    fn connect(&self, number: usize, all: &BTreeMap<String, Holding>) -> io::Result<Link> {
+        let mut called = Err(io::ErrorKind::NotFound.into());
+        wait_until(START_LIMIT, || {
+            called = call(&self.states, number);
+            called.is_ok()
+        });
+        let mut link = list(called?, &mut BTreeMap::new())?;
+        for (name, holding) in all {
+            link.hold(name, holding)?;
+        }
+        Ok(link)
+    }
+
+    /// Ends all keepers: there is nothing to hold any more.
+    pub(super) fn retire(&self) {
+        let mut inner = self.inner();
+        inner.all.clear();
+        for link in inner.links.drain(..).flatten() {
+            let mut link = link;
+            if link.ask(&Ask::Retire, &[]).is_ok() {
+                // Its end closes the link.
+                let _ = receive::<Said>(&link.stream, MAX_KEEPER_BYTES);
+            }
+        }
+    }
+
+    /// Hands the keepers the program to start from now on.
+    ///
+    /// # Errors
+    /// When none of them took it.
+    pub(super) fn program(&self, program: &OwnedFd) -> io::Result<()> {
+        let mut inner = self.inner();
+        let mut taken = Err(io::Error::other("there is no keeper"));
+        for link in inner.links.iter_mut().flatten() {
+            let asked = link.ask(&Ask::Program, &[std::os::fd::AsFd::as_fd(program)]);
+            if asked.is_ok() || taken.is_err() {
+                taken = asked;
+            }
+        }
+        taken
+    }
+
+    /// Replaces keepers that another version of the program runs, one after the other.
+    pub(super) fn renew(&self) {
+        let mut inner = self.inner();
+        for number in 0..inner.links.len() {
+            let other = inner.links[number].take_if(|link| link.version != keeper::version());
+            if let Some(mut old) = other {
+                let retired = old.ask(&Ask::Retire, &[]);
+                let _ = receive::<Said>(&old.stream, MAX_KEEPER_BYTES);
+                log::info!(
+                    "keeper {} of version {} is replaced ({retired:?})",
+                    old.pid,
+                    old.version
+                );
+                if let Err(error) = self.mend_all(&mut inner) {
+                    log::error!("{error}");
+                }
+            }
+        }
+    }
+}
+
+fn call(states: &StateDir, number: usize) -> io::Result<UnixStream> {
+    let stream = UnixStream::connect(keeper::socket(states, number))?;
+    stream.set_read_timeout(Some(LINK_LIMIT))?;
+    stream.set_write_timeout(Some(LINK_LIMIT))?;
+    if is_root(&stream) {
+        Ok(stream)
+    } else {
+        Err(io::Error::other("the keeper is not root's"))
+    }
+}
+
+/// Asks a keeper what it holds, and adds to `all` what is not there yet.
+fn list(stream: UnixStream, all: &mut BTreeMap<String, Holding>) -> io::Result<Link> {
+    let odd = || io::Error::new(io::ErrorKind::InvalidData, "a keeper answered something else");
+    send(&stream, &Ask::List, &[])?;
+    let next = || -> io::Result<(Said, Vec<OwnedFd>)> {
+        receive(&stream, MAX_KEEPER_BYTES)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    };
+    let (Said::Holding { count, version, pid }, _) = next()? else {
+        return Err(odd());
+    };
+    for _ in 0..count {
+        let (Said::Held { name, kinds }, descriptors) = next()? else {
+            return Err(odd());
+        };
+        if kinds.len() != descriptors.len() {
+            return Err(odd());
+        }
+        all.entry(name)
+            .or_insert_with(|| kinds.into_iter().zip(descriptors).collect());
+    }
+    Ok(Link { stream, pid, version })
+}
+
+impl Link {
+    fn ask(&mut self, ask: &Ask, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> io::Result<()> {
+        send(&self.stream, ask, descriptors)?;
+        match receive::<Said>(&self.stream, MAX_KEEPER_BYTES)? {
+            Some((Said::Done, _)) => Ok(()),
+            Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "it answered something else")),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn hold(&mut self, name: &str, holding: &Holding) -> io::Result<()> {
+        let (kinds, descriptors): (Vec<_>, Vec<_>) = holding
+            .iter()
+            .map(|(kind, fd)| (*kind, std::os::fd::AsFd::as_fd(fd)))
+            .unzip();
+        let ask = Ask::Hold {
+            name: name.to_owned(),
+            kinds,
+        };
+        self.ask(&ask, &descriptors)
+    }
+
+    /// Whether its process lives: a keeper says nothing unasked, so anything to read is its end.
+    fn is_there(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut waiting = [PollFd::new(&self.stream, PollFlags::IN)];
+        matches!(poll(&mut waiting, Some(&now)), Ok(0))
+    }
+}

@@ -1,0 +1,407 @@
+//! The keeper: a process that holds what must outlive the service, and starts the service again. In: descriptors, from the service.
+//! Out: the same descriptors, to the service that comes after it.
+//!
+//! The kernel ends a FUSE connection, and with it a mounted device, when no process has it open any more; a ublk device waits, but for
+//! somebody to come. So there are two of these beside every service, each with a copy of everything: whichever processes are killed, at
+//! whatever moment, what is left starts the others again. A keeper has one thread, no network, and knows nothing of what it
+//! holds. Several keepers may find the service dead at once: the service lock says who starts it.
+//!
+//! A link is a connection of the service to the keeper's socket; its end is the service's.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use super::message::{borrowed, receive, send};
+use super::{LOG_NAME, Launcher, Role};
+use crate::device::state::StateDir;
+use crate::device::wait_until;
+
+/// How many keepers stand beside a service.
+pub(super) const KEEPERS: usize = 2;
+
+/// No message to or from a keeper is longer, in bytes: names and kinds only.
+pub(super) const MAX_KEEPER_BYTES: u64 = 1 << 20;
+
+/// How long the other end of a link may take over one message.
+pub(super) const LINK_LIMIT: Duration = Duration::from_secs(5);
+
+/// Pauses between looks whether a dead service's lock is free: the first, and the longest.
+const SHORTEST_GLANCE: Duration = Duration::from_millis(1);
+const LONGEST_GLANCE: Duration = Duration::from_millis(50);
+
+/// How long to wait after the service was started before it is started again: the second time, and at most. In between each
+/// wait is four times as long as the one before.
+const SHORTEST_BACKOFF: Duration = Duration::from_millis(1);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// A service that lived this long was no failure at its start: the next one is started at once.
+const GOOD_LIFE: Duration = Duration::from_secs(5);
+
+/// What a held descriptor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kind {
+    /// The listening control socket of the service.
+    Listener,
+    /// A FUSE connection.
+    Channel,
+    /// The memory in which a FUSE session notes its requests.
+    Ledger,
+    /// The loop device, open so that it stays without a user.
+    Device,
+    /// The device's specification with its secrets, in memory.
+    Spec,
+    /// A file of this machine that the device's bytes or index lie in; in the specification's order.
+    File,
+}
+
+/// What the service asks of a keeper. Each is answered by [`Said`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Ask {
+    /// What it holds.
+    List,
+    /// To hold these descriptors under a name, in place of what it holds under it.
+    Hold { name: String, kinds: Vec<Kind> },
+    /// To hold nothing under this name any more.
+    Drop { name: String },
+    /// To start this program from now on; its descriptor is sent along.
+    Program,
+    /// To end: there is nothing left to hold.
+    Retire,
+}
+
+/// What a keeper answers.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum Said {
+    /// To [`Ask::List`]: as many [`Said::Held`] follow.
+    Holding { count: usize, version: String, pid: u32 },
+    /// What is held under one name, with its descriptors.
+    Held { name: String, kinds: Vec<Kind> },
+    /// Done.
+    Done,
+}
+
+/// The version that a keeper says it is of.
+pub(super) fn version() -> String {
+    env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// The socket of keeper `number`.
+pub(super) fn socket(states: &StateDir, number: usize) -> PathBuf {
+    states.path().join(format!("keeper-{number}.sock"))
+}
+
+/// The file whose lock the service holds for as long as it lives.
+pub(super) fn lock_file(states: &StateDir) -> PathBuf {
+    states.path().join("service.lock")
+}
+
+/// Takes the lock that says who is, or who starts, the service. None while another process has it.
+///
+/// # Errors
+/// When the file cannot be made.
+pub(super) fn try_lock(states: &StateDir) -> io::Result<Option<File>> {
+    let path = lock_file(states);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    // It may have been removed by a service that ended between opening and locking: then this is a lock on nothing.
+    let same = fs::metadata(&path).is_ok_and(|named| file.metadata().is_ok_and(|ours| ours.ino() == named.ino()));
+    Ok(same.then_some(file))
+}
+
+/// Removes what a service left that died without a device; the log stays, to be read. Only while nobody serves; says whether that is so.
+pub(super) fn clean_up(states: &StateDir, patience: Duration) -> bool {
+    // A dying process takes a moment to let go of its lock.
+    let mut lock = None;
+    wait_until(patience, || {
+        lock = try_lock(states).ok().flatten();
+        lock.is_some()
+    });
+    let has_devices = states.list().is_ok_and(|(all, _)| !all.is_empty());
+    if lock.is_some() && !has_devices {
+        for number in 0..KEEPERS {
+            // A living keeper would have started another service, or ended.
+            let _ = fs::remove_file(socket(states, number));
+        }
+        remove_files(states);
+        return true;
+    }
+    false
+}
+
+fn remove_files(states: &StateDir) {
+    let _ = fs::remove_file(states.service_socket());
+    let _ = fs::remove_file(lock_file(states));
+}
+
+/// Opens the log that the service and the keepers write.
+pub(super) fn open_log(states: &StateDir) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(states.path().join(LOG_NAME))
+}
+
+/// Starts a service that has `lock`, as a child of this process.
+pub(super) fn start_service(launcher: &Launcher, states: &StateDir, lock: &File, again: bool) -> io::Result<Child> {
+    let mut command = Command::new(&launcher.program);
+    command
+        .arg0("tarblk")
+        .args(&launcher.arguments)
+        .arg(Role::Service.word())
+        .arg(states.path())
+        // What it needs of that it is told by message; a process's environment is there to be read all its life.
+        .env_remove("TARBLK_CREDS")
+        .stdin(lock.try_clone()?)
+        .stdout(Stdio::piped())
+        .stderr(open_log(states)?);
+    if again {
+        command.arg("again").stdout(Stdio::null());
+    }
+    command.spawn()
+}
+
+/// What is held under one name.
+struct Held {
+    name: String,
+    kinds: Vec<Kind>,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// A keeper's life; see the module. Returns when it is told to, or when there is neither a service nor anything to hold.
+pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> ExitCode {
+    let path = socket(states, number);
+    let listener = fs::remove_file(&path)
+        .or_else(|error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        })
+        .and_then(|()| UnixListener::bind(&path))
+        .and_then(|listener| fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map(|()| listener));
+    let listener = match listener {
+        Ok(listener) => listener,
+        Err(error) => {
+            log::error!("keeper {number}: cannot open {}: {error}", path.display());
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut keeper = Keeper {
+        states,
+        launcher,
+        program: None,
+        held: Vec::new(),
+        children: Vec::new(),
+        link: None,
+        linked: Instant::now(),
+        glance: SHORTEST_GLANCE,
+        backoff: SHORTEST_BACKOFF,
+    };
+    keeper.work(&listener);
+    let _ = fs::remove_file(&path);
+    ExitCode::SUCCESS
+}
+
+struct Keeper<'a> {
+    states: &'a StateDir,
+    launcher: Launcher,
+    /// The program that was handed over for the next start.
+    program: Option<OwnedFd>,
+    held: Vec<Held>,
+    children: Vec<Child>,
+    link: Option<UnixStream>,
+    /// When the present or the last service called.
+    linked: Instant,
+    /// Until the next look, while another process has the lock and does not call.
+    glance: Duration,
+    /// Until the next look after a start.
+    backoff: Duration,
+}
+
+impl Keeper<'_> {
+    fn work(&mut self, listener: &UnixListener) {
+        // The service that started this one is about to call, unless it dies first.
+        let mut look_at = Instant::now() + LONGEST_GLANCE;
+        loop {
+            let left = look_at.saturating_duration_since(Instant::now());
+            let timeout = if self.link.is_some() {
+                None
+            } else {
+                Timespec::try_from(left).ok()
+            };
+            let (called, spoke) = {
+                let mut waiting = vec![PollFd::new(listener, PollFlags::IN)];
+                waiting.extend(self.link.iter().map(|link| PollFd::new(link, PollFlags::IN)));
+                match poll(&mut waiting, timeout.as_ref()) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => {
+                        log::error!("a keeper cannot wait: {error}");
+                        std::thread::sleep(LONGEST_BACKOFF);
+                    }
+                }
+                let ready = |at: usize| waiting.get(at).is_some_and(|fd| !fd.revents().is_empty());
+                (ready(0), ready(1))
+            };
+            self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            if spoke {
+                match self.answer() {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        if error.kind() != io::ErrorKind::UnexpectedEof {
+                            log::warn!("a keeper lost its service: {error}");
+                        }
+                        self.link = None;
+                        self.glance = SHORTEST_GLANCE;
+                        if self.linked.elapsed() > GOOD_LIFE {
+                            self.backoff = SHORTEST_BACKOFF;
+                        }
+                        look_at = Instant::now();
+                    }
+                }
+            }
+            if called && let Ok((stream, _)) = listener.accept() {
+                let limits = stream
+                    .set_read_timeout(Some(LINK_LIMIT))
+                    .and_then(|()| stream.set_write_timeout(Some(LINK_LIMIT)));
+                if limits.is_ok() && is_root(&stream) {
+                    self.link = Some(stream);
+                    self.linked = Instant::now();
+                }
+            }
+            if self.link.is_none() && Instant::now() >= look_at {
+                match self.look() {
+                    Look::End => return,
+                    Look::Again(after) => look_at = Instant::now() + after,
+                }
+            }
+        }
+    }
+
+    /// Looks whether the service is gone for good, and starts another one.
+    fn look(&mut self) -> Look {
+        let lock = match try_lock(self.states) {
+            Ok(Some(lock)) => lock,
+            // The dead one is not all gone yet, or another keeper was first.
+            Ok(None) => {
+                self.glance = (self.glance * 2).min(LONGEST_GLANCE);
+                return Look::Again(self.glance);
+            }
+            Err(error) => {
+                log::error!("a keeper cannot lock the service: {error}");
+                return Look::Again(LONGEST_BACKOFF);
+            }
+        };
+        if !self.held.iter().any(|held| held.name != super::LISTENER_NAME) {
+            remove_files(self.states);
+            return Look::End;
+        }
+        let launcher = match &self.program {
+            Some(program) => Launcher {
+                program: format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(program)).into(),
+                arguments: self.launcher.arguments.clone(),
+            },
+            None => self.launcher.clone(),
+        };
+        match start_service(&launcher, self.states, &lock, true) {
+            Ok(child) => {
+                log::warn!("the service has ended; started it again as process {}", child.id());
+                self.children.push(child);
+            }
+            Err(error) => log::error!("cannot start the service again: {error}"),
+        }
+        let after = self.backoff;
+        self.backoff = (self.backoff * 4).min(LONGEST_BACKOFF);
+        self.glance = SHORTEST_GLANCE;
+        Look::Again(after)
+    }
+
+    /// Does what the service asks; false when it is to end.
+    fn answer(&mut self) -> io::Result<bool> {
+        let Some(link) = &self.link else { return Ok(true) };
+        let Some((ask, descriptors)) = receive::<Ask>(link, MAX_KEEPER_BYTES)? else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        match ask {
+            Ask::List => {
+                let holding = Said::Holding {
+                    count: self.held.len(),
+                    version: version(),
+                    pid: std::process::id(),
+                };
+                send(link, &holding, &[])?;
+                for held in &self.held {
+                    let said = Said::Held {
+                        name: held.name.clone(),
+                        kinds: held.kinds.clone(),
+                    };
+                    send(link, &said, &borrowed(&held.descriptors))?;
+                }
+                return Ok(true);
+            }
+            Ask::Hold { name, kinds } => {
+                if kinds.len() != descriptors.len() {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "kinds and descriptors differ",
+                    ));
+                }
+                self.held.retain(|held| held.name != name);
+                self.held.push(Held {
+                    name,
+                    kinds,
+                    descriptors,
+                });
+            }
+            Ask::Drop { name } => self.held.retain(|held| held.name != name),
+            Ask::Program => self.program = descriptors.into_iter().next(),
+            Ask::Retire => {
+                self.held.clear();
+                send(link, &Said::Done, &[])?;
+                return Ok(false);
+            }
+        }
+        send(link, &Said::Done, &[])?;
+        Ok(true)
+    }
+}
+
+enum Look {
+    /// There is nothing to keep.
+    End,
+    /// Look again after this long.
+    Again(Duration),
+}
+
+/// Whether the other end is root, as this process is.
+pub(super) fn is_root(stream: &UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(stream.as_fd()).is_ok_and(|peer| peer.uid.is_root())
+}

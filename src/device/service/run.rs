@@ -1,0 +1,411 @@
+//! The life of a process that serves devices. In: a socket, signals, the passing of time. Out: devices, until there is no need of it
+//! any more.
+//!
+//! The service takes over what an earlier one left, then answers; it ends when it has had no device for a while, or was told to end and
+//! no device is in use. In the foreground ([`serve`]) the same serves one device and ends with it.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as Stream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, parse};
+use super::holders::Holders;
+use super::keeper::{self, Kind};
+use super::message::{receive, send};
+use super::table::Table;
+use super::{
+    Attached, Builder, DaemonError, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, failed, namespace,
+    open_files,
+};
+use crate::device::state::StateDir;
+
+/// How often it is looked whether devices are still there and in use, and whether keepers live.
+const GLANCE: Duration = Duration::from_millis(200);
+
+/// Whoever started a service may take this long to call it.
+const FIRST_CALL_LIMIT: Duration = Duration::from_secs(5);
+
+/// So many requests are worked on at once; more wait.
+const MOST_CALLS: usize = 64;
+
+/// The machine's own order of whom to kill for memory, from -1000 (never) to 1000.
+const OOM_SCORE_ADJ: &str = "-900";
+
+/// The hidden subcommand's service. With `again` a keeper has started it: it inherits its mount namespace.
+pub(super) fn service<B: Builder>(
+    states: &StateDir,
+    launcher: &Launcher,
+    builder: B,
+    again: bool,
+) -> Result<(), DaemonError> {
+    states.create()?;
+    let lock = take_lock()?;
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
+    let apart = again || namespace::leave();
+    let (reach, idle) = (builder.reach(), builder.idle_limit());
+    let holders = Holders::find(states, launcher.clone());
+    let listener = listen(states, &holders)?;
+    let kept = listener
+        .try_clone()
+        .map_err(failed("duplicate the control socket"))?
+        .into();
+    let table = Arc::new(Table::new(states, Some(holders), builder));
+    let runtime = runtime()?;
+    let ended = runtime.block_on(async {
+        let signals = Signals::new().map_err(failed("receive signals"))?;
+        table.begin_shared();
+        // The sooner there are two keepers again, the better: one may have died with the last service.
+        let keepers = {
+            let table = Arc::clone(&table);
+            thread::spawn(move || {
+                let Some(holders) = table.holders() else { return };
+                if let Err(error) = holders.hold(LISTENER_NAME, vec![(Kind::Listener, kept)]) {
+                    log::warn!("cannot keep the control socket: {error}");
+                }
+            })
+        };
+        table.resume_all();
+        let listener = UnixListener::from_std(listener).map_err(failed("use the control socket"))?;
+        announce_ready(again);
+        // Beside the rest, because the kernel takes a while for each.
+        if apart && !again {
+            let states = states.clone();
+            thread::spawn(move || namespace::tidy(&states, &reach));
+        }
+        {
+            let table = Arc::clone(&table);
+            thread::spawn(move || {
+                let _ = keepers.join();
+                table.holders().map(Holders::renew);
+            });
+        }
+        Ok::<_, DaemonError>(work(&table, &listener, signals, Some(idle)).await)
+    })?;
+    if ended == Ending::Upgrade {
+        // The keepers start the new program as soon as the lock is free.
+        log::info!("handing over to another program");
+        return Ok(());
+    }
+    // Before the socket is closed: who finds it closed and no log knows that nothing bad has happened.
+    for name in [LOG_NAME, OLDER_LOG_NAME] {
+        let _ = fs::remove_file(states.path().join(name));
+    }
+    let _ = fs::remove_file(states.service_socket());
+    if let Some(holders) = table.holders() {
+        holders.retire();
+    }
+    let _ = fs::remove_file(keeper::lock_file(states));
+    drop(lock);
+    Ok(())
+}
+
+/// The lock that this process was started with, as its standard input.
+fn take_lock() -> Result<File, DaemonError> {
+    let mut lock: File = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+        .map(Into::into)
+        .map_err(|error| failed("take the service's lock")(error.into()))?;
+    let null = File::open("/dev/null").map_err(failed("open /dev/null"))?;
+    let _ = rustix::stdio::dup2_stdin(&null);
+    // For whoever wants to know who the service is.
+    let noted = lock
+        .rewind()
+        .and_then(|()| lock.set_len(0))
+        .and_then(|()| writeln!(lock, "{}", std::process::id()));
+    noted.map_err(failed("note the service's number"))?;
+    Ok(lock)
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(failed("start a runtime"))
+}
+
+/// The control socket: the one that the keepers hold, else a new one.
+fn listen(states: &StateDir, holders: &Holders) -> Result<std::os::unix::net::UnixListener, DaemonError> {
+    let found = holders.found().map_err(failed("take over the control socket"))?;
+    let inherited = found
+        .into_iter()
+        .find(|(name, _)| name == LISTENER_NAME)
+        .and_then(|(_, holding)| holding.into_iter().find(|(kind, _)| *kind == Kind::Listener));
+    let listener = match inherited {
+        Some((_, listener)) => listener.into(),
+        None => bind(&states.service_socket())?,
+    };
+    listener
+        .set_nonblocking(true)
+        .map_err(failed("use the control socket"))?;
+    Ok(listener)
+}
+
+fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, DaemonError> {
+    // A dead process's: this one has the lock, or the device's number.
+    let _ = fs::remove_file(path);
+    let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed("open the control socket"))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(failed("close the control socket to others"))?;
+    Ok(listener)
+}
+
+/// Tells whoever started this process that it can be called.
+fn announce_ready(again: bool) {
+    if !again {
+        let mut stdout = io::stdout().lock();
+        let _ = stdout.write_all(b"ready\n").and_then(|()| stdout.flush());
+    }
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+}
+
+/// Serves one device in this process until it is told to stop: by its socket, by SIGTERM or SIGINT, or because another process
+/// took the device down. `announce` is called once, when the device can be mounted; if it fails the device is taken down.
+///
+/// A signal while the device is in use does not cut its users off: it is served until they have let go.
+///
+/// # Errors
+/// Why the device could not be made or taken down.
+pub fn serve<B: Builder>(
+    spec: ServeSpec<B::Image>,
+    builder: B,
+    announce: impl FnOnce(&Attached) -> io::Result<()>,
+) -> Result<(), DaemonError> {
+    let states = StateDir::new(&spec.states);
+    states.create()?;
+    let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
+    let apart = namespace::leave();
+    let reach = builder.reach();
+    let table = Arc::new(Table::new(&states, None, builder));
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        // From here on signals are requests; until here they end the process, which has nothing to clean up yet.
+        let signals = Signals::new().map_err(failed("receive signals"))?;
+        table.begin_shared();
+        let attached = table.attach(spec, files)?;
+        table.refuse_more();
+        let name = attached.state.name.clone();
+        let begun = bind(&states.socket(&name)).and_then(|listener| {
+            listener
+                .set_nonblocking(true)
+                .and_then(|()| UnixListener::from_std(listener))
+                .map_err(failed("use the control socket"))
+        });
+        let listener = match begun {
+            Ok(listener) => listener,
+            Err(error) => {
+                let _ = table.detach(&name);
+                return Err(error);
+            }
+        };
+        if apart {
+            namespace::tidy(&states, &reach);
+        }
+        if let Err(error) = announce(&attached) {
+            log::warn!("whoever wanted {} is gone: {error}", attached.state.device.display());
+            let _ = table.detach(&name);
+            return Err(failed("announce the device")(error));
+        }
+        work(&table, &listener, signals, None).await;
+        Ok(())
+    })
+}
+
+/// Why a process stops serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// There is nothing to serve.
+    Unneeded,
+    /// Another program goes on with the devices.
+    Upgrade,
+}
+
+/// Answers calls and signals until there is nothing to serve: with `idle` for that long, else at once.
+async fn work<B: Builder>(
+    table: &Arc<Table<B>>,
+    listener: &UnixListener,
+    mut signals: Signals,
+    idle: Option<Duration>,
+) -> Ending {
+    let (mut leaving, mut was_called) = (false, false);
+    let mut busy_since = Instant::now();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let upgrade = Arc::new(tokio::sync::Notify::new());
+    // Goes on whatever else happens: requests that come more often must not keep it from looking.
+    let mut glance = tokio::time::interval(GLANCE);
+    glance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let looking = Arc::new(AtomicUsize::new(0));
+    loop {
+        tokio::select! {
+            accepted = listener.accept(), if calls.load(Ordering::Relaxed) < MOST_CALLS => {
+                if let Ok((stream, _)) = accepted
+                    && let Ok(stream) = stream.into_std()
+                {
+                    hear(table, stream, &calls, &upgrade);
+                }
+            }
+            () = upgrade.notified() => return Ending::Upgrade,
+            name = signals.next() => {
+                leaving = true;
+                table.refuse_more();
+                match table.in_use() {
+                    Some(used) => log::warn!("{name}: {used}; staying until then"),
+                    None => log::info!("{name}: detaching"),
+                }
+                look(table, leaving, &looking);
+            }
+            _ = glance.tick() => look(table, leaving, &looking),
+        }
+        let idle = idle.map(|idle| if was_called { idle } else { idle.max(FIRST_CALL_LIMIT) });
+        if !table.is_empty() || calls.load(Ordering::Relaxed) > 0 {
+            was_called = true;
+            busy_since = Instant::now();
+        } else if (leaving || idle.is_none_or(|idle| busy_since.elapsed() >= idle)) && table.close() {
+            return Ending::Unneeded;
+        }
+    }
+}
+
+/// Looks after devices and keepers on a thread of its own, because devices are taken down there; only one at a time.
+fn look<B: Builder>(table: &Arc<Table<B>>, leaving: bool, looking: &Arc<AtomicUsize>) {
+    if looking.swap(1, Ordering::AcqRel) == 1 {
+        return;
+    }
+    let (table, looking) = (Arc::clone(table), Arc::clone(looking));
+    let done = Arc::clone(&looking);
+    let started = thread::Builder::new().name("glance".to_owned()).spawn(move || {
+        table.glance(leaving);
+        if let Some(holders) = table.holders()
+            && !table.is_empty()
+        {
+            holders.mend();
+        }
+        looking.store(0, Ordering::Release);
+    });
+    if started.is_err() {
+        done.store(0, Ordering::Release);
+    }
+}
+
+/// Answers one call on a thread of its own.
+fn hear<B: Builder>(
+    table: &Arc<Table<B>>,
+    stream: Stream,
+    calls: &Arc<AtomicUsize>,
+    upgrade: &Arc<tokio::sync::Notify>,
+) {
+    struct Counted(Arc<AtomicUsize>);
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    calls.fetch_add(1, Ordering::Relaxed);
+    let counted = Counted(Arc::clone(calls));
+    let (table, upgrade) = (Arc::clone(table), Arc::clone(upgrade));
+    let heard = thread::Builder::new().name("call".to_owned()).spawn(move || {
+        let _counted = counted;
+        if let Err(error) = answer(&table, &stream, &upgrade) {
+            log::debug!("a call came to nothing: {error}");
+        }
+    });
+    if let Err(error) = heard {
+        log::warn!("cannot answer a call: {error}");
+    }
+}
+
+fn answer<B: Builder>(table: &Table<B>, stream: &Stream, upgrade: &tokio::sync::Notify) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(REQUEST_LIMIT))?;
+    stream.set_write_timeout(Some(REQUEST_LIMIT))?;
+    if !keeper::is_root(stream) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
+    let Some((call, files)) = receive::<Call>(stream, MAX_REQUEST_BYTES)? else {
+        return Ok(());
+    };
+    let say = |answer: &Answer| send(stream, answer, &[]);
+    let refused = |error: ControlError| Answer::Refused(error.to_string());
+    match parse::<B::Image>(&call) {
+        Err(why) => say(&Answer::Refused(why)),
+        Ok(Request::Attach(spec)) => match table.attach(*spec, files) {
+            Ok(attached) => {
+                let name = attached.state.name.clone();
+                // Whoever wanted it does not learn its name: it is of no use to anybody.
+                say(&Answer::Attached(Box::new(attached))).inspect_err(|_| {
+                    log::warn!("whoever wanted {name} is gone");
+                    let _ = table.detach(&name);
+                })
+            }
+            Err(error) => say(&Answer::Refused(error.to_string())),
+        },
+        Ok(Request::Stats { name }) => {
+            let counted = table.stats(&name);
+            say(&counted.map_or_else(refused, |counted| Answer::Stats(Box::new(counted))))
+        }
+        Ok(Request::Conditions) => say(&Answer::Conditions(table.conditions())),
+        Ok(Request::Detach { name }) => say(&match table.detach(&name) {
+            // Gone is gone, whoever was first.
+            Ok(()) | Err(ControlError::Unknown(_)) => Answer::Done,
+            Err(error) => refused(error),
+        }),
+        Ok(Request::LetGo { name }) => say(&table.let_go(&name).map_or_else(refused, |()| Answer::Done)),
+        Ok(Request::Upgrade) => match prepare_upgrade(table, files) {
+            Ok(()) => {
+                let said = say(&Answer::Done);
+                upgrade.notify_one();
+                said
+            }
+            Err(error) => say(&Answer::Refused(format!("cannot hand over: {error}"))),
+        },
+    }
+}
+
+/// Hands the keepers the program that goes on. Without a keeper nothing would start it.
+fn prepare_upgrade<B: Builder>(table: &Table<B>, files: Vec<OwnedFd>) -> io::Result<()> {
+    let program = files
+        .into_iter()
+        .next()
+        .ok_or_else(|| io::Error::other("no program came along"))?;
+    let holders = table
+        .holders()
+        .ok_or_else(|| io::Error::other("it is served in the foreground"))?;
+    if table.is_empty() {
+        return Err(io::Error::other("there is no device to hand over"));
+    }
+    holders.program(&program)
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hang_up.recv() => "SIGHUP",
+        }
+    }
+}

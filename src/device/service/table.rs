@@ -1,0 +1,690 @@
+//! The devices that one process serves. In: specifications, names, and what an earlier service left. Out: devices made, resumed and
+//! taken down, their counters, and whether all is well with them.
+//!
+//! Every operation on one device takes that device's lock alone: one that is slow holds no other up.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::control::{Condition, ControlError, DaemonStats, ENDING, refuse_if_used};
+use super::holders::{Holders, Holding};
+use super::keeper::Kind;
+use super::record::{self, Record};
+use super::{Attached, Builder, DaemonError, LISTENER_NAME, LOG_NAME, ServeSpec, Served, failed};
+use crate::cache::Slice;
+use crate::device::fuse_loop::HeldLoop;
+use crate::device::state::{Process, Server, State, StateDir};
+use crate::device::volume::{BlobReader, Volume};
+use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users};
+use crate::fetch::{FetchError, FetchStats, LayerRange, Located, ReadCallback};
+use crate::image::{BlockImage, Origin, Piece};
+use crate::units::{BLOCK_SIZE, LayerId, TarOffset};
+
+/// How often it is tried to go on with a device before it is set aside.
+const RESUME_TRIES: u32 = 3;
+
+/// The pause after the first try that failed; each one after that is twice as long.
+const RESUME_PAUSE: Duration = Duration::from_millis(200);
+
+/// All devices of this process.
+pub(super) struct Table<B: Builder> {
+    states: StateDir,
+    /// None in the foreground: then the devices end with the process.
+    holders: Option<Holders>,
+    builder: B,
+    entries: Mutex<Entries<B::Image>>,
+    /// Names of devices that this process could not go on with and that are not cleaned up yet.
+    lost: Mutex<Vec<String>>,
+}
+
+struct Entries<I> {
+    by_name: BTreeMap<String, Arc<Entry<I>>>,
+    /// Devices being made.
+    pending: usize,
+    /// No more are made.
+    closed: bool,
+}
+
+/// One device.
+struct Entry<I> {
+    volume: Arc<Volume>,
+    fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
+    began: Instant,
+    /// Why its reads fail, if it was set aside.
+    poisoned: Option<String>,
+    /// Whether it was seen in use since it is to go with its last user.
+    was_used: AtomicBool,
+    inner: Mutex<Inner<I>>,
+    /// Local files under the paths that the description names.
+    _files: Vec<OwnedFd>,
+}
+
+struct Inner<I> {
+    /// None once it was taken down.
+    device: Option<Device>,
+    record: Record<I>,
+    files: Vec<OwnedFd>,
+    finish: Option<Box<dyn FnOnce() + Send>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every holder leaves the value in a state that others can go on with.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A device being made: counted, so that the service does not end meanwhile.
+struct Pending<'a, B: Builder>(&'a Table<B>);
+
+impl<B: Builder> Drop for Pending<'_, B> {
+    fn drop(&mut self) {
+        lock(&self.0.entries).pending -= 1;
+    }
+}
+
+impl<B: Builder> Table<B> {
+    pub(super) fn new(states: &StateDir, holders: Option<Holders>, builder: B) -> Self {
+        Self {
+            states: states.clone(),
+            holders,
+            builder,
+            entries: Mutex::new(Entries {
+                by_name: BTreeMap::new(),
+                pending: 0,
+                closed: false,
+            }),
+            lost: Mutex::default(),
+        }
+    }
+
+    /// Begins what serves all devices together.
+    pub(super) fn begin_shared(&self) {
+        self.builder.begin();
+    }
+
+    pub(super) fn holders(&self) -> Option<&Holders> {
+        self.holders.as_ref()
+    }
+
+    fn entry(&self, name: &str) -> Option<Arc<Entry<B::Image>>> {
+        lock(&self.entries).by_name.get(name).cloned()
+    }
+
+    fn all(&self) -> Vec<(String, Arc<Entry<B::Image>>)> {
+        let entries = lock(&self.entries);
+        entries
+            .by_name
+            .iter()
+            .map(|(name, entry)| (name.clone(), Arc::clone(entry)))
+            .collect()
+    }
+
+    /// Whether there is no device and none is being made.
+    pub(super) fn is_empty(&self) -> bool {
+        let entries = lock(&self.entries);
+        entries.by_name.is_empty() && entries.pending == 0 && lock(&self.lost).is_empty()
+    }
+
+    /// Makes no more devices, if there is none now; says whether that is so.
+    pub(super) fn close(&self) -> bool {
+        let mut entries = lock(&self.entries);
+        entries.closed = entries.by_name.is_empty() && entries.pending == 0;
+        entries.closed
+    }
+
+    /// Makes no more devices.
+    pub(super) fn refuse_more(&self) {
+        lock(&self.entries).closed = true;
+    }
+
+    fn begin(&self) -> Result<Pending<'_, B>, DaemonError> {
+        let mut entries = lock(&self.entries);
+        if entries.closed {
+            return Err(DaemonError::Reported(format!("{ENDING}; try again")));
+        }
+        entries.pending += 1;
+        Ok(Pending(self))
+    }
+
+    /// Makes a device. `files` are those that the description names, opened by whoever sent it.
+    ///
+    /// # Errors
+    /// Why there is none; then nothing is left of it.
+    pub(super) fn attach(&self, spec: ServeSpec<B::Image>, files: Vec<OwnedFd>) -> Result<Attached, DaemonError> {
+        let _pending = self.begin()?;
+        let ServeSpec {
+            options, source, image, ..
+        } = spec;
+        let served = self.build(image.clone(), &files)?;
+        let volume = volume_of(&served, &options);
+        let (device, why_not_ublk) = match Device::start(&volume, &options) {
+            Ok(started) => started,
+            Err(error) => {
+                (served.finish)();
+                return Err(error.into());
+            }
+        };
+        let state = self.describe(&device, &volume, source);
+        log::info!(
+            "serving {} as {} ({})",
+            state.source,
+            state.device.display(),
+            state.backend
+        );
+        if let Some(why) = &why_not_ublk {
+            log::info!("not by ublk: {why}");
+        }
+        let record = Record {
+            state: state.clone(),
+            options,
+            until_unused: false,
+            image,
+        };
+        let entry = entry_of(volume, served, device, record, files)?;
+        let name = state.name.clone();
+        if let Err(error) = self.publish(&entry) {
+            self.take_down(&name, &entry)?;
+            return Err(error);
+        }
+        lock(&self.entries).by_name.insert(name, entry);
+        Ok(Attached { state, why_not_ublk })
+    }
+
+    /// Calls the builder. It must not take the other devices along when it panics.
+    fn build(&self, image: B::Image, files: &[OwnedFd]) -> Result<Served, DaemonError> {
+        let paths: Vec<PathBuf> = files
+            .iter()
+            .map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into())
+            .collect();
+        let image = if paths.is_empty() {
+            image
+        } else {
+            B::moved(image, &paths)
+        };
+        catch_unwind(AssertUnwindSafe(|| self.builder.build(image)))
+            .unwrap_or_else(|_| Err("building the image panicked; the service's log says where".into()))
+            .map_err(DaemonError::Build)
+    }
+
+    /// Makes a device findable, after what it takes to go on with it is where it outlives this process.
+    fn publish(&self, entry: &Entry<B::Image>) -> Result<(), DaemonError> {
+        let inner = lock(&entry.inner);
+        self.keep(&inner)?;
+        let _turn = self.states.turn();
+        self.states.write(&inner.record.state)?;
+        Ok(())
+    }
+
+    /// Gives the keepers and the state directory what it takes to go on with the device.
+    fn keep(&self, inner: &Inner<B::Image>) -> Result<(), DaemonError> {
+        let (Some(holders), Some(device)) = (&self.holders, &inner.device) else {
+            return Ok(());
+        };
+        let on_disk = Record {
+            state: inner.record.state.clone(),
+            options: inner.record.options.clone(),
+            until_unused: inner.record.until_unused,
+            image: B::without_secrets(&inner.record.image),
+        };
+        record::write(&self.states, &on_disk)?;
+        let holding = || -> io::Result<Holding> {
+            let mut holding = vec![(Kind::Spec, record::to_memory(&inner.record)?)];
+            match device.held()? {
+                HeldDevice::Ublk => {}
+                HeldDevice::Loop(held) => {
+                    holding.push((Kind::Channel, held.channel));
+                    holding.push((Kind::Ledger, held.ledger));
+                    holding.extend(held.device.map(|device| (Kind::Device, device)));
+                }
+            }
+            for file in &inner.files {
+                holding.push((Kind::File, file.try_clone()?));
+            }
+            Ok(holding)
+        };
+        holding()
+            .and_then(|holding| holders.hold(&inner.record.state.name, holding))
+            .map_err(failed("keep the device"))
+    }
+
+    fn describe(&self, device: &Device, volume: &Volume, source: String) -> State {
+        let number = device.number();
+        let name = match device.backend() {
+            Backend::Ublk => format!("ublkb{number}"),
+            Backend::Loop => format!("loop{number}"),
+        };
+        let server = if self.holders.is_some() {
+            Server::Service
+        } else {
+            Server::Command
+        };
+        State {
+            device: device.path().to_owned(),
+            backend: device.backend(),
+            number,
+            len: volume.len(),
+            source,
+            process: this_process(),
+            server,
+            since: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            log: (server == Server::Service).then(|| self.states.path().join(LOG_NAME)),
+            name,
+        }
+    }
+
+    /// Goes on with every device that an earlier service left; returns when each is served or set aside. What cannot be gone on with
+    /// because it is no longer there is cleaned up.
+    pub(super) fn resume_all(&self) {
+        let Some(holders) = &self.holders else { return };
+        let mut found = match holders.found() {
+            Ok(found) => found,
+            Err(error) => {
+                log::error!("cannot take over what the last service left: {error}");
+                return;
+            }
+        };
+        found.remove(LISTENER_NAME);
+        for name in record::names(&self.states) {
+            found.entry(name).or_default();
+        }
+        thread::scope(|scope| {
+            for (name, holding) in found {
+                scope.spawn(move || self.resume(&name, holding));
+            }
+        });
+    }
+
+    /// Goes on with one device.
+    fn resume(&self, name: &str, holding: Holding) {
+        let began = Instant::now();
+        let mut held = Vec::new();
+        let (mut files, mut spec) = (Vec::new(), None);
+        for (kind, descriptor) in holding {
+            match kind {
+                Kind::File => files.push(descriptor),
+                Kind::Spec => spec = Some(descriptor),
+                Kind::Channel | Kind::Ledger | Kind::Device | Kind::Listener => held.push((kind, descriptor)),
+            }
+        }
+        let in_memory = spec.map(|spec| record::from_memory::<B::Image>(&spec));
+        let record = match in_memory {
+            Some(Ok(record)) => record,
+            other => {
+                if let Some(Err(error)) = other {
+                    log::error!("{name}: what the keepers hold is damaged: {error}");
+                }
+                match record::read::<B::Image>(&self.states, name) {
+                    Ok(record) => record,
+                    Err(error) => {
+                        log::error!("{name} cannot be gone on with: {error}");
+                        return self.forget(name);
+                    }
+                }
+            }
+        };
+        let Some(held) = held_device(&record.state, held) else {
+            log::warn!("{name} is gone; cleaning up");
+            return self.forget(name);
+        };
+        match self.resume_with(&record, held, files) {
+            Ok(()) => log::info!("going on with {name} after {:.0?}", began.elapsed()),
+            // Its last user may have gone meanwhile, and taken it along.
+            Err(_) if !record.state.device_exists() => {
+                log::warn!("{name} is gone; cleaning up");
+                self.forget(name);
+            }
+            Err(error) => {
+                log::error!("{name} is lost, and its reads fail: {error}");
+                self.forget(name);
+            }
+        }
+    }
+
+    fn resume_with(&self, record: &Record<B::Image>, held: HeldDevice, files: Vec<OwnedFd>) -> Result<(), DaemonError> {
+        let _pending = self.begin()?;
+        let mut poisoned = None;
+        let mut pause = RESUME_PAUSE;
+        let served = loop {
+            match self.build(record.image.clone(), &files) {
+                Ok(served) => break served,
+                Err(error) => {
+                    log::error!("{}: {error}", record.state.name);
+                    if pause >= RESUME_PAUSE * 2u32.pow(RESUME_TRIES - 1) {
+                        // Better an error than readers that wait for ever.
+                        poisoned = Some(error.to_string());
+                        break nothing(record.state.len);
+                    }
+                    thread::sleep(pause);
+                    pause *= 2;
+                }
+            }
+        };
+        let volume = volume_of(&served, &record.options);
+        if volume.len() != record.state.len {
+            return Err(DaemonError::Reported(format!(
+                "its image has {} bytes now and had {}",
+                volume.len(),
+                record.state.len
+            )));
+        }
+        let device = Device::resume(&volume, &record.options, record.state.number, held)?;
+        let mut record = record.clone();
+        record.state.process = this_process();
+        let until_unused = record.until_unused;
+        let name = record.state.name.clone();
+        let mut entry = Entry {
+            poisoned,
+            ..entry_of_parts(volume, served, device, record, files)?
+        };
+        // It was in use when it was let go; it may have gone out of use since.
+        entry.was_used = AtomicBool::new(until_unused);
+        let inner = lock(&entry.inner);
+        // The keepers have everything; only the file tells another process's number.
+        let _turn = self.states.turn();
+        self.states.write(&inner.record.state)?;
+        drop(inner);
+        lock(&self.entries).by_name.insert(name, Arc::new(entry));
+        Ok(())
+    }
+
+    /// Removes what is left of a device that is gone, or that cannot be gone on with. What is in use stays until it is not.
+    fn forget(&self, name: &str) {
+        record::remove(&self.states, name);
+        if let Some(holders) = &self.holders {
+            holders.drop(name);
+        }
+        lock(&self.lost).push(name.to_owned());
+        self.bury_lost();
+    }
+
+    /// Cleans up after devices that were lost, as far as they are no longer in use.
+    fn bury_lost(&self) {
+        let stays = |name: &String| {
+            let Ok(state) = self.states.read(name) else {
+                return false;
+            };
+            if !state.device_exists() {
+                self.states.remove(&state);
+                return false;
+            }
+            let _ = super::control::end_reads(&state);
+            super::control::bury(&self.states, &state).is_err()
+        };
+        // The lock is not held meanwhile: this may take a while.
+        let lost = lock(&self.lost).clone();
+        let gone: Vec<String> = lost.into_iter().filter(|name| !stays(name)).collect();
+        lock(&self.lost).retain(|name| !gone.contains(name));
+    }
+
+    /// Takes a device down, unless it is in use.
+    ///
+    /// # Errors
+    /// [`ControlError::InUse`], [`ControlError::Unknown`], or whatever else kept it.
+    pub(super) fn detach(&self, name: &str) -> Result<(), ControlError> {
+        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+        refuse_if_used(&lock(&entry.inner).record.state)?;
+        Ok(self.take_down(name, &entry)?)
+    }
+
+    fn take_down(&self, name: &str, entry: &Entry<B::Image>) -> Result<(), DeviceError> {
+        let mut inner = lock(&entry.inner);
+        let Some(device) = inner.device.take() else {
+            return Ok(());
+        };
+        // From here on nothing goes on with it, whatever happens to this process.
+        record::remove(&self.states, name);
+        if let Some(holders) = &self.holders {
+            holders.drop(name);
+        }
+        let stopped = device.stop();
+        match &stopped {
+            Ok(()) => self.states.remove(&inner.record.state),
+            // The state stays as long as the device may: it says what there is to clean up.
+            Err(error) => log::error!("{error}"),
+        }
+        if let Some(finish) = inner.finish.take() {
+            finish();
+        }
+        lock(&self.entries).by_name.remove(name);
+        log::info!("detached {name}");
+        stopped
+    }
+
+    /// From now on the device goes with its last user.
+    ///
+    /// # Errors
+    /// [`ControlError::Unknown`], or why that could not be noted.
+    pub(super) fn let_go(&self, name: &str) -> Result<(), ControlError> {
+        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+        let mut inner = lock(&entry.inner);
+        inner.record.until_unused = true;
+        let used = users::is_claimed(&inner.record.state.device).unwrap_or(true);
+        entry.was_used.fetch_or(used, Ordering::Relaxed);
+        if let Some(device) = &mut inner.device {
+            device.let_go();
+        }
+        self.keep(&inner)
+            .map_err(|error| ControlError::Refused(error.to_string()))
+    }
+
+    /// The counters of a device.
+    ///
+    /// # Errors
+    /// [`ControlError::Unknown`].
+    pub(super) fn stats(&self, name: &str) -> Result<DaemonStats, ControlError> {
+        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+        let up = entry.began.elapsed().as_millis();
+        Ok(DaemonStats {
+            device: entry.volume.stats(),
+            fetch: (entry.fetch_stats)(),
+            up_ms: u64::try_from(up).unwrap_or(u64::MAX),
+            resident_bytes: resident_bytes().unwrap_or(0),
+        })
+    }
+
+    /// Whether all is well, of every device.
+    pub(super) fn conditions(&self) -> BTreeMap<String, Condition> {
+        self.all()
+            .into_iter()
+            .map(|(name, entry)| (name, entry.condition()))
+            .collect()
+    }
+
+    /// Cleans up after devices that others took down, and takes down those that are to go with their last user. With `leaving` all
+    /// are to go.
+    pub(super) fn glance(&self, leaving: bool) {
+        self.bury_lost();
+        for (name, entry) in self.all() {
+            let (gone, until_unused, state) = {
+                // One that is being taken down needs no look.
+                let Ok(inner) = entry.inner.try_lock() else { continue };
+                let gone = inner.device.as_ref().is_some_and(|device| !device.is_running());
+                (gone, inner.record.until_unused, inner.record.state.clone())
+            };
+            if gone {
+                if !until_unused {
+                    log::warn!("another process took {} down", state.device.display());
+                }
+            } else if leaving || until_unused {
+                match users::is_claimed(&state.device) {
+                    Ok(false) if leaving || entry.was_used.load(Ordering::Relaxed) => {
+                        log::info!("{name} is no longer in use: detaching");
+                    }
+                    Ok(used) => {
+                        entry.was_used.fetch_or(used, Ordering::Relaxed);
+                        continue;
+                    }
+                    Err(_) => continue,
+                }
+            } else {
+                continue;
+            }
+            if let Err(error) = self.take_down(&name, &entry) {
+                log::error!("{error}");
+            }
+        }
+    }
+
+    /// Whether any device is in use: which, for a message.
+    pub(super) fn in_use(&self) -> Option<String> {
+        self.all().into_iter().find_map(|(_, entry)| {
+            let state = lock(&entry.inner).record.state.clone();
+            refuse_if_used(&state).err().map(|error| error.to_string())
+        })
+    }
+}
+
+impl<I> Entry<I> {
+    fn condition(&self) -> Condition {
+        if let Some(why) = &self.poisoned {
+            return Condition::Poisoned { why: why.clone() };
+        }
+        let stats = (self.fetch_stats)();
+        match stats.waiting.first() {
+            Some(wait) => Condition::Waiting {
+                why: format!("{}: {}", wait.place, wait.why),
+                left_ms: wait.left_ms,
+            },
+            None => Condition::Serving,
+        }
+    }
+}
+
+/// What there is of a device to go on with; none if the kernel does not have it any more.
+fn held_device(state: &State, held: Holding) -> Option<HeldDevice> {
+    if !state.device_exists() {
+        return None;
+    }
+    match state.backend {
+        // A number is given out again: after a boot, or when the device was deleted by another process.
+        Backend::Ublk => state.process.is_of_this_boot().then_some(HeldDevice::Ublk),
+        Backend::Loop => held_loop(held),
+    }
+}
+
+/// The descriptors of a loop device; none if the connection or its notes are not among them.
+fn held_loop(held: Holding) -> Option<HeldDevice> {
+    let (mut channel, mut ledger, mut device) = (None, None, None);
+    for (kind, descriptor) in held {
+        match kind {
+            Kind::Channel => channel = Some(descriptor),
+            Kind::Ledger => ledger = Some(descriptor),
+            Kind::Device => device = Some(descriptor),
+            Kind::Listener | Kind::Spec | Kind::File => {}
+        }
+    }
+    Some(HeldDevice::Loop(HeldLoop {
+        channel: channel?,
+        ledger: ledger?,
+        device,
+    }))
+}
+
+fn this_process() -> Process {
+    Process::current().unwrap_or_else(|error| {
+        log::warn!("cannot tell when this process began: {error}");
+        Process::unknown()
+    })
+}
+
+fn volume_of(served: &Served, options: &DeviceOptions) -> Arc<Volume> {
+    let threads = usize::from(options.queues).max(1) + 1;
+    Arc::new(Volume::new(
+        Arc::clone(&served.image),
+        Arc::clone(&served.bytes),
+        threads,
+    ))
+}
+
+fn entry_of<I>(
+    volume: Arc<Volume>,
+    served: Served,
+    device: Device,
+    record: Record<I>,
+    files: Vec<OwnedFd>,
+) -> Result<Arc<Entry<I>>, DaemonError> {
+    entry_of_parts(volume, served, device, record, files).map(Arc::new)
+}
+
+fn entry_of_parts<I>(
+    volume: Arc<Volume>,
+    served: Served,
+    device: Device,
+    record: Record<I>,
+    files: Vec<OwnedFd>,
+) -> Result<Entry<I>, DaemonError> {
+    let copies: io::Result<Vec<OwnedFd>> = files.iter().map(OwnedFd::try_clone).collect();
+    Ok(Entry {
+        volume,
+        fetch_stats: served.fetch_stats,
+        began: Instant::now(),
+        poisoned: None,
+        was_used: AtomicBool::new(false),
+        inner: Mutex::new(Inner {
+            device: Some(device),
+            record,
+            files: copies.map_err(failed("duplicate a file"))?,
+            finish: Some(served.finish),
+        }),
+        _files: files,
+    })
+}
+
+fn resident_bytes() -> Option<u64> {
+    let pages: u64 = fs::read_to_string("/proc/self/statm")
+        .ok()?
+        .split(' ')
+        .nth(1)?
+        .parse()
+        .ok()?;
+    Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
+}
+
+/// An image of `len` bytes every read of which fails: what is served of a device that cannot be gone on with.
+fn nothing(len: u64) -> Served {
+    Served {
+        image: Arc::new(Nothing { len }),
+        bytes: Arc::new(Nothing { len }),
+        fetch_stats: Box::new(FetchStats::default),
+        finish: Box::new(|| {}),
+    }
+}
+
+#[derive(Debug)]
+struct Nothing {
+    len: u64,
+}
+
+impl BlockImage for Nothing {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>) {
+        out.push(Piece {
+            len: count * BLOCK_SIZE,
+            origin: Origin::Layer(LayerId(0), TarOffset(block * BLOCK_SIZE)),
+        });
+    }
+
+    fn fill_metadata(&self, _block: u64, _out: &mut [u8]) {}
+}
+
+impl BlobReader for Nothing {
+    fn locate(&self, _range: LayerRange) -> Located<'_> {
+        Located::Elsewhere
+    }
+
+    fn read(&self, _ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
+        waiter.complete(Err::<Vec<Slice>, _>(FetchError::Stopped));
+    }
+}

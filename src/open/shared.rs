@@ -1,0 +1,126 @@
+//! What the images that one process serves have together. In: layers as they are opened. Out: one fetch thread, memory bound and disk
+//! cache for all that use the same cache directory, and one image for all that are made of the same indexes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::{OpenError, image_of, is_full};
+use crate::cache::disk::DiskCache;
+use crate::fetch::{FetchPool, PoolOptions};
+use crate::image::ext4::Ext4Image;
+use crate::index::Index;
+use crate::tree::TreeMode;
+
+/// Without a bound that was asked for, the memory cache holds this part of the machine's memory at most.
+const MEMORY_SHARE: u64 = 16;
+
+/// And never less or more than this, in bytes.
+const LEAST_MEMORY: u64 = 64 << 20;
+const MOST_MEMORY: u64 = 512 << 20;
+
+/// How served layers' bytes are fetched.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fetching {
+    /// The most bytes that the memory cache holds; a part of the machine's memory if none.
+    pub memory_bytes: Option<u64>,
+    /// Connections per host at most.
+    pub connections: u16,
+    /// Whether all of the layers is fetched into the disk cache in the end, while there are no reads.
+    pub fetch_all: bool,
+    /// How long a read may wait before it fails; for ever if none.
+    pub deadline: Option<Duration>,
+    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
+    pub store_bytes: u64,
+}
+
+/// What is shared. One value for a process that serves several images.
+#[derive(Debug, Default)]
+pub struct Shared {
+    pools: Mutex<HashMap<Option<PathBuf>, Pool>>,
+    images: Mutex<HashMap<ImageKey, Weak<Ext4Image>>>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Pool {
+    pub(super) fetch: FetchPool,
+    pub(super) disk: Option<Arc<DiskCache>>,
+}
+
+/// SHA-256 of the indexes that an image is made of, and of how.
+type ImageKey = [u8; 32];
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The pool of the disk cache in `store`, or the one without any. What it is made with is what the first one asks for.
+    pub(super) fn pool(&self, store: Option<&Path>, fetching: &Fetching) -> Result<Pool, OpenError> {
+        let mut pools = lock(&self.pools);
+        let key = store.map(Path::to_owned);
+        if let Some(pool) = pools.get(&key) {
+            return Ok(pool.clone());
+        }
+        let disk = match store.map(DiskCache::open) {
+            Some(Ok(disk)) => Some(disk),
+            Some(Err(error)) if is_full(&error.source) => {
+                log::warn!("{error}; going on without a cache");
+                None
+            }
+            Some(Err(error)) => return Err(error.into()),
+            None => None,
+        };
+        let pool = Pool {
+            fetch: FetchPool::start(PoolOptions {
+                memory_bytes: fetching.memory_bytes.unwrap_or_else(usual_memory),
+                connections: usize::from(fetching.connections),
+                store: disk.clone(),
+                ..PoolOptions::default()
+            })?,
+            disk,
+        };
+        pools.insert(key, pool.clone());
+        Ok(pool)
+    }
+
+    /// The image of `indexes`: one that there is already, if it is made of the same.
+    pub(super) fn image(
+        &self,
+        indexes: &[&Index<Vec<u8>>],
+        mode: TreeMode,
+        name: &str,
+    ) -> Result<Arc<Ext4Image>, OpenError> {
+        let mut hash = Sha256::new();
+        hash.update(format!("{mode:?}").as_bytes());
+        for index in indexes {
+            let bytes = index.as_bytes();
+            hash.update(bytes.len().to_le_bytes());
+            hash.update(bytes);
+        }
+        let key: ImageKey = hash.finalize().into();
+        if let Some(image) = lock(&self.images).get(&key).and_then(Weak::upgrade) {
+            return Ok(image);
+        }
+        let image = Arc::new(image_of(indexes.iter().copied(), mode, name)?);
+        let mut images = lock(&self.images);
+        images.retain(|_, image| image.strong_count() > 0);
+        images.insert(key, Arc::downgrade(&image));
+        Ok(image)
+    }
+}
+
+/// The bound of the memory cache where none was asked for, in bytes.
+fn usual_memory() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib: Option<u64> = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse().ok());
+    kib.map_or(LEAST_MEMORY, |kib| kib.saturating_mul(1024) / MEMORY_SHARE)
+        .clamp(LEAST_MEMORY, MOST_MEMORY)
+}
