@@ -1639,7 +1639,8 @@ fn too_few_descriptors_are_refused_at_once() {
             .args(["mount", "layer.tar", "mnt", "-q"])
             .current_dir(lab.dir.path())
             .env("TARBLK_CACHE", lab.path("cache"))
-            .env("TARBLK_STATE_DIR", lab.path("states"));
+            .env("TARBLK_STATE_DIR", lab.path("states"))
+            .env("TARBLK_SERVICE_IDLE", "0");
         command.output().unwrap()
     };
     let output = limited("-n 28");
@@ -1650,6 +1651,8 @@ fn too_few_descriptors_are_refused_at_once() {
         said.contains("28 files may be open") && said.contains("ulimit -n"),
         "{said}"
     );
+    // The service has the limit of whoever started it, as long as it lives.
+    lab.assert_nothing_served();
     let output = limited("-Sn 28");
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert_eq!(fs::read(lab.path("mnt/etc/hello")).unwrap(), b"hello, world\n");

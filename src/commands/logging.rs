@@ -200,7 +200,8 @@ mod tests {
         assert_eq!(text.matches('\n').count(), 1);
         let read: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!((&read["level"], &read["target"]), (&"warn".into(), &"tarblk::x".into()));
-        assert_eq!(read["message"], "a \"word\"\nand an error");
+        // What would move the cursor of a terminal is written out before it becomes JSON.
+        assert_eq!(read["message"], "a \"word\"\\nand an error");
         assert!(read["time"].as_str().unwrap().ends_with('Z'));
     }
 }
