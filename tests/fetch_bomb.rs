@@ -11,8 +11,9 @@ use tarblk::internals::source::{Blob, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const LEN: u64 = 320 << 20;
-/// A decoder, a megabyte of chunks, and what waits for the disk (64 MiB at most); far from the layer's length.
-const MOST: u64 = 128 << 20;
+/// A decoder, a megabyte of chunks, what waits for the disk (64 MiB at most), and as much again that the allocator keeps for later;
+/// far from the layer's length.
+const MOST: u64 = 160 << 20;
 
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
