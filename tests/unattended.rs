@@ -49,6 +49,8 @@ impl Helper {
         Command::new(&self.program)
             .args(arguments)
             .env("TARBLK_CACHE", &self.cache)
+            .env("TARBLK_STATE_DIR", self.cache.with_file_name("states"))
+            .env("TARBLK_SERVICE_IDLE", "0")
             .output()
             .unwrap()
     }
@@ -98,6 +100,7 @@ fn in_foreground(session: &Session, socket: &str, arguments: &[&str]) -> Child {
         .args(arguments)
         .args(["--foreground", "--backend", "loop"])
         .env("TARBLK_CACHE", session.dir().join("cache"))
+        .env("TARBLK_STATE_DIR", session.dir().join("states"))
         .env("NOTIFY_SOCKET", socket)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -223,6 +226,7 @@ fn devices_are_scraped_and_watched() {
     // Watched until it is gone.
     let mut watching = Command::new(TARBLK)
         .args(["stats", "--watch=0.1s", "--json", mounted])
+        .env("TARBLK_STATE_DIR", session.dir().join("states"))
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -234,6 +238,7 @@ fn devices_are_scraped_and_watched() {
     }
     let text = Command::new("timeout")
         .args(["1", TARBLK, "stats", "--watch=0.2s", mounted])
+        .env("TARBLK_STATE_DIR", session.dir().join("states"))
         .output()
         .unwrap();
     let text = String::from_utf8(text.stdout).unwrap();
@@ -268,6 +273,7 @@ fn logs_are_for_programs_where_these_ask() {
             .args(arguments)
             .env("TARBLK_CACHE", session.dir().join("cache"))
             .env("TARBLK_STATE_DIR", &states)
+            .env("TARBLK_SERVICE_IDLE", "0")
             .env("TARBLK_LOG_FORMAT", "json");
         common::succeed(&mut command)
     };

@@ -113,7 +113,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         for dir in self.mounted.iter().rev() {
-            let _ = Command::new(TARBLK).arg("umount").arg(dir).output();
+            let _ = self.run(&[OsStr::new("umount"), dir.as_os_str()]);
             if is_mounted(dir) {
                 let _ = Command::new("umount").arg("-l").arg(dir).output();
             }
