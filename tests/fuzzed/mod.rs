@@ -462,13 +462,16 @@ fn programs_seeds() -> Vec<Vec<u8>> {
     ]
 }
 
+/// Says of a path whether there is a file.
+type ChoosesPath<'f> = dyn Fn(&[u8]) -> bool + 'f;
+
 fn programs(data: &[u8]) {
     /// More names than any reader takes from a file.
     const MOST: usize = 20_000;
     let (how, file) = choice(data);
     let all = |_: &[u8]| true;
     let none = |_: &[u8]| false;
-    let some = |path: &[u8]| path.len() % 3 == 0;
+    let some = |path: &[u8]| path.len().is_multiple_of(3);
     match how & 3 {
         0 => {
             let here = |at: u64| how & 4 == 0 || at < 64;
@@ -487,7 +490,7 @@ fn programs(data: &[u8]) {
         }
         1 => {
             let path = b"/usr/lib/python3.11/json/__pycache__/decoder.cpython-311.pyc";
-            let ways: [&dyn Fn(&[u8]) -> bool; 3] = [&all, &none, &some];
+            let ways: [&ChoosesPath<'_>; 3] = [&all, &none, &some];
             for exists in ways {
                 let found = prefetch::python(path, file, exists);
                 assert!(
@@ -505,7 +508,7 @@ fn programs(data: &[u8]) {
             } else {
                 b"/app/package.json"
             };
-            let ways: [&dyn Fn(&[u8]) -> bool; 3] = [&all, &none, &some];
+            let ways: [&ChoosesPath<'_>; 3] = [&all, &none, &some];
             for exists in ways {
                 let found: HashSet<Vec<u8>> = prefetch::node(path, file, exists);
                 assert!(found.len() <= 512, "{} modules", found.len());
