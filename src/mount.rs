@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::device::service::{self, Attached, Builder, ControlError, DaemonError, Launcher, ServeSpec};
+use crate::device::service::{self, Attached, Builder, ControlError, Launcher, ServeSpec, ServiceError};
 use crate::device::state::{Server, State, StateDir, StateError};
 use crate::device::users;
 
@@ -52,7 +52,7 @@ pub enum MountError {
     },
     /// No device could be attached.
     #[error(transparent)]
-    Attach(#[from] DaemonError),
+    Attach(#[from] ServiceError),
     /// The kernel does not mount the device.
     #[error("cannot mount {device} on {path}: {cause}{advice}")]
     Mount {
@@ -87,7 +87,7 @@ pub enum MountError {
         cause: io::Error,
     },
     /// Its daemon is dead, and the reads that wait for it cannot be ended.
-    #[error("cannot unmount {path}: its daemon is dead and its reads do not end: {cause}")]
+    #[error("cannot unmount {path}: its service is dead and its reads do not end: {cause}")]
     Stuck {
         /// The directory.
         path: PathBuf,
@@ -130,7 +130,7 @@ pub fn check_directory(states: &StateDir, dir: &Path) -> Result<PathBuf, MountEr
         return Err(MountError::Occupied {
             path: dir.to_owned(),
             state: if is_dead(states, &state) {
-                " (its daemon is dead)"
+                " (its service is dead)"
             } else {
                 ""
             },

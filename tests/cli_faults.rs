@@ -1332,7 +1332,7 @@ fn a_directory_that_has_a_layer_is_told() {
     lab.kill_all();
     let said = lab.bad(&["mount", "layer.tar", "mnt"], 1);
     assert!(
-        said.contains("(its daemon is dead); first: tarblk umount mnt"),
+        said.contains("(its service is dead); first: tarblk umount mnt"),
         "{said}"
     );
     // What the hint names is what works.

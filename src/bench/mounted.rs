@@ -13,7 +13,7 @@ use super::origin::Link;
 use super::stage::{MountArguments, Stage};
 use super::{BenchError, child};
 use crate::device::inventory::Counted;
-use crate::device::service::DaemonStats;
+use crate::device::service::ServiceStats;
 
 /// What `tarblk mount --json` says.
 #[derive(Clone, Debug, Deserialize)]
@@ -72,7 +72,7 @@ impl<'a> TarblkMount<'a> {
     }
 
     /// The device's counters now.
-    pub(super) fn stats(&self) -> Result<DaemonStats, BenchError> {
+    pub(super) fn stats(&self) -> Result<ServiceStats, BenchError> {
         let mut command = self.stage.tarblk();
         command.arg("stats").arg(&self.said.device).arg("--json");
         let mut ended = child::run(&mut command, self.stage.scratch(), self.stage.interrupt)?;

@@ -15,7 +15,7 @@ use super::notify::{READY, STOPPING, notify};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
 use crate::device::inventory;
-use crate::device::service::{self, Attached, BuildError, Builder, DaemonError, Launcher, Reach, ServeSpec, Served};
+use crate::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served, ServiceError};
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
@@ -27,9 +27,6 @@ use crate::source::registry::{ImageName, LayoutName};
 
 /// The hidden command that the service and its keepers run.
 pub(super) const SERVE: &str = "serve-devices";
-
-/// How long the service stays when nothing is attached.
-const SERVICE_IDLE: Duration = Duration::from_secs(20);
 
 /// The most queues of a device without `--queues`: more only cost memory.
 const MOST_QUEUES: usize = 4;
@@ -242,9 +239,10 @@ pub(super) fn serve(arguments: &[OsString]) -> ExitCode {
 /// `tarblk upgrade`.
 pub(super) fn upgrade(session: Session) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
-        return Err(DaemonError::NotRoot.into());
+        return Err(ServiceError::NotRoot.into());
     }
-    match service::upgrade(&states())? {
+    let program = std::fs::File::open("/proc/self/exe").context("cannot open this program")?;
+    match service::upgrade(&states(), program)? {
         Some((before, now)) => session.talk.note(format_args!(
             "process {now} of this program goes on with what process {before} served"
         )),
@@ -309,7 +307,7 @@ impl Drop for LentIndexes {
 /// Finds the layer and its index, and writes down what the daemon must know.
 fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<AttachRequest> {
     if !rustix::process::geteuid().is_root() {
-        return Err(DaemonError::NotRoot.into());
+        return Err(ServiceError::NotRoot.into());
     }
     let states = states();
     states.create()?;
@@ -412,7 +410,7 @@ impl Builder for Images {
         let said = std::env::var("TARBLK_SERVICE_IDLE")
             .ok()
             .and_then(|text| text.parse().ok());
-        said.map_or(SERVICE_IDLE, Duration::from_millis)
+        said.map_or(service::IDLE_LIMIT, Duration::from_millis)
     }
 
     /// Devices to come may need anything: caches, credentials, helpers.

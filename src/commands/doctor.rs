@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::Session;
 use super::cli::DoctorArgs;
 use super::output::{print, println};
+use crate::excerpt;
 use machine::Machine;
 
 /// How something is.
@@ -102,17 +103,17 @@ fn text(checks: &[Check]) -> String {
             Health::Warning => "warning",
             Health::Problem => "PROBLEM",
         };
-        let _infallible = writeln!(text, "{state}  {:width$}  {}", check.name, one_line(&check.found));
+        let _infallible = writeln!(
+            text,
+            "{state}  {:width$}  {}",
+            check.name,
+            excerpt::of_line(&check.found)
+        );
         if let Some(advice) = &check.advice {
-            let _infallible = writeln!(text, "{:width$}           -> {}", "", one_line(advice));
+            let _infallible = writeln!(text, "{:width$}           -> {}", "", excerpt::of_line(advice));
         }
     }
     text
-}
-
-/// Without what could move the cursor: servers' words are in it.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]
@@ -127,7 +128,7 @@ mod tests {
         ];
         assert_eq!(
             text(&checks),
-            "ok       kernel    Linux 6.12\nPROBLEM  back end  no [31m FUSE\n                   -> modprobe fuse\n"
+            "ok       kernel    Linux 6.12\nPROBLEM  back end  no\\u{1b}[31m FUSE\n                   -> modprobe fuse\n"
         );
     }
 }

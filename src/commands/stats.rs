@@ -14,7 +14,7 @@ use super::laziness::{Downloaded, Laziness};
 use super::output::{Table, print, println};
 use crate::device::inventory::{self, Counted};
 use crate::device::metrics::{self, DeviceMetrics};
-use crate::device::service::{self, DaemonStats};
+use crate::device::service::{self, ServiceStats};
 use crate::device::state::State;
 use crate::fetch::FetchStats;
 use crate::quantity::{show_count, show_size, show_time};
@@ -103,11 +103,11 @@ fn watch(device: &Path, first: Counted, pause: Duration, json: bool) -> anyhow::
 }
 
 /// What happened between two looks: `12 reads/s, 3.4 MiB/s served, 1.2 MiB/s fetched`.
-fn show_rates(before: &DaemonStats, after: &DaemonStats) -> String {
+fn show_rates(before: &ServiceStats, after: &ServiceStats) -> String {
     let millis = after.up_ms.saturating_sub(before.up_ms).max(1);
     let rate = |before: u64, after: u64| after.saturating_sub(before).saturating_mul(1000) / millis;
     let served =
-        |stats: &DaemonStats| stats.device.bytes.metadata + stats.device.bytes.zero + stats.device.bytes.of_layers();
+        |stats: &ServiceStats| stats.device.bytes.metadata + stats.device.bytes.zero + stats.device.bytes.of_layers();
     format!(
         "{} reads/s, {}/s served, {}/s fetched",
         show_count(rate(before.device.reads, after.device.reads)),
@@ -140,7 +140,7 @@ fn table(counted: &Counted) -> Table {
 }
 
 /// What the device counted.
-fn rows_of_device(counters: &DaemonStats, row: &mut dyn FnMut(&str, String)) {
+fn rows_of_device(counters: &ServiceStats, row: &mut dyn FnMut(&str, String)) {
     let device = &counters.device;
     let reads = show_count(device.reads);
     row(

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::service::{self, Condition, ControlError, DaemonStats};
+use super::service::{self, Condition, ControlError, ServiceStats};
 use super::state::{Server, State, StateDir, StateError};
 use super::users::{self, User};
 
@@ -108,7 +108,7 @@ pub struct Counted {
     /// What is known of the device.
     pub state: State,
     /// What was counted since it is served.
-    pub counters: DaemonStats,
+    pub counters: ServiceStats,
 }
 
 /// The counters of the device that `name` means.
@@ -155,7 +155,7 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
     {
         match service::bury(states, &state) {
             Ok(()) => log::info!(
-                "cleaned up after the dead daemon {} of {}",
+                "cleaned up after the dead process {} of {}",
                 state.process.pid,
                 state.name
             ),

@@ -4,7 +4,7 @@
 use std::fmt::{Display, Write as _};
 
 use super::Backend;
-use super::service::DaemonStats;
+use super::service::ServiceStats;
 use super::state::State;
 
 /// What the text is called when it is sent by HTTP.
@@ -20,13 +20,13 @@ pub struct DeviceMetrics<'a> {
     /// What carries it: `ublk` or `loop`.
     pub backend: &'a str,
     /// Its counters; none if whoever serves it does not say.
-    pub stats: Option<&'a DaemonStats>,
+    pub stats: Option<&'a ServiceStats>,
 }
 
 impl<'a> DeviceMetrics<'a> {
     /// Of a device's state and counters.
     #[must_use]
-    pub fn new(device: &'a State, stats: Option<&'a DaemonStats>) -> Self {
+    pub fn new(device: &'a State, stats: Option<&'a ServiceStats>) -> Self {
         Self {
             name: &device.name,
             source: &device.source,
@@ -117,7 +117,7 @@ fn of_device(out: &mut Exposition<'_>) {
         Kind::Counter,
         "Bytes served, by where they came from.",
         |device| {
-            let Some(DaemonStats { device, .. }) = device.stats else {
+            let Some(ServiceStats { device, .. }) = device.stats else {
                 return Vec::new();
             };
             [
@@ -133,7 +133,7 @@ fn of_device(out: &mut Exposition<'_>) {
     );
     let help = "How long reads took since the device is served: no read of this share took longer.";
     out.family("tarblk_read_latency_seconds", Kind::Gauge, help, |device| {
-        let Some(DaemonStats { device, .. }) = device.stats else {
+        let Some(ServiceStats { device, .. }) = device.stats else {
             return Vec::new();
         };
         [
@@ -236,7 +236,7 @@ fn of_layers(out: &mut Exposition<'_>) {
     );
     let help = "Bytes downloaded before there was a device, by what they were for.";
     out.family("tarblk_prepare_downloaded_bytes", Kind::Gauge, help, |device| {
-        let Some(DaemonStats { fetch, .. }) = device.stats else {
+        let Some(ServiceStats { fetch, .. }) = device.stats else {
             return Vec::new();
         };
         [
@@ -279,23 +279,19 @@ struct Exposition<'a> {
 }
 
 impl<'a> Exposition<'a> {
-    fn counter(&mut self, name: &str, help: &str, value: impl Fn(&DaemonStats) -> u64) {
-        self.family(name, Kind::Counter, help, |device| {
-            device
-                .stats
-                .map(|stats| (Vec::new(), Figure::Whole(value(stats))))
-                .into_iter()
-                .collect()
-        });
+    fn counter(&mut self, name: &str, help: &str, value: impl Fn(&ServiceStats) -> u64) {
+        self.single(name, Kind::Counter, help, |stats| Figure::Whole(value(stats)));
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: impl Fn(&DaemonStats) -> Figure) {
-        self.family(name, Kind::Gauge, help, |device| {
-            device
-                .stats
-                .map(|stats| (Vec::new(), value(stats)))
-                .into_iter()
-                .collect()
+    fn gauge(&mut self, name: &str, help: &str, value: impl Fn(&ServiceStats) -> Figure) {
+        self.single(name, Kind::Gauge, help, value);
+    }
+
+    /// A metric with one sample for each device that has counters.
+    fn single(&mut self, name: &str, kind: Kind, help: &str, value: impl Fn(&ServiceStats) -> Figure) {
+        self.family(name, kind, help, |device| {
+            let sample = device.stats.map(|stats| (Vec::new(), value(stats)));
+            sample.into_iter().collect()
         });
     }
 
@@ -349,8 +345,8 @@ mod tests {
     use crate::device::stats::DeviceStats;
     use crate::fetch::{FetchStats, Wait};
 
-    fn stats() -> DaemonStats {
-        DaemonStats {
+    fn stats() -> ServiceStats {
+        ServiceStats {
             device: DeviceStats {
                 reads: 7,
                 ..DeviceStats::default()

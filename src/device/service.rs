@@ -45,7 +45,7 @@ use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
 pub(crate) use control::{Condition, bury, conditions, end_reads};
-pub use control::{ControlError, DaemonStats, detach, launch, let_go, stats, upgrade};
+pub use control::{ControlError, ServiceStats, detach, launch, let_go, stats, upgrade};
 pub use namespace::Reach;
 pub use run::serve;
 
@@ -56,7 +56,7 @@ pub(crate) const LOG_NAME: &str = "service.log";
 const OLDER_LOG_NAME: &str = "service.log.1";
 
 /// How long a service without devices stays unless its builder says otherwise.
-const IDLE_LIMIT: Duration = Duration::from_secs(20);
+pub const IDLE_LIMIT: Duration = Duration::from_secs(20);
 
 /// Under this name the keepers hold the service's own socket.
 const LISTENER_NAME: &str = "service";
@@ -135,9 +135,6 @@ pub trait Builder: Send + Sync + 'static {
     fn idle_limit(&self) -> Duration {
         IDLE_LIMIT
     }
-
-    /// What else serves all devices together, begun when the service starts to work.
-    fn begin(&self) {}
 }
 
 /// A device that is ready.
@@ -153,7 +150,7 @@ pub struct Attached {
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum DaemonError {
+pub enum ServiceError {
     /// Only root can make block devices.
     #[error("this makes a block device, which needs root (CAP_SYS_ADMIN): try sudo")]
     NotRoot,
@@ -186,8 +183,8 @@ pub enum DaemonError {
     },
 }
 
-fn failed(what: &'static str) -> impl FnOnce(io::Error) -> DaemonError {
-    move |cause| DaemonError::Io { what, cause }
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> ServiceError {
+    move |cause| ServiceError::Io { what, cause }
 }
 
 /// What a process of this program is, under the hidden subcommand.
@@ -220,7 +217,7 @@ impl Launcher {
     ///
     /// # Errors
     /// When the program's own path cannot be found out.
-    pub fn this_program(subcommand: &str) -> Result<Self, DaemonError> {
+    pub fn this_program(subcommand: &str) -> Result<Self, ServiceError> {
         // The link stays right when the file has been replaced by a newer version since.
         let program = PathBuf::from("/proc/self/exe");
         fs::metadata(&program).map_err(failed("find this program"))?;

@@ -48,7 +48,7 @@ pub enum StateError {
         cause: io::Error,
     },
     /// A file is not a state, or a damaged one.
-    #[error("{path} is damaged ({cause}); remove it if no tarblk daemon runs")]
+    #[error("{path} is damaged ({cause}); remove it if no tarblk service runs")]
     Damaged {
         /// The file or directory.
         path: PathBuf,

@@ -197,7 +197,7 @@ impl ImageSpec {
         let mut sources = Vec::new();
         for (served, (index, file)) in self.layers.into_iter().zip(indexes) {
             let windows = match served.index.rest {
-                // The file has room for what is fetched of it; one that was lent is gone already.
+                // The file has room for what is fetched of it; one that was lent has lost its name.
                 Some(rest) if !served.index.lent => {
                     Windows::Kept(Arc::new(file.into()), Box::new(rest), index.cold().clone())
                 }

@@ -65,6 +65,19 @@ pub(crate) const CASES: &[Case] = &[
         many_launches_at_once_share_one_service,
     ),
     ("an_upgrade_under_load_is_a_pause", an_upgrade_under_load_is_a_pause),
+    ("a_broken_upgrade_goes_back", a_broken_upgrade_goes_back),
+    (
+        "a_device_that_cannot_go_on_is_set_aside",
+        a_device_that_cannot_go_on_is_set_aside,
+    ),
+    (
+        "a_stopped_keeper_is_replaced_and_ends",
+        a_stopped_keeper_is_replaced_and_ends,
+    ),
+    (
+        "a_name_that_is_given_out_again_is_the_next_ones",
+        a_name_that_is_given_out_again_is_the_next_ones,
+    ),
     (
         "a_panicking_builder_harms_no_other_device",
         a_panicking_builder_harms_no_other_device,
@@ -114,6 +127,13 @@ pub(crate) fn daemon_main() -> ExitCode {
     service::main(DAEMON, &arguments, Images)
 }
 
+/// Whether nobody asked this of the image's file before.
+fn first_time(file: &Path) -> bool {
+    // The service knows the file by a descriptor.
+    let name = fs::canonicalize(file).unwrap().with_extension("seen");
+    File::options().write(true).create_new(true).open(name).is_ok()
+}
+
 /// Makes images of [`TestImage`].
 struct Images;
 
@@ -123,6 +143,8 @@ impl Builder for Images {
     fn build(&self, described: TestImage) -> Result<Served, BuildError> {
         match described.trouble.as_deref() {
             Some("fail") => return Err("the index is of another age".into()),
+            // Not the first time.
+            Some("fail-again") if !first_time(&described.file) => return Err("the index is of another age".into()),
             Some("panic") => panic!("a builder that panics"),
             Some("abort") => std::process::abort(),
             _ => {}
@@ -584,6 +606,14 @@ fn sigterm_waits_for_the_unmount() {
     lab.assert_clean();
 }
 
+/// The number of the process that serves a device, whatever it is called by now.
+fn service_pid_of(lab: &Lab, attached: &Attached) -> u32 {
+    inventory::find(&lab.states(), Path::new(&attached.state.name))
+        .unwrap()
+        .process
+        .pid
+}
+
 /// The service's number, once there is one that answers.
 fn service_pid(lab: &Lab) -> u32 {
     let mut pid = 0;
@@ -847,7 +877,9 @@ fn an_upgrade_under_load_is_a_pause() {
         let reader = scope.spawn(|| read_and_compare(&attached.state.device, &content, 5, &stop));
         let upgrades = catch_unwind(AssertUnwindSafe(|| {
             for _ in 0..3 {
-                let (before, after) = service::upgrade(&lab.states()).unwrap().expect("there is a service");
+                let program = File::open("/proc/self/exe").unwrap();
+                let upgraded = service::upgrade(&lab.states(), program).unwrap();
+                let (before, after) = upgraded.expect("there is a service");
                 assert_ne!(before, after);
                 assert_eq!(service_pid(&lab), after);
             }
@@ -857,6 +889,115 @@ fn an_upgrade_under_load_is_a_pause() {
         assert!(reader.join().expect("the reader failed") > 3);
     });
     inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+/// A program that does not start is not gone on with: the one before is.
+fn a_broken_upgrade_goes_back() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    let content = read_all(&lab.image());
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read_and_compare(&attached.state.device, &content, 5, &stop));
+        let upgrade = catch_unwind(AssertUnwindSafe(|| {
+            let error = service::upgrade(&lab.states(), File::open("/bin/false").unwrap())
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("the one before does"), "{error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+            // It goes on being the one that is started again.
+            kill_and_wait(service_pid(&lab));
+            service_pid(&lab);
+        }));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        upgrade.unwrap();
+        assert!(reader.join().expect("the reader failed") > 3);
+    });
+    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+    lab.assert_clean();
+}
+
+/// A device whose image cannot be made again is set aside: its reads fail instead of waiting for ever, and nobody else's do.
+fn a_device_that_cannot_go_on_is_set_aside() {
+    let lab = Lab::new();
+    let good = lab.attach();
+    let bad = service::launch::<Images>(&launcher(), &lab.spec(Some(1), Some("fail-again"))).unwrap();
+    assert!(read_all(&bad.state.device) == read_all(&lab.image()));
+    kill_and_wait(service_pid_of(&lab, &good));
+    assert!(read_all(&good.state.device) == read_all(&lab.image()));
+    let status = || {
+        let (listed, _) = inventory::list(&lab.states()).unwrap();
+        let line = listed.into_iter().find(|line| line.state.name == bad.state.name);
+        line.expect("it is listed").status
+    };
+    wait_until(
+        "a verdict",
+        || matches!(status(), Status::Poisoned { ref why } if why.contains("another age")),
+    );
+    let mut block = [0; 4096];
+    let device = File::open(&bad.state.device).unwrap();
+    // The kernel may have kept what was read before.
+    rustix::fs::fadvise(&device, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let read = device.read_exact_at(&mut block, 8 << 20);
+    assert_eq!(read.unwrap_err().raw_os_error(), Some(5), "EIO");
+    drop(device);
+    assert!(read_all(&good.state.device) == read_all(&lab.image()));
+    for device in [&bad, &good] {
+        inventory::detach(&lab.states(), &device.state.device).unwrap();
+    }
+    lab.assert_clean();
+}
+
+/// A keeper that was stopped for so long that it was replaced ends when it goes on, and keeps nothing.
+fn a_stopped_keeper_is_replaced_and_ends() {
+    let lab = Lab::new();
+    let attached = lab.attach();
+    wait_until("two keepers", || keepers(&lab).len() == 2);
+    let stopped = keepers(&lab)[0];
+    kill(stopped, rustix::process::Signal::STOP);
+    // What it is to hold does not get there.
+    let second = lab.attach();
+    wait_until("another keeper", || {
+        keepers(&lab).iter().filter(|pid| **pid != stopped).count() == 2
+    });
+    kill(stopped, rustix::process::Signal::CONT);
+    wait_until("the end of the stopped one", || {
+        !processes().iter().any(|(lives, _)| *lives == stopped)
+    });
+    for device in [&attached, &second] {
+        assert!(read_all(&device.state.device) == read_all(&lab.image()));
+        inventory::detach(&lab.states(), &device.state.device).unwrap();
+    }
+    lab.assert_clean();
+}
+
+/// The kernel gives a number out again at once: whose device goes must not take the next one's name along.
+fn a_name_that_is_given_out_again_is_the_next_ones() {
+    let lab = Lab::new();
+    let content = read_all(&lab.image());
+    let keeps_the_service = lab.attach();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    let attached = lab.attach();
+                    let found = inventory::find(&lab.states(), Path::new(&attached.state.name)).unwrap();
+                    assert_eq!(found, attached.state);
+                    let mut block = vec![0; 8192];
+                    let device = File::open(&attached.state.device).unwrap();
+                    device.read_exact_at(&mut block, 4 << 20).unwrap();
+                    assert!(block == content[4 << 20..(4 << 20) + 8192]);
+                    drop(device);
+                    inventory::stats(&lab.states(), &attached.state.device).unwrap();
+                    inventory::detach(&lab.states(), &attached.state.device).unwrap();
+                }
+            });
+        }
+    });
+    let (listed, _) = inventory::list(&lab.states()).unwrap();
+    assert_eq!(listed.len(), 1, "{listed:?}");
+    inventory::detach(&lab.states(), &keeps_the_service.state.device).unwrap();
     lab.assert_clean();
 }
 

@@ -265,7 +265,7 @@ impl Machine {
             ([], Some(error)) => Check::warning(name, error.to_string(), "remove the damaged file"),
             (dead, _) => Check::problem(
                 name,
-                format!("{served} served; of {} the daemon is dead", dead.join(", ")),
+                format!("{served} served; of {} the service is dead", dead.join(", ")),
                 "`tarblk umount DIR` or `tarblk detach DEVICE` cleans up",
             ),
         })

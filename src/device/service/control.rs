@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::message::{borrowed, receive, send};
 use super::{
-    Attached, Builder, DaemonError, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, failed, keeper, open_files, record,
+    Attached, Builder, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, failed, keeper, open_files, record,
 };
 use crate::device::state::{Process, Server, State, StateDir, StateError};
 use crate::device::stats::DeviceStats;
@@ -83,7 +84,7 @@ pub(super) enum Answer {
     /// To [`Request::Attach`].
     Attached(Box<Attached>),
     /// To [`Request::Stats`].
-    Stats(Box<DaemonStats>),
+    Stats(Box<ServiceStats>),
     /// To [`Request::Conditions`].
     Conditions(BTreeMap<String, Condition>),
     /// It is done.
@@ -114,7 +115,7 @@ pub enum Condition {
 
 /// What the server of a device has counted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DaemonStats {
+pub struct ServiceStats {
     /// Of the device.
     pub device: DeviceStats,
     /// Of the fetcher.
@@ -136,7 +137,7 @@ pub enum ControlError {
     #[error(transparent)]
     State(#[from] StateError),
     /// The daemon does not answer as it should.
-    #[error("the daemon of {name} (pid {pid}) does not answer: {cause}")]
+    #[error("the service of {name} (pid {pid}) does not answer: {cause}")]
     Silent {
         /// The device.
         name: String,
@@ -146,7 +147,7 @@ pub enum ControlError {
         cause: String,
     },
     /// The daemon is gone.
-    #[error("the daemon of {name} (pid {pid}) is dead; `tarblk {cleans_up}` cleans up")]
+    #[error("the service of {name} (pid {pid}) is dead; `tarblk {cleans_up}` cleans up")]
     Dead {
         /// The device.
         name: String,
@@ -175,9 +176,9 @@ pub enum ControlError {
 ///
 /// # Errors
 /// Why there is no device; then nothing is left of it.
-pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Result<Attached, DaemonError> {
+pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Result<Attached, ServiceError> {
     if !rustix::process::geteuid().is_root() {
-        return Err(DaemonError::NotRoot);
+        return Err(ServiceError::NotRoot);
     }
     let states = StateDir::new(&spec.states);
     states.create()?;
@@ -193,14 +194,14 @@ pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Re
             Ok(Answer::Refused(why)) if why.starts_with(ENDING) && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(5));
             }
-            Ok(Answer::Refused(why)) => return Err(DaemonError::Reported(why)),
-            Ok(_) => return Err(DaemonError::Reported("the service answered something else".to_owned())),
+            Ok(Answer::Refused(why)) => return Err(ServiceError::Reported(why)),
+            Ok(_) => return Err(ServiceError::Reported("the service answered something else".to_owned())),
             // One that ended before it looked at the call.
             Err(error) if is_gone(&error) && !has_died(&states) && Instant::now() < deadline => {}
             Err(error) if is_gone(&error) => {
                 let last_words = last_words(&states, log_len);
                 keeper::clean_up(&states, REQUEST_LIMIT);
-                return Err(DaemonError::Died { last_words });
+                return Err(ServiceError::Died { last_words });
             }
             Err(error) => return Err(failed("talk to the service")(error)),
         }
@@ -224,7 +225,7 @@ fn has_died(states: &StateDir) -> bool {
 }
 
 /// Connects to the service, starting it if there is none.
-fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -> Result<UnixStream, DaemonError> {
+fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -> Result<UnixStream, ServiceError> {
     let socket = states.service_socket();
     loop {
         match UnixStream::connect(&socket) {
@@ -248,7 +249,7 @@ fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -
             let _ = stdout.by_ref().take(64).read_to_string(&mut word);
             if !word.starts_with("ready") {
                 let _ = child.wait();
-                return Err(DaemonError::Died {
+                return Err(ServiceError::Died {
                     last_words: last_words(states, 0),
                 });
             }
@@ -327,7 +328,7 @@ fn other_version(theirs: &str) -> String {
 ///
 /// # Errors
 /// When it is dead or does not answer.
-pub fn stats(states: &StateDir, state: &State) -> Result<DaemonStats, ControlError> {
+pub fn stats(states: &StateDir, state: &State) -> Result<ServiceStats, ControlError> {
     let name = state.name.clone();
     match ask(states, state, &Request::Stats { name })? {
         Answer::Stats(counted) => Ok(*counted),
@@ -351,11 +352,13 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
         Err(ControlError::Dead { .. }) => return bury(states, state),
         Err(error) => return Err(error),
     }
-    if state.server == Server::Command && !wait_for_end(&state.process) {
-        return Err(silent(state, "it took the device down but does not end"));
+    if state.server == Server::Command {
+        if !wait_for_end(&state.process) {
+            return Err(silent(state, "it took the device down but does not end"));
+        }
+        // What it could not remove itself. Of a service's the name may be another device's by now.
+        states.remove(state);
     }
-    // What it could not remove itself.
-    states.remove(state);
     Ok(())
 }
 
@@ -390,23 +393,22 @@ pub(crate) fn conditions(states: &StateDir) -> io::Result<Option<BTreeMap<String
     }
 }
 
-/// Lets this program go on with every device of the service, in place of the program that serves them now; returns the numbers of
-/// the processes before and after. None if there is no service.
+/// Lets `program` go on with every device of the service, in place of the program that serves them now; returns the numbers of the
+/// processes before and after. None if there is no service.
 ///
 /// # Errors
-/// When the service refuses, or does not come back.
-pub fn upgrade(states: &StateDir) -> Result<Option<(u32, u32)>, DaemonError> {
+/// When the service refuses, or does not come back with that program; then the one before has come back.
+pub fn upgrade(states: &StateDir, program: fs::File) -> Result<Option<(u32, u32)>, ServiceError> {
     let Ok(stream) = UnixStream::connect(states.service_socket()) else {
         return Ok(None);
     };
-    let program: OwnedFd = fs::File::open("/proc/self/exe")
-        .map_err(failed("open this program"))?
-        .into();
+    let wanted = program.metadata().map_err(failed("look at the program"))?;
     let before = running(states);
-    match call(&stream, &Request::<()>::Upgrade, &[program], ANSWER_LIMIT).map_err(failed("talk to the service"))? {
+    let asked = call(&stream, &Request::<()>::Upgrade, &[program.into()], ANSWER_LIMIT);
+    match asked.map_err(failed("talk to the service"))? {
         Answer::Done => {}
-        Answer::Refused(why) => return Err(DaemonError::Reported(why)),
-        _ => return Err(DaemonError::Reported("the service answered something else".to_owned())),
+        Answer::Refused(why) => return Err(ServiceError::Reported(why)),
+        _ => return Err(ServiceError::Reported("the service answered something else".to_owned())),
     }
     let deadline = Instant::now() + START_LIMIT;
     loop {
@@ -415,10 +417,17 @@ pub fn upgrade(states: &StateDir) -> Result<Option<(u32, u32)>, DaemonError> {
             && before != now
             && matches!(conditions(states), Ok(Some(_)))
         {
-            return Ok(Some((before, now)));
+            let runs = fs::metadata(format!("/proc/{now}/exe"));
+            if runs.is_ok_and(|runs| (runs.dev(), runs.ino()) == (wanted.dev(), wanted.ino())) {
+                return Ok(Some((before, now)));
+            }
+            return Err(ServiceError::Reported(format!(
+                "this program does not go on with what is attached; the one before does, as process {now}{}",
+                last_words(states, 0)
+            )));
         }
         if Instant::now() > deadline {
-            return Err(DaemonError::Died {
+            return Err(ServiceError::Died {
                 last_words: last_words(states, 0),
             });
         }

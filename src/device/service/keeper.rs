@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -44,6 +44,9 @@ const LONGEST_GLANCE: Duration = Duration::from_millis(50);
 /// wait is four times as long as the one before.
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// So often a program that is to go on is started; if it does not call then, the one before is started again.
+const PROGRAM_TRIES: u32 = 2;
 
 /// A service that lived this long was no failure at its start: the next one is started at once.
 const GOOD_LIFE: Duration = Duration::from_secs(5);
@@ -135,14 +138,17 @@ pub(super) fn try_lock(states: &StateDir) -> io::Result<Option<File>> {
 
 /// Removes what a service left that died without a device; the log stays, to be read. Only while nobody serves; says whether that is so.
 pub(super) fn clean_up(states: &StateDir, patience: Duration) -> bool {
+    let has_devices = || states.list().is_ok_and(|(all, _)| !all.is_empty());
+    if has_devices() {
+        return false;
+    }
     // A dying process takes a moment to let go of its lock.
     let mut lock = None;
     wait_until(patience, || {
         lock = try_lock(states).ok().flatten();
         lock.is_some()
     });
-    let has_devices = states.list().is_ok_and(|(all, _)| !all.is_empty());
-    if lock.is_some() && !has_devices {
+    if lock.is_some() && !has_devices() {
         for number in 0..KEEPERS {
             // A living keeper would have started another service, or ended.
             let _ = fs::remove_file(socket(states, number));
@@ -217,6 +223,8 @@ pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> Exit
     let mut keeper = Keeper {
         states,
         launcher,
+        inode: fs::metadata(&path).map_or(0, |meta| meta.ino()),
+        socket: path.clone(),
         program: None,
         held: Vec::new(),
         children: Vec::new(),
@@ -226,15 +234,20 @@ pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> Exit
         backoff: SHORTEST_BACKOFF,
     };
     keeper.work(&listener);
-    let _ = fs::remove_file(&path);
+    if keeper.is_known() {
+        let _ = fs::remove_file(&path);
+    }
     ExitCode::SUCCESS
 }
 
 struct Keeper<'a> {
     states: &'a StateDir,
     launcher: Launcher,
-    /// The program that was handed over for the next start.
-    program: Option<OwnedFd>,
+    socket: PathBuf,
+    /// Of its socket's file, as it made it.
+    inode: u64,
+    /// The program that was handed over for the next start, and how often it was started without calling.
+    program: Option<(OwnedFd, u32)>,
     held: Vec<Held>,
     children: Vec<Child>,
     link: Option<UnixStream>,
@@ -306,8 +319,17 @@ impl Keeper<'_> {
         }
     }
 
+    /// Whether a service would find this keeper by its socket.
+    fn is_known(&self) -> bool {
+        fs::metadata(&self.socket).is_ok_and(|meta| meta.ino() == self.inode)
+    }
+
     /// Looks whether the service is gone for good, and starts another one.
     fn look(&mut self) -> Look {
+        // Another keeper has its place, because this one was slow for too long, or the state directory is gone.
+        if !self.is_known() {
+            return Look::End;
+        }
         let lock = match try_lock(self.states) {
             Ok(Some(lock)) => lock,
             // The dead one is not all gone yet, or another keeper was first.
@@ -324,11 +346,17 @@ impl Keeper<'_> {
             remove_files(self.states);
             return Look::End;
         }
-        let launcher = match &self.program {
-            Some(program) => Launcher {
-                program: format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(program)).into(),
-                arguments: self.launcher.arguments.clone(),
-            },
+        if self.program.take_if(|(_, tries)| *tries >= PROGRAM_TRIES).is_some() {
+            log::error!("the program that was to go on does not start; going back to the one before");
+        }
+        let launcher = match &mut self.program {
+            Some((program, tries)) => {
+                *tries += 1;
+                Launcher {
+                    program: format!("/proc/self/fd/{}", program.as_raw_fd()).into(),
+                    arguments: self.launcher.arguments.clone(),
+                }
+            }
             None => self.launcher.clone(),
         };
         match start_service(&launcher, self.states, &lock, true) {
@@ -352,6 +380,9 @@ impl Keeper<'_> {
         };
         match ask {
             Ask::List => {
+                if let Some((_, tries)) = &mut self.program {
+                    *tries = 0;
+                }
                 let holding = Said::Holding {
                     count: self.held.len(),
                     version: version(),
@@ -382,7 +413,7 @@ impl Keeper<'_> {
                 });
             }
             Ask::Drop { name } => self.held.retain(|held| held.name != name),
-            Ask::Program => self.program = descriptors.into_iter().next(),
+            Ask::Program => self.program = descriptors.into_iter().next().map(|program| (program, 0)),
             Ask::Retire => {
                 self.held.clear();
                 send(link, &Said::Done, &[])?;

@@ -1,8 +1,8 @@
 //! Messages between tarblk's processes: a typed value as JSON, with descriptors beside it, over a Unix stream socket. In: a
 //! value and descriptors. Out: the same in the other process.
 //!
-//! A frame is a head of twelve bytes (a mark, the text's length in bytes, the number of descriptors), to which the descriptors are
-//! attached (`SCM_RIGHTS`), then the text. Both ends are this program, run by root, but a frame is still refused when it is longer
+//! A frame is a head of twelve bytes (a mark, the text's length in bytes, the number of descriptors), then one byte for each further
+//! batch of descriptors, then the text. The descriptors are attached to head and bytes (`SCM_RIGHTS`), as many as the kernel takes at once. Both ends are this program, run by root, but a frame is still refused when it is longer
 //! than its reader allows or has other than the promised descriptors. Time limits are the socket's own.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -21,8 +21,14 @@ const MARK: [u8; 4] = *b"TBM1";
 
 const HEAD_BYTES: usize = 12;
 
-/// The kernel passes on no more descriptors at once.
-pub(super) const MOST_DESCRIPTORS: usize = 253;
+/// The kernel passes on no more descriptors at once (`SCM_MAX_FD`).
+const BATCH: usize = 253;
+
+/// No message has more: an image has at most some hundred layers.
+const MOST_DESCRIPTORS: usize = 16 * BATCH;
+
+/// Stands for a further batch of descriptors.
+const MORE: [u8; 1] = [b'+'];
 
 /// Sends `message` and duplicates of `descriptors`.
 ///
@@ -34,10 +40,7 @@ pub(super) fn send(
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
     if descriptors.len() > MOST_DESCRIPTORS {
-        let what = format!(
-            "{} files are too many to pass on; the kernel takes {MOST_DESCRIPTORS}",
-            descriptors.len()
-        );
+        let what = format!("{} files are too many to pass on", descriptors.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     }
     let text = serde_json::to_vec(message)?;
@@ -46,19 +49,28 @@ pub(super) fn send(
     head[..4].copy_from_slice(&MARK);
     head[4..8].copy_from_slice(&number(text.len())?.to_le_bytes());
     head[8..].copy_from_slice(&number(descriptors.len())?.to_le_bytes());
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+    let (first, rest) = descriptors.split_at(descriptors.len().min(BATCH));
+    let sent = send_with(socket, &head, first)?;
+    socket.write_all(&head[sent..])?;
+    for batch in rest.chunks(BATCH) {
+        send_with(socket, &MORE, batch)?;
+    }
+    socket.write_all(&text)
+}
+
+/// Sends `bytes` with a batch of descriptors; returns how many of the bytes were sent, at least one.
+fn send_with(socket: &UnixStream, bytes: &[u8], batch: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+    if !batch.is_empty() && !control.push(SendAncillaryMessage::ScmRights(batch)) {
         return Err(io::Error::other("no room for descriptors"));
     }
-    let sent = loop {
-        match rustix::net::sendmsg(socket, &[IoSlice::new(&head)], &mut control, SendFlags::NOSIGNAL) {
+    loop {
+        match rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
-            other => break other?,
+            other => return Ok(other?),
         }
-    };
-    socket.write_all(&head[sent..])?;
-    socket.write_all(&text)
+    }
 }
 
 /// Receives a message whose text is at most `most` bytes long, and its descriptors. None when the other end has closed.
@@ -72,20 +84,7 @@ pub(super) fn receive<T: DeserializeOwned>(
     let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
     let mut head = [0; HEAD_BYTES];
     let mut descriptors = Vec::new();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = loop {
-        let mut target = [IoSliceMut::new(&mut head)];
-        match rustix::net::recvmsg(socket, &mut target, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => {}
-            other => break other?.bytes,
-        }
-    };
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = message {
-            descriptors.extend(received);
-        }
-    }
+    let got = receive_with(socket, &mut head, &mut descriptors)?;
     if got == 0 {
         return Ok(None);
     }
@@ -100,7 +99,17 @@ pub(super) fn receive<T: DeserializeOwned>(
     if u64::from(len) > most {
         return Err(bad("the message is too long"));
     }
-    if usize::try_from(u32::from_le_bytes(field(8))).ok() != Some(descriptors.len()) {
+    let promised = usize::try_from(u32::from_le_bytes(field(8))).unwrap_or(usize::MAX);
+    if promised > MOST_DESCRIPTORS {
+        return Err(bad("it has too many descriptors"));
+    }
+    for _ in 1..promised.div_ceil(BATCH) {
+        let mut more = [0; MORE.len()];
+        if receive_with(socket, &mut more, &mut descriptors)? == 0 || more != MORE {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    if promised != descriptors.len() {
         return Err(bad(
             "descriptors were lost on the way (is the limit on open files reached?)",
         ));
@@ -112,6 +121,25 @@ pub(super) fn receive<T: DeserializeOwned>(
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
     Ok(Some((serde_json::from_slice(&text)?, descriptors)))
+}
+
+/// Receives some of `bytes`, and adds the descriptors that came with them. 0 when the other end has closed.
+fn receive_with(socket: &UnixStream, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = loop {
+        let mut target = [IoSliceMut::new(bytes)];
+        match rustix::net::recvmsg(socket, &mut target, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other?.bytes,
+        }
+    };
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    Ok(got)
 }
 
 /// The descriptors of `all` as [`send`] takes them.
@@ -129,7 +157,8 @@ mod tests {
     #[test]
     fn messages_and_descriptors_arrive_in_order() {
         let (here, there) = UnixStream::pair().unwrap();
-        let files: Vec<OwnedFd> = (0..MOST_DESCRIPTORS)
+        // More than one batch.
+        let files: Vec<OwnedFd> = (0..2 * BATCH + 1)
             .map(|_| tempfile::tempfile().unwrap().into())
             .collect();
         let big = "x".repeat(1 << 20);

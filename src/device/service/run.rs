@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream as Stream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use super::keeper::{self, Kind};
 use super::message::{receive, send};
 use super::table::Table;
 use super::{
-    Attached, Builder, DaemonError, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, failed, namespace,
+    Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, failed, namespace,
     open_files,
 };
 use crate::device::state::StateDir;
@@ -47,7 +48,7 @@ pub(super) fn service<B: Builder>(
     launcher: &Launcher,
     builder: B,
     again: bool,
-) -> Result<(), DaemonError> {
+) -> Result<(), ServiceError> {
     states.create()?;
     let lock = take_lock()?;
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
@@ -63,7 +64,6 @@ pub(super) fn service<B: Builder>(
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let signals = Signals::new().map_err(failed("receive signals"))?;
-        table.begin_shared();
         // The sooner there are two keepers again, the better: one may have died with the last service.
         let keepers = {
             let table = Arc::clone(&table);
@@ -89,11 +89,13 @@ pub(super) fn service<B: Builder>(
                 table.holders().map(Holders::renew);
             });
         }
-        Ok::<_, DaemonError>(work(&table, &listener, signals, Some(idle)).await)
+        Ok::<_, ServiceError>(work(&table, &listener, signals, Some(idle), again).await)
     })?;
     if ended == Ending::Upgrade {
         // The keepers start the new program as soon as the lock is free.
         log::info!("handing over to another program");
+        // The process ends with its devices as they are. Taking anything apart first could answer reads with errors.
+        std::mem::forget(table);
         return Ok(());
     }
     // Before the socket is closed: who finds it closed and no log knows that nothing bad has happened.
@@ -110,7 +112,7 @@ pub(super) fn service<B: Builder>(
 }
 
 /// The lock that this process was started with, as its standard input.
-fn take_lock() -> Result<File, DaemonError> {
+fn take_lock() -> Result<File, ServiceError> {
     let mut lock: File = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
         .map(Into::into)
         .map_err(|error| failed("take the service's lock")(error.into()))?;
@@ -125,7 +127,7 @@ fn take_lock() -> Result<File, DaemonError> {
     Ok(lock)
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
+fn runtime() -> Result<tokio::runtime::Runtime, ServiceError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -133,7 +135,7 @@ fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
 }
 
 /// The control socket: the one that the keepers hold, else a new one.
-fn listen(states: &StateDir, holders: &Holders) -> Result<std::os::unix::net::UnixListener, DaemonError> {
+fn listen(states: &StateDir, holders: &Holders) -> Result<std::os::unix::net::UnixListener, ServiceError> {
     let found = holders.found().map_err(failed("take over the control socket"))?;
     let inherited = found
         .into_iter()
@@ -149,7 +151,7 @@ fn listen(states: &StateDir, holders: &Holders) -> Result<std::os::unix::net::Un
     Ok(listener)
 }
 
-fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, DaemonError> {
+fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, ServiceError> {
     // A dead process's: this one has the lock, or the device's number.
     let _ = fs::remove_file(path);
     let listener = std::os::unix::net::UnixListener::bind(path).map_err(failed("open the control socket"))?;
@@ -180,7 +182,7 @@ pub fn serve<B: Builder>(
     spec: ServeSpec<B::Image>,
     builder: B,
     announce: impl FnOnce(&Attached) -> io::Result<()>,
-) -> Result<(), DaemonError> {
+) -> Result<(), ServiceError> {
     let states = StateDir::new(&spec.states);
     states.create()?;
     let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
@@ -191,7 +193,6 @@ pub fn serve<B: Builder>(
     runtime.block_on(async {
         // From here on signals are requests; until here they end the process, which has nothing to clean up yet.
         let signals = Signals::new().map_err(failed("receive signals"))?;
-        table.begin_shared();
         let attached = table.attach(spec, files)?;
         table.refuse_more();
         let name = attached.state.name.clone();
@@ -216,7 +217,7 @@ pub fn serve<B: Builder>(
             let _ = table.detach(&name);
             return Err(failed("announce the device")(error));
         }
-        work(&table, &listener, signals, None).await;
+        work(&table, &listener, signals, None, true).await;
         Ok(())
     })
 }
@@ -230,21 +231,24 @@ enum Ending {
     Upgrade,
 }
 
-/// Answers calls and signals until there is nothing to serve: with `idle` for that long, else at once.
+/// Answers calls and signals until there is nothing to serve: with `idle` for that long, else at once. Unless it `was_called`
+/// before, it waits for a first call.
 async fn work<B: Builder>(
     table: &Arc<Table<B>>,
     listener: &UnixListener,
     mut signals: Signals,
     idle: Option<Duration>,
+    mut was_called: bool,
 ) -> Ending {
-    let (mut leaving, mut was_called) = (false, false);
+    let mut leaving = false;
     let mut busy_since = Instant::now();
     let calls = Arc::new(AtomicUsize::new(0));
     let upgrade = Arc::new(tokio::sync::Notify::new());
-    // Goes on whatever else happens: requests that come more often must not keep it from looking.
+    // Goes on whatever else happens: requests that come more often must not keep it from looking whether it is needed.
     let mut glance = tokio::time::interval(GLANCE);
     glance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let looking = Arc::new(AtomicUsize::new(0));
+    let (wake, woken) = mpsc::channel();
+    start_glancing(table, woken);
     loop {
         tokio::select! {
             accepted = listener.accept(), if calls.load(Ordering::Relaxed) < MOST_CALLS => {
@@ -262,9 +266,9 @@ async fn work<B: Builder>(
                     Some(used) => log::warn!("{name}: {used}; staying until then"),
                     None => log::info!("{name}: detaching"),
                 }
-                look(table, leaving, &looking);
+                let _ = wake.send(());
             }
-            _ = glance.tick() => look(table, leaving, &looking),
+            _ = glance.tick() => {}
         }
         let idle = idle.map(|idle| if was_called { idle } else { idle.max(FIRST_CALL_LIMIT) });
         if !table.is_empty() || calls.load(Ordering::Relaxed) > 0 {
@@ -276,24 +280,28 @@ async fn work<B: Builder>(
     }
 }
 
-/// Looks after devices and keepers on a thread of its own, because devices are taken down there; only one at a time.
-fn look<B: Builder>(table: &Arc<Table<B>>, leaving: bool, looking: &Arc<AtomicUsize>) {
-    if looking.swap(1, Ordering::AcqRel) == 1 {
-        return;
-    }
-    let (table, looking) = (Arc::clone(table), Arc::clone(looking));
-    let done = Arc::clone(&looking);
+/// Looks after devices and keepers again and again, on a thread of its own because devices are taken down there. From the first
+/// message of `woken` on all devices are to go; it ends with the sender.
+fn start_glancing<B: Builder>(table: &Arc<Table<B>>, woken: mpsc::Receiver<()>) {
+    let table = Arc::clone(table);
+    let mut leaving = false;
     let started = thread::Builder::new().name("glance".to_owned()).spawn(move || {
-        table.glance(leaving);
-        if let Some(holders) = table.holders()
-            && !table.is_empty()
-        {
-            holders.mend();
+        loop {
+            match woken.recv_timeout(GLANCE) {
+                Ok(()) => leaving = true,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            table.glance(leaving);
+            if let Some(holders) = table.holders()
+                && !table.is_empty()
+            {
+                holders.mend();
+            }
         }
-        looking.store(0, Ordering::Release);
     });
-    if started.is_err() {
-        done.store(0, Ordering::Release);
+    if let Err(error) = started {
+        log::error!("nothing looks after devices that others take down: {error}");
     }
 }
 

@@ -14,11 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::control::{Condition, ControlError, DaemonStats, ENDING, refuse_if_used};
+use super::control::{Condition, ControlError, ENDING, ServiceStats, refuse_if_used};
 use super::holders::{Holders, Holding};
 use super::keeper::Kind;
 use super::record::{self, Record};
-use super::{Attached, Builder, DaemonError, LISTENER_NAME, LOG_NAME, ServeSpec, Served, failed};
+use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed};
 use crate::cache::Slice;
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::state::{Process, Server, State, StateDir};
@@ -63,14 +63,13 @@ struct Entry<I> {
     /// Whether it was seen in use since it is to go with its last user.
     was_used: AtomicBool,
     inner: Mutex<Inner<I>>,
-    /// Local files under the paths that the description names.
-    _files: Vec<OwnedFd>,
 }
 
 struct Inner<I> {
     /// None once it was taken down.
     device: Option<Device>,
     record: Record<I>,
+    /// The local files that the description names. The fetcher knows them by the paths of these descriptors.
     files: Vec<OwnedFd>,
     finish: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -102,11 +101,6 @@ impl<B: Builder> Table<B> {
             }),
             lost: Mutex::default(),
         }
-    }
-
-    /// Begins what serves all devices together.
-    pub(super) fn begin_shared(&self) {
-        self.builder.begin();
     }
 
     pub(super) fn holders(&self) -> Option<&Holders> {
@@ -144,10 +138,10 @@ impl<B: Builder> Table<B> {
         lock(&self.entries).closed = true;
     }
 
-    fn begin(&self) -> Result<Pending<'_, B>, DaemonError> {
+    fn begin(&self) -> Result<Pending<'_, B>, ServiceError> {
         let mut entries = lock(&self.entries);
         if entries.closed {
-            return Err(DaemonError::Reported(format!("{ENDING}; try again")));
+            return Err(ServiceError::Reported(format!("{ENDING}; try again")));
         }
         entries.pending += 1;
         Ok(Pending(self))
@@ -157,7 +151,7 @@ impl<B: Builder> Table<B> {
     ///
     /// # Errors
     /// Why there is none; then nothing is left of it.
-    pub(super) fn attach(&self, spec: ServeSpec<B::Image>, files: Vec<OwnedFd>) -> Result<Attached, DaemonError> {
+    pub(super) fn attach(&self, spec: ServeSpec<B::Image>, files: Vec<OwnedFd>) -> Result<Attached, ServiceError> {
         let _pending = self.begin()?;
         let ServeSpec {
             options, source, image, ..
@@ -187,18 +181,20 @@ impl<B: Builder> Table<B> {
             until_unused: false,
             image,
         };
-        let entry = entry_of(volume, served, device, record, files)?;
-        let name = state.name.clone();
+        let entry = Arc::new(Entry::new(volume, served, device, record, files));
+        // Before there are files of its name: see `take_down`.
+        lock(&self.entries)
+            .by_name
+            .insert(state.name.clone(), Arc::clone(&entry));
         if let Err(error) = self.publish(&entry) {
-            self.take_down(&name, &entry)?;
+            self.take_down(&state.name, &entry)?;
             return Err(error);
         }
-        lock(&self.entries).by_name.insert(name, entry);
         Ok(Attached { state, why_not_ublk })
     }
 
     /// Calls the builder. It must not take the other devices along when it panics.
-    fn build(&self, image: B::Image, files: &[OwnedFd]) -> Result<Served, DaemonError> {
+    fn build(&self, image: B::Image, files: &[OwnedFd]) -> Result<Served, ServiceError> {
         let paths: Vec<PathBuf> = files
             .iter()
             .map(|file| format!("/proc/self/fd/{}", file.as_raw_fd()).into())
@@ -210,11 +206,11 @@ impl<B: Builder> Table<B> {
         };
         catch_unwind(AssertUnwindSafe(|| self.builder.build(image)))
             .unwrap_or_else(|_| Err("building the image panicked; the service's log says where".into()))
-            .map_err(DaemonError::Build)
+            .map_err(ServiceError::Build)
     }
 
     /// Makes a device findable, after what it takes to go on with it is where it outlives this process.
-    fn publish(&self, entry: &Entry<B::Image>) -> Result<(), DaemonError> {
+    fn publish(&self, entry: &Entry<B::Image>) -> Result<(), ServiceError> {
         let inner = lock(&entry.inner);
         self.keep(&inner)?;
         let _turn = self.states.turn();
@@ -223,7 +219,7 @@ impl<B: Builder> Table<B> {
     }
 
     /// Gives the keepers and the state directory what it takes to go on with the device.
-    fn keep(&self, inner: &Inner<B::Image>) -> Result<(), DaemonError> {
+    fn keep(&self, inner: &Inner<B::Image>) -> Result<(), ServiceError> {
         let (Some(holders), Some(device)) = (&self.holders, &inner.device) else {
             return Ok(());
         };
@@ -349,7 +345,12 @@ impl<B: Builder> Table<B> {
         }
     }
 
-    fn resume_with(&self, record: &Record<B::Image>, held: HeldDevice, files: Vec<OwnedFd>) -> Result<(), DaemonError> {
+    fn resume_with(
+        &self,
+        record: &Record<B::Image>,
+        held: HeldDevice,
+        files: Vec<OwnedFd>,
+    ) -> Result<(), ServiceError> {
         let _pending = self.begin()?;
         let mut poisoned = None;
         let mut pause = RESUME_PAUSE;
@@ -370,7 +371,7 @@ impl<B: Builder> Table<B> {
         };
         let volume = volume_of(&served, &record.options);
         if volume.len() != record.state.len {
-            return Err(DaemonError::Reported(format!(
+            return Err(ServiceError::Reported(format!(
                 "its image has {} bytes now and had {}",
                 volume.len(),
                 record.state.len
@@ -381,19 +382,17 @@ impl<B: Builder> Table<B> {
         record.state.process = this_process();
         let until_unused = record.until_unused;
         let name = record.state.name.clone();
-        let mut entry = Entry {
+        let state = record.state.clone();
+        let entry = Entry {
             poisoned,
-            ..entry_of_parts(volume, served, device, record, files)?
+            // It was in use when it was let go; it may have gone out of use since.
+            was_used: AtomicBool::new(until_unused),
+            ..Entry::new(volume, served, device, record, files)
         };
-        // It was in use when it was let go; it may have gone out of use since.
-        entry.was_used = AtomicBool::new(until_unused);
-        let inner = lock(&entry.inner);
+        lock(&self.entries).by_name.insert(name, Arc::new(entry));
         // The keepers have everything; only the file tells another process's number.
         let _turn = self.states.turn();
-        self.states.write(&inner.record.state)?;
-        drop(inner);
-        lock(&self.entries).by_name.insert(name, Arc::new(entry));
-        Ok(())
+        Ok(self.states.write(&state)?)
     }
 
     /// Removes what is left of a device that is gone, or that cannot be gone on with. What is in use stays until it is not.
@@ -409,6 +408,10 @@ impl<B: Builder> Table<B> {
     /// Cleans up after devices that were lost, as far as they are no longer in use.
     fn bury_lost(&self) {
         let stays = |name: &String| {
+            // Its name is another device's by now, which is well.
+            if self.entry(name).is_some() {
+                return false;
+            }
             let Ok(state) = self.states.read(name) else {
                 return false;
             };
@@ -440,21 +443,32 @@ impl<B: Builder> Table<B> {
         let Some(device) = inner.device.take() else {
             return Ok(());
         };
-        // From here on nothing goes on with it, whatever happens to this process.
-        record::remove(&self.states, name);
+        // What a keeper holds keeps the kernel from letting go.
         if let Some(holders) = &self.holders {
             holders.drop(name);
         }
         let stopped = device.stop();
-        match &stopped {
-            Ok(()) => self.states.remove(&inner.record.state),
-            // The state stays as long as the device may: it says what there is to clean up.
-            Err(error) => log::error!("{error}"),
-        }
         if let Some(finish) = inner.finish.take() {
             finish();
         }
-        lock(&self.entries).by_name.remove(name);
+        // The kernel gives the name out again at once. Whoever has it by now is in the table before there are files of its own.
+        let mut entries = lock(&self.entries);
+        let is_own = entries
+            .by_name
+            .get(name)
+            .is_some_and(|now| std::ptr::eq(&raw const **now, entry));
+        if is_own {
+            entries.by_name.remove(name);
+        }
+        match &stopped {
+            Ok(()) if is_own => {
+                record::remove(&self.states, name);
+                self.states.remove(&inner.record.state);
+            }
+            Ok(()) => {}
+            // Record and state stay as long as the device may: they say what there is to clean up.
+            Err(error) => log::error!("{error}"),
+        }
         log::info!("detached {name}");
         stopped
     }
@@ -480,10 +494,10 @@ impl<B: Builder> Table<B> {
     ///
     /// # Errors
     /// [`ControlError::Unknown`].
-    pub(super) fn stats(&self, name: &str) -> Result<DaemonStats, ControlError> {
+    pub(super) fn stats(&self, name: &str) -> Result<ServiceStats, ControlError> {
         let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
         let up = entry.began.elapsed().as_millis();
-        Ok(DaemonStats {
+        Ok(ServiceStats {
             device: entry.volume.stats(),
             fetch: (entry.fetch_stats)(),
             up_ms: u64::try_from(up).unwrap_or(u64::MAX),
@@ -514,7 +528,8 @@ impl<B: Builder> Table<B> {
                 if !until_unused {
                     log::warn!("another process took {} down", state.device.display());
                 }
-            } else if leaving || until_unused {
+            } else if leaving || (until_unused && state.backend == Backend::Ublk) {
+                // A loop device that is to go with its last user the kernel takes down by itself.
                 match users::is_claimed(&state.device) {
                     Ok(false) if leaving || entry.was_used.load(Ordering::Relaxed) => {
                         log::info!("{name} is no longer in use: detaching");
@@ -544,6 +559,22 @@ impl<B: Builder> Table<B> {
 }
 
 impl<I> Entry<I> {
+    fn new(volume: Arc<Volume>, served: Served, device: Device, record: Record<I>, files: Vec<OwnedFd>) -> Self {
+        Self {
+            volume,
+            fetch_stats: served.fetch_stats,
+            began: Instant::now(),
+            poisoned: None,
+            was_used: AtomicBool::new(false),
+            inner: Mutex::new(Inner {
+                device: Some(device),
+                record,
+                files,
+                finish: Some(served.finish),
+            }),
+        }
+    }
+
     fn condition(&self) -> Condition {
         if let Some(why) = &self.poisoned {
             return Condition::Poisoned { why: why.clone() };
@@ -603,40 +634,6 @@ fn volume_of(served: &Served, options: &DeviceOptions) -> Arc<Volume> {
         Arc::clone(&served.bytes),
         threads,
     ))
-}
-
-fn entry_of<I>(
-    volume: Arc<Volume>,
-    served: Served,
-    device: Device,
-    record: Record<I>,
-    files: Vec<OwnedFd>,
-) -> Result<Arc<Entry<I>>, DaemonError> {
-    entry_of_parts(volume, served, device, record, files).map(Arc::new)
-}
-
-fn entry_of_parts<I>(
-    volume: Arc<Volume>,
-    served: Served,
-    device: Device,
-    record: Record<I>,
-    files: Vec<OwnedFd>,
-) -> Result<Entry<I>, DaemonError> {
-    let copies: io::Result<Vec<OwnedFd>> = files.iter().map(OwnedFd::try_clone).collect();
-    Ok(Entry {
-        volume,
-        fetch_stats: served.fetch_stats,
-        began: Instant::now(),
-        poisoned: None,
-        was_used: AtomicBool::new(false),
-        inner: Mutex::new(Inner {
-            device: Some(device),
-            record,
-            files: copies.map_err(failed("duplicate a file"))?,
-            finish: Some(served.finish),
-        }),
-        _files: files,
-    })
 }
 
 fn resident_bytes() -> Option<u64> {

@@ -116,13 +116,6 @@ impl Keyring {
         }
     }
 
-    /// Whether one of them names a helper: a program that may open any file.
-    #[must_use]
-    pub fn names_helpers(&self) -> bool {
-        let mut read = self.files().into_iter().filter_map(|path| AuthFile::read(&path).ok());
-        read.any(|file| file.names_helpers())
-    }
-
     /// How to log in at `host` (with its port, if it is not the usual one) for `repository`. Waits for helpers, with a
     /// deadline: not for a thread that must not.
     ///
@@ -235,6 +228,7 @@ impl AuthFile {
         })
     }
 
+    #[cfg(feature = "unstable-internals")]
     fn names_helpers(&self) -> bool {
         !self.cred_helpers.is_empty() || self.creds_store.as_ref().is_some_and(|helper| !helper.is_empty())
     }
@@ -459,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn helpers_are_noticed() {
+    fn other_processes_look_into_the_same_files() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("auth.json");
         let keyring = Keyring {
@@ -468,16 +462,12 @@ mod tests {
             usual: None,
         };
         assert_eq!(keyring.files(), std::slice::from_ref(&path));
-        for (text, names) in [
-            (r#"{"auths": {"h": {"auth": "YTpi"}}}"#, false),
-            (r#"{"credsStore": ""}"#, false),
-            (r#"{"credsStore": "pass"}"#, true),
-            (r#"{"credHelpers": {"h": "ecr-login"}}"#, true),
-            ("damaged", false),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            assert_eq!(keyring.names_helpers(), names, "{text}");
-        }
+        // Elsewhere the same files are looked into, whatever the environment there says.
+        let elsewhere = keyring.for_others();
+        assert_eq!(elsewhere.files(), std::slice::from_ref(&path));
+        let usual = Keyring::default().for_others();
+        assert_eq!(usual.files(), Keyring::default().files());
+        assert!(usual.usual.is_some() && usual.files().iter().all(|file| file.is_absolute()));
     }
 
     #[test]
