@@ -100,8 +100,9 @@ impl Engine {
             let until = Instant::now().checked_add(pause);
             loop {
                 let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
+                // As long as something comes, a reader waits for its turn; when nothing does, for as long as it has not waited yet.
                 if alive.elapsed().saturating_add(left) > self.options.deadline {
-                    self.expire(state.all(layer), Duration::MAX, &late);
+                    self.expire(state.all(layer), left, &late);
                 }
                 if left.is_zero() || self.stopping.get() {
                     break;
