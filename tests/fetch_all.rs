@@ -2,10 +2,12 @@
 //! found out.
 
 mod fetched;
+#[path = "common/packed.rs"]
+mod packed;
 
+use packed::gzip;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,21 +31,6 @@ fn content() -> Vec<u8> {
     }
     bytes.truncate(SIZE);
     bytes
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .arg("-6n")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    let input = bytes.to_vec();
-    let feeder = std::thread::spawn(move || stdin.write_all(&input));
-    let output = child.wait_with_output().unwrap();
-    feeder.join().unwrap().unwrap();
-    output.stdout
 }
 
 /// What a fetcher is told of the blob that the origin has.

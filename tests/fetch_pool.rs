@@ -5,14 +5,12 @@ mod fetched;
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::noise::noise;
-use fetched::{at_origin, hammer, joined, quick, range, read, u};
+use fetched::{Outcome, at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::Slice;
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::fetch::{
     FetchError, FetchPool, Fetcher, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback, Verifier,
@@ -53,31 +51,6 @@ fn served(origin: &Origin, path: &str, seed: u64) -> (LayerSource, Arc<Vec<u8>>)
     let data = Arc::new(noise(SIZE, seed));
     origin.serve_blob(path, data.as_slice());
     (at_origin(origin, path, SIZE).into(), data)
-}
-
-type Outcome = Result<Vec<Slice>, FetchError>;
-
-/// Leaves a read and returns where its outcome will come.
-fn leave(fetcher: &Fetcher, asked: LayerRange) -> Receiver<Outcome> {
-    struct Tell(mpsc::Sender<Outcome>);
-    impl ReadCallback for Tell {
-        fn complete(self: Box<Self>, outcome: Outcome) {
-            let _reader_is_gone = self.0.send(outcome);
-        }
-    }
-    let (tell, told) = mpsc::channel();
-    fetcher.read(vec![asked], Box::new(Tell(tell)));
-    told
-}
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    for _ in 0..6000 {
-        if is_so() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{what} has not come true in a minute");
 }
 
 fn fetch_threads() -> usize {

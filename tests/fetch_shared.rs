@@ -6,18 +6,14 @@ mod fetched;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use common::noise::noise;
-use fetched::{at_origin, hammer, joined, quick, range, read, u};
+use fetched::{at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::Slice;
 use tarblk::internals::cache::disk::DiskCache;
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::fetch::{
-    FetchError, FetchPool, Fetcher, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback, Verifier,
-};
+use tarblk::internals::fetch::{FetchError, FetchPool, Fetcher, LayerSource, OpenOptions, PoolOptions, Verifier};
 use tarblk::internals::index::ChunkHasher;
 use tarblk::internals::source::LayerSpec;
 
@@ -71,28 +67,6 @@ fn sent(origin: &Origin, path: &str) -> u64 {
         .filter(|event| event.path == path)
         .map(|event| event.bytes)
         .sum()
-}
-
-fn leave(fetcher: &Fetcher, asked: LayerRange) -> Receiver<Result<Vec<Slice>, FetchError>> {
-    struct Tell(mpsc::Sender<Result<Vec<Slice>, FetchError>>);
-    impl ReadCallback for Tell {
-        fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
-            let _reader_is_gone = self.0.send(outcome);
-        }
-    }
-    let (tell, told) = mpsc::channel();
-    fetcher.read(vec![asked], Box::new(Tell(tell)));
-    told
-}
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    for _ in 0..6000 {
-        if is_so() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{what} has not come true in a minute");
 }
 
 #[test]

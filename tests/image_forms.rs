@@ -7,12 +7,11 @@
 mod common;
 mod scripted;
 
-use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use common::anonymous::{http_options, registry_options};
 use common::noise::noise;
+use common::packed::{gzip, through};
 use common::rawtar::{Header, RawTar};
 use scripted::TestRegistry;
 use tarblk::internals::digest::{Algorithm, Digest};
@@ -43,25 +42,6 @@ fn options(cache: Option<&Path>) -> OpenOptions {
 
 fn open(name: &str, options: &OpenOptions) -> Result<Prepared, String> {
     prepare(name, options, &mut Unwatched).map_err(|error| error.to_string())
-}
-
-/// What a program makes of `input` on its standard input.
-fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
-    let mut child = Command::new(program[0])
-        .args(&program[1..])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut to = child.stdin.take().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || to.write_all(input).unwrap());
-        child.wait_with_output().unwrap().stdout
-    })
-}
-
-fn gzip(tar: &[u8]) -> Vec<u8> {
-    through(&["gzip", "-6", "-n"], tar)
 }
 
 fn tar(seed: u64) -> Vec<u8> {

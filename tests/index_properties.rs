@@ -1,8 +1,10 @@
 //! Whatever entries there are, they come back: through the index file, and through a tar that somebody else writes. And
 //! whatever is broken in an index file is noticed.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+#[path = "common/packed.rs"]
+mod packed;
+
+use packed::gzip;
 use std::sync::OnceLock;
 
 use proptest::collection::{btree_map, vec};
@@ -168,21 +170,6 @@ fn made_up(len: u64) -> Vec<u8> {
         format!("line {line} of a tar with {other:x} in it\n").into_bytes()
     });
     lines.take(usize::try_from(len).unwrap()).collect()
-}
-
-/// gzip's own program, which nobody here wrote. Every machine has it.
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .args(["-1", "-n"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || input.write_all(bytes).unwrap());
-        child.wait_with_output().unwrap().stdout
-    })
 }
 
 /// How long the made up tar is.

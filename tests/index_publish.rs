@@ -6,12 +6,11 @@
 mod common;
 mod scripted;
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::anonymous::registry_options;
 use common::noise::noise;
+use common::packed::gzip;
 use common::rawtar::RawTar;
 use scripted::{Instead, TestRegistry};
 use tarblk::internals::digest::{Algorithm, Digest};
@@ -48,20 +47,6 @@ impl PublishWatch for Silent {
 
 fn sha256(bytes: &[u8]) -> Digest {
     Digest::of(Algorithm::Sha256, bytes)
-}
-
-fn gzip(tar: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .args(["-6", "-n"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || input.write_all(tar).unwrap());
-        child.wait_with_output().unwrap().stdout
-    })
 }
 
 /// A tar with a text of many lines in it and something that does not compress.

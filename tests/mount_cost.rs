@@ -8,14 +8,13 @@ mod common;
 mod scripted;
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use common::anonymous::registry_options;
 use common::noise::noise;
+use common::packed::gzip;
 use common::rawtar::RawTar;
 use common::session::Session;
 use scripted::{Asked, TestRegistry};
@@ -43,20 +42,6 @@ impl Watch for Silent {
 
 impl PublishWatch for Silent {
     fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
-}
-
-fn gzip(tar: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .args(["-6", "-n"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || input.write_all(tar).unwrap());
-        child.wait_with_output().unwrap().stdout
-    })
 }
 
 fn tar(seed: u64) -> Vec<u8> {

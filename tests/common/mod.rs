@@ -7,6 +7,7 @@ pub(crate) mod chunked;
 pub(crate) mod corpus;
 pub(crate) mod images;
 pub(crate) mod noise;
+pub(crate) mod packed;
 pub(crate) mod rawtar;
 pub(crate) mod session;
 pub(crate) mod tree;

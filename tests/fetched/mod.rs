@@ -8,12 +8,13 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tarblk::internals::bench::origin::Origin;
 use tarblk::internals::cache::Slice;
-use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, Located};
+use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, Located, ReadCallback};
 use tarblk::internals::http::{Timeouts, Validator};
 use tarblk::internals::source::{Blob, Place, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
@@ -82,6 +83,33 @@ pub(crate) fn quick() -> FetchOptions {
         memory_bytes: 1 << 20,
         ..FetchOptions::default()
     }
+}
+
+/// How a read ends.
+pub(crate) type Outcome = Result<Vec<Slice>, FetchError>;
+
+/// Leaves a read and returns where its outcome will come.
+pub(crate) fn leave(fetcher: &Fetcher, asked: LayerRange) -> Receiver<Outcome> {
+    struct Tell(mpsc::Sender<Outcome>);
+    impl ReadCallback for Tell {
+        fn complete(self: Box<Self>, outcome: Outcome) {
+            let _reader_is_gone = self.0.send(outcome);
+        }
+    }
+    let (tell, told) = mpsc::channel();
+    fetcher.read(vec![asked], Box::new(Tell(tell)));
+    told
+}
+
+/// Waits for what comes true by itself.
+pub(crate) fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    for _ in 0..6000 {
+        if is_so() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{what} has not come true in a minute");
 }
 
 /// Reads as the device does: looks first, and takes bytes from wherever they are.

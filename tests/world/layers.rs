@@ -1,7 +1,9 @@
 //! The layers of a world: as they are on the server, as they come out, and what is known of them.
 
-use std::io::Write as _;
-use std::process::{Command, Stdio};
+#[path = "../common/packed.rs"]
+mod packed;
+
+use packed::gzip;
 use std::sync::Arc;
 
 use tarblk::internals::digest::{Algorithm, Digest};
@@ -45,22 +47,6 @@ fn content(len: usize, seed: u64) -> Vec<u8> {
     }
     bytes.truncate(len);
     bytes
-}
-
-fn gzip(input: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .args(["-6", "-n"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("gzip is on every machine");
-    let mut stdin = child.stdin.take().unwrap();
-    let input = input.to_vec();
-    let writer = std::thread::spawn(move || stdin.write_all(&input));
-    let output = child.wait_with_output().unwrap();
-    writer.join().unwrap().unwrap();
-    assert!(output.status.success());
-    output.stdout
 }
 
 fn indexed(coding: Coding, blob: &[u8]) -> Spans {
