@@ -379,7 +379,17 @@ impl Drop for Attached<'_> {
 }
 
 fn tarblk(program: &str, arguments: &[&str]) -> Outcome<String> {
-    let output = Command::new(program).args(arguments).output()?;
+    // Each program has a service of its own, which ends with its last device.
+    let states = std::env::temp_dir().join(format!(
+        "tarblk-bench-{}-{:x}",
+        std::process::id(),
+        crc32c::crc32c(program.as_bytes())
+    ));
+    let output = Command::new(program)
+        .args(arguments)
+        .env("TARBLK_STATE_DIR", states)
+        .env("TARBLK_SERVICE_IDLE", "0")
+        .output()?;
     if !output.status.success() {
         return Err(format!("tarblk {arguments:?}: {}", String::from_utf8_lossy(&output.stderr)).into());
     }

@@ -92,6 +92,7 @@ impl<'a> TarblkMount<'a> {
             self.stage.scratch(),
             self.stage.interrupt,
         )?;
+        self.stage.wait_for_the_service_to_end();
         Ok(())
     }
 }

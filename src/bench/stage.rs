@@ -236,11 +236,30 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// The tarblk to measure, with nothing of this process's own settings.
+    /// The tarblk to measure, with nothing of this process's own settings, and with a service of its own that ends with its last
+    /// device.
     pub(super) fn tarblk(&self) -> Command {
         let mut command = Command::new(&self.options.program);
-        command.env_remove("TARBLK_CACHE");
         command
+            .env_remove("TARBLK_CACHE")
+            .env("TARBLK_STATE_DIR", self.states())
+            .env("TARBLK_SERVICE_IDLE", "0");
+        command
+    }
+
+    /// Where that service keeps its state.
+    fn states(&self) -> PathBuf {
+        self.scratch().join("states")
+    }
+
+    /// Waits until that service has ended, so that the next run begins with a new one.
+    pub(super) fn wait_for_the_service_to_end(&self) {
+        const LIMIT: Duration = Duration::from_secs(5);
+        let began = Instant::now();
+        let is_there = || fs::read_dir(self.states()).is_ok_and(|mut files| files.next().is_some());
+        while is_there() && began.elapsed() < LIMIT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub(super) fn scratch(&self) -> &Path {

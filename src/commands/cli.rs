@@ -93,7 +93,7 @@ pub enum Command {
     Ps(PsArgs),
     /// Show the counters of an attached device.
     Stats(StatsArgs),
-    /// Show the log of a device's daemon.
+    /// Show the log of what serves a device.
     Logs(LogsArgs),
     /// Find out what keeps tarblk from working on this machine, or from a layer.
     Doctor(DoctorArgs),

@@ -76,6 +76,12 @@ impl FetchPool {
         })
     }
 
+    /// Whether there is another handle than this one: a fetcher's, or of whoever is about to open one.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     /// What the pool holds now.
     #[must_use]
     pub fn stats(&self) -> PoolStats {

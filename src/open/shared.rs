@@ -67,6 +67,7 @@ impl Shared {
         if let Some(pool) = pools.get(&key) {
             return Ok(pool.clone());
         }
+        pools.retain(|_, pool| pool.fetch.is_in_use());
         let disk = match store.map(DiskCache::open) {
             Some(Ok(disk)) => Some(disk),
             Some(Err(error)) if is_full(&error.source) => {

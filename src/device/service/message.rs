@@ -158,9 +158,7 @@ mod tests {
     fn messages_and_descriptors_arrive_in_order() {
         let (here, there) = UnixStream::pair().unwrap();
         // More than one batch.
-        let files: Vec<OwnedFd> = (0..=2 * BATCH)
-            .map(|_| tempfile::tempfile().unwrap().into())
-            .collect();
+        let files: Vec<OwnedFd> = (0..=2 * BATCH).map(|_| tempfile::tempfile().unwrap().into()).collect();
         let big = "x".repeat(1 << 20);
         let sender = std::thread::spawn(move || {
             send(&here, &("first", 1), &[]).unwrap();
