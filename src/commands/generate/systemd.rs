@@ -75,8 +75,9 @@ fn mount(source: &str, dir: &str, options: &[String]) -> String {
         all.push("_netdev");
     }
     all.extend(options.iter().map(String::as_str));
+    // The first mount starts the service, which serves other devices too: it must not end with this unit.
     format!(
-        "# Needs the link /sbin/mount.tarblk -> tarblk.\n[Mount]\nWhat={}\nWhere={}\nType=tarblk\nOptions={}\nTimeoutSec=infinity\n",
+        "# Needs the link /sbin/mount.tarblk -> tarblk.\n[Mount]\nWhat={}\nWhere={}\nType=tarblk\nOptions={}\nTimeoutSec=infinity\nKillMode=process\n",
         specifiers(source),
         specifiers(dir),
         specifiers(&all.join(","))
