@@ -9,7 +9,7 @@
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
 //! Parts: `blob` (what a layer is), `content` (what is held of it), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
-//! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher).
+//! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher), `trust` (on whose word).
 
 mod blob;
 mod content;
@@ -25,6 +25,7 @@ pub use runtime::simulated;
 mod shared;
 mod stats;
 mod transport;
+pub mod trust;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -42,6 +43,7 @@ pub use error::{FetchError, StartError};
 pub use options::{FetchOptions, OpenOptions, PoolOptions};
 pub use pool::FetchPool;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles, PoolStats, Wait};
+pub use trust::{BytesTrust, IndexTrust, KeyId, LayerTrust};
 
 use crate::cache::chunk::{FirstUse, pieces};
 use crate::cache::{Slice, Slices};

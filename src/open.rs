@@ -35,7 +35,7 @@ use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::digest::Digest;
-use crate::fetch::PrepareCost;
+use crate::fetch::{IndexTrust, PrepareCost};
 use crate::http::{HttpOptions, without_secrets};
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{ImageArchiveProbe, Index, IndexError, Tee, is_index};
@@ -46,7 +46,7 @@ use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use compare::check_headers;
 use cost::CostMeter;
-use named::{bytes_of_named, check_pin, named_index, open_index, pinned};
+use named::{bytes_of_named, check_pin, named_index, named_trust, open_index, pinned};
 use prepared::FoundLayer;
 
 pub use discover::IndexChoice;
@@ -232,11 +232,14 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
             warn_without_ranges(&blob);
             meter.manifests();
             let options = &offline::options_after(recalled.as_ref(), options);
-            let layers = prepare_all(vec![blob.into()], options, watch)?;
+            let mut layers = prepare_all(vec![blob.into()], options, watch)?;
             meter.layers();
             offline::tell(&source.to_string(), None, recalled.as_ref(), &layers, options);
-            for layer in &layers {
+            for layer in &mut layers {
                 check_pin(&layer.index, text, options)?;
+                if options.index_digest.is_some() {
+                    layer.trust.index = IndexTrust::Pin;
+                }
             }
             (layers, TreeMode::Plain)
         }
@@ -347,7 +350,7 @@ fn prepare_image(
             check_headers(&index, &index_name, &found.layer.blob, &options.http)?;
         }
         meter.layers();
-        let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, None)?;
+        let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, named_trust(options), None)?;
         return Ok((vec![layer], mode));
     }
     let published = published::fetch(name, &image, published?, options)?;
@@ -457,7 +460,7 @@ fn prepare_with_index(
     }
     check_headers(&index, &without_secrets(name), &blob, &options.http)?;
     meter.layers();
-    let layer = PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, None)?;
+    let layer = PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, named_trust(options), None)?;
     offline::tell(
         &source.to_string(),
         None,

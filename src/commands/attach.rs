@@ -19,6 +19,7 @@ use crate::device::service::{self, Attached, BuildError, Builder, Launcher, Reac
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
+use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
 use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer, Shared};
@@ -58,6 +59,8 @@ struct LayerIndex {
     layer: Option<Digest>,
     #[serde(flatten)]
     origin: IndexOrigin,
+    /// On whose word it is believed, and what the bytes are compared with.
+    trust: LayerTrust,
 }
 
 impl LayerIndex {
@@ -65,6 +68,7 @@ impl LayerIndex {
         Self {
             layer: layer.layer.digest.clone(),
             origin: layer.origin,
+            trust: layer.trust,
         }
     }
 }

@@ -203,6 +203,7 @@ mod tests {
             downloaded,
             known_by,
             ranges: true,
+            trust: None,
         }
     }
 

@@ -7,6 +7,7 @@ use super::attach::states;
 use super::cli::PsArgs;
 use super::output::{Table, print, println, write_out};
 use crate::device::inventory::{self, Status};
+use crate::fetch::trust;
 use crate::quantity::show_size;
 
 /// `tarblk ps`.
@@ -44,6 +45,7 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
         ">UP",
         ">PID",
         "MOUNTED ON",
+        "TRUST",
         "SOURCE",
         "LOG",
     ]);
@@ -67,6 +69,10 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
                 "-".into()
             } else {
                 mounts.join(", ")
+            },
+            match trust::in_short(&state.trust) {
+                word if word.is_empty() => "-".into(),
+                words => words,
             },
             state.source.clone(),
             state

@@ -14,6 +14,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::{Backend, fuse_loop, ublk};
+use crate::fetch::LayerTrust;
 
 /// Where states are kept unless a command says otherwise.
 pub const DEFAULT_DIR: &str = "/run/tarblk";
@@ -81,6 +82,9 @@ pub struct State {
     pub len: u64,
     /// The layer it holds, as a person named it, without secrets.
     pub source: String,
+    /// On whose word its layers are what they are shown as, the lowest first; none where that is not known.
+    #[serde(default)]
+    pub trust: Vec<LayerTrust>,
     /// The process that serves it, or did until it ended: the machine's service is started again.
     pub process: Process,
     /// What that process is.
@@ -503,6 +507,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fetch::{BytesTrust, IndexTrust};
 
     fn example() -> State {
         State {
@@ -512,6 +517,10 @@ mod tests {
             number: 7,
             len: 1 << 20,
             source: "http://example.com/layer.tar".to_owned(),
+            trust: vec![LayerTrust {
+                index: IndexTrust::Manifest,
+                bytes: BytesTrust::EachChunk,
+            }],
             process: Process::current().unwrap(),
             server: Server::Service,
             since: 1_700_000_000,

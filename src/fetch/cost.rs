@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::trust::LayerTrust;
+
 /// What preparing layers downloaded, by what it was for. Read from another process it may be another version's: what is not
 /// there is 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,9 @@ pub struct LayerCost {
     pub known_by: KnownBy,
     /// Whether parts of it can be asked for, as far as that is known.
     pub ranges: bool,
+    /// On whose word it is what it is shown as; none if an older version of this program prepared it.
+    #[serde(default)]
+    pub trust: Option<LayerTrust>,
 }
 
 /// How it became known what a layer holds.

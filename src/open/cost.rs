@@ -69,5 +69,6 @@ fn cost_of(layer: &PreparedLayer) -> LayerCost {
         downloaded,
         known_by,
         ranges: blob.answers_ranges(),
+        trust: Some(layer.trust),
     }
 }

@@ -4,7 +4,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::prepared::{FoundLayer, PreparedLayer, Published, kept_as, kept_under, named_if_foreign};
+use super::prepared::{
+    FoundLayer, PreparedLayer, Published, kept_as, kept_under, made_here, named_if_foreign, of_contents,
+};
 use super::record::{Recording, algorithms, coding_of, record_blob};
 use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
 use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
@@ -78,6 +80,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         rest,
         was_kept,
         kept,
+        trust,
     }) = &found.published
         && is_usable(found, index, options)?
     {
@@ -86,7 +89,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         } else {
             IndexOrigin::Published { bytes: index.hot_len() }
         };
-        let mut layer = PreparedLayer::new(found, index.clone(), origin, kept.clone())?;
+        let mut layer = PreparedLayer::new(found, index.clone(), origin, *trust, kept.clone())?;
         // The file that a hot part is kept in is no index file, even if there is nothing but the hot part.
         layer.rest = (kept.is_some() || !index.is_whole()).then(|| rest.clone());
         return Ok(layer);
@@ -97,7 +100,8 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         && let Some(cache) = cache
         && let Some((path, index)) = kept(cache, &found.layer)
     {
-        return PreparedLayer::new(found, index, IndexOrigin::Kept, Some(path));
+        let trust = made_here(blob, &index);
+        return PreparedLayer::new(found, index, IndexOrigin::Kept, trust, Some(path));
     }
     // A pinned index has to be one that is made alike everywhere.
     let takes_contents = matches!(options.index, IndexChoice::Auto | IndexChoice::Require)
@@ -109,7 +113,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
     {
         match Index::open(bytes) {
             Ok(index) if index.identity().blob_len == blob.len && index.is_of_contents() => {
-                return PreparedLayer::new(found, index, IndexOrigin::Kept, Some(path));
+                return PreparedLayer::new(found, index, IndexOrigin::Kept, of_contents(found), Some(path));
             }
             Ok(_) | Err(_) => log::info!("{}: not usable, reading the layer again", path.display()),
         }
@@ -132,7 +136,7 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
             _ => None,
         };
         let index = open_index(bytes, &blob.name)?;
-        return PreparedLayer::new(found, index, origin, kept);
+        return PreparedLayer::new(found, index, origin, of_contents(found), kept);
     }
     if options.index == IndexChoice::Require {
         return Err(OpenError::NoIndexes {
@@ -158,7 +162,8 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         (Some(cache), Some(under)) => keep_if_there_is_room(cache, under, index.as_bytes())?,
         _ => None,
     };
-    PreparedLayer::new(found, index, origin, kept)
+    let trust = made_here(blob, &index);
+    PreparedLayer::new(found, index, origin, trust, kept)
 }
 
 /// Whether a published index is new enough. One that is required and is not is an error; without it the layer is read.
@@ -395,6 +400,7 @@ fn keep_if_there_is_room(cache: &Cache, under: &str, bytes: &[u8]) -> Result<Opt
 mod tests {
     use super::*;
     use crate::digest::Algorithm;
+    use crate::fetch::IndexTrust;
     use crate::index::{EndOfArchive, LayerIdentity};
     use crate::source::Blob;
 
@@ -479,6 +485,7 @@ mod tests {
             rest: found.layer.blob.clone(),
             was_kept: false,
             kept: None,
+            trust: IndexTrust::Registry,
         });
         let mut options = OpenOptions::default();
         assert!(matches!(origin(&found, &options), Ok(IndexOrigin::Read { .. })));

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 
 use super::discover::{self, IndexChoice};
 use super::{MAX_INDEX_BYTES, OpenError, OpenOptions};
+use crate::fetch::IndexTrust;
 use crate::http::{HttpOptions, without_secrets};
 use crate::index::{Index, IndexFault, hot_len};
 use crate::source::{self, Source};
@@ -61,6 +62,15 @@ pub(super) fn check_pin(index: &Index<Vec<u8>>, name: &str, options: &OpenOption
             found: discover::hot_digest(index).to_string(),
         }),
         _ => Ok(()),
+    }
+}
+
+/// Why an index is believed that was named: it has the digest that was asked for, or else because it was named.
+pub(super) fn named_trust(options: &OpenOptions) -> IndexTrust {
+    if options.index_digest.is_some() {
+        IndexTrust::Pin
+    } else {
+        IndexTrust::Given
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{IndexOrigin, OpenError};
+use crate::fetch::{BytesTrust, IndexTrust, LayerTrust, WholeDigests};
 use crate::index::{Index, IndexError, IndexFault, toc};
 use crate::layer::Coding;
 use crate::source::registry::{ImageLayer, ImageName};
@@ -68,6 +69,8 @@ pub(super) struct Published {
     pub(super) was_kept: bool,
     /// Where it is there now.
     pub(super) kept: Option<PathBuf>,
+    /// Why it is believed.
+    pub(super) trust: IndexTrust,
 }
 
 /// A layer that was found, with its index.
@@ -79,6 +82,8 @@ pub struct PreparedLayer {
     pub index: Index<Vec<u8>>,
     /// Where the index came from.
     pub origin: IndexOrigin,
+    /// On whose word the layer is what it is shown as.
+    pub trust: LayerTrust,
     /// The index in the cache directory, if it is there: all of it, or if there is a `rest`, its hot part.
     pub(super) kept: Option<PathBuf>,
     /// Where the rest of the index is, if what is here is its hot part alone.
@@ -91,6 +96,7 @@ impl PreparedLayer {
         found: &FoundLayer,
         index: Index<Vec<u8>>,
         origin: IndexOrigin,
+        trust: IndexTrust,
         kept: Option<PathBuf>,
     ) -> Result<Self, OpenError> {
         let LayerSpec {
@@ -163,13 +169,18 @@ impl PreparedLayer {
             }
             digest => digest.as_ref().map(ToString::to_string),
         };
+        let layer = LayerSpec {
+            blob: blob.clone(),
+            digest,
+            diff_id: wanted_diff_id.clone().or_else(|| identity.diff_id.clone()),
+            cached_as,
+        };
         Ok(Self {
-            layer: LayerSpec {
-                blob: blob.clone(),
-                digest,
-                diff_id: wanted_diff_id.clone().or_else(|| identity.diff_id.clone()),
-                cached_as,
+            trust: LayerTrust {
+                index: trust,
+                bytes: compared_with(&layer, &index),
             },
+            layer,
             index,
             origin,
             kept,
@@ -181,6 +192,39 @@ impl PreparedLayer {
     #[must_use]
     pub fn coding(&self) -> Coding {
         self.index.identity().coding
+    }
+}
+
+/// What a layer's bytes are compared with when they are read.
+fn compared_with(layer: &LayerSpec, index: &Index<Vec<u8>>) -> BytesTrust {
+    let whole = WholeDigests::of(layer);
+    let is_plain = index.identity().coding == Coding::Plain;
+    if index.chunk_digests().is_some() || index.piece_digests().is_some() {
+        BytesTrust::EachChunk
+    } else if is_plain && !layer.blob.is_remote() {
+        BytesTrust::File
+    } else if whole.tar.is_some() || (is_plain && whole.blob.is_some()) {
+        BytesTrust::Whole
+    } else {
+        BytesTrust::Unchecked
+    }
+}
+
+/// Why an index is believed that was made here of what is at hand: all of the blob, or headers.
+pub(super) fn made_here(blob: &Blob, index: &Index<Vec<u8>>) -> IndexTrust {
+    if blob.is_remote() && index.identity().blob_digest.is_none() {
+        IndexTrust::Headers
+    } else {
+        IndexTrust::Made
+    }
+}
+
+/// Why an index is believed that was made of the layer's own table of contents: the manifest names that, if there is one.
+pub(super) fn of_contents(found: &FoundLayer) -> IndexTrust {
+    if found.layer.digest.is_some() {
+        IndexTrust::Manifest
+    } else {
+        IndexTrust::Headers
     }
 }
 

@@ -11,6 +11,7 @@ use super::discover::{self, FoundBy, FoundIndex};
 use super::index_cache::KeptHot;
 use super::prepared::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
+use crate::fetch::IndexTrust;
 use crate::index::Index;
 use crate::source::Blob;
 use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, PullPolicy, Reference, Registry};
@@ -33,6 +34,15 @@ pub(super) enum Lead {
 /// Whether a layer without a published index is an error.
 fn required(options: &OpenOptions) -> bool {
     options.index == IndexChoice::Require || options.index_digest.is_some()
+}
+
+/// Why an index is believed that was found beside the image.
+fn trust_of(options: &OpenOptions) -> IndexTrust {
+    if options.index_digest.is_some() {
+        IndexTrust::Pin
+    } else {
+        IndexTrust::Registry
+    }
 }
 
 /// The name of a repository in the cache.
@@ -174,6 +184,7 @@ pub(super) fn fetch(
                 rest,
                 was_kept: true,
                 kept: Some(kept.path),
+                trust: trust_of(options),
             }))
         }
         Lead::Found(found) => {
@@ -187,6 +198,7 @@ pub(super) fn fetch(
                 rest: Blob::of_registry(found.access.clone()),
                 was_kept: false,
                 kept,
+                trust: trust_of(options),
             }))
         }
     };

@@ -5,6 +5,7 @@ use super::limit::SizeLimit;
 use super::prepared::{PreparedLayer, named_if_foreign};
 use super::{IndexOrigin, OpenError, OpenOptions, Reading, Watch, find_one, open_index, warn_without_ranges};
 use crate::digest::{Algorithm, Digest};
+use crate::fetch::IndexTrust;
 use crate::http::HttpOptions;
 use crate::index::build::{BlobRecorder, Contents};
 use crate::index::{IndexBuilder, LayerIdentity};
@@ -66,7 +67,7 @@ pub fn record(
         reads: recorded.reads,
         bytes: blob.len,
     };
-    let layer = PreparedLayer::new(&found, index, origin, None)?;
+    let layer = PreparedLayer::new(&found, index, origin, IndexTrust::Made, None)?;
     options.size.check(&layer)?;
     Ok(layer)
 }

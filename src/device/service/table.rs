@@ -24,7 +24,7 @@ use crate::device::fuse_loop::HeldLoop;
 use crate::device::state::{Process, Server, State, StateDir};
 use crate::device::volume::{BlobReader, Volume};
 use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users};
-use crate::fetch::{FetchError, FetchStats, LayerRange, Located, ReadCallback};
+use crate::fetch::{FetchError, FetchStats, LayerRange, LayerTrust, Located, ReadCallback};
 use crate::image::{BlockImage, Origin, Piece};
 use crate::units::{BLOCK_SIZE, LayerId, TarOffset};
 
@@ -157,6 +157,8 @@ impl<B: Builder> Table<B> {
             options, source, image, ..
         } = spec;
         let served = self.build(image.clone(), &files)?;
+        let prepared = (served.fetch_stats)().prepared;
+        let trust = prepared.layers.iter().filter_map(|layer| layer.trust).collect();
         let volume = volume_of(&served, &options);
         let (device, why_not_ublk) = match Device::start(&volume, &options) {
             Ok(started) => started,
@@ -165,7 +167,7 @@ impl<B: Builder> Table<B> {
                 return Err(error.into());
             }
         };
-        let state = self.describe(&device, &volume, source);
+        let state = self.describe(&device, &volume, source, trust);
         log::info!(
             "serving {} as {} ({})",
             state.source,
@@ -250,7 +252,7 @@ impl<B: Builder> Table<B> {
             .map_err(failed("keep the device"))
     }
 
-    fn describe(&self, device: &Device, volume: &Volume, source: String) -> State {
+    fn describe(&self, device: &Device, volume: &Volume, source: String, trust: Vec<LayerTrust>) -> State {
         let number = device.number();
         let name = match device.backend() {
             Backend::Ublk => format!("ublkb{number}"),
@@ -267,6 +269,7 @@ impl<B: Builder> Table<B> {
             number,
             len: volume.len(),
             source,
+            trust,
             process: this_process(),
             server,
             since: SystemTime::now()
