@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use noise::noise;
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::cache::Slice;
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, ReadCallback};
 use tarblk::internals::source::{Blob, UrlBlob};
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
@@ -243,7 +243,7 @@ fn sequential() {
             ("with a store", true, 2),
         ] {
             let kept = dir.path().join("store");
-            let store = with_store.then(|| DiskCache::open(&kept).expect("a store"));
+            let store = with_store.then(|| DiskCache::open(&kept, CacheLimit::bytes(1 << 40)).expect("a store"));
             let fetcher = start(
                 &url,
                 size,

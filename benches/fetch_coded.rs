@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::cache::Slice;
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{
     Coded, FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, ReadCallback, Verifier, Windows,
 };
@@ -243,7 +243,7 @@ fn sequential(layer: &Layer, dir: &Path) {
         ] {
             let kept = dir.join("store");
             let options = FetchOptions {
-                store: stored.then(|| DiskCache::open(&kept).expect("a store")),
+                store: stored.then(|| DiskCache::open(&kept, CacheLimit::bytes(1 << 40)).expect("a store")),
                 ..FetchOptions::default()
             };
             let fetcher = start(source, options);

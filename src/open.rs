@@ -471,9 +471,10 @@ fn prepare_with_index(
     Ok(layer)
 }
 
-/// Whether a disk has no more room.
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+/// Whether a disk cannot be written, which costs nothing but the cache.
+fn is_of_the_disk(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem) || error.raw_os_error() == Some(libc::EIO)
 }
 
 /// The index of what may be a layer or an index file; for commands that only show what is in it.

@@ -11,9 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fetched::{at_origin, joined, quick, range, u};
+use fetched::{at_origin, joined, kept_files, quick, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{Coded, FetchError, FetchOptions, FetchStats, Fetcher, LayerSource, Windows};
 use tarblk::internals::layer::{Coding, Indexer};
@@ -55,7 +55,7 @@ fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchErr
 fn start(layer: LayerSource, store: &Path) -> Fetcher {
     let options = FetchOptions {
         fetch_all: true,
-        store: Some(DiskCache::open(store).unwrap()),
+        store: Some(DiskCache::open(store, CacheLimit::bytes(1 << 40)).unwrap()),
         ..quick()
     };
     Fetcher::start(vec![layer], options, None).unwrap()
@@ -131,7 +131,7 @@ fn a_plain_layer_that_nobody_vouched_for_is_found_out() {
     let error = read(&fetcher, 0, 4096).unwrap_err();
     assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
     fetcher.shutdown();
-    let kept: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    let kept = kept_files(dir.path());
     assert!(kept.is_empty(), "{kept:?}");
 }
 

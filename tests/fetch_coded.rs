@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, in_file, joined, quick, range, read, sha256, u};
+use fetched::{at_origin, hammer, in_file, joined, kept_files, quick, range, read, sha256, u};
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{
     Coded, FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, Verifier, Windows,
@@ -233,7 +233,7 @@ fn a_failing_server_costs_time_and_no_bytes() {
         origin.set_faults(at_random(11, 350, menu));
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(DiskCache::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
             ..quick()
         };
         let fetcher = start(made.over_http(&origin), options());
@@ -329,7 +329,7 @@ fn a_flipped_byte_is_never_served() {
         origin.serve_blob("/blob", damaged(&made));
         let dir = tempfile::tempdir().unwrap();
         let options = FetchOptions {
-            store: Some(DiskCache::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
             ..quick()
         };
         let fetcher = start(made.over_http(&origin), options.clone());
@@ -353,11 +353,7 @@ fn a_flipped_byte_is_never_served() {
             "{way:?}: it is still believed"
         );
         assert!(read(&fetcher, 0, 10).is_err(), "{way:?}: it is still read");
-        assert_eq!(
-            std::fs::read_dir(dir.path()).unwrap().count(),
-            0,
-            "{way:?}: the store still has it"
-        );
+        assert_eq!(kept_files(dir.path()).len(), 0, "{way:?}: the store still has it");
         fetcher.shutdown();
         drop(fetcher);
         // The right blob afterwards is read as if nothing had been.
@@ -556,7 +552,7 @@ fn what_one_process_kept_another_uses_and_checks() {
         let origin = made.served();
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(DiskCache::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
             prefetch: false,
             ..quick()
         };
@@ -636,7 +632,7 @@ fn a_whole_layer_is_checked_against_its_own_digest() {
         let origin = made.served();
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
-            store: Some(DiskCache::open(dir.path()).unwrap()),
+            store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
             ..quick()
         };
         // No chunk digests: only the whole can say so.
@@ -667,11 +663,7 @@ fn a_whole_layer_is_checked_against_its_own_digest() {
         );
         let error = read(&fetcher, 0, 4096).map(|_| ()).unwrap_err();
         assert!(matches!(error, FetchError::Poisoned { .. }), "{way:?}: {error}");
-        assert_eq!(
-            std::fs::read_dir(dir.path()).unwrap().count(),
-            0,
-            "{way:?}: the store still has it"
-        );
+        assert_eq!(kept_files(dir.path()).len(), 0, "{way:?}: the store still has it");
     }
 }
 
@@ -729,7 +721,7 @@ fn layers_of_all_kinds_are_read_side_by_side() {
     origin.set_faults(at_random(5, 200, menu));
     let dir = tempfile::tempdir().unwrap();
     let options = FetchOptions {
-        store: Some(DiskCache::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
         ..quick()
     };
     let fetcher = Fetcher::start(layers, options, None).unwrap();

@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::noise::noise;
 use fetched::{at_origin, hammer, in_state, quick, read, sha256, u};
 use tarblk::internals::bench::origin::Origin;
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{FetchOptions, Fetcher, LayerSource, Verifier};
 use tarblk::internals::http::Validator;
 
@@ -53,7 +53,7 @@ impl Served {
 
     fn start(&self, store: &Path) -> Fetcher {
         let options = FetchOptions {
-            store: Some(DiskCache::open(store).unwrap()),
+            store: Some(DiskCache::open(store, CacheLimit::bytes(1 << 40)).unwrap()),
             ..quick()
         };
         Fetcher::start(vec![self.layer()], options, None).unwrap()

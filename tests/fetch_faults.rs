@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::noise::noise;
 use fetched::{at_origin, hammer, in_state, joined, range, u};
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
 use tarblk::internals::http::{Timeouts, Validator};
 use tarblk::internals::source::{Blob, Place, UrlBlob};
@@ -140,7 +140,7 @@ fn everything_at_once_with_a_store() {
     origin.set_faults(at_random(11, 300, menu));
     let layer = in_state(layer(&origin, "/layer.tar"), tag_of(&origin));
     let options = || FetchOptions {
-        store: Some(DiskCache::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
         ..quick()
     };
     let fetcher = start(layer.clone(), options());
@@ -450,7 +450,7 @@ fn a_restart_finds_what_was_kept() {
     let (origin, data) = served();
     let dir = tempfile::tempdir().unwrap();
     let options = || FetchOptions {
-        store: Some(DiskCache::open(dir.path()).unwrap()),
+        store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
         prefetch: false,
         ..quick()
     };
@@ -552,7 +552,7 @@ fn a_full_disk_is_no_end() {
     }
     let dir = tempfile::tempdir().unwrap();
     let flags = rustix::mount::MountFlags::empty();
-    if let Err(error) = rustix::mount::mount("none", dir.path(), c"tmpfs", flags, c"size=1m") {
+    if let Err(error) = rustix::mount::mount("none", dir.path(), c"tmpfs", flags, c"size=1m,mode=700") {
         return common::skip("a_full_disk_is_no_end", &format!("cannot mount a small tmpfs: {error}"));
     }
     let small = Mounted(dir);
@@ -564,7 +564,7 @@ fn a_full_disk_is_no_end() {
     origin.serve_blob("/layer.tar", data.as_slice());
     origin.set_ranges(false);
     let options = FetchOptions {
-        store: Some(DiskCache::open(small.0.path()).unwrap()),
+        store: Some(DiskCache::open(small.0.path(), CacheLimit::bytes(1 << 40)).unwrap()),
         ..quick()
     };
     let big = Blob {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::noise::noise;
 use fetched::{Outcome, at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{
     FetchError, FetchPool, Fetcher, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback, Verifier,
 };
@@ -211,7 +211,7 @@ fn whole_layers_are_fetched_only_while_no_device_reads() {
     let (layer, data) = served(&origin, "/read", 2);
     for _attempt in 0..20 {
         let dir = tempfile::tempdir().unwrap();
-        let store = Some(DiskCache::open(dir.path()).unwrap());
+        let store = Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap());
         let pool = FetchPool::start(PoolOptions { store, ..options() }).unwrap();
         let reads = open(&pool, vec![layer.layer.blob.clone().into()]);
         let (mut last, mut longest) = (Instant::now(), Duration::ZERO);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::noise::noise;
 use fetched::{at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{FetchError, FetchPool, Fetcher, LayerSource, OpenOptions, PoolOptions, Verifier};
 use tarblk::internals::index::ChunkHasher;
@@ -25,7 +25,7 @@ fn pool(memory_bytes: u64, store: Option<&Path>) -> FetchPool {
         memory_bytes,
         timeouts: quick.timeouts,
         slowest_body: quick.slowest_body,
-        store: store.map(|dir| DiskCache::open(dir).unwrap()),
+        store: store.map(|dir| DiskCache::open(dir, CacheLimit::bytes(1 << 40)).unwrap()),
         ..PoolOptions::default()
     })
     .unwrap()

@@ -253,7 +253,7 @@ fn first_bytes(prepared: Prepared, len: usize) -> Vec<u8> {
         connections: 2,
         fetch_all: false,
         deadline: Some(Duration::from_secs(20)),
-        store_bytes: 1 << 30,
+        store_bytes: Some(1 << 30),
     };
     let opened = serve_here(prepared, &fetching).unwrap();
     let range = tarblk::internals::fetch::LayerRange {

@@ -144,9 +144,10 @@ pub struct LayerArgs {
     /// Keep nothing on disk and use nothing kept.
     #[arg(long)]
     pub no_cache: bool,
-    /// Disk space for fetched bytes; layers unused longest go first.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16GiB")]
-    pub cache_size: u64,
+    /// Disk space for all that is kept, never exceeded: what was unused longest goes first, of attached layers, too [default: a
+    /// tenth of the disk, and never its last twentieth].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub cache_size: Option<u64>,
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,

@@ -93,7 +93,8 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     let cache = if args.no_cache {
         None
     } else {
-        Some(Cache::new(&args.cache.clone().unwrap_or_else(cache_dir))?)
+        let dir = args.cache.clone().unwrap_or_else(cache_dir);
+        Some(Cache::new(&dir)?.with_limit(args.cache_size))
     };
     let options = OpenOptions {
         index: args.index.clone(),
@@ -253,7 +254,7 @@ pub(super) fn image(args: &ImageArgs, session: Session) -> anyhow::Result<()> {
 }
 
 /// How a whole image is fetched.
-fn image_fetching(store_bytes: u64, deadline: Option<Duration>) -> Fetching {
+fn image_fetching(store_bytes: Option<u64>, deadline: Option<Duration>) -> Fetching {
     Fetching {
         memory_bytes: Some(256 << 20),
         connections: 4,

@@ -20,6 +20,11 @@ pub trait BlobReader: Send + Sync + std::fmt::Debug {
     /// See [`Fetcher::locate`].
     fn locate(&self, range: LayerRange) -> Located<'_>;
 
+    /// See [`Fetcher::read_at_once`].
+    fn read_at_once(&self, _range: LayerRange, _target: &mut [u8]) -> bool {
+        false
+    }
+
     /// See [`Fetcher::read`].
     fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>);
 }
@@ -27,6 +32,10 @@ pub trait BlobReader: Send + Sync + std::fmt::Debug {
 impl BlobReader for Fetcher {
     fn locate(&self, range: LayerRange) -> Located<'_> {
         Fetcher::locate(self, range)
+    }
+
+    fn read_at_once(&self, range: LayerRange, target: &mut [u8]) -> bool {
+        Fetcher::read_at_once(self, range, target)
     }
 
     fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
@@ -208,7 +217,8 @@ impl Volume {
                         counters.bytes(Source::Memory, len);
                         return Ok(Found::Memory(slice.clone()));
                     }
-                    place_located(&located, 0, range, buf, &mut scratch.gaps, counters)?;
+                    let bytes = &*self.bytes;
+                    place_located(bytes, &located, 0, range, buf, &mut scratch.gaps, counters)?;
                     return Ok(if scratch.gaps.is_empty() {
                         Found::Filled
                     } else {
@@ -252,7 +262,8 @@ impl Volume {
                         layer,
                         range: TarRange::new(start, to_u64(len)),
                     };
-                    place_located(&self.bytes.locate(range), at, range, buf, gaps, counters)?;
+                    let bytes = &*self.bytes;
+                    place_located(bytes, &bytes.locate(range), at, range, buf, gaps, counters)?;
                 }
             }
             at += len;
@@ -399,8 +410,9 @@ pub(super) fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
-/// Copies `range`'s bytes to `buf[at..]` if they are in memory, or adds a gap.
+/// Copies `range`'s bytes to `buf[at..]` if they are in memory, or can be read without waiting; or adds a gap.
 fn place_located<'v>(
+    bytes: &'v dyn BlobReader,
     located: &Located<'v>,
     at: usize,
     range: LayerRange,
@@ -424,7 +436,16 @@ fn place_located<'v>(
             return Ok(());
         }
         Located::File(fd, offset) => (Some((fd, offset)), true),
-        Located::Disk => (None, true),
+        Located::Disk => {
+            if buf
+                .get_mut(at..at + len)
+                .is_some_and(|target| bytes.read_at_once(range, target))
+            {
+                counters.bytes(Source::Disk, wanted);
+                return Ok(());
+            }
+            (None, true)
+        }
         Located::Elsewhere => (None, false),
     };
     gaps.push(Gap {

@@ -23,7 +23,8 @@ pub(crate) struct LayerContent {
     pub(super) memory: MemoryLayer,
     /// Set at the start, or once the layer has to be streamed.
     pub(super) cache: OnceLock<Arc<LayerCache>>,
-    /// The chunks in the cache of which this process has verified the pieces; none when the layer is not verified by pieces.
+    /// The chunks in the cache that this process has verified at some time: from then on their checksums tell whether they are still
+    /// the same. None when the layer has no digests: then checksums are all there is.
     pub(super) checked: Option<Bits>,
     /// Whether the disk cache was asked for.
     stored: bool,
@@ -186,14 +187,10 @@ impl Contents {
             None => OnceLock::new(),
         };
         let count = chunk::chunk_count(source.size()).unwrap_or(u32::MAX);
-        let by_pieces = source
-            .verifier
-            .as_ref()
-            .is_some_and(|verifier| verifier.pieces().is_some());
         ContentUse(Arc::new(LayerContent {
             memory: self.memory.layer(count),
             cache,
-            checked: by_pieces.then(|| Bits::new(count)),
+            checked: source.verifier.is_some().then(|| Bits::new(count)),
             stored,
             rules,
             users: AtomicUsize::new(1),
@@ -203,7 +200,7 @@ impl Contents {
 }
 
 /// The cache of the layer with this key.
-fn cache_of(source: &LayerSource, key: LayerKey, store: &DiskCache) -> Result<Arc<LayerCache>, DiskCacheError> {
+fn cache_of(source: &LayerSource, key: LayerKey, store: &Arc<DiskCache>) -> Result<Arc<LayerCache>, DiskCacheError> {
     let cache = store.layer(key, source.size())?;
     let digest = source.layer.digest.as_ref().map(ToString::to_string);
     cache.describe(&source.layer.blob.name, &digest.unwrap_or_default());

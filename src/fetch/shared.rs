@@ -1,8 +1,8 @@
 //! What the threads that read and the fetch thread share. In: chunks, from the fetch thread. Out: the same chunks to threads that
 //! may not wait, and their first uses to the planner.
 //!
-//! Invariant: a chunk that is found here was verified, or cannot be: the fetch thread puts nothing else in. What lies in the disk
-//! cache is never read from here, because a file may change at any time: the fetch thread reads it back and checks it.
+//! Invariant: a chunk that is found here was verified, or cannot be: the fetch thread puts nothing else in. A file may change at any time:
+//! what lies in the disk cache is read from here only if its checksum is known to be the right one, and compared each time.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -13,6 +13,8 @@ use tokio::sync::Notify;
 use super::content::ContentUse;
 use super::stats::Counters;
 use super::{FetchError, LayerRange};
+use crate::cache::disk::Bits;
+use crate::prefetch::ChunkRange;
 
 /// A layer as every thread sees it.
 #[derive(Debug)]
@@ -49,6 +51,18 @@ impl FetchedLayer {
             .cache
             .get()
             .is_some_and(|cache| cache.find(first, end).is_some())
+    }
+
+    /// See [`super::Fetcher::read_at_once`].
+    pub(super) fn read_at_once(&self, asked: LayerRange, target: &mut [u8]) -> bool {
+        let chunks = ChunkRange::of(asked.layer, asked.range);
+        let verified = |checked: &Bits| checked.has_all(chunks.first, chunks.end);
+        let Some(cache) = self.content.cache.get() else {
+            return false;
+        };
+        self.content.checked.as_ref().is_none_or(verified)
+            && self.poison.get().is_none()
+            && cache.read_checked(asked.range.start.0, target)
     }
 }
 

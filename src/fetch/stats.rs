@@ -176,6 +176,8 @@ macro_rules! counters {
             pub bytes_layers: u64,
             /// ...and how many of them are in the disk cache.
             pub bytes_held: u64,
+            /// Why the disk cache takes nothing now, if its disk refuses to be written.
+            pub cache_trouble: Option<String>,
             /// Bytes handed out, by where they were.
             pub bytes: BytesByOrigin,
             /// From asking to answer, for reads that were left with the fetch thread.
@@ -192,6 +194,7 @@ macro_rules! counters {
                     $($name: self.$name.load(Ordering::Relaxed),)*
                     bytes_layers: 0,
                     bytes_held: 0,
+                    cache_trouble: None,
                     bytes: BytesByOrigin {
                         memory: self.bytes_memory.load(Ordering::Relaxed),
                         disk: self.bytes_disk.load(Ordering::Relaxed),

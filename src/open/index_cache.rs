@@ -12,6 +12,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::Serialize;
@@ -19,9 +20,11 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::{MAX_INDEX_BYTES, OpenError};
+use crate::cache::disk::{CacheLimit, DiskCache, DiskCacheError, check_dir};
 use crate::digest::{Digest as ContentDigest, hexadecimal};
 use crate::index::{Index, hot_len};
 use crate::source::registry::{KnownTag, SmallBlobCache};
+use crate::units::len_u64;
 
 /// How many indexes are kept, of each kind; those not used the longest go.
 const MAX_INDEXES: usize = 256;
@@ -52,6 +55,20 @@ pub(super) struct KeptHot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cache {
     dir: PathBuf,
+    /// Bytes on disk at most; a tenth of the disk if none.
+    limit: Option<u64>,
+}
+
+/// The directories of a cache, beside that of the layers' bytes.
+const BESIDE: [&str; 4] = ["index", "hot", "small", "names"];
+
+/// The limit of the disk cache in `layers`, which is a part of a cache directory: all of that counts.
+pub(super) fn limit_of(layers: &Path, bytes: Option<u64>) -> CacheLimit {
+    let beside = layers.parent().map(|dir| BESIDE.map(|name| dir.join(name)).to_vec());
+    CacheLimit {
+        bytes,
+        beside: beside.unwrap_or_default(),
+    }
 }
 
 /// The default cache directory: `/var/cache/tarblk` for root, else `$XDG_CACHE_HOME/tarblk` or
@@ -76,15 +93,35 @@ impl Cache {
     /// The cache in `dir`, which is made when something is kept.
     ///
     /// # Errors
-    /// When the current directory is unknown and `dir` is relative to it.
+    /// When the current directory is unknown and `dir` is relative to it, or when others could have put something there for this
+    /// user to believe.
     pub fn new(dir: &Path) -> Result<Self, OpenError> {
-        let absolute = std::path::absolute(dir);
-        Ok(Self {
-            dir: absolute.map_err(|cause| OpenError::Cache {
-                path: dir.to_owned(),
-                cause,
-            })?,
-        })
+        let dir = std::path::absolute(dir).map_err(|cause| OpenError::Cache {
+            path: dir.to_owned(),
+            cause,
+        })?;
+        check_dir(&dir)?;
+        for part in BESIDE {
+            check_dir(&dir.join(part))?;
+        }
+        let cache = Self { dir, limit: None };
+        check_dir(&cache.layers())?;
+        Ok(cache)
+    }
+
+    /// The same, which may take so many bytes on disk; a tenth of the disk if none.
+    #[must_use]
+    pub fn with_limit(self, limit: Option<u64>) -> Self {
+        Self { limit, ..self }
+    }
+
+    /// The disk cache of layers' bytes in it.
+    ///
+    /// # Errors
+    /// Those of [`DiskCache::open`].
+    pub fn store(&self) -> Result<Arc<DiskCache>, DiskCacheError> {
+        let layers = self.layers();
+        DiskCache::open(&layers, limit_of(&layers, self.limit))
     }
 
     /// The directory; absolute.
@@ -122,7 +159,7 @@ impl Cache {
     /// Keeps a layer's index, whole or not at all, and returns where.
     pub(super) fn keep_index(&self, identity: &str, bytes: &[u8]) -> Result<PathBuf, OpenError> {
         let path = self.index_path(identity);
-        self.keep(&path, MAX_INDEXES, |file| file.write_all(bytes))?;
+        self.keep(&path, MAX_INDEXES, len_u64(bytes.len()), |file| file.write_all(bytes))?;
         Ok(path)
     }
 
@@ -156,7 +193,7 @@ impl Cache {
         let hot = usize::try_from(index.hot_len())
             .ok()
             .and_then(|len| index.as_bytes().get(..len));
-        self.keep(&path, MAX_INDEXES, |file| {
+        self.keep(&path, MAX_INDEXES, index.hot_len(), |file| {
             file.write_all(hot.unwrap_or_default())?;
             // A hole, for what is fetched later.
             file.as_file().set_len(index.file_len())?;
@@ -178,7 +215,7 @@ impl Cache {
     /// Notes that everything about the image of this name is kept now.
     pub(super) fn know(&self, image: &str) {
         let path = self.small_path(&format!("name\n{image}"));
-        if let Err(error) = self.keep(&path, MAX_SMALL, |_| Ok(())) {
+        if let Err(error) = self.keep(&path, MAX_SMALL, 0, |_| Ok(())) {
             log::info!("{error}");
         }
     }
@@ -198,7 +235,7 @@ impl Cache {
     pub(super) fn remember<T: Serialize>(&self, what: &str, value: &T) {
         let Ok(json) = serde_json::to_string(value) else { return };
         let checksum = digest(&format!("{what}\n{json}"));
-        let noted = self.keep(&self.name_path(what), MAX_NAMES, |file| {
+        let noted = self.keep(&self.name_path(what), MAX_NAMES, len_u64(json.len()), |file| {
             write!(file, "{checksum}\n{json}")
         });
         if let Err(error) = noted {
@@ -206,16 +243,20 @@ impl Cache {
         }
     }
 
-    /// Puts a file in its place, whole or not at all, and removes those of the same kind that were not used the longest.
+    /// Puts a file of `len` bytes in its place, whole or not at all, and removes those of the same kind that were not used the longest.
     fn keep(
         &self,
         path: &Path,
         most: usize,
+        len: u64,
         write: impl FnOnce(&mut tempfile::NamedTempFile) -> io::Result<()>,
     ) -> Result<(), OpenError> {
         let dir = path.parent().unwrap_or(&self.dir);
         let kept = || -> io::Result<()> {
             DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            // Chunks of layers make room for it.
+            let store = self.store().map_err(io::Error::other)?;
+            let _room = store.room_for(len).ok_or(io::ErrorKind::StorageFull)?;
             let mut file = tempfile::NamedTempFile::new_in(dir)?;
             write(&mut file)?;
             file.persist(path).map_err(|error| error.error)?;
@@ -242,7 +283,7 @@ impl SmallBlobCache for Cache {
         // From a registry: made one line, because the file's first line is this.
         let media_type = media_type.lines().next().unwrap_or_default();
         let path = self.small_path(&digest.to_string());
-        let kept = self.keep(&path, MAX_SMALL, |file| {
+        let kept = self.keep(&path, MAX_SMALL, len_u64(bytes.len()), |file| {
             writeln!(file, "{media_type}")?;
             file.write_all(bytes)
         });
@@ -308,6 +349,7 @@ mod tests {
     fn indexes_are_found_by_identity_alone() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::new(&dir.path().join("not/yet/there")).unwrap();
+        let cache = cache.with_limit(Some(1 << 30));
         assert!(cache.index("a").is_none());
         let path = cache.keep_index("a", b"one").unwrap();
         cache.keep_index("b", b"two").unwrap();
@@ -320,7 +362,7 @@ mod tests {
     #[test]
     fn the_oldest_go_when_there_are_too_many() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::new(dir.path()).unwrap();
+        let cache = Cache::new(dir.path()).unwrap().with_limit(Some(1 << 30));
         for i in 0..MAX_INDEXES {
             let path = cache.keep_index(&i.to_string(), b"x").unwrap();
             let age = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(u64::try_from(i).unwrap());

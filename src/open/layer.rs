@@ -8,7 +8,7 @@ use super::prepared::{
     FoundLayer, PreparedLayer, Published, kept_as, kept_under, made_here, named_if_foreign, of_contents,
 };
 use super::record::{Recording, algorithms, coding_of, record_blob};
-use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_full, open_index, toc};
+use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is_of_the_disk, open_index, toc};
 use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexFault};
@@ -207,9 +207,7 @@ fn read_headers(
         None => store.unnamed(blob.len),
     };
     let cache_writer = match &options.cache {
-        Some(kept) if blob.is_remote() => {
-            going_on_when_full(DiskCache::open(kept.layers()).and_then(cache))?.map(CacheWriter::new)
-        }
+        Some(kept) if blob.is_remote() => going_on_without(kept.store().and_then(cache))?.map(CacheWriter::new),
         _ => None,
     };
     let mut beginning = Beginning::new(cache_writer);
@@ -323,7 +321,7 @@ fn read_all(
     let is_its_own = coding == Coding::Plain && !blob.is_remote();
     let mut filling = match &options.cache {
         Some(cache) if !is_its_own => {
-            going_on_when_full(DiskCache::open(cache.layers()).and_then(|store| store.begin_layer()))?
+            going_on_without(cache.store().and_then(|store| store.begin_layer(blob.len)))?.flatten()
         }
         _ => None,
     };
@@ -331,7 +329,7 @@ fn read_all(
         if let Some(open) = &mut filling
             && let Err(error) = open.push(bytes)
         {
-            log::warn!("{error}; going on without a cache");
+            log::info!("{error}; going on without a cache");
             filling = None;
         }
     };
@@ -363,7 +361,7 @@ fn read_all(
     }
     let name = digest.clone().or(recorded.identity.blob_digest);
     if let (Some(filling), Some(name)) = (filling, name) {
-        going_on_when_full(filling.finish(&blob.name, &name.to_string()))?;
+        going_on_without(filling.finish(&blob.name, &name.to_string()))?;
     }
     let origin = IndexOrigin::Read {
         reads: recorded.reads,
@@ -372,11 +370,11 @@ fn read_all(
     Ok((recorded.index, origin))
 }
 
-/// A full disk costs nothing but the cache.
-fn going_on_when_full<T>(outcome: Result<T, DiskCacheError>) -> Result<Option<T>, OpenError> {
+/// A disk that cannot be written costs nothing but the cache.
+fn going_on_without<T>(outcome: Result<T, DiskCacheError>) -> Result<Option<T>, OpenError> {
     match outcome {
         Ok(value) => Ok(Some(value)),
-        Err(error) if is_full(&error.source) => {
+        Err(error) if error.is_of_the_disk() => {
             log::warn!("{error}; going on without a cache");
             Ok(None)
         }
@@ -388,7 +386,7 @@ fn going_on_when_full<T>(outcome: Result<T, DiskCacheError>) -> Result<Option<T>
 fn keep_if_there_is_room(cache: &Cache, under: &str, bytes: &[u8]) -> Result<Option<PathBuf>, OpenError> {
     match cache.keep_index(under, bytes) {
         Ok(path) => Ok(Some(path)),
-        Err(OpenError::Cache { path, cause }) if is_full(&cause) => {
+        Err(OpenError::Cache { path, cause }) if is_of_the_disk(&cause) => {
             log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
             Ok(None)
         }
@@ -460,7 +458,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut found, older) = layer_and_older_index(dir.path());
         let options = OpenOptions {
-            cache: Some(Cache::new(&dir.path().join("cache")).unwrap()),
+            cache: Some(Cache::new(&dir.path().join("cache")).unwrap().with_limit(Some(1 << 30))),
             ..OpenOptions::default()
         };
         let digest = found.layer.digest.clone().unwrap();

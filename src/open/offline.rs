@@ -95,7 +95,7 @@ pub(super) fn tell(
 
 /// How much of the layers is kept, in words.
 fn show_kept(layers: &[PreparedLayer], cache: Option<&Cache>) -> String {
-    let store = cache.and_then(|cache| DiskCache::open(cache.layers()).ok());
+    let store = cache.and_then(|cache| cache.store().ok());
     let missing = layers.iter().filter(|layer| !is_whole(layer, store.as_ref())).count();
     match (missing, layers.len()) {
         (0, _) => "kept whole".to_owned(),
@@ -120,5 +120,5 @@ fn is_whole(layer: &PreparedLayer, store: Option<&Arc<DiskCache>>) -> bool {
     let (Some(store), Some(key)) = (store, key) else {
         return false;
     };
-    store.layer(key, len).is_ok_and(|cache| cache.is_whole())
+    store.holds_whole(key, len)
 }

@@ -10,7 +10,7 @@ use std::thread;
 use super::discover::{self, FoundBy, FoundIndex};
 use super::index_cache::KeptHot;
 use super::prepared::Published;
-use super::{Cache, IndexChoice, OpenError, OpenOptions, is_full};
+use super::{Cache, IndexChoice, OpenError, OpenOptions, is_of_the_disk};
 use crate::fetch::IndexTrust;
 use crate::index::Index;
 use crate::source::Blob;
@@ -260,7 +260,7 @@ fn keep(
     let place = repository(reference);
     match cache.keep_hot(&place, &layer.descriptor.digest, index, &found.listed.digest) {
         Ok(path) => Ok(Some(path)),
-        Err(OpenError::Cache { path, cause }) if is_full(&cause) => {
+        Err(OpenError::Cache { path, cause }) if is_of_the_disk(&cause) => {
             log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());
             Ok(None)
         }

@@ -262,17 +262,15 @@ fn start(
     let needs_store = |layer: &LayerSource| layer.layer.blob.is_remote() || layer.coding.is_some();
     let pool = shared.pool(store.filter(|_| layers.iter().any(needs_store)), fetching)?;
     if let Some(store) = &pool.disk
-        && let Err(error) = store.trim(fetching.store_bytes)
+        && let Err(error) = store.trim(store.limit())
     {
         log::warn!("{error}");
     }
     let size: u64 = layers.iter().map(LayerSource::size).fold(0, u64::saturating_add);
-    let room = size <= fetching.store_bytes;
+    let may_have = pool.disk.as_ref().map_or(0, |store| store.limit());
+    let room = size <= may_have;
     if fetching.fetch_all && !room {
-        log::warn!(
-            "not everything is fetched: the layers have {size} bytes, and the cache may have {}",
-            fetching.store_bytes
-        );
+        log::warn!("not everything is fetched: the layers have {size} bytes, and the cache may have {may_have}");
     }
     let options = OpenOptions {
         deadline: fetching.deadline.unwrap_or(Duration::MAX),

@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::{OpenError, image_of, is_full};
+use super::index_cache::limit_of;
+use super::{OpenError, image_of};
 use crate::cache::disk::DiskCache;
 use crate::fetch::{FetchPool, PoolOptions};
 use crate::image::ext4::Ext4Image;
@@ -35,8 +36,9 @@ pub struct Fetching {
     pub fetch_all: bool,
     /// How long a read may wait before it fails; for ever if none.
     pub deadline: Option<Duration>,
-    /// The disk space that fetched bytes of all layers may take; layers unused longest go first, when a layer is opened.
-    pub store_bytes: u64,
+    /// The disk space that all that is kept may take, at every moment: what was unused longest goes first. The last that was named
+    /// counts for all; a tenth of the disk if none was.
+    pub store_bytes: Option<u64>,
 }
 
 /// What is shared. One value for a process that serves several images.
@@ -60,17 +62,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// The pool of the disk cache in `store`, or the one without any. What it is made with is what the first one asks for.
+    /// The pool of the disk cache in `store`, or the one without any. What it is made with is what the first one asks for, but for
+    /// the limit of the disk cache.
     pub(super) fn pool(&self, store: Option<&Path>, fetching: &Fetching) -> Result<Pool, OpenError> {
         let mut pools = lock(&self.pools);
         let key = store.map(Path::to_owned);
         if let Some(pool) = pools.get(&key) {
+            if let (Some(disk), Some(bytes)) = (&pool.disk, fetching.store_bytes) {
+                disk.limit_to(bytes);
+            }
             return Ok(pool.clone());
         }
         pools.retain(|_, pool| pool.fetch.is_in_use());
-        let disk = match store.map(DiskCache::open) {
+        let opened = store.map(|dir| DiskCache::open(dir, limit_of(dir, fetching.store_bytes)));
+        let disk = match opened {
             Some(Ok(disk)) => Some(disk),
-            Some(Err(error)) if is_full(&error.source) => {
+            Some(Err(error)) if error.is_of_the_disk() => {
                 log::warn!("{error}; going on without a cache");
                 None
             }

@@ -63,6 +63,14 @@ pub(crate) fn in_state(blob: Blob, validator: Validator) -> Blob {
     }
 }
 
+/// The files in a disk cache's directory, but for those that say what a process may still write.
+pub(crate) fn kept_files(store: &Path) -> Vec<String> {
+    let is_ledger = |name: &str| name.starts_with("writer-");
+    let names = std::fs::read_dir(store).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| !is_ledger(name)).collect()
+}
+
 /// The blob in a file.
 pub(crate) fn in_file(path: &Path) -> Blob {
     Blob::of_file("layer.tar".to_owned(), path).unwrap()
@@ -122,7 +130,14 @@ pub(crate) fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8
             file.read_exact_at(&mut bytes, at).unwrap();
             bytes
         }
-        Located::Disk | Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
+        Located::Disk => {
+            let mut bytes = vec![0; len];
+            if fetcher.read_at_once(range(start, len), &mut bytes) {
+                return Ok(bytes);
+            }
+            joined(&fetcher.read_blocking(vec![range(start, len)])?)
+        }
+        Located::Elsewhere => joined(&fetcher.read_blocking(vec![range(start, len)])?),
     })
 }
 

@@ -18,7 +18,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tarblk::internals::cache::Slice;
-use tarblk::internals::cache::disk::DiskCache;
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::simulated::{self, Later, Stream, World};
 use tarblk::internals::fetch::{FetchError, FetchOptions, FetchStats, Fetcher, LayerRange, Located, ReadCallback};
 use tarblk::internals::http;
@@ -415,7 +415,9 @@ impl<'a> Phase<'a> {
             wrong_for: WRONG_FOR,
             prefetch: chance.happens(800),
             fetch_all: plan.fetch_all,
-            store: plan.cached.then(|| DiskCache::open(place).expect("a cache")),
+            store: plan
+                .cached
+                .then(|| DiskCache::open(place, CacheLimit::bytes(1 << 40)).expect("a cache")),
             ..FetchOptions::default()
         };
         let fetcher = Fetcher::start(sources.collect(), options, None).expect("a fetcher");

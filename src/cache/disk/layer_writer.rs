@@ -1,39 +1,29 @@
 //! Writing a whole layer whose length is not known yet. In: the tar's bytes, from the first on. Out: a layer in the disk cache that
 //! holds all of them, or nothing.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-use rustix::fs::{FlockOperation, flock};
-
+use super::dir::{CacheFile, SafeDir};
+use super::files::{data_name, end_data, map_name, part_name, write_new};
 use super::map::{self, ChunkMap, Identity, Label};
-use super::{DiskCache, DiskCacheError, LayerCache, LayerKey, nonce};
+use super::{DiskCache, DiskCacheError, LayerKey, nonce};
 use crate::cache::chunk::chunk_count;
-use crate::digest::hexadecimal;
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
 const SYNC_DISTANCE: u64 = 32 << 20;
 
-/// How the name of a layer that is not whole yet begins and ends.
-const PART: (&str, &str) = ("filling-", ".part");
-
-/// Whether a file of the disk cache is a layer that is not whole yet, or never will be.
-pub(super) fn is_part(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str());
-    name.is_some_and(|name| name.starts_with(PART.0) && name.ends_with(PART.1))
-}
-
 /// Writes a whole layer from its first byte to its last. Dropped before [`finish`](Self::finish) it leaves nothing.
 #[derive(Debug)]
 pub struct LayerWriter {
     store: Arc<DiskCache>,
-    file: tempfile::NamedTempFile,
+    dir: SafeDir,
+    file: CacheFile,
+    /// Until it is a data file.
+    part: Option<String>,
     len: u64,
     unsynced: u64,
     syncer: Syncer,
@@ -51,15 +41,15 @@ struct Syncer {
 }
 
 impl Syncer {
-    fn start(file: &File) -> io::Result<Self> {
-        let file = file.try_clone()?;
+    fn start(file: &CacheFile) -> io::Result<Self> {
+        let file = file.again()?;
         let (orders, inbox) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("tarblk-sync".to_owned())
             .spawn(move || {
                 while inbox.recv().is_ok() {
                     // What could not be synced here fails again, and is told, at the end.
-                    let _told_later = file.sync_data();
+                    let _told_later = file.sync();
                 }
             })?;
         Ok(Self {
@@ -85,31 +75,33 @@ impl Drop for Syncer {
 }
 
 impl DiskCache {
-    /// Begins to take a layer in from its first byte, without knowing its length.
+    /// Begins to take a layer in from its first byte, without knowing its length; it has at least `least` bytes. None if it can have
+    /// no room.
     ///
     /// # Errors
     /// When no file can be made.
-    pub fn begin_layer(self: &Arc<Self>) -> Result<LayerWriter, DiskCacheError> {
-        let failed = DiskCacheError::new(&self.dir, "make a file in it");
-        let file = tempfile::Builder::new()
-            .prefix(PART.0)
-            .suffix(PART.1)
-            .tempfile_in(&self.dir)
-            .map_err(failed)?;
-        // `DiskCache::trim` sees by it that this is not one that a killed process left.
-        if let Err(error) = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive) {
-            log::debug!("{}: cannot lock it: {error}", file.path().display());
+    pub fn begin_layer(self: &Arc<Self>, least: u64) -> Result<Option<LayerWriter>, DiskCacheError> {
+        if least > self.limit() {
+            return Ok(None);
         }
-        let syncer = Syncer::start(file.as_file()).map_err(DiskCacheError::new(file.path(), "start writing"))?;
-        Ok(LayerWriter {
+        let dir = self.dir_in_place()?;
+        let part = part_name(&nonce());
+        let path = dir.path().join(&part);
+        let file = dir.create_file(&part).map_err(DiskCacheError::new(&path, "make"))?;
+        // `DiskCache::trim` sees by it that this is not one that a killed process left.
+        file.lock();
+        let syncer = Syncer::start(&file).map_err(DiskCacheError::new(&path, "start writing"))?;
+        Ok(Some(LayerWriter {
             store: Arc::clone(self),
+            dir,
             file,
+            part: Some(part),
             len: 0,
             unsynced: 0,
             syncer,
             sums: Vec::new(),
             sum: 0,
-        })
+        }))
     }
 }
 
@@ -117,9 +109,12 @@ impl LayerWriter {
     /// Takes the tar's next bytes.
     ///
     /// # Errors
-    /// When they cannot be written; then this is of no more use.
+    /// When they cannot be written, or there is no room for them; then this is of no more use.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), DiskCacheError> {
-        let written = self.file.as_file_mut().write_all(bytes);
+        let Some(_reserved) = self.store.reserve(len_u64(bytes.len())) else {
+            return Err(self.failed("write", io::Error::other("the cache has no room for all of the layer")));
+        };
+        let written = self.file.write_all_at(bytes, self.len);
         written.map_err(|error| self.failed("write", error))?;
         self.add_up(bytes);
         self.unsynced += len_u64(bytes.len());
@@ -167,76 +162,71 @@ impl LayerWriter {
             return Ok(());
         };
         let key = LayerKey::of_content(identity, size).0;
-        let path = self.store.dir.join(format!("{}.data", hexadecimal(&key)));
-        let taken =
-            File::open(&path).is_ok_and(|other| flock(&other, FlockOperation::NonBlockingLockExclusive).is_err());
+        let name_of_data = data_name(&key);
+        let taken = self
+            .dir
+            .open_file(&name_of_data, false)
+            .is_ok_and(|other| !other.lock());
         if taken {
             return Ok(());
         }
         let nonce = nonce();
         let label = Label::new(name, identity);
         let identity = Identity { size, key, nonce };
-        let data = self.file.as_file();
-        let ended = LayerCache::end_data(data, &identity).and_then(|()| data.sync_data());
+        let ended = end_data(&self.file, &identity).and_then(|()| self.file.sync());
         ended.map_err(|error| self.failed("finish", error))?;
         if !size.is_multiple_of(CHUNK_BYTES) {
             self.sums.push(self.sum);
         }
         let chunks = ChunkMap::new(count);
+        let now = self.store.now();
         for (index, sum) in (0..count).zip(&self.sums) {
+            chunks.uses.set(index / map::GROUP_CHUNKS, now);
             chunks.put(index, *sum);
         }
-        let map_path = path.with_extension("map");
         // The old map goes first: it must never speak of the new data, nor the new map of the old.
-        match fs::remove_file(&map_path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(DiskCacheError::new(&map_path, "remove the old map")(error));
-            }
-            _ => {}
-        }
+        let placed = self.dir.remove(&map_name(&key)).and_then(|()| {
+            let part = self.part.take().unwrap_or_default();
+            self.dir.rename(&part, &name_of_data).inspect_err(|_| {
+                self.part = Some(part);
+            })
+        });
+        placed.map_err(|error| self.failed("put in its place", error))?;
         let map = map::encode(&identity, true, &label, &chunks);
-        self.file
-            .persist(&path)
-            .map_err(|error| DiskCacheError::new(&path, "put the layer in its place")(error.error))?;
-        let temporary = map_path.with_extension(format!("map.{}", std::process::id()));
-        let write = || {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&map)?;
-            file.sync_data()?;
-            fs::rename(&temporary, &map_path)
-        };
-        write().map_err(DiskCacheError::new(&map_path, "write"))
+        write_new(&self.dir, &map_name(&key), &map).map_err(|error| self.failed("write the map of", error))
     }
 
     fn failed(&self, doing: &'static str, error: io::Error) -> DiskCacheError {
-        let path: PathBuf = self.file.path().to_owned();
-        DiskCacheError::new(&path, doing)(error)
+        let name = self.part.as_deref().unwrap_or_default();
+        DiskCacheError::new(&self.dir.path().join(name), doing)(error)
     }
 }
 
-impl LayerCache {
-    /// Puts the block behind a whole layer's bytes that ties them to their map.
-    pub(super) fn end_data(data: &File, identity: &Identity) -> io::Result<()> {
-        let at = identity.size.next_multiple_of(super::TRAILER_BYTES);
-        data.set_len(at + super::TRAILER_BYTES)?;
-        let mut trailer = super::TRAILER_MAGIC.to_vec();
-        trailer.extend_from_slice(&identity.nonce);
-        data.write_all_at(&trailer, at)
+impl Drop for LayerWriter {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part
+            && let Err(error) = self.dir.remove(part)
+        {
+            log::debug!("cannot remove {part}: {error}");
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use super::super::CacheLimit;
     use super::*;
 
     #[test]
     fn what_was_filled_is_there_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
         let bytes: Vec<u8> = (0..5 * CHUNK_BYTES + 77)
             .map(|n| u8::try_from(n % 251).unwrap())
             .collect();
-        let mut writer = store.begin_layer().unwrap();
+        let mut writer = store.begin_layer(0).unwrap().unwrap();
         for piece in bytes.chunks(10_007) {
             writer.push(piece).unwrap();
         }
@@ -264,19 +254,19 @@ mod tests {
     #[test]
     fn what_was_not_finished_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
-        let mut writer = store.begin_layer().unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
+        let mut writer = store.begin_layer(0).unwrap().unwrap();
         writer.push(b"half").unwrap();
-        drop(writer);
+        drop((writer, store));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn a_layer_that_is_open_stays_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
         let open = store.layer(LayerKey::of_content("sha256:abc", 4), 4).unwrap();
-        let mut writer = store.begin_layer().unwrap();
+        let mut writer = store.begin_layer(0).unwrap().unwrap();
         writer.push(b"full").unwrap();
         writer.finish("layer.tar", "sha256:abc").unwrap();
         assert_eq!(open.bytes_held(), 0);

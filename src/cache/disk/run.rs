@@ -4,11 +4,9 @@
 //! copy costs the memory of it and more processor time than everything else about the disk cache. What is shorter, what the file system
 //! does not take, and what comes faster than the disk takes it goes through the page cache.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
+use super::dir::CacheFile;
 use crate::units::len_u64;
 
 /// Where direct writes may begin and end, in the file and in memory: a page, which no disk's blocks are longer than.
@@ -16,43 +14,26 @@ const ALIGNMENT: usize = 4096;
 /// Shorter runs are cheaper, and find neighbours, in the page cache.
 const LONG_RUN: usize = 256 << 10;
 
-/// A data file being written. For one thread at a time that may wait for the disk.
-#[derive(Debug)]
+/// What a writer of data files keeps from run to run. For one thread at a time that may wait for the disk.
+#[derive(Debug, Default)]
 pub(crate) struct RunWriter {
-    file: File,
-    /// The same file, opened once more for direct writes; none where that is not to be had.
-    direct: Option<File>,
+    /// Which file was written last, and the same file opened once more for direct writes; none where that is not to be had.
+    direct: Option<(u64, Option<CacheFile>)>,
     /// One run in one piece; aligned memory begins somewhere in its first page.
     staging: Vec<u8>,
 }
 
 impl RunWriter {
-    /// A writer of `file`, which has to be open for writing. Never seeks.
-    pub(super) fn new(file: File) -> Self {
-        // A file without a name can be opened anew only through the descriptor; and the flags are to differ.
-        let direct = OpenOptions::new()
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        Self {
-            file,
-            direct: direct.ok(),
-            staging: Vec::new(),
-        }
-    }
-
-    /// Writes `pieces`, which lie side by side from byte `at` on, and come to `len` bytes; past the page cache if `direct` is
-    /// wanted and makes sense.
+    /// Writes `pieces` to `file`, where they lie side by side from byte `at` on; past the page cache if `direct` is wanted and makes
+    /// sense.
     ///
     /// # Errors
     /// When not all of it was written. What was written is not to be used.
-    pub(crate) fn write<'a>(
-        &mut self,
-        at: u64,
-        len: usize,
-        pieces: impl Iterator<Item = &'a [u8]>,
-        direct: bool,
-    ) -> io::Result<()> {
+    pub(super) fn write(&mut self, file: &CacheFile, at: u64, pieces: &[&[u8]], direct: bool) -> io::Result<()> {
+        if let [only] = pieces {
+            return file.write_all_at(only, at);
+        }
+        let len = pieces.iter().map(|piece| piece.len()).sum::<usize>();
         if self.staging.len() < len + ALIGNMENT {
             self.staging = vec![0; len.next_power_of_two() + ALIGNMENT];
         }
@@ -61,27 +42,29 @@ impl RunWriter {
         let run = &mut self.staging[start..start + len];
         let mut filled = 0;
         for piece in pieces {
-            let Some(place) = run.get_mut(filled..filled + piece.len()) else {
-                return Err(io::ErrorKind::InvalidInput.into());
-            };
-            place.copy_from_slice(piece);
+            run[filled..filled + piece.len()].copy_from_slice(piece);
             filled += piece.len();
-        }
-        if filled != len {
-            return Err(io::ErrorKind::InvalidInput.into());
         }
         let mut done = 0;
         if direct && len >= LONG_RUN {
+            if self.direct.as_ref().is_none_or(|(id, _)| *id != file.id()) {
+                self.direct = Some((file.id(), file.direct().ok()));
+            }
             let most = len - len % ALIGNMENT;
-            if let Some(file) = &self.direct {
-                match file.write_all_at(&run[..most], at) {
+            if let Some((_, direct)) = &mut self.direct
+                && let Some(past_the_cache) = direct
+            {
+                match past_the_cache.write_all_at(&run[..most], at) {
                     Ok(()) => done = most,
-                    Err(error) if is_unfit(&error) => self.direct = None,
+                    Err(error) if is_unfit(&error) => *direct = None,
                     Err(error) => return Err(error),
                 }
             }
         }
-        self.file.write_all_at(&run[done..], at + len_u64(done))
+        if done == len {
+            return Ok(());
+        }
+        file.write_all_at(&run[done..], at + len_u64(done))
     }
 }
 
@@ -92,6 +75,8 @@ fn is_unfit(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     fn bytes(len: usize, salt: usize) -> Vec<u8> {
@@ -100,9 +85,9 @@ mod tests {
 
     /// Runs of every kind, in an order that is not the file's: all are where they belong, and nothing else is.
     fn runs_end_up_in_place(dir: &std::path::Path) {
-        let file = tempfile::tempfile_in(dir).unwrap();
+        let file = CacheFile::own(tempfile::tempfile_in(dir).unwrap()).unwrap();
         file.set_len(8 << 20).unwrap();
-        let mut writer = RunWriter::new(file.try_clone().unwrap());
+        let mut writer = RunWriter::default();
         let mut expected = vec![0; 8 << 20];
         for (at, len, direct) in [
             (4 << 20, 1 << 20, true),
@@ -115,11 +100,12 @@ mod tests {
         ] {
             let run = bytes(len, at);
             let whole = u64::try_from(at).unwrap();
-            writer.write(whole, len, run.chunks(10_007), direct).unwrap();
+            let pieces: Vec<&[u8]> = run.chunks(10_007).collect();
+            writer.write(&file, whole, &pieces, direct).unwrap();
             expected[at..at + len].copy_from_slice(&run);
         }
         let mut found = vec![0; 8 << 20];
-        file.read_exact_at(&mut found, 0).unwrap();
+        file.file().read_exact_at(&mut found, 0).unwrap();
         assert!(found == expected);
     }
 
@@ -135,14 +121,5 @@ mod tests {
         if shm.is_dir() {
             runs_end_up_in_place(shm);
         }
-    }
-
-    #[test]
-    fn pieces_have_to_be_as_long_as_was_said() {
-        let file = tempfile::tempfile().unwrap();
-        let mut writer = RunWriter::new(file.try_clone().unwrap());
-        assert!(writer.write(0, 10, [&[1; 11][..]].into_iter(), false).is_err());
-        assert!(writer.write(0, 10, [&[1; 9][..]].into_iter(), false).is_err());
-        assert_eq!(file.metadata().unwrap().len(), 0);
     }
 }

@@ -1,5 +1,10 @@
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+
+use super::files::{TRAILER_BYTES, TRAILER_MAGIC};
 use super::*;
-use crate::units::len_u64;
+use crate::cache::chunk::chunk_len;
+use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 const SIZE: u64 = 10 * CHUNK_BYTES + 777;
 const NONE: [u32; 0] = [];
@@ -52,20 +57,16 @@ fn the_file(dir: &Path, kind: &str) -> PathBuf {
 #[test]
 fn chunks_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     // From the middle of chunk 1 to the middle of chunk 4, and the short last one.
     let from = len_usize(CHUNK_BYTES + 100);
-    cache
-        .put(
-            TarOffset(CHUNK_BYTES + 100),
-            &all[from..from + len_usize(3 * CHUNK_BYTES)],
-        )
-        .unwrap();
-    cache
-        .put(TarOffset(10 * CHUNK_BYTES), &all[len_usize(10 * CHUNK_BYTES)..])
-        .unwrap();
+    cache.put(
+        TarOffset(CHUNK_BYTES + 100),
+        &all[from..from + len_usize(3 * CHUNK_BYTES)],
+    );
+    cache.put(TarOffset(10 * CHUNK_BYTES), &all[len_usize(10 * CHUNK_BYTES)..]);
     assert_eq!(held(&cache), [2, 3, 10]);
     assert_eq!(cache.bytes_held(), 2 * CHUNK_BYTES + 777);
     assert!(Arc::ptr_eq(&cache, &store.layer(layer(), SIZE).unwrap()));
@@ -78,12 +79,15 @@ fn chunks_survive_a_restart() {
 #[test]
 fn without_a_commit_nothing_is_believed() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
-    cache.put(TarOffset(0), &content()[..len_usize(CHUNK_BYTES)]).unwrap();
+    cache.put(TarOffset(0), &content()[..len_usize(CHUNK_BYTES)]);
     let crashed = tempfile::tempdir().unwrap();
     copy_dir(dir.path(), crashed.path());
-    let after = DiskCache::open(crashed.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let after = DiskCache::open(crashed.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
     assert_eq!(held(&after), NONE);
 }
 
@@ -92,7 +96,7 @@ fn without_a_commit_nothing_is_believed() {
 fn a_crash_loses_only_the_latest() {
     let dir = tempfile::tempdir().unwrap();
     let crashes = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut shots: Vec<(PathBuf, Vec<u32>)> = Vec::new();
@@ -107,14 +111,14 @@ fn a_crash_loses_only_the_latest() {
         let len = len_usize(chunk_len(SIZE, index));
         shoot(&committed, &mut shots);
         // Half a chunk on disk, as a write that was cut off leaves it.
-        cache
-            .data
+        File::options()
+            .write(true)
+            .open(the_file(dir.path(), "data"))
+            .unwrap()
             .write_all_at(&all[start..start + len / 2], u64::from(index) * CHUNK_BYTES)
             .unwrap();
         shoot(&committed, &mut shots);
-        cache
-            .put(TarOffset(u64::from(index) * CHUNK_BYTES), &all[start..start + len])
-            .unwrap();
+        cache.put(TarOffset(u64::from(index) * CHUNK_BYTES), &all[start..start + len]);
         shoot(&committed, &mut shots);
         // The new map, half written beside the old one.
         fs::write(the_file(dir.path(), "data").with_extension("map.1"), [1, 2, 3]).unwrap();
@@ -126,7 +130,10 @@ fn a_crash_loses_only_the_latest() {
     }
     assert_eq!(shots.len(), 20);
     for (dir, expected) in shots {
-        let after = DiskCache::open(dir).unwrap().layer(layer(), SIZE).unwrap();
+        let after = DiskCache::open(dir, CacheLimit::bytes(1 << 40))
+            .unwrap()
+            .layer(layer(), SIZE)
+            .unwrap();
         assert_eq!(held(&after), expected);
         check(&after);
     }
@@ -167,15 +174,15 @@ fn files_that_do_not_belong_together_are_discarded() {
     ];
     for (number, harm) in damage.iter().enumerate() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
         let cache = store.layer(layer(), SIZE).unwrap();
-        cache.put(TarOffset(0), &content()).unwrap();
+        cache.put(TarOffset(0), &content());
         drop(cache);
         harm(dir.path());
         let cache = store.layer(layer(), SIZE).unwrap();
         assert_eq!(held(&cache), NONE, "damage {number} was believed");
         // And it works again.
-        cache.put(TarOffset(0), &content()).unwrap();
+        cache.put(TarOffset(0), &content());
         drop(cache);
         let cache = store.layer(layer(), SIZE).unwrap();
         assert_eq!(held(&cache).len(), 11);
@@ -187,24 +194,26 @@ fn files_that_do_not_belong_together_are_discarded() {
 fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let all = content();
-    let first = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
-    first.put(TarOffset(0), &all[..len_usize(2 * CHUNK_BYTES)]).unwrap();
+    let first = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
+    first.put(TarOffset(0), &all[..len_usize(2 * CHUNK_BYTES)]);
     first.commit().unwrap();
-    first
-        .put(
-            TarOffset(2 * CHUNK_BYTES),
-            &all[len_usize(2 * CHUNK_BYTES)..len_usize(3 * CHUNK_BYTES)],
-        )
-        .unwrap();
+    first.put(
+        TarOffset(2 * CHUNK_BYTES),
+        &all[len_usize(2 * CHUNK_BYTES)..len_usize(3 * CHUNK_BYTES)],
+    );
     // Another store does not know of the first one's handles, as another process does not.
-    let second = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
-    assert_eq!(held(&second), [0, 1]);
-    second
-        .put(
-            TarOffset(5 * CHUNK_BYTES),
-            &all[len_usize(5 * CHUNK_BYTES)..len_usize(6 * CHUNK_BYTES)],
-        )
+    let second = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
         .unwrap();
+    assert_eq!(held(&second), [0, 1]);
+    second.put(
+        TarOffset(5 * CHUNK_BYTES),
+        &all[len_usize(5 * CHUNK_BYTES)..len_usize(6 * CHUNK_BYTES)],
+    );
     assert_eq!(held(&second), [0, 1, 5]);
     check(&second);
     assert!(second.find(0, 2).is_some());
@@ -212,7 +221,10 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
     second.commit().unwrap();
     drop(second);
     drop(first);
-    let later = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let later = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
     assert_eq!(held(&later), [0, 1, 2]);
     check(&later);
 }
@@ -220,17 +232,13 @@ fn a_second_process_reads_what_is_mapped_and_keeps_its_own() {
 #[test]
 fn another_state_of_the_layer_is_another_layer() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
-    store
-        .layer(layer(), SIZE)
-        .unwrap()
-        .put(TarOffset(0), &content())
-        .unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
+    store.layer(layer(), SIZE).unwrap().put(TarOffset(0), &content());
     let newer = LayerKey::of_url("https://host/layer.tar", SIZE, "\"2\"");
     assert_eq!(held(&store.layer(newer, SIZE).unwrap()), NONE);
     // Without a key nothing outlives the process.
     let cache = store.unnamed(SIZE).unwrap();
-    cache.put(TarOffset(0), &content()).unwrap();
+    cache.put(TarOffset(0), &content());
     assert_eq!(held(&cache).len(), 11);
     drop(cache);
     assert_eq!(held(&store.unnamed(SIZE).unwrap()), NONE);
@@ -239,7 +247,7 @@ fn another_state_of_the_layer_is_another_layer() {
 #[test]
 fn a_writer_takes_pieces_of_any_size() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
     let all = content();
     let mut writer = CacheWriter::new(cache.clone());
@@ -266,17 +274,24 @@ fn a_writer_takes_pieces_of_any_size() {
 }
 
 #[test]
-fn trimming_spares_what_is_in_use() {
+fn trimming_spares_what_other_processes_use() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let other = LayerKey::of_url("https://host/other.tar", SIZE, "\"1\"");
     for layer in [layer(), other] {
-        store.layer(layer, SIZE).unwrap().put(TarOffset(0), &content()).unwrap();
+        store.layer(layer, SIZE).unwrap().put(TarOffset(0), &content());
     }
-    let in_use = store.layer(other, SIZE).unwrap();
+    // Another store does not know of the first one's handles, as another process does not.
+    let process = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
+    let in_use = process.layer(other, SIZE).unwrap();
     assert!(store.trim(0).unwrap() > 0);
     assert_eq!(held(&store.layer(layer(), SIZE).unwrap()), NONE);
     assert_eq!(held(&in_use).len(), 11);
+    check(&in_use);
+    // Its own it gives up, used or not.
+    assert!(process.trim(0).unwrap() > 0);
+    assert_eq!(held(&in_use), NONE);
+    in_use.put(TarOffset(0), &content());
     drop(in_use);
     assert_eq!(held(&store.layer(other, SIZE).unwrap()).len(), 11);
     assert_eq!(store.trim(u64::MAX).unwrap(), 0);
@@ -286,21 +301,33 @@ fn trimming_spares_what_is_in_use() {
 #[test]
 fn a_file_that_is_read_is_never_emptied() {
     let dir = tempfile::tempdir().unwrap();
-    let first = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
-    first.put(TarOffset(0), &content()).unwrap();
+    let first = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
+    first.put(TarOffset(0), &content());
     first.commit().unwrap();
-    let second = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let second = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
     assert_eq!(held(&second).len(), 11);
     drop(first);
     fs::remove_file(the_file(dir.path(), "map")).unwrap();
-    let third = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let third = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
     assert_eq!(held(&third), NONE);
     assert_eq!(held(&second).len(), 11);
     check(&second);
     // The third one has the name now.
-    third.put(TarOffset(0), &content()).unwrap();
+    third.put(TarOffset(0), &content());
     drop((second, third));
-    let later = DiskCache::open(dir.path()).unwrap().layer(layer(), SIZE).unwrap();
+    let later = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40))
+        .unwrap()
+        .layer(layer(), SIZE)
+        .unwrap();
     assert_eq!(held(&later).len(), 11);
     check(&later);
 }
@@ -308,10 +335,10 @@ fn a_file_that_is_read_is_never_emptied() {
 #[test]
 fn what_killed_processes_were_filling_is_trimmed() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let left = dir.path().join("filling-Ab12Cd.part");
     fs::write(&left, content()).unwrap();
-    let mut writer = store.begin_layer().unwrap();
+    let mut writer = store.begin_layer(0).unwrap().unwrap();
     writer.push(&content()).unwrap();
     assert!(store.trim(u64::MAX).unwrap() > 0);
     assert!(!left.exists());
@@ -327,9 +354,9 @@ fn what_killed_processes_were_filling_is_trimmed() {
 #[test]
 fn what_could_not_be_read_back_is_not_believed_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let store = DiskCache::open(dir.path()).unwrap();
+    let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
     let cache = store.layer(layer(), SIZE).unwrap();
-    cache.put(TarOffset(0), &content()).unwrap();
+    cache.put(TarOffset(0), &content());
     cache.seal();
     cache.commit().unwrap();
     cache.lost(3);

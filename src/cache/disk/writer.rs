@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{DiskCacheError, LayerCache};
+use super::LayerCache;
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 /// How many places are followed at once; beyond, the one that has waited longest is given up.
@@ -29,8 +29,6 @@ pub struct CacheWriter {
     cache: Arc<LayerCache>,
     /// The one that grew last at the end.
     places: Vec<Place>,
-    /// Whether a chunk could not be written; then nothing more is.
-    failed: bool,
 }
 
 impl CacheWriter {
@@ -40,15 +38,11 @@ impl CacheWriter {
         Self {
             cache,
             places: Vec::new(),
-            failed: false,
         }
     }
 
-    /// Takes the layer's bytes from `at` on. Waits for the disk. What cannot be written is logged, once.
+    /// Takes the layer's bytes from `at` on. Waits for the disk. What there is no room for is not kept.
     pub fn push(&mut self, at: TarOffset, bytes: &[u8]) {
-        if self.failed {
-            return;
-        }
         let mut place = match self.places.iter().position(|place| place.next == at) {
             Some(known) => self.places.remove(known),
             None => Place {
@@ -57,10 +51,7 @@ impl CacheWriter {
                 held: Vec::new(),
             },
         };
-        if let Err(error) = self.extend(&mut place, bytes) {
-            log::warn!("{error}");
-            self.failed = true;
-        }
+        self.extend(&mut place, bytes);
         if self.places.len() == MOST_PLACES {
             self.places.remove(0);
         }
@@ -68,7 +59,7 @@ impl CacheWriter {
     }
 
     /// Adds `bytes` to a place and writes the chunks that are whole now.
-    fn extend(&self, place: &mut Place, mut bytes: &[u8]) -> Result<(), DiskCacheError> {
+    fn extend(&self, place: &mut Place, mut bytes: &[u8]) {
         let at = place.next;
         place.next = at.plus(len_u64(bytes.len()));
         if place.held.is_empty() {
@@ -78,38 +69,36 @@ impl CacheWriter {
         }
         place.held.extend_from_slice(bytes);
         let held = len_u64(place.held.len());
-        let whole = if place.start.plus(held).0 >= self.cache.identity.size {
+        let whole = if place.start.plus(held).0 >= self.cache.size() {
             held
         } else {
             held / CHUNK_BYTES * CHUNK_BYTES
         };
-        if whole == 0 {
-            return Ok(());
+        if whole > 0 {
+            self.cache.put(place.start, &place.held[..len_usize(whole)]);
+            place.held.drain(..len_usize(whole));
+            place.start = place.start.plus(whole);
         }
-        let written = self.cache.put(place.start, &place.held[..len_usize(whole)]);
-        place.held.drain(..len_usize(whole));
-        place.start = place.start.plus(whole);
-        written
     }
 }
 
 impl Drop for CacheWriter {
     fn drop(&mut self) {
         if let Err(error) = self.cache.commit() {
-            log::warn!("{error}");
+            log::debug!("{error}");
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DiskCache, LayerKey};
+    use super::super::{CacheLimit, DiskCache, LayerKey};
     use super::*;
 
     #[test]
     fn pieces_of_many_places_become_chunks() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
         let size = 40 * CHUNK_BYTES + 100;
         let key = LayerKey::of_url("http://localhost/layer", size, "\"1\"");
         let cache = store.layer(key, size).unwrap();
@@ -132,7 +121,7 @@ mod tests {
     #[test]
     fn only_so_many_places_are_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let store = DiskCache::open(dir.path()).unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
         let size = 1000 * CHUNK_BYTES;
         let cache = store.unnamed(size).unwrap();
         let mut writer = CacheWriter::new(Arc::clone(&cache));

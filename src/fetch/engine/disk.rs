@@ -1,6 +1,5 @@
 //! What the fetch thread does with files: reads of local layers, reads of cached chunks, and writing chunks behind.
 
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -110,7 +109,7 @@ impl Engine {
         // What the page cache has is read where it is checked. A single chunk that a short read waits for is here sooner than
         // another thread is awake.
         let alone = matches!(batch[..], [key] if self.in_flight.has_short_reader(key));
-        let checker = ReadBack::new(cache, state);
+        let checker = ReadBack::new(cache, state, &batch, |key| self.is_verified(key));
         let mut waiting = Vec::new();
         let outcomes = if alone {
             checker.read_at_once(&batch)
@@ -170,7 +169,10 @@ impl Engine {
     fn read_back_ended(self: &Rc<Self>, state: &LayerState, key: ChunkKey, outcome: Result<Vec<u8>, String>) {
         self.count_verified(state);
         match outcome {
-            Ok(bytes) => self.deliver(key, bytes, false),
+            Ok(bytes) => {
+                self.mark_verified(key);
+                self.deliver(key, bytes, false);
+            }
             Err(why) => {
                 self.drop_cached(state, key, &why);
                 self.fetch_again(key);
@@ -199,15 +201,14 @@ impl Engine {
         }
     }
 
-    /// Whether this process has verified the pieces of a chunk in the cache: from then on its checksum tells whether it still is
-    /// the same.
+    /// Whether this process has verified a chunk in the cache: from then on its checksum tells whether it still is the same. Without
+    /// digests there is nothing to verify.
     pub(super) fn is_verified(&self, key: ChunkKey) -> bool {
         let checked = self.fetched(key.layer).and_then(|layer| layer.content.checked.as_ref());
-        let has_sums = self.cache(key.layer).is_some_and(|cache| !cache.is_borrowed());
-        has_sums && checked.is_some_and(|checked| checked.has(key.index))
+        checked.is_none_or(|checked| checked.has(key.index))
     }
 
-    /// The pieces of a chunk in the cache were verified by this process.
+    /// A chunk that lies in the cache was verified by this process.
     pub(super) fn mark_verified(&self, key: ChunkKey) {
         if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.content.checked.as_ref()) {
             checked.set(key.index);
@@ -244,7 +245,7 @@ impl Engine {
         let (Some(state), Some(cache)) = (self.layer(key.layer), self.cache(key.layer)) else {
             return;
         };
-        let mut file = cache.writer();
+        let mut writer = RunWriter::default();
         loop {
             if self.budget.unwritten() < SMALL_BACKLOG && !self.stopping.get() {
                 sleep(WRITE_DELAY).await;
@@ -254,37 +255,19 @@ impl Engine {
             let first = *first;
             let bytes = batch.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
             let indexes = first..first.saturating_add(u32::try_from(batch.len()).unwrap_or(0));
-            let start = ChunkKey {
-                layer: key.layer,
-                index: first,
-            }
-            .start()
-            .0;
             let direct = self.budget.unwritten() <= DIRECT_BACKLOG;
             let written;
-            (file, written) = match file {
-                Ok(file) if cache.takes_more() => {
-                    write_run(cache.clone(), file, start, len_usize(bytes), batch, direct).await
-                }
-                Ok(file) => (Ok(file), Err(io::ErrorKind::StorageFull.into())),
-                Err(error) => {
-                    let again = io::Error::new(error.kind(), error.to_string());
-                    (Err(error), Err(again))
-                }
-            };
+            (writer, written) = write_run(cache.clone(), writer, first, batch, direct).await;
             self.budget.end_write(bytes);
-            match written {
-                Ok(()) => {
-                    for index in indexes.clone() {
-                        self.mark_verified(ChunkKey {
-                            layer: key.layer,
-                            index,
-                        });
-                    }
-                    add(&self.counters.bytes_stored, bytes);
-                    Self::commit_later(state, cache);
+            if written {
+                for index in indexes.clone() {
+                    self.mark_verified(ChunkKey {
+                        layer: key.layer,
+                        index,
+                    });
                 }
-                Err(error) => cache.stop_writing(&error),
+                add(&self.counters.bytes_stored, bytes);
+                Self::commit_later(state, cache);
             }
             indexes.for_each(|index| drop(state.writer.queued.borrow_mut().remove(&index)));
             self.verify_if_complete(state, key.layer);
@@ -337,14 +320,22 @@ impl Engine {
 #[derive(Clone)]
 struct ReadBack {
     cache: Arc<LayerCache>,
+    /// None if checksums are enough.
     verifier: Option<Verifier>,
 }
 
 impl ReadBack {
-    fn new(cache: &Arc<LayerCache>, state: &LayerState) -> Self {
+    /// For `batch`, chunks of one layer. Those that were verified before are compared with their checksums alone, if all of them were.
+    fn new(
+        cache: &Arc<LayerCache>,
+        state: &LayerState,
+        batch: &[ChunkKey],
+        is_verified: impl Fn(ChunkKey) -> bool,
+    ) -> Self {
+        let all_verified = batch.iter().all(|key| is_verified(*key));
         Self {
             cache: Arc::clone(cache),
-            verifier: state.verifier.clone(),
+            verifier: state.verifier.clone().filter(|_| !all_verified),
         }
     }
 
@@ -354,11 +345,18 @@ impl ReadBack {
         batch.iter().map(read).collect()
     }
 
-    /// The bytes, if they are chunk `index`: by the digest of the index, which says it of every byte, else by the cache's own
-    /// checksum.
+    /// The bytes, if they are chunk `index`: by the digest of the index, if there is one and this process has not compared it yet,
+    /// else by the checksum of what was right then.
     fn check(&self, index: u32, bytes: Vec<u8>) -> Result<Vec<u8>, String> {
+        self.cache.touch(index);
         let right = match &self.verifier {
-            Some(Verifier::Chunks(verifier)) => verifier.matches(index, &bytes),
+            Some(Verifier::Chunks(verifier)) => {
+                let right = verifier.matches(index, &bytes);
+                if right {
+                    self.cache.verified(index, &bytes);
+                }
+                right
+            }
             _ => self.cache.matches(index, &bytes),
         };
         if right {
@@ -369,36 +367,27 @@ impl ReadBack {
     }
 }
 
-/// Commits on a thread that may block.
+/// Commits on a thread that may block. What the disk did not take was said.
 async fn commit(cache: Arc<LayerCache>) {
     match runtime::blocking(move || cache.commit()).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => log::warn!("{error}"),
+        Ok(Err(error)) => log::debug!("{error}"),
         Err(error) => log::warn!("the cache was not committed: {error}"),
     }
 }
 
-/// Writes a run of chunks on a thread that may wait for the disk; the file comes back with how it went.
+/// Writes a run of chunks on a thread that may wait for the disk; the writer comes back, and whether they are in the file now.
 async fn write_run(
     cache: Arc<LayerCache>,
-    mut file: RunWriter,
-    start: u64,
-    len: usize,
+    mut writer: RunWriter,
+    first: u32,
     batch: Vec<(u32, Arc<Chunk>)>,
     direct: bool,
-) -> (io::Result<RunWriter>, io::Result<()>) {
+) -> (RunWriter, bool) {
     let job = runtime::blocking(move || {
-        let pieces = batch.iter().map(|(_, chunk)| chunk.bytes());
-        let written = file.write(start, len, pieces, direct);
-        if written.is_ok() {
-            for (index, chunk) in &batch {
-                cache.wrote(*index, crc32c::crc32c(chunk.bytes()));
-            }
-        }
-        (file, written)
+        let chunks: Vec<&[u8]> = batch.iter().map(|(_, chunk)| chunk.bytes()).collect();
+        let written = cache.write(&mut writer, first, &chunks, direct);
+        (writer, written)
     });
-    match job.await {
-        Ok((file, written)) => (Ok(file), written),
-        Err(error) => (Err(io::Error::other(error.to_string())), Err(io::Error::other(error))),
-    }
+    job.await.unwrap_or_default()
 }

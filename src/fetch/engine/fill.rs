@@ -138,7 +138,9 @@ impl Engine {
         let chunks = |layer: LayerId| {
             let state = self.layers.get(usize::try_from(layer.0).ok()?)?;
             let count = state.as_ref().filter(|state| {
-                let takes_more = self.cache(layer).is_some_and(|cache| cache.takes_more());
+                let takes_more = self
+                    .cache(layer)
+                    .is_some_and(|cache| cache.takes_more() && !cache.is_tight());
                 takes_more && state.can_seek() && !state.streaming.get() && self.poison_of(layer).is_none()
             });
             Some(count.and_then(|state| chunk_count(state.size)).unwrap_or(0))

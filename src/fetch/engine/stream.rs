@@ -239,6 +239,9 @@ impl Engine {
 
     fn make_room_for_stream(&self, state: &LayerState, layer: LayerId) {
         let name = state.origin.name();
+        if let Some(cache) = self.cache(layer) {
+            cache.mark_costly();
+        }
         if state.can_seek() && !state.warned.replace(true) {
             log::warn!(
                 "{name}: the server answers 200 to a Range: reading all {} bytes once, in order",

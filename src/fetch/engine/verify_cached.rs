@@ -4,8 +4,6 @@
 //! A piece is verified by its own digest, whatever the cache's map says of the chunks that they reach into. That is why in the end also that
 //! is left in the data file which came of chunks that did not become whole.
 
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -57,7 +55,7 @@ impl Engine {
         let cache = self.cache(key.layer).ok_or(CachedFault::Incomplete)?;
         let chunk = |index| TarRange::new(ChunkKey { index, ..key }.start(), chunk_len(state.size, index));
         let own = chunk(key.index);
-        let one = |index: u32| cache.find(index, index.saturating_add(1)).map(|file| file.as_raw_fd());
+        let one = |index: u32| cache.find(index, index.saturating_add(1));
         let place = one(key.index).ok_or(CachedFault::Incomplete)?;
         let read = async |range: TarRange| {
             let file = cache.file_of(key.index);
@@ -73,6 +71,7 @@ impl Engine {
         };
         if self.is_verified(key) {
             let bytes = read(own).await?;
+            cache.touch(key.index);
             if cache.matches(key.index, &bytes) {
                 return Ok(bytes);
             }
@@ -125,16 +124,17 @@ impl Engine {
                 continue;
             };
             let pieces = state.verifier.as_ref().and_then(Verifier::pieces);
-            let (Some(coded), Some(_), Ok(file)) = (&state.coded, pieces, cache.parts()) else {
+            let (Some(coded), Some(_)) = (&state.coded, pieces) else {
                 continue;
             };
             let mut parts = coded.take_parts();
             parts.retain(|(at, _)| !cache.has(ChunkKey::holding(layer, TarOffset(*at)).index));
             let if_alone = shared.content.if_alone();
+            let cache = Arc::clone(cache);
             let job = runtime::blocking(move || {
                 let mut written = Ok(());
                 // What is not there is fetched again.
-                if_alone(&mut || written = parts.iter().try_for_each(|(at, bytes)| file.write_all_at(bytes, *at)));
+                if_alone(&mut || written = parts.iter().try_for_each(|(at, bytes)| cache.write_part(*at, bytes)));
                 written
             });
             if let Ok(Err(error)) = job.await {

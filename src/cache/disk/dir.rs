@@ -1,0 +1,545 @@
+//! The directory that the disk cache lives in, and the files in it. In: names. Out: open files that nobody else could have planted.
+//!
+//! Root writes here, and what lies here reaches root's programs. So the directory has to belong to the user who uses it, and no one
+//! else may write to it; it is opened once and everything in it is opened relative to that, without following links, new files only
+//! where there was none. A file that is no regular file, or another user's, is refused.
+//!
+//! Every change goes through here and can be seen by an [`Observer`]: tests record what is written and cut the record at every place.
+
+use std::fmt;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags};
+
+use super::DiskCacheError;
+
+/// Told of every change before it is made, and may refuse it. For tests.
+pub(crate) trait Observer: Send + Sync + fmt::Debug {
+    /// What is about to be done.
+    ///
+    /// # Errors
+    /// What the disk is to answer instead.
+    fn before(&self, change: &Change<'_>) -> io::Result<()>;
+}
+
+/// A change of the directory or of a file in it; files go by their inode's number.
+#[derive(Debug)]
+#[cfg_attr(not(test), allow(dead_code, reason = "only tests look"))]
+pub(crate) enum Change<'a> {
+    Create { file: u64, name: &'a str },
+    Write { file: u64, at: u64, bytes: &'a [u8] },
+    SetLen { file: u64, len: u64 },
+    Punch { file: u64, at: u64, len: u64 },
+    Sync { file: u64 },
+    Rename { from: &'a str, to: &'a str },
+    Remove { name: &'a str },
+    SyncDir,
+}
+
+/// The directory, open.
+#[derive(Clone, Debug)]
+pub(crate) struct SafeDir {
+    fd: Arc<OwnedFd>,
+    path: PathBuf,
+    observer: Option<Arc<dyn Observer>>,
+}
+
+/// A file in it, open.
+#[derive(Debug)]
+pub(crate) struct CacheFile {
+    file: File,
+    /// Its inode's number.
+    id: u64,
+    writable: bool,
+    observer: Option<Arc<dyn Observer>>,
+}
+
+/// Refuses what another user could have put there or could change.
+///
+/// # Errors
+/// [`DiskCacheError::Unsafe`].
+pub(crate) fn check_owner(path: &Path, meta: &fs::Metadata) -> Result<(), DiskCacheError> {
+    let refused = |why: String| DiskCacheError::Unsafe {
+        path: path.to_owned(),
+        why,
+    };
+    let me = rustix::process::geteuid().as_raw();
+    if meta.uid() != me {
+        return Err(refused(format!(
+            "it belongs to user {}, who could put anything there; remove it, or name another directory with --cache",
+            meta.uid()
+        )));
+    }
+    if meta.mode() & 0o022 != 0 {
+        return Err(refused(
+            "others may write to it; `chmod go-w` it if nobody did, or remove it".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// Checks a directory of the cache, if it is there: a directory and no link, this user's, that no one else may write to.
+///
+/// # Errors
+/// [`DiskCacheError::Unsafe`].
+pub(crate) fn check_dir(path: &Path) -> Result<(), DiskCacheError> {
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_symlink() => Err(DiskCacheError::Unsafe {
+            path: path.to_owned(),
+            why: "it is a symbolic link; name the directory itself".to_owned(),
+        }),
+        Ok(meta) if !meta.is_dir() => Err(DiskCacheError::Unsafe {
+            path: path.to_owned(),
+            why: "it is not a directory; remove it".to_owned(),
+        }),
+        Ok(meta) => check_owner(path, &meta),
+        // What cannot be looked at is found out by whoever opens it.
+        Err(_) => Ok(()),
+    }
+}
+
+impl SafeDir {
+    /// Opens a directory, which is made for its owner alone when it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made or opened, or others could have written to it.
+    pub(crate) fn open(path: &Path) -> Result<Self, DiskCacheError> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+        if let Err(error) = made
+            && fs::symlink_metadata(path).is_err()
+        {
+            return Err(DiskCacheError::new(path, "make the cache directory")(error));
+        }
+        Self::open_existing(path)
+    }
+
+    /// Opens a directory that is there.
+    ///
+    /// # Errors
+    /// The same; and when it is missing.
+    pub(crate) fn open_existing(path: &Path) -> Result<Self, DiskCacheError> {
+        check_dir(path)?;
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(DiskCacheError::new(path, "open the cache directory"))?;
+        // Once more, of what was opened: it may have been exchanged meanwhile.
+        let meta = file.metadata().map_err(DiskCacheError::new(path, "look at"))?;
+        check_owner(path, &meta)?;
+        Ok(Self {
+            fd: Arc::new(file.into()),
+            path: path.to_owned(),
+            observer: None,
+        })
+    }
+
+    /// The same directory, seen by `observer`.
+    #[cfg(test)]
+    pub(super) fn observed(self, observer: Arc<dyn Observer>) -> Self {
+        Self {
+            observer: Some(observer),
+            ..self
+        }
+    }
+
+    /// Opens the directory of this path anew, in case this one was deleted.
+    pub(crate) fn reopened(&self) -> Result<Self, DiskCacheError> {
+        Ok(Self {
+            observer: self.observer.clone(),
+            ..Self::open(&self.path)?
+        })
+    }
+
+    /// Where it is, for messages and for what is mounted there.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether its path still leads to it.
+    pub(crate) fn is_in_place(&self) -> bool {
+        let Ok(own) = rustix::fs::fstat(&self.fd) else {
+            return false;
+        };
+        fs::symlink_metadata(&self.path).is_ok_and(|named| (named.dev(), named.ino()) == (own.st_dev, own.st_ino))
+    }
+
+    fn tell(&self, change: &Change<'_>) -> io::Result<()> {
+        self.observer
+            .as_ref()
+            .map_or(Ok(()), |observer| observer.before(change))
+    }
+
+    fn wrap(&self, fd: OwnedFd, writable: bool) -> io::Result<CacheFile> {
+        let file = File::from(fd);
+        let id = file.metadata()?.ino();
+        Ok(CacheFile {
+            file,
+            id,
+            writable,
+            observer: self.observer.clone(),
+        })
+    }
+
+    /// Opens a file that is there. Never waits, as opening a pipe would.
+    ///
+    /// # Errors
+    /// What the kernel says; [`io::ErrorKind::PermissionDenied`] when it is not a regular file of this user's own.
+    pub(crate) fn open_file(&self, name: &str, writable: bool) -> io::Result<CacheFile> {
+        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map_err(|error| match error {
+            rustix::io::Errno::LOOP => refused("a symbolic link"),
+            other => other.into(),
+        })?;
+        let stat = rustix::fs::fstat(&fd)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(refused("not a regular file"));
+        }
+        if stat.st_uid != rustix::process::geteuid().as_raw() {
+            return Err(refused("another user's file"));
+        }
+        if stat.st_mode & 0o022 != 0 {
+            return Err(refused("a file that others may write to"));
+        }
+        self.wrap(fd, writable)
+    }
+
+    /// Makes a file, for its owner alone.
+    ///
+    /// # Errors
+    /// What the kernel says; [`io::ErrorKind::AlreadyExists`] when there is something of this name, whatever it is.
+    pub(crate) fn create_file(&self, name: &str) -> io::Result<CacheFile> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.tell(&Change::Create { file: 0, name })?;
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)?;
+        let file = self.wrap(fd, true)?;
+        self.tell(&Change::Create { file: file.id, name })?;
+        Ok(file)
+    }
+
+    /// Makes a file without a name, which goes with its last descriptor.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn create_nameless(&self) -> io::Result<CacheFile> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, ".", flags, Mode::RUSR | Mode::WUSR)?;
+        self.wrap(fd, true)
+    }
+
+    /// Puts a file in the place of another.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.tell(&Change::Rename { from, to })?;
+        Ok(rustix::fs::renameat(&self.fd, from, &self.fd, to)?)
+    }
+
+    /// Removes a file; one that is not there is no error.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn remove(&self, name: &str) -> io::Result<()> {
+        self.tell(&Change::Remove { name })?;
+        match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes durable which names there are.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.tell(&Change::SyncDir)?;
+        Ok(rustix::fs::fsync(&self.fd)?)
+    }
+
+    /// What is known of a name, without following a link.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn stat(&self, name: &str) -> io::Result<rustix::fs::Stat> {
+        Ok(rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// The names in it that are text, in no order.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn names(&self) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.fd)? {
+            if let Ok(name) = entry?.file_name().to_str()
+                && name != "."
+                && name != ".."
+            {
+                names.push(name.to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Disk space that the directory itself takes, in bytes.
+    pub(crate) fn own_bytes(&self) -> u64 {
+        rustix::fs::fstat(&self.fd).map_or(0, |stat| blocks(&stat))
+    }
+
+    /// Bytes of its filesystem: all, and those that this user may still take.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn space(&self) -> io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstatvfs(&self.fd)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
+        Ok((bytes(stat.f_blocks), bytes(stat.f_bavail)))
+    }
+
+    /// Waits for this process's turn to change which files there are and how long they may become, at most about a second;
+    /// the turn lasts as long as what is returned.
+    pub(crate) fn turn(&self) -> io::Result<File> {
+        const TRIES: u32 = 200;
+        // A description of its own: a lock on the shared one would be everybody's in this process.
+        let own = rustix::fs::openat(
+            &self.fd,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        for _ in 0..TRIES {
+            match rustix::fs::flock(&own, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(own.into()),
+                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(std::time::Duration::from_millis(5)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "another process keeps the cache directory locked",
+        ))
+    }
+}
+
+fn refused(what: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("it is {what}, and not tarblk's own; remove it"),
+    )
+}
+
+/// Disk space of a file, in bytes.
+pub(crate) fn blocks(stat: &rustix::fs::Stat) -> u64 {
+    u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512)
+}
+
+impl CacheFile {
+    /// A file that is not in the cache directory, and is only read.
+    pub(crate) fn borrowed(file: File) -> Self {
+        Self {
+            file,
+            id: 0,
+            writable: false,
+            observer: None,
+        }
+    }
+
+    /// A file of this process's own, in whatever place.
+    pub(crate) fn own(file: File) -> io::Result<Self> {
+        let id = file.metadata()?.ino();
+        Ok(Self {
+            file,
+            id,
+            writable: true,
+            observer: None,
+        })
+    }
+
+    fn tell(&self, change: &Change<'_>) -> io::Result<()> {
+        self.observer
+            .as_ref()
+            .map_or(Ok(()), |observer| observer.before(change))
+    }
+
+    /// The open file, to be read.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Tells it from other files.
+    pub(crate) const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Whether it was opened to be written.
+    pub(crate) const fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The same open file once more.
+    pub(crate) fn again(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            id: self.id,
+            writable: self.writable,
+            observer: self.observer.clone(),
+        })
+    }
+
+    /// The same file opened for writes past the page cache.
+    pub(crate) fn direct(&self) -> io::Result<Self> {
+        // A file without a name can be opened anew only through the descriptor; and the flags are to differ.
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        Ok(Self {
+            file,
+            id: self.id,
+            writable: true,
+            observer: self.observer.clone(),
+        })
+    }
+
+    /// Writes all of `bytes` from byte `at` on.
+    pub(crate) fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.tell(&Change::Write {
+            file: self.id,
+            at,
+            bytes,
+        })?;
+        self.file.write_all_at(bytes, at)
+    }
+
+    pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
+        self.tell(&Change::SetLen { file: self.id, len })?;
+        self.file.set_len(len)
+    }
+
+    /// Gives the disk space of `len` bytes from `at` on back; they read as zeros from then on.
+    pub(crate) fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        self.tell(&Change::Punch { file: self.id, at, len })?;
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.file, mode, at, len)?)
+    }
+
+    /// Makes its bytes durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.tell(&Change::Sync { file: self.id })?;
+        self.file.sync_data()
+    }
+
+    /// Locks it for this process alone, if no one has it locked.
+    pub(crate) fn lock(&self) -> bool {
+        rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    }
+
+    /// Whether a process has it locked for itself. Looking takes a lock that others may take as well, for a moment.
+    pub(crate) fn is_locked(&self) -> bool {
+        let taken = rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockShared);
+        if taken.is_ok() {
+            // Gone with the descriptor otherwise.
+            let _unlocked = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+        }
+        taken.is_err()
+    }
+
+    /// Disk space that it takes, in bytes.
+    pub(crate) fn disk_bytes(&self) -> u64 {
+        rustix::fs::fstat(&self.file).map_or(0, |stat| blocks(&stat))
+    }
+
+    /// Whether `name` in `dir` is this very file.
+    pub(crate) fn is_called(&self, dir: &SafeDir, name: &str) -> bool {
+        let own = rustix::fs::fstat(&self.file);
+        let named = dir.stat(name);
+        matches!((own, named), (Ok(own), Ok(named)) if (own.st_dev, own.st_ino) == (named.st_dev, named.st_ino))
+    }
+}
+
+impl AsFd for CacheFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn why(outcome: Result<SafeDir, DiskCacheError>) -> String {
+        outcome.expect_err("it was opened").to_string()
+    }
+
+    #[test]
+    fn a_directory_that_others_could_write_to_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/cache");
+        SafeDir::open(&path).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().mode() & 0o777,
+            0o700,
+            "made for others, too"
+        );
+        for mode in [0o720, 0o702, 0o777, 0o1777] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert!(why(SafeDir::open(&path)).contains("others may write"), "mode {mode:o}");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        SafeDir::open(&path).unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(why(SafeDir::open(&link)).contains("symbolic link"));
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(why(SafeDir::open(&file)).contains("not a directory"));
+        if rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+            assert!(why(SafeDir::open(&path)).contains("belongs to user 65534"));
+        }
+    }
+
+    #[test]
+    fn planted_files_are_neither_opened_nor_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        let cache = SafeDir::open(&dir.path().join("cache")).unwrap();
+        let at = |name: &str| dir.path().join("cache").join(name);
+        std::os::unix::fs::symlink(&victim, at("link")).unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), at("dangling")).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        fs::create_dir(at("dir")).unwrap();
+        fs::write(at("open"), "").unwrap();
+        fs::set_permissions(at("open"), fs::Permissions::from_mode(0o666)).unwrap();
+        for name in ["link", "dangling", "fifo", "dir", "open"] {
+            for writable in [false, true] {
+                assert!(cache.open_file(name, writable).is_err(), "{name} was opened");
+            }
+            let made = cache.create_file(name).map(|_| ());
+            assert_eq!(made.unwrap_err().kind(), io::ErrorKind::AlreadyExists, "{name}");
+        }
+        assert_eq!(fs::read(&victim).unwrap(), b"precious");
+        assert!(!dir.path().join("nowhere").exists());
+        if rustix::process::geteuid().is_root() {
+            fs::write(at("theirs"), "").unwrap();
+            std::os::unix::fs::chown(at("theirs"), Some(65534), None).unwrap();
+            assert!(cache.open_file("theirs", false).is_err());
+        }
+        let made = cache.create_file("mine").unwrap();
+        assert_eq!(fs::metadata(at("mine")).unwrap().mode() & 0o777, 0o600);
+        assert!(made.is_called(&cache, "mine") && !made.is_called(&cache, "open"));
+        assert!(cache.is_in_place());
+        fs::rename(at(""), dir.path().join("moved")).unwrap();
+        assert!(!cache.is_in_place());
+    }
+}
