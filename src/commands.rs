@@ -6,6 +6,7 @@
 
 mod attach;
 mod bench;
+mod cache;
 mod cli;
 mod demo;
 mod diff;
@@ -134,6 +135,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Ps(args) => ps::ps(args, session),
         Command::Stats(args) => stats::stats(args, session),
         Command::Doctor(args) => doctor::doctor(args, session),
+        Command::Cache(args) => cache::cache(args, session),
         Command::Logs(args) => logs::logs(args),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),

@@ -51,9 +51,10 @@ use prepared::FoundLayer;
 
 pub use discover::IndexChoice;
 pub use error::{OpenError, PackedImage};
-pub use index_cache::{Cache, default_cache_dir};
+pub use index_cache::{Beside, Cache, default_cache_dir};
 pub use limit::SizeLimit;
 pub use named::load_index;
+pub use offline::recalled_digests;
 pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
 pub use serve_spec::{ImageSpec, Opened, serve_here};

@@ -85,7 +85,7 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
 }
 
 /// An age in its biggest unit.
-fn show_age(secs: u64) -> String {
+pub(super) fn show_age(secs: u64) -> String {
     match secs {
         0..60 => format!("{secs}s"),
         60..3600 => format!("{}m", secs / 60),

@@ -10,7 +10,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -61,6 +61,17 @@ pub struct Cache {
 
 /// The directories of a cache, beside that of the layers' bytes.
 const BESIDE: [&str; 4] = ["index", "hot", "small", "names"];
+
+/// One directory of a cache that holds no layers' bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Beside {
+    /// What it is called: `index`, `hot`, `small` or `names`.
+    pub name: &'static str,
+    /// Files in it.
+    pub files: u64,
+    /// Disk space that they take, in bytes.
+    pub bytes: u64,
+}
 
 /// The limit of the disk cache in `layers`, which is a part of a cache directory: all of that counts.
 pub(super) fn limit_of(layers: &Path, bytes: Option<u64>) -> CacheLimit {
@@ -122,6 +133,64 @@ impl Cache {
     pub fn store(&self) -> Result<Arc<DiskCache>, DiskCacheError> {
         let layers = self.layers();
         DiskCache::open(&layers, limit_of(&layers, self.limit))
+    }
+
+    /// The disk cache of layers' bytes in it, if there is one. Makes nothing.
+    ///
+    /// # Errors
+    /// Those of [`DiskCache::open_existing`].
+    pub fn existing_store(&self) -> Result<Option<Arc<DiskCache>>, DiskCacheError> {
+        let layers = self.layers();
+        match fs::symlink_metadata(&layers) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            _ => DiskCache::open_existing(&layers, limit_of(&layers, self.limit)).map(Some),
+        }
+    }
+
+    /// What it takes on disk besides layers' bytes, by directory.
+    #[must_use]
+    pub fn beside(&self) -> Vec<Beside> {
+        let of = |name| {
+            let mut sum = Beside {
+                name,
+                files: 0,
+                bytes: 0,
+            };
+            for entry in fs::read_dir(self.dir.join(name)).into_iter().flatten().flatten() {
+                if let Ok(meta) = entry.metadata() {
+                    sum.files += 1;
+                    sum.bytes += meta.blocks() * 512;
+                }
+            }
+            sum
+        };
+        BESIDE.map(of).to_vec()
+    }
+
+    /// Removes all indexes, manifests and names that are kept. Devices have what they need of these open, or copies of it. Says how
+    /// many bytes of disk that gave back.
+    ///
+    /// # Errors
+    /// When one cannot be removed.
+    pub fn forget_beside(&self) -> Result<u64, OpenError> {
+        let mut freed = 0;
+        for name in BESIDE {
+            let dir = self.dir.join(name);
+            for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+                let bytes = entry.metadata().map_or(0, |meta| meta.blocks() * 512);
+                match fs::remove_file(entry.path()) {
+                    Ok(()) => freed += bytes,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(cause) => {
+                        return Err(OpenError::Cache {
+                            path: entry.path(),
+                            cause,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(freed)
     }
 
     /// The directory; absolute.

@@ -10,7 +10,7 @@ use super::{Cache, OpenError, OpenOptions, PreparedLayer};
 use crate::cache::disk::{DiskCache, LayerKey};
 use crate::digest::Digest;
 use crate::layer::Coding;
-use crate::source::registry::{PullPolicy, Recalled, RegistryOptions, patience_to_spare};
+use crate::source::registry::{self, PullPolicy, Recalled, RegistryOptions, patience_to_spare};
 use crate::source::{Blob, Place, Source};
 
 /// A layer by its name, from its server or from memory; in the latter case, that it was.
@@ -70,6 +70,25 @@ pub(super) fn options_after(recalled: Option<&Recalled>, options: &OpenOptions) 
         },
         ..options.clone()
     }
+}
+
+/// The digests of the layers that an image has, from what is remembered of it: no server is asked. None of anything that is no image.
+///
+/// # Errors
+/// When the name makes no sense, or what it means was never kept here.
+pub fn recalled_digests(text: &str, cache: &Cache) -> Result<Vec<Digest>, OpenError> {
+    let Source::Image(name) = Source::parse(text)? else {
+        return Ok(Vec::new());
+    };
+    let found = registry::find(
+        &name,
+        &RegistryOptions {
+            pull: PullPolicy::Never,
+            cache: Some(Arc::new(cache.clone())),
+            ..RegistryOptions::default()
+        },
+    )?;
+    Ok(found.layers().map(|layer| layer.digest.clone()).collect())
 }
 
 /// Says that a name was recalled, and whether all that is needed is kept. Nothing is said where nobody was to be asked, unless
