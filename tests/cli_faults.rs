@@ -661,7 +661,7 @@ fn a_full_disk() {
     let output = apart(
         &lab,
         &format!(
-            "mount -t tmpfs -o size=100k none small
+            "mount -t tmpfs -o size=100k,mode=755 none small
             dd if=/dev/zero of=small/fill bs=1k count=200 2>/dev/null || true
             $TARBLK image {} -o out.ext4 --cache small",
             origin.url("/layer.tar")

@@ -60,7 +60,9 @@ pub enum DiskCacheError {
         source: io::Error,
     },
     /// Others could have put something there for this user to believe or to write through.
-    #[error("the cache directory {path} is not safe: {why}")]
+    #[error(
+        "the cache directory {path} is not safe: {why}; or name another one with --cache, or keep nothing (--no-cache)"
+    )]
     Unsafe {
         /// The file or directory.
         path: PathBuf,

@@ -71,7 +71,7 @@ pub(crate) fn check_owner(path: &Path, meta: &fs::Metadata) -> Result<(), DiskCa
     let me = rustix::process::geteuid().as_raw();
     if meta.uid() != me {
         return Err(refused(format!(
-            "it belongs to user {}, who could put anything there; remove it, or name another directory with --cache",
+            "it belongs to user {}, who could put anything there; remove it",
             meta.uid()
         )));
     }
@@ -91,7 +91,7 @@ pub(crate) fn check_dir(path: &Path) -> Result<(), DiskCacheError> {
     match fs::symlink_metadata(path) {
         Ok(meta) if meta.is_symlink() => Err(DiskCacheError::Unsafe {
             path: path.to_owned(),
-            why: "it is a symbolic link; name the directory itself".to_owned(),
+            why: "it is a symbolic link; remove it, or name the directory itself".to_owned(),
         }),
         Ok(meta) if !meta.is_dir() => Err(DiskCacheError::Unsafe {
             path: path.to_owned(),
