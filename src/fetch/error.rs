@@ -136,6 +136,13 @@ pub enum FetchError {
         /// What was found.
         why: String,
     },
+    /// What reads the layers could not be made again after a restart: an answer for good, unlike [`FetchError::Stopped`], which
+    /// leaves a read to the next process.
+    #[error("{why}; detach the device and attach it again")]
+    NotBuilt {
+        /// Why not.
+        why: String,
+    },
     /// The fetcher was shut down.
     #[error("the fetcher was shut down")]
     Stopped,

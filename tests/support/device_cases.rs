@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -127,11 +127,14 @@ pub(crate) fn daemon_main() -> ExitCode {
     service::main(DAEMON, &arguments, Images)
 }
 
-/// Whether nobody asked this of the image's file before.
+/// Whether this was not asked of the image's file before; a mode's bit that means nothing else remembers it.
 fn first_time(file: &Path) -> bool {
-    // The service knows the file by a descriptor.
-    let name = fs::canonicalize(file).unwrap().with_extension("seen");
-    File::options().write(true).create_new(true).open(name).is_ok()
+    // The service knows the file by a descriptor: in its namespace it may have no name.
+    let mut mode = fs::metadata(file).unwrap().permissions();
+    let is_first = mode.mode() & 0o1000 == 0;
+    mode.set_mode(mode.mode() | 0o1000);
+    fs::set_permissions(file, mode).unwrap();
+    is_first
 }
 
 /// Makes images of [`TestImage`].

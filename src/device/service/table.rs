@@ -364,8 +364,9 @@ impl<B: Builder> Table<B> {
                     log::error!("{}: {error}", record.state.name);
                     if pause >= RESUME_PAUSE * 2u32.pow(RESUME_TRIES - 1) {
                         // Better an error than readers that wait for ever.
-                        poisoned = Some(error.to_string());
-                        break nothing(record.state.len);
+                        let why = error.to_string();
+                        poisoned = Some(why.clone());
+                        break nothing(record.state.len, why);
                     }
                     thread::sleep(pause);
                     pause *= 2;
@@ -649,11 +650,12 @@ fn resident_bytes() -> Option<u64> {
     Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
 }
 
-/// An image of `len` bytes every read of which fails: what is served of a device that cannot be gone on with.
-fn nothing(len: u64) -> Served {
+/// An image of `len` bytes every read of which fails, and says why: what is served of a device that cannot be gone on with.
+fn nothing(len: u64, why: String) -> Served {
+    let nothing = Arc::new(Nothing { len, why });
     Served {
-        image: Arc::new(Nothing { len }),
-        bytes: Arc::new(Nothing { len }),
+        image: Arc::clone(&nothing) as Arc<dyn BlockImage>,
+        bytes: nothing,
         fetch_stats: Box::new(FetchStats::default),
         finish: Box::new(|| {}),
     }
@@ -661,7 +663,9 @@ fn nothing(len: u64) -> Served {
 
 #[derive(Debug)]
 struct Nothing {
+    /// In bytes.
     len: u64,
+    why: String,
 }
 
 impl BlockImage for Nothing {
@@ -685,6 +689,7 @@ impl BlobReader for Nothing {
     }
 
     fn read(&self, _ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
-        waiter.complete(Err::<Vec<Slice>, _>(FetchError::Stopped));
+        let why = self.why.clone();
+        waiter.complete(Err::<Vec<Slice>, _>(FetchError::NotBuilt { why }));
     }
 }
