@@ -251,7 +251,7 @@ fn mount(dir: &Path, at: SocketAddr, image: &str, authfile: &Path, cache: &Path)
         .arg(target.path())
         .arg("--cache")
         .arg(cache)
-        .args(["--index", "require", "--backend", "loop"])
+        .args(["--index", "require", "--trust", "registry", "--backend", "loop"])
         .env("TARBLK_STATE_DIR", &states);
     let began = Instant::now();
     good(with_registry(&mut command, authfile))?;

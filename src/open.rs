@@ -28,7 +28,9 @@ mod published;
 mod record;
 mod serve_spec;
 mod shared;
+mod signature;
 mod toc;
+pub mod trust;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -48,6 +50,7 @@ use compare::check_headers;
 use cost::CostMeter;
 use named::{bytes_of_named, check_pin, named_index, named_trust, open_index, pinned};
 use prepared::FoundLayer;
+use published::Outcome;
 
 pub use discover::IndexChoice;
 pub use error::{OpenError, PackedImage};
@@ -59,6 +62,8 @@ pub use prepared::PreparedLayer;
 pub use record::{RecordedBlob, Recording, record, record_blob};
 pub use serve_spec::{ImageSpec, Opened, serve_here};
 pub use shared::{Fetching, Shared};
+pub use signature::Signature;
+pub use trust::TrustPolicy;
 
 /// The longest index file that is read, in bytes: about 100 million entries.
 const MAX_INDEX_BYTES: u64 = 2 << 30;
@@ -70,6 +75,8 @@ pub struct OpenOptions {
     pub index: IndexChoice,
     /// Which index, or which artifact with the indexes of an image, by digest; any other is refused.
     pub index_digest: Option<Digest>,
+    /// Whom an index is believed that lies beside an image and that nothing else vouches for.
+    pub trust: TrustPolicy,
     /// One layer of an image, as overlayfs wants it; all of them as one tree if none.
     pub layer: Option<LayerChoice>,
     /// Where indexes and fetched bytes are kept; nowhere if none.
@@ -357,9 +364,18 @@ fn prepare_image(
     let published = published::fetch(name, &image, published?, options)?;
     meter.indexes();
     let mut found = Vec::new();
-    for (layer, published) in image.layers.iter().zip(published) {
+    if options.index != IndexChoice::Require {
+        published::tell_unbelieved(name, &published);
+    }
+    for (layer, outcome) in image.layers.iter().zip(published) {
+        let unbelieved = matches!(outcome, Outcome::Unbelieved);
+        let published = match outcome {
+            Outcome::Used(published) => Some(*published),
+            Outcome::Nothing | Outcome::Unbelieved => None,
+        };
         found.push(FoundLayer {
             published,
+            unbelieved,
             ..FoundLayer::of_image(name, layer)?
         });
     }

@@ -356,6 +356,7 @@ fn an_index_made_of_contents_stays_where_it_is() {
             "--json".into(),
         ];
         arguments.extend(["--backend".into(), "loop".into(), "--index".into(), index.into()]);
+        arguments.extend(["--trust".into(), "registry".into()]);
         arguments.extend(options.clone());
         let said: Value = serde_json::from_str(&session.succeed(&arguments)).unwrap();
         session.succeed(&[OsString::from("umount"), dir.into()]);

@@ -18,7 +18,7 @@ use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{Collector, Index, IndexBuilder};
 use tarblk::internals::layer::Coding;
-use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, Unwatched, prepare};
+use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Prepared, TrustPolicy, Unwatched, prepare};
 use tarblk::internals::source::registry::{DOCKER_MANIFEST, OCI_MANIFEST};
 
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -199,7 +199,7 @@ fn a_published_index_says_what_a_blob_is() {
         tarblk::internals::open::publish::push(
             &reference,
             &options.registry,
-            tarblk::internals::open::publish::PushOptions::new(1 << 20),
+            &tarblk::internals::open::publish::PushOptions::new(1 << 20),
             &mut Silent,
         )
         .unwrap();
@@ -208,6 +208,7 @@ fn a_published_index_says_what_a_blob_is() {
             &name,
             &OpenOptions {
                 index: IndexChoice::Require,
+                trust: TrustPolicy::of_registry(),
                 ..options
             },
         )

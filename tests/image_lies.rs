@@ -113,7 +113,8 @@ fn a_blob_damaged_behind_a_good_index_is_found_out() {
     session.empty_cache();
     let digest = unpacked::layers(&layout, "honest").remove(0);
     registry.flip(&digest, 200_000);
-    let required = [registry.arguments(), vec!["--index".into(), "require".into()]].concat();
+    let believed = ["--index", "require", "--trust", "registry"].map(Into::into).to_vec();
+    let required = [registry.arguments(), believed].concat();
     let mounted = session.mount_with(&image, &required);
     assert!(fails_or_right("honest", &right.root, &mounted) > 0, "nobody noticed");
     session.umount();

@@ -352,7 +352,8 @@ fn a_pushed_index_is_found_and_spares_the_layers() {
     session.succeed(&push);
     session.empty_cache();
     let before = registry.requests().len();
-    let required = [options, vec!["--index".into(), "require".into()]].concat();
+    let believed = ["--index", "require", "--trust", "registry"].map(Into::into).to_vec();
+    let required = [options, believed].concat();
     let mounted = session.mount_with(&image, &required);
     assert_eq!(
         fs::read(mounted.join("opt/app/main.py")).unwrap(),
@@ -407,7 +408,7 @@ fn an_announced_index_is_used() {
     let digest = registry.put_blob("hostile", &index);
     front.announce(&unpacked::layers(&images.join("hostile"), "honest")[0], &digest);
     session.empty_cache();
-    let options = ["--plain-http".into(), "--index".into(), "require".into()];
+    let options = ["--plain-http", "--index", "require", "--trust", "registry"].map(Into::into);
     let image = front.image("hostile:honest").into();
     none(&compare(&mut session, "hostile:honest", &image, &options, &expected));
     nothing_left(session);

@@ -22,7 +22,7 @@ use tarblk::internals::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
 use tarblk::internals::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
 use tarblk::internals::open::publish::{Publication, PublishWatch, Published, PushOptions, copy, push};
 use tarblk::internals::open::{
-    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Unwatched, Watch, prepare,
+    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, TrustPolicy, Unwatched, Watch, prepare,
 };
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
@@ -109,6 +109,7 @@ fn list(index: &[u8], layer: &Digest) -> Listed {
         digest: sha256(index),
         size: open.file_len(),
         hot: Some((open.hot_len(), hot_digest(&open))),
+        signatures: Vec::new(),
     }
 }
 
@@ -158,7 +159,7 @@ impl Reader {
 
     /// How each layer's index is found, and what fetching it brings.
     fn find(&self, pin: Option<&Digest>) -> Vec<Option<Found<OpenError>>> {
-        let found = find_indexes(&self.registry, &self.image, pin).unwrap();
+        let found = find_indexes(&self.registry, &self.image, pin, &TrustPolicy::of_registry()).unwrap();
         let fetch = |(layer, found): (_, Option<_>)| {
             found.map(|found: tarblk::internals::open::discover::FoundIndex| {
                 (found.by, fetch_hot(layer, &found, &HttpOptions::default()))
@@ -183,7 +184,7 @@ fn anew(spacing: u64) -> PushOptions {
 }
 
 fn pushed(image: &Reference) -> Publication {
-    push(image, &options(), PushOptions::new(SPACING), &mut Silent).unwrap()
+    push(image, &options(), &PushOptions::new(SPACING), &mut Silent).unwrap()
 }
 
 fn outcomes(publication: &Publication) -> Vec<Published> {
@@ -246,9 +247,19 @@ fn what_was_pushed_is_found_in_one_request_a_layer() {
                 .all(|found| found.as_ref().unwrap().1.is_ok())
         );
         assert!(!registry.take_log().iter().any(|asked| asked.path.contains("referrers")));
-        let wrong = find_indexes(&reader.registry, &reader.image, Some(&sha256(b"another")));
+        let wrong = find_indexes(
+            &reader.registry,
+            &reader.image,
+            Some(&sha256(b"another")),
+            &TrustPolicy::default(),
+        );
         assert!(wrong.unwrap_err().is_absence());
-        let manifest = find_indexes(&reader.registry, &reader.image, Some(&reader.image.manifest_digest));
+        let manifest = find_indexes(
+            &reader.registry,
+            &reader.image,
+            Some(&reader.image.manifest_digest),
+            &TrustPolicy::default(),
+        );
         assert!(manifest.unwrap_err().to_string().contains(ARTIFACT_TYPE));
     }
     assert_eq!(artifacts[0], artifacts[1], "nothing in it is of the place or the time");
@@ -376,7 +387,7 @@ fn a_layer_that_is_not_what_the_manifest_says_is_not_published() {
     let mut blob = other.blob.clone();
     blob.resize(layer.blob.len(), 0);
     registry.put_blob_as(&layer.digest(), &blob);
-    let refused = push(&image, &options(), PushOptions::new(SPACING), &mut Silent).unwrap_err();
+    let refused = push(&image, &options(), &PushOptions::new(SPACING), &mut Silent).unwrap_err();
     assert!(
         matches!(refused, OpenError::Index { .. } | OpenError::Tar { .. }),
         "{refused}"
@@ -449,6 +460,7 @@ impl Opener<'_> {
         let options = OpenOptions {
             index: index.clone(),
             index_digest: pin.cloned(),
+            trust: TrustPolicy::of_registry(),
             cache: Some(Cache::new(self.cache.path()).unwrap()),
             registry: options(),
             ..OpenOptions::default()
@@ -518,10 +530,10 @@ fn what_was_found_once_is_kept_and_only_the_tag_is_asked_for() {
             .is_err()
     );
     // Another artifact with other indexes of the same layers is another pin: they are fetched.
-    push(&image, &options(), anew(SPACING / 2), &mut Silent).unwrap();
+    push(&image, &options(), &anew(SPACING / 2), &mut Silent).unwrap();
     let (_, other) = (
         artifact,
-        push(&image, &options(), PushOptions::new(SPACING / 2), &mut Silent).unwrap(),
+        push(&image, &options(), &PushOptions::new(SPACING / 2), &mut Silent).unwrap(),
     );
     let (pinned, asked) = opener.open(name, &IndexChoice::Auto, other.artifact.as_ref());
     let pinned = pinned.unwrap();
@@ -843,7 +855,7 @@ fn any_success_takes_what_is_pushed() {
         assert_eq!(outcomes(&pushed(&image)), [Published::Kept]);
         assert!(Reader::new(&image).find_one().unwrap().1.is_ok());
         registry.rules(|rules| rules.taken_as = Some(sha256(b"something else").to_string()));
-        let error = push(&image, &options(), anew(SPACING), &mut Silent)
+        let error = push(&image, &options(), &anew(SPACING), &mut Silent)
             .unwrap_err()
             .to_string();
         assert!(error.contains("was pushed"), "{error}");
@@ -909,6 +921,7 @@ fn attaching_asks_for_nothing_without_a_use() {
     registry.take_log();
     let before = registry.accepted();
     let options = OpenOptions {
+        trust: TrustPolicy::of_registry(),
         registry: RegistryOptions {
             plain_http: true,
             ..options()

@@ -22,7 +22,7 @@ use serde_json::Value;
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{KnownBy, PrepareCost};
 use tarblk::internals::open::publish::{PublishWatch, PushOptions, push};
-use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Reading, Unwatched, Watch, prepare};
+use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Reading, TrustPolicy, Unwatched, Watch, prepare};
 use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
 
 const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
@@ -91,7 +91,7 @@ fn publish(registry: &TestRegistry, name: &str) {
     push(
         &reference,
         &registry_options(2),
-        PushOptions::new(64 << 10),
+        &PushOptions::new(64 << 10),
         &mut Silent,
     )
     .unwrap();
@@ -102,6 +102,7 @@ fn options(cache: Option<&Path>, index: IndexChoice) -> OpenOptions {
     OpenOptions {
         index,
         cache: cache.map(|dir| Cache::new(dir).unwrap()),
+        trust: TrustPolicy::of_registry(),
         registry: registry_options(2),
         ..OpenOptions::default()
     }
@@ -193,7 +194,7 @@ fn stats_tell_from_the_first_byte() {
         }
         registry.take_log();
         let mut session = Session::new("loop");
-        let dir = session.mount_with(&name, &more(&["--fetch-all"]));
+        let dir = session.mount_with(&name, &more(&["--fetch-all", "--trust", "registry"]));
         let mounted = dir.to_str().unwrap().to_owned();
         std::fs::read(dir.join("layer4/text")).unwrap();
         let stats = || -> Value { serde_json::from_str(&session.succeed(&["stats", "--json", &mounted])).unwrap() };
@@ -268,6 +269,8 @@ fn mount_says_in_one_line_what_it_took() {
             "linux/amd64",
             "--hosts-dir",
             "/no",
+            "--trust",
+            "registry",
         ];
         let output = session.run(&[&base[..], more].concat());
         let sent = sent(&registry.take_log());

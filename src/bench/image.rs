@@ -127,7 +127,9 @@ impl Stage<'_> {
         self.serve_merged(&origin, name.to_string().as_ref(), watch)?;
         let given = |repository: &str, index: &str| MountArguments {
             source: format!("docker://{}/{repository}:{TAG}", origin.address()),
-            options: ["--plain-http", "--index", index].map(Into::into).to_vec(),
+            options: ["--plain-http", "--index", index, "--trust", "registry"]
+                .map(Into::into)
+                .to_vec(),
         };
         self.indexed = given(INDEXED, "require");
         self.unindexed = given(ALONE, "auto");

@@ -128,7 +128,7 @@ pub struct LayerArgs {
     #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
     pub source: String,
     /// Where the index comes from: the path or URL of one made by `tarblk index`; or `auto`: one that was published in the
-    /// registry, or is kept here, or is the table of contents of an eStargz or zstd:chunked layer, else it is made; `require`: only
+    /// registry and is believed, or is kept here, or is the table of contents of an eStargz or zstd:chunked layer, else it is made; `require`: only
     /// a published one will do, or a table of contents whose digest the image's manifest names; `ignore`: one that is made here,
     /// now or before; `build`: it is made anew from all of the layer.
     #[arg(long, value_name = "FILE|URL|WORD", value_hint = ValueHint::FilePath, default_value = "auto", hide_default_value = true)]
@@ -195,9 +195,33 @@ pub struct RegistryArgs {
     /// longer (`Retry-After`) is not waited for.
     #[arg(long, help_heading = "Registry options", value_name = "TIME", value_parser = parse_time)]
     pub retry_for: Option<Duration>,
+    /// Whom an index is believed that lies beside an image and that neither the image's manifest names nor a trusted key has signed:
+    /// `verified`: nobody, it is not used; `registry`: whoever may write to the repository, until all of the layer is here and its
+    /// headers say whether that was right [default: what /etc/tarblk/tarblk.toml says, else `verified`].
+    #[arg(
+        long,
+        help_heading = "Registry options",
+        value_name = "WORD",
+        value_enum,
+        hide_possible_values = true
+    )]
+    pub trust: Option<TrustArg>,
+    /// Believe indexes that the key in this file has signed, besides those in /etc/tarblk/keys.d: a public key of Ed25519 or ECDSA
+    /// P-256 in PEM, as cosign and `openssl pkey -pubout` write it. May be given several times.
+    #[arg(long, help_heading = "Registry options", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub trust_key: Vec<PathBuf>,
     /// What another option of the command says: see [`RegistryArgs::within`].
     #[arg(skip)]
     pub deadline: Option<Duration>,
+}
+
+/// Whom indexes beside images are believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TrustArg {
+    /// Only those that a manifest, a signature or a digest vouches for.
+    Verified,
+    /// All of them.
+    Registry,
 }
 
 /// When servers are asked what a name means.
@@ -341,6 +365,11 @@ pub enum IndexAction {
 #[command(
     after_help = "Every layer is read once, whole. The image itself is not changed: its digest stays what it is.
 
+An index says what a layer's files are, and whoever may write to the repository can put one there. So nobody believes it for lying
+there: readers want it signed (--sign), named by the image that they mount (--into), or pinned (mount --index-digest), or they say
+that they believe the registry (mount --trust registry). An index that is there already is signed or named only if it was signed
+by the same key or one that is trusted here; else it is made anew.
+
 The repository gets, besides the indexes: a tag for each layer, sha256-DIGEST.tarblk-v1, by which a layer that several images
 share is found; an artifact that refers to the image; and, where the registry has no referrers API, the tag sha256-DIGEST of
 the image, whose list names the artifact. All are told at the end (`tags` in the JSON). To take the indexes back, delete
@@ -350,7 +379,14 @@ The hot part of an index is what every mount needs: names, attributes, where con
 one or two requests. The rest (places to decode from, header bytes) is fetched when something is read that needs it.
 
 Examples:
-  tarblk index push docker://registry.example.org/team/app:1.2
+  openssl genpkey -algorithm ed25519 -out sign.pem
+  openssl pkey -in sign.pem -pubout -out team.pub
+  tarblk index push docker://registry.example.org/team/app:1.2 --sign sign.pem
+  tarblk mount docker://registry.example.org/team/app:1.2 /mnt --trust-key team.pub
+
+  tarblk index push docker://registry.example.org/team/app:1.2 --into 1.2-lazy
+  tarblk mount docker://registry.example.org/team/app:1.2-lazy /mnt
+
   tarblk index push docker://localhost:5000/app --json | jq -r .artifact"
 )]
 pub struct PushArgs {
@@ -363,6 +399,14 @@ pub struct PushArgs {
     /// Make indexes also of layers that have one.
     #[arg(long)]
     pub anew: bool,
+    /// Sign the indexes with the private key in this file: Ed25519 or ECDSA P-256, PKCS#8 in PEM without a password, as `openssl
+    /// genpkey -algorithm ed25519` makes it. Who has the public half in /etc/tarblk/keys.d or names it with --trust-key believes them.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub sign: Option<PathBuf>,
+    /// Write another manifest of the image, under this tag of its repository: the same layers and configuration, and an annotation
+    /// that names the indexes. Who mounts that one believes them as the image itself, without a key.
+    #[arg(long, value_name = "TAG")]
+    pub into: Option<String>,
     /// What was published as JSON.
     #[arg(long)]
     pub json: bool,

@@ -99,6 +99,7 @@ pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prep
     let options = OpenOptions {
         index: args.index.clone(),
         index_digest: args.index_digest.clone(),
+        trust: args.registry.trust()?,
         layer: args.layer.clone(),
         cache,
         size: args.registry.size(),
@@ -117,6 +118,7 @@ pub(super) fn options_for(source: &str, registry: &RegistryArgs) -> anyhow::Resu
     let is_image = matches!(Source::parse(source)?, Source::Image(_));
     Ok(OpenOptions {
         cache: is_image.then(|| Cache::new(&cache_dir())).transpose()?,
+        trust: registry.trust()?,
         size: registry.size(),
         http: registry.http(),
         registry: registry.options()?,

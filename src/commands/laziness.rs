@@ -97,16 +97,20 @@ fn without_ranges(count: usize, total: usize) -> String {
 
 fn without_index<'a>(whole: impl Iterator<Item = &'a LayerCost> + Clone, total: usize, source: &str) -> String {
     let bytes = whole.clone().map(|layer| layer.downloaded).fold(0, u64::saturating_add);
-    let advice = if source.starts_with("docker://") {
-        format!("`tarblk index push {source}` avoids that")
+    let unbelieved = whole.clone().filter(|layer| layer.unbelieved_index).count();
+    let missing = if unbelieved == 0 {
+        format!("no index for {}", of_layers(whole.count(), total))
+    } else {
+        format!("no index that is believed for {}", of_layers(whole.count(), total))
+    };
+    let advice = if unbelieved > 0 {
+        "--trust or --trust-key believes those beside the image".to_owned()
+    } else if source.starts_with("docker://") {
+        format!("`tarblk index push {source}` and --trust or --trust-key avoid that")
     } else {
         "an index made by `tarblk index` and named by --index avoids that".to_owned()
     };
-    format!(
-        "no index for {}, so {} were downloaded to mount; {advice}",
-        of_layers(whole.count(), total),
-        show_size(bytes)
-    )
+    format!("{missing}, so {} were downloaded to mount; {advice}", show_size(bytes))
 }
 
 /// How it became known what the layers hold.
@@ -203,6 +207,7 @@ mod tests {
             downloaded,
             known_by,
             ranges: true,
+            unbelieved_index: false,
             trust: None,
         }
     }
@@ -249,7 +254,7 @@ mod tests {
             (
                 &[whole, published],
                 "no: no index for 1 of 2 layers, so 10 MiB were downloaded to mount; \
-                 `tarblk index push docker://host/app:1` avoids that",
+                 `tarblk index push docker://host/app:1` and --trust or --trust-key avoid that",
             ),
             (
                 &[streamed],

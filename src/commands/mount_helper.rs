@@ -116,7 +116,7 @@ fn translated(option: &[u8]) -> Vec<OsString> {
     });
     match (known.map(clap::Arg::get_action), value) {
         (Some(ArgAction::SetTrue), None) => vec![own(&[b"--", name].concat())],
-        (Some(ArgAction::Set), Some(_)) => vec![own(&[b"--", option].concat())],
+        (Some(ArgAction::Set | ArgAction::Append), Some(_)) => vec![own(&[b"--", option].concat())],
         _ => vec!["-o".into(), own(option)],
     }
 }
@@ -143,7 +143,7 @@ mod tests {
     fn what_mount_says_becomes_what_tarblk_takes() {
         let wanted = parsed(
             "docker://host/app:1 /mnt/app -sn -v -o rw,noexec,nofail,_netdev,cache=/var/c,index=require,fetch-all,deadline=30s \
-             -obackend=loop,pull=missing,errors=continue -t tarblk",
+             -obackend=loop,pull=missing,errors=continue,trust=registry,trust-key=/k/a.pub,trust-key=/k/b.pub -t tarblk",
         );
         let wanted = wanted.unwrap();
         assert!(!wanted.is_fake);
@@ -158,6 +158,11 @@ mod tests {
         assert_eq!(args.options, ["noexec", "nofail", "_netdev", "errors=continue"]);
         assert_eq!(args.layer.cache.unwrap().to_str(), Some("/var/c"));
         assert_eq!(args.layer.index, crate::open::IndexChoice::Require);
+        assert_eq!(
+            args.layer.registry.trust,
+            Some(crate::commands::cli::TrustArg::Registry)
+        );
+        assert_eq!(args.layer.registry.trust_key.len(), 2);
         assert!(args.fetch_all && cli.talk.verbose == 1 && !args.foreground);
         assert_eq!(args.device.fetch.deadline, Some(std::time::Duration::from_secs(30)));
     }

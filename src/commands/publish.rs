@@ -4,15 +4,18 @@ use anyhow::bail;
 use serde::Serialize;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::Session;
 use super::cli::{CopyArgs, PushArgs};
 use super::layer::Bar;
 use super::output::{Table, print, println};
 use crate::digest::Digest;
+use crate::fetch::KeyId;
 use crate::open::publish::{self, Publication, PublishWatch, Published, PushOptions};
+use crate::open::trust::SigningKey;
 use crate::quantity::show_size;
-use crate::source::registry::{ImageName, Reference};
+use crate::source::registry::{ImageName, Reference, Version};
 use crate::source::{Source, image_meant};
 
 /// One bar for all layers.
@@ -37,20 +40,37 @@ fn reference(text: &str) -> anyhow::Result<Reference> {
 pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
     let image = reference(&args.image)?;
     let options = args.registry.options()?;
-    let mut bar = Bar::new(session.talk);
     let how = PushOptions {
         spacing: args.spacing,
         anew: args.anew,
         size: args.registry.size(),
+        sign: args.sign.as_deref().map(SigningKey::of_file).transpose()?.map(Arc::new),
+        into: args.into.as_deref().map(|tag| check_tag(&image, tag)).transpose()?,
+        trust: args.registry.trust()?,
     };
-    let publication = publish::push(&image, &options, how, &mut bar)?;
+    let signed = how.sign.as_ref().map(|key| key.public().id());
+    let mut bar = Bar::new(session.talk);
+    let publication = publish::push(&image, &options, &how, &mut bar)?;
     drop(bar);
     report(
         &ImageName::Registry(image).to_string(),
         &publication,
+        signed,
         args.json,
         session,
     )
+}
+
+/// The tag, if it is one.
+fn check_tag(image: &Reference, tag: &str) -> anyhow::Result<String> {
+    let name = format!("{}/{}:{tag}", image.host, image.repository);
+    match Reference::parse(&name) {
+        Ok(Reference {
+            version: Version::Tag(parsed),
+            ..
+        }) if parsed == tag => Ok(parsed),
+        _ => bail!("--into {tag:?}: that is no tag; it is one word for the same repository, as in --into 1.2-lazy"),
+    }
 }
 
 /// `tarblk index copy`.
@@ -60,7 +80,13 @@ pub(super) fn copy(args: &CopyArgs, session: Session) -> anyhow::Result<()> {
     let mut bar = Bar::new(session.talk);
     let publication = publish::copy(&from, &to, &options, &mut bar)?;
     drop(bar);
-    report(&ImageName::Registry(to).to_string(), &publication, args.json, session)
+    report(
+        &ImageName::Registry(to).to_string(),
+        &publication,
+        None,
+        args.json,
+        session,
+    )
 }
 
 /// What `--json` says.
@@ -69,8 +95,19 @@ struct Report<'a> {
     image: &'a str,
     manifest: &'a Digest,
     artifact: Option<&'a Digest>,
+    /// The manifest that names the indexes.
+    into: Option<Named<'a>>,
+    /// The key that has signed them.
+    signed: Option<KeyId>,
     layers: Vec<LayerReport<'a>>,
     tags: &'a [String],
+}
+
+/// A manifest of the image that names its indexes.
+#[derive(Debug, Serialize)]
+struct Named<'a> {
+    tag: &'a str,
+    manifest: &'a Digest,
 }
 
 #[derive(Debug, Serialize)]
@@ -84,7 +121,13 @@ struct LayerReport<'a> {
     hot_digest: Option<&'a Digest>,
 }
 
-fn report(image: &str, publication: &Publication, json: bool, session: Session) -> anyhow::Result<()> {
+fn report(
+    image: &str,
+    publication: &Publication,
+    signed: Option<KeyId>,
+    json: bool,
+    session: Session,
+) -> anyhow::Result<()> {
     if json {
         let layers = publication.layers.iter().map(|(layer, published, listed)| {
             let hot = listed.as_ref().and_then(|listed| listed.hot.as_ref());
@@ -102,6 +145,8 @@ fn report(image: &str, publication: &Publication, json: bool, session: Session) 
             image,
             manifest: &publication.image,
             artifact: publication.artifact.as_ref(),
+            into: publication.into.as_ref().map(|(tag, manifest)| Named { tag, manifest }),
+            signed,
             layers: layers.collect(),
             tags: &publication.tags,
         };
@@ -134,6 +179,12 @@ fn report(image: &str, publication: &Publication, json: bool, session: Session) 
         None => "none, because not every layer has an index".to_owned(),
     };
     table.row(["artifact", &artifact]);
+    if let Some(key) = signed {
+        table.row(["signed", &format!("by key {key}")]);
+    }
+    if let Some((tag, manifest)) = &publication.into {
+        table.row(["named in", &format!("{tag}, {manifest}")]);
+    }
     for tag in &publication.tags {
         table.row(["tag", tag]);
     }
@@ -145,5 +196,11 @@ fn report(image: &str, publication: &Publication, json: bool, session: Session) 
             tags => format!("{tags} tags"),
         }
     ));
+    if signed.is_none() && publication.into.is_none() {
+        session.talk.note(
+            "nothing vouches for them: they are used where they are pinned (--index-digest) or the registry is believed (--trust \
+             registry); --sign and --into change that",
+        );
+    }
     Ok(())
 }

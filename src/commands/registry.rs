@@ -10,9 +10,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use super::UsageError;
-use super::cli::RegistryArgs;
+use super::cli::{RegistryArgs, TrustArg};
 use crate::http::{HttpOptions, RetryPolicy, Secret, Timeouts};
-use crate::open::SizeLimit;
+use crate::open::trust::{CONFIG_DIR, PublicKey};
+use crate::open::{SizeLimit, TrustPolicy};
 use crate::source::registry::{Keyring, Login, RegistryOptions};
 
 /// The most that is read of a file with credentials, in bytes.
@@ -55,6 +56,24 @@ impl RegistryArgs {
     #[must_use]
     pub fn size(&self) -> SizeLimit {
         self.max_layer_size.map_or_else(SizeLimit::default, SizeLimit::of)
+    }
+
+    /// Whom indexes beside images are believed: what this machine's configuration says, and what was typed.
+    ///
+    /// # Errors
+    /// When a key or the configuration cannot be used.
+    pub fn trust(&self) -> anyhow::Result<TrustPolicy> {
+        // The environment's `TARBLK_CONFIG_DIR` is for tests, and where /etc cannot be written.
+        let dir = env::var_os("TARBLK_CONFIG_DIR").filter(|dir| !dir.is_empty());
+        let dir = dir.map_or_else(|| PathBuf::from(CONFIG_DIR), PathBuf::from);
+        let mut policy = TrustPolicy::of_machine(&dir)?;
+        if let Some(word) = self.trust {
+            policy.registry = word == TrustArg::Registry;
+        }
+        for path in &self.trust_key {
+            policy.keys.extend(PublicKey::of_file(path)?);
+        }
+        Ok(policy)
     }
 
     /// How requests are made, to registries and other servers.

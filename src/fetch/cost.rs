@@ -34,6 +34,9 @@ pub struct LayerCost {
     pub known_by: KnownBy,
     /// Whether parts of it can be asked for, as far as that is known.
     pub ranges: bool,
+    /// Whether there is an index beside the image that nothing vouches for, and that was not used.
+    #[serde(default)]
+    pub unbelieved_index: bool,
     /// On whose word it is what it is shown as; none if an older version of this program prepared it.
     #[serde(default)]
     pub trust: Option<LayerTrust>,

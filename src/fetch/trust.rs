@@ -55,19 +55,25 @@ pub enum BytesTrust {
 }
 
 /// A public key: SHA-256 of its `SubjectPublicKeyInfo` in DER.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
+#[serde(try_from = "String")]
 pub struct KeyId(pub [u8; 32]);
 
 impl KeyId {
     /// So many hexadecimal digits tell keys apart for people.
     const SHOWN: usize = 16;
+
+    /// All 64 hexadecimal digits.
+    #[must_use]
+    pub fn hex(self) -> String {
+        hexadecimal(&self.0)
+    }
 }
 
 impl fmt::Display for KeyId {
     /// The first digits of it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let all = hexadecimal(&self.0);
+        let all = self.hex();
         f.write_str(all.get(..Self::SHOWN).unwrap_or(&all))
     }
 }
@@ -78,9 +84,9 @@ impl fmt::Debug for KeyId {
     }
 }
 
-impl From<KeyId> for String {
-    fn from(key: KeyId) -> Self {
-        hexadecimal(&key.0)
+impl Serialize for KeyId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.hex())
     }
 }
 

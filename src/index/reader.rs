@@ -16,6 +16,7 @@ use super::parser::EndOfArchive;
 use super::pieces::PieceDigests;
 use super::sink::EntrySink;
 use super::summary::Summary;
+use crate::digest::{Algorithm, Digest as ContentDigest};
 use crate::layer::{Coding, SpanTable};
 
 pub use entries::Entries;
@@ -242,6 +243,15 @@ impl<B: AsRef<[u8]>> Index<B> {
             .ok()
             .and_then(|len| self.as_bytes().get(..len));
         Sha256::digest(hot.unwrap_or_default()).into()
+    }
+
+    /// The same by another algorithm.
+    #[must_use]
+    pub fn hot_digest_of(&self, algorithm: Algorithm) -> ContentDigest {
+        let hot = usize::try_from(self.hot_len)
+            .ok()
+            .and_then(|len| self.as_bytes().get(..len));
+        ContentDigest::of(algorithm, hot.unwrap_or_default())
     }
 
     /// SHA-256 of the decoded entry table: equal for equal layers, whichever version of zstd compressed the table. The

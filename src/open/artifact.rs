@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::signature::Signature;
 use crate::digest::{Algorithm, Digest};
 use crate::source::registry::{Descriptor, OCI_MANIFEST, Version};
 
@@ -18,9 +19,12 @@ pub const LAYER_ANNOTATION: &str = "io.tarblk.index.layer";
 pub const HOT_SIZE_ANNOTATION: &str = "io.tarblk.index.hot-size";
 /// On an index's descriptor: the digest of its hot part.
 pub const HOT_DIGEST_ANNOTATION: &str = "io.tarblk.index.hot-digest";
+/// On an index's descriptor: signatures that say that it is the layer's, `KEY:SIGNATURE` with semicolons between them.
+pub const SIGNATURE_ANNOTATION: &str = "io.tarblk.index.signature";
 /// On an image's artifact, and so on its entry in every list of what refers to the image: all of its indexes in short, so that who
-/// has the list need not ask for the artifact. For each index the layer's digest, the index's, its length, and its hot part's length
-/// and digest, between spaces; a comma between two indexes.
+/// has the list need not ask for the artifact. For each index the layer's digest, the index's, its length, its hot part's length
+/// and digest, and the signatures if there are any, between spaces; a comma between two indexes. On an image's own manifest: the
+/// indexes that the manifest names, which are believed as its layers are.
 pub const LIST_ANNOTATION: &str = "io.tarblk.index.list";
 /// A header field of the answer to HEAD for a layer's blob: the digest of a blob of the same repository that is its index.
 pub const LAZY_PULL_HEADER: &str = "LazyPull-Digest";
@@ -51,6 +55,24 @@ pub struct Listed {
     pub size: u64,
     /// Its hot part: how long it is and its digest.
     pub hot: Option<(u64, Digest)>,
+    /// Who says that it is the layer's.
+    pub signatures: Vec<Signature>,
+}
+
+impl Listed {
+    /// What is signed: that this index is the layer's. `None` where the hot part's digest is not known, because the hot part is all
+    /// of an index that is looked at before it is believed.
+    #[must_use]
+    pub fn statement(&self) -> Option<Vec<u8>> {
+        let (hot_len, hot_digest) = self.hot.as_ref()?;
+        let Self {
+            layer, digest, size, ..
+        } = self;
+        let text = format!(
+            "tarblk index signature v1\nlayer {layer}\nindex {digest}\nsize {size}\nhot-size {hot_len}\nhot-digest {hot_digest}\n"
+        );
+        Some(text.into_bytes())
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -103,6 +125,10 @@ pub fn manifest(indexes: &[Listed], subject: Option<(&str, &Digest, u64)>) -> Ve
                 .annotations
                 .insert(HOT_DIGEST_ANNOTATION.into(), digest.to_string());
         }
+        if !index.signatures.is_empty() {
+            let signatures = Signature::all_to_text(&index.signatures);
+            entry.annotations.insert(SIGNATURE_ANNOTATION.into(), signatures);
+        }
         entry
     });
     let manifest = ArtifactManifest {
@@ -143,18 +169,46 @@ fn in_short(indexes: &[Listed]) -> String {
             layer, digest, size, ..
         } = index;
         match &index.hot {
-            Some((len, hot)) => format!("{layer} {digest} {size} {len} {hot}"),
+            Some((len, hot)) if index.signatures.is_empty() => format!("{layer} {digest} {size} {len} {hot}"),
+            Some((len, hot)) => {
+                let signatures = Signature::all_to_text(&index.signatures);
+                format!("{layer} {digest} {size} {len} {hot} {signatures}")
+            }
             None => format!("{layer} {digest} {size}"),
         }
     };
     indexes.iter().map(one).collect::<Vec<_>>().join(",")
 }
 
-/// The indexes that a list of referrers names with an artifact; none where it does not, or not so that it makes sense: then the
-/// artifact itself has to be asked for.
+/// The same manifest of an image, naming indexes of its layers: its annotations have [`LIST_ANNOTATION`], everything else in it
+/// stays. Without signatures, because who believes the manifest needs none.
+///
+/// # Errors
+/// What is wrong with the manifest, in words that fit behind "NAME: ".
+pub fn naming(manifest: &[u8], indexes: &[Listed]) -> Result<Vec<u8>, String> {
+    let unsigned = |index: &Listed| Listed {
+        signatures: Vec::new(),
+        ..index.clone()
+    };
+    let unsigned: Vec<Listed> = indexes.iter().map(unsigned).collect();
+    let mut document: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(manifest).map_err(|error| format!("the manifest makes no sense: {error}"))?;
+    let annotations = document.entry("annotations").or_insert_with(|| serde_json::json!({}));
+    if annotations.is_null() {
+        *annotations = serde_json::json!({});
+    }
+    let annotations = annotations.as_object_mut();
+    let annotations = annotations.ok_or("the manifest's annotations are no object")?;
+    annotations.insert(LIST_ANNOTATION.to_owned(), in_short(&unsigned).into());
+    // Strings and numbers: nothing of it can fail.
+    Ok(serde_json::to_vec(&document).unwrap_or_default())
+}
+
+/// The indexes that annotations name: those of an artifact in a list of referrers, or those of an image's own manifest. None where
+/// they do not, or not so that it makes sense.
 #[must_use]
-pub fn listed_with(referrer: &Descriptor) -> Option<Vec<Listed>> {
-    let text = referrer.annotations.get(LIST_ANNOTATION)?;
+pub fn listed_with(annotations: &BTreeMap<String, String>) -> Option<Vec<Listed>> {
+    let text = annotations.get(LIST_ANNOTATION)?;
     let one = |text: &str| {
         let mut words = text.split(' ');
         let mut word = || words.next();
@@ -163,11 +217,16 @@ pub fn listed_with(referrer: &Descriptor) -> Option<Vec<Listed>> {
             None => None,
             Some(len) => Some((len.parse().ok()?, word()?.parse().ok()?)),
         };
+        let signatures = match word() {
+            None => Vec::new(),
+            Some(text) => Some(Signature::parse_all(text)).filter(|all| !all.is_empty())?,
+        };
         word().is_none().then_some(Listed {
             layer,
             digest,
             size,
             hot,
+            signatures,
         })
     };
     text.split(',').map(one).collect()
@@ -191,11 +250,13 @@ pub fn parse(manifest: &[u8]) -> Result<Vec<Listed>, String> {
         let layer = note(LAYER_ANNOTATION)?.parse().ok()?;
         let hot = note(HOT_SIZE_ANNOTATION).and_then(|len| len.parse().ok());
         let hot = hot.zip(note(HOT_DIGEST_ANNOTATION).and_then(|digest| digest.parse().ok()));
+        let signatures = note(SIGNATURE_ANNOTATION).map(|text| Signature::parse_all(text));
         (entry.media_type == INDEX_MEDIA_TYPE).then_some(Listed {
             layer,
             digest: entry.digest.clone(),
             size: entry.size,
             hot,
+            signatures: signatures.unwrap_or_default(),
         })
     });
     Ok(listed.collect())
@@ -217,12 +278,17 @@ mod tests {
                 digest: digest("index"),
                 size: 1234,
                 hot: Some((1000, digest("hot"))),
+                signatures: vec![Signature {
+                    key: crate::fetch::KeyId([7; 32]),
+                    bytes: vec![1; 64],
+                }],
             },
             Listed {
                 layer: Digest::of(Algorithm::Sha512, b"other"),
                 digest: digest("other index"),
                 size: 5,
                 hot: None,
+                signatures: Vec::new(),
             },
         ];
         let image = digest("image");
@@ -237,7 +303,7 @@ mod tests {
         let described = manifest_descriptor(&bytes);
         assert!(described.digest.matches(&bytes));
         assert_eq!(described.artifact_type.as_deref(), Some(ARTIFACT_TYPE));
-        assert_eq!(listed_with(&described).unwrap(), listed);
+        assert_eq!(listed_with(&described.annotations).unwrap(), listed);
         // A layer's own manifest is found by its tag and in no list.
         assert!(manifest_descriptor(&manifest(&listed, None)).annotations.is_empty());
     }
@@ -249,13 +315,14 @@ mod tests {
             digest: digest("index"),
             size: 1234,
             hot: Some((1000, digest("hot"))),
+            signatures: Vec::new(),
         };
         let image = digest("image");
         let good = manifest_descriptor(&manifest(&[one], Some((OCI_MANIFEST, &image, 700))));
         let with = |text: &str| {
             let mut odd = good.clone();
             odd.annotations.insert(LIST_ANNOTATION.into(), text.into());
-            listed_with(&odd)
+            listed_with(&odd.annotations)
         };
         let text = good.annotations[LIST_ANNOTATION].clone();
         assert!(with(&text).is_some());
@@ -269,7 +336,7 @@ mod tests {
         ] {
             assert_eq!(with(&odd), None, "{odd}");
         }
-        assert_eq!(listed_with(&descriptor("", image, 1)), None);
+        assert_eq!(listed_with(&BTreeMap::new()), None);
     }
 
     #[test]
@@ -284,6 +351,7 @@ mod tests {
             digest: digest("index"),
             size: 1234,
             hot: Some((1000, digest("hot"))),
+            signatures: Vec::new(),
         };
         let text = String::from_utf8(manifest(std::slice::from_ref(&one), None)).unwrap();
         let odd = text.replace(&one.layer.to_string(), "sha256:x");

@@ -69,6 +69,7 @@ fn cost_of(layer: &PreparedLayer) -> LayerCost {
         downloaded,
         known_by,
         ranges: blob.answers_ranges(),
+        unbelieved_index: layer.unbelieved,
         trust: Some(layer.trust),
     }
 }

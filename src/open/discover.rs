@@ -1,18 +1,21 @@
 //! Finding published indexes. In: an image in a registry. Out: for each of its layers where its index is, and
 //! its hot part, checked against the layer that it is wanted for.
 //!
-//! Asked in this order: what refers to the image, by the referrers API and its fallback tag at the same time (where a list says
-//! what is in the artifact, that is enough, else it is asked for); each layer's tag; the `LazyPull-Digest` field of HEAD for the
-//! layer's blob. Nothing that is found is trusted further than a digest reaches: an index says which layer
-//! it is of and is refused for another one; `--index-digest` takes one index and no other.
+//! What the image's manifest names needs no question. Then is asked, in this order: what refers to the image, by the referrers API and
+//! its fallback tag at the same time (where a list says what is in the artifact, that is enough, else it is asked for); each layer's
+//! tag; the `LazyPull-Digest` field of HEAD for the layer's blob. Of each index that is found it is told on whose word it is believed,
+//! if it is ([`TrustPolicy`]); it says which layer it is of and is refused for another one; `--index-digest` takes one index and no
+//! other.
 
 use std::fmt;
 use std::str::FromStr;
 use std::thread;
 
 use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, listed_with, parse};
+use super::trust::TrustPolicy;
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
+use crate::fetch::IndexTrust;
 use crate::http::{HttpOptions, without_secrets};
 use crate::index::{self, Index, IndexError, IndexFault};
 use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, Registry, Version};
@@ -82,6 +85,8 @@ impl FromStr for IndexChoice {
 /// How an index was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FoundBy {
+    /// The image's own manifest names it.
+    Manifest,
     /// In the image's artifact.
     Image,
     /// By the layer's tag.
@@ -99,10 +104,13 @@ pub struct FoundIndex {
     pub listed: Listed,
     /// How it was found.
     pub by: FoundBy,
+    /// On whose word it is believed; `None` if it is not.
+    pub trust: Option<IndexTrust>,
 }
 
 /// Looks for the indexes of an image's layers; one place for each layer, the lowest first. With `pin`, only in the artifact whose
-/// manifest has that digest. Waits; must not be called from within a runtime.
+/// manifest has that digest. Of several for a layer the first that is believed is taken, else the first. Waits; must not be called
+/// from within a runtime.
 ///
 /// # Errors
 /// [`SourceError`] when the registry cannot be asked, or the pinned artifact is not there or holds no indexes. That nothing
@@ -111,33 +119,51 @@ pub fn find_indexes(
     registry: &Registry,
     image: &Image,
     pin: Option<&Digest>,
+    trust: &TrustPolicy,
 ) -> Result<Vec<Option<FoundIndex>>, SourceError> {
-    let listed = match pin {
-        Some(pin) => artifact(registry, pin)?,
-        None => published(registry, image)?,
-    };
-    let found = |listed: Listed, by| FoundIndex {
+    let found = |listed: Listed, by, trust| FoundIndex {
         access: registry.blob(&listed.digest, listed.size),
         listed,
         by,
+        trust,
     };
-    let in_image = |layer: &ImageLayer| {
-        let listed = listed.iter().find(|listed| listed.layer == layer.descriptor.digest)?;
-        Some(found(listed.clone(), FoundBy::Image))
+    let layers = &image.layers;
+    let pick = |all: &[Listed], by, trust| -> Vec<Option<FoundIndex>> {
+        let of = |layer: &ImageLayer| all.iter().find(|listed| listed.layer == layer.descriptor.digest);
+        let one = |layer: &ImageLayer| Some(found(of(layer)?.clone(), by, Some(trust)));
+        layers.iter().map(one).collect()
     };
-    let mut all: Vec<_> = image.layers.iter().map(in_image).collect();
-    if pin.is_some() || all.iter().all(Option::is_some) {
+    if let Some(pin) = pin {
+        return Ok(pick(&artifact(registry, pin)?, FoundBy::Image, IndexTrust::Pin));
+    }
+    let named = listed_with(&image.annotations).unwrap_or_default();
+    let mut all = pick(&named, FoundBy::Manifest, IndexTrust::Manifest);
+    let is_settled = |found: &Option<FoundIndex>| found.as_ref().is_some_and(|found| found.trust.is_some());
+    if all.iter().all(is_settled) {
         return Ok(all);
     }
+    published(registry, image, &mut |listed| {
+        for (place, layer) in all.iter_mut().zip(layers) {
+            let Some(listed) = listed.iter().find(|listed| listed.layer == layer.descriptor.digest) else {
+                continue;
+            };
+            let believed = trust.of_listed(listed);
+            if place.is_none() || (believed.is_some() && !is_settled(place)) {
+                *place = Some(found(listed.clone(), FoundBy::Image, believed));
+            }
+        }
+        // What is not believed is looked for only to be told of.
+        let enough = |place: &Option<FoundIndex>| is_settled(place) || (place.is_some() && !trust.believes_any());
+        all.iter().all(enough)
+    })?;
     // A question for each layer that is left, all at the same time.
+    let is_left = |known: &Option<FoundIndex>| known.is_none() || (trust.believes_any() && !is_settled(known));
     let answers: Vec<_> = thread::scope(|scope| {
         let ask = |(layer, known): (&ImageLayer, &Option<FoundIndex>)| {
             let digest = layer.descriptor.digest.clone();
-            known
-                .is_none()
-                .then(|| scope.spawn(move || of_layer(registry, &digest)))
+            is_left(known).then(|| scope.spawn(move || of_layer(registry, &digest)))
         };
-        let asked: Vec<_> = image.layers.iter().zip(&all).map(ask).collect();
+        let asked: Vec<_> = layers.iter().zip(&all).map(ask).collect();
         asked
             .into_iter()
             .map(|asked| asked.map(|asked| asked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
@@ -145,7 +171,10 @@ pub fn find_indexes(
     });
     for (place, answer) in all.iter_mut().zip(answers) {
         if let Some((listed, by)) = answer.transpose()?.flatten() {
-            *place = Some(found(listed, by));
+            let believed = trust.of_listed(&listed);
+            if place.is_none() || believed.is_some() {
+                *place = Some(found(listed, by, believed));
+            }
         }
     }
     Ok(all)
@@ -160,38 +189,55 @@ fn artifact(registry: &Registry, digest: &Digest) -> Result<Vec<Listed>, SourceE
     })
 }
 
-/// The indexes in the artifact that refers to the image. Of several the one with the lowest digest, so that every machine takes
-/// the same.
-fn published(registry: &Registry, image: &Image) -> Result<Vec<Listed>, SourceError> {
+/// So many artifacts that refer to an image are looked at.
+const MOST_ARTIFACTS: usize = 16;
+
+/// Hands the indexes in the artifacts that refer to the image to `take`, until it says that it has enough. The one with the lowest
+/// digest comes first, so that every machine takes the same.
+fn published(registry: &Registry, image: &Image, take: &mut dyn FnMut(&[Listed]) -> bool) -> Result<(), SourceError> {
     let mut referrers = registry.referrers(&image.manifest_digest, Some(ARTIFACT_TYPE))?;
     referrers.sort_by_key(|referrer: &Descriptor| referrer.digest.to_string());
     if referrers.len() > 1 {
         log::info!(
-            "{}: {} artifacts with indexes; taking the first (--index-digest chooses)",
+            "{}: {} artifacts with indexes; taking the first that is believed (--index-digest chooses)",
             image.name,
             referrers.len()
         );
     }
-    for referrer in referrers {
-        if let Some(listed) = listed_with(&referrer) {
-            return Ok(listed);
-        }
-        match artifact(registry, &referrer.digest) {
-            Ok(listed) => return Ok(listed),
-            // A list may name what is gone, or what anyone with write access put there.
-            Err(error) => log::warn!("{}: cannot use the indexes in {}: {error}", image.name, referrer.digest),
+    for referrer in referrers.into_iter().take(MOST_ARTIFACTS) {
+        let listed = match listed_with(&referrer.annotations) {
+            Some(listed) => listed,
+            None => match artifact(registry, &referrer.digest) {
+                Ok(listed) => listed,
+                // A list may name what is gone, or what anyone with write access put there.
+                Err(error) => {
+                    log::warn!("{}: cannot use the indexes in {}: {error}", image.name, referrer.digest);
+                    continue;
+                }
+            },
+        };
+        if take(&listed) {
+            break;
         }
     }
-    Ok(Vec::new())
+    Ok(())
 }
 
-/// The same for one layer that nothing which refers to the image names.
-pub(super) fn find_of_layer(registry: &Registry, layer: &Digest) -> Result<Option<FoundIndex>, SourceError> {
+/// The same for one layer by its own tag, if that one is believed; after what refers to the image could not be used.
+pub(super) fn find_of_layer(
+    registry: &Registry,
+    layer: &Digest,
+    trust: &TrustPolicy,
+) -> Result<Option<FoundIndex>, SourceError> {
     let found = of_layer(registry, layer)?;
-    Ok(found.map(|(listed, by)| FoundIndex {
-        access: registry.blob(&listed.digest, listed.size),
-        listed,
-        by,
+    Ok(found.and_then(|(listed, by)| {
+        let believed = trust.of_listed(&listed)?;
+        Some(FoundIndex {
+            access: registry.blob(&listed.digest, listed.size),
+            listed,
+            by,
+            trust: Some(believed),
+        })
     }))
 }
 
@@ -227,6 +273,7 @@ fn of_layer(registry: &Registry, layer: &Digest) -> Result<Option<(Listed, Found
             digest,
             size,
             hot: None,
+            signatures: Vec::new(),
         };
         return Ok(Some((listed, FoundBy::Header)));
     }
@@ -379,8 +426,5 @@ pub fn is_pinned<B: AsRef<[u8]>>(index: &Index<B>, pin: &Digest) -> bool {
 /// The digest by which an index is named where digests are SHA-256.
 #[must_use]
 pub fn hot_digest<B: AsRef<[u8]>>(index: &Index<B>) -> Digest {
-    let hot = usize::try_from(index.hot_len())
-        .ok()
-        .and_then(|len| index.as_bytes().get(..len));
-    Digest::of(Algorithm::Sha256, hot.unwrap_or_default())
+    index.hot_digest_of(Algorithm::Sha256)
 }

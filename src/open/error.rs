@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::trust::TrustError;
 use crate::cache::disk::DiskCacheError;
 use crate::fetch;
 use crate::http::without_secrets;
@@ -15,6 +16,10 @@ use crate::walk::WalkError;
 fn more_than(bytes: u64) -> String {
     format!("more than {}", show_size(bytes))
 }
+
+/// What makes an index believed that lies beside an image, in words for messages.
+pub(super) const HOW_TO_BELIEVE: &str = "--trust registry believes whoever may write there, --trust-key FILE who signed them, --index-digest \
+     DIGEST one of them; `tarblk index push --help` says how to sign them or to name them in the image";
 
 /// Why a layer or an image cannot be opened. Each message is one line that names the layer and says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -148,6 +153,15 @@ pub enum OpenError {
         /// The image.
         name: String,
     },
+    /// Published indexes of an image are required, and nothing vouches for those that are there.
+    #[error("{name} has an index beside it that nothing vouches for; {HOW_TO_BELIEVE}")]
+    Unbelieved {
+        /// The layer or image.
+        name: String,
+    },
+    /// An index cannot be signed.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// A local layer is not what it was when its index was read.
     #[error("{0} changed while it was being attached; try again")]
     Changed(String),

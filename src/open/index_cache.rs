@@ -2,7 +2,7 @@
 //!
 //! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of published indexes: each
 //! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
-//! file's digest. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
+//! file's digest and the signatures that came with it: whether it is believed is decided anew each time that it is wanted. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
 //! configurations of images, by their digests; `names` what tags and URLs meant (see `names`).
 //!
 //! Everything in it can be deleted at any time and is checked when it is read. Indexes are kept under a digest
@@ -19,9 +19,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
+use super::artifact::Listed;
+use super::signature::Signature;
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::cache::disk::{CacheLimit, DiskCache, DiskCacheError, check_dir};
-use crate::digest::{Digest as ContentDigest, hexadecimal};
+use crate::digest::{Algorithm, Digest as ContentDigest, hexadecimal};
 use crate::index::{Index, hot_len};
 use crate::source::registry::{KnownTag, SmallBlobCache};
 use crate::units::len_u64;
@@ -37,8 +39,8 @@ const LONGEST_NAME: u64 = 16 << 10;
 /// The longest manifest or configuration in bytes.
 const LONGEST_SMALL: u64 = 8 << 20;
 
-/// The most bytes that are read as the digest behind a kept index; longer than any digest.
-const LONGEST_DIGEST: u64 = 256;
+/// The most bytes that are read behind a kept hot part: longer than any digest and its signatures.
+const LONGEST_TRAILER: u64 = 8 << 10;
 
 /// The hot part of an index that was published, as it is kept.
 #[derive(Debug)]
@@ -47,8 +49,32 @@ pub(super) struct KeptHot {
     pub(super) path: PathBuf,
     /// The hot part; it was checked against its own checksums.
     pub(super) index: Index<Vec<u8>>,
-    /// The digest of the whole index file, by which the registry knows it.
+    /// The digest of the whole index file, by which the registry knows it; compared with the file only as far as the registry's
+    /// manifest was.
     pub(super) digest: ContentDigest,
+    /// The signatures that came with it.
+    pub(super) signatures: Vec<Signature>,
+}
+
+impl KeptHot {
+    /// What a manifest says of it.
+    pub(super) fn listed(&self, layer: &ContentDigest) -> Listed {
+        Listed {
+            layer: layer.clone(),
+            digest: self.digest.clone(),
+            size: self.index.file_len(),
+            hot: Some((self.index.hot_len(), self.index.hot_digest_of(Algorithm::Sha256))),
+            signatures: self.signatures.clone(),
+        }
+    }
+
+    /// Whether it is the index that a manifest means, byte for byte.
+    pub(super) fn is(&self, listed: &Listed) -> bool {
+        let is_hot = |(len, digest): &(u64, ContentDigest)| {
+            *len == self.index.hot_len() && *digest == self.index.hot_digest_of(digest.algorithm())
+        };
+        self.digest == listed.digest && self.index.file_len() == listed.size && listed.hot.as_ref().is_some_and(is_hot)
+    }
 }
 
 /// A cache directory.
@@ -243,22 +269,39 @@ impl Cache {
         let mut file = File::open(&path).ok()?;
         let index = read_hot(&mut file)?;
         file.seek(SeekFrom::Start(index.file_len())).ok()?;
-        let mut digest = String::new();
-        file.take(LONGEST_DIGEST).read_to_string(&mut digest).ok()?;
-        let digest = digest.parse().ok()?;
+        let mut trailer = String::new();
+        file.take(LONGEST_TRAILER).read_to_string(&mut trailer).ok()?;
+        let (digest, signatures) = read_trailer(&trailer)?;
         mark_used(&path);
-        Some(KeptHot { path, index, digest })
+        Some(KeptHot {
+            path,
+            index,
+            digest,
+            signatures,
+        })
     }
 
-    /// Keeps the hot part of an index that was published in this repository and has this digest, and returns where.
+    /// Notes signatures that an index was found with, after it was kept.
+    pub(super) fn note_signatures(kept: &KeptHot, listed: &Listed) {
+        let noted = || -> io::Result<()> {
+            let mut file = File::options().write(true).open(&kept.path)?;
+            file.set_len(kept.index.file_len())?;
+            file.seek(SeekFrom::Start(kept.index.file_len()))?;
+            file.write_all(trailer(listed).as_bytes())
+        };
+        if let Err(error) = noted() {
+            log::info!("{}: {error}", kept.path.display());
+        }
+    }
+
+    /// Keeps the hot part of an index that was published in this repository, with what was said of it there, and returns where.
     pub(super) fn keep_hot(
         &self,
         repository: &str,
-        layer: &ContentDigest,
         index: &Index<Vec<u8>>,
-        digest: &ContentDigest,
+        listed: &Listed,
     ) -> Result<PathBuf, OpenError> {
-        let path = self.hot_path(repository, layer);
+        let path = self.hot_path(repository, &listed.layer);
         let hot = usize::try_from(index.hot_len())
             .ok()
             .and_then(|len| index.as_bytes().get(..len));
@@ -267,7 +310,7 @@ impl Cache {
             // A hole, for what is fetched later.
             file.as_file().set_len(index.file_len())?;
             file.seek(SeekFrom::Start(index.file_len()))?;
-            file.write_all(digest.to_string().as_bytes())
+            file.write_all(trailer(listed).as_bytes())
         })?;
         Ok(path)
     }
@@ -368,6 +411,23 @@ impl SmallBlobCache for Cache {
     fn put_tag(&self, name: &str, digest: &ContentDigest) {
         self.know_tag(name, digest);
     }
+}
+
+/// What stands behind a hot part: the index file's digest, then the signatures if there are any.
+fn trailer(listed: &Listed) -> String {
+    if listed.signatures.is_empty() {
+        return listed.digest.to_string();
+    }
+    format!("{} {}", listed.digest, Signature::all_to_text(&listed.signatures))
+}
+
+fn read_trailer(text: &str) -> Option<(ContentDigest, Vec<Signature>)> {
+    let Some((digest, signatures)) = text.split_once(' ') else {
+        return Some((text.parse().ok()?, Vec::new()));
+    };
+    let signatures = Signature::parse_all(signatures);
+    // Cut short: it is not known what else is missing.
+    (!signatures.is_empty()).then_some((digest.parse().ok()?, signatures))
 }
 
 /// Reads the hot part at the beginning of a file, and no more.

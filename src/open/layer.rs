@@ -139,8 +139,11 @@ fn find_index(found: &FoundLayer, options: &OpenOptions, reached: Reached<'_>) -
         return PreparedLayer::new(found, index, origin, of_contents(found), kept);
     }
     if options.index == IndexChoice::Require {
-        return Err(OpenError::NoIndexes {
-            name: blob.name.clone(),
+        let name = blob.name.clone();
+        return Err(if found.unbelieved {
+            OpenError::Unbelieved { name }
+        } else {
+            OpenError::NoIndexes { name }
         });
     }
     // A file at hand that has to have a digest is read whole: it takes little, and damage is found before anybody reads it.

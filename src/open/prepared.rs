@@ -21,8 +21,10 @@ pub(super) struct FoundLayer {
     pub(super) annotations: BTreeMap<String, String>,
     /// Why a registry may not have it, of a foreign layer.
     pub(super) foreign: Option<String>,
-    /// An index that is published beside it.
+    /// An index that is published beside it, and believed.
     pub(super) published: Option<Published>,
+    /// Whether there is one that nothing vouches for.
+    pub(super) unbelieved: bool,
 }
 
 impl From<Blob> for FoundLayer {
@@ -34,6 +36,7 @@ impl From<Blob> for FoundLayer {
             annotations: BTreeMap::new(),
             foreign: None,
             published: None,
+            unbelieved: false,
         }
     }
 }
@@ -54,6 +57,7 @@ impl FoundLayer {
             annotations: layer.descriptor.annotations.clone(),
             foreign: layer.descriptor.foreign(),
             published: None,
+            unbelieved: false,
         })
     }
 }
@@ -84,6 +88,8 @@ pub struct PreparedLayer {
     pub origin: IndexOrigin,
     /// On whose word the layer is what it is shown as.
     pub trust: LayerTrust,
+    /// Whether there is an index beside the image that nothing vouches for, and that was not used.
+    pub unbelieved: bool,
     /// The index in the cache directory, if it is there: all of it, or if there is a `rest`, its hot part.
     pub(super) kept: Option<PathBuf>,
     /// Where the rest of the index is, if what is here is its hot part alone.
@@ -180,6 +186,7 @@ impl PreparedLayer {
                 index: trust,
                 bytes: compared_with(&layer, &index),
             },
+            unbelieved: found.unbelieved,
             layer,
             index,
             origin,

@@ -5,15 +5,16 @@
 //! Nothing is published that was not checked against the manifest's digests.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 
 use super::artifact::{
-    EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, parse as parse_manifest,
+    EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, naming, parse as parse_manifest,
 };
 use super::discover::{check_layer, find_indexes, hot_digest};
 use super::prepared::named_if_foreign;
 use super::record::algorithms;
+use super::trust::{SigningKey, TrustPolicy};
 use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, SizeLimit, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
@@ -58,13 +59,15 @@ pub struct Publication {
     pub artifact: Option<Digest>,
     /// For each layer its blob and what became of its index, the lowest first.
     pub layers: Vec<LayerIndex>,
+    /// The tag and the digest of a manifest of the image that names its indexes, if one was written.
+    pub into: Option<(String, Digest)>,
     /// The tags that hold all of this in the repository now: one for each different layer that has an index, and the image's
     /// list of referrers where the registry has no API for that.
     pub tags: Vec<String>,
 }
 
 /// How indexes are published.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PushOptions {
     /// The distance of entry points into a gzip layer, in bytes of the tar.
     pub spacing: u64,
@@ -72,6 +75,13 @@ pub struct PushOptions {
     pub anew: bool,
     /// How long a layer may be.
     pub size: SizeLimit,
+    /// What signs them.
+    pub sign: Option<Arc<SigningKey>>,
+    /// The tag of a manifest of the same image that names them; none is written without.
+    pub into: Option<String>,
+    /// Whose indexes are taken in place of new ones where this publication vouches for them: where it signs them or an image
+    /// names them.
+    pub trust: TrustPolicy,
 }
 
 impl PushOptions {
@@ -82,19 +92,35 @@ impl PushOptions {
             spacing,
             anew: false,
             size: SizeLimit::default(),
+            sign: None,
+            into: None,
+            trust: TrustPolicy::default(),
         }
+    }
+
+    /// Whether the publication says of indexes that they are true, whoever made them.
+    fn vouches(&self) -> bool {
+        self.sign.is_some() || self.into.is_some()
+    }
+
+    /// Whose indexes are taken: those that this key has signed before as well.
+    fn policy(&self) -> TrustPolicy {
+        let mut policy = self.trust.clone();
+        policy.keys.extend(self.sign.as_ref().map(|key| key.public()));
+        policy
     }
 }
 
 /// Makes indexes of an image's layers, several at the same time, and publishes them in the image's repository. What others have published for a layer is
-/// used again, unless it is to be made anew.
+/// used again, unless it is to be made anew, or this publication would vouch for what nobody believed vouches for: whoever may write to
+/// the repository could have put it there.
 ///
 /// # Errors
 /// [`OpenError`]: the registry does not take them, or a layer is not what the manifest says.
 pub fn push(
     reference: &Reference,
     options: &RegistryOptions,
-    how: PushOptions,
+    how: &PushOptions,
     watch: &mut dyn PublishWatch,
 ) -> Result<Publication, OpenError> {
     let name = ImageName::Registry(reference.clone());
@@ -114,13 +140,15 @@ pub fn push(
         let kept = if how.anew {
             None
         } else {
-            tagged(&registry, layer, options)?
+            tagged(&registry, layer, options, how)?
         };
         if let Some(listed) = kept {
-            return Ok((listed, None));
+            let (listed, is_new) = signed(listed, how)?;
+            return Ok((listed, if is_new { Made::Signature } else { Made::Nothing }));
         }
         let index = made_of(&name, layer, options, how, reached)?;
-        Ok((listed(&index, &layer.descriptor.digest), Some(index)))
+        let (listed, _) = signed(listed(&index, &layer.descriptor.digest), how)?;
+        Ok((listed, Made::Index(Box::new(index))))
     };
     let made = at_the_same_time(&wanted, &one, Some(watch))?;
     // Only now: of an image with a layer that is not what its manifest says nothing is published. First what all of it shares:
@@ -129,9 +157,10 @@ pub fn push(
     let numbered: Vec<_> = wanted.iter().zip(&made).collect();
     at_the_same_time(
         &numbered,
-        &|(_, (listed, index)), _| match index {
-            Some(index) => Ok(put(&registry, listed, index.as_bytes())?),
-            None => Ok(()),
+        &|(_, (listed, made)), _| match made {
+            Made::Index(index) => Ok(put(&registry, listed, index.as_bytes())?),
+            Made::Signature => Ok(put_tag(&registry, listed)?),
+            Made::Nothing => Ok(()),
         },
         None,
     )?;
@@ -144,15 +173,63 @@ pub fn push(
         let again = layers
             .iter()
             .any(|(known, ..)| known.descriptor.digest == layer.descriptor.digest);
-        if let Some((listed, index)) = made {
-            let how = match index {
-                Some(_) if !again => Published::Made,
+        if let Some((listed, made)) = made {
+            let how = match made {
+                Made::Index(_) if !again => Published::Made,
                 _ => Published::Kept,
             };
             layers.push((layer.clone(), how, Some(listed.clone())));
         }
     }
-    publish(&registry, &image, layers)
+    let mut publication = publish(&registry, &image, layers)?;
+    if let Some(tag) = &how.into {
+        publication.into = Some(name_in(&registry, &image, tag, &publication.layers)?);
+    }
+    Ok(publication)
+}
+
+/// What was made for a layer.
+enum Made {
+    Index(Box<Index<Vec<u8>>>),
+    /// The index was there, and is signed anew.
+    Signature,
+    /// All was there.
+    Nothing,
+}
+
+/// An index with this publication's signature, unless it has that; says whether it is new. Those of others stay.
+fn signed(mut listed: Listed, how: &PushOptions) -> Result<(Listed, bool), OpenError> {
+    let Some(key) = &how.sign else {
+        return Ok((listed, false));
+    };
+    let own = TrustPolicy {
+        registry: false,
+        keys: vec![key.public()],
+    };
+    if own.of_listed(&listed).is_some() {
+        return Ok((listed, false));
+    }
+    let signature = key.sign(&listed)?;
+    listed.signatures.retain(|other| other.key != signature.key);
+    listed.signatures.push(signature);
+    Ok((listed, true))
+}
+
+/// Puts a manifest into the repository that is the image's own but for an annotation that names the indexes, under a tag of its own.
+fn name_in(
+    registry: &Registry,
+    image: &Image,
+    tag: &str,
+    layers: &[LayerIndex],
+) -> Result<(String, Digest), OpenError> {
+    let own = registry.manifest(&Version::Digest(image.manifest_digest.clone()))?;
+    let listed: Vec<Listed> = layers.iter().filter_map(|(_, _, listed)| listed.clone()).collect();
+    let bytes = naming(&own.bytes, &listed).map_err(|why| SourceError::Image {
+        name: image.name.clone(),
+        why,
+    })?;
+    registry.push_manifest(&Version::Tag(tag.to_owned()), &own.media_type, &bytes)?;
+    Ok((tag.to_owned(), Digest::of(Algorithm::Sha256, &bytes)))
 }
 
 /// A layer, and perhaps something that belongs to it.
@@ -233,8 +310,14 @@ fn at_the_same_time<L: OfLayer + Sync, T: Send>(
         .collect()
 }
 
-/// The index that a layer's tag names, if it is a good one with everything in it.
-fn tagged(registry: &Registry, layer: &ImageLayer, options: &RegistryOptions) -> Result<Option<Listed>, OpenError> {
+/// The index that a layer's tag names, if it is a good one with everything in it; and one that somebody vouches for who is believed, if
+/// this publication is to vouch for it.
+fn tagged(
+    registry: &Registry,
+    layer: &ImageLayer,
+    options: &RegistryOptions,
+    how: &PushOptions,
+) -> Result<Option<Listed>, OpenError> {
     let manifest = match registry.manifest(&layer_tag(&layer.descriptor.digest)) {
         Ok(manifest) => manifest,
         // A registry that is busy has it perhaps, and making it anew is long.
@@ -248,6 +331,13 @@ fn tagged(registry: &Registry, layer: &ImageLayer, options: &RegistryOptions) ->
     else {
         return Ok(None);
     };
+    if how.vouches() && how.policy().of_listed(&listed).is_none() {
+        log::info!(
+            "layer {}: nothing vouches for the index that is there; making a new one",
+            listed.layer
+        );
+        return Ok(None);
+    }
     match whole_index(registry, layer, &listed, options) {
         Ok(index) if index.cold().has(ColdPart::Headers) && index.cold().has(ColdPart::PayloadDigests) => {
             Ok(Some(listed))
@@ -299,7 +389,7 @@ fn made_of(
     image: &ImageName,
     layer: &ImageLayer,
     options: &RegistryOptions,
-    how: PushOptions,
+    how: &PushOptions,
     reached: Reached<'_>,
 ) -> Result<Index<Vec<u8>>, OpenError> {
     let blob = source::layer_blob(image, layer)?;
@@ -335,6 +425,7 @@ pub fn listed(index: &Index<Vec<u8>>, layer: &Digest) -> Listed {
         digest: Digest::of(Algorithm::Sha256, index.as_bytes()),
         size: index.file_len(),
         hot: Some((index.hot_len(), hot_digest(index))),
+        signatures: Vec::new(),
     }
 }
 
@@ -378,6 +469,7 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
     Ok(Publication {
         image: image.manifest_digest.clone(),
         artifact,
+        into: None,
         layers,
         tags,
     })
@@ -403,7 +495,7 @@ pub fn copy(
         layers: image.layers.clone(),
         ..origin
     };
-    let found = find_indexes(&there, &wanted, None)?;
+    let found = find_indexes(&there, &wanted, None, &TrustPolicy::of_registry())?;
     if found.iter().any(Option::is_some) {
         put_config(&here)?;
     }
@@ -424,8 +516,11 @@ pub fn copy(
             }
             Err(error) => return Err(error),
         };
-        // What the other manifest says of it is not passed on: this one says what the index says.
-        let listed = listed(&index, &layer.descriptor.digest);
+        // What the other manifest says of it is not passed on, but for signatures of the very same: this one says what the index says.
+        let mut listed = listed(&index, &layer.descriptor.digest);
+        if found.listed.statement() == listed.statement() {
+            listed.signatures = found.listed.signatures;
+        }
         if from.host == to.host && here.mount_blob(&listed.digest, from)? {
             put_tag(&here, &listed)?;
         } else {

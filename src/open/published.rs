@@ -1,13 +1,18 @@
 //! Published indexes for an image that is being opened. In: an image whose manifest is here, and what may be
-//! used. Out: for each layer the hot part of its index: as it was kept the last time, or else as the registry has it.
+//! used. Out: for each layer the hot part of its index, if there is one that is believed: as it was kept the last time, or else as the
+//! registry has it.
 //!
-//! What is kept is used for the same layer in the same repository only, and under a pin only if the pinned artifact names the same
-//! index. What was read on this machine ([`layer`](super::layer)) is no published index, and the reverse.
+//! What is kept is used for the same layer in the same repository only, and under a pin or for a manifest that names an index only if
+//! it is that one. On whose word it came is not kept as such, because that changes: it is decided anew each time, by what the manifest
+//! names, the signatures that came with it, and whom this command believes. So what was believed on the registry's word is not believed
+//! later without it. What was read on this machine ([`layer`](super::layer)) is no published index, and the reverse.
 
 use std::path::PathBuf;
 use std::thread;
 
+use super::artifact::listed_with;
 use super::discover::{self, FoundBy, FoundIndex};
+use super::error::HOW_TO_BELIEVE;
 use super::index_cache::KeptHot;
 use super::prepared::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_of_the_disk};
@@ -26,23 +31,37 @@ pub(super) enum Lead {
     /// None is wanted, or none is there.
     Nothing,
     /// Its hot part is here.
-    Kept(Box<(KeptHot, Blob)>),
-    /// It is there to be fetched.
-    Found(Box<FoundIndex>),
+    Kept(Box<KeptIndex>),
+    /// It is there to be fetched, and believed then.
+    Found(Box<FoundIndex>, IndexTrust),
+    /// There is one that nothing vouches for.
+    Unbelieved,
+}
+
+/// An index whose hot part is here.
+#[derive(Debug)]
+pub(super) struct KeptIndex {
+    hot: KeptHot,
+    /// Where all of it is.
+    rest: Blob,
+    /// On whose word it is believed.
+    trust: IndexTrust,
+}
+
+/// What became of the published index of a layer.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// None is wanted, none is there, or it cannot be used.
+    Nothing,
+    /// It is used.
+    Used(Box<Published>),
+    /// There is one that nothing vouches for.
+    Unbelieved,
 }
 
 /// Whether a layer without a published index is an error.
 fn required(options: &OpenOptions) -> bool {
     options.index == IndexChoice::Require || options.index_digest.is_some()
-}
-
-/// Why an index is believed that was found beside the image.
-fn trust_of(options: &OpenOptions) -> IndexTrust {
-    if options.index_digest.is_some() {
-        IndexTrust::Pin
-    } else {
-        IndexTrust::Registry
-    }
 }
 
 /// The name of a repository in the cache.
@@ -88,10 +107,19 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     }
     let registry = Registry::new(reference, &options.registry)?;
     let place = repository(reference);
-    let kept = |layer: &ImageLayer| {
-        let kept = options.cache.as_ref()?.hot(&place, &layer.descriptor.digest)?;
-        let rest = registry.blob(&kept.digest, kept.index.file_len());
-        Some(Box::new((kept, Blob::of_registry(rest))))
+    let kept = |layer: &ImageLayer| options.cache.as_ref()?.hot(&place, &layer.descriptor.digest);
+    let lead_to = |hot: KeptHot, trust| {
+        let rest = Blob::of_registry(registry.blob(&hot.digest, hot.index.file_len()));
+        Lead::Kept(Box::new(KeptIndex { hot, rest, trust }))
+    };
+    let named = listed_with(&image.annotations).unwrap_or_default();
+    // Of what is kept, on whose word it is believed now.
+    let believed = |layer: &ImageLayer, hot: &KeptHot| {
+        let named = named.iter().find(|listed| listed.layer == layer.descriptor.digest);
+        match named {
+            Some(named) => hot.is(named).then_some(IndexTrust::Manifest),
+            None => options.trust.of_listed(&hot.listed(&layer.descriptor.digest)),
+        }
     };
     let mut leads = Vec::new();
     let mut asked = Vec::new();
@@ -107,14 +135,18 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
             };
             unchecked || cache.has_index(&digest.to_string())
         };
-        let lead = match kept(layer) {
-            _ if !required && options.cache.as_ref().is_some_and(was_read) => Lead::Nothing,
-            // A pinned artifact has to say first that it is this one.
-            Some(kept) if options.index_digest.is_none() => Lead::Kept(kept),
-            _ => {
+        let lead = if !required && options.cache.as_ref().is_some_and(was_read) {
+            Lead::Nothing
+        } else {
+            let kept = kept(layer).and_then(|hot| {
+                // A pinned artifact has to say first that it is this one.
+                let trust = believed(layer, &hot).filter(|_| options.index_digest.is_none())?;
+                Some(lead_to(hot, trust))
+            });
+            kept.unwrap_or_else(|| {
                 asked.push(layer.clone());
                 Lead::Nothing
-            }
+            })
         };
         leads.push((layer, lead));
     }
@@ -127,7 +159,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
             layers: asked.clone(),
             ..image.clone()
         };
-        match discover::find_indexes(&registry, &wanted, options.index_digest.as_ref()) {
+        match discover::find_indexes(&registry, &wanted, options.index_digest.as_ref(), &options.trust) {
             Ok(found) => found,
             // Without them the layers can still be read.
             Err(error) if !required => {
@@ -146,9 +178,15 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
         ) else {
             continue;
         };
-        *lead = match kept(layer) {
-            Some(kept) if kept.0.digest == found.listed.digest => Lead::Kept(kept),
-            _ => Lead::Found(Box::new(found)),
+        *lead = match (found.trust, kept(layer)) {
+            (None, _) => Lead::Unbelieved,
+            (Some(trust), Some(hot)) if hot.is(&found.listed) => {
+                if hot.signatures != found.listed.signatures {
+                    Cache::note_signatures(&hot, &found.listed);
+                }
+                lead_to(hot, trust)
+            }
+            (Some(trust), _) => Lead::Found(Box::new(found), trust),
         };
     }
     // Under `require` without a pin a layer's own table of contents will do as well.
@@ -164,42 +202,43 @@ pub(super) fn fetch(
     image: &Image,
     leads: Vec<Lead>,
     options: &OpenOptions,
-) -> Result<Vec<Option<Published>>, OpenError> {
+) -> Result<Vec<Outcome>, OpenError> {
     let required = required(options);
     let found = leads.iter().map(|lead| match lead {
-        Lead::Found(found) => Some(&**found),
-        Lead::Nothing | Lead::Kept(_) => None,
+        Lead::Found(found, _) => Some(&**found),
+        Lead::Nothing | Lead::Kept(_) | Lead::Unbelieved => None,
     });
     let pieces = discover::pieces(found, CONNECTIONS);
     let one = |layer: &ImageLayer, lead: Lead, pieces: u64| match lead {
-        Lead::Nothing => Ok(None),
+        Lead::Nothing => Ok(Outcome::Nothing),
+        Lead::Unbelieved => Ok(Outcome::Unbelieved),
         Lead::Kept(kept) => {
-            let (kept, rest) = *kept;
-            discover::check_layer(&kept.index, layer).map_err(|cause| OpenError::Index {
-                name: kept.path.display().to_string(),
+            let KeptIndex { hot, rest, trust } = *kept;
+            discover::check_layer(&hot.index, layer).map_err(|cause| OpenError::Index {
+                name: hot.path.display().to_string(),
                 cause,
             })?;
-            Ok(Some(Published {
-                index: kept.index,
+            Ok(Outcome::Used(Box::new(Published {
+                index: hot.index,
                 rest,
                 was_kept: true,
-                kept: Some(kept.path),
-                trust: trust_of(options),
-            }))
+                kept: Some(hot.path),
+                trust,
+            })))
         }
-        Lead::Found(found) => {
-            let (index, found) = match discover::fetch_hot_in(layer, &found, pieces, &options.http) {
-                Ok(index) => (index, found),
+        Lead::Found(found, trust) => {
+            let (index, found, trust) = match discover::fetch_hot_in(layer, &found, pieces, &options.http) {
+                Ok(index) => (index, found, trust),
                 Err(error) => by_tag(name, layer, &found, options).ok_or(error)?,
             };
-            let kept = keep(name, layer, &index, &found, options)?;
-            Ok(Some(Published {
+            let kept = keep(name, &index, &found, options)?;
+            Ok(Outcome::Used(Box::new(Published {
                 index,
                 rest: Blob::of_registry(found.access.clone()),
                 was_kept: false,
                 kept,
-                trust: trust_of(options),
-            }))
+                trust,
+            })))
         }
     };
     thread::scope(|scope| {
@@ -218,12 +257,27 @@ pub(super) fn fetch(
             .map(|outcome| match outcome {
                 Err(error) if !required && !matches!(error, OpenError::Cache { .. }) => {
                     log::warn!("{error}; going on without it");
-                    Ok(None)
+                    Ok(Outcome::Nothing)
                 }
                 outcome => outcome,
             })
             .collect()
     })
+}
+
+/// Says that there are indexes which are not used because nothing vouches for them, and what would.
+pub(super) fn tell_unbelieved(name: &ImageName, outcomes: &[Outcome]) {
+    let count = outcomes
+        .iter()
+        .filter(|outcome| matches!(outcome, Outcome::Unbelieved))
+        .count();
+    if count > 0 {
+        log::warn!(
+            "{name}: {count} of {} layers have indexes beside the image that nothing vouches for: going on without them; \
+             {HOW_TO_BELIEVE}",
+            outcomes.len()
+        );
+    }
 }
 
 /// The index that a layer's tag names, after the one that a list of the image's named could not be used: lists outlive what is in
@@ -233,7 +287,7 @@ fn by_tag(
     layer: &ImageLayer,
     failed: &FoundIndex,
     options: &OpenOptions,
-) -> Option<(Index<Vec<u8>>, Box<FoundIndex>)> {
+) -> Option<(Index<Vec<u8>>, Box<FoundIndex>, IndexTrust)> {
     let ImageName::Registry(reference) = name else {
         return None;
     };
@@ -241,15 +295,15 @@ fn by_tag(
         return None;
     }
     let registry = Registry::new(reference, &options.registry).ok()?;
-    let found = discover::find_of_layer(&registry, &layer.descriptor.digest).ok()??;
+    let found = discover::find_of_layer(&registry, &layer.descriptor.digest, &options.trust).ok()??;
     let index = discover::fetch_hot(layer, &found, &options.http).ok()?;
-    Some((index, Box::new(found)))
+    let trust = found.trust?;
+    Some((index, Box::new(found), trust))
 }
 
 /// Keeps a hot part that was fetched. A full disk only means that it is fetched again next time.
 fn keep(
     name: &ImageName,
-    layer: &ImageLayer,
     index: &Index<Vec<u8>>,
     found: &FoundIndex,
     options: &OpenOptions,
@@ -258,7 +312,7 @@ fn keep(
         return Ok(None);
     };
     let place = repository(reference);
-    match cache.keep_hot(&place, &layer.descriptor.digest, index, &found.listed.digest) {
+    match cache.keep_hot(&place, index, &found.listed) {
         Ok(path) => Ok(Some(path)),
         Err(OpenError::Cache { path, cause }) if is_of_the_disk(&cause) => {
             log::warn!("cannot keep the index in {}: {cause}; going on without", path.display());

@@ -26,6 +26,7 @@ mod redirect;
 mod reference;
 mod session;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -150,6 +151,8 @@ pub struct Image {
     pub manifest_digest: Digest,
     /// The lowest first.
     pub layers: Vec<ImageLayer>,
+    /// What the manifest says of the image besides; covered by its digest.
+    pub annotations: BTreeMap<String, String>,
     /// What it says of itself.
     pub config: ImageConfig,
 }
@@ -194,6 +197,7 @@ pub struct Found {
     name: ImageName,
     manifest_digest: Digest,
     layers: Vec<(Descriptor, LayerType, BlobPlace)>,
+    annotations: BTreeMap<String, String>,
     config: Descriptor,
     holder: Holder,
     wanted: Wanted,
@@ -231,7 +235,11 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
                 let chosen = wanted.choose(&manifests).map_err(bad)?;
                 fetched = holder.manifest(chosen)?;
             }
-            Manifest::Image { config, layers } => {
+            Manifest::Image {
+                config,
+                layers,
+                annotations,
+            } => {
                 let count = layers.len();
                 let layers = layers.into_iter().enumerate().map(|(number, descriptor)| {
                     let kind = LayerType::parse(&descriptor.media_type)
@@ -244,7 +252,8 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
                     name: name.clone(),
                     manifest_digest: fetched.digest,
                     layers,
-                    config,
+                    annotations,
+                    config: *config,
                     holder,
                     wanted,
                     recalled,
@@ -389,6 +398,7 @@ impl Found {
                     place,
                 })
                 .collect(),
+            annotations: self.annotations.clone(),
             config,
         }
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::Check;
 use crate::commands::cli::RegistryArgs;
 use crate::http::{HttpOptions, RetryPolicy};
+use crate::open::TrustPolicy;
 use crate::open::discover::find_indexes;
 use crate::quantity::show_time;
 use crate::source::registry::{self, BlobPlace, ImageName, Login, PullPolicy, Reference, Registry, RegistryOptions};
@@ -27,7 +28,7 @@ pub(super) fn checks(source: &str, args: &RegistryArgs) -> anyhow::Result<Vec<Ch
         ..args.options()?
     };
     Ok(match Source::parse(source)? {
-        Source::Image(ImageName::Registry(reference)) => of_image(&reference, &options),
+        Source::Image(ImageName::Registry(reference)) => of_image(&reference, &options, &args.trust()?),
         Source::Url(url) => of_url(&url, &http),
         here @ (Source::Path(_) | Source::Image(ImageName::Layout(_))) => vec![of_local(&here, &options)],
     })
@@ -44,7 +45,7 @@ fn of_local(source: &Source, options: &RegistryOptions) -> Check {
     }
 }
 
-fn of_image(reference: &Reference, options: &RegistryOptions) -> Vec<Check> {
+fn of_image(reference: &Reference, options: &RegistryOptions, trust: &TrustPolicy) -> Vec<Check> {
     let mut checks = vec![credentials(reference, options)];
     let began = Instant::now();
     let name = ImageName::Registry(reference.clone());
@@ -74,7 +75,7 @@ fn of_image(reference: &Reference, options: &RegistryOptions) -> Vec<Check> {
         BlobPlace::File(_) => None,
     });
     checks.extend(first.map(|blob| ranges(&blob, &options.http)));
-    checks.push(match find_indexes(&registry, &image, None) {
+    checks.push(match find_indexes(&registry, &image, None, trust) {
         Err(error) => Check::warning(
             "indexes",
             error.to_string(),
@@ -82,8 +83,18 @@ fn of_image(reference: &Reference, options: &RegistryOptions) -> Vec<Check> {
         ),
         Ok(found) => {
             let (there, all) = (found.iter().flatten().count(), image.layers.len());
+            let believed = found.iter().flatten().filter(|found| found.trust.is_some()).count();
             let found = format!("published for {there} of {all} layers");
-            if there == all {
+            if believed < there {
+                Check::warning(
+                    "indexes",
+                    format!(
+                        "{found}, and nothing vouches for {} of them: they are not used",
+                        there - believed
+                    ),
+                    "--trust-key FILE believes who signed them, --trust registry whoever may write there",
+                )
+            } else if there == all {
                 Check::ok("indexes", found)
             } else {
                 let advice = format!(

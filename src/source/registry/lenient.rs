@@ -26,6 +26,21 @@ where
     Ok(pairs.map(|(key, value)| (key, value.unwrap_or_default())).collect())
 }
 
+/// The texts among an object's values; of anything else there are none. For what an image can be used without.
+pub(super) fn texts_of_an_object<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let serde_json::Value::Object(object) = serde_json::Value::deserialize(deserializer)? else {
+        return Ok(BTreeMap::new());
+    };
+    let text = |(key, value)| match value {
+        serde_json::Value::String(text) => Some((key, text)),
+        _ => None,
+    };
+    Ok(object.into_iter().filter_map(text).collect())
+}
+
 /// A digest whose hexadecimal digits some tools write in upper case.
 pub(super) fn digest_in_any_case<'de, D>(deserializer: D) -> Result<Digest, D::Error>
 where

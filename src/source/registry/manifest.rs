@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::lenient::{digest_in_any_case, null_is_empty, nulls_are_empty, whole_number};
+use super::lenient::{digest_in_any_case, null_is_empty, nulls_are_empty, texts_of_an_object, whole_number};
 use super::platform::Platform;
 use crate::digest::Digest;
 use crate::http::{excerpt, meant_url};
@@ -129,6 +129,8 @@ struct Document {
     manifests: Option<Vec<Descriptor>>,
     config: Option<Descriptor>,
     layers: Option<Vec<Descriptor>>,
+    #[serde(default, deserialize_with = "texts_of_an_object")]
+    annotations: BTreeMap<String, String>,
     #[serde(default, rename = "fsLayers", deserialize_with = "null_is_empty")]
     fs_layers: Vec<serde::de::IgnoredAny>,
 }
@@ -138,8 +140,10 @@ struct Document {
 pub(super) enum Manifest {
     /// Of one image.
     Image {
-        config: Descriptor,
+        config: Box<Descriptor>,
         layers: Vec<Descriptor>,
+        /// What it says of the image besides.
+        annotations: BTreeMap<String, String>,
     },
     /// Of several, for different machines.
     Index(Vec<Descriptor>),
@@ -217,14 +221,22 @@ impl Manifest {
                 Err(format!("the index lists {} manifests", manifests.len()))
             }
             (true, manifests, None, None) => Ok(Self::Index(manifests.unwrap_or_default())),
-            (false, None, Some(config), layers) => {
-                Self::image(config, layers.unwrap_or_default(), &document.artifact_type)
-            }
+            (false, None, Some(config), layers) => Self::image(
+                config,
+                layers.unwrap_or_default(),
+                document.annotations,
+                &document.artifact_type,
+            ),
             _ => Err("the manifest is not clearly one of an image or of an index".to_owned()),
         }
     }
 
-    fn image(config: Descriptor, layers: Vec<Descriptor>, artifact_type: &str) -> Result<Self, String> {
+    fn image(
+        config: Descriptor,
+        layers: Vec<Descriptor>,
+        annotations: BTreeMap<String, String>,
+        artifact_type: &str,
+    ) -> Result<Self, String> {
         let config_type = essence(&config.media_type);
         let is_image = match config_type.as_str() {
             OCI_CONFIG | DOCKER_CONFIG => true,
@@ -249,7 +261,11 @@ impl Manifest {
                 layers.len()
             ));
         }
-        Ok(Self::Image { config, layers })
+        Ok(Self::Image {
+            config: Box::new(config),
+            layers,
+            annotations,
+        })
     }
 }
 
