@@ -653,8 +653,9 @@ fn resident_bytes() -> Option<u64> {
 /// An image of `len` bytes every read of which fails, and says why: what is served of a device that cannot be gone on with.
 fn nothing(len: u64, why: String) -> Served {
     let nothing = Arc::new(Nothing { len, why });
+    let image: Arc<dyn BlockImage> = nothing.clone();
     Served {
-        image: Arc::clone(&nothing) as Arc<dyn BlockImage>,
+        image,
         bytes: nothing,
         fetch_stats: Box::new(FetchStats::default),
         finish: Box::new(|| {}),
