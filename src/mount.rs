@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::device::service::{self, Attached, Builder, ControlError, Launcher, ServeSpec, ServiceError};
+use crate::device::service::{self, Attached, Builder, Condition, ControlError, Launcher, ServeSpec, ServiceError};
 use crate::device::state::{Server, State, StateDir, StateError};
 use crate::device::users;
 
@@ -233,11 +233,16 @@ impl MountOptions {
 ///
 /// # Errors
 /// What went wrong; then nothing is left of it.
-pub fn mount<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>, dir: &Path) -> Result<Attached, MountError> {
+pub fn mount<B: Builder>(
+    launcher: &Launcher,
+    spec: &ServeSpec<B::Image>,
+    dir: &Path,
+    options: &MountOptions,
+) -> Result<Attached, MountError> {
     let states = StateDir::new(&spec.states);
     let full = check_directory(&states, dir)?;
     let attached = service::launch::<B>(launcher, spec)?;
-    if let Err(error) = mount_device(&attached.state.device, &full, &MountOptions::default()) {
+    if let Err(error) = mount_device(&attached.state.device, &full, options) {
         if let Err(left) = service::detach(&states, &attached.state) {
             log::warn!("{left}");
         }
@@ -345,6 +350,26 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<Unmounted, MountError> {
         }
     };
     Ok(Unmounted { state, still_used })
+}
+
+/// Whether what is mounted on `dir` (a full path) is a device of ours whose reads are answered, or will be.
+///
+/// # Errors
+/// When states or mounts cannot be read.
+pub fn is_served(states: &StateDir, dir: &Path) -> Result<bool, MountError> {
+    let Some(state) = mounted_on(states, dir)? else {
+        return Ok(false);
+    };
+    Ok(match service::conditions(states) {
+        Ok(Some(conditions)) => match conditions.get(&state.name) {
+            Some(Condition::Serving | Condition::Waiting { .. }) => true,
+            Some(Condition::Poisoned { .. }) => false,
+            None => state.server == Server::Command && state.is_alive(),
+        },
+        Ok(None) => state.server == Server::Command && state.is_alive(),
+        // One that is busy will answer.
+        Err(_) => true,
+    })
 }
 
 /// Whether nothing serves the device any more, nor will again.

@@ -89,13 +89,15 @@ pub struct OpenOptions {
     pub registry: RegistryOptions,
 }
 
-/// One layer of an image.
+/// One layer of an image, or some.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LayerChoice {
     /// Counted from 1, the lowest.
     Number(usize),
     /// By its digest.
     Digest(Digest),
+    /// The lowest so many, as one tree: the image as it was before the others were added.
+    Lowest(usize),
 }
 
 impl std::str::FromStr for LayerChoice {
@@ -119,6 +121,7 @@ impl std::fmt::Display for LayerChoice {
         match self {
             Self::Number(number) => number.fmt(f),
             Self::Digest(digest) => digest.fmt(f),
+            Self::Lowest(count) => write!(f, "the lowest {count}"),
         }
     }
 }
@@ -267,6 +270,13 @@ fn chosen(mut image: Image, options: &OpenOptions) -> Result<(Image, TreeMode), 
     let Some(choice) = &options.layer else {
         return Ok((image, TreeMode::Merged));
     };
+    if let LayerChoice::Lowest(count) = choice {
+        if !(1..=image.layers.len()).contains(count) {
+            return Err(no_such_layer(&image, choice));
+        }
+        image.layers.truncate(*count);
+        return Ok((image, TreeMode::Merged));
+    }
     let chosen = find_layer(&image, choice)?;
     image.layers = vec![image.layers.swap_remove(chosen)];
     Ok((image, TreeMode::Overlay))
@@ -398,15 +408,53 @@ fn find_layer(image: &Image, choice: &LayerChoice) -> Result<usize, OpenError> {
     let found = match choice {
         LayerChoice::Number(number) => (1..=image.layers.len()).contains(number).then(|| number - 1),
         LayerChoice::Digest(digest) => image.layers.iter().position(|layer| layer.descriptor.digest == *digest),
+        LayerChoice::Lowest(_) => None,
     };
-    found.ok_or_else(|| OpenError::NoSuchLayer {
+    found.ok_or_else(|| no_such_layer(image, choice))
+}
+
+fn no_such_layer(image: &Image, choice: &LayerChoice) -> OpenError {
+    OpenError::NoSuchLayer {
         name: image.name.clone(),
         wanted: choice.to_string(),
         has: match image.layers.len() {
             1 => "it has one".to_owned(),
             count => format!("it has {count}, counted from 1"),
         },
-    })
+    }
+}
+
+/// The lowest layer of an image that could only be opened by reading it: none of the indexes that the options believe is published
+/// beside it, in it or kept here. What is found on the way is kept. The snapshotter asks this before it claims an image.
+///
+/// # Errors
+/// [`OpenError::Source`] when the registry could not be asked.
+pub fn without_index(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Option<Digest>, OpenError> {
+    for layer in &image.layers {
+        let digest = &layer.descriptor.digest;
+        let found = FoundLayer::of_image(name, layer)?;
+        let is_kept = |cache: &Cache| {
+            let claimed = prepared::kept_under(&found.layer).is_some_and(|name| cache.has_index(&name));
+            claimed || cache.has_index(&digest.to_string())
+        };
+        if options.cache.as_ref().is_some_and(is_kept) {
+            continue;
+        }
+        let options = OpenOptions {
+            index: IndexChoice::Require,
+            layer: Some(LayerChoice::Digest(digest.clone())),
+            ..options.clone()
+        };
+        match prepare(&name.to_string(), &options, &mut Unwatched) {
+            Ok(_) => {}
+            Err(error @ OpenError::Source(_)) => return Err(error),
+            Err(error) => {
+                log::info!("{name}, layer {digest}: {error}");
+                return Ok(Some(digest.clone()));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Finds or makes the indexes of several layers at the same time.

@@ -178,8 +178,8 @@ impl ImageSpec {
         spec
     }
 
-    /// Removes the index files that were lent.
-    fn take_back(&self) {
+    /// Removes the index files that were lent: when their reader has opened them, or will not.
+    pub fn take_back(&self) {
         for path in self.lent() {
             let _ = fs::remove_file(path);
         }

@@ -15,7 +15,7 @@ use tarblk::internals::device::inventory::{self, Status};
 use tarblk::internals::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served};
 use tarblk::internals::device::state::StateDir;
 use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
-use tarblk::internals::mount;
+use tarblk::internals::mount::{self, MountOptions};
 
 use super::harness::{Case, DAEMON};
 use super::{hollow, make_ext4, patchwork, read_all};
@@ -328,7 +328,13 @@ impl Lab {
     }
 
     fn mount(&self) -> Attached {
-        mount::mount::<Images>(&launcher(), &self.spec(Some(1), None), &self.mnt()).unwrap()
+        mount::mount::<Images>(
+            &launcher(),
+            &self.spec(Some(1), None),
+            &self.mnt(),
+            &MountOptions::default(),
+        )
+        .unwrap()
     }
 
     /// What there is now and was not before, if anything.
@@ -1074,9 +1080,14 @@ fn a_daemon_that_dies_young_leaves_nothing() {
 fn a_broken_image_does_not_mount_and_leaves_nothing() {
     let lab = Lab::new();
     fs::write(lab.image(), vec![7u8; 1 << 20]).unwrap();
-    let error = mount::mount::<Images>(&launcher(), &lab.spec(Some(1), None), &lab.mnt())
-        .unwrap_err()
-        .to_string();
+    let error = mount::mount::<Images>(
+        &launcher(),
+        &lab.spec(Some(1), None),
+        &lab.mnt(),
+        &MountOptions::default(),
+    )
+    .unwrap_err()
+    .to_string();
     assert!(error.contains("cannot mount /dev/"), "{error}");
     lab.assert_clean();
 }
@@ -1092,7 +1103,7 @@ fn bad_directories_are_refused() {
         (full, "is not empty"),
     ];
     for (dir, expected) in cases {
-        let error = mount::mount::<Images>(&launcher(), &lab.spec(Some(1), None), &dir)
+        let error = mount::mount::<Images>(&launcher(), &lab.spec(Some(1), None), &dir, &MountOptions::default())
             .unwrap_err()
             .to_string();
         assert!(
