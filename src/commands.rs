@@ -24,6 +24,7 @@ mod ps;
 mod publish;
 mod registry;
 mod replace;
+mod snapshotter;
 mod stats;
 mod waits;
 
@@ -86,6 +87,10 @@ pub fn main() -> ExitCode {
         logging::start_daemon();
         return attach::serve(arguments);
     }
+    // What is read later has times.
+    if matches!(cli.command, Command::Snapshotter(_)) {
+        logging::start_daemon();
+    }
     logging::start(cli.talk);
     let session = Session {
         talk: Talk {
@@ -141,6 +146,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Generate(what) => generate::run(what),
         Command::Demo(args) => demo::run(args, session),
         Command::Upgrade => attach::upgrade(session),
+        Command::Snapshotter(args) => snapshotter::run(args),
         Command::ServeDevices { .. } => Ok(()),
     }
 }

@@ -95,6 +95,8 @@ mod prefetch;
 #[cfg(feature = "command")]
 mod quantity;
 #[cfg(feature = "command")]
+mod snapshotter;
+#[cfg(feature = "command")]
 mod source;
 #[cfg(feature = "command")]
 mod walk;
@@ -149,6 +151,7 @@ pub mod internals {
         #[cfg(feature = "command")] open
         #[cfg(feature = "command")] prefetch
         #[cfg(feature = "command")] quantity
+        #[cfg(feature = "command")] snapshotter
         #[cfg(feature = "command")] source
         #[cfg(feature = "command")] walk
     }

@@ -23,6 +23,7 @@ use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
 use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer, Shared};
+use crate::snapshotter::Mounter;
 use crate::source::Source;
 use crate::source::registry::{ImageName, LayoutName};
 
@@ -238,6 +239,17 @@ pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
 pub(super) fn serve(arguments: &[OsString]) -> ExitCode {
     crate::fetch::descriptors::raise();
     service::main(SERVE, arguments, Images::default())
+}
+
+/// Attaches by the machine's service and mounts, for the snapshotter.
+///
+/// # Errors
+/// When this program's own path cannot be found out.
+pub(super) fn mounter() -> anyhow::Result<Mounter> {
+    let launcher = Launcher::this_program(SERVE)?;
+    Ok(Box::new(move |spec, dir, options| {
+        mount::mount::<Images>(&launcher, spec, dir, options)
+    }))
 }
 
 /// `tarblk upgrade`.

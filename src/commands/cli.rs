@@ -107,6 +107,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Let this version of tarblk go on with what an older one serves, without a pause that readers would notice as an error.
     Upgrade,
+    /// Run containerd's snapshotter plug-in: images start before they are downloaded.
+    Snapshotter(SnapshotterArgs),
     /// What the service of all devices and its keepers run.
     #[command(hide = true)]
     ServeDevices {
@@ -617,6 +619,37 @@ pub struct PsArgs {
     /// Only what the other commands take: each device and each place where it is mounted, one a line.
     #[arg(long, conflicts_with = "json")]
     pub names: bool,
+    /// Instead of devices, the images that containerd pulled through `tarblk snapshotter`: which are lazy, and why others are not.
+    #[arg(long, conflicts_with = "names")]
+    pub images: bool,
+    /// The snapshotter's set-up, for `--images` [default: /etc/tarblk/snapshotter.toml].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "images")]
+    pub config: Option<PathBuf>,
+}
+
+/// Arguments of `tarblk snapshotter`.
+#[derive(Debug, Args)]
+#[command(after_help = "containerd is told of it by a proxy plug-in in its configuration:
+  [proxy_plugins.tarblk]
+    type = \"snapshot\"
+    address = \"/run/tarblk/snapshotter.sock\"
+
+An image is pulled as usual where it cannot be lazy; `tarblk ps --images` says which and why. Containers run on when the
+snapshotter ends, is killed or is replaced by another version.
+
+Example:
+  tarblk snapshotter &
+  ctr images pull --snapshotter tarblk registry.example.org/team/app:1.2")]
+pub struct SnapshotterArgs {
+    /// Its set-up [default: /etc/tarblk/snapshotter.toml, and if that is not there, what every key of it is by default].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<PathBuf>,
+    /// The socket on which containerd calls, instead of the set-up's.
+    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
+    pub address: Option<PathBuf>,
+    /// Where records are kept and containers write, instead of the set-up's.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub root: Option<PathBuf>,
 }
 
 /// Arguments of `tarblk stats`.

@@ -12,6 +12,9 @@ use crate::quantity::show_size;
 
 /// `tarblk ps`.
 pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
+    if args.images {
+        return super::snapshotter::images(args, session);
+    }
     let (listed, damaged) = inventory::list(&states())?;
     for error in damaged {
         log::warn!("{error}");

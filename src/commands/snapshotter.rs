@@ -1,0 +1,71 @@
+//! `tarblk snapshotter`, and `tarblk ps --images`: what became of images that containerd pulled.
+
+use std::path::Path;
+use std::thread;
+
+use anyhow::Context as _;
+use tokio::sync::watch;
+
+use super::Session;
+use super::attach::{mounter, states};
+use super::cli::{PsArgs, SnapshotterArgs};
+use super::layer::cache_dir;
+use super::notify::{READY, STOPPING, notify};
+use super::output::{Table, print, println};
+use crate::interrupt::Interrupt;
+use crate::snapshotter::{self, Config, DEFAULT_FILE};
+
+fn config(named: Option<&Path>) -> anyhow::Result<Config> {
+    let file = named.unwrap_or(Path::new(DEFAULT_FILE));
+    let mut config = Config::read(file, named.is_none())?;
+    config.cache.get_or_insert_with(cache_dir);
+    Ok(config)
+}
+
+/// `tarblk snapshotter`.
+pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
+    let mut config = config(args.config.as_deref())?;
+    if let Some(address) = &args.address {
+        config.address.clone_from(address);
+    }
+    if let Some(root) = &args.root {
+        config.root.clone_from(root);
+    }
+    let interrupt = Interrupt::catch().context("cannot catch signals")?;
+    let (stop, stopped) = watch::channel(false);
+    thread::spawn(move || {
+        interrupt.wait();
+        notify(STOPPING);
+        // The receiver is gone only when the command is ending.
+        let _ = stop.send(true);
+    });
+    let address = config.address.clone();
+    let ready = move || {
+        log::info!("ready on {}", address.display());
+        notify(READY);
+    };
+    Ok(snapshotter::run(&config, states(), mounter()?, &stopped, ready)?)
+}
+
+/// `tarblk ps --images`.
+pub(super) fn images(args: &PsArgs, session: Session) -> anyhow::Result<()> {
+    let config = config(args.config.as_deref())?;
+    let cannot = || format!("cannot read {}", config.root.display());
+    let verdicts = snapshotter::verdicts(&config.root).with_context(cannot)?;
+    if args.json {
+        return println(serde_json::to_string_pretty(&verdicts)?);
+    }
+    if verdicts.is_empty() {
+        session.talk.note("no image was pulled through tarblk");
+        return Ok(());
+    }
+    let mut table = Table::new(&["IMAGE", "LAZY", "WHY"]);
+    for verdict in verdicts {
+        table.row([
+            verdict.image,
+            if verdict.lazy { "yes" } else { "no" }.to_owned(),
+            verdict.detail.unwrap_or_else(|| "-".to_owned()),
+        ]);
+    }
+    print(table)
+}

@@ -1,0 +1,642 @@
+//! What containerd asks of a snapshotter. In: the calls of its snapshots service. Out: its answers, as its own overlayfs snapshotter
+//! would give them, but that a layer which an image in a registry has need not be unpacked: `Prepare` then says that it is there
+//! already (`AlreadyExists`), after it was noted on disk. Nothing is fetched and no device is made until something is prepared or
+//! viewed above it.
+//!
+//! Answers hold `overlay` and `bind` mounts only, which every containerd can make. Below the root, `snapshots/ID/fs` is a snapshot's
+//! own directory (or where a chain's device is mounted) and `snapshots/ID/work` overlayfs' working directory.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::chains::{ChainError, Chains};
+use super::filters::Filters;
+use super::grpc::{Calls, Code, Reply, Status, decode, one};
+use super::images::{Declined, Images, LazyImage, Reason};
+use super::labels::WantedLayer;
+use super::messages::{
+    CommitRequest, Empty, Info, InfoResponse, KeyRequest, Labels, ListRequest, ListResponse, Mount, MountsResponse,
+    PrepareRequest, SERVICE, UpdateRequest, UsageResponse,
+};
+use super::records::{Content, Id, Moment, Record, RecordError, Records, RemoteLayer, Usage};
+use super::usage;
+
+/// So many snapshots are in one message of a list.
+const LISTED_AT_ONCE: usize = 100;
+
+/// Above what containerd gives as names.
+const LONGEST_NAME: usize = 4096;
+
+/// Everything that calls need.
+#[derive(Debug)]
+pub(super) struct Snapshots {
+    dir: PathBuf,
+    records: Mutex<Records>,
+    images: Arc<Images>,
+    chains: Chains,
+    /// What overlays are told besides their directories.
+    overlay: Vec<String>,
+    /// Since when nothing is made on a chain's device.
+    idle: Mutex<HashMap<Id, Instant>>,
+    pub(super) counters: Counters,
+}
+
+/// What was done, since the process began.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) claimed: AtomicU64,
+    pub(super) declined: Mutex<HashMap<Reason, u64>>,
+    pub(super) attached: AtomicU64,
+    pub(super) failed: AtomicU64,
+}
+
+/// What is made above another snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Making {
+    Active,
+    View,
+}
+
+impl From<RecordError> for Status {
+    fn from(error: RecordError) -> Self {
+        Self::new(Code::Internal, error)
+    }
+}
+
+impl From<ChainError> for Status {
+    fn from(error: ChainError) -> Self {
+        Self::new(Code::Unavailable, error)
+    }
+}
+
+fn no_snapshot(name: &str) -> Status {
+    Status::new(Code::NotFound, format!("snapshot {name} does not exist"))
+}
+
+fn cannot(what: &str, path: &Path) -> impl FnOnce(io::Error) -> Status {
+    let what = format!("cannot {what} {}", path.display());
+    move |error| Status::new(Code::Internal, format!("{what}: {error}"))
+}
+
+impl Snapshots {
+    /// `dir` is the directory of snapshots' directories.
+    pub(super) fn new(dir: &Path, records: Records, images: Arc<Images>, chains: Chains) -> Self {
+        // As containerd: what is below changes only when it is not mounted, which `index` would refuse.
+        let index = Path::new("/sys/module/overlay/parameters/index").exists();
+        Self {
+            dir: dir.to_owned(),
+            records: Mutex::new(records),
+            images,
+            chains,
+            overlay: index.then(|| "index=off".to_owned()).into_iter().collect(),
+            idle: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    fn records(&self) -> MutexGuard<'_, Records> {
+        // Every holder leaves records as they were or as they are to be.
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn prepare(&self, request: PrepareRequest, making: Making) -> Result<MountsResponse, Status> {
+        let PrepareRequest {
+            key, parent, labels, ..
+        } = request;
+        check_name(&key)?;
+        let parent = Some(parent).filter(|parent| !parent.is_empty());
+        if making == Making::Active
+            && let Some(wanted) = WantedLayer::of(&labels)
+        {
+            match self.claim(&key, parent.as_deref(), &labels, &wanted)? {
+                Ok(()) => {
+                    let chain = &wanted.chain;
+                    return Err(Status::new(Code::AlreadyExists, format!("snapshot {chain} is there")));
+                }
+                Err(declined) => self.tell_declined(&wanted, &declined),
+            }
+        }
+        let (record, parent_id) = {
+            let mut records = self.records();
+            if records.get(&key).is_some() {
+                return Err(Status::new(Code::AlreadyExists, format!("snapshot {key} is there")));
+            }
+            let parent_id = match parent.as_deref().map(|parent| (parent, records.get(parent))) {
+                None => None,
+                Some((_, Some(below))) if below.is_committed() => Some(below.id),
+                Some((parent, Some(_))) => {
+                    let why = format!("parent {parent} is not committed");
+                    return Err(Status::new(Code::InvalidArgument, why));
+                }
+                Some((parent, None)) => return Err(no_snapshot(parent)),
+            };
+            let now = Moment::now();
+            let record = Record {
+                id: records.next_id(),
+                name: key.clone(),
+                parent: parent.clone(),
+                content: match making {
+                    Making::Active => Content::Active,
+                    Making::View => Content::View,
+                },
+                labels,
+                created: now,
+                updated: now,
+            };
+            self.make_directories(record.id, making)?;
+            records.put(record.clone())?;
+            (record, parent_id)
+        };
+        let made = self.ready(&record).and_then(|()| self.take_owner(&record, parent_id));
+        if let Err(error) = made {
+            // containerd knows nothing of it: it may ask again under the same key.
+            let mut records = self.records();
+            records.remove(&key)?;
+            drop(records);
+            self.remove_directory(record.id);
+            return Err(error);
+        }
+        Ok(self.mounts_of(&record))
+    }
+
+    /// Notes a layer that need not be unpacked. The outer error is the call's.
+    fn claim(
+        &self,
+        key: &str,
+        parent: Option<&str>,
+        labels: &Labels,
+        wanted: &WantedLayer,
+    ) -> Result<Result<(), Declined>, Status> {
+        let name = wanted.chain.to_string();
+        let is_known = {
+            let records = self.records();
+            if records.get(key).is_some() {
+                return Err(Status::new(Code::AlreadyExists, format!("snapshot {key} is there")));
+            }
+            match parent.map(|parent| records.get(parent)) {
+                None => {}
+                Some(Some(below)) if below.remote().is_some() => {}
+                Some(Some(_)) => return Ok(Err(above_files())),
+                Some(None) => return Err(no_snapshot(parent.unwrap_or_default())),
+            }
+            match records.get(&name) {
+                None => false,
+                Some(known) if known.remote().is_some() && known.parent.as_deref() == parent => true,
+                Some(_) => return Ok(Err(above_files())),
+            }
+        };
+        match self.find(parent, wanted) {
+            Ok((image, at)) => {
+                self.note(parent, labels, wanted, &image, at)?;
+                self.images.warm(&image.source);
+                Ok(Ok(()))
+            }
+            // What was claimed before is there, whatever became of this image or its registry.
+            Err(declined) if is_known => {
+                log::info!("{name} is there already, though {declined}");
+                Ok(Ok(()))
+            }
+            Err(declined) => Ok(Err(declined)),
+        }
+    }
+
+    /// The image that a client names, and which of its layers is wanted: none but the one that the client says, above `parent`.
+    fn find(&self, parent: Option<&str>, wanted: &WantedLayer) -> Result<(Arc<LazyImage>, usize), Declined> {
+        let unnamed = || Declined::new(Reason::Unnamed, "the client does not say of which image it is");
+        let named = wanted.image.as_ref().ok_or_else(unnamed)?;
+        let image = self.images.lazy(named)?;
+        let is_wanted = |at: usize| {
+            let below = at.checked_sub(1).map(|below| image.layers[below].chain.to_string());
+            let layer = &image.layers[at];
+            layer.chain == wanted.chain && layer.digest == named.layer && below.as_deref() == parent
+        };
+        let at = (0..image.layers.len()).find(|at| is_wanted(*at));
+        let mismatch = || {
+            let (image, chain) = (&named.reference, &wanted.chain);
+            let why = format!("{image} has no such layer as the client says ({chain})");
+            Declined::new(Reason::Mismatch, why)
+        };
+        Ok((image.clone(), at.ok_or_else(mismatch)?))
+    }
+
+    /// Writes down that a layer is claimed, and of which image; also of those below it, because the image that they were claimed of
+    /// may go.
+    fn note(
+        &self,
+        parent: Option<&str>,
+        labels: &Labels,
+        wanted: &WantedLayer,
+        image: &LazyImage,
+        at: usize,
+    ) -> Result<(), Status> {
+        let name = wanted.chain.to_string();
+        let mut records = self.records();
+        // Another client may have been faster.
+        if records.get(&name).is_none() {
+            if let Some(parent) = parent
+                && records.get(parent).is_none()
+            {
+                return Err(no_snapshot(parent));
+            }
+            let now = Moment::now();
+            let layer = &image.layers[at];
+            let record = Record {
+                id: records.next_id(),
+                name: name.clone(),
+                parent: parent.map(str::to_owned),
+                content: Content::Remote(RemoteLayer {
+                    layer: layer.digest.clone(),
+                    bytes: layer.bytes,
+                    depth: at + 1,
+                    sources: vec![image.source.clone()],
+                }),
+                labels: labels.clone(),
+                created: now,
+                updated: now,
+            };
+            records.put(record)?;
+            self.counters.claimed.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut next = Some(name);
+        while let Some(mut record) = next.as_deref().and_then(|name| records.get(name)).cloned() {
+            let Content::Remote(layer) = &mut record.content else {
+                break;
+            };
+            next.clone_from(&record.parent);
+            if layer.learn(&image.source) {
+                records.put(record)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell_declined(&self, wanted: &WantedLayer, declined: &Declined) {
+        let mut counts = self.counters.declined.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry(declined.reason).or_default() += 1;
+        let image = wanted
+            .image
+            .as_ref()
+            .map_or("a layer", |image| image.reference.as_str());
+        let chain = &wanted.chain;
+        match declined.reason {
+            // Said of the layer below, or meant.
+            Reason::AboveFiles | Reason::Policy | Reason::Unnamed => {
+                log::info!("{image}: {chain} is pulled as usual: {declined}");
+            }
+            _ => log::warn!("{image}: {chain} is pulled as usual: {declined}"),
+        }
+    }
+
+    fn make_directories(&self, id: Id, making: Making) -> Result<(), Status> {
+        let dir = self.dir.join(id.0.to_string());
+        let make = |path: &Path, mode: u32| {
+            let made = DirBuilder::new().mode(mode).create(path);
+            // Of a call that was cut short.
+            let made = made.or_else(|error| match error.kind() {
+                io::ErrorKind::AlreadyExists => Ok(()),
+                _ => Err(error),
+            });
+            made.map_err(cannot("make", path))
+        };
+        make(&dir, 0o700)?;
+        make(&dir.join("fs"), 0o755)?;
+        if making == Making::Active {
+            make(&dir.join("work"), 0o711)?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that what is below a snapshot can be mounted.
+    fn ready(&self, record: &Record) -> Result<(), Status> {
+        let chain = self.records().chain_under(&record.name).cloned();
+        let Some(chain) = chain else { return Ok(()) };
+        let Some(layer) = chain.remote() else { return Ok(()) };
+        match self.chains.mount(&chain, layer) {
+            Ok(attached) => {
+                self.counters.attached.fetch_add(u64::from(attached), Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => {
+                self.counters.failed.fetch_add(1, Ordering::Relaxed);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The root directory of a snapshot belongs to whom the one below it does, as containerd's overlayfs snapshotter has it.
+    fn take_owner(&self, record: &Record, parent: Option<Id>) -> Result<(), Status> {
+        let (Some(parent), Content::Active) = (parent, &record.content) else {
+            return Ok(());
+        };
+        let below = self.chains.files(parent);
+        let meta = fs::metadata(&below).map_err(cannot("look at", &below))?;
+        let own = self.chains.files(record.id);
+        std::os::unix::fs::lchown(&own, Some(meta.uid()), Some(meta.gid())).map_err(cannot("change the owner of", &own))
+    }
+
+    /// The mounts that make a snapshot's directory. What is below it has to be ready.
+    fn mounts_of(&self, record: &Record) -> MountsResponse {
+        let below: Vec<String> = self
+            .records()
+            .lineage(&record.name)
+            .skip(1)
+            .map(|one| self.chains.files(one.id).display().to_string())
+            .collect();
+        let own = self.chains.files(record.id).display().to_string();
+        let bind = |source: String, access: &str| Mount {
+            r#type: "bind".to_owned(),
+            source,
+            options: vec![access.to_owned(), "rbind".to_owned()],
+            ..Mount::default()
+        };
+        let is_active = record.content == Content::Active;
+        let mount = match (&below[..], is_active) {
+            ([], true) => bind(own, "rw"),
+            ([], false) => bind(own, "ro"),
+            ([one], false) => bind(one.clone(), "ro"),
+            (below, _) => {
+                let mut options = self.overlay.clone();
+                if is_active {
+                    let work = self.dir.join(record.id.0.to_string()).join("work");
+                    options.push(format!("workdir={}", work.display()));
+                    options.push(format!("upperdir={own}"));
+                }
+                options.push(format!("lowerdir={}", below.join(":")));
+                Mount {
+                    r#type: "overlay".to_owned(),
+                    source: "overlay".to_owned(),
+                    options,
+                    ..Mount::default()
+                }
+            }
+        };
+        MountsResponse { mounts: vec![mount] }
+    }
+
+    fn mounts(&self, key: &str) -> Result<MountsResponse, Status> {
+        let record = self.records().get(key).cloned().ok_or_else(|| no_snapshot(key))?;
+        match &record.content {
+            Content::Active => self.make_directories(record.id, Making::Active)?,
+            Content::View => self.make_directories(record.id, Making::View)?,
+            Content::Committed(_) | Content::Remote(_) => {
+                let why = format!("snapshot {key} is neither active nor a view");
+                return Err(Status::new(Code::FailedPrecondition, why));
+            }
+        }
+        self.ready(&record)?;
+        Ok(self.mounts_of(&record))
+    }
+
+    fn commit(&self, request: CommitRequest) -> Result<(), Status> {
+        let CommitRequest {
+            name,
+            key,
+            labels,
+            parent,
+            ..
+        } = request;
+        check_name(&name)?;
+        let active = |records: &Records| -> Result<Record, Status> {
+            if records.get(&name).is_some() {
+                return Err(Status::new(Code::AlreadyExists, format!("snapshot {name} is there")));
+            }
+            let record = records.get(&key).ok_or_else(|| no_snapshot(&key))?;
+            if record.content != Content::Active {
+                let why = format!("snapshot {key} is not active");
+                return Err(Status::new(Code::FailedPrecondition, why));
+            }
+            if !parent.is_empty() && record.parent.as_deref() != Some(parent.as_str()) {
+                let why = format!("snapshot {key} cannot be put above {parent}");
+                return Err(Status::new(Code::Unimplemented, why));
+            }
+            Ok(record.clone())
+        };
+        let record = active(&self.records())?;
+        let files = self.chains.files(record.id);
+        // Counted while others go on.
+        let usage = usage::of(&files).map_err(cannot("count", &files))?;
+        let mut records = self.records();
+        let record = active(&records)?;
+        let now = Moment::now();
+        records.put(Record {
+            name: name.clone(),
+            content: Content::Committed(usage),
+            labels,
+            created: now,
+            updated: now,
+            ..record
+        })?;
+        Ok(())
+    }
+
+    fn remove(&self, key: &str) -> Result<(), Status> {
+        let record = {
+            let mut records = self.records();
+            let record = records.get(key).cloned().ok_or_else(|| no_snapshot(key))?;
+            if records.has_children(key) {
+                let why = format!("snapshot {key} has others above it");
+                return Err(Status::new(Code::FailedPrecondition, why));
+            }
+            records.remove(key)?;
+            record
+        };
+        if let Some(layer) = record.remote() {
+            self.chains.unmount(record.id, || true);
+            self.chains.forget(record.id);
+            for source in &layer.sources {
+                let is_named = |other: &Record| other.remote().is_some_and(|layer| layer.sources.contains(source));
+                if !self.records().all().any(is_named) {
+                    self.images.forget(source);
+                }
+            }
+        }
+        self.remove_directory(record.id);
+        Ok(())
+    }
+
+    /// Removes what a snapshot that is gone had. What cannot be removed yet (its device is in use) is tried again by [`Self::tidy`].
+    fn remove_directory(&self, id: Id) {
+        let dir = self.dir.join(id.0.to_string());
+        if let Err(error) = fs::remove_dir_all(&dir)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::info!("{} stays for now: {error}", dir.display());
+        }
+    }
+
+    fn stat(&self, key: &str) -> Result<Info, Status> {
+        let records = self.records();
+        records.get(key).map(Record::info).ok_or_else(|| no_snapshot(key))
+    }
+
+    fn update(&self, request: UpdateRequest) -> Result<Info, Status> {
+        let wanted = request.info.unwrap_or_default();
+        let mut records = self.records();
+        let record = records.get(&wanted.name).ok_or_else(|| no_snapshot(&wanted.name))?;
+        let mut record = record.clone();
+        let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
+        if paths.is_empty() {
+            record.labels.clone_from(&wanted.labels);
+        }
+        for path in &paths {
+            match path.split_once('.') {
+                Some(("labels", key)) => match wanted.labels.get(key) {
+                    Some(value) => drop(record.labels.insert(key.to_owned(), value.clone())),
+                    None => drop(record.labels.remove(key)),
+                },
+                None if path == "labels" => record.labels.clone_from(&wanted.labels),
+                _ => {
+                    let why = format!("{path} of a snapshot cannot be changed");
+                    return Err(Status::new(Code::InvalidArgument, why));
+                }
+            }
+        }
+        record.updated = Moment::now();
+        let info = record.info();
+        records.put(record)?;
+        Ok(info)
+    }
+
+    fn list(&self, request: &ListRequest) -> Result<Vec<Info>, Status> {
+        let filters = Filters::parse(&request.filters).map_err(|why| Status::new(Code::InvalidArgument, why))?;
+        let records = self.records();
+        let all = records.all().map(Record::info);
+        Ok(all.filter(|info| filters.fit(info)).collect())
+    }
+
+    fn usage(&self, key: &str) -> Result<Usage, Status> {
+        let record = self.records().get(key).cloned().ok_or_else(|| no_snapshot(key))?;
+        match &record.content {
+            Content::Committed(usage) => Ok(*usage),
+            Content::View => Ok(Usage::default()),
+            // What it takes at most once all of it was fetched, as it travels: known without looking anywhere.
+            Content::Remote(layer) => Ok(Usage {
+                bytes: layer.bytes,
+                inodes: 0,
+            }),
+            Content::Active => {
+                let files = self.chains.files(record.id);
+                usage::of(&files).map_err(cannot("count", &files))
+            }
+        }
+    }
+
+    /// Takes down devices that nothing needs: those of chains that are gone, and those on which nothing was made for `idle`; and
+    /// removes what snapshots left that are gone. Called now and then, and by `Cleanup`.
+    pub(super) fn tidy(&self, idle: Duration) {
+        let mounted = match self.chains.mounted() {
+            Ok(mounted) => mounted,
+            Err(error) => return log::warn!("cannot read what is mounted: {error}"),
+        };
+        let used = self.used();
+        let now = Instant::now();
+        let expired: Vec<Id> = {
+            let mut since = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            since.retain(|id, _| mounted.contains(id) && !used.contains(id));
+            let idle_ones = mounted.iter().filter(|id| !used.contains(id));
+            idle_ones
+                .filter(|id| {
+                    let is_known = self.records().all().any(|record| record.id == **id);
+                    now.duration_since(*since.entry(**id).or_insert(now)) >= idle || !is_known
+                })
+                .copied()
+                .collect()
+        };
+        for id in expired {
+            self.chains.unmount(id, || !self.used().contains(&id));
+        }
+        self.remove_orphans();
+    }
+
+    /// The chains that something is made on.
+    fn used(&self) -> HashSet<Id> {
+        let records = self.records();
+        let made = records
+            .all()
+            .filter(|record| matches!(record.content, Content::Active | Content::View));
+        made.filter_map(|record| records.chain_under(&record.name))
+            .map(|chain| chain.id)
+            .collect()
+    }
+
+    /// Removes directories of snapshots that are gone.
+    fn remove_orphans(&self) {
+        let orphans: Vec<Id> = {
+            let records = self.records();
+            let Ok(entries) = fs::read_dir(&self.dir) else { return };
+            let ids = entries
+                .flatten()
+                .filter_map(|entry| Some(Id(entry.file_name().to_str()?.parse().ok()?)));
+            let known: HashSet<Id> = records.ids().collect();
+            ids.filter(|id| !known.contains(id)).collect()
+        };
+        for id in orphans {
+            self.chains.unmount(id, || true);
+            self.remove_directory(id);
+        }
+    }
+}
+
+fn above_files() -> Declined {
+    Declined::new(Reason::AboveFiles, "what is below it was unpacked")
+}
+
+fn check_name(name: &str) -> Result<(), Status> {
+    if name.is_empty() || name.len() > LONGEST_NAME {
+        return Err(Status::new(
+            Code::InvalidArgument,
+            "a snapshot's name is missing or too long",
+        ));
+    }
+    Ok(())
+}
+
+impl Calls for Snapshots {
+    fn call(&self, path: &str, request: &[u8]) -> Reply {
+        let Some(method) = path.strip_prefix(SERVICE) else {
+            return Err(Status::new(Code::Unimplemented, format!("there is no {path} here")));
+        };
+        let key = || decode::<KeyRequest>(request).map(|request| request.key);
+        let reply = match method {
+            "Prepare" => self
+                .prepare(decode(request)?, Making::Active)
+                .map(|mounts| one(&mounts)),
+            "View" => self.prepare(decode(request)?, Making::View).map(|mounts| one(&mounts)),
+            "Mounts" => self.mounts(&key()?).map(|mounts| one(&mounts)),
+            "Commit" => self.commit(decode(request)?).map(|()| one(&Empty {})),
+            "Remove" => self.remove(&key()?).map(|()| one(&Empty {})),
+            "Stat" => self.stat(&key()?).map(|info| one(&InfoResponse { info: Some(info) })),
+            "Update" => self
+                .update(decode(request)?)
+                .map(|info| one(&InfoResponse { info: Some(info) })),
+            "List" => self.list(&decode(request)?).map(|all| {
+                let parts = all.chunks(LISTED_AT_ONCE);
+                parts
+                    .flat_map(|info| one(&ListResponse { info: info.to_vec() }))
+                    .collect()
+            }),
+            "Usage" => self.usage(&key()?).map(|usage| {
+                one(&UsageResponse {
+                    size: i64::try_from(usage.bytes).unwrap_or(i64::MAX),
+                    inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
+                })
+            }),
+            "Cleanup" => {
+                self.tidy(Duration::MAX);
+                Ok(one(&Empty {}))
+            }
+            other => Err(Status::new(Code::Unimplemented, format!("there is no {other} here"))),
+        };
+        match &reply {
+            Ok(_) => log::debug!("{method}: done"),
+            Err(status) => log::debug!("{method}: {:?}: {status}", status.code),
+        }
+        reply
+    }
+}
