@@ -19,6 +19,7 @@ mod records;
 mod snapshots;
 mod usage;
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -32,12 +33,13 @@ use rustix::fs::FlockOperation;
 use tokio::sync::watch;
 
 pub use chains::{ChainError, Mounter};
-pub use config::{Config, ConfigError, DEFAULT_FILE, Lazy, RepositoryPolicy};
+pub use config::{Config, ConfigError, FILE_NAME, Lazy, RepositoryPolicy};
 pub use images::{Declined, Reason, Verdict, verdicts};
 pub use records::{Moment, RecordError};
 
 use crate::device::inventory;
 use crate::device::state::{StateDir, StateError};
+use crate::open::TrustPolicy;
 use crate::open::{Cache, OpenError, default_cache_dir};
 use chains::Chains;
 use images::Images;
@@ -82,17 +84,36 @@ fn unusable(path: &Path) -> impl FnOnce(io::Error) -> SnapshotterError {
     move |cause| SnapshotterError::Io { path, cause }
 }
 
+/// What the snapshotter is given of the machine.
+pub struct Machine {
+    /// Where the service of all devices is.
+    pub states: StateDir,
+    /// How devices are attached by it and mounted.
+    pub mounter: Mounter,
+    /// Whom indexes beside images are believed.
+    pub trust: TrustPolicy,
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("states", &self.states)
+            .field("trust", &self.trust)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Serves until `stop` becomes true. `ready` is called when containerd can call.
 ///
 /// # Errors
 /// Why it does not run.
 pub fn run(
     config: &Config,
-    states: StateDir,
-    mounter: Mounter,
+    machine: Machine,
     stop: &watch::Receiver<bool>,
     ready: impl FnOnce(),
 ) -> Result<(), SnapshotterError> {
+    let Machine { states, mounter, trust } = machine;
     if !rustix::process::geteuid().is_root() {
         return Err(SnapshotterError::NotRoot);
     }
@@ -114,7 +135,7 @@ pub fn run(
     let cache = Cache::new(&cache_dir).map_err(|error| SnapshotterError::Cache(Box::new(error)))?;
     let cache = cache.with_limit(config.cache_size);
     let records = Records::open(&root.join("records"), highest(&dir).map_err(unusable(&dir))? + 1)?;
-    let images = Arc::new(Images::new(config, cache).map_err(unusable(&root))?);
+    let images = Arc::new(Images::new(config, trust, cache).map_err(unusable(&root))?);
     let chains = Chains::new(&dir, states, config, Arc::clone(&images), mounter);
     let snapshots = Arc::new(Snapshots::new(&dir, records, images, chains));
     let listener = listen(&config.address)?;

@@ -63,10 +63,7 @@ impl RegistryArgs {
     /// # Errors
     /// When a key or the configuration cannot be used.
     pub fn trust(&self) -> anyhow::Result<TrustPolicy> {
-        // The environment's `TARBLK_CONFIG_DIR` is for tests, and where /etc cannot be written.
-        let dir = env::var_os("TARBLK_CONFIG_DIR").filter(|dir| !dir.is_empty());
-        let dir = dir.map_or_else(|| PathBuf::from(CONFIG_DIR), PathBuf::from);
-        let mut policy = TrustPolicy::of_machine(&dir)?;
+        let mut policy = TrustPolicy::of_machine(&config_dir())?;
         if let Some(word) = self.trust {
             policy.registry = word == TrustArg::Registry;
         }
@@ -115,6 +112,13 @@ impl RegistryArgs {
             ..self.clone()
         }
     }
+}
+
+/// The machine's configuration directory: the environment's `TARBLK_CONFIG_DIR` (for tests, and where /etc cannot be written), or
+/// /etc/tarblk.
+pub(super) fn config_dir() -> PathBuf {
+    let dir = env::var_os("TARBLK_CONFIG_DIR").filter(|dir| !dir.is_empty());
+    dir.map_or_else(|| PathBuf::from(CONFIG_DIR), PathBuf::from)
 }
 
 /// Whether the environment says yes: by anything but nothing, `0`, `no` and `false`.

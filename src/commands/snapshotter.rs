@@ -12,12 +12,14 @@ use super::cli::{PsArgs, SnapshotterArgs};
 use super::layer::cache_dir;
 use super::notify::{READY, STOPPING, notify};
 use super::output::{Table, print, println};
+use super::registry::config_dir;
 use crate::interrupt::Interrupt;
-use crate::snapshotter::{self, Config, DEFAULT_FILE};
+use crate::open::TrustPolicy;
+use crate::snapshotter::{self, Config, FILE_NAME, Machine};
 
 fn config(named: Option<&Path>) -> anyhow::Result<Config> {
-    let file = named.unwrap_or(Path::new(DEFAULT_FILE));
-    let mut config = Config::read(file, named.is_none())?;
+    let file = named.map_or_else(|| config_dir().join(FILE_NAME), Path::to_owned);
+    let mut config = Config::read(&file, named.is_none())?;
     config.cache.get_or_insert_with(cache_dir);
     Ok(config)
 }
@@ -44,7 +46,12 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
         log::info!("ready on {}", address.display());
         notify(READY);
     };
-    Ok(snapshotter::run(&config, states(), mounter()?, &stopped, ready)?)
+    let machine = Machine {
+        states: states(),
+        mounter: mounter()?,
+        trust: TrustPolicy::of_machine(&config_dir())?,
+    };
+    Ok(snapshotter::run(&config, machine, &stopped, ready)?)
 }
 
 /// `tarblk ps --images`.

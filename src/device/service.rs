@@ -7,7 +7,7 @@
 //!                           keepers: hold them, start the service again when it dies; the service starts them again
 //! ```
 //!
-//! All of these are this program under a hidden subcommand, which calls [`main`] with a word for the [`Role`]. What an image is
+//! All of these are this program under a hidden subcommand, which calls [`main`] with a word for the `Role`. What an image is
 //! described by is the caller's type: a [`Builder`] makes image and fetcher of it. [`serve`] is the exception: one device served in
 //! the foreground, by the command itself, with nothing that would keep it.
 //!

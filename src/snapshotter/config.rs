@@ -10,8 +10,8 @@ use serde::{Deserialize, Deserializer};
 use crate::quantity::{parse_size, parse_time};
 use crate::source::registry::{DEFAULT_HOSTS_DIR, Reference};
 
-/// Where the file is looked for.
-pub const DEFAULT_FILE: &str = "/etc/tarblk/snapshotter.toml";
+/// What the file is called, in the machine's configuration directory.
+pub const FILE_NAME: &str = "snapshotter.toml";
 
 /// What is wrong with the file.
 #[derive(Debug, thiserror::Error)]

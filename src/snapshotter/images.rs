@@ -22,6 +22,7 @@ use super::records::{ImageSource, Moment, write_durably};
 use crate::digest::{Algorithm, Digest};
 use crate::excerpt;
 use crate::http::HttpOptions;
+use crate::open::TrustPolicy;
 use crate::open::{self, Cache, LayerChoice, OpenError, OpenOptions, Prepared, Unwatched};
 use crate::source;
 use crate::source::registry::{self, ImageName, Keyring, Reference, RegistryOptions, SmallBlobCache, Version};
@@ -139,6 +140,7 @@ pub struct Verdict {
 #[derive(Debug)]
 pub(super) struct Images {
     config: Config,
+    trust: TrustPolicy,
     cache: Cache,
     verdicts: PathBuf,
     known: Mutex<HashMap<ImageSource, Arc<LazyImage>>>,
@@ -159,11 +161,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Images {
-    pub(super) fn new(config: &Config, cache: Cache) -> io::Result<Self> {
+    pub(super) fn new(config: &Config, trust: TrustPolicy, cache: Cache) -> io::Result<Self> {
         let verdicts = config.root.join(VERDICTS);
         DirBuilder::new().recursive(true).mode(0o700).create(&verdicts)?;
         Ok(Self {
             config: config.clone(),
+            trust,
             cache,
             verdicts,
             known: Mutex::default(),
@@ -279,6 +282,7 @@ impl Images {
         let http = HttpOptions::default();
         let small: Arc<dyn SmallBlobCache> = Arc::new(self.cache.clone());
         OpenOptions {
+            trust: self.trust.clone(),
             cache: Some(self.cache.clone()),
             http,
             registry: RegistryOptions {
@@ -531,7 +535,12 @@ mod tests {
             root: dir.path().to_owned(),
             ..Config::default()
         };
-        let images = Images::new(&config, Cache::new(&dir.path().join("cache")).unwrap()).unwrap();
+        let images = Images::new(
+            &config,
+            TrustPolicy::default(),
+            Cache::new(&dir.path().join("cache")).unwrap(),
+        )
+        .unwrap();
         let manifest = Digest::of(Algorithm::Sha256, b"m");
         images.judge("host/a:1", Some(&manifest), Ok(None));
         images.judge("host/a:1", Some(&manifest), Ok(Some("indexes: 2 published".to_owned())));
