@@ -103,6 +103,7 @@ impl Layer {
         LayerSource {
             coding: Some(self.coded()),
             verifier: checked.then(|| self.digests.clone()),
+            unproven: None,
             layer: http.into(),
         }
     }
@@ -274,6 +275,7 @@ fn local(layer: &Layer, dir: &Path) {
     let coded = || LayerSource {
         coding: Some(layer.coded()),
         verifier: Some(layer.digests.clone()),
+        unproven: None,
         layer: blob(&dir.join("layer.tar.gz")).into(),
     };
     let fetcher = start(coded(), FetchOptions::default());

@@ -9,7 +9,8 @@
 //! of it. What a layer's index vouches for is checked before anybody sees it.
 //!
 //! Parts: `blob` (what a layer is), `content` (what is held of it), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
-//! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher), `trust` (on whose word).
+//! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher), `trust` (on whose word), `unproven`
+//! (indexes that are compared with headers in the end).
 
 mod blob;
 mod content;
@@ -26,6 +27,7 @@ mod shared;
 mod stats;
 mod transport;
 pub mod trust;
+mod unproven;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -44,6 +46,7 @@ pub use options::{FetchOptions, OpenOptions, PoolOptions};
 pub use pool::FetchPool;
 pub use stats::{BytesByOrigin, FetchStats, Percentiles, PoolStats, Wait};
 pub use trust::{BytesTrust, IndexTrust, KeyId, LayerTrust};
+pub use unproven::UnprovenIndex;
 
 use crate::cache::chunk::{FirstUse, pieces};
 use crate::cache::{Slice, Slices};
@@ -115,6 +118,12 @@ impl Fetcher {
     #[must_use]
     pub fn pool(&self) -> &FetchPool {
         &self.pool
+    }
+
+    /// Why nothing is read of the whole device any more, if that is so: an index of it lies.
+    #[must_use]
+    pub fn poisoned(&self) -> Option<&FetchError> {
+        self.shared.poison.get()
     }
 
     /// Where `range` is now, without waiting, system calls or long locks. Counts as a use of what it finds.
@@ -224,8 +233,12 @@ impl Fetcher {
     #[must_use]
     pub fn stats(&self) -> FetchStats {
         let mut stats = self.shared.counters.snapshot();
+        stats.poisoned = self.poisoned().map(ToString::to_string);
         for layer in &self.shared.layers {
             if let SharedLayer::Fetched(layer) = layer {
+                if stats.poisoned.is_none() {
+                    stats.poisoned = layer.poison.get().map(ToString::to_string);
+                }
                 stats.bytes_layers += layer.size;
                 let Some(cache) = layer.content.cache.get() else {
                     continue;

@@ -36,7 +36,8 @@ pub mod walk;
 mod writer;
 
 pub use cold::{ColdDirectory, ColdPart, ColdPiece};
-pub use compare::{Difference, first_difference};
+pub(crate) use compare::says_the_same;
+pub use compare::{Difference, EntryCheck, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};

@@ -44,6 +44,7 @@ fn source(origin: &Origin, blob: &[u8], [digest, diff_id]: [Option<Digest>; 2], 
         },
         coding,
         verifier: None,
+        unproven: None,
     }
 }
 

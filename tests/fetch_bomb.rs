@@ -50,6 +50,7 @@ fn a_bomb_takes_little_memory() {
             }),
             layer: http.into(),
             verifier: None,
+            unproven: None,
         };
         let options = FetchOptions {
             memory_bytes: 1 << 20,

@@ -148,6 +148,7 @@ impl Made {
         LayerSource {
             coding: Some(self.coded()),
             verifier: Some(self.check()),
+            unproven: None,
             layer: LayerSpec {
                 cached_as: Some("sha256:test".to_owned()),
                 ..self.spec(http)
@@ -160,6 +161,7 @@ impl Made {
         LayerSource {
             coding: Some(self.coded()),
             verifier: Some(self.check()),
+            unproven: None,
             layer: self.spec(in_file(path)),
         }
     }
@@ -419,6 +421,7 @@ fn an_index_of_another_layer_is_no_use() {
     // Without digests only what cannot be decoded is seen. It must end, one way or the other.
     let layer = LayerSource {
         verifier: None,
+        unproven: None,
         ..made.over_http(&origin)
     };
     let fetcher = start(layer, quick());
@@ -639,6 +642,7 @@ fn a_whole_layer_is_checked_against_its_own_digest() {
         let layer = |spec| LayerSource {
             layer: spec,
             verifier: None,
+            unproven: None,
             ..made.over_http(&origin)
         };
         let right = made.over_http(&origin).layer;
@@ -675,11 +679,13 @@ fn plain_layers_are_checked_as_well() {
     std::fs::write(&path, made.tar.as_slice()).unwrap();
     let local = || LayerSource {
         verifier: Some(made.check()),
+        unproven: None,
         ..in_file(&path).into()
     };
     let origin = Origin::start().unwrap();
     let remote = || LayerSource {
         verifier: Some(made.check()),
+        unproven: None,
         ..at_origin(&origin, "/tar", SIZE).into()
     };
     origin.serve_blob("/tar", made.tar.as_slice());

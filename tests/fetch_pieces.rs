@@ -84,6 +84,7 @@ impl Made {
         let layer = LayerSource {
             coding: Some(self.coded.clone()),
             verifier: Some(Verifier::Pieces(self.pieces.clone())),
+            unproven: None,
             layer: LayerSpec {
                 cached_as: Some("sha256:test and its contents".to_owned()),
                 ..http.into()

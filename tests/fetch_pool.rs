@@ -343,6 +343,7 @@ fn a_task_that_panics_fails_its_own_reads() {
     let origin = Origin::start().unwrap();
     let (layer, data) = served(&origin, "/layer", 1);
     let layer = LayerSource {
+        unproven: None,
         verifier: Some(Verifier::chunks(|index, _| {
             assert!(index != 40, "a test's panic: the verifier");
             true

@@ -55,6 +55,7 @@ fn layer(origin: &Origin, path: &str, named: &[u8], right: &[u8]) -> LayerSource
         },
         coding: None,
         verifier: Some(Verifier::chunk_digests(hasher.finish())),
+        unproven: None,
     }
 }
 

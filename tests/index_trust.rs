@@ -10,16 +10,19 @@ mod scripted;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::anonymous::registry_options;
 use common::noise::noise;
 use common::packed::gzip;
 use common::rawtar::{Header, RawTar};
+use common::session::Session;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair};
 use scripted::TestRegistry;
+use tarblk::internals::device::volume::{Scratch, Volume};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::fetch::{BytesTrust, IndexTrust};
+use tarblk::internals::fetch::{BytesTrust, FetchStats, IndexTrust};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{ColdPart, Entry, Index, IndexBuilder};
 use tarblk::internals::layer::{Coding, Spans};
@@ -28,7 +31,8 @@ use tarblk::internals::open::discover::hot_digest;
 use tarblk::internals::open::publish::{Publication, PublishWatch, Published, PushOptions, push};
 use tarblk::internals::open::trust::SigningKey;
 use tarblk::internals::open::{
-    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, TrustPolicy, Unwatched, Watch, prepare,
+    Cache, Fetching, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Shared, TrustPolicy,
+    Unwatched, Watch, prepare,
 };
 use tarblk::internals::source::registry::{OCI_INDEX, OCI_MANIFEST, PullPolicy, Reference, RegistryOptions, Version};
 use tarblk::internals::tree::NodeId;
@@ -93,9 +97,10 @@ impl Layer {
         builder.chunk_digests(honest.chunk_digests().unwrap().clone());
         builder.identity(honest.identity().clone());
         let window = |n| honest.cold_piece(ColdPart::Windows, n).unwrap().unwrap_or_default();
-        let table = honest.spans().unwrap().clone();
-        let windows = (0..table.len()).map(window).collect();
-        builder.spans(Spans { table, windows });
+        if let Some(table) = honest.spans().cloned() {
+            let windows = (0..table.len()).map(window).collect();
+            builder.spans(Spans { table, windows });
+        }
         builder.finish(honest.tar_len(), honest.end())
     }
 }
@@ -646,6 +651,187 @@ fn what_is_kept_is_believed_on_the_word_of_now() {
         let at = bytes.len() - 20;
         bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
     }));
+}
+
+/// Serves what was prepared as the service does, from files, until `is_so`; its statistics then, and why the device's first block
+/// cannot be read, if it cannot.
+fn served(
+    prepared: &Prepared,
+    lending: &Path,
+    fetch_all: bool,
+    is_so: &dyn Fn(&FetchStats) -> bool,
+) -> (FetchStats, Option<String>) {
+    let fetching = Fetching {
+        memory_bytes: Some(64 << 20),
+        connections: 4,
+        fetch_all,
+        deadline: Some(Duration::from_secs(60)),
+        store_bytes: Some(1 << 30),
+    };
+    let spec = prepared.image_spec(lending, fetching).unwrap();
+    let opened = spec.serve(&Shared::default()).unwrap();
+    let began = Instant::now();
+    let stats = loop {
+        let stats = opened.stats();
+        if is_so(&stats) {
+            break stats;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{stats:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let volume = Volume::new(opened.image.clone(), Arc::new(opened.fetcher.clone()), 1);
+    let read = volume.read_blocking(0, &mut [0; 4096], &mut Scratch::default());
+    opened.fetcher.shutdown();
+    (stats, read.err().map(|error| error.to_string()))
+}
+
+fn is_poisoned(stats: &FetchStats) -> bool {
+    stats.poisoned.is_some()
+}
+
+/// The files of a directory of the cache, with their lengths.
+fn kept(cache: &Path, of: &str) -> Vec<u64> {
+    let files = std::fs::read_dir(cache.join(of)).into_iter().flatten().flatten();
+    files.map(|file| file.metadata().unwrap().len()).collect()
+}
+
+#[test]
+fn a_lie_that_was_believed_is_found_out_when_all_has_come() {
+    let registry = TrustPolicy::of_registry();
+    let zipped = Layer::new(20);
+    let plain = Layer {
+        blob: zipped.tar.clone(),
+        tar: zipped.tar.clone(),
+    };
+    for layer in [&zipped, &plain] {
+        for (lie, change) in lies() {
+            let lab = Lab::new(&[layer]);
+            let index = layer.lying(&change);
+            lab.put_index(&listed(&index, &layer.digest()), &index);
+            let lending = tempfile::tempdir().unwrap();
+            let prepared = lab.open("latest", &IndexChoice::Require, &registry).unwrap();
+            let (stats, block) = served(&prepared, lending.path(), true, &is_poisoned);
+            let why = stats.poisoned.unwrap();
+            assert!(why.contains("says other than its headers"), "{lie}: {why}");
+            // Nothing is read of the device any more, names and modes neither.
+            assert_eq!(block.as_deref(), Some(why.as_str()), "{lie}");
+            // The layer's bytes are what they have to be, and stay; the index does not.
+            assert!(
+                kept(lab.cache.path(), "layers").iter().any(|len| *len > 200_000),
+                "{lie}"
+            );
+            assert_eq!(kept(lab.cache.path(), "hot"), [0], "{lie}");
+            // With all of it here it is found out at once.
+            let prepared = lab.open("latest", &IndexChoice::Require, &registry).unwrap();
+            assert!(is_published(prepared.layers[0].origin), "{lie}");
+            let (stats, _) = served(&prepared, lending.path(), false, &is_poisoned);
+            assert_eq!(stats.bytes_filled, 0, "{lie}");
+        }
+        // An honest one is not taken for a lie, from registry or cache.
+        let lab = Lab::new(&[layer]);
+        lab.push(|_| ());
+        let lending = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let prepared = lab.open("latest", &IndexChoice::Require, &registry).unwrap();
+            let all_held = |stats: &FetchStats| stats.bytes_held == stats.bytes_layers;
+            let (stats, block) = served(&prepared, lending.path(), true, &all_held);
+            assert_eq!((stats.poisoned, block), (None, None));
+            let seen = Instant::now();
+            let (stats, block) = served(&prepared, lending.path(), true, &|_| {
+                seen.elapsed() > Duration::from_millis(700)
+            });
+            assert_eq!((stats.poisoned, block), (None, None));
+        }
+    }
+}
+
+/// Headers that a registry sent are its word, too: it can send other ones when the bytes are fetched.
+#[test]
+fn headers_that_were_other_ones_before_are_found_out() {
+    let layer = |mode: u64| {
+        let tool = Header::new(b'0', b"bin/tool").mode(mode).size(9);
+        let tar = RawTar::new()
+            .entry(tool, b"#!/bin/sh")
+            .file(b"var/noise", &noise(3_000_000, 21));
+        let tar = tar.end().0;
+        Layer { blob: tar.clone(), tar }
+    };
+    let (honest, evil) = (layer(0o755), layer(0o4755));
+    let lab = Lab::new(&[&honest]);
+    let none = TrustPolicy::default();
+    // As if the media type said that it is plain: then headers are enough.
+    let mut document: serde_json::Value =
+        serde_json::from_slice(&manifest(&lab.registry, &[&honest], &BTreeMap::new())).unwrap();
+    document["layers"][0]["mediaType"] = "application/vnd.oci.image.layer.v1.tar".into();
+    lab.registry
+        .put_manifest(REPOSITORY, "plain", OCI_MANIFEST, document.to_string().as_bytes());
+    lab.registry.put_blob_as(&honest.digest(), &evil.blob);
+    let name = lab.registry.name(&format!("{REPOSITORY}:plain"));
+    let prepared = prepare(&name, &lab.options(&IndexChoice::Auto, &none), &mut Unwatched).unwrap();
+    assert_eq!(prepared.layers[0].trust.index, IndexTrust::Headers);
+    assert_eq!(prepared.layers[0].trust.bytes, BytesTrust::Whole);
+    // What came with the headers is forgotten; what comes now is right.
+    lab.registry.put_blob(&honest.blob);
+    std::fs::remove_dir_all(lab.cache.path().join("layers")).unwrap();
+    let lending = tempfile::tempdir().unwrap();
+    let (stats, block) = served(&prepared, lending.path(), true, &is_poisoned);
+    let why = stats.poisoned.unwrap();
+    assert!(
+        why.contains("says other than its headers") && why.contains("4755"),
+        "{why}"
+    );
+    assert!(block.is_some());
+}
+
+/// What a person sees of it.
+#[test]
+fn a_device_that_shows_a_lie_says_so() {
+    const NAME: &str = "a_device_that_shows_a_lie_says_so";
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip(NAME, why);
+    }
+    let layer = Layer::new(22);
+    let lab = Lab::new(&[&layer]);
+    let index = layer.lying(&|entries| entries[0].mode = 0o4755);
+    lab.put_index(&listed(&index, &layer.digest()), &index);
+    let mut session = Session::new("loop");
+    let options = [
+        "--trust",
+        "registry",
+        "--hosts-dir",
+        "/nonexistent",
+        "--platform",
+        "linux/amd64",
+    ];
+    let image = lab.registry.name(&format!("{REPOSITORY}:latest"));
+    let devices =
+        |session: &Session| -> serde_json::Value { serde_json::from_str(&session.succeed(&["ps", "--json"])).unwrap() };
+    let typed = |more: &[&str]| -> Vec<std::ffi::OsString> { options.iter().chain(more).map(Into::into).collect() };
+    let dir = session.mount_with(&image, &typed(&[]));
+    let before = devices(&session);
+    assert_eq!(before[0]["trust"][0]["index"]["by"], "registry");
+    assert!(session.succeed(&["ps"]).contains("registry"));
+    assert_eq!(std::fs::read(dir.join("bin/tool")).unwrap(), b"#!/bin/sh");
+    session.umount();
+    let dir = session.mount_with(&image, &typed(&["--fetch-all"]));
+    let began = Instant::now();
+    let device = loop {
+        let device = devices(&session)[0].clone();
+        if device["status"] == "poisoned" {
+            break device;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{device}");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert!(
+        device["why"].as_str().unwrap().contains("says other than its headers"),
+        "{device}"
+    );
+    assert!(session.succeed(&["ps"]).contains("poisoned"));
+    let log = session.succeed(&[std::ffi::OsStr::new("logs"), dir.as_os_str()]);
+    assert!(log.contains("says other than its headers"), "{log}");
+    assert!(std::fs::read(dir.join("var/noise")).is_err());
+    session.umount();
 }
 
 /// What a person types.

@@ -27,6 +27,11 @@ pub trait BlobReader: Send + Sync + std::fmt::Debug {
 
     /// See [`Fetcher::read`].
     fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>);
+
+    /// See [`Fetcher::poisoned`].
+    fn poisoned(&self) -> Option<&FetchError> {
+        None
+    }
 }
 
 impl BlobReader for Fetcher {
@@ -40,6 +45,10 @@ impl BlobReader for Fetcher {
 
     fn read(&self, ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
         Fetcher::read(self, ranges, waiter);
+    }
+
+    fn poisoned(&self) -> Option<&FetchError> {
+        Fetcher::poisoned(self)
     }
 }
 
@@ -181,7 +190,8 @@ impl Volume {
     /// Fills `buf` with the image from `offset` on as far as it is here, and says what is missing. Never blocks.
     ///
     /// # Errors
-    /// [`ReadError::Unaligned`] when the range is not made of whole blocks.
+    /// [`ReadError::Unaligned`] when the range is not made of whole blocks; [`ReadError::Fetch`] when nothing more is read of the
+    /// device.
     pub fn look<'v>(
         &'v self,
         offset: u64,
@@ -193,6 +203,10 @@ impl Volume {
         let len = u64::try_from(buf.len()).map_err(|_| unaligned())?;
         if !offset.is_multiple_of(BLOCK_SIZE) || !len.is_multiple_of(BLOCK_SIZE) {
             return Err(unaligned());
+        }
+        // Names and modes are as much of a lie as bytes then.
+        if let Some(error) = self.bytes.poisoned() {
+            return Err(error.clone().into());
         }
         scratch.pieces.clear();
         scratch.gaps.clear();

@@ -6,6 +6,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::unproven::UnprovenIndex;
 use crate::digest::Digest;
 use crate::index::{ChunkDigests, ColdDirectory, PieceDigests};
 use crate::layer::SpanTable;
@@ -21,6 +22,8 @@ pub struct LayerSource {
     pub coding: Option<Coded>,
     /// What its bytes have to be, range by range. With it no chunk is handed out that was not verified by this process.
     pub verifier: Option<Verifier>,
+    /// Its index, if that has to be compared with the layer's headers once all of it is here.
+    pub unproven: Option<UnprovenIndex>,
 }
 
 impl LayerSource {
@@ -41,6 +44,7 @@ impl From<Blob> for LayerSource {
             layer: blob.into(),
             coding: None,
             verifier: None,
+            unproven: None,
         }
     }
 }

@@ -78,6 +78,8 @@ impl SharedLayer {
 /// What all handles on a device's engine and the engine share.
 pub(crate) struct Shared {
     pub(super) layers: Vec<SharedLayer>,
+    /// Set once, when what the device shows turns out to be a lie: names and modes as much as bytes.
+    pub(super) poison: OnceLock<FetchError>,
     pub(super) counters: Arc<Counters>,
     /// First uses of prefetched chunks, for the planner.
     pub(super) touches: Mutex<Vec<Touch>>,
@@ -95,6 +97,7 @@ impl Shared {
     pub(super) fn new(layers: Vec<SharedLayer>) -> Self {
         Self {
             layers,
+            poison: OnceLock::new(),
             counters: Arc::default(),
             touches: Mutex::default(),
             nudge: Notify::new(),

@@ -184,6 +184,8 @@ macro_rules! counters {
             pub latency: Percentiles,
             /// What was downloaded before the fetcher began, to find out what the layers hold.
             pub prepared: PrepareCost,
+            /// Why a layer, or all of the device, is read no more; none as long as nothing is wrong with it.
+            pub poisoned: Option<String>,
             /// The servers that are not asked again before some time, and why; the longest wait first.
             pub waiting: Vec<Wait>,
         }
@@ -202,6 +204,7 @@ macro_rules! counters {
                     },
                     latency: self.latency.percentiles(),
                     prepared: PrepareCost::default(),
+                    poisoned: None,
                     waiting: Vec::new(),
                 }
             }

@@ -8,10 +8,12 @@ use super::error::{IndexError, Quoted};
 use super::format;
 use super::identity::LayerIdentity;
 use super::len_u64;
-use super::reader::Index;
+use super::parser::{EndOfArchive, Parser};
+use super::reader::{Entries, Index};
+use super::sink::EntrySink;
 use super::summary::Summary;
 use crate::digest::{Digest, hexadecimal};
-use crate::units::CHUNK_BYTES;
+use crate::units::{CHUNK_BYTES, TarOffset};
 
 /// Where an index is not what its layer makes of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +33,121 @@ impl fmt::Display for Difference {
             "{}: {} in the index, {} in the layer",
             self.at, self.index, self.layer
         )
+    }
+}
+
+/// Compares the entries of an index with those that a tar's headers make, while the tar passes from its beginning to its end. Payload
+/// need not be brought.
+#[derive(Debug)]
+pub struct EntryCheck<'i> {
+    parser: Parser,
+    sink: EntryComparison<'i>,
+    end: EndOfArchive,
+    tar_len: u64,
+}
+
+/// Takes the entries of a layer and compares each with the next one of an index.
+#[derive(Debug)]
+struct EntryComparison<'i> {
+    entries: Entries<'i>,
+    /// How many have been compared.
+    number: u64,
+    /// Whether what is not said of images is as bad as what is said wrong.
+    strict: bool,
+    difference: Option<Difference>,
+}
+
+impl EntrySink for EntryComparison<'_> {
+    fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
+        if self.difference.is_some() {
+            return Ok(());
+        }
+        self.difference = match self.entries.next_entry()? {
+            Some(said) if says_the_same(said, entry, self.strict) => None,
+            Some(said) => Some(of_entry(self.number, said, entry)),
+            None => Some(one_has_more(self.number, None, Some(entry))),
+        };
+        self.number += 1;
+        Ok(())
+    }
+}
+
+/// Whether an index says of an entry what its headers say. An old one says nothing of what is different in images, which is no lie
+/// unless `strict`.
+pub(crate) fn says_the_same(said: &Entry, found: &Entry, strict: bool) -> bool {
+    if !strict && said.in_image.is_none() && found.in_image.is_some() {
+        let mut found = found.clone();
+        found.in_image = None;
+        return *said == found;
+    }
+    said == found
+}
+
+impl<'i> EntryCheck<'i> {
+    /// At the tar's beginning. An index that says nothing of what is different in images differs from a layer that has something of
+    /// that kind only if `strict`.
+    ///
+    /// # Errors
+    /// [`IndexError::Index`] for an index whose entries cannot be read.
+    pub fn new<B: AsRef<[u8]>>(index: &'i Index<B>, strict: bool) -> Result<Self, IndexError> {
+        Ok(Self {
+            parser: Parser::new(),
+            sink: EntryComparison {
+                entries: index.entries()?,
+                number: 0,
+                strict,
+                difference: None,
+            },
+            end: index.end(),
+            tar_len: index.tar_len(),
+        })
+    }
+
+    /// Where the next byte of the tar lies that is needed; none when no more are.
+    #[must_use]
+    pub fn wants(&self) -> Option<TarOffset> {
+        let wanted = self.parser.wants().filter(|wanted| wanted.0 < self.tar_len);
+        wanted.filter(|_| self.sink.difference.is_none())
+    }
+
+    /// Takes the tar's bytes from `at` on, which must not lie behind what is wanted.
+    ///
+    /// # Errors
+    /// What is wrong with the tar; [`IndexError::Index`] for an index whose entries cannot be read.
+    pub fn feed(&mut self, at: TarOffset, bytes: &[u8]) -> Result<(), IndexError> {
+        if self.sink.difference.is_some() {
+            return Ok(());
+        }
+        self.parser.feed(at, bytes, &mut self.sink)
+    }
+
+    /// The first difference, when all of the tar has passed.
+    ///
+    /// # Errors
+    /// As [`feed`](Self::feed).
+    pub fn finish(mut self) -> Result<Option<Difference>, IndexError> {
+        if let Some(difference) = self.sink.difference {
+            return Ok(Some(difference));
+        }
+        let end = self.parser.finish(TarOffset(self.tar_len))?;
+        if let Some(more) = self.sink.entries.next_entry()? {
+            return Ok(Some(one_has_more(self.sink.number, Some(more), None)));
+        }
+        Ok((end != self.end).then(|| Difference {
+            at: "the tar's end".to_owned(),
+            index: format!("{:?}", self.end),
+            layer: format!("{end:?}"),
+        }))
+    }
+}
+
+/// One of the two has an entry where the other ends.
+fn one_has_more(number: u64, index: Option<&Entry>, layer: Option<&Entry>) -> Difference {
+    let shown = |entry: Option<&Entry>| entry.map_or_else(|| "none".to_owned(), shown_name);
+    Difference {
+        at: format!("entry {number}"),
+        index: shown(index),
+        layer: shown(layer),
     }
 }
 
@@ -120,14 +237,7 @@ fn of_entries<A: AsRef<[u8]>, B: AsRef<[u8]>>(
             (None, None) => break,
             (Some(mine), Some(theirs)) if mine == theirs => {}
             (Some(mine), Some(theirs)) => return Ok(Some(of_entry(number, mine, theirs))),
-            (mine, theirs) => {
-                let shown = |entry: Option<&Entry>| entry.map_or_else(|| "none".to_owned(), shown_name);
-                return Ok(Some(Difference {
-                    at: format!("entry {number}"),
-                    index: shown(mine),
-                    layer: shown(theirs),
-                }));
-            }
+            (mine, theirs) => return Ok(Some(one_has_more(number, mine, theirs))),
         }
     }
     Ok(None)

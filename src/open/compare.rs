@@ -3,11 +3,12 @@
 //!
 //! An index has the digests of the layer's bytes, and its entries beside them: a forged index can give a file another
 //! mode or owner and leave all bytes as they are. Where the layer is a plain tar in a file its headers are read in milliseconds,
-//! so an index is not taken at its word there. Elsewhere reading the headers is what the index is to save.
+//! so an index is not taken at its word there. Elsewhere reading the headers is what the index is to save; there the fetcher compares
+//! the two once all of the layer has come (`fetch/unproven`).
 
 use super::OpenError;
 use crate::http::HttpOptions;
-use crate::index::{Entries, Entry, EntrySink, Index, IndexError};
+use crate::index::{Entries, Entry, EntrySink, Index, IndexError, says_the_same};
 use crate::layer::Coding;
 use crate::source::{Blob, Place};
 use crate::walk::{WalkError, walk};
@@ -53,22 +54,12 @@ struct Comparison<'i> {
 impl EntrySink for Comparison<'_> {
     fn entry(&mut self, entry: &Entry) -> Result<(), IndexError> {
         let said = self.entries.next_entry()?;
-        if said.is_some_and(|said| is_same(said, entry)) {
+        if said.is_some_and(|said| says_the_same(said, entry, false)) {
             return Ok(());
         }
         self.differs = true;
         Err(other(said, Some(entry)))
     }
-}
-
-/// Whether an index says of an entry what its headers say. An old one may not say what is different in images.
-fn is_same(said: &Entry, found: &Entry) -> bool {
-    if said.in_image.is_none() && found.in_image.is_some() {
-        let mut found = found.clone();
-        found.in_image = None;
-        return *said == found;
-    }
-    said == found
 }
 
 fn other(said: Option<&Entry>, found: Option<&Entry>) -> IndexError {

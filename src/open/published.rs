@@ -16,6 +16,7 @@ use super::error::HOW_TO_BELIEVE;
 use super::index_cache::KeptHot;
 use super::prepared::Published;
 use super::{Cache, IndexChoice, OpenError, OpenOptions, is_of_the_disk};
+use crate::digest::Digest;
 use crate::fetch::IndexTrust;
 use crate::index::Index;
 use crate::source::Blob;
@@ -212,6 +213,8 @@ pub(super) fn fetch(
     let one = |layer: &ImageLayer, lead: Lead, pieces: u64| match lead {
         Lead::Nothing => Ok(Outcome::Nothing),
         Lead::Unbelieved => Ok(Outcome::Unbelieved),
+        Lead::Kept(kept) if !can_be_found_out(layer, kept.trust) => Ok(Outcome::Unbelieved),
+        Lead::Found(_, trust) if !can_be_found_out(layer, trust) => Ok(Outcome::Unbelieved),
         Lead::Kept(kept) => {
             let KeptIndex { hot, rest, trust } = *kept;
             discover::check_layer(&hot.index, layer).map_err(|cause| OpenError::Index {
@@ -263,6 +266,12 @@ pub(super) fn fetch(
             })
             .collect()
     })
+}
+
+/// Whether a lie would be found out in the end: what the registry merely says is believed only of a layer whose tar has a digest that
+/// it will be compared with.
+fn can_be_found_out(layer: &ImageLayer, trust: IndexTrust) -> bool {
+    trust != IndexTrust::Registry || layer.diff_id.as_ref().and_then(Digest::sha256).is_some()
 }
 
 /// Says that there are indexes which are not used because nothing vouches for them, and what would.

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,9 @@ use serde::{Deserialize, Serialize};
 use super::index_cache::read_hot;
 use super::shared::{Fetching, Shared};
 use super::{Cache, OpenError, Prepared, open_index};
-use crate::fetch::{Coded, FetchStats, Fetcher, LayerSource, OpenOptions, PrepareCost, Verifier, Windows};
+use crate::fetch::{
+    Coded, FetchStats, Fetcher, IndexTrust, LayerSource, OpenOptions, PrepareCost, UnprovenIndex, Verifier, Windows,
+};
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
@@ -195,16 +198,20 @@ impl ImageSpec {
         let made_of: Vec<_> = indexes.iter().map(|(index, _)| index).collect();
         let image = shared.image(&made_of, self.tree, &self.name)?;
         let mut sources = Vec::new();
-        for (served, (index, file)) in self.layers.into_iter().zip(indexes) {
+        let trusts = trusts(&self.cost);
+        for ((served, (index, file)), trust) in self.layers.into_iter().zip(indexes).zip(trusts) {
+            let file: Arc<OwnedFd> = Arc::new(file.into());
+            let unproven = trust.and_then(|trust| UnprovenIndex::in_file(trust, &index, &file));
             let windows = match served.index.rest {
                 // The file has room for what is fetched of it; one that was lent has lost its name.
-                Some(rest) if !served.index.lent => {
-                    Windows::Kept(Arc::new(file.into()), Box::new(rest), index.cold().clone())
-                }
+                Some(rest) if !served.index.lent => Windows::Kept(file, Box::new(rest), index.cold().clone()),
                 Some(rest) => Windows::Remote(Box::new(rest), index.cold().clone()),
-                None => Windows::File(Arc::new(file.into()), index.cold().clone()),
+                None => Windows::File(file, index.cold().clone()),
             };
-            sources.push(layer_source(served.layer, &index, windows));
+            sources.push(LayerSource {
+                unproven,
+                ..layer_source(served.layer, &index, windows)
+            });
         }
         start(shared, image, sources, self.store.as_deref(), &self.fetching, self.cost)
     }
@@ -234,6 +241,12 @@ impl IndexFile {
     }
 }
 
+/// On whose word each layer's index is believed, without end; none where that is not known.
+fn trusts(cost: &PrepareCost) -> impl Iterator<Item = Option<IndexTrust>> + use<> {
+    let known: Vec<_> = cost.layers.iter().map(|layer| Some(layer.trust?.index)).collect();
+    known.into_iter().chain(std::iter::repeat(None))
+}
+
 /// What the fetcher is told of a layer.
 fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> LayerSource {
     let table = index.spans().cloned();
@@ -247,6 +260,7 @@ fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> L
             windows: if has_windows { windows } else { Windows::None },
         }),
         verifier: pieces.or(digests),
+        unproven: None,
     }
 }
 
@@ -291,11 +305,15 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
     let store = prepared.cache.as_ref().map(Cache::layers);
     let mut sources = Vec::new();
     for layer in prepared.layers {
+        let unproven = UnprovenIndex::in_memory(layer.trust.index, &layer.index);
         let windows = match layer.rest {
             Some(rest) => Windows::Remote(Box::new(rest), layer.index.cold().clone()),
             None => Windows::Memory(Arc::new(all_windows(&layer.index, &prepared.name)?)),
         };
-        sources.push(layer_source(layer.layer, &layer.index, windows));
+        sources.push(LayerSource {
+            unproven,
+            ..layer_source(layer.layer, &layer.index, windows)
+        });
     }
     start(
         &Shared::default(),

@@ -114,6 +114,7 @@ impl Layer {
                 windows: Windows::Memory(Arc::new(spans.windows.clone())),
             }),
             verifier: digests.then(|| Verifier::chunks(check)),
+            unproven: None,
             layer: LayerSpec {
                 digest: digest(&self.blob),
                 diff_id: digest(&self.tar),

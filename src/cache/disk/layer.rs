@@ -530,17 +530,22 @@ impl LayerCache {
     /// Shows all of the layer, chunk by chunk, until `show` says that it is enough. A chunk that cannot be read, or is not what was
     /// written, is shown as `None`. Waits for the disk.
     pub(crate) fn read_whole(&self, show: &mut dyn FnMut(u32, Option<&[u8]>) -> bool) {
-        let mut buffer = vec![0; len_usize(CHUNK_BYTES)];
+        let mut buffer = Vec::with_capacity(len_usize(CHUNK_BYTES));
         for index in 0..self.count {
-            let held = &mut buffer[..len_usize(chunk_len(self.size, index))];
-            let files = self.files();
-            let (file, map) = files.holder(index);
-            let read = file.file().read_exact_at(held, u64::from(index) * CHUNK_BYTES);
-            let right = read.is_ok() && (self.borrowed || map.matches(index, held));
-            if !show(index, right.then_some(held)) {
+            let right = self.read_chunk(index, &mut buffer);
+            if !show(index, right.then_some(&buffer)) {
                 break;
             }
         }
+    }
+
+    /// Reads a chunk into `buffer`; whether it could be read and is what was written. Waits for the disk.
+    pub(crate) fn read_chunk(&self, index: u32, buffer: &mut Vec<u8>) -> bool {
+        buffer.resize(len_usize(chunk_len(self.size, index)), 0);
+        let files = self.files();
+        let (file, map) = files.holder(index);
+        let read = file.file().read_exact_at(buffer, u64::from(index) * CHUNK_BYTES);
+        read.is_ok() && (self.borrowed || map.matches(index, buffer))
     }
 
     /// Whether the whole was checked.

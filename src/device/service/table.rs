@@ -584,6 +584,9 @@ impl<I> Entry<I> {
             return Condition::Poisoned { why: why.clone() };
         }
         let stats = (self.fetch_stats)();
+        if let Some(why) = stats.poisoned {
+            return Condition::Poisoned { why };
+        }
         match stats.waiting.first() {
             Some(wait) => Condition::Waiting {
                 why: format!("{}: {}", wait.place, wait.why),

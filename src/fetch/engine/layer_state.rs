@@ -19,7 +19,7 @@ use crate::cache::memory::MemoryLayer;
 use crate::fetch::content::Contents;
 use crate::fetch::shared::{FetchedLayer, SharedLayer};
 use crate::fetch::transport::{HostKey, RemoteLayer};
-use crate::fetch::{LayerSource, StartError, Verifier, WholeDigests};
+use crate::fetch::{LayerSource, StartError, UnprovenIndex, Verifier, WholeDigests};
 use crate::http::Reach;
 use crate::layer::Coding;
 use crate::prefetch::ChunkRange;
@@ -37,6 +37,8 @@ pub(super) struct LayerState {
     pub(super) coded: Option<Rc<CodedLayer>>,
     pub(super) verifier: Option<Verifier>,
     pub(super) whole: WholeDigests,
+    /// Its index, as long as nothing but somebody's word stands for it.
+    pub(super) unproven: RefCell<Option<UnprovenIndex>>,
     pub(super) writer: WriteQueue,
     /// Whether the layer is being read from end to end.
     pub(super) streaming: Cell<bool>,
@@ -79,6 +81,7 @@ impl LayerState {
                 .map(Rc::new),
             whole: WholeDigests::of(&source.layer),
             verifier: source.verifier,
+            unproven: RefCell::new(source.unproven),
             writer: WriteQueue::default(),
             streaming: Cell::new(false),
             whole_verified: Cell::new(false),

@@ -70,6 +70,7 @@ impl Engine {
                     state.mismatched.borrow_mut().clear();
                     if let Some((blob, tar)) = pipeline.and_then(DecodePipeline::digests) {
                         self.verify_whole(state, layer, Some(blob), tar);
+                        self.verify_if_complete(state, layer);
                     }
                     return Ok(());
                 }

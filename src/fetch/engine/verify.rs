@@ -23,7 +23,9 @@ use super::layer_state::Mismatch;
 use super::origin::Trouble;
 use super::{Engine, LayerState, Origin};
 use crate::cache::chunk::ChunkKey;
+use crate::cache::disk::LayerCache;
 use crate::fetch::runtime::{self, sleep};
+use crate::fetch::shared::SharedLayer;
 use crate::fetch::stats::add;
 use crate::fetch::{FetchError, Verifier};
 use crate::units::{CHUNK_BYTES, LayerId, TarRange};
@@ -260,38 +262,57 @@ impl Engine {
         }
     }
 
-    /// After something was written: when the layer is complete, its tar is digested in the background, once.
+    /// Gives up all of the device: an index of it lies, so what it shows of any layer is not to be believed.
+    fn poison_device(self: &Rc<Self>, layer: LayerId, why: &str) {
+        let name = self.layer(layer).map_or_else(String::new, |state| state.origin.name());
+        let error = FetchError::Poisoned {
+            name,
+            why: why.to_owned(),
+        };
+        // First what threads that do not wait look at.
+        let _only_once = self.shared.poison.set(error.clone());
+        self.poison_as(layer, error.clone());
+        for (other, shared) in (0..).map(LayerId).zip(&self.shared.layers) {
+            if let (SharedLayer::Fetched(shared), Some(state)) = (shared, self.layer(other))
+                && shared.poison.set(error.clone()).is_ok()
+            {
+                self.give_up(state.all(other), &error);
+            }
+        }
+    }
+
+    /// After something was written, and when a layer is opened or was streamed: when all of it is here, its tar is digested in the
+    /// background, once, and compared with its index if nothing but somebody's word stands for that.
     pub(super) fn verify_if_complete(self: &Rc<Self>, state: &Rc<LayerState>, layer: LayerId) {
         let Some(cache) = self.cache(layer) else { return };
-        if cache.is_sealed() || cache.is_borrowed() || cache.is_poisoned() || !cache.is_whole() {
+        if cache.is_borrowed() || cache.is_poisoned() || !cache.is_whole() || self.poison_of(layer).is_some() {
             return;
         }
-        if state.whole_verified.get() {
+        if state.whole_verified.get() && !cache.is_sealed() {
             cache.seal();
-            return;
         }
-        // A stream under way will say so itself.
-        let asked = state.whole.tar.is_some() && state.is_whole_tar() && !state.streaming.get();
-        if !asked || state.verifying_whole.replace(true) {
+        // A stream under way will say the digest itself.
+        let comes_by_stream = state.streaming.get() && !state.whole_verified.get();
+        let is_digested = !cache.is_sealed() && state.whole.tar.is_some() && state.is_whole_tar();
+        let unproven = state.unproven.borrow().clone();
+        if comes_by_stream || !(is_digested || unproven.is_some()) || state.verifying_whole.replace(true) {
             return;
         }
         let (give, take) = tokio::sync::oneshot::channel();
         let (whole, check) = (Arc::clone(cache), state.verifier.clone());
         let thread = runtime::background("tarblk-seal", move || {
-            let mut hash = Sha256::new();
-            let mut wrong = None;
-            whole.read_whole(&mut |index, bytes| {
-                let right = |bytes: &&[u8]| check.as_ref().is_none_or(|check| check.matches(index, bytes));
-                match bytes.filter(right) {
-                    Some(bytes) => hash.update(bytes),
-                    None => wrong = Some(index),
-                }
-                wrong.is_none() && !give.is_closed()
-            });
+            let verdict = is_digested
+                .then(|| digest_whole(&whole, check.as_ref(), &|| give.is_closed()))
+                .transpose()
+                .and_then(|tar| {
+                    let lie = unproven.map(|index| index.compare(&whole)).transpose()?.flatten();
+                    Ok((tar, lie))
+                });
             // The fetcher may be gone.
-            let _engine_is_gone = give.send((wrong, hash.finalize().into()));
+            let _engine_is_gone = give.send(verdict);
         });
         if let Err(error) = thread {
+            state.verifying_whole.set(false);
             log::warn!("cannot check the whole layer: {error}");
             return;
         }
@@ -299,12 +320,45 @@ impl Engine {
         self.spawn(async move {
             let verdict = take.await;
             state.verifying_whole.set(false);
-            match verdict {
+            let (tar, lie) = match verdict {
+                Ok(Ok(verdict)) => verdict,
                 // What the disk spoiled is not the layer's fault.
-                Ok((Some(index), _)) => engine.drop_cached(&state, ChunkKey { layer, index }, NOT_AS_WRITTEN),
-                Ok((None, tar)) => engine.verify_whole(&state, layer, None, tar),
-                Err(_) => {}
+                Ok(Err(index)) => return engine.drop_cached(&state, ChunkKey { layer, index }, NOT_AS_WRITTEN),
+                Err(_) => return,
+            };
+            if let Some(tar) = tar {
+                engine.verify_whole(&state, layer, None, tar);
+            }
+            // Of bytes that are not the layer's nothing follows for its index.
+            if engine.poison_of(layer).is_some() {
+                return;
+            }
+            let Some(unproven) = state.unproven.take() else { return };
+            match lie {
+                Some(why) => {
+                    unproven.discard();
+                    engine.poison_device(layer, &why);
+                }
+                None => log::info!("{}: its headers say what its index says", state.origin.name()),
             }
         });
     }
+}
+
+/// The SHA-256 of all of a layer, as long as it is wanted.
+///
+/// # Errors
+/// The number of a chunk that could not be read, or is not right.
+fn digest_whole(whole: &LayerCache, check: Option<&Verifier>, is_unwanted: &dyn Fn() -> bool) -> Result<[u8; 32], u32> {
+    let mut hash = Sha256::new();
+    let mut wrong = None;
+    whole.read_whole(&mut |index, bytes| {
+        let right = |bytes: &&[u8]| check.is_none_or(|check| check.matches(index, bytes));
+        match bytes.filter(right) {
+            Some(bytes) => hash.update(bytes),
+            None => wrong = Some(index),
+        }
+        wrong.is_none() && !is_unwanted()
+    });
+    wrong.map_or_else(|| Ok(hash.finalize().into()), Err)
 }
