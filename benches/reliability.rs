@@ -323,16 +323,16 @@ impl Readings {
         Ok(())
     }
 
-    /// The longest reads that were under way in the two seconds from each of `moments` on, and the times until one that began
-    /// after it had ended.
-    fn pauses(&self, moments: &[Instant]) -> (Vec<Duration>, Vec<Duration>) {
+    /// Of each of `moments`: the longest read that was under way between it and the next one, at most two seconds later, and the
+    /// time until a read that began after it had ended. `all` are the moments of every kind.
+    fn pauses(&self, moments: &[Instant], all: &[Instant]) -> (Vec<Duration>, Vec<Duration>) {
         let times = self.times.lock().expect("no reader panics with it");
         let mut sorted: Vec<_> = times.clone();
         sorted.sort();
-        let mut ends: Vec<Duration> = Vec::new();
-        let mut longest = Vec::new();
+        let (mut ends, mut longest) = (Vec::new(), Vec::new());
         for moment in moments {
-            let until = *moment + Duration::from_secs(2);
+            let next = all.iter().filter(|other| *other > moment).min();
+            let until = (*moment + Duration::from_secs(2)).min(next.copied().unwrap_or(*moment + PATIENCE));
             let within = sorted
                 .iter()
                 .filter(|(began, took)| *began < until && *began + *took > *moment);
@@ -424,11 +424,12 @@ fn kills(options: &Options) -> Result<(), Failure> {
         options.backend, options.files, options.rounds
     );
     readings.print();
+    let all = moments.concat();
     for (what, moments) in ["service", "keeper", "service and keeper"].iter().zip(&moments) {
         if moments.is_empty() {
             continue;
         }
-        let (longest, ends) = readings.pauses(moments);
+        let (longest, ends) = readings.pauses(moments, &all);
         println!(
             "  {what:<20} to the first read's end {}, longest read {}",
             Runs::ms(&ends),
@@ -464,7 +465,7 @@ fn upgrade(options: &Options) -> Result<(), Failure> {
         options.backend, options.files, options.rounds
     );
     readings.print();
-    let (longest, _) = readings.pauses(&moments);
+    let (longest, _) = readings.pauses(&moments, &moments);
     println!("  longest read {}", Runs::ms(&longest));
     println!("  the command  {}", Runs::ms(&took));
     place.detach_all()?;

@@ -352,6 +352,42 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<Unmounted, MountError> {
     Ok(Unmounted { state, still_used })
 }
 
+/// Detaches a device that may be mounted: its directories are unmounted at once, whoever has files open in them, and what those
+/// files are of goes when the last of them is closed. Returns by what it is in use still, if it is.
+///
+/// # Errors
+/// Why a directory is still mounted, or why the device stays for good.
+pub fn detach_used(states: &StateDir, state: &State) -> Result<Option<String>, MountError> {
+    // umount(2) would write back through a device that nobody answers for.
+    if is_dead(states, state) {
+        service::end_reads(state).map_err(|cause| MountError::Detach {
+            path: state.device.clone(),
+            cause,
+        })?;
+    }
+    for user in users::of(&state.device) {
+        let users::User::Mount(dir) = user else { continue };
+        match rustix::mount::unmount(&dir, UnmountFlags::DETACH) {
+            // It went with another one.
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(error) => {
+                return Err(MountError::Unmount {
+                    path: dir,
+                    cause: error.into(),
+                });
+            }
+        }
+    }
+    match service::detach(states, state) {
+        Ok(()) => Ok(None),
+        Err(ControlError::InUse { users, .. }) if service::let_go(states, state).is_ok() => Ok(Some(users)),
+        Err(cause) => Err(MountError::Detach {
+            path: state.device.clone(),
+            cause,
+        }),
+    }
+}
+
 /// Whether what is mounted on `dir` (a full path) is a device of ours whose reads are answered, or will be.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ mod lab;
 mod noise;
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -862,6 +862,60 @@ fn kill_and_wait(pid: Pid, signal: Signal) {
         assert!(began.elapsed() < Duration::from_secs(30), "the daemon does not die");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+#[test]
+fn all_devices_are_detached_and_those_in_use_by_force() {
+    let Some(_alone) = devices("all_devices_are_detached_and_those_in_use_by_force") else {
+        return;
+    };
+    let lab = Lab::new();
+    fs::create_dir(lab.path("mnt")).unwrap();
+    let mounted = lab.json(&["mount", "layer.tar", "mnt", "--json"])["device"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let attach = || lab.good(&["attach", "layer.tar"]).trim().to_owned();
+    let (first, second) = (attach(), attach());
+    let names = || -> Vec<String> {
+        let listed = lab.json(&["ps", "--json"]);
+        let listed = listed.as_array().unwrap().iter();
+        listed.map(|line| line["device"].as_str().unwrap().to_owned()).collect()
+    };
+    // What is in use stays, and keeps no other.
+    let said = lab.bad(&["detach", &mounted, &first], 1);
+    assert!(said.contains("in use") && said.contains(&mounted), "{said}");
+    assert!(!names().contains(&first) && names().contains(&second));
+    let said = lab.bad(&["detach", "--all"], 1);
+    assert!(said.contains("in use") && said.contains(&mounted), "{said}");
+    assert_eq!(names(), [mounted.as_str()]);
+    assert!(lab.bad(&["detach"], 2).contains("DEVICE"));
+    assert!(
+        lab.bad(&["detach", "--all", &mounted], 2)
+            .contains("cannot be used with")
+    );
+
+    // By force: nobody finds it by its name any more, and an open file is still read.
+    let mut open = fs::File::open(lab.path("mnt/etc/big")).unwrap();
+    lab.good(&["detach", "--all", "--force"]);
+    assert!(mounts_below(lab.dir.path()).is_empty());
+    assert!(!lab.path("mnt/etc/big").exists());
+    let mut bytes = Vec::new();
+    open.read_to_end(&mut bytes).unwrap();
+    assert!(bytes == lab::pattern(3_000_001), "contents differ");
+    drop(open);
+    lab.assert_nothing_served();
+
+    // Nothing is there: nothing to do.
+    lab.good(&["detach", "--all"]);
+    lab.good(&["detach", "--all", "--force"]);
+
+    // Mounted where the service and its keepers are dead.
+    lab.good(&["mount", "layer.tar", "mnt"]);
+    lab.kill_all();
+    lab.good(&["detach", "--all", "--force"]);
+    assert!(mounts_below(lab.dir.path()).is_empty());
+    lab.assert_nothing_served();
 }
 
 #[test]

@@ -230,9 +230,43 @@ pub(super) fn umount(args: &UmountArgs, session: Session) -> anyhow::Result<()> 
 }
 
 /// `tarblk detach`.
-pub(super) fn detach(args: &DetachArgs, _: Session) -> anyhow::Result<()> {
-    inventory::detach(&states(), &args.device)?;
-    Ok(())
+pub(super) fn detach(args: &DetachArgs, session: Session) -> anyhow::Result<()> {
+    let states = states();
+    let devices: Vec<PathBuf> = if args.all {
+        let (all, wrong) = states.list()?;
+        for error in wrong {
+            log::warn!("{error}");
+        }
+        all.into_iter().map(|state| state.device).collect()
+    } else {
+        args.devices.clone()
+    };
+    let one = |device: &Path| -> anyhow::Result<()> {
+        if !args.force {
+            inventory::detach(&states, device)?;
+            return Ok(());
+        }
+        let state = inventory::find(&states, device)?;
+        if let Some(used) = mount::detach_used(&states, &state)? {
+            session.talk.note(format_args!(
+                "{}: {used}; it goes when that is over",
+                state.device.display()
+            ));
+        }
+        Ok(())
+    };
+    // One that stays keeps no other.
+    let mut stay = Vec::new();
+    for device in &devices {
+        if let Err(error) = one(device) {
+            stay.push(error);
+        }
+    }
+    let Some(last) = stay.pop() else { return Ok(()) };
+    for error in &stay {
+        session.talk.note(format_args!("{error:#}"));
+    }
+    Err(last)
 }
 
 /// The hidden command: the life of the service or of a keeper.

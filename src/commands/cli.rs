@@ -799,9 +799,17 @@ pub struct CacheLayers {
 /// Arguments of `tarblk detach`.
 #[derive(Debug, Args)]
 pub struct DetachArgs {
-    /// The device, as `attach` printed it.
-    #[arg(value_name = "DEVICE", value_hint = ValueHint::FilePath)]
-    pub device: PathBuf,
+    /// The devices, as `attach` printed them.
+    #[arg(value_name = "DEVICE", value_hint = ValueHint::FilePath, required_unless_present = "all")]
+    pub devices: Vec<PathBuf>,
+
+    /// All devices. Those that are in use stay, and are told of.
+    #[arg(long, conflicts_with = "devices")]
+    pub all: bool,
+
+    /// Also what is mounted: its directories are unmounted at once, and the device goes when the last of its files is closed.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// A way to get from nothing to the command's end.
