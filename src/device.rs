@@ -269,8 +269,20 @@ impl Device {
     }
 }
 
-/// Loads a kernel module and waits a moment for `node`, the device that it brings. Says whether that is there.
-fn load_module(module: &str, node: &str) -> bool {
+/// Loads the drivers of the back ends that `choice` allows, as far as they are not there. Takes privileges that the service drops: the
+/// command does it before it asks for a device.
+pub fn load_drivers(choice: BackendChoice) {
+    let of_ublk = ublk::DRIVERS.iter().filter(|_| choice != BackendChoice::Loop);
+    let of_loop = fuse_loop::DRIVERS.iter().filter(|_| choice != BackendChoice::Ublk);
+    for (node, module) in of_ublk.chain(of_loop) {
+        if !Path::new(node).exists() {
+            load_module(module, node);
+        }
+    }
+}
+
+/// Loads a kernel module and waits a moment for `node`, the device that it brings.
+fn load_module(module: &str, node: &str) {
     let quiet = Stdio::null;
     let loaded = Command::new("modprobe")
         .arg(module)
@@ -283,7 +295,7 @@ fn load_module(module: &str, node: &str) -> bool {
     } else {
         Duration::ZERO
     };
-    wait_until(patience, || Path::new(node).exists())
+    wait_until(patience, || Path::new(node).exists());
 }
 
 /// How long a device node may take to appear after its driver was loaded.

@@ -195,6 +195,48 @@ fn units_are_what_systemd_takes() {
     }
 }
 
+/// What a unit is limited to is enough for what it runs.
+#[test]
+fn the_rights_of_a_unit_are_enough() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("the_rights_of_a_unit_are_enough", why);
+    }
+    if !common::have("setpriv") {
+        return common::skip("the_rights_of_a_unit_are_enough", "there is no setpriv");
+    }
+    let session = Session::new("loop");
+    let layer = layer(&session);
+    let dir = session.dir().join("mnt");
+    fs::create_dir(&dir).unwrap();
+    let unit = session.succeed(&["generate", "systemd", layer.to_str().unwrap(), dir.to_str().unwrap()]);
+    assert!(unit.contains("\nNoNewPrivileges=yes\n"), "{unit}");
+    let set = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .unwrap();
+    let set: String = set
+        .split(' ')
+        .map(|name| name.replace("CAP_", ",+").to_lowercase())
+        .collect();
+    let limited = |arguments: &[&OsStr]| {
+        let done = Command::new("setpriv")
+            .args(["--no-new-privs", "--bounding-set"])
+            .arg(format!("-all{set}"))
+            .arg(TARBLK)
+            .args(arguments)
+            .env("TARBLK_CACHE", session.dir().join("cache"))
+            .env("TARBLK_STATE_DIR", session.dir().join("states"))
+            .env("TARBLK_SERVICE_IDLE", "0")
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", said(&done));
+    };
+    limited(&["mount".as_ref(), layer.as_os_str(), dir.as_os_str()]);
+    assert_eq!(fs::read(dir.join("word")).unwrap(), b"here");
+    limited(&["umount".as_ref(), dir.as_os_str()]);
+    assert!(!is_mounted(&dir));
+}
+
 #[test]
 fn devices_are_scraped_and_watched() {
     if let Some(why) = common::no_loop_mounts() {

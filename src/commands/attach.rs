@@ -280,10 +280,17 @@ pub(super) fn serve(arguments: &[OsString]) -> ExitCode {
 /// # Errors
 /// When this program's own path cannot be found out.
 pub(super) fn mounter() -> anyhow::Result<Mounter> {
-    let launcher = Launcher::this_program(SERVE)?;
+    let launcher = launcher()?;
     Ok(Box::new(move |spec, dir, options| {
         mount::mount::<Images>(&launcher, spec, dir, options)
     }))
+}
+
+/// How the service is started: with the machine's cache to write to, besides that of the first device.
+fn launcher() -> Result<Launcher, ServiceError> {
+    let mut launcher = Launcher::this_program(SERVE)?;
+    launcher.writable.push(layer::cache_dir());
+    Ok(launcher)
 }
 
 /// `tarblk upgrade`.
@@ -291,8 +298,7 @@ pub(super) fn upgrade(session: Session) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(ServiceError::NotRoot.into());
     }
-    let program = std::fs::File::open("/proc/self/exe").context("cannot open this program")?;
-    match service::upgrade(&states(), program)? {
+    match service::upgrade(&states(), &launcher()?)? {
         Some((before, now)) => session.talk.note(format_args!(
             "process {now} of this program goes on with what process {before} served"
         )),
@@ -342,7 +348,7 @@ struct LentIndexes(Vec<PathBuf>);
 
 impl AttachRequest {
     fn launch(&self) -> anyhow::Result<Attached> {
-        Ok(service::launch::<Images>(&Launcher::this_program(SERVE)?, &self.spec)?)
+        Ok(service::launch::<Images>(&launcher()?, &self.spec)?)
     }
 }
 
@@ -453,6 +459,10 @@ impl Builder for Images {
 
     fn without_secrets(image: &ImageSpec) -> ImageSpec {
         image.without_secrets()
+    }
+
+    fn writes(image: &ImageSpec) -> Vec<PathBuf> {
+        image.writes()
     }
 
     /// `TARBLK_SERVICE_IDLE` in milliseconds, for tests.

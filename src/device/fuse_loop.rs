@@ -68,15 +68,15 @@ fn failed(what: &'static str) -> impl Fn(io::Error) -> DeviceError {
     move |error| DeviceError::Loop(format!("cannot {what}: {error}"))
 }
 
-/// Makes sure that this kernel has FUSE and loop devices, loading their drivers if need be.
+/// The devices that the drivers bring, and the modules that they are in.
+pub(super) const DRIVERS: [(&str, &str); 2] = [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")];
+
+/// Makes sure that this kernel has FUSE and loop devices; see [`load_drivers`](super::load_drivers).
 ///
 /// # Errors
 /// [`DeviceError::NoLoop`] with what is missing.
 pub fn preflight() -> Result<(), DeviceError> {
-    for (path, module) in [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")] {
-        if !Path::new(path).exists() {
-            super::load_module(module, path);
-        }
+    for (path, module) in DRIVERS {
         OpenOptions::new().read(true).write(true).open(path).map_err(|error| {
             let advice = match error.kind() {
                 io::ErrorKind::PermissionDenied => "this process may not use it".to_owned(),

@@ -13,7 +13,7 @@
 //!
 //! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper` and `holders` (both ends of
 //! what outlives the service), `record` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
-//! `namespace` (what it keeps mounted).
+//! `namespace` (what it keeps mounted), `sandbox` (what it may still do).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
@@ -24,6 +24,7 @@ mod message;
 mod namespace;
 mod record;
 mod run;
+mod sandbox;
 mod table;
 
 use std::ffi::OsString;
@@ -48,6 +49,7 @@ pub(crate) use control::{Condition, bury, conditions, end_reads};
 pub use control::{ControlError, ServiceStats, detach, launch, let_go, stats, upgrade};
 pub use namespace::Reach;
 pub use run::serve;
+pub(crate) use sandbox::limits_writes;
 
 /// The log of the service and its keepers, in the state directory.
 pub(crate) const LOG_NAME: &str = "service.log";
@@ -128,6 +130,12 @@ pub trait Builder: Send + Sync + 'static {
         image.clone()
     }
 
+    /// The directories of this machine that serving the image writes to.
+    fn writes(image: &Self::Image) -> Vec<PathBuf> {
+        let _ = image;
+        Vec::new()
+    }
+
     /// What the service will need of the file system from now on.
     fn reach(&self) -> Reach;
 
@@ -203,6 +211,24 @@ impl Role {
     }
 }
 
+/// Who started a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// A command: the service has all of root's privileges, in the command's mount namespace, and leaves both.
+    First,
+    /// A keeper: it inherited what the service before it left itself.
+    Again,
+}
+
+impl Start {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Again => "again",
+        }
+    }
+}
+
 /// How to start the service and its keepers: the program and arguments that end in [`main`].
 #[derive(Clone, Debug)]
 pub struct Launcher {
@@ -210,6 +236,9 @@ pub struct Launcher {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<OsString>,
+    /// The directories that the service may write to, besides its states. A device that needs another one has the service started
+    /// anew.
+    pub writable: Vec<PathBuf>,
 }
 
 impl Launcher {
@@ -224,6 +253,7 @@ impl Launcher {
         Ok(Self {
             program,
             arguments: vec![subcommand.into()],
+            writable: Vec::new(),
         })
     }
 }
@@ -234,26 +264,34 @@ pub fn main<B: Builder>(subcommand: &str, arguments: &[OsString], builder: B) ->
     // Out of the terminal's reach before anything else. This fails only where there is nothing to leave.
     let _ = rustix::process::setsid();
     let _ = std::env::set_current_dir("/");
-    let word = |at: usize| arguments.get(at).and_then(|word| word.to_str());
-    let launcher = match Launcher::this_program(subcommand) {
+    let mut launcher = match Launcher::this_program(subcommand) {
         Ok(launcher) => launcher,
         Err(error) => {
             log::error!("{error}");
             return ExitCode::FAILURE;
         }
     };
-    let Some(states) = arguments.get(1).map(|path| StateDir::new(Path::new(path))) else {
+    let [role, states, which, writable @ ..] = arguments else {
         log::error!("this subcommand is for tarblk itself");
         return ExitCode::FAILURE;
     };
-    match (word(0), word(2)) {
-        (Some("serve"), again) => match run::service(&states, &launcher, builder, again.is_some()) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                log::error!("{error}");
-                ExitCode::FAILURE
+    launcher.writable = writable.iter().map(PathBuf::from).collect();
+    let states = StateDir::new(Path::new(states));
+    match (role.to_str(), which.to_str()) {
+        (Some("serve"), Some(which)) => {
+            let start = if which == Start::Again.word() {
+                Start::Again
+            } else {
+                Start::First
+            };
+            match run::service(&states, launcher, builder, start) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    log::error!("{error}");
+                    ExitCode::FAILURE
+                }
             }
-        },
+        }
         (Some("keep"), Some(number)) => match number.parse() {
             Ok(number) => keeper::keep(&states, number, launcher),
             Err(_) => ExitCode::FAILURE,

@@ -65,12 +65,15 @@ enum Progress {
     Failed(DeviceError),
 }
 
-/// Makes sure that this kernel can do ublk, loading the driver if need be.
+/// The device that the driver brings, and the module that it is in.
+pub(super) const DRIVERS: [(&str, &str); 1] = [(CONTROL, "ublk_drv")];
+
+/// Makes sure that this kernel can do ublk; see [`load_drivers`](super::load_drivers).
 ///
 /// # Errors
 /// [`DeviceError::NoUblk`] with what is missing.
 pub fn preflight() -> Result<(), DeviceError> {
-    if !Path::new(CONTROL).exists() && !super::load_module("ublk_drv", CONTROL) {
+    if !Path::new(CONTROL).exists() {
         let kernel = rustix::system::uname();
         return Err(DeviceError::NoUblk(format!(
             "{CONTROL} is missing and `modprobe ublk_drv` did not bring it (kernel {})",

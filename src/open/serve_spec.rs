@@ -169,6 +169,13 @@ impl ImageSpec {
         self
     }
 
+    /// The directories that serving the image writes to: the cache, as far as there is one.
+    #[must_use]
+    pub fn writes(&self) -> Vec<PathBuf> {
+        let cache = self.store.as_deref().and_then(Path::parent);
+        cache.map(Path::to_owned).into_iter().collect()
+    }
+
     /// The same with nothing in it that must not be in a file: credentials, tokens, signed addresses. What is needed of those is
     /// looked up again where it comes from.
     #[must_use]

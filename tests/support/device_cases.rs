@@ -18,7 +18,7 @@ use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::internals::mount::{self, MountOptions};
 
 use super::harness::{Case, DAEMON};
-use super::{hollow, make_ext4, patchwork, read_all};
+use super::{hollow, make_ext4, patchwork, read_all, sandbox_cases};
 
 /// The back end under test.
 static BACKEND: OnceLock<BackendChoice> = OnceLock::new();
@@ -109,12 +109,24 @@ pub(crate) const CASES: &[Case] = &[
         "keeps_nothing_mounted_that_it_does_not_need",
         keeps_nothing_mounted_that_it_does_not_need,
     ),
+    (
+        "the_service_and_its_keepers_are_confined",
+        sandbox_cases::the_service_and_its_keepers_are_confined,
+    ),
+    (
+        "forbidden_calls_fail_in_the_service",
+        sandbox_cases::forbidden_calls_fail_in_the_service,
+    ),
+    (
+        "another_directory_to_write_to_is_a_pause",
+        sandbox_cases::another_directory_to_write_to_is_a_pause,
+    ),
 ];
 
 /// What these tests' builder makes an image of.
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 pub(crate) struct TestImage {
-    file: PathBuf,
+    pub(crate) file: PathBuf,
     /// How long far-away bytes take, in milliseconds; for ever, when not given.
     delay_ms: Option<u64>,
     trouble: Option<String>,
@@ -138,7 +150,7 @@ fn first_time(file: &Path) -> bool {
 }
 
 /// Makes images of [`TestImage`].
-struct Images;
+pub(crate) struct Images;
 
 impl Builder for Images {
     type Image = TestImage;
@@ -150,6 +162,19 @@ impl Builder for Images {
             Some("fail-again") if !first_time(&described.file) => return Err("the index is of another age".into()),
             Some("panic") => panic!("a builder that panics"),
             Some("abort") => std::process::abort(),
+            Some("try-calls") => {
+                let said = sandbox_cases::attempts().into_iter().map(|(name, done)| match done {
+                    Err(rustix::io::Errno::PERM) => format!("{name} EPERM"),
+                    other => format!("{name} {other:?}"),
+                });
+                return Err(said.collect::<Vec<_>>().join(", ").into());
+            }
+            Some("write") => fs::write(fs::canonicalize(&described.file)?.with_extension("written"), "")?,
+            Some("write-anywhere") => {
+                let file = PathBuf::from(format!("/tarblk-test-{}", std::process::id()));
+                fs::write(&file, "")?;
+                fs::remove_file(&file)?;
+            }
             _ => {}
         }
         let delay = described.delay_ms.map(Duration::from_millis);
@@ -179,6 +204,11 @@ impl Builder for Images {
         }
     }
 
+    /// Beside the file a builder notes that it was asked before.
+    fn writes(image: &TestImage) -> Vec<PathBuf> {
+        image.file.parent().map(Path::to_owned).into_iter().collect()
+    }
+
     fn reach(&self) -> Reach {
         Reach::Paths(Vec::new())
     }
@@ -190,7 +220,7 @@ impl Builder for Images {
 }
 
 /// A place for one test: an ext4 file, a directory of states, a directory to mount on; and the promise that nothing is left.
-struct Lab {
+pub(crate) struct Lab {
     dir: tempfile::TempDir,
     before: Traces,
 }
@@ -246,7 +276,7 @@ fn processes() -> Vec<(u32, u32)> {
 }
 
 /// The service and the keepers of a state directory below `dir`.
-fn daemons(dir: &Path) -> BTreeSet<u32> {
+pub(crate) fn daemons(dir: &Path) -> BTreeSet<u32> {
     let is_daemon = |pid: u32| {
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let arguments: Vec<&[u8]> = command.split(|&byte| byte == 0).collect();
@@ -286,7 +316,7 @@ fn opened_by_others(dir: &Path) -> BTreeSet<String> {
 }
 
 impl Lab {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let before = Traces::now(dir.path());
         make_ext4(&dir.path().join("image"), 16);
@@ -294,7 +324,11 @@ impl Lab {
         Self { dir, before }
     }
 
-    fn image(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn image(&self) -> PathBuf {
         self.dir.path().join("image")
     }
 
@@ -302,11 +336,11 @@ impl Lab {
         self.dir.path().join("mnt")
     }
 
-    fn states(&self) -> StateDir {
+    pub(crate) fn states(&self) -> StateDir {
         StateDir::new(self.dir.path().join("states"))
     }
 
-    fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> ServeSpec<TestImage> {
+    pub(crate) fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> ServeSpec<TestImage> {
         let image = TestImage {
             file: self.image(),
             delay_ms,
@@ -323,7 +357,7 @@ impl Lab {
         }
     }
 
-    fn attach(&self) -> Attached {
+    pub(crate) fn attach(&self) -> Attached {
         service::launch::<Images>(&launcher(), &self.spec(Some(1), None)).unwrap()
     }
 
@@ -347,7 +381,7 @@ impl Lab {
     }
 
     /// No process, device, mount or file is left.
-    fn assert_clean(&self) {
+    pub(crate) fn assert_clean(&self) {
         self.assert_nothing_served();
         // The last keeper to end removes the service's files where the service cannot.
         let files = || -> Vec<_> {
@@ -402,7 +436,7 @@ impl Drop for Lab {
     }
 }
 
-fn launcher() -> Launcher {
+pub(crate) fn launcher() -> Launcher {
     Launcher::this_program(DAEMON).unwrap()
 }
 
@@ -411,7 +445,7 @@ fn kill(pid: u32, signal: rustix::process::Signal) {
     let _ = rustix::process::kill_process(pid, signal);
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !done() {
         assert!(Instant::now() < deadline, "{what} did not happen");
@@ -624,7 +658,7 @@ fn service_pid_of(lab: &Lab, attached: &Attached) -> u32 {
 }
 
 /// The service's number, once there is one that answers.
-fn service_pid(lab: &Lab) -> u32 {
+pub(crate) fn service_pid(lab: &Lab) -> u32 {
     let mut pid = 0;
     wait_until("a service", || {
         let (listed, _) = inventory::list(&lab.states()).unwrap();
@@ -637,7 +671,7 @@ fn service_pid(lab: &Lab) -> u32 {
 }
 
 /// The numbers of the keepers that hold the device: the processes of a state directory without its service.
-fn keepers(lab: &Lab) -> Vec<u32> {
+pub(crate) fn keepers(lab: &Lab) -> Vec<u32> {
     let service = service_pid(lab);
     let holds = |pid: &u32| {
         let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
@@ -647,7 +681,7 @@ fn keepers(lab: &Lab) -> Vec<u32> {
     all.filter(|pid| *pid != service).filter(holds).collect()
 }
 
-fn kill_and_wait(pid: u32) {
+pub(crate) fn kill_and_wait(pid: u32) {
     kill(pid, rustix::process::Signal::KILL);
     wait_until("the end of a process", || {
         !processes().iter().any(|(lives, _)| *lives == pid)
@@ -655,7 +689,7 @@ fn kill_and_wait(pid: u32) {
 }
 
 /// Reads the device around the page cache, here and there, and compares, until it is told to stop. Returns how often it read.
-fn read_and_compare(device: &Path, content: &[u8], seed: u64, stop: &std::sync::atomic::AtomicBool) -> u64 {
+pub(crate) fn read_and_compare(device: &Path, content: &[u8], seed: u64, stop: &std::sync::atomic::AtomicBool) -> u64 {
     let file = File::options().read(true).open(device).unwrap();
     let (mut random, mut reads) = (seed * 2 + 1, 0);
     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
@@ -886,8 +920,7 @@ fn an_upgrade_under_load_is_a_pause() {
         let reader = scope.spawn(|| read_and_compare(&attached.state.device, &content, 5, &stop));
         let upgrades = catch_unwind(AssertUnwindSafe(|| {
             for _ in 0..3 {
-                let program = File::open("/proc/self/exe").unwrap();
-                let upgraded = service::upgrade(&lab.states(), program).unwrap();
+                let upgraded = service::upgrade(&lab.states(), &launcher()).unwrap();
                 let (before, after) = upgraded.expect("there is a service");
                 assert_ne!(before, after);
                 assert_eq!(service_pid(&lab), after);
@@ -910,9 +943,11 @@ fn a_broken_upgrade_goes_back() {
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| read_and_compare(&attached.state.device, &content, 5, &stop));
         let upgrade = catch_unwind(AssertUnwindSafe(|| {
-            let error = service::upgrade(&lab.states(), File::open("/bin/false").unwrap())
-                .unwrap_err()
-                .to_string();
+            let broken = Launcher {
+                program: "/bin/false".into(),
+                ..launcher()
+            };
+            let error = service::upgrade(&lab.states(), &broken).unwrap_err().to_string();
             assert!(error.contains("the one before does"), "{error}");
             assert_eq!(error.lines().count(), 1, "{error}");
             // It goes on being the one that is started again.

@@ -5,6 +5,7 @@
 
 pub(crate) mod device_cases;
 pub(crate) mod harness;
+pub(crate) mod sandbox_cases;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -12,6 +12,7 @@ use super::Check;
 use crate::commands::attach::states;
 use crate::commands::layer::cache_dir;
 use crate::device::inventory::{self, Status};
+use crate::device::service;
 use crate::device::state::StateDir;
 use crate::quantity::show_size;
 
@@ -31,6 +32,8 @@ pub(super) struct Machine {
     modules: PathBuf,
     cache: PathBuf,
     states: StateDir,
+    /// Whether the kernel can limit where a process writes (Landlock).
+    limits_writes: bool,
     /// Whether this process can make a ring; or why not.
     ring: Result<(), String>,
     descriptors: u64,
@@ -47,6 +50,7 @@ impl Machine {
             modules: Path::new("/lib/modules").join(kernel.release().to_string_lossy().as_ref()),
             cache: cache.unwrap_or_else(cache_dir),
             states: states(),
+            limits_writes: service::limits_writes(),
             ring: io_uring::IoUring::new(2).map(drop).map_err(|error| error.to_string()),
             descriptors: getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX),
             is_root: rustix::process::geteuid().is_root(),
@@ -54,7 +58,7 @@ impl Machine {
     }
 
     pub(super) fn checks(&self) -> Vec<Check> {
-        let mut checks = vec![self.kernel(), self.rights(), self.ring(), self.ext4()];
+        let mut checks = vec![self.kernel(), self.rights(), self.sandbox(), self.ring(), self.ext4()];
         checks.extend(self.back_ends());
         checks.extend([self.descriptors(), self.states(), self.cache()]);
         checks.extend(self.devices());
@@ -99,6 +103,31 @@ impl Machine {
                 name,
                 "not root: attach, mount and bench will not work; index, ls, diff and image will",
                 "use sudo",
+            ),
+        }
+    }
+
+    /// How far the kernel confines the service.
+    fn sandbox(&self) -> Check {
+        let name = "sandbox";
+        let has_filters = self
+            .read("self/status")
+            .lines()
+            .any(|line| line.starts_with("Seccomp:"));
+        match (has_filters, self.limits_writes) {
+            (true, true) => Check::ok(
+                name,
+                "the service drops privileges, filters its system calls (seccomp), and writes only to its own directories (Landlock)",
+            ),
+            (true, false) => Check::warning(
+                name,
+                "this kernel has no Landlock: the service drops privileges and filters its system calls, but where it writes is not limited",
+                "use Linux 5.19 or later with `landlock` in its list of security modules (lsm=)",
+            ),
+            (false, _) => Check::warning(
+                name,
+                "this kernel has no seccomp: the service drops privileges, but its system calls are not filtered",
+                "use a kernel with CONFIG_SECCOMP_FILTER",
             ),
         }
     }
@@ -347,7 +376,7 @@ mod tests {
             fs::write(path, text).unwrap();
         };
         put("proc/sys/kernel/osrelease", "6.12.41-amd64\n");
-        put("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n");
+        put("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n");
         put("proc/filesystems", "nodev\ttmpfs\n\text4\n");
         put(
             "modules/modules.dep",
@@ -360,6 +389,7 @@ mod tests {
             modules: dir.join("modules"),
             cache: dir.join("cache"),
             states: StateDir::new(dir.join("states")),
+            limits_writes: true,
             ring: Ok(()),
             descriptors: 1 << 20,
             is_root: true,
@@ -385,7 +415,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_found_and_nothing_else() {
         let (bad, worse) = (Health::Warning, Health::Problem);
-        let cases: [(Change, &[(&str, Health)]); 9] = [
+        let cases: [(Change, &[(&str, Health)]); 11] = [
             (Box::new(|_| ()), &[]),
             (
                 Box::new(|m| fs::write(m.proc.join("sys/kernel/osrelease"), "5.15.0\n").unwrap()),
@@ -396,10 +426,17 @@ mod tests {
                 &[("kernel", worse)],
             ),
             (
-                Box::new(|m| fs::write(m.proc.join("self/status"), "CapEff:\t00000000a80425fb\n").unwrap()),
+                Box::new(|m| {
+                    fs::write(m.proc.join("self/status"), "CapEff:\t00000000a80425fb\nSeccomp:\t2\n").unwrap();
+                }),
                 &[("rights", worse)],
             ),
             (Box::new(|m| m.is_root = false), &[("rights", bad)]),
+            (Box::new(|m| m.limits_writes = false), &[("sandbox", bad)]),
+            (
+                Box::new(|m| fs::write(m.proc.join("self/status"), "CapEff:\t000001ffffffffff\n").unwrap()),
+                &[("sandbox", bad)],
+            ),
             (
                 Box::new(|m| m.ring = Err("Operation not permitted".to_owned())),
                 &[("io_uring", worse)],

@@ -1,12 +1,15 @@
 //! The language of control sockets: one message each way, bounded in length and time. Here is the client's side; `run` answers.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,12 +20,13 @@ use serde::{Deserialize, Serialize};
 
 use super::message::{borrowed, receive, send};
 use super::{
-    Attached, Builder, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, failed, keeper, open_files, record,
+    Attached, Builder, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed, keeper, open_files,
+    record,
 };
 use crate::device::state::{Process, Server, State, StateDir, StateError};
 use crate::device::stats::DeviceStats;
 use crate::device::users::{self, User};
-use crate::device::{Backend, DeviceError, ublk, wait_until};
+use crate::device::{Backend, DeviceError, load_drivers, ublk, wait_until};
 use crate::fetch::FetchStats;
 
 /// No request is longer, in bytes: what is big in a specification (an index) is passed as a file.
@@ -73,8 +77,8 @@ pub(super) enum Request<I> {
     Detach { name: String },
     /// Take it down as soon as nothing uses it any more.
     LetGo { name: String },
-    /// End, and let the program whose descriptor is sent along go on with all devices.
-    Upgrade,
+    /// End, and let a service that the caller starts go on with all devices.
+    HandOver,
 }
 
 /// What the service answers.
@@ -87,6 +91,8 @@ pub(super) enum Answer {
     Stats(Box<ServiceStats>),
     /// To [`Request::Conditions`].
     Conditions(BTreeMap<String, Condition>),
+    /// To [`Request::Attach`]: it would write to a directory that this service may not write to, which are all but these.
+    Confined(Vec<PathBuf>),
     /// It is done.
     Done,
     /// To anything: it cannot be done.
@@ -183,13 +189,30 @@ pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Re
     let states = StateDir::new(&spec.states);
     states.create()?;
     let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
+    // The service may load no modules.
+    load_drivers(spec.options.backend);
+    let writes = B::writes(&spec.image);
+    for dir in &writes {
+        // Whether it can be used is told when it is.
+        let _ = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    }
+    let mut launcher = launcher.clone();
+    launcher.writable.extend(writes);
     let request = Request::Attach(Box::new(spec.clone()));
     let deadline = Instant::now() + START_LIMIT;
     loop {
-        let stream = connect_or_start(launcher, &states, deadline)?;
+        let stream = connect_or_start(&launcher, &states, deadline)?;
         let log_len = fs::metadata(states.path().join(LOG_NAME)).map_or(0, |meta| meta.len());
         match call(&stream, &request, &files, ANSWER_LIMIT) {
             Ok(Answer::Attached(attached)) => return Ok(*attached),
+            Ok(Answer::Confined(to)) if Instant::now() < deadline => {
+                log::info!("the service is started anew to be able to write to another directory");
+                launcher.writable.extend(to);
+                // Whatever became of that, it is asked again.
+                if let Err(error) = replace(&states, &launcher) {
+                    log::warn!("{error}");
+                }
+            }
             // It was about to end, having been idle: the next one is not.
             Ok(Answer::Refused(why)) if why.starts_with(ENDING) && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(5));
@@ -241,22 +264,28 @@ fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -
             thread::sleep(Duration::from_millis(2));
             continue;
         };
-        let mut child = keeper::start_service(launcher, states, &lock, false).map_err(failed("start the service"))?;
+        let mut child =
+            keeper::start_service(launcher, states, &lock, Start::First, None).map_err(failed("start the service"))?;
         drop(lock);
-        // It closes its standard output when it can be called, or when it has died.
-        if let Some(mut stdout) = child.stdout.take() {
-            let mut word = String::new();
-            let _ = stdout.by_ref().take(64).read_to_string(&mut word);
-            if !word.starts_with("ready") {
-                let _ = child.wait();
-                return Err(ServiceError::Died {
-                    last_words: last_words(states, 0),
-                });
-            }
+        if !is_ready(&mut child) {
+            let _ = child.wait();
+            return Err(ServiceError::Died {
+                last_words: last_words(states, 0),
+            });
         }
         // Whoever launches without ending soon after would otherwise keep its entry in the process table when it ends.
         thread::spawn(move || child.wait());
     }
+}
+
+/// Waits until a service that was started can be called; false if it ends before.
+fn is_ready(service: &mut Child) -> bool {
+    // It closes its standard output when it can be called, or when it has died.
+    let mut word = String::new();
+    if let Some(mut stdout) = service.stdout.take() {
+        let _ = stdout.by_ref().take(64).read_to_string(&mut word);
+    }
+    word.starts_with("ready")
 }
 
 /// The end of the log since it was `from` bytes long, for a message of one line.
@@ -393,51 +422,110 @@ pub(crate) fn conditions(states: &StateDir) -> io::Result<Option<BTreeMap<String
     }
 }
 
-/// Lets `program` go on with every device of the service, in place of the program that serves them now; returns the numbers of the
-/// processes before and after. None if there is no service.
+/// Lets the program of `launcher` go on with every device of the service, in place of the program that serves them now; returns the
+/// numbers of the processes before and after. None if there is no service.
 ///
 /// # Errors
-/// When the service refuses, or does not come back with that program; then the one before has come back.
-pub fn upgrade(states: &StateDir, program: fs::File) -> Result<Option<(u32, u32)>, ServiceError> {
+/// When the service refuses, or that program does not start; then the one before has come back.
+pub fn upgrade(states: &StateDir, launcher: &Launcher) -> Result<Option<(u32, u32)>, ServiceError> {
+    // What the present one may write to, the next one finds in the descriptions of its devices.
+    replace(states, launcher)
+}
+
+/// Ends the service and starts another one in its place, which goes on with all devices.
+fn replace(states: &StateDir, launcher: &Launcher) -> Result<Option<(u32, u32)>, ServiceError> {
     let Ok(stream) = UnixStream::connect(states.service_socket()) else {
         return Ok(None);
     };
-    let wanted = program.metadata().map_err(failed("look at the program"))?;
-    let before = running(states);
-    let asked = call(&stream, &Request::<()>::Upgrade, &[program.into()], ANSWER_LIMIT);
+    let Some(before) = keeper::holder_of_lock(states) else {
+        return Ok(None);
+    };
+    let place = Place::of(before);
+    let asked = call(&stream, &Request::<()>::HandOver, &[], ANSWER_LIMIT);
     match asked.map_err(failed("talk to the service"))? {
         Answer::Done => {}
         Answer::Refused(why) => return Err(ServiceError::Reported(why)),
         _ => return Err(ServiceError::Reported("the service answered something else".to_owned())),
     }
+    let deadline = Instant::now() + keeper::STAND_BACK;
+    let lock = loop {
+        match keeper::try_lock(states).map_err(failed("lock the service"))? {
+            Some(lock) => break lock,
+            None if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+            None => return Err(ServiceError::Reported("the service does not end".to_owned())),
+        }
+    };
+    let started = keeper::start_service(launcher, states, &lock, Start::First, place.environment);
+    let ready = started.and_then(|mut child| {
+        place.cgroup.take_in(child.id());
+        if is_ready(&mut child) {
+            let pid = child.id();
+            thread::spawn(move || child.wait());
+            Ok(pid)
+        } else {
+            let _ = child.wait();
+            Err(io::Error::other("it ended at once"))
+        }
+    });
+    let cause = match ready {
+        Ok(now) => return Ok(Some((before, now))),
+        Err(cause) => cause,
+    };
+    let last_words = last_words(states, 0);
+    // The keepers need not wait any longer.
+    let _ = lock.set_len(0);
+    drop(lock);
     let deadline = Instant::now() + START_LIMIT;
-    loop {
-        let now = running(states);
-        if let (Some(before), Some(now)) = (before, now)
-            && before != now
+    while Instant::now() < deadline {
+        if let Some(now) = keeper::holder_of_lock(states)
             && matches!(conditions(states), Ok(Some(_)))
         {
-            let runs = fs::metadata(format!("/proc/{now}/exe"));
-            if runs.is_ok_and(|runs| (runs.dev(), runs.ino()) == (wanted.dev(), wanted.ino())) {
-                return Ok(Some((before, now)));
-            }
             return Err(ServiceError::Reported(format!(
-                "this program does not go on with what is attached; the one before does, as process {now}{}",
-                last_words(states, 0)
+                "this program does not go on with what is attached ({cause}); the one before does, as process {now}{last_words}"
             )));
-        }
-        if Instant::now() > deadline {
-            return Err(ServiceError::Died {
-                last_words: last_words(states, 0),
-            });
         }
         thread::sleep(Duration::from_millis(5));
     }
+    Err(ServiceError::Died { last_words })
 }
 
-/// The number of the process that serves this state directory: who holds its lock.
-fn running(states: &StateDir) -> Option<u32> {
-    fs::read_to_string(keeper::lock_file(states)).ok()?.trim().parse().ok()
+/// What a service is started with that is not its own: the one after it, started from somewhere else, gets the same.
+struct Place {
+    /// None if it cannot be read.
+    environment: Option<Vec<(OsString, OsString)>>,
+    cgroup: Cgroup,
+}
+
+/// The control group of a process, as a directory; none where there are none of version 2.
+struct Cgroup(Option<PathBuf>);
+
+impl Place {
+    fn of(pid: u32) -> Self {
+        let variable = |line: &[u8]| {
+            let at = line.iter().position(|byte| *byte == b'=')?;
+            let text = |part: &[u8]| OsString::from_vec(part.to_vec());
+            Some((text(&line[..at]), text(&line[at + 1..])))
+        };
+        let environment = fs::read(format!("/proc/{pid}/environ")).ok();
+        let environment = environment.map(|text| text.split(|byte| *byte == 0).filter_map(variable).collect());
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+        Self {
+            environment,
+            cgroup: Cgroup(path.map(|path| PathBuf::from("/sys/fs/cgroup").join(path))),
+        }
+    }
+}
+
+impl Cgroup {
+    /// Moves a process there: it is not to end with whoever started it.
+    fn take_in(&self, pid: u32) {
+        if let Some(dir) = &self.0
+            && let Err(error) = fs::write(dir.join("cgroup.procs"), pid.to_string())
+        {
+            log::debug!("the service stays in this command's control group: {error}");
+        }
+    }
 }
 
 /// Removes what a dead daemon left: its device, unless that is in use, and its files.

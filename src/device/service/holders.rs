@@ -4,11 +4,12 @@
 //! A keeper that dies is replaced, and gets everything again. Invariant: while the service lives, this has a duplicate of every
 //! descriptor that the keepers hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -42,6 +43,8 @@ struct Link {
     stream: UnixStream,
     pid: u32,
     version: String,
+    /// Whether an earlier service started it.
+    inherited: bool,
 }
 
 impl Holders {
@@ -50,13 +53,28 @@ impl Holders {
         let mut inner = Inner::default();
         for number in 0..KEEPERS {
             let link = call(states, number).and_then(|stream| list(stream, &mut inner.all));
-            inner.links.push(link.ok());
+            inner.links.push(link.ok().map(|link| Link {
+                inherited: true,
+                ..link
+            }));
         }
         Self {
             states: states.clone(),
             launcher,
             inner: Mutex::new(inner),
         }
+    }
+
+    /// The directories beneath which the services that keepers start may write.
+    pub(super) fn writable(&self) -> &[PathBuf] {
+        &self.launcher.writable
+    }
+
+    /// Adds `more` to [`writable`](Self::writable), as far as it is there: what is not cannot be named to the kernel.
+    pub(super) fn widen(&mut self, more: Vec<PathBuf>) {
+        let all = self.launcher.writable.drain(..).chain(more);
+        let all: BTreeSet<PathBuf> = all.filter_map(|dir| dir.canonicalize().ok()).collect();
+        self.launcher.writable = all.into_iter().collect();
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -166,6 +184,7 @@ impl Holders {
             .arg(Role::Keeper.word())
             .arg(self.states.path())
             .arg(number.to_string())
+            .args(&self.launcher.writable)
             .env_remove("TARBLK_CREDS")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -204,29 +223,29 @@ impl Holders {
                 let _ = receive::<Said>(&link.stream, MAX_KEEPER_BYTES);
             }
         }
+        // Those of keepers that died; one that lives after all sees that it is not known any more, and ends.
+        for number in 0..KEEPERS {
+            let _ = std::fs::remove_file(keeper::socket(&self.states, number));
+        }
     }
 
-    /// Hands the keepers the program to start from now on.
+    /// Makes the keepers leave the next start to a command.
     ///
     /// # Errors
-    /// When none of them took it.
-    pub(super) fn program(&self, program: &OwnedFd) -> io::Result<()> {
+    /// When one of them might start the service itself.
+    pub(super) fn stand_back(&self) -> io::Result<()> {
         let mut inner = self.inner();
-        let mut taken = Err(io::Error::other("there is no keeper"));
         for link in inner.links.iter_mut().flatten() {
-            let asked = link.ask(&Ask::Program, &[std::os::fd::AsFd::as_fd(program)]);
-            if asked.is_ok() || taken.is_err() {
-                taken = asked;
-            }
+            link.ask(&Ask::StandBack, &[])?;
         }
-        taken
+        Ok(())
     }
 
-    /// Replaces keepers that another version of the program runs, one after the other.
+    /// Replaces the keepers that an earlier service started, one after the other.
     pub(super) fn renew(&self) {
         let mut inner = self.inner();
         for number in 0..inner.links.len() {
-            let other = inner.links[number].take_if(|link| link.version != keeper::version());
+            let other = inner.links[number].take_if(|link| link.inherited);
             if let Some(mut old) = other {
                 let retired = old.ask(&Ask::Retire, &[]);
                 let _ = receive::<Said>(&old.stream, MAX_KEEPER_BYTES);
@@ -274,7 +293,12 @@ fn list(stream: UnixStream, all: &mut BTreeMap<String, Holding>) -> io::Result<L
         all.entry(name)
             .or_insert_with(|| kinds.into_iter().zip(descriptors).collect());
     }
-    Ok(Link { stream, pid, version })
+    Ok(Link {
+        stream,
+        pid,
+        version,
+        inherited: false,
+    })
 }
 
 impl Link {

@@ -8,9 +8,10 @@
 //!
 //! A link is a connection of the service to the keeper's socket; its end is the service's.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -23,7 +24,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::message::{borrowed, receive, send};
-use super::{LOG_NAME, Launcher, Role};
+use super::{LOG_NAME, Launcher, Role, Start, sandbox};
 use crate::device::state::StateDir;
 use crate::device::wait_until;
 
@@ -45,8 +46,8 @@ const LONGEST_GLANCE: Duration = Duration::from_millis(50);
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 
-/// So often a program that is to go on is started; if it does not call then, the one before is started again.
-const PROGRAM_TRIES: u32 = 2;
+/// How long a keeper leaves it to a command to start the service with another program.
+pub(super) const STAND_BACK: Duration = Duration::from_secs(5);
 
 /// A service that lived this long was no failure at its start: the next one is started at once.
 const GOOD_LIFE: Duration = Duration::from_secs(5);
@@ -79,8 +80,8 @@ pub(super) enum Ask {
     Hold { name: String, kinds: Vec<Kind> },
     /// To hold nothing under this name any more.
     Drop { name: String },
-    /// To start this program from now on; its descriptor is sent along.
-    Program,
+    /// To leave it to a command to start the next service, for a while.
+    StandBack,
     /// To end: there is nothing left to hold.
     Retire,
 }
@@ -174,21 +175,37 @@ pub(super) fn open_log(states: &StateDir) -> io::Result<File> {
         .open(states.path().join(LOG_NAME))
 }
 
-/// Starts a service that has `lock`, as a child of this process.
-pub(super) fn start_service(launcher: &Launcher, states: &StateDir, lock: &File, again: bool) -> io::Result<Child> {
+/// The number of the process that has the service lock, or had it last; none before it noted that.
+pub(super) fn holder_of_lock(states: &StateDir) -> Option<u32> {
+    fs::read_to_string(lock_file(states)).ok()?.trim().parse().ok()
+}
+
+/// Starts a service that has `lock`, as a child of this process; with `environment` in place of this process's.
+pub(super) fn start_service(
+    launcher: &Launcher,
+    states: &StateDir,
+    lock: &File,
+    start: Start,
+    environment: Option<Vec<(OsString, OsString)>>,
+) -> io::Result<Child> {
     let mut command = Command::new(&launcher.program);
+    if let Some(environment) = environment {
+        command.env_clear().envs(environment);
+    }
     command
         .arg0("tarblk")
         .args(&launcher.arguments)
         .arg(Role::Service.word())
         .arg(states.path())
+        .arg(start.word())
+        .args(&launcher.writable)
         // What it needs of that it is told by message; a process's environment is there to be read all its life.
         .env_remove("TARBLK_CREDS")
         .stdin(lock.try_clone()?)
         .stdout(Stdio::piped())
         .stderr(open_log(states)?);
-    if again {
-        command.arg("again").stdout(Stdio::null());
+    if start == Start::Again {
+        command.stdout(Stdio::null());
     }
     command.spawn()
 }
@@ -225,7 +242,7 @@ pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> Exit
         launcher,
         inode: fs::metadata(&path).map_or(0, |meta| meta.ino()),
         socket: path.clone(),
-        program: None,
+        stood_back: None,
         held: Vec::new(),
         children: Vec::new(),
         link: None,
@@ -233,6 +250,7 @@ pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> Exit
         glance: SHORTEST_GLANCE,
         backoff: SHORTEST_BACKOFF,
     };
+    sandbox::rest_capabilities();
     keeper.work(&listener);
     if keeper.is_known() {
         let _ = fs::remove_file(&path);
@@ -246,8 +264,8 @@ struct Keeper<'a> {
     socket: PathBuf,
     /// Of its socket's file, as it made it.
     inode: u64,
-    /// The program that was handed over for the next start, and how often it was started without calling.
-    program: Option<(OwnedFd, u32)>,
+    /// Until when a command may start the next service, and the number of the service before it.
+    stood_back: Option<(Instant, u32)>,
     held: Vec<Held>,
     children: Vec<Child>,
     link: Option<UnixStream>,
@@ -330,6 +348,13 @@ impl Keeper<'_> {
         if !self.is_known() {
             return Look::End;
         }
+        if let Some((until, before)) = self.stood_back {
+            // Whoever starts the next one notes itself, or that it failed.
+            if Instant::now() < until && holder_of_lock(self.states) == Some(before) {
+                return Look::Again(SHORTEST_GLANCE);
+            }
+            self.stood_back = None;
+        }
         let lock = match try_lock(self.states) {
             Ok(Some(lock)) => lock,
             // The dead one is not all gone yet, or another keeper was first.
@@ -346,20 +371,7 @@ impl Keeper<'_> {
             remove_files(self.states);
             return Look::End;
         }
-        if self.program.take_if(|(_, tries)| *tries >= PROGRAM_TRIES).is_some() {
-            log::error!("the program that was to go on does not start; going back to the one before");
-        }
-        let launcher = match &mut self.program {
-            Some((program, tries)) => {
-                *tries += 1;
-                Launcher {
-                    program: format!("/proc/self/fd/{}", program.as_raw_fd()).into(),
-                    arguments: self.launcher.arguments.clone(),
-                }
-            }
-            None => self.launcher.clone(),
-        };
-        match start_service(&launcher, self.states, &lock, true) {
+        match start_service(&self.launcher, self.states, &lock, Start::Again, None) {
             Ok(child) => {
                 log::warn!("the service has ended; started it again as process {}", child.id());
                 self.children.push(child);
@@ -380,9 +392,7 @@ impl Keeper<'_> {
         };
         match ask {
             Ask::List => {
-                if let Some((_, tries)) = &mut self.program {
-                    *tries = 0;
-                }
+                self.stood_back = None;
                 let holding = Said::Holding {
                     count: self.held.len(),
                     version: version(),
@@ -413,7 +423,9 @@ impl Keeper<'_> {
                 });
             }
             Ask::Drop { name } => self.held.retain(|held| held.name != name),
-            Ask::Program => self.program = descriptors.into_iter().next().map(|program| (program, 0)),
+            Ask::StandBack => {
+                self.stood_back = holder_of_lock(self.states).map(|before| (Instant::now() + STAND_BACK, before));
+            }
             Ask::Retire => {
                 self.held.clear();
                 send(link, &Said::Done, &[])?;

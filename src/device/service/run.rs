@@ -6,7 +6,6 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as Stream;
 use std::path::Path;
@@ -23,11 +22,12 @@ use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMI
 use super::holders::Holders;
 use super::keeper::{self, Kind};
 use super::message::{receive, send};
-use super::table::Table;
+use super::table::{self, Table};
 use super::{
-    Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, failed, namespace,
-    open_files,
+    Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed,
+    namespace, open_files, sandbox,
 };
+use crate::device::load_drivers;
 use crate::device::state::StateDir;
 
 /// How often it is looked whether devices are still there and in use, and whether keepers live.
@@ -36,31 +36,37 @@ const GLANCE: Duration = Duration::from_millis(200);
 /// Whoever started a service may take this long to call it.
 const FIRST_CALL_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long handing over waits for devices that are being made.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(20);
+
 /// So many requests are worked on at once; more wait.
 const MOST_CALLS: usize = 64;
 
 /// The machine's own order of whom to kill for memory, from -1000 (never) to 1000.
 const OOM_SCORE_ADJ: &str = "-900";
 
-/// The hidden subcommand's service. With `again` a keeper has started it: it inherits its mount namespace.
+/// The hidden subcommand's service.
 pub(super) fn service<B: Builder>(
     states: &StateDir,
-    launcher: &Launcher,
+    launcher: Launcher,
     builder: B,
-    again: bool,
+    start: Start,
 ) -> Result<(), ServiceError> {
     states.create()?;
     let lock = take_lock()?;
-    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
-    let apart = again || namespace::leave();
-    let (reach, idle) = (builder.reach(), builder.idle_limit());
-    let holders = Holders::find(states, launcher.clone());
+    let idle = builder.idle_limit();
+    let mut holders = Holders::find(states, launcher);
+    let tidy = match start {
+        Start::First => leave(states, &builder, &mut holders),
+        Start::Again => None,
+    };
+    let writable = sandbox::limits_writes().then(|| holders.writable().to_vec());
     let listener = listen(states, &holders)?;
     let kept = listener
         .try_clone()
         .map_err(failed("duplicate the control socket"))?
         .into();
-    let table = Arc::new(Table::new(states, Some(holders), builder));
+    let table = Arc::new(Table::new(states, Some(holders), builder, writable));
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let signals = Signals::new().map_err(failed("receive signals"))?;
@@ -76,24 +82,25 @@ pub(super) fn service<B: Builder>(
         };
         table.resume_all();
         let listener = UnixListener::from_std(listener).map_err(failed("use the control socket"))?;
-        announce_ready(again);
-        // Beside the rest, because the kernel takes a while for each.
-        if apart && !again {
-            let states = states.clone();
-            thread::spawn(move || namespace::tidy(&states, &reach));
+        announce_ready(start);
+        if let Some(tidy) = tidy {
+            let _ = tidy.send(());
         }
         {
             let table = Arc::clone(&table);
             thread::spawn(move || {
                 let _ = keepers.join();
-                table.holders().map(Holders::renew);
+                // Those of the service before would start the next one with what that one was confined to.
+                if start == Start::First {
+                    table.holders().map(Holders::renew);
+                }
             });
         }
-        Ok::<_, ServiceError>(work(&table, &listener, signals, Some(idle), again).await)
+        Ok::<_, ServiceError>(work(&table, &listener, signals, Some(idle), start == Start::Again).await)
     })?;
-    if ended == Ending::Upgrade {
-        // The keepers start the new program as soon as the lock is free.
-        log::info!("handing over to another program");
+    if ended == Ending::HandOver {
+        // Whoever asked starts it as soon as the lock is free.
+        log::info!("handing over to another service");
         // The process ends with its devices as they are. Taking anything apart first could answer reads with errors.
         std::mem::forget(table);
         return Ok(());
@@ -109,6 +116,28 @@ pub(super) fn service<B: Builder>(
     let _ = fs::remove_file(keeper::lock_file(states));
     drop(lock);
     Ok(())
+}
+
+/// Gives up all that a service does not need and that it and its keepers inherit from whoever started them first: their mount
+/// namespace, their privileges. The sender's message lets mounts be undone that would be kept busy for nothing.
+fn leave<B: Builder>(states: &StateDir, builder: &B, holders: &mut Holders) -> Option<mpsc::Sender<()>> {
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ);
+    let (go, gone) = mpsc::channel();
+    // On a thread of its own, because the kernel takes a while for each; begun before privileges are dropped, and ended with its work.
+    let tidying = namespace::leave() && {
+        let (states, reach) = (states.clone(), builder.reach());
+        let tidy = move || {
+            if gone.recv().is_ok() {
+                namespace::tidy(&states, &reach);
+            }
+        };
+        thread::Builder::new().name("tidy".to_owned()).spawn(tidy).is_ok()
+    };
+    let needed = table::written_by_found::<B>(states, holders);
+    holders.widen(needed);
+    let states = std::iter::once(states.path().to_owned());
+    sandbox::enter(&states.chain(holders.writable().iter().cloned()).collect::<Vec<_>>());
+    tidying.then_some(go)
 }
 
 /// The lock that this process was started with, as its standard input.
@@ -161,8 +190,8 @@ fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, ServiceError> {
 }
 
 /// Tells whoever started this process that it can be called.
-fn announce_ready(again: bool) {
-    if !again {
+fn announce_ready(start: Start) {
+    if start == Start::First {
         let mut stdout = io::stdout().lock();
         let _ = stdout.write_all(b"ready\n").and_then(|()| stdout.flush());
     }
@@ -186,9 +215,10 @@ pub fn serve<B: Builder>(
     let states = StateDir::new(&spec.states);
     states.create()?;
     let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
+    load_drivers(spec.options.backend);
     let apart = namespace::leave();
     let reach = builder.reach();
-    let table = Arc::new(Table::new(&states, None, builder));
+    let table = Arc::new(Table::new(&states, None, builder, None));
     let runtime = runtime()?;
     runtime.block_on(async {
         // From here on signals are requests; until here they end the process, which has nothing to clean up yet.
@@ -228,7 +258,7 @@ enum Ending {
     /// There is nothing to serve.
     Unneeded,
     /// Another program goes on with the devices.
-    Upgrade,
+    HandOver,
 }
 
 /// Answers calls and signals until there is nothing to serve: with `idle` for that long, else at once. Unless it `was_called`
@@ -243,7 +273,7 @@ async fn work<B: Builder>(
     let mut leaving = false;
     let mut busy_since = Instant::now();
     let calls = Arc::new(AtomicUsize::new(0));
-    let upgrade = Arc::new(tokio::sync::Notify::new());
+    let hand_over = Arc::new(tokio::sync::Notify::new());
     // Goes on whatever else happens: requests that come more often must not keep it from looking whether it is needed.
     let mut glance = tokio::time::interval(GLANCE);
     glance.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -255,10 +285,10 @@ async fn work<B: Builder>(
                 if let Ok((stream, _)) = accepted
                     && let Ok(stream) = stream.into_std()
                 {
-                    hear(table, stream, &calls, &upgrade);
+                    hear(table, stream, &calls, &hand_over);
                 }
             }
-            () = upgrade.notified() => return Ending::Upgrade,
+            () = hand_over.notified() => return Ending::HandOver,
             name = signals.next() => {
                 leaving = true;
                 table.refuse_more();
@@ -310,7 +340,7 @@ fn hear<B: Builder>(
     table: &Arc<Table<B>>,
     stream: Stream,
     calls: &Arc<AtomicUsize>,
-    upgrade: &Arc<tokio::sync::Notify>,
+    hand_over: &Arc<tokio::sync::Notify>,
 ) {
     struct Counted(Arc<AtomicUsize>);
     impl Drop for Counted {
@@ -320,10 +350,10 @@ fn hear<B: Builder>(
     }
     calls.fetch_add(1, Ordering::Relaxed);
     let counted = Counted(Arc::clone(calls));
-    let (table, upgrade) = (Arc::clone(table), Arc::clone(upgrade));
+    let (table, hand_over) = (Arc::clone(table), Arc::clone(hand_over));
     let heard = thread::Builder::new().name("call".to_owned()).spawn(move || {
         let _counted = counted;
-        if let Err(error) = answer(&table, &stream, &upgrade) {
+        if let Err(error) = answer(&table, &stream, &hand_over) {
             log::debug!("a call came to nothing: {error}");
         }
     });
@@ -332,7 +362,7 @@ fn hear<B: Builder>(
     }
 }
 
-fn answer<B: Builder>(table: &Table<B>, stream: &Stream, upgrade: &tokio::sync::Notify) -> io::Result<()> {
+fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync::Notify) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(REQUEST_LIMIT))?;
     stream.set_write_timeout(Some(REQUEST_LIMIT))?;
@@ -346,6 +376,9 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, upgrade: &tokio::sync::
     let refused = |error: ControlError| Answer::Refused(error.to_string());
     match parse::<B::Image>(&call) {
         Err(why) => say(&Answer::Refused(why)),
+        Ok(Request::Attach(spec)) if !table.may_write(&B::writes(&spec.image)) => {
+            say(&Answer::Confined(table.writable()))
+        }
         Ok(Request::Attach(spec)) => match table.attach(*spec, files) {
             Ok(attached) => {
                 let name = attached.state.name.clone();
@@ -368,10 +401,10 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, upgrade: &tokio::sync::
             Err(error) => refused(error),
         }),
         Ok(Request::LetGo { name }) => say(&table.let_go(&name).map_or_else(refused, |()| Answer::Done)),
-        Ok(Request::Upgrade) => match prepare_upgrade(table, files) {
+        Ok(Request::HandOver) => match prepare_hand_over(table) {
             Ok(()) => {
                 let said = say(&Answer::Done);
-                upgrade.notify_one();
+                hand_over.notify_one();
                 said
             }
             Err(error) => say(&Answer::Refused(format!("cannot hand over: {error}"))),
@@ -379,19 +412,15 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, upgrade: &tokio::sync::
     }
 }
 
-/// Hands the keepers the program that goes on. Without a keeper nothing would start it.
-fn prepare_upgrade<B: Builder>(table: &Table<B>, files: Vec<OwnedFd>) -> io::Result<()> {
-    let program = files
-        .into_iter()
-        .next()
-        .ok_or_else(|| io::Error::other("no program came along"))?;
+/// Makes the keepers leave the next start to whoever asked.
+fn prepare_hand_over<B: Builder>(table: &Table<B>) -> io::Result<()> {
     let holders = table
         .holders()
         .ok_or_else(|| io::Error::other("it is served in the foreground"))?;
-    if table.is_empty() {
-        return Err(io::Error::other("there is no device to hand over"));
+    if !table.quiesce(HAND_OVER_LIMIT) {
+        return Err(io::Error::other("devices are being made; try again"));
     }
-    holders.program(&program)
+    holders.stand_back()
 }
 
 struct Signals {

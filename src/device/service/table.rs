@@ -23,7 +23,7 @@ use crate::cache::Slice;
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::state::{Process, Server, State, StateDir};
 use crate::device::volume::{BlobReader, Volume};
-use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users};
+use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users, wait_until};
 use crate::fetch::{FetchError, FetchStats, LayerRange, LayerTrust, Located, ReadCallback};
 use crate::image::{BlockImage, Origin, Piece};
 use crate::units::{BLOCK_SIZE, LayerId, TarOffset};
@@ -41,6 +41,8 @@ pub(super) struct Table<B: Builder> {
     holders: Option<Holders>,
     builder: B,
     entries: Mutex<Entries<B::Image>>,
+    /// The directories beneath which this process may write, besides its states; none if anywhere.
+    writable: Option<Vec<PathBuf>>,
     /// Names of devices that this process could not go on with and that are not cleaned up yet.
     lost: Mutex<Vec<String>>,
 }
@@ -89,11 +91,12 @@ impl<B: Builder> Drop for Pending<'_, B> {
 }
 
 impl<B: Builder> Table<B> {
-    pub(super) fn new(states: &StateDir, holders: Option<Holders>, builder: B) -> Self {
+    pub(super) fn new(states: &StateDir, holders: Option<Holders>, builder: B, writable: Option<Vec<PathBuf>>) -> Self {
         Self {
             states: states.clone(),
             holders,
             builder,
+            writable,
             entries: Mutex::new(Entries {
                 by_name: BTreeMap::new(),
                 pending: 0,
@@ -131,6 +134,28 @@ impl<B: Builder> Table<B> {
         let mut entries = lock(&self.entries);
         entries.closed = entries.by_name.is_empty() && entries.pending == 0;
         entries.closed
+    }
+
+    /// Makes no more devices, and waits until none is being made. If that takes longer than `limit` more are made, and it is false.
+    pub(super) fn quiesce(&self, limit: Duration) -> bool {
+        let was_closed = std::mem::replace(&mut lock(&self.entries).closed, true);
+        let done = wait_until(limit, || lock(&self.entries).pending == 0);
+        if !done {
+            lock(&self.entries).closed = was_closed;
+        }
+        done
+    }
+
+    /// Whether this process may write to all of `paths` that there are.
+    pub(super) fn may_write(&self, paths: &[PathBuf]) -> bool {
+        let Some(writable) = &self.writable else { return true };
+        let is_beneath = |path: PathBuf| writable.iter().any(|dir| path.starts_with(dir));
+        paths.iter().filter_map(|path| path.canonicalize().ok()).all(is_beneath)
+    }
+
+    /// The directories beneath which this process may write, where that is limited.
+    pub(super) fn writable(&self) -> Vec<PathBuf> {
+        self.writable.clone().unwrap_or_default()
     }
 
     /// Makes no more devices.
@@ -595,6 +620,17 @@ impl<I> Entry<I> {
             None => Condition::Serving,
         }
     }
+}
+
+/// The directories that devices write to which an earlier service left.
+pub(super) fn written_by_found<B: Builder>(states: &StateDir, holders: &Holders) -> Vec<PathBuf> {
+    let found = holders.found().unwrap_or_default();
+    let specs = found.values().flatten().filter(|(kind, _)| *kind == Kind::Spec);
+    let in_memory = specs.filter_map(|(_, spec)| record::from_memory::<B::Image>(spec).ok());
+    let in_files = record::names(states).into_iter();
+    let in_files = in_files.filter_map(|name| record::read::<B::Image>(states, &name).ok());
+    let records = in_memory.chain(in_files);
+    records.flat_map(|record| B::writes(&record.image)).collect()
 }
 
 /// What there is of a device to go on with; none if the kernel does not have it any more.
