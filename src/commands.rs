@@ -24,6 +24,7 @@ mod ps;
 mod publish;
 mod registry;
 mod replace;
+mod service;
 mod snapshotter;
 mod stats;
 mod waits;
@@ -145,6 +146,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
         Command::Demo(args) => demo::run(args, session),
+        Command::Service(args) => service::run(args, session),
         Command::Upgrade => attach::upgrade(session),
         Command::Snapshotter(args) => snapshotter::run(args),
         Command::ServeDevices { .. } => Ok(()),

@@ -7,7 +7,7 @@ mod common;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -332,5 +332,80 @@ fn logs_are_for_programs_where_these_ask() {
                 .all(|field| line[field].is_string()),
             "{line}"
         );
+    }
+}
+
+/// What the service answers to a request for its metrics; none while nothing listens.
+fn scraped(socket: &Path) -> Option<String> {
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).ok()?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.starts_with("HTTP/1.1 200 OK\r\n").then_some(answer)
+}
+
+/// The service tells its metrics for as long as it is asked to stay, also after it was killed.
+#[test]
+fn metrics_are_told_by_the_service() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("metrics_are_told_by_the_service", why);
+    }
+    let mut session = Session::new("loop");
+    let layer = layer(&session);
+    let socket = session.dir().join("metrics.sock");
+    let mut staying = Command::new(TARBLK)
+        .args(["service", "--metrics"])
+        .arg(&socket)
+        .env("TARBLK_CACHE", session.dir().join("cache"))
+        .env("TARBLK_STATE_DIR", session.dir().join("states"))
+        .env("TARBLK_SERVICE_IDLE", "0")
+        .spawn()
+        .unwrap();
+    let wait_until = |what: &str, done: &dyn Fn(Option<&str>) -> bool| {
+        let began = std::time::Instant::now();
+        loop {
+            let text = scraped(&socket);
+            if done(text.as_deref()) {
+                return text.unwrap_or_default();
+            }
+            assert!(began.elapsed() < std::time::Duration::from_secs(60), "{what}: {text:?}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    wait_until("a service without devices", &|text| text.is_some());
+    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&socket).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let dir = session.mount(layer.as_os_str());
+    fs::read(dir.join("word")).unwrap();
+    let up = |text: Option<&str>| text.is_some_and(|text| text.contains("tarblk_device_up{device=\"loop"));
+    let text = wait_until("the device's metrics", &up);
+    let families = |text: &str| -> Vec<String> {
+        let types = text.lines().filter(|line| line.starts_with("# TYPE "));
+        types.map(str::to_owned).collect()
+    };
+    let printed = session.succeed(&["stats", "--prometheus"]);
+    assert_eq!(families(&text), families(&printed));
+    // The same socket goes on with the next service.
+    let state: Value = serde_json::from_str(&session.succeed(&["stats", "--json", dir.to_str().unwrap()])).unwrap();
+    let pid = state["state"]["process"]["pid"].as_i64().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    wait_until("the end of the old one's metrics", &|text| {
+        text.is_some_and(|text| text.contains("tarblk_served_seconds") && up(Some(text)))
+    });
+    session.umount();
+    // Without a device it stays all the same.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    wait_until("a service that stays", &|text| text.is_some_and(|text| !up(Some(text))));
+    terminate(&staying);
+    assert!(staying.wait().unwrap().success());
+    assert!(!socket.exists());
+    let began = std::time::Instant::now();
+    while session.dir().join("states/service.sock").exists() {
+        assert!(
+            began.elapsed() < std::time::Duration::from_secs(60),
+            "the service stays"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }

@@ -287,7 +287,7 @@ pub(super) fn mounter() -> anyhow::Result<Mounter> {
 }
 
 /// How the service is started: with the machine's cache to write to, besides that of the first device.
-fn launcher() -> Result<Launcher, ServiceError> {
+pub(super) fn launcher() -> Result<Launcher, ServiceError> {
     let mut launcher = Launcher::this_program(SERVE)?;
     launcher.writable.push(layer::cache_dir());
     Ok(launcher)

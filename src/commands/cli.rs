@@ -105,6 +105,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Show everything on a layer made from this machine's own files.
     Demo(DemoArgs),
+    /// Keep the service of all devices up, also without devices, and tell its metrics; ends with Ctrl-C, when the devices stay.
+    Service(ServiceArgs),
     /// Let this version of tarblk go on with what an older one serves, without a pause that readers would notice as an error.
     Upgrade,
     /// Run containerd's snapshotter plug-in: images start before they are downloaded.
@@ -608,6 +610,15 @@ pub struct UmountArgs {
     /// Where it is mounted.
     #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
     pub dir: PathBuf,
+}
+
+/// Arguments of `tarblk service`.
+#[derive(Debug, Args)]
+pub struct ServiceArgs {
+    /// Answer `GET /metrics` there with what `stats --prometheus` prints: a path (of a Unix socket that is made, for root alone), or
+    /// HOST:PORT, where whoever connects is answered.
+    #[arg(long, value_name = "PATH|HOST:PORT")]
+    pub metrics: Option<String>,
 }
 
 /// Arguments of `tarblk ps`.

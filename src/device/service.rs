@@ -13,7 +13,7 @@
 //!
 //! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper` and `holders` (both ends of
 //! what outlives the service), `record` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
-//! `namespace` (what it keeps mounted), `sandbox` (what it may still do).
+//! `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
@@ -25,6 +25,7 @@ mod namespace;
 mod record;
 mod run;
 mod sandbox;
+mod scrape;
 mod table;
 
 use std::ffi::OsString;
@@ -46,7 +47,7 @@ use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
 pub(crate) use control::{Condition, bury, conditions, end_reads};
-pub use control::{ControlError, ServiceStats, detach, launch, let_go, stats, upgrade};
+pub use control::{ControlError, ServiceStats, Stay, detach, launch, let_go, stats, stay, upgrade};
 pub use namespace::Reach;
 pub use run::serve;
 pub(crate) use sandbox::limits_writes;

@@ -216,16 +216,38 @@ pub fn of(device: &Path) -> Vec<User> {
     users
 }
 
-/// The mount namespace that this process left for one of its own, as `/proc/PID/ns/mnt` names it.
-static LEFT: OnceLock<PathBuf> = OnceLock::new();
+/// A mount namespace, told apart from others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Namespace {
+    /// As `/proc/PID/ns/mnt` names it.
+    Link(PathBuf),
+    /// By the number of a process's root mount, which no other namespace has: a confined process may not read that link of others.
+    Root(u64),
+}
+
+/// The mount namespace that this process left for one of its own, by both its names.
+static LEFT: OnceLock<[Option<Namespace>; 2]> = OnceLock::new();
 
 /// Remembers the mount namespace that this process is about to leave. What is mounted there is then told like what is mounted
 /// here: a person who reads the message is there.
 pub(super) fn remember_namespace() {
-    if let Ok(namespace) = fs::read_link("/proc/self/ns/mnt") {
-        // A process leaves once.
-        let _ = LEFT.set(namespace);
-    }
+    // A process leaves once.
+    let _ = LEFT.set(names_of_own());
+}
+
+/// The names of this process's mount namespace.
+fn names_of_own() -> [Option<Namespace>; 2] {
+    let link = fs::read_link("/proc/self/ns/mnt").ok().map(Namespace::Link);
+    let root = mounts().ok().and_then(|lines| root_of(&lines)).map(Namespace::Root);
+    [link, root]
+}
+
+/// The number of the mount on `/`.
+fn root_of(lines: &[MountLine]) -> Option<u64> {
+    lines
+        .iter()
+        .find(|line| line.point == Path::new("/"))
+        .map(|line| line.id)
 }
 
 /// Looks through the mount namespaces of all processes, each once.
@@ -233,20 +255,29 @@ fn foreign_mounts(device: &Path) -> Vec<User> {
     let Ok(number) = device_number(device) else {
         return Vec::new();
     };
-    let mut seen: HashSet<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
+    let mut seen: HashSet<Namespace> = names_of_own().into_iter().flatten().collect();
     let mut users = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        let Ok(namespace) = fs::read_link(entry.path().join("ns/mnt")) else {
-            continue;
+        let lines = || parse_mountinfo(&fs::read(entry.path().join("mountinfo")).unwrap_or_default());
+        let (namespace, lines) = if let Ok(link) = fs::read_link(entry.path().join("ns/mnt")) {
+            if seen.contains(&Namespace::Link(link.clone())) {
+                continue;
+            }
+            (Namespace::Link(link), lines())
+        } else {
+            let lines = lines();
+            let Some(root) = root_of(&lines) else { continue };
+            (Namespace::Root(root), lines)
         };
-        let was_ours = LEFT.get() == Some(&namespace);
+        let was_ours = LEFT
+            .get()
+            .is_some_and(|names| names.iter().flatten().any(|name| *name == namespace));
         if !seen.insert(namespace) {
             continue;
         }
-        let lines = parse_mountinfo(&fs::read(entry.path().join("mountinfo")).unwrap_or_default());
         let here = lines.into_iter().filter(|line| line.device == number);
         if was_ours {
             let ours: Vec<_> = here.map(|line| User::Mount(line.point)).collect();

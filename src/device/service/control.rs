@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
@@ -77,6 +77,8 @@ pub(super) enum Request<I> {
     Detach { name: String },
     /// Take it down as soon as nothing uses it any more.
     LetGo { name: String },
+    /// Stay, also without devices, and tell metrics on the listening socket that may be sent along, until the caller hangs up.
+    Stay,
     /// End, and let a service that the caller starts go on with all devices.
     HandOver,
 }
@@ -228,6 +230,37 @@ pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Re
             }
             Err(error) => return Err(failed("talk to the service")(error)),
         }
+    }
+}
+
+/// Keeps the service from ending for want of devices; the service tells its metrics meanwhile, if it was given where.
+#[derive(Debug)]
+pub struct Stay(UnixStream);
+
+impl Stay {
+    /// Whether that service is still there.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // It says nothing more: anything to read is its end.
+        matches!(poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&now)), Ok(0))
+    }
+}
+
+/// Starts the service if there is none, and keeps it until what this returns is dropped. It tells its metrics to those who connect to
+/// `metrics`, a listening socket.
+///
+/// # Errors
+/// Why there is no service.
+pub fn stay(launcher: &Launcher, states: &StateDir, metrics: Option<BorrowedFd<'_>>) -> Result<Stay, ServiceError> {
+    states.create()?;
+    let stream = connect_or_start(launcher, states, Instant::now() + START_LIMIT)?;
+    let metrics = metrics.map(|socket| socket.try_clone_to_owned()).transpose();
+    let files: Vec<OwnedFd> = metrics.map_err(failed("pass the socket on"))?.into_iter().collect();
+    match call(&stream, &Request::<()>::Stay, &files, ANSWER_LIMIT).map_err(failed("talk to the service"))? {
+        Answer::Done => Ok(Stay(stream)),
+        Answer::Refused(why) => Err(ServiceError::Reported(why)),
+        _ => Err(ServiceError::Reported("the service answered something else".to_owned())),
     }
 }
 

@@ -5,7 +5,8 @@
 //! no device is in use. In the foreground ([`serve`]) the same serves one device and ends with it.
 
 use std::fs::{self, File};
-use std::io::{self, Seek, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as Stream;
 use std::path::Path;
@@ -25,7 +26,7 @@ use super::message::{receive, send};
 use super::table::{self, Table};
 use super::{
     Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed,
-    namespace, open_files, sandbox,
+    namespace, open_files, sandbox, scrape,
 };
 use crate::device::load_drivers;
 use crate::device::state::StateDir;
@@ -272,7 +273,7 @@ async fn work<B: Builder>(
 ) -> Ending {
     let mut leaving = false;
     let mut busy_since = Instant::now();
-    let calls = Arc::new(AtomicUsize::new(0));
+    let calls = Arc::new(Calls::default());
     let hand_over = Arc::new(tokio::sync::Notify::new());
     // Goes on whatever else happens: requests that come more often must not keep it from looking whether it is needed.
     let mut glance = tokio::time::interval(GLANCE);
@@ -281,7 +282,7 @@ async fn work<B: Builder>(
     start_glancing(table, woken);
     loop {
         tokio::select! {
-            accepted = listener.accept(), if calls.load(Ordering::Relaxed) < MOST_CALLS => {
+            accepted = listener.accept(), if calls.open.load(Ordering::Relaxed) < MOST_CALLS => {
                 if let Ok((stream, _)) = accepted
                     && let Ok(stream) = stream.into_std()
                 {
@@ -301,7 +302,7 @@ async fn work<B: Builder>(
             _ = glance.tick() => {}
         }
         let idle = idle.map(|idle| if was_called { idle } else { idle.max(FIRST_CALL_LIMIT) });
-        if !table.is_empty() || calls.load(Ordering::Relaxed) > 0 {
+        if !table.is_empty() || calls.are_open() || (calls.stay() && !leaving) {
             was_called = true;
             busy_since = Instant::now();
         } else if (leaving || idle.is_none_or(|idle| busy_since.elapsed() >= idle)) && table.close() {
@@ -335,34 +336,83 @@ fn start_glancing<B: Builder>(table: &Arc<Table<B>>, woken: mpsc::Receiver<()>) 
     }
 }
 
-/// Answers one call on a thread of its own.
-fn hear<B: Builder>(
-    table: &Arc<Table<B>>,
-    stream: Stream,
-    calls: &Arc<AtomicUsize>,
-    hand_over: &Arc<tokio::sync::Notify>,
-) {
-    struct Counted(Arc<AtomicUsize>);
-    impl Drop for Counted {
-        fn drop(&mut self) {
-            self.0.fetch_sub(1, Ordering::Relaxed);
-        }
+/// The calls that are being answered, each on a thread of its own.
+#[derive(Default)]
+struct Calls {
+    /// Those that have not had their answer.
+    open: AtomicUsize,
+    /// Those whose callers want the service to stay.
+    staying: AtomicUsize,
+}
+
+impl Calls {
+    fn are_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0
     }
-    calls.fetch_add(1, Ordering::Relaxed);
-    let counted = Counted(Arc::clone(calls));
-    let (table, hand_over) = (Arc::clone(table), Arc::clone(hand_over));
+
+    fn stay(&self) -> bool {
+        self.staying.load(Ordering::Relaxed) > 0
+    }
+}
+
+/// Counted up, until this is dropped.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Answers one call on a thread of its own.
+fn hear<B: Builder>(table: &Arc<Table<B>>, stream: Stream, calls: &Arc<Calls>, hand_over: &Arc<tokio::sync::Notify>) {
+    // Counted from here on, so that the service does not end before the thread runs.
+    calls.open.fetch_add(1, Ordering::Relaxed);
+    let (table, shared, hand_over) = (Arc::clone(table), Arc::clone(calls), Arc::clone(hand_over));
     let heard = thread::Builder::new().name("call".to_owned()).spawn(move || {
-        let _counted = counted;
-        if let Err(error) = answer(&table, &stream, &hand_over) {
+        let answered = answer(&table, &stream, &hand_over);
+        let staying = matches!(answered, Ok(Answered::Stay(_))).then(|| Counted::new(&shared.staying));
+        shared.open.fetch_sub(1, Ordering::Relaxed);
+        let ended = answered.and_then(|answered| match answered {
+            Answered::Stay(socket) => remain(table, stream, socket),
+            Answered::Done => Ok(()),
+        });
+        drop(staying);
+        if let Err(error) = ended {
             log::debug!("a call came to nothing: {error}");
         }
     });
     if let Err(error) = heard {
+        calls.open.fetch_sub(1, Ordering::Relaxed);
         log::warn!("cannot answer a call: {error}");
     }
 }
 
-fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync::Notify) -> io::Result<()> {
+/// Tells metrics to those who connect to the `socket`, if there is one, until the caller of [`Request::Stay`] hangs up.
+fn remain<B: Builder>(table: Arc<Table<B>>, mut stream: Stream, socket: Option<OwnedFd>) -> io::Result<()> {
+    if let Some(socket) = socket {
+        return scrape::serve(socket, stream, Arc::new(move || table.exposition()));
+    }
+    stream.set_read_timeout(None)?;
+    stream.read(&mut [0]).map(drop)
+}
+
+/// What is left to do for a caller who has had an answer.
+enum Answered {
+    Done,
+    /// The service is to stay until the caller hangs up; it tells metrics on the socket, if there is one.
+    Stay(Option<OwnedFd>),
+}
+
+/// Answers a call.
+fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync::Notify) -> io::Result<Answered> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(REQUEST_LIMIT))?;
     stream.set_write_timeout(Some(REQUEST_LIMIT))?;
@@ -370,11 +420,15 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let Some((call, files)) = receive::<Call>(stream, MAX_REQUEST_BYTES)? else {
-        return Ok(());
+        return Ok(Answered::Done);
     };
     let say = |answer: &Answer| send(stream, answer, &[]);
     let refused = |error: ControlError| Answer::Refused(error.to_string());
-    match parse::<B::Image>(&call) {
+    let said = match parse::<B::Image>(&call) {
+        Ok(Request::Stay) => {
+            say(&Answer::Done)?;
+            return Ok(Answered::Stay(files.into_iter().next()));
+        }
         Err(why) => say(&Answer::Refused(why)),
         Ok(Request::Attach(spec)) if !table.may_write(&B::writes(&spec.image)) => {
             say(&Answer::Confined(table.writable()))
@@ -409,7 +463,8 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
             }
             Err(error) => say(&Answer::Refused(format!("cannot hand over: {error}"))),
         },
-    }
+    };
+    said.map(|()| Answered::Done)
 }
 
 /// Makes the keepers leave the next start to whoever asked.

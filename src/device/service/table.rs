@@ -21,6 +21,7 @@ use super::record::{self, Record};
 use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed};
 use crate::cache::Slice;
 use crate::device::fuse_loop::HeldLoop;
+use crate::device::metrics::{self, DeviceMetrics};
 use crate::device::state::{Process, Server, State, StateDir};
 use crate::device::volume::{BlobReader, Volume};
 use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users, wait_until};
@@ -525,13 +526,19 @@ impl<B: Builder> Table<B> {
     /// [`ControlError::Unknown`].
     pub(super) fn stats(&self, name: &str) -> Result<ServiceStats, ControlError> {
         let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
-        let up = entry.began.elapsed().as_millis();
-        Ok(ServiceStats {
-            device: entry.volume.stats(),
-            fetch: (entry.fetch_stats)(),
-            up_ms: u64::try_from(up).unwrap_or(u64::MAX),
-            resident_bytes: resident_bytes().unwrap_or(0),
-        })
+        Ok(entry.stats())
+    }
+
+    /// The counters of all devices, for Prometheus. One that is being taken down is left out.
+    pub(super) fn exposition(&self) -> String {
+        let all = self.all();
+        let state = |entry: &Entry<B::Image>| Some(entry.inner.try_lock().ok()?.record.state.clone());
+        let counted = all.iter().filter_map(|(_, entry)| Some((state(entry)?, entry.stats())));
+        let counted: Vec<_> = counted.collect();
+        let devices = counted
+            .iter()
+            .map(|(state, stats)| DeviceMetrics::new(state, Some(stats)));
+        metrics::exposition(&devices.collect::<Vec<_>>())
     }
 
     /// Whether all is well, of every device.
@@ -601,6 +608,16 @@ impl<I> Entry<I> {
                 files,
                 finish: Some(served.finish),
             }),
+        }
+    }
+
+    fn stats(&self) -> ServiceStats {
+        let up = self.began.elapsed().as_millis();
+        ServiceStats {
+            device: self.volume.stats(),
+            fetch: (self.fetch_stats)(),
+            up_ms: u64::try_from(up).unwrap_or(u64::MAX),
+            resident_bytes: resident_bytes().unwrap_or(0),
         }
     }
 
