@@ -616,24 +616,6 @@ fn outputs_replace_files_and_nothing_else() {
     assert_eq!(after, before);
 }
 
-/// Runs a shell script with a mount namespace of its own, in the lab's directory; `$TARBLK` is the command.
-fn apart(lab: &Lab, script: &str) -> Output {
-    let tarblk = lab.tarblk();
-    let mut command = Command::new("unshare");
-    command
-        .args(["--mount", "sh", "-ec", script])
-        .current_dir(lab.dir.path())
-        .stdin(Stdio::null());
-    command.env("TARBLK", tarblk.get_program());
-    for (name, value) in tarblk.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
-    command.output().unwrap()
-}
-
 #[test]
 fn a_full_disk() {
     if !root("a_full_disk") {
@@ -641,8 +623,7 @@ fn a_full_disk() {
     }
     let lab = Lab::new();
     fs::create_dir(lab.path("small")).unwrap();
-    let output = apart(
-        &lab,
+    let output = lab.apart(
         "mount -t tmpfs -o size=1m none small
         $TARBLK image layer.tar -o small/out.ext4 && exit 9
         [ -z \"$(ls -A small)\" ]",
@@ -658,15 +639,12 @@ fn a_full_disk() {
     // A cache on a full disk costs only what it would have saved.
     let origin = Origin::start().unwrap();
     origin.serve_file("/layer.tar", &lab.path("layer.tar")).unwrap();
-    let output = apart(
-        &lab,
-        &format!(
-            "mount -t tmpfs -o size=100k,mode=755 none small
+    let output = lab.apart(&format!(
+        "mount -t tmpfs -o size=100k,mode=755 none small
             dd if=/dev/zero of=small/fill bs=1k count=200 2>/dev/null || true
             $TARBLK image {} -o out.ext4 --cache small",
-            origin.url("/layer.tar")
-        ),
-    );
+        origin.url("/layer.tar")
+    ));
     let said = text(&output.stderr);
     assert!(output.status.success(), "{said}");
     lab.good(&["image", "layer.tar", "-o", "local.ext4", "--no-cache"]);
@@ -694,7 +672,7 @@ fn a_machine_without_any_driver() {
     let missing = |arguments: &str| {
         // The modules may be there, but nobody makes their nodes in this /dev.
         let script = format!("mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3; exec $TARBLK {arguments}");
-        let output = apart(&lab, &script);
+        let output = lab.apart(&script);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{arguments}: {said}");
         assert_eq!(said.lines().count(), 1, "{arguments}: {said}");

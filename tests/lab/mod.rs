@@ -91,6 +91,24 @@ impl Lab {
         serde_json::from_str(&self.good(args)).unwrap()
     }
 
+    /// Runs a shell script with a mount namespace of its own, in this directory; `$TARBLK` is the command.
+    pub(crate) fn apart(&self, script: &str) -> Output {
+        let tarblk = self.tarblk();
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-ec", script])
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command.env("TARBLK", tarblk.get_program());
+        for (name, value) in tarblk.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.output().unwrap()
+    }
+
     /// Waits until nothing serves here any more and the directory of states is empty.
     pub(crate) fn assert_nothing_served(&self) {
         let began = std::time::Instant::now();
