@@ -1,7 +1,7 @@
 //! The device from cold, as the command makes it: 4 KiB reads beyond the origin's own latency, and reading it from end to end
 //! against `curl -o FILE` from the same nginx.
 //!
-//! `cargo bench --bench device [-- [cold] [sequential] [--backend auto|ublk|loop] [--mib N] [--runs N] [--with TARBLK]...]`, as
+//! `cargo bench --bench device [-- [cold] [sequential] [kept] [--backend auto|ublk|loop] [--mib N] [--runs N] [--with TARBLK]...]`, as
 //! root; needs nginx and curl. Each `--with` names another build of the command, which takes its turn in each run. The layer is made: N MiB (1024) of noise in files of 4 MiB. Everything, nginx's document and the caches too, lies in
 //! a temporary directory (TMPDIR chooses where), and the layer is in the page cache. Every device is new: its cache directory
 //! is empty, and nothing of it is in the kernel.
@@ -65,7 +65,7 @@ fn run() -> Outcome<()> {
             "--mib" => plan.mib = value()?.parse()?,
             "--runs" => plan.runs = value()?.parse()?,
             "--with" => plan.programs.push(value()?),
-            "cold" | "sequential" => plan.parts.push(argument),
+            "cold" | "sequential" | "kept" => plan.parts.push(argument),
             other => return Err(format!("unknown argument {other}").into()),
         }
     }
@@ -98,6 +98,9 @@ fn run() -> Outcome<()> {
     if wanted("sequential") {
         lab.sequential()?;
     }
+    if wanted("kept") {
+        lab.kept()?;
+    }
     Ok(())
 }
 
@@ -112,12 +115,24 @@ struct Lab<'a> {
 impl Lab<'_> {
     fn attach<'a>(&self, program: &'a str, url: &str, keep: bool) -> Outcome<Attached<'a>> {
         let cache = tempfile::tempdir_in(self.dir)?;
+        let mut attached = self.attach_with(program, url, self.index, keep.then_some(cache.path()))?;
+        attached.cache = Some(cache);
+        Ok(attached)
+    }
+
+    /// The same with this index and this cache directory, if any.
+    fn attach_with<'a>(
+        &self,
+        program: &'a str,
+        url: &str,
+        index: &Path,
+        cache: Option<&Path>,
+    ) -> Outcome<Attached<'a>> {
         let mut arguments = vec!["attach", url, "--quiet", "--json", "--backend", &self.plan.backend];
-        arguments.extend(["--index", text(self.index)?]);
-        if keep {
-            arguments.extend(["--cache", text(cache.path())?]);
-        } else {
-            arguments.push("--no-cache");
+        arguments.extend(["--index", text(index)?]);
+        match cache {
+            Some(cache) => arguments.extend(["--cache", text(cache)?]),
+            None => arguments.push("--no-cache"),
         }
         let said: serde_json::Value = serde_json::from_str(&tarblk(program, &arguments)?)?;
         let field = |name: &str| {
@@ -130,7 +145,7 @@ impl Lab<'_> {
             program,
             device: field("device")?,
             backend: field("backend")?,
-            _cache: cache,
+            cache: None,
         })
     }
 
@@ -251,6 +266,58 @@ impl Lab<'_> {
         Ok(())
     }
 
+    /// The device from end to end by a plain reader, all of the layer being in the disk cache: with an index's digests and without, and
+    /// with the cache's file in the page cache and not there.
+    fn kept(&self) -> Outcome<()> {
+        let (_server, url) = nginx(self.dir)?;
+        println!(
+            "from end to end, {} MiB from the disk cache, {} runs each in turn",
+            self.plan.mib, self.plan.runs
+        );
+        let without = self.dir.join("without.tarblk");
+        let made = [
+            "index",
+            "--quiet",
+            "--no-digests",
+            text(self.layer)?,
+            "-o",
+            text(&without)?,
+        ];
+        tarblk(&self.plan.programs[0], &made)?;
+        for (name, index) in [("no digests", without.as_path()), ("digests", self.index)] {
+            let mut caches = Vec::new();
+            for program in &self.plan.programs {
+                let cache = tempfile::tempdir_in(self.dir)?;
+                let attached = self.attach_with(program, &url, index, Some(cache.path()))?;
+                read_through(&attached.device)?;
+                attached.wait_until_kept()?;
+                caches.push(cache);
+            }
+            for is_warm in [true, false] {
+                let mut all: Vec<Vec<f64>> = vec![Vec::new(); caches.len()];
+                for _ in 0..self.plan.runs {
+                    for ((program, cache), rates) in self.plan.programs.iter().zip(&caches).zip(&mut all) {
+                        set_page_cache(cache.path(), is_warm)?;
+                        let attached = self.attach_with(program, &url, index, Some(cache.path()))?;
+                        rates.push(read_through(&attached.device)?);
+                        if attached.network_share()? > 0.5 {
+                            return Err("the cache did not have all of it".into());
+                        }
+                    }
+                }
+                let place = if is_warm { "page cache" } else { "disk" };
+                for (program, rates) in self.plan.programs.iter().zip(&all) {
+                    let label = format!("{name}, {place}");
+                    println!("  {label:<26} {}  {program}", Runs::new(rates.clone(), "MB/s"));
+                }
+                if let [own, other] = &all[..] {
+                    println!("  {:<26} {}", "the first / the second", ratios(own, other));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// MB/s of a download to a new file.
     fn curl(&self, url: &str) -> Outcome<f64> {
         let file = self.dir.join("downloaded");
@@ -268,6 +335,20 @@ impl Lab<'_> {
         fs::remove_file(&file)?;
         Ok(len as f64 / 1e6 / took.as_secs_f64())
     }
+}
+
+/// Has the files of a disk cache in the page cache, or not.
+fn set_page_cache(cache: &Path, is_warm: bool) -> Outcome<()> {
+    for entry in fs::read_dir(cache.join("layers"))? {
+        let mut file = File::open(entry?.path())?;
+        if is_warm {
+            std::io::copy(&mut file, &mut std::io::sink())?;
+        } else {
+            file.sync_all()?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+    }
+    Ok(())
 }
 
 /// What was measured of one build.
@@ -355,10 +436,25 @@ struct Attached<'a> {
     program: &'a str,
     device: String,
     backend: String,
-    _cache: tempfile::TempDir,
+    #[allow(dead_code, reason = "goes with the device")]
+    cache: Option<tempfile::TempDir>,
 }
 
 impl Attached<'_> {
+    /// Waits until the disk cache holds all of the layer.
+    fn wait_until_kept(&self) -> Outcome<()> {
+        for _ in 0..600 {
+            let said = tarblk(self.program, &["stats", &self.device, "--json"])?;
+            let stats: serde_json::Value = serde_json::from_str(&said)?;
+            let fetch = &stats["counters"]["fetch"];
+            if fetch["bytes_held"] == fetch["bytes_layers"] {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Err("the disk cache does not get all of the layer".into())
+    }
+
     /// How many of a hundred layer bytes that the device gave came straight from the network.
     fn network_share(&self) -> Outcome<f64> {
         let stats: serde_json::Value =

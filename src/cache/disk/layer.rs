@@ -328,15 +328,35 @@ impl LayerCache {
         self.files().holder(index).0.file().try_clone()
     }
 
-    /// Reads chunk `index` as far as that needs no waiting; none if it does, or if not all of it is there. What comes is not checked.
-    pub(crate) fn read_at_once(&self, index: u32) -> Option<Vec<u8>> {
-        let len = len_usize(chunk_len(self.size, index));
-        let mut bytes = vec![0; len];
-        let at = u64::from(index) * CHUNK_BYTES;
+    /// Reads up to `count` chunks from `first` on, by one call of the kernel, and returns those that came whole. Without `waits` it reads
+    /// what the page cache has. What comes is not checked.
+    ///
+    /// # Errors
+    /// What the kernel says; without `waits` that nothing is there at once.
+    pub(crate) fn read_run(&self, first: u32, count: u32, waits: bool) -> io::Result<Vec<Vec<u8>>> {
         let files = self.files();
-        let (file, _) = files.holder(index);
-        let read = preadv2(file, &mut [IoSliceMut::new(&mut bytes)], at, ReadWriteFlags::NOWAIT);
-        (read == Ok(len)).then_some(bytes)
+        let (file, _) = files.holder(first);
+        let end = first.saturating_add(count).min(self.count);
+        let same_file = |index: &u32| files.holder(*index).0.id() == file.id();
+        let mut chunks: Vec<Vec<u8>> = (first..end)
+            .take_while(same_file)
+            .map(|index| vec![0; len_usize(chunk_len(self.size, index))])
+            .collect();
+        let mut into: Vec<_> = chunks.iter_mut().map(|chunk| IoSliceMut::new(chunk)).collect();
+        let flags = if waits {
+            ReadWriteFlags::empty()
+        } else {
+            ReadWriteFlags::NOWAIT
+        };
+        let mut left = preadv2(file, &mut into, u64::from(first) * CHUNK_BYTES, flags)?;
+        let whole = chunks.iter().take_while(|chunk| {
+            let is_whole = chunk.len() <= left;
+            left = left.saturating_sub(chunk.len());
+            is_whole
+        });
+        let whole = whole.count();
+        chunks.truncate(whole);
+        Ok(chunks)
     }
 
     /// Whether `bytes`, read from the file, are what was written as chunk `index`; of a layer's own file, what was

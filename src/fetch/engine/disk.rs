@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::request::Request;
 use super::{Engine, LayerState};
-use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len};
+use crate::cache::chunk::{Chunk, ChunkKey, Slice};
 use crate::cache::disk::{LayerCache, RunWriter};
 use crate::fetch::runtime::{self, File, sleep};
 use crate::fetch::shared::SharedLayer;
@@ -16,8 +16,10 @@ use crate::units::{LayerId, TarRange, len_u64, len_usize};
 
 /// Local reads are cut to this, so that the length asked for never decides how much memory one operation takes.
 const LONGEST_LOCAL_READ: u64 = 1 << 20;
-/// Chunks that are read back and checked by one job of a worker.
-const READ_BACK_AT_ONCE: usize = 8;
+/// Chunks that are read back by one job of a worker: all that a reader wants at once, if a checksum is all that they are compared with.
+const READ_BACK_AT_ONCE: usize = 32;
+/// The same where each is compared with a digest, which several workers do side by side.
+const DIGESTED_AT_ONCE: usize = 8;
 /// Why a chunk of the cache is not used.
 pub(super) const NOT_AS_WRITTEN: &str = "it is not what was written";
 /// As long as no more than this waits to be written, the disk keeps up and long runs go past the page cache.
@@ -96,58 +98,51 @@ impl Engine {
                     in_file.push(*key);
                 }
             }
-            for batch in in_file.chunks(READ_BACK_AT_ONCE) {
-                let (engine, state, cache) = (self.clone(), state.clone(), cache.clone());
-                let batch = batch.to_vec();
-                self.spawn(async move { engine.read_back(&state, &cache, batch).await });
+            for run in in_file.chunk_by(|a, b| a.index.checked_add(1) == Some(b.index)) {
+                let digested = state.verifier.is_some() && !run.iter().all(|key| self.is_verified(*key));
+                let at_once = if digested { DIGESTED_AT_ONCE } else { READ_BACK_AT_ONCE };
+                for batch in run.chunks(at_once) {
+                    let (engine, state, cache) = (self.clone(), state.clone(), cache.clone());
+                    let batch = batch.to_vec();
+                    self.spawn(async move { engine.read_back(&state, &cache, batch).await });
+                }
             }
         }
     }
 
-    /// Reads chunks back and delivers those that are right.
+    /// Reads chunks that lie side by side back and delivers those that are right.
     async fn read_back(self: Rc<Self>, state: &Rc<LayerState>, cache: &Arc<LayerCache>, batch: Vec<ChunkKey>) {
-        // What the page cache has is read where it is checked. A single chunk that a short read waits for is here sooner than
-        // another thread is awake.
-        let alone = matches!(batch[..], [key] if self.in_flight.has_short_reader(key));
         let checker = ReadBack::new(cache, state, &batch, |key| self.is_verified(key));
-        let mut waiting = Vec::new();
-        let outcomes = if alone {
-            checker.read_at_once(&batch)
-        } else {
-            self.work(batch.clone(), {
-                let checker = checker.clone();
-                move |batch| checker.read_at_once(&batch)
-            })
-            .await
-            .unwrap_or_default()
+        let Some(first) = batch.first().map(|key| key.index) else {
+            return;
         };
-        // What a worker that died has not read is read here.
-        let outcomes = outcomes.into_iter().chain(std::iter::repeat_with(|| None));
-        for (key, outcome) in batch.into_iter().zip(outcomes) {
-            match outcome {
-                Some(outcome) => self.read_back_ended(state, key, outcome),
-                None => waiting.push(key),
-            }
-        }
-        for key in waiting {
-            let (engine, state, cache, checker) = (self.clone(), state.clone(), cache.clone(), checker.clone());
-            self.spawn(async move {
-                let len = len_usize(chunk_len(state.size, key.index));
-                let read = async {
-                    File::from(cache.file_of(key.index)?)
-                        .read_exact_at(key.start().0, len)
-                        .await
-                };
-                let outcome = match read.await {
-                    Ok(bytes) if alone => checker.check(key.index, bytes),
-                    Ok(bytes) => {
-                        let outcome = engine.work(bytes, move |bytes| checker.check(key.index, bytes)).await;
-                        outcome.unwrap_or_else(|| Err("it could not be checked".to_owned()))
-                    }
-                    Err(error) => Err(error.to_string()),
-                };
-                engine.read_back_ended(&state, key, outcome);
+        let count = u32::try_from(batch.len()).unwrap_or(u32::MAX);
+        // A single chunk that a short read waits for is here sooner than another thread is awake, if the page cache has it. What it
+        // has of others is read where it is checked.
+        let alone = matches!(batch[..], [key] if self.in_flight.has_short_reader(key));
+        let mut outcomes = if alone {
+            checker.read_at_once(first, count)
+        } else {
+            let checker = checker.clone();
+            let read = self.work((), move |()| checker.read_at_once(first, count));
+            read.await.unwrap_or_default()
+        };
+        let left = batch.len().saturating_sub(outcomes.len());
+        if left > 0 {
+            // Waiting for the disk takes a thread, but no worker's turn.
+            let from = first.saturating_add(u32::try_from(outcomes.len()).unwrap_or(0));
+            let left = u32::try_from(left).unwrap_or(u32::MAX);
+            let read = runtime::blocking({
+                let checker = checker.clone();
+                move || checker.read_waiting(from, left)
             });
+            outcomes.extend(read.await.unwrap_or_default());
+        }
+        // What a thread that died has not read is no use.
+        let unread = || Err("it could not be read".to_owned());
+        let outcomes = outcomes.into_iter().chain(std::iter::repeat_with(unread));
+        for (key, outcome) in batch.into_iter().zip(outcomes) {
+            self.read_back_ended(state, key, outcome);
         }
     }
 
@@ -339,10 +334,38 @@ impl ReadBack {
         }
     }
 
-    /// What the page cache has of `batch`, checked, in this order; none for a chunk that has to be waited for.
-    fn read_at_once(&self, batch: &[ChunkKey]) -> Vec<Option<Result<Vec<u8>, String>>> {
-        let read = |key: &ChunkKey| Some(self.check(key.index, self.cache.read_at_once(key.index)?));
-        batch.iter().map(read).collect()
+    /// Of `count` chunks from `first` on those that the page cache has, up to the first that has to be waited for: checked, in this order.
+    fn read_at_once(&self, first: u32, count: u32) -> Vec<Result<Vec<u8>, String>> {
+        let found = self.cache.read_run(first, count, false).unwrap_or_default();
+        (first..)
+            .zip(found)
+            .map(|(index, bytes)| self.check(index, bytes))
+            .collect()
+    }
+
+    /// All of `count` chunks from `first` on, checked, in this order. Waits for the disk.
+    fn read_waiting(&self, first: u32, count: u32) -> Vec<Result<Vec<u8>, String>> {
+        let end = first.saturating_add(count);
+        let mut outcomes = Vec::new();
+        let mut next = first;
+        while next < end {
+            match self.cache.read_run(next, end - next, true) {
+                Ok(found) if !found.is_empty() => {
+                    for bytes in found {
+                        outcomes.push(self.check(next, bytes));
+                        next += 1;
+                    }
+                }
+                other => {
+                    let why = other
+                        .err()
+                        .map_or_else(|| "the file ends before it".to_owned(), |error| error.to_string());
+                    outcomes.push(Err(why));
+                    next += 1;
+                }
+            }
+        }
+        outcomes
     }
 
     /// The bytes, if they are chunk `index`: by the digest of the index, if there is one and this process has not compared it yet,
