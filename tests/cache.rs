@@ -315,14 +315,25 @@ fn beside_the_service() {
     assert!(
         read.lab
             .bad(&["cache", "rm", &read.url("a.tar")], 1)
-            .contains("tarblk ps")
+            .contains("uses it")
     );
     read.lab.good(&["cache", "pin", &read.url("a.tar")]);
     read.lab.good(&["cache", "verify"]);
     read.lab.good(&["cache", "rm", "--all"]);
     assert_eq!(read.list().len(), 1);
     assert!(fs::read(device).unwrap() == all, "wrong bytes");
+    // A layer that was begun and of which nothing came: not damaged while it is in use, and nothing is left of it.
+    read.origin
+        .serve_blob("/c.tar", fs::read(read.lab.path("layer.tar")).unwrap());
+    let other = read.lab.good(&["attach", &read.url("c.tar")]);
+    assert!(!read.lab.good(&["cache", "ls"]).contains("damaged"));
+    read.lab.good(&["detach", other.trim()]);
     read.lab.good(&["detach", device]);
     read.lab.assert_nothing_served();
     assert!(read.layer("a.tar")["pinned"] == true && read.layer("a.tar")["in_use"] == false);
+    assert!(
+        read.list().iter().all(|layer| layer["usable"] == true),
+        "{:?}",
+        read.list()
+    );
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use serde::Serialize;
 
 use super::Session;
@@ -124,11 +124,14 @@ impl Kept {
         self.session.talk.note(format_args!("nothing is kept in {dir}"));
     }
 
+    /// The layers of which something is kept. Those that a process has just begun, and of which no map speaks yet, are none.
     fn layers(&self) -> anyhow::Result<Vec<KeptLayer>> {
-        Ok(self
-            .store
-            .as_ref()
-            .map_or_else(|| Ok(Vec::new()), |store| store.list())?)
+        let Some(store) = &self.store else {
+            return Ok(Vec::new());
+        };
+        let mut layers = store.list()?;
+        layers.retain(|layer| layer.usable || !layer.in_use);
+        Ok(layers)
     }
 
     /// The layers that were typed, each once, the last used first. What means none is an error, so that nothing is done by half.
@@ -161,7 +164,7 @@ impl Kept {
             return Ok(by_itself);
         }
         let digests = if what.contains(':') {
-            recalled_digests(what, &self.cache).with_context(|| what.to_owned())?
+            recalled_digests(what, &self.cache)?
         } else {
             Vec::new()
         };
@@ -194,7 +197,7 @@ impl Kept {
                 show_size(layer.disk),
                 show_age(now.saturating_sub(layer.used)),
                 state(layer),
-                excerpt::of_line(&layer.name),
+                shown_source(layer),
             ]);
         }
         print(table)
@@ -234,7 +237,7 @@ impl Kept {
             table.row([what, &part.files.to_string(), &show_size(part.bytes)]);
         }
         table.row(["all", "", &show_size(usage.total)]);
-        table.row(["a tenth of the disk", "", &show_size(usage.limit)]);
+        table.row(["at most, a tenth of the disk", "", &show_size(usage.limit)]);
         print(table)
     }
 
@@ -280,7 +283,7 @@ impl Kept {
                     short_name(layer),
                     found.chunks.to_string(),
                     found.damaged.to_string(),
-                    excerpt::of_line(&layer.name),
+                    shown_source(layer),
                 ]);
             }
             if !layers.is_empty() {
@@ -429,7 +432,7 @@ impl Kept {
 
 fn in_use(layer: &KeptLayer) -> anyhow::Error {
     anyhow::anyhow!(
-        "{}: an attached device uses it; `tarblk detach` that first (`tarblk ps` lists them), or let `tarblk cache gc` wait",
+        "{}: an attached device or another command uses it; `tarblk ps` lists devices",
         full_name(layer)
     )
 }
@@ -441,13 +444,17 @@ fn short_name(layer: &KeptLayer) -> String {
     excerpt::of_line(hex.get(..DIGITS).unwrap_or(hex))
 }
 
+/// Where a layer was read from, without its digest.
+fn shown_source(layer: &KeptLayer) -> String {
+    let name = layer.name.strip_suffix(layer.digest.as_str()).unwrap_or(&layer.name);
+    excerpt::of_line(name.strip_suffix(", blob ").unwrap_or(name))
+}
+
 /// A layer for a sentence.
 fn full_name(layer: &KeptLayer) -> String {
-    if layer.name.is_empty() {
-        short_name(layer)
-    } else {
-        excerpt::of_line(&layer.name)
-    }
+    let of = shown_source(layer);
+    let separator = if of.is_empty() { "" } else { " of " };
+    format!("{}{separator}{of}", short_name(layer))
 }
 
 /// What else there is to say of a layer.

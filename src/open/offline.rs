@@ -72,10 +72,11 @@ pub(super) fn options_after(recalled: Option<&Recalled>, options: &OpenOptions) 
     }
 }
 
-/// The digests of the layers that an image has, from what is remembered of it: no server is asked. None of anything that is no image.
+/// The digests of the layers that an image has, from what is remembered of it: no server is asked. None of anything that is no image, nor of
+/// an image of which nothing is remembered.
 ///
 /// # Errors
-/// When the name makes no sense, or what it means was never kept here.
+/// When the name makes no sense.
 pub fn recalled_digests(text: &str, cache: &Cache) -> Result<Vec<Digest>, OpenError> {
     let Source::Image(name) = Source::parse(text)? else {
         return Ok(Vec::new());
@@ -87,7 +88,14 @@ pub fn recalled_digests(text: &str, cache: &Cache) -> Result<Vec<Digest>, OpenEr
             cache: Some(Arc::new(cache.clone())),
             ..RegistryOptions::default()
         },
-    )?;
+    );
+    let found = match found {
+        Ok(found) => found,
+        Err(error) => {
+            log::info!("{error}");
+            return Ok(Vec::new());
+        }
+    };
     Ok(found.layers().map(|layer| layer.digest.clone()).collect())
 }
 

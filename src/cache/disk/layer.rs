@@ -793,6 +793,22 @@ impl LayerCache {
         }
     }
 
+    /// Removes files that hold no chunk. They are locked until after that, so no one else has begun to use them.
+    fn leave_nothing_empty(&self, dir: &SafeDir) {
+        let files = self.files();
+        let name = data_name(&self.key);
+        if files.named
+            && files.data.is_writable()
+            && files.map.bits.count_set() == 0
+            && files.data.is_called(dir, &name)
+        {
+            let removed = dir.remove(&map_name(&self.key)).and_then(|()| dir.remove(&name));
+            if let Err(error) = removed {
+                log::debug!("{name}: {error}");
+            }
+        }
+    }
+
     /// Sets the map's time, which is when the layer was last used.
     fn mark_used(&self, dir: &SafeDir) {
         if let Ok(map) = dir.open_file(&map_name(&self.key), false) {
@@ -811,6 +827,7 @@ impl Drop for LayerCache {
             log::debug!("{error}");
         }
         if let Some(store) = &self.store {
+            self.leave_nothing_empty(&store.dir());
             store.forget(&self.key);
         }
     }

@@ -44,7 +44,7 @@ pub struct KeptLayer {
     pub pinned: bool,
     /// Whether a process has it open.
     pub in_use: bool,
-    /// Whether its files fit each other: what does not is not used.
+    /// Whether its files fit each other: what does not is not used. In use, it may have been begun just now, and have no map yet.
     pub usable: bool,
 }
 

@@ -414,8 +414,8 @@ impl DiskCache {
         }
         self.room.free.store(0, Ordering::Release);
         let usage = self.usage(&dir, &search, &self.layers())?;
-        let promised = usage.others + self.room.writing.load(Ordering::Acquire);
-        let too_much = (usage.files + usage.hidden + promised).saturating_sub(limit);
+        // What others may write yet is looked at when they do.
+        let too_much = (usage.files + usage.hidden).saturating_sub(limit);
         if too_much > 0 {
             freed += self.give_up_coldest(&dir, too_much, 0)?;
         }
