@@ -188,3 +188,8 @@ fn state_files() {
 fn challenges_and_tokens() {
     try_out("token");
 }
+
+#[test]
+fn signatures_annotations_and_keys() {
+    try_out("trust");
+}

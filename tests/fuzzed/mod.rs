@@ -4,13 +4,16 @@
 
 #![allow(dead_code, reason = "a fuzz target uses one of them")]
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::Write as _;
 
 use tarblk::internals::cache::disk::fuzzing as cache;
 use tarblk::internals::device::state::StateDir;
 use tarblk::internals::http::fuzzing::{Judged, Question, judged, judged_first};
+use tarblk::internals::open::Signature;
+use tarblk::internals::open::artifact::{LIST_ANNOTATION, Listed, listed_with, naming};
+use tarblk::internals::open::trust::{PublicKey, SigningKey};
 use tarblk::internals::prefetch::fuzzing as prefetch;
 use tarblk::internals::source::registry::fuzzing as registry;
 
@@ -93,6 +96,11 @@ pub(crate) const TARGETS: &[Target] = &[
         name: "token",
         seeds: token_seeds,
         check: token,
+    },
+    Target {
+        name: "trust",
+        seeds: trust_seeds,
+        check: trust,
     },
 ];
 
@@ -519,6 +527,88 @@ fn programs(data: &[u8]) {
                 assert!(found.len() <= 512, "{} modules", found.len());
             }
             assert!(prefetch::node(path, file, &none).is_empty());
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ whom an index is believed
+
+/// A digest, a key and a signature as they are written down.
+const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+const KEY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+const SIGNATURE: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8gISIjJCUmJygpKissLS4vMDEyMzQ1Njc4OTo7PD0+Pw==";
+
+fn trust_seeds() -> Vec<Vec<u8>> {
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"config":{{"digest":"{DIGEST}","size":2}},"layers":[],"annotations":{{"a":"b"}}}}"#
+    );
+    texts(&[
+        &format!("\0{KEY}:{SIGNATURE}"),
+        &format!("\0{KEY}:{SIGNATURE};{KEY}:{SIGNATURE}"),
+        &format!("\u{1}{DIGEST} {DIGEST} 1000 900 {DIGEST}"),
+        &format!("\u{1}{DIGEST} {DIGEST} 1000 900 {DIGEST} {KEY}:{SIGNATURE},{DIGEST} {DIGEST} 5"),
+        &format!("\u{2}{manifest}"),
+        "\u{2}{\"annotations\":null}",
+        "\u{3}-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA8+lph4aQHW4ptLhVjsxUOKwfLkFzvq2bFR04+PKwSnQ=\n-----END PUBLIC KEY-----\n",
+        "\u{3}-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEy/uMIKJtDXgbphfrirWRB2KXbHk8\naeRzGUHiUvnSUA40jPlNkM1Oop1aOqtq4tGT6j9qwWPEymDHdYAZkENCfg==\n-----END PUBLIC KEY-----\n",
+        "\u{4}-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIHLslPuI0ws63T/wnFNIysw5ImdEIPxtXQi93YEn8H/Z\n-----END PRIVATE KEY-----\n",
+        "\u{4}-----BEGIN PRIVATE KEY-----\nMIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgfKC7ceaf1/JFo7ZY\nVU/xBvvz86z7Rz68vjwpHCkJQWShRANCAATL+4wgom0NeBumF+uKtZEHYpdseTxp\n5HMZQeJS+dJQDjSM+U2QzU6inVo6q2ri0ZPqP2rBY8TKYMd1gBmQQ0J+\n-----END PRIVATE KEY-----\n",
+    ])
+}
+
+fn trust(data: &[u8]) {
+    let (kind, data) = choice(data);
+    match kind % 5 {
+        0 => {
+            let text = String::from_utf8_lossy(data);
+            let signatures = Signature::parse_all(&text);
+            // What is read is what was written, so that two readers see the same.
+            if !signatures.is_empty() {
+                assert_eq!(Signature::all_to_text(&signatures), text);
+                assert!(signatures.len() <= 16 && signatures.iter().all(|one| one.bytes.len() <= 132));
+            }
+        }
+        1 => {
+            let text = String::from_utf8_lossy(data).into_owned();
+            let annotations = BTreeMap::from([(LIST_ANNOTATION.to_owned(), text.clone())]);
+            let Some(listed) = listed_with(&annotations) else {
+                return;
+            };
+            assert_eq!(listed.len(), text.split(',').count());
+            // Who writes it anew names the same indexes.
+            let named = naming(b"{}", &listed).unwrap();
+            let document: serde_json::Value = serde_json::from_slice(&named).unwrap();
+            let again = document["annotations"][LIST_ANNOTATION].as_str().unwrap().to_owned();
+            let again = listed_with(&BTreeMap::from([(LIST_ANNOTATION.to_owned(), again)])).unwrap();
+            let unsigned = |listed: Listed| Listed {
+                signatures: Vec::new(),
+                ..listed
+            };
+            assert_eq!(again, listed.into_iter().map(unsigned).collect::<Vec<_>>());
+        }
+        2 => match naming(data, &[]) {
+            Ok(named) => {
+                let [before, after] =
+                    [data, &named].map(|bytes| serde_json::from_slice::<serde_json::Value>(bytes).unwrap());
+                let (before, after) = (before.as_object().unwrap(), after.as_object().unwrap());
+                let others = |object: &serde_json::Map<String, serde_json::Value>| {
+                    let mut others = object.clone();
+                    others.remove("annotations");
+                    others
+                };
+                assert_eq!(others(before), others(after), "everything else stays");
+            }
+            Err(why) => message(&why),
+        },
+        3 => {
+            for key in PublicKey::parse(data).unwrap_or_default() {
+                assert!(!format!("{:?}", key.id()).is_empty());
+            }
+        }
+        _ => {
+            if let Some(key) = SigningKey::parse(data) {
+                assert!(!format!("{key:?}").contains("pair"));
+            }
         }
     }
 }
