@@ -12,6 +12,7 @@ mod image;
 mod mounted;
 pub mod origin;
 mod outcome;
+mod pull;
 mod report;
 mod root;
 mod rows;
@@ -25,7 +26,7 @@ use std::path::PathBuf;
 
 use crate::http;
 use crate::interrupt::{Interrupt, Interrupted};
-use crate::source::registry::LayoutName;
+use crate::source::registry::{LayoutName, Reference, RegistryOptions};
 use origin::Link;
 
 pub use alternative::Row;
@@ -68,6 +69,16 @@ pub enum BenchSource {
         /// The link.
         link: Link,
     },
+    /// An image in a registry, brought here before anything is measured and then served as a registry serves it, over a simulated
+    /// link.
+    Registry {
+        /// The image.
+        reference: Reference,
+        /// How the registry is talked to.
+        options: Box<RegistryOptions>,
+        /// The link.
+        link: Link,
+    },
     /// A tar on a server, over whatever link there is.
     Url {
         /// The tar.
@@ -81,7 +92,7 @@ impl BenchSource {
     /// The simulated link, if there is one.
     const fn link(&self) -> Option<Link> {
         match self {
-            Self::Local { link, .. } | Self::Image { link, .. } => Some(*link),
+            Self::Local { link, .. } | Self::Image { link, .. } | Self::Registry { link, .. } => Some(*link),
             Self::Url { .. } => None,
         }
     }

@@ -2,6 +2,7 @@
 
 mod lab;
 mod layered;
+mod scripted;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -53,7 +54,7 @@ fn bench_measures_every_alternative_and_cleans_up() {
         "--",
         "sh",
         "-c",
-        "echo $(( 6 * 7 )) > /tmp/answer && test -c /dev/null && test -d /proc/self",
+        "test ! -e /tmp/answer && echo $(( 6 * 7 )) > /tmp/answer && test -c /dev/null && test -d /proc/self",
     ];
     let mut args = vec![
         "bench",
@@ -309,7 +310,75 @@ fn bench_measures_images_by_their_names_in_a_registry() {
     assert!(mounts_below(lab.dir.path()).is_empty());
     lab.assert_nothing_served();
 
-    let said = lab.bad(&["bench", "docker://127.0.0.1:1/image", "--", "true"], 2);
-    assert!(said.contains("skopeo copy docker://127.0.0.1:1/image"), "{said}");
+    let said = lab.bad(
+        &["bench", "docker://127.0.0.1:1/image", "--retry-for", "1s", "--", "true"],
+        1,
+    );
+    assert!(said.contains("127.0.0.1:1"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
     lab.bad(&["bench", "oci:image:test", "--index", "x", "--", "true"], 2);
+}
+
+#[test]
+fn bench_brings_an_image_from_a_registry_first() {
+    const NAME: &str = "bench_brings_an_image_from_a_registry_first";
+    let Some(_alone) = devices(NAME) else { return };
+    let lab = Lab::new();
+    if !layer_with_shell(&lab.path("shell.tar")) {
+        return skip(NAME, "ldd is not installed");
+    }
+    let layer = fs::read(lab.path("shell.tar")).unwrap();
+    let registry = scripted::TestRegistry::start();
+    let digest = registry.put_blob(&layer);
+    let rootfs = serde_json::json!({ "type": "layers", "diff_ids": [digest] });
+    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": rootfs }).to_string();
+    let config_digest = registry.put_blob(config.as_bytes());
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let manifest = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "config": { "mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config.len() },
+        "layers": [{ "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": layer.len() }],
+    });
+    registry.put_manifest("some/image", "latest", kind, manifest.to_string().as_bytes());
+    let name = registry.name("some/image:latest");
+    let usual = [
+        "--runs",
+        "1",
+        "--scratch",
+        ".",
+        "--hosts-dir",
+        "/nonexistent",
+        "--platform",
+        "linux/amd64",
+    ];
+    let rest = [
+        "--without",
+        "full,untar,loop",
+        "--rtt",
+        "1ms",
+        "--json",
+        "--",
+        "sh",
+        "-c",
+        "echo > /tmp/x",
+    ];
+    let outcome = lab.json(&[&["bench", &name][..], &usual, &rest].concat());
+    assert_eq!(outcome["layers"], 1);
+    assert!(
+        outcome["source"].as_str().unwrap().starts_with("docker://"),
+        "{outcome}"
+    );
+    let asked = registry.take_log();
+    let blob = format!("/v2/some/image/blobs/{digest}");
+    assert_eq!(
+        asked.iter().filter(|asked| asked.path == blob).count(),
+        1,
+        "brought once: {asked:?}"
+    );
+    // What does not have its digest is not measured.
+    registry.put_blob_as(&digest, &vec![0; layer.len()]);
+    let said = lab.bad(&[&["bench", &name][..], &usual, &rest].concat(), 1);
+    assert!(said.contains("its digest is"), "{said}");
+    lab.assert_nothing_served();
 }

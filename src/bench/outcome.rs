@@ -190,11 +190,12 @@ impl Outcome {
         let source = match &stage.options.source {
             BenchSource::Local { path, .. } => path.display().to_string(),
             BenchSource::Image { layout, .. } => ImageName::Layout(layout.clone()).to_string(),
+            BenchSource::Registry { reference, .. } => ImageName::Registry(reference.clone()).to_string(),
             BenchSource::Url { url, .. } => url.clone(),
         };
         let link = stage.options.source.link();
         let layers = match &stage.options.source {
-            BenchSource::Image { .. } => Some(stage.layers.len()),
+            BenchSource::Image { .. } | BenchSource::Registry { .. } => Some(stage.layers.len()),
             _ => None,
         };
         local.sort();

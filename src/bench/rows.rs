@@ -153,11 +153,14 @@ impl Stage<'_> {
         let after = mounted.stats()?;
         let bytes = after.device.bytes.of_layers() - before.device.bytes.of_layers();
         let reads = after.device.reads - before.device.reads;
+        drop(mounts);
         let mut local = Vec::new();
         for _ in 0..self.options.runs.max(3) {
+            // What the run before has left in /tmp is not there.
+            let mounts = ChrootMounts::new(mounted.dir())?;
             local.push(self.run_command("the warm run", mounted.dir())?);
+            drop(mounts);
         }
-        drop(mounts);
         mounted.unmount()?;
         let (blobs, tars) = self.layers.iter().fold((0, 0), |(blobs, tars), layer| {
             (blobs + layer.blob_bytes, tars + layer.tar_bytes)

@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::alternative::{Row, Traffic};
 use super::child;
 use super::origin::{Link, Origin};
+use super::pull::pull;
 use super::whiteouts::Whiteouts;
 use super::{BenchError, BenchOptions, BenchSource, Watch};
 use crate::http::{HttpOptions, without_secrets};
@@ -119,6 +120,15 @@ impl<'a> Stage<'a> {
         match &options.source {
             BenchSource::Local { path, .. } => stage.set_origin(path, watch)?,
             BenchSource::Image { layout, .. } => stage.set_registry(layout, watch)?,
+            BenchSource::Registry {
+                reference,
+                options: registry,
+                ..
+            } => {
+                let dir = stage.scratch().join("image");
+                let layout = pull(reference, registry, &dir, interrupt, watch)?;
+                stage.set_registry(&layout, watch)?;
+            }
             BenchSource::Url { url, index } => stage.use_url(url, index.as_deref(), watch)?,
         }
         Ok(stage)

@@ -80,13 +80,11 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
     let source = match parsed {
         Source::Path(path) => BenchSource::Local { path, link },
         Source::Image(ImageName::Layout(layout)) => BenchSource::Image { layout, link },
-        Source::Image(ImageName::Registry(reference)) => {
-            return Err(UsageError(format!(
-                "bench serves images itself: copy it into a directory first (skopeo copy docker://{reference} oci:DIR) and \
-                 name that"
-            ))
-            .into());
-        }
+        Source::Image(ImageName::Registry(reference)) => BenchSource::Registry {
+            reference,
+            options: Box::new(args.registry.options()?),
+            link,
+        },
         Source::Url(_) => {
             if args.rtt.is_some() || args.rate.is_some() {
                 return Err(

@@ -862,8 +862,8 @@ Example:
 )]
 pub struct BenchArgs {
     /// A layer, plain or compressed with gzip or zstd: a path or a `file://` URL, served from an origin of its own over a
-    /// simulated link; or an `http(s)://` URL, used as it is. Or an image in a directory, `oci:DIR[:TAG|@DIGEST]`, served as a
-    /// registry serves it.
+    /// simulated link; or an `http(s)://` URL, used as it is. Or an image, in a directory, `oci:DIR[:TAG|@DIGEST]`, or in a registry,
+    /// `docker://HOST/NAME[:TAG|@DIGEST]`, from where it is brought first: both are served here as a registry serves them.
     #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
     pub source: String,
     /// The simulated link's round trip, for a local SOURCE.
@@ -887,6 +887,9 @@ pub struct BenchArgs {
     /// The device of the tarblk runs.
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// The registry from which an image is brought.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
     /// The results as JSON.
     #[arg(long)]
     pub json: bool,
