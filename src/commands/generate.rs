@@ -23,7 +23,7 @@ const FOR_FISH: &str = include_str!("generate/complete.fish");
 /// Arguments whose words a function of [`FOR_ZSH`] gives: command, argument, function.
 const ZSH_WORDS: [(&str, &str, &str); 7] = [
     ("umount", "dir", "_tarblk_mounts"),
-    ("detach", "device", "_tarblk_names"),
+    ("detach", "devices", "_tarblk_names"),
     ("stats", "device", "_tarblk_names"),
     ("logs", "device", "_tarblk_names"),
     ("image", "index", "_tarblk_index"),
