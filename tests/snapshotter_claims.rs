@@ -340,6 +340,78 @@ fn containers_outlive_the_snapshotter_and_the_registry() {
 }
 
 #[test]
+fn another_version_goes_on_with_everything() {
+    let Some(mut bench) = Bench::new("another_version_goes_on_with_everything", "") else {
+        return;
+    };
+    pull(&bench.lab, &bench.image);
+    let at = bench.container("one");
+    bench.lab.stop();
+    // Another file, as a package puts it in the place of the one before.
+    let program = bench.lab.dir().join("tarblk");
+    fs::copy(common::TARBLK, &program).unwrap();
+    bench.lab.program.clone_from(&program);
+    bench.lab.start();
+    let run_it = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
+    let serving = |lab: &Lab| {
+        let service = fs::read_to_string(lab.dir().join("states/service.lock")).unwrap();
+        service.trim().parse::<u32>().unwrap()
+    };
+    assert!(run_it(&serving(&bench.lab)), "{}", bench.lab.log());
+    bench.compare(&at);
+    let other = bench.container("two");
+    bench.lab.umount(&other);
+    bench.lab.umount(&at);
+    for key in ["one", "two"] {
+        bench.lab.remove(key).unwrap();
+    }
+    // The same program starting again replaces nothing.
+    let before = serving(&bench.lab);
+    let mounts = bench.lab.prepare("three", bench.image.top()).unwrap();
+    bench.lab.stop();
+    bench.lab.start();
+    assert_eq!(bench.lab.mounts("three").unwrap(), mounts);
+    assert_eq!(serving(&bench.lab), before);
+    bench.lab.remove("three").unwrap();
+    bench.remove_image();
+    bench.lab.assert_gone();
+}
+
+#[test]
+fn what_is_kept_starts_without_a_registry() {
+    let Some(mut bench) = Bench::new("what_is_kept_starts_without_a_registry", "fetch-all = true\n") else {
+        return;
+    };
+    pull(&bench.lab, &bench.image);
+    let at = bench.container("one");
+    let chain = bench.lab.chains().remove(0);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let said = common::succeed(&mut bench.lab.command(&["stats", chain.to_str().unwrap(), "--json"]));
+        let said: Value = serde_json::from_slice(&said).unwrap();
+        let fetch = &said["counters"]["fetch"];
+        if fetch["bytes_held"] == fetch["bytes_layers"] {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{said:#}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    bench.lab.umount(&at);
+    bench.lab.kill();
+    rustix::mount::unmount(&chain, UnmountFlags::empty()).unwrap();
+    drop(bench.registry.take());
+    bench.lab.start();
+    // Attached anew, and every byte of it read.
+    let mounts = bench.lab.mounts("one").unwrap();
+    let at = bench.lab.mount(&mounts);
+    bench.compare(&at);
+    bench.lab.umount(&at);
+    bench.lab.remove("one").unwrap();
+    bench.remove_image();
+    bench.lab.assert_gone();
+}
+
+#[test]
 fn devices_come_back_after_a_boot() {
     let Some(mut bench) = Bench::new("devices_come_back_after_a_boot", "") else {
         return;

@@ -293,6 +293,24 @@ pub(super) fn launcher() -> Result<Launcher, ServiceError> {
     Ok(launcher)
 }
 
+/// Sees to it that the service is this program: one that an older one left would refuse what this one asks. A service that cannot be
+/// replaced goes on, and says so when it is asked.
+pub(super) fn upgrade_other() {
+    let replaced = || -> anyhow::Result<()> {
+        let states = states();
+        let launcher = launcher()?;
+        if service::runs_other(&states, &launcher)?
+            && let Some((before, now)) = service::upgrade(&states, &launcher)?
+        {
+            log::info!("process {now} of this program goes on with what process {before} served");
+        }
+        Ok(())
+    };
+    if let Err(error) = replaced() {
+        log::warn!("the service is another program and could not be replaced: {error:#}");
+    }
+}
+
 /// `tarblk upgrade`.
 pub(super) fn upgrade(session: Session) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::watch;
 
 use super::Session;
-use super::attach::{mounter, states};
+use super::attach::{mounter, states, upgrade_other};
 use super::cli::{PsArgs, SnapshotterArgs};
 use super::layer::cache_dir;
 use super::notify::{READY, STOPPING, notify};
@@ -46,6 +46,7 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
         log::info!("ready on {}", address.display());
         notify(READY);
     };
+    upgrade_other();
     let machine = Machine {
         states: states(),
         mounter: mounter()?,

@@ -47,7 +47,7 @@ use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
 pub(crate) use control::{Condition, bury, conditions, end_reads};
-pub use control::{ControlError, ServiceStats, Stay, detach, launch, let_go, stats, stay, upgrade};
+pub use control::{ControlError, ServiceStats, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
 pub use namespace::Reach;
 pub use run::serve;
 pub(crate) use sandbox::limits_writes;

@@ -30,6 +30,8 @@ pub(crate) struct Lab {
     child: Option<Child>,
     client: Client,
     mounted: Vec<PathBuf>,
+    /// The command under test, or a copy of it.
+    pub(crate) program: PathBuf,
 }
 
 impl Lab {
@@ -59,6 +61,7 @@ hosts-dir = \"{dir}/hosts\"
             scratch,
             child: None,
             mounted: Vec::new(),
+            program: TARBLK.into(),
         };
         lab.start();
         Some(lab)
@@ -74,7 +77,7 @@ hosts-dir = \"{dir}/hosts\"
 
     /// Runs `tarblk` as the snapshotter runs: with the same service.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(TARBLK);
+        let mut command = Command::new(&self.program);
         command
             .args(arguments)
             .env("TARBLK_CACHE", self.dir().join("cache"))

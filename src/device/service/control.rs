@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Child;
@@ -520,6 +521,17 @@ fn replace(states: &StateDir, launcher: &Launcher) -> Result<Option<(u32, u32)>,
         thread::sleep(Duration::from_millis(5));
     }
     Err(ServiceError::Died { last_words })
+}
+
+/// Whether the service runs another program than the launcher's: another file, be it of the same version. False if there is no
+/// service.
+///
+/// # Errors
+/// When the program cannot be looked at.
+pub fn runs_other(states: &StateDir, launcher: &Launcher) -> Result<bool, ServiceError> {
+    let wanted = fs::metadata(&launcher.program).map_err(failed("look at the program"))?;
+    let runs = keeper::holder_of_lock(states).and_then(|pid| fs::metadata(format!("/proc/{pid}/exe")).ok());
+    Ok(runs.is_some_and(|runs| (runs.dev(), runs.ino()) != (wanted.dev(), wanted.ino())))
 }
 
 /// What a service is started with that is not its own: the one after it, started from somewhere else, gets the same.
