@@ -675,6 +675,25 @@ fn what_cannot_be_lazy_is_pulled_as_usual() {
         .lab
         .prepare_with("again", "", &[("containerd.io/snapshot.ref", image.chain(1))]);
     assert!(is_there(&bench.lab, &image, 1, answer));
+    let at = bench.container("one");
+    let metrics = bench.lab.get("/metrics");
+    for line in [
+        "HTTP/1.1 200 OK",
+        "tarblk_snapshotter_layers_claimed_total 4",
+        "tarblk_snapshotter_layers_declined_total{reason=\"registry\"} 2",
+        "tarblk_snapshotter_layers_declined_total{reason=\"mismatch\"} 3",
+        "tarblk_snapshotter_layers_declined_total{reason=\"unnamed\"} 1",
+        "tarblk_snapshotter_layers_declined_total{reason=\"above-files\"} 1",
+        "tarblk_snapshotter_attaches_total 1",
+        "tarblk_snapshotter_snapshots{kind=\"remote\"} 4",
+        "tarblk_snapshotter_snapshots{kind=\"active\"} 1",
+        "tarblk_snapshotter_devices 1",
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
+    assert!(bench.lab.get("/other").starts_with("HTTP/1.1 404 "));
+    bench.lab.umount(&at);
+    bench.lab.remove("one").unwrap();
     bench.remove_image();
     bench.lab.assert_gone();
 }

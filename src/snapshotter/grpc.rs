@@ -6,6 +6,8 @@
 //! `h2`, `httpdate` and prost.
 //!
 //! Calls run on threads of their own, since they wait for disks, kernels and networks; the thread of connections never does.
+//!
+//! `GET /metrics` on the same socket, by HTTP/1 or 2, gives metrics as Prometheus reads them.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -21,7 +23,7 @@ use http_body_util::{BodyExt as _, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use tokio::sync::watch;
@@ -100,6 +102,9 @@ pub trait Calls: Send + Sync + 'static {
     /// # Errors
     /// The status that the client gets.
     fn call(&self, path: &str, request: &[u8]) -> Reply;
+
+    /// What is answered to `GET /metrics`.
+    fn metrics(&self) -> String;
 }
 
 /// Answers calls until `stop` becomes true, then waits for those that have begun.
@@ -152,9 +157,8 @@ async fn raised(mut stop: watch::Receiver<bool>) {
 /// One client's connection, until it or the server ends.
 async fn converse(stream: tokio::net::UnixStream, calls: Arc<dyn Calls>, stop: watch::Receiver<bool>) {
     let service = service_fn(move |request| answer(request, Arc::clone(&calls)));
-    let connection =
-        hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service);
-    let mut connection = pin!(connection);
+    let server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+    let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = raised(stop) => {
@@ -170,6 +174,9 @@ async fn converse(stream: tokio::net::UnixStream, calls: Arc<dyn Calls>, stop: w
 type Frames = StreamBody<stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Infallible>>>>;
 
 async fn answer(request: Request<Incoming>, calls: Arc<dyn Calls>) -> Result<Response<Frames>, Infallible> {
+    if request.method() != Method::POST {
+        return Ok(page(&request, calls).await);
+    }
     let reply = reply_to(request, calls).await;
     let mut frames = Vec::new();
     let mut status = HeaderMap::new();
@@ -191,6 +198,25 @@ async fn answer(request: Request<Incoming>, calls: Arc<dyn Calls>) -> Result<Res
         .headers_mut()
         .insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     Ok(response)
+}
+
+/// The answer to what is no call.
+async fn page(request: &Request<Incoming>, calls: Arc<dyn Calls>) -> Response<Frames> {
+    let is_asked = request.method() == Method::GET && request.uri().path() == "/metrics";
+    let text = if is_asked {
+        tokio::task::spawn_blocking(move || calls.metrics()).await.ok()
+    } else {
+        None
+    };
+    let (status, text) = match text {
+        Some(text) => (StatusCode::OK, text),
+        None => (StatusCode::NOT_FOUND, "there is /metrics here\n".to_owned()),
+    };
+    let mut response = Response::new(StreamBody::new(stream::iter(vec![Ok(Frame::data(text.into()))])));
+    *response.status_mut() = status;
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, kind);
+    response
 }
 
 async fn reply_to(request: Request<Incoming>, calls: Arc<dyn Calls>) -> Reply {

@@ -6,7 +6,8 @@
 //! Answers hold `overlay` and `bind` mounts only, which every containerd can make. Below the root, `snapshots/ID/fs` is a snapshot's
 //! own directory (or where a chain's device is mounted) and `snapshots/ID/work` overlayfs' working directory.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
@@ -44,16 +45,21 @@ pub(super) struct Snapshots {
     overlay: Vec<String>,
     /// Since when nothing is made on a chain's device.
     idle: Mutex<HashMap<Id, Instant>>,
-    pub(super) counters: Counters,
+    counters: Counters,
 }
 
 /// What was done, since the process began.
 #[derive(Debug, Default)]
-pub(super) struct Counters {
-    pub(super) claimed: AtomicU64,
-    pub(super) declined: Mutex<HashMap<Reason, u64>>,
-    pub(super) attached: AtomicU64,
-    pub(super) failed: AtomicU64,
+struct Counters {
+    /// Layers that were said to be there and were not before.
+    claimed: AtomicU64,
+    /// Layers that were to be pulled as usual.
+    declined: Mutex<BTreeMap<Reason, u64>>,
+    /// Devices that were made, and the milliseconds that took.
+    attached: AtomicU64,
+    attach_ms: AtomicU64,
+    /// Devices that could not be made.
+    failed: AtomicU64,
 }
 
 /// What is made above another snapshot.
@@ -317,9 +323,13 @@ impl Snapshots {
         let chain = self.records().chain_under(&record.name).cloned();
         let Some(chain) = chain else { return Ok(()) };
         let Some(layer) = chain.remote() else { return Ok(()) };
+        let began = Instant::now();
         match self.chains.mount(&chain, layer) {
-            Ok(attached) => {
-                self.counters.attached.fetch_add(u64::from(attached), Ordering::Relaxed);
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                let took = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                self.counters.attached.fetch_add(1, Ordering::Relaxed);
+                self.counters.attach_ms.fetch_add(took, Ordering::Relaxed);
                 Ok(())
             }
             Err(error) => {
@@ -554,6 +564,50 @@ impl Snapshots {
         self.remove_orphans();
     }
 
+    /// What was done and what there is, as Prometheus reads it.
+    fn exposition(&self) -> String {
+        let counters = &self.counters;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let attach_seconds = Duration::from_millis(load(&counters.attach_ms)).as_secs_f64();
+        let declined = counters.declined.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let declined = declined.iter().map(|(reason, count)| ("reason", reason.word(), *count));
+        let mut kinds = BTreeMap::from(["active", "committed", "remote", "view"].map(|kind| (kind, 0_u64)));
+        for record in self.records().all() {
+            let kind = match record.content {
+                Content::View => "view",
+                Content::Active => "active",
+                Content::Committed(_) => "committed",
+                Content::Remote(_) => "remote",
+            };
+            *kinds.entry(kind).or_default() += 1;
+        }
+        let kinds = kinds.iter().map(|(kind, count)| ("kind", *kind, *count));
+        let mut out = Exposition::default();
+        out.counter(
+            "layers_claimed",
+            "Layers that need not be pulled.",
+            load(&counters.claimed),
+        );
+        out.family("layers_declined_total", "counter", "Layers that were pulled as usual.");
+        out.labelled("layers_declined_total", declined);
+        out.counter("attaches", "Devices that were attached.", load(&counters.attached));
+        out.counter("attach_seconds", "Time that attaching them took.", attach_seconds);
+        out.counter(
+            "attach_failures",
+            "Devices that could not be attached.",
+            load(&counters.failed),
+        );
+        out.family(
+            "snapshots",
+            "gauge",
+            "Snapshots; remote ones are layers that were not unpacked.",
+        );
+        out.labelled("snapshots", kinds);
+        out.family("devices", "gauge", "Devices that are mounted.");
+        out.sample("devices", "", self.chains.mounted().map_or(0, |ids| ids.len()));
+        out.text
+    }
+
     /// The chains that something is made on.
     fn used(&self) -> HashSet<Id> {
         let records = self.records();
@@ -583,6 +637,39 @@ impl Snapshots {
     }
 }
 
+/// Metrics in Prometheus' text format.
+#[derive(Debug, Default)]
+struct Exposition {
+    text: String,
+}
+
+impl Exposition {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let name = format!("tarblk_snapshotter_{name}");
+        self.text
+            .extend([format!("# HELP {name} {help}\n# TYPE {name} {kind}\n")]);
+    }
+
+    fn sample(&mut self, name: &str, labels: &str, value: impl fmt::Display) {
+        self.text
+            .extend([format!("tarblk_snapshotter_{name}{labels} {value}\n")]);
+    }
+
+    /// A counter without labels; `name` is without `_total`.
+    fn counter(&mut self, name: &str, help: &str, value: impl fmt::Display) {
+        let name = format!("{name}_total");
+        self.family(&name, "counter", help);
+        self.sample(&name, "", value);
+    }
+
+    /// Samples with one label each, whose values need no quoting.
+    fn labelled<'a>(&mut self, name: &str, samples: impl Iterator<Item = (&'a str, &'a str, u64)>) {
+        for (label, of, value) in samples {
+            self.sample(name, &format!("{{{label}=\"{of}\"}}"), value);
+        }
+    }
+}
+
 fn above_files() -> Declined {
     Declined::new(Reason::AboveFiles, "what is below it was unpacked")
 }
@@ -598,6 +685,10 @@ fn check_name(name: &str) -> Result<(), Status> {
 }
 
 impl Calls for Snapshots {
+    fn metrics(&self) -> String {
+        self.exposition()
+    }
+
     fn call(&self, path: &str, request: &[u8]) -> Reply {
         let Some(method) = path.strip_prefix(SERVICE) else {
             return Err(Status::new(Code::Unimplemented, format!("there is no {path} here")));

@@ -227,6 +227,20 @@ hosts-dir = \"{dir}/hosts\"
         self.one::<Empty>("Cleanup", &by_key("")).map(drop)
     }
 
+    /// What `curl --unix-socket` gets.
+    pub(crate) fn get(&self, path: &str) -> String {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.address()).unwrap();
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
     pub(crate) fn call_unknown(&self, path: &str) -> Failed {
         self.client.call::<Empty>(path, &Empty {}).unwrap_err()
     }
