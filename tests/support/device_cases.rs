@@ -8,17 +8,18 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use tarblk::internals::device::inventory::{self, Status};
 use tarblk::internals::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served};
 use tarblk::internals::device::state::StateDir;
+use tarblk::internals::device::volume::BlobReader;
 use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::internals::mount::{self, MountOptions};
 
 use super::harness::{Case, DAEMON};
-use super::{hollow, make_ext4, patchwork, read_all, sandbox_cases};
+use super::{blame_cases, hollow, make_ext4, patchwork, read_all, sandbox_cases};
 
 /// The back end under test.
 static BACKEND: OnceLock<BackendChoice> = OnceLock::new();
@@ -110,6 +111,14 @@ pub(crate) const CASES: &[Case] = &[
         keeps_nothing_mounted_that_it_does_not_need,
     ),
     (
+        "a_device_whose_image_crashes_the_service_is_set_aside",
+        blame_cases::a_device_whose_image_crashes_the_service_is_set_aside,
+    ),
+    (
+        "a_device_whose_reads_crash_the_service_is_set_aside",
+        blame_cases::a_device_whose_reads_crash_the_service_is_set_aside,
+    ),
+    (
         "the_service_and_its_keepers_are_confined",
         sandbox_cases::the_service_and_its_keepers_are_confined,
     ),
@@ -162,6 +171,8 @@ impl Builder for Images {
             Some("fail-again") if !first_time(&described.file) => return Err("the index is of another age".into()),
             Some("panic") => panic!("a builder that panics"),
             Some("abort") => std::process::abort(),
+            // Not the first time.
+            Some("abort-again") if !first_time(&described.file) => std::process::abort(),
             Some("try-calls") => {
                 let said = sandbox_cases::attempts().into_iter().map(|(name, done)| match done {
                     Err(rustix::io::Errno::PERM) => format!("{name} EPERM"),
@@ -180,6 +191,12 @@ impl Builder for Images {
         let delay = described.delay_ms.map(Duration::from_millis);
         let (image, bytes) = match described.trouble.as_deref() {
             Some("hollow") => hollow(&described.file, delay),
+            Some("abort-on-read") => {
+                let (image, bytes) = patchwork(&described.file, delay);
+                let sign = fs::canonicalize(&described.file)?.with_extension("sign");
+                let bytes: Arc<dyn BlobReader> = Arc::new(blame_cases::Treacherous { bytes, sign });
+                (image, bytes)
+            }
             _ => patchwork(&described.file, delay),
         };
         Ok(Served {
@@ -650,7 +667,7 @@ fn sigterm_waits_for_the_unmount() {
 }
 
 /// The number of the process that serves a device, whatever it is called by now.
-fn service_pid_of(lab: &Lab, attached: &Attached) -> u32 {
+pub(crate) fn service_pid_of(lab: &Lab, attached: &Attached) -> u32 {
     inventory::find(&lab.states(), Path::new(&attached.state.name))
         .unwrap()
         .process

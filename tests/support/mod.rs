@@ -3,6 +3,7 @@
 
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc)]
 
+pub(crate) mod blame_cases;
 pub(crate) mod device_cases;
 pub(crate) mod harness;
 pub(crate) mod sandbox_cases;

@@ -23,6 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
+use super::blame::{Blame, is_crash};
 use super::message::{borrowed, receive, send};
 use super::{LOG_NAME, Launcher, Role, Start, sandbox};
 use crate::device::state::StateDir;
@@ -40,6 +41,8 @@ pub(super) const LINK_LIMIT: Duration = Duration::from_secs(5);
 /// Pauses between looks whether a dead service's lock is free: the first, and the longest.
 const SHORTEST_GLANCE: Duration = Duration::from_millis(1);
 const LONGEST_GLANCE: Duration = Duration::from_millis(50);
+/// The first of a keeper that did not start the dead service, while the one that did may be there.
+const OTHERS_GLANCE: Duration = Duration::from_millis(10);
 
 /// How long to wait after the service was started before it is started again: the second time, and at most. In between each
 /// wait is four times as long as the one before.
@@ -163,6 +166,7 @@ pub(super) fn clean_up(states: &StateDir, patience: Duration) -> bool {
 fn remove_files(states: &StateDir) {
     let _ = fs::remove_file(states.service_socket());
     let _ = fs::remove_file(lock_file(states));
+    Blame::forget(states);
 }
 
 /// Opens the log that the service and the keepers write.
@@ -301,7 +305,7 @@ impl Keeper<'_> {
                 let ready = |at: usize| waiting.get(at).is_some_and(|fd| !fd.revents().is_empty());
                 (ready(0), ready(1))
             };
-            self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+            self.reap();
             if spoke {
                 match self.answer() {
                     Ok(true) => {}
@@ -337,6 +341,22 @@ impl Keeper<'_> {
         }
     }
 
+    /// Notes how the services ended that this keeper started.
+    fn reap(&mut self) {
+        let states = self.states;
+        self.children.retain_mut(|child| match child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(ended)) => {
+                if is_crash(ended) {
+                    log::error!("the service (process {}) crashed: {ended}", child.id());
+                    Blame::note_crash(states);
+                }
+                false
+            }
+            Err(_) => false,
+        });
+    }
+
     /// Whether a service would find this keeper by its socket.
     fn is_known(&self) -> bool {
         fs::metadata(&self.socket).is_ok_and(|meta| meta.ino() == self.inode)
@@ -354,6 +374,17 @@ impl Keeper<'_> {
                 return Look::Again(SHORTEST_GLANCE);
             }
             self.stood_back = None;
+        }
+        // Whoever started the last service knows how it ended, and says so before the next one starts.
+        let last = holder_of_lock(self.states);
+        if self.children.iter().any(|child| Some(child.id()) == last) {
+            wait_until(LONGEST_GLANCE, || {
+                self.reap();
+                !self.children.iter().any(|child| Some(child.id()) == last)
+            });
+        } else if self.glance == SHORTEST_GLANCE {
+            self.glance = OTHERS_GLANCE;
+            return Look::Again(self.glance);
         }
         let lock = match try_lock(self.states) {
             Ok(Some(lock)) => lock,

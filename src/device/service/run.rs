@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::blame::Blame;
 use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, parse};
 use super::holders::Holders;
 use super::keeper::{self, Kind};
@@ -58,7 +59,10 @@ pub(super) fn service<B: Builder>(
     let idle = builder.idle_limit();
     let mut holders = Holders::find(states, launcher);
     let tidy = match start {
-        Start::First => leave(states, &builder, &mut holders),
+        Start::First => {
+            Blame::forget(states);
+            leave(states, &builder, &mut holders)
+        }
         Start::Again => None,
     };
     let writable = sandbox::limits_writes().then(|| holders.writable().to_vec());
@@ -111,6 +115,7 @@ pub(super) fn service<B: Builder>(
         let _ = fs::remove_file(states.path().join(name));
     }
     let _ = fs::remove_file(states.service_socket());
+    Blame::forget(states);
     if let Some(holders) = table.holders() {
         holders.retire();
     }

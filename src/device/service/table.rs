@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::blame::Blame;
 use super::control::{Condition, ControlError, ENDING, ServiceStats, refuse_if_used};
 use super::holders::{Holders, Holding};
 use super::keeper::Kind;
@@ -321,6 +322,15 @@ impl<B: Builder> Table<B> {
         for name in record::names(&self.states) {
             found.entry(name).or_default();
         }
+        if let Some(probation) = Blame::read(&self.states).probation() {
+            log::warn!("the service crashes again and again: going on with one device after the other");
+            for (name, holding) in found {
+                Blame::suspect(&self.states, Some(&name));
+                self.resume(&name, holding);
+                thread::sleep(probation);
+            }
+            return Blame::suspect(&self.states, None);
+        }
         thread::scope(|scope| {
             for (name, holding) in found {
                 scope.spawn(move || self.resume(&name, holding));
@@ -383,7 +393,14 @@ impl<B: Builder> Table<B> {
         let _pending = self.begin()?;
         let mut poisoned = None;
         let mut pause = RESUME_PAUSE;
+        let is_to_blame = Blame::read(&self.states).is_set_aside(&record.state.name);
         let served = loop {
+            if is_to_blame {
+                let why = "it took the service down again and again; detach it".to_owned();
+                log::error!("{}: {why}", record.state.name);
+                poisoned = Some(why.clone());
+                break nothing(record.state.len, why);
+            }
             match self.build(record.image.clone(), &files) {
                 Ok(served) => break served,
                 Err(error) => {
@@ -427,6 +444,7 @@ impl<B: Builder> Table<B> {
 
     /// Removes what is left of a device that is gone, or that cannot be gone on with. What is in use stays until it is not.
     fn forget(&self, name: &str) {
+        Blame::clear(&self.states, name);
         record::remove(&self.states, name);
         if let Some(holders) = &self.holders {
             holders.drop(name);
@@ -492,6 +510,7 @@ impl<B: Builder> Table<B> {
         }
         match &stopped {
             Ok(()) if is_own => {
+                Blame::clear(&self.states, name);
                 record::remove(&self.states, name);
                 self.states.remove(&inner.record.state);
             }
