@@ -19,6 +19,7 @@ use common::rawtar::RawTar;
 use common::session::Session;
 use scripted::{Asked, TestRegistry};
 use serde_json::Value;
+use tarblk::internals::bench::origin::Origin;
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{KnownBy, PrepareCost};
 use tarblk::internals::open::publish::{PublishWatch, PushOptions, push};
@@ -288,5 +289,49 @@ fn mount_says_in_one_line_what_it_took() {
         let before = report["downloaded"]["to_mount"]["bytes"].as_u64().unwrap();
         assert!(before > 0 && before <= sent, "{report}");
         assert_eq!(report["lazy"]["lazy"], true);
+    }
+}
+
+#[test]
+fn what_nothing_vouches_for_is_called_unchecked() {
+    let _alone = alone();
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("what_nothing_vouches_for_is_called_unchecked", why);
+    }
+    let session = Session::new("loop");
+    let layer = session.dir().join("layer.tar");
+    std::fs::write(&layer, tar(8)).unwrap();
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &layer).unwrap();
+    let remote = origin.url("/layer.tar");
+    let index = session.dir().join("layer.tarblk");
+    session.succeed(&["index", layer.to_str().unwrap(), "-o", index.to_str().unwrap()]);
+    // An index that was made of all of it has digests of every part.
+    for (source, index, is_unchecked) in [
+        (remote.as_str(), None, true),
+        (remote.as_str(), Some(&index), false),
+        (layer.to_str().unwrap(), None, false),
+    ] {
+        session.empty_cache();
+        let dir = session.dir().join("m");
+        std::fs::create_dir_all(&dir).unwrap();
+        let dir = dir.to_str().unwrap();
+        let mut arguments = vec!["mount", source, dir, "--backend", "loop"];
+        if let Some(index) = index {
+            arguments.extend(["--index", index.to_str().unwrap()]);
+        }
+        let output = session.run(&arguments);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        let (ps, stats) = (session.succeed(&["ps"]), session.succeed(&["stats", dir]));
+        let listed: Value = serde_json::from_str(&session.succeed(&["ps", "--json"])).unwrap();
+        let counted: Value = serde_json::from_str(&session.succeed(&["stats", "--json", dir])).unwrap();
+        session.succeed(&["umount", dir]);
+        for text in [&said, &ps, &stats] {
+            assert_eq!(text.contains("unchecked"), is_unchecked, "{source}: {text}");
+        }
+        for trust in [&listed[0]["trust"][0], &counted["state"]["trust"][0]] {
+            assert_eq!(trust["bytes"] == "unchecked", is_unchecked, "{source}: {trust}");
+        }
     }
 }

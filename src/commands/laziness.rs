@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::fetch::{KnownBy, LayerCost, PrepareCost};
+use crate::fetch::{BytesTrust, KnownBy, LayerCost, PrepareCost};
 use crate::quantity::show_size;
 
 /// Whether only what is read has to come, and why.
@@ -181,11 +181,12 @@ impl Downloaded {
     }
 }
 
-/// One line for the person who has just mounted something, unless all of it was here.
+/// One line for the person who has just mounted something: how lazily, unless all of it was here, and whether nothing vouches for its
+/// bytes.
 pub(super) fn line_of_mount(cost: &PrepareCost, source: &str) -> Option<String> {
-    let laziness = Laziness::of(cost, source)?;
+    let laziness = Laziness::of(cost, source);
     let downloaded = Downloaded::of(cost, 0);
-    match laziness.lazy {
+    let lazy = laziness.and_then(|laziness| match laziness.lazy {
         None => None,
         // Says how much it was already.
         Some(false) => Some(format!("lazy {}", laziness.sentence())),
@@ -194,12 +195,30 @@ pub(super) fn line_of_mount(cost: &PrepareCost, source: &str) -> Option<String> 
             laziness.sentence(),
             downloaded.share()
         )),
+    });
+    let said: Vec<String> = lazy.into_iter().chain(unchecked(cost)).collect();
+    (!said.is_empty()).then(|| said.join("; "))
+}
+
+/// That nothing vouches for the bytes of some layers, and what would.
+fn unchecked(cost: &PrepareCost) -> Option<String> {
+    let is_unchecked = |layer: &&LayerCost| layer.trust.is_some_and(|trust| trust.bytes == BytesTrust::Unchecked);
+    match cost.layers.iter().filter(is_unchecked).count() {
+        0 => None,
+        count if count == cost.layers.len() => {
+            Some("unchecked: without a digest or an index made of it what its server sends is believed".to_owned())
+        }
+        count => Some(format!(
+            "unchecked: what the server sends of {count} of {} layers is believed, because nothing has their digests",
+            cost.layers.len()
+        )),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fetch::{IndexTrust, LayerTrust};
 
     fn layer(known_by: KnownBy, downloaded: u64) -> LayerCost {
         LayerCost {
@@ -210,6 +229,30 @@ mod tests {
             unbelieved_index: false,
             trust: None,
         }
+    }
+
+    #[test]
+    fn what_nothing_vouches_for_is_said() {
+        let of = |bytes: &[BytesTrust]| {
+            let layers = bytes.iter().map(|bytes| LayerCost {
+                trust: Some(LayerTrust {
+                    index: IndexTrust::Headers,
+                    bytes: *bytes,
+                }),
+                ..layer(KnownBy::Headers, 0)
+            });
+            let cost = PrepareCost {
+                layers: layers.collect(),
+                ..PrepareCost::default()
+            };
+            line_of_mount(&cost, "http://host/x.tar").unwrap_or_default()
+        };
+        for well in [BytesTrust::EachChunk, BytesTrust::Whole, BytesTrust::File] {
+            assert!(!of(&[well]).contains("unchecked"));
+        }
+        assert!(of(&[BytesTrust::Unchecked]).contains("; unchecked: without a digest"));
+        let some = of(&[BytesTrust::EachChunk, BytesTrust::Unchecked]);
+        assert!(some.contains("1 of 2 layers"), "{some}");
     }
 
     fn said(layers: &[LayerCost]) -> String {

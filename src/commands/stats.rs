@@ -16,7 +16,7 @@ use crate::device::inventory::{self, Counted};
 use crate::device::metrics::{self, DeviceMetrics};
 use crate::device::service::{self, ServiceStats};
 use crate::device::state::State;
-use crate::fetch::FetchStats;
+use crate::fetch::{FetchStats, trust};
 use crate::quantity::{show_count, show_size, show_time};
 
 /// What `stats --json` says.
@@ -131,6 +131,9 @@ fn table(counted: &Counted) -> Table {
     let about = (state.device.display(), state.backend, show_size(state.len));
     row("device", format!("{} ({}), {}", about.0, about.1, about.2));
     row("source", state.source.clone());
+    if !state.trust.is_empty() {
+        row("trust", trust::in_short(&state.trust));
+    }
     row("up", show_time(Duration::from_millis(counters.up_ms)));
     let (resident, pid) = (show_size(counters.resident_bytes), state.process.pid);
     row("memory", format!("{resident} resident, pid {pid}"));
