@@ -409,3 +409,116 @@ fn metrics_are_told_by_the_service() {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }
+
+/// What a process holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Holdings {
+    descriptors: usize,
+    threads: usize,
+    mounts: usize,
+}
+
+impl Holdings {
+    fn of(pid: u64) -> Self {
+        let entries = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count();
+        Self {
+            descriptors: entries("fd"),
+            threads: entries("task"),
+            mounts: fs::read_to_string(format!("/proc/{pid}/mountinfo"))
+                .unwrap()
+                .lines()
+                .count(),
+        }
+    }
+}
+
+/// In KiB.
+fn resident(pid: u64) -> i64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Loop devices over a layer of this name.
+fn loop_devices(name: &str) -> usize {
+    let all = fs::read_dir("/sys/block").unwrap().flatten();
+    let files = all.filter_map(|entry| fs::read_to_string(entry.path().join("loop/backing_file")).ok());
+    files.filter(|file| file.contains(name)).count()
+}
+
+/// The service and its keepers hold after many rounds what they held before. So many rounds as `TARBLK_TEST_ROUNDS` says.
+#[test]
+fn rounds_of_attach_and_detach_leave_nothing() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("rounds_of_attach_and_detach_leave_nothing", why);
+    }
+    let rounds: usize = std::env::var("TARBLK_TEST_ROUNDS").map_or(12, |text| text.parse().unwrap());
+    let mut session = Session::new("loop");
+    let layer = layer(&session);
+    let origin = tarblk::internals::bench::origin::Origin::start().unwrap();
+    let name = format!("rounds-{}.tar", std::process::id());
+    origin.serve_file(&format!("/{name}"), &layer).unwrap();
+    let url = origin.url(&format!("/{name}"));
+    // It stays, and the service with it.
+    let kept = session.dir().join("kept.tar");
+    fs::write(&kept, RawTar::new().file(b"kept", &[7; 10_000]).end().0).unwrap();
+    let kept = session.mount(kept.as_os_str());
+    let state: Value = serde_json::from_str(&session.succeed(&["stats", "--json", kept.to_str().unwrap()])).unwrap();
+    let service = state["state"]["process"]["pid"].as_u64().unwrap();
+    let mut processes = vec![service];
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let is_keeper = line.split(|byte| *byte == 0).any(|word| word == b"keep");
+        let states = session.dir().join("states");
+        if is_keeper && String::from_utf8_lossy(&line).contains(states.to_str().unwrap()) {
+            processes.push(entry.file_name().to_str().unwrap().parse().unwrap());
+        }
+    }
+    assert_eq!(processes.len(), 3, "the service and two keepers");
+    let round = || {
+        let device = session.succeed(&["attach", &url, "--backend", "loop"]);
+        let bytes = fs::read(device.trim()).unwrap();
+        assert!(bytes.windows(4).any(|word| word == b"here"));
+        session.succeed(&["detach", device.trim()]);
+    };
+    // What is made once is not what is looked for.
+    for _ in 0..rounds.min(20) {
+        round();
+    }
+    // Threads and connections end a while after what they were for.
+    let settled = || {
+        let look = || processes.iter().map(|pid| Holdings::of(*pid)).collect::<Vec<_>>();
+        let mut least = look();
+        for _ in 0..10 {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            for (least, now) in least.iter_mut().zip(look()) {
+                least.descriptors = least.descriptors.min(now.descriptors);
+                least.threads = least.threads.min(now.threads);
+                least.mounts = least.mounts.min(now.mounts);
+            }
+        }
+        least
+    };
+    let memory = || -> Vec<i64> { processes.iter().map(|pid| resident(*pid)).collect() };
+    let (before, memory_before) = (settled(), memory());
+    for _ in 0..rounds {
+        round();
+    }
+    let (after, memory_after) = (settled(), memory());
+    println!("{rounds} rounds: {before:?}, {memory_before:?} KiB resident; then {after:?}, {memory_after:?} KiB");
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!((before.descriptors, before.mounts), (after.descriptors, after.mounts));
+        // Those of pools come and go; one left by each round would be more.
+        assert!(
+            after.threads < before.threads + rounds.min(6),
+            "{before:?} became {after:?}"
+        );
+    }
+    assert_eq!(loop_devices(&name), 0, "devices are left");
+    for (before, after) in memory_before.iter().zip(&memory_after) {
+        assert!(after - before < 4096, "{before} KiB became {after} KiB");
+    }
+    let files = fs::read_dir(session.dir().join("states")).unwrap().flatten();
+    let specs = files.filter(|entry| entry.path().extension() == Some(OsStr::new("spec")));
+    assert_eq!(specs.count(), 1);
+}
