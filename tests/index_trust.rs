@@ -830,6 +830,8 @@ fn a_device_that_shows_a_lie_says_so() {
     assert!(session.succeed(&["ps"]).contains("poisoned"));
     let log = session.succeed(&[std::ffi::OsStr::new("logs"), dir.as_os_str()]);
     assert!(log.contains("says other than its headers"), "{log}");
+    let counted = session.succeed(&[std::ffi::OsStr::new("stats"), dir.as_os_str()]);
+    assert!(counted.lines().any(|line| line.starts_with("poisoned ")), "{counted}");
     assert!(std::fs::read(dir.join("var/noise")).is_err());
     session.umount();
 }

@@ -128,6 +128,9 @@ fn table(counted: &Counted) -> Table {
     if downloaded.of_bytes > 0 || downloaded.bytes > 0 {
         row("downloaded", downloaded.sentence());
     }
+    if let Some(why) = &counters.fetch.poisoned {
+        row("poisoned", why.clone());
+    }
     let about = (state.device.display(), state.backend, show_size(state.len));
     row("device", format!("{} ({}), {}", about.0, about.1, about.2));
     row("source", state.source.clone());
