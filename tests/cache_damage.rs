@@ -345,16 +345,17 @@ fn whatever_becomes_of_the_cache_reads_are_right() {
     }
     let found = found.max(found_damaged(&lab));
     println!("{done:#?}\n{tally:?}\n{found} damaged chunks were found, at least");
+    // Before anything is asserted, so that nothing is left of what failed.
+    for device in &*all {
+        lab.good(&["detach", device.path.to_str().unwrap()]);
+    }
+    lab.assert_nothing_served();
     let zero = |counter: &AtomicU64| counter.load(Ordering::Relaxed) == 0;
     assert!(
         zero(&tally.wrong) && zero(&tally.zero) && zero(&tally.errors),
         "{tally:?}"
     );
     assert!(found > 0, "no damage was ever met");
-    for device in &*all {
-        lab.good(&["detach", device.path.to_str().unwrap()]);
-    }
-    lab.assert_nothing_served();
     // What is left of it is told of, and a cache that can be used.
     let _some_is_damaged = lab.run(&["cache", "verify"]);
     lab.good(&["cache", "verify"]);
