@@ -183,6 +183,13 @@ struct Envelope {
     state: String,
 }
 
+/// Whether a file in the directory was being written by a process that is gone: [`write_checked`] has its number in the name.
+fn is_part_of_dead(name: &str) -> bool {
+    let written = name.strip_prefix('.').and_then(|name| name.strip_suffix(".part"));
+    let pid = written.and_then(|name| name.rsplit('.').next()?.parse::<u32>().ok());
+    pid.is_some_and(|pid| stat(pid).is_err())
+}
+
 /// Writes `text` in an envelope to `path`, whole or not at all.
 ///
 /// # Errors
@@ -358,8 +365,8 @@ impl StateDir {
         }
     }
 
-    /// Removes what commands left that were killed before the service had what they wrote: indexes that were lent to it, and
-    /// files that were not yet given their name.
+    /// Removes what processes left that were killed: indexes that commands lent to the service, and files that were not yet given
+    /// their name.
     pub fn remove_leftovers(&self) {
         let Ok(entries) = fs::read_dir(&self.0) else {
             return;
@@ -377,7 +384,7 @@ impl StateDir {
             let is_passing = passing
                 .iter()
                 .any(|(start, end)| name.starts_with(start) && name.ends_with(end));
-            if is_passing && old(&entry) {
+            if (is_passing && old(&entry)) || is_part_of_dead(&name) {
                 let _ = fs::remove_file(entry.path());
             }
         }
@@ -508,6 +515,35 @@ impl State {
 mod tests {
     use super::*;
     use crate::fetch::{BytesTrust, IndexTrust};
+
+    #[test]
+    fn what_the_dead_were_writing_goes_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let dead = child.id();
+        child.wait().unwrap();
+        let living = std::process::id();
+        for name in [
+            format!(".loop4.json.{dead}.part"),
+            format!(".loop4.json.{living}.part"),
+            format!("loop4.json.{dead}"),
+            "index-x.tarblk".to_owned(),
+        ] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        StateDir::new(dir.path()).remove_leftovers();
+        let mut left: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        let expected = [
+            format!(".loop4.json.{living}.part"),
+            "index-x.tarblk".to_owned(),
+            format!("loop4.json.{dead}"),
+        ];
+        assert_eq!(left, expected);
+    }
 
     fn example() -> State {
         State {

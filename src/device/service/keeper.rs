@@ -167,6 +167,7 @@ fn remove_files(states: &StateDir) {
     let _ = fs::remove_file(states.service_socket());
     let _ = fs::remove_file(lock_file(states));
     Blame::forget(states);
+    states.remove_leftovers();
 }
 
 /// Opens the log that the service and the keepers write.

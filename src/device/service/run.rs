@@ -116,6 +116,7 @@ pub(super) fn service<B: Builder>(
     }
     let _ = fs::remove_file(states.service_socket());
     Blame::forget(states);
+    states.remove_leftovers();
     if let Some(holders) = table.holders() {
         holders.retire();
     }
