@@ -4,8 +4,11 @@
 //! A connection is usable one round trip after it was made. What the client sends arrives half a round trip later. What the
 //! server sends leaves as fast as TCP's slow start lets it (RFC 5681, RFC 6928): ten segments at first, and for every segment
 //! that is acknowledged, one round trip after it left, one more; from ten segments again after a pause of 200 ms. Each
-//! connection has its own window. The rate of the link and losses are not simulated; requests are taken to fit the first
-//! window.
+//! connection has its own window. All of them together go no faster than the link, if it has a rate; its queue is as long as it takes,
+//! and nothing is lost. Requests are taken to fit the first window.
+
+// Not every benchmark looks at what passed.
+#![allow(dead_code)]
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -67,6 +70,15 @@ pub(crate) struct Far {
 impl Far {
     /// A way of one `rtt` to `server`.
     pub(crate) fn from(server: SocketAddr, rtt: Duration) -> io::Result<Self> {
+        Self::with_rate(server, rtt, None)
+    }
+
+    /// The same, over which no more than `rate` bytes come in a second.
+    pub(crate) fn with_rate(server: SocketAddr, rtt: Duration, rate: Option<u32>) -> io::Result<Self> {
+        let link = Link {
+            rate,
+            free: Arc::new(Mutex::new(Instant::now())),
+        };
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let far = Self {
             address: listener.local_addr()?,
@@ -85,7 +97,8 @@ impl Far {
                     continue;
                 };
                 let number = count.fetch_add(1, Ordering::SeqCst);
-                thread::spawn(move || relay(&stream, server, rtt, Connection { number, connected, log }));
+                let link = link.clone();
+                thread::spawn(move || relay(&stream, server, (rtt, &link), Connection { number, connected, log }));
             }
         });
         Ok(far)
@@ -108,6 +121,29 @@ impl Drop for Far {
         self.stopping.store(true, Ordering::SeqCst);
         // Wakes accept(2).
         let _ = TcpStream::connect(self.address);
+    }
+}
+
+/// What all connections share.
+#[derive(Clone)]
+struct Link {
+    /// Bytes in a second; as many as there are, if none.
+    rate: Option<u32>,
+    /// From when it is free.
+    free: Arc<Mutex<Instant>>,
+}
+
+impl Link {
+    /// No piece is longer, so that connections take turns.
+    const PIECE: usize = 64 << 10;
+
+    /// When `len` bytes that are at its beginning at `at` have passed.
+    fn passes(&self, at: Instant, len: usize) -> Instant {
+        let Some(rate) = self.rate else { return at };
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        *free = at.max(*free) + Duration::from_secs_f64(f64::from(len) / f64::from(rate));
+        *free
     }
 }
 
@@ -158,7 +194,7 @@ fn sleep_until(at: Instant) {
     thread::sleep(at.saturating_duration_since(Instant::now()));
 }
 
-fn relay(client: &TcpStream, server: SocketAddr, rtt: Duration, connection: Connection) {
+fn relay(client: &TcpStream, server: SocketAddr, (rtt, link): (Duration, &Link), connection: Connection) {
     let Ok(server) = TcpStream::connect(server) else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let connection = Arc::new(connection);
@@ -183,7 +219,7 @@ fn relay(client: &TcpStream, server: SocketAddr, rtt: Duration, connection: Conn
                 come.send((Instant::now(), bytes.to_vec())).map_err(io::Error::other)
             });
         });
-        scope.spawn(move || pace(&coming, &land, rtt));
+        scope.spawn(move || pace(&coming, &land, rtt, link));
         for (at, bytes) in landing {
             sleep_until(at);
             let mut to = client;
@@ -207,7 +243,7 @@ fn pass(mut from: &TcpStream, mut to: impl FnMut(&[u8]) -> io::Result<()>) {
 }
 
 /// Slow start: decides when each piece of what the server wrote leaves, and so when it lands.
-fn pace(coming: &Receiver<(Instant, Vec<u8>)>, land: &Sender<(Instant, Vec<u8>)>, rtt: Duration) {
+fn pace(coming: &Receiver<(Instant, Vec<u8>)>, land: &Sender<(Instant, Vec<u8>)>, rtt: Duration, link: &Link) {
     let mut window = FIRST_WINDOW * SEGMENT;
     // What is on its way, and when its acknowledgement will be here.
     let mut flying: VecDeque<(Instant, usize)> = VecDeque::new();
@@ -228,12 +264,13 @@ fn pace(coming: &Receiver<(Instant, Vec<u8>)>, land: &Sender<(Instant, Vec<u8>)>
                 aloft -= len;
                 flying.pop_front();
             }
-            let len = rest.len().min(SEGMENT.max(window - aloft));
+            let len = rest.len().min(SEGMENT.max(window - aloft)).min(Link::PIECE);
             let (piece, behind) = rest.split_at(len);
             rest = behind;
-            flying.push_back((now + rtt, len));
+            let passed = link.passes(now, len);
+            flying.push_back((passed + rtt, len));
             aloft += len;
-            if land.send((now + rtt / 2, piece.to_vec())).is_err() {
+            if land.send((passed + rtt / 2, piece.to_vec())).is_err() {
                 return;
             }
         }

@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
 
 pub(crate) mod client;
+pub(crate) mod containerd;
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -83,6 +84,7 @@ hosts-dir = \"{dir}/hosts\"
             .env("TARBLK_CACHE", self.dir().join("cache"))
             .env("TARBLK_STATE_DIR", self.dir().join("states"))
             .env("TARBLK_SERVICE_IDLE", "0")
+            .env("TARBLK_CONFIG_DIR", self.dir().join("etc"))
             .env("RUST_LOG", "tarblk=debug")
             .env_remove("REGISTRY_AUTH_FILE")
             .env("HOME", self.dir());
