@@ -713,6 +713,41 @@ fn lab_reason(lab: &Lab, image: &Pulled) -> String {
 }
 
 #[test]
+fn an_image_that_cannot_be_opened_is_claimed_once() {
+    const NAME: &str = "an_image_that_cannot_be_opened_is_claimed_once";
+    const LIAR: &str = "hostile:wrong-diff-id";
+    let Some(images) = unpacked::images(NAME) else { return };
+    let Some(mut lab) = Lab::new(NAME, "") else { return };
+    let Some(registry) = Registry::with(NAME, Access::Anonymous, &images, &[LIAR]) else {
+        return;
+    };
+    let image = Pulled::of(&registry.host(), &images, LIAR);
+    pull(&lab, &image);
+    // Its layers are read meanwhile, and are not what its configuration says.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while verdicts(&lab)[0]["lazy"] == true {
+        assert!(Instant::now() < deadline, "{}", lab.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let refused = lab.prepare("container", image.top()).unwrap_err();
+    assert_eq!(refused.code, UNAVAILABLE);
+    assert!(refused.message.contains("has to be"), "{refused:?}");
+    assert!(lab.stat("container").is_err());
+    let remove = |lab: &Lab| {
+        for depth in (1..=image.layers.len()).rev() {
+            lab.remove(image.chain(depth)).unwrap();
+        }
+    };
+    remove(&lab);
+    // The next pull is containerd's own, also of a later process.
+    assert_eq!(declined(&lab, &image)["reason"], "unusable");
+    lab.stop();
+    lab.start();
+    assert_eq!(declined(&lab, &image)["reason"], "unusable");
+    lab.assert_gone();
+}
+
+#[test]
 fn policies_are_by_repository() {
     let config = "lazy = \"never\"\n[[repository]]\npattern = \"*/whiteouts\"\nlazy = \"always\"\n";
     let Some(bench) = Bench::new("policies_are_by_repository", config) else {

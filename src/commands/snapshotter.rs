@@ -43,10 +43,11 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
     });
     let address = config.address.clone();
     let ready = move || {
+        // When it is sure that no other snapshotter uses what this one does.
+        upgrade_other();
         log::info!("ready on {}", address.display());
         notify(READY);
     };
-    upgrade_other();
     let machine = Machine {
         states: states(),
         mounter: mounter()?,

@@ -190,6 +190,25 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// Whether another try would bring the same: it is the layer or the image itself that cannot be opened.
+    #[must_use]
+    pub const fn is_lasting(&self) -> bool {
+        matches!(
+            self,
+            Self::Tar { .. }
+                | Self::TooLong { .. }
+                | Self::Empty { .. }
+                | Self::Index { .. }
+                | Self::OtherLayer { .. }
+                | Self::ImageArchive(_)
+                | Self::Tree { .. }
+                | Self::Image { .. }
+                | Self::Digest { .. }
+        )
+    }
+}
+
 impl From<WalkError> for OpenError {
     fn from(error: WalkError) -> Self {
         match error {

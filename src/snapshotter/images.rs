@@ -59,6 +59,8 @@ pub enum Reason {
     Foreign,
     /// The image is not what the client says of it.
     Mismatch,
+    /// It was claimed, and then its layers could not be opened.
+    Unusable,
 }
 
 impl Reason {
@@ -74,6 +76,7 @@ impl Reason {
             Self::NoRanges => "no-ranges",
             Self::Foreign => "foreign",
             Self::Mismatch => "mismatch",
+            Self::Unusable => "unusable",
         }
     }
 }
@@ -134,6 +137,16 @@ pub struct Verdict {
     pub detail: Option<String>,
     /// When that was found.
     pub at: Moment,
+    /// The version of tarblk that found it: another one may be able to do more.
+    pub version: String,
+}
+
+impl Verdict {
+    /// Why the image is not claimed again: its layers could not be opened.
+    fn unusable(&self) -> Option<Declined> {
+        let is_own = self.reason == Some(Reason::Unusable) && self.version == env!("CARGO_PKG_VERSION");
+        is_own.then(|| Declined::new(Reason::Unusable, self.detail.as_deref().unwrap_or_default()))
+    }
 }
 
 /// Everything about images.
@@ -202,6 +215,10 @@ impl Images {
             };
             if let Some(known) = lock(&self.known).get(&source) {
                 return Ok(Arc::clone(known));
+            }
+            let verdict = read_verdict(&self.verdicts.join(verdict_name(&source.reference, Some(manifest))));
+            if let Some(declined) = verdict.and_then(|verdict| verdict.unusable()) {
+                return Err(declined);
             }
             reference.version = Version::Digest(manifest.clone());
         }
@@ -350,8 +367,16 @@ impl Images {
         }));
         match prepared {
             Ok(Ok(prepared)) => self.judge(&source.reference, Some(&source.manifest), Ok(Some(origins(&prepared)))),
-            // Said again, and to somebody who waits for it, when the image is wanted.
-            Ok(Err(error)) => log::warn!("{}: {error}", source.reference),
+            // What was claimed stays so, and who makes a container of it is told why there is none. The next pull, after it was removed,
+            // is as usual.
+            Ok(Err(error)) => {
+                log::warn!("{}: {error}", source.reference);
+                if error.is_lasting() {
+                    let declined = Declined::new(Reason::Unusable, error);
+                    lock(&self.known).remove(&source);
+                    self.judge(&source.reference, Some(&source.manifest), Err(&declined));
+                }
+            }
             Err(_) => log::error!("{}: reading its layers panicked", source.reference),
         }
         lock(&self.warming).running.remove(&source);
@@ -386,6 +411,7 @@ impl Images {
                 Err(declined) => Some(declined.why.clone()),
             },
             at: Moment::now(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let same = before.is_some_and(|before| Verdict { at: now.at, ..before } == now);
         if same {
@@ -404,7 +430,10 @@ impl Images {
         let path = self
             .verdicts
             .join(verdict_name(&source.reference, Some(&source.manifest)));
-        let _ = fs::remove_file(path);
+        // That it cannot be opened is remembered.
+        if read_verdict(&path).is_some_and(|verdict| verdict.lazy) {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 

@@ -119,6 +119,8 @@ hosts-dir = \"{dir}/hosts\"
             );
             std::thread::sleep(Duration::from_millis(2));
         }
+        // The socket is there before calls are answered.
+        self.list(&[]).unwrap();
     }
 
     pub(crate) fn log(&self) -> String {
