@@ -9,7 +9,8 @@ mod common;
 mod registry;
 mod snapshots;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use common::{have, skip, tree, unpacked};
 use registry::{Access, Registry};
@@ -78,6 +79,57 @@ fn containers_run_from_layers_that_were_not_pulled() {
         })
     });
     assert!(differences.is_empty(), "{differences:#?}");
+    containerd.remove_images(&lab);
+    drop(containerd);
+    lab.assert_gone();
+}
+
+/// An image whose only program sleeps, as a layout below `dir`: what holds a pod's namespaces.
+fn make_pause(dir: &Path) {
+    let layout = dir.join("pause");
+    let image = format!("{}:pause", layout.display());
+    let umoci = |arguments: &[&str]| common::succeed(Command::new("umoci").args(arguments));
+    let busybox = common::succeed(Command::new("sh").args(["-c", "command -v busybox"]));
+    let busybox = String::from_utf8(busybox).unwrap();
+    umoci(&["init", "--layout", layout.to_str().unwrap()]);
+    umoci(&["new", "--image", &image]);
+    umoci(&["insert", "--image", &image, busybox.trim(), "/bin/sleep"]);
+    umoci(&[
+        "config",
+        "--image",
+        &image,
+        "--config.cmd",
+        "/bin/sleep",
+        "--config.cmd",
+        "1000000",
+    ]);
+}
+
+#[test]
+fn a_pod_runs_as_a_kubelet_makes_it() {
+    const NAME: &str = "a_pod_runs_as_a_kubelet_makes_it";
+    for program in ["umoci", "busybox"] {
+        if !have(program) {
+            return skip(NAME, &format!("no {program}: run tools/setup --tests"));
+        }
+    }
+    let Some((lab, registry, _)) = laboratory(NAME, "") else {
+        return;
+    };
+    make_pause(lab.dir());
+    registry.push(lab.dir(), "pause:pause");
+    let containerd = Containerd::start(&lab, &registry.host(), "tarblk");
+    let image = format!("{}/{IMAGE}", registry.host());
+    containerd.pull(&image);
+    let python = ["python3", "-c", "import numpy; print(numpy.arange(5).sum())"];
+    let said = snapshots::pod::run(&containerd.address, &lab.dir().join("logs"), &image, &python);
+    assert_eq!(said, "10\n");
+    // One device for the pod's sandbox and one for the container, and no layer came.
+    assert_eq!(lab.chains().len(), 2);
+    assert!(
+        lab.get("/metrics")
+            .contains("tarblk_snapshotter_layers_claimed_total 5\n")
+    );
     containerd.remove_images(&lab);
     drop(containerd);
     lab.assert_gone();

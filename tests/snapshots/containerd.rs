@@ -14,9 +14,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The name of an image, in the CRI's messages.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-struct ImageSpec {
+pub(crate) struct ImageSpec {
     #[prost(string, tag = "1")]
-    image: String,
+    pub(crate) image: String,
 }
 
 /// `runtime.v1.PullImageRequest`.
@@ -36,7 +36,7 @@ struct PullImageResponse {
 /// containerd with everything it makes below the lab's directory.
 pub(crate) struct Containerd {
     child: Child,
-    address: PathBuf,
+    pub(crate) address: PathBuf,
 }
 
 impl Containerd {
@@ -64,6 +64,7 @@ impl Containerd {
             [plugins."io.containerd.grpc.v1.cri"]
             restrict_oom_score_adj = true
             disable_apparmor = true
+            sandbox_image = "{registry}/pause:pause"
             [plugins."io.containerd.grpc.v1.cri".registry]
             config_path = "{dir}/hosts"
             [plugins."io.containerd.grpc.v1.cri".containerd]

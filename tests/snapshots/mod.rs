@@ -5,6 +5,7 @@
 
 pub(crate) mod client;
 pub(crate) mod containerd;
+pub(crate) mod pod;
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
