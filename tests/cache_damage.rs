@@ -103,7 +103,9 @@ impl Device {
                 add(&tally.bytes, len);
             }
             Err(error) => {
-                eprintln!("{}: {len} bytes at {at}: {error}", self.path.display());
+                if tally.errors.load(Ordering::Relaxed) < 10 {
+                    eprintln!("{}: {len} bytes at {at}: {error}", self.path.display());
+                }
                 add(&tally.errors, 1);
             }
         }
@@ -202,9 +204,11 @@ fn damage(lab: &Lab, random: &mut Random) -> Option<&'static str> {
             "bit of a map flipped"
         }
         30..33 => {
-            let pid = *random.one_of(&lab.servers())?;
+            // Its keepers stay: no loop device outlives all three of them.
+            let listed = lab.json(&["ps", "--json"]);
+            let pid = i32::try_from(listed[0]["process"]["pid"].as_i64()?).ok()?;
             rustix::process::kill_process(rustix::process::Pid::from_raw(pid)?, rustix::process::Signal::KILL).ok()?;
-            "a process of the service killed"
+            "service killed"
         }
         33..60 => {
             file?.set_len(random.below(len)).ok()?;
@@ -334,7 +338,10 @@ fn whatever_becomes_of_the_cache_reads_are_right() {
             in_vain = 0;
         } else {
             in_vain += 1;
-            assert!(in_vain < 20_000, "nothing is kept any more: {done:?}");
+            if in_vain == 20_000 {
+                let log = fs::read_to_string(lab.path("states/service.log")).unwrap_or_default();
+                panic!("nothing is kept any more: {done:?}\n{log}");
+            }
         }
         while tally.reads.load(Ordering::Relaxed) < before + READS_BETWEEN {
             std::thread::sleep(std::time::Duration::from_micros(200));
