@@ -36,6 +36,7 @@ pub mod walk;
 mod writer;
 
 pub use cold::{ColdDirectory, ColdPart, ColdPiece};
+#[cfg(feature = "command")]
 pub(crate) use compare::says_the_same;
 pub use compare::{Difference, EntryCheck, first_difference};
 pub use digests::{ChunkDigests, ChunkHasher};
