@@ -385,8 +385,8 @@ one or two requests. The rest (places to decode from, header bytes) is fetched w
 Examples:
   openssl genpkey -algorithm ed25519 -out sign.pem
   openssl pkey -in sign.pem -pubout -out team.pub
-  tarblk index push docker://registry.example.org/team/app:1.2 --sign sign.pem
-  tarblk mount docker://registry.example.org/team/app:1.2 /mnt --trust-key team.pub
+  tarblk index push docker://registry.example.org/app:1.2 --sign sign.pem
+  tarblk mount docker://registry.example.org/app:1.2 /mnt --trust-key team.pub
 
   tarblk index push docker://registry.example.org/team/app:1.2 --into 1.2-lazy
   tarblk mount docker://registry.example.org/team/app:1.2-lazy /mnt
