@@ -114,7 +114,7 @@ fn the_cases_of_a_device_pass_on_ublk() {
         return eprintln!("{NAME}: this kernel has ublk, so device_ublk has run them");
     }
     let program = built_test("device_ublk");
-    in_guest(NAME, 200, &program, &[]);
+    in_guest(NAME, 400, &program, &[]);
 }
 
 /// As `the_cases_of_a_device_pass_on_ublk`: servers that are killed and followed by others.
