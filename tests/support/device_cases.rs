@@ -136,6 +136,8 @@ pub(crate) const CASES: &[Case] = &[
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 pub(crate) struct TestImage {
     pub(crate) file: PathBuf,
+    /// What it was called before the service had it as a descriptor, whose name another namespace may not show.
+    pub(crate) named: PathBuf,
     /// How long far-away bytes take, in milliseconds; for ever, when not given.
     delay_ms: Option<u64>,
     trouble: Option<String>,
@@ -180,7 +182,7 @@ impl Builder for Images {
                 });
                 return Err(said.collect::<Vec<_>>().join(", ").into());
             }
-            Some("write") => fs::write(fs::canonicalize(&described.file)?.with_extension("written"), "")?,
+            Some("write") => fs::write(described.named.with_extension("written"), "")?,
             Some("write-anywhere") => {
                 let file = PathBuf::from(format!("/tarblk-test-{}", std::process::id()));
                 fs::write(&file, "")?;
@@ -193,7 +195,7 @@ impl Builder for Images {
             Some("hollow") => hollow(&described.file, delay),
             Some("abort-on-read") => {
                 let (image, bytes) = patchwork(&described.file, delay);
-                let sign = fs::canonicalize(&described.file)?.with_extension("sign");
+                let sign = described.named.with_extension("sign");
                 let bytes: Arc<dyn BlobReader> = Arc::new(blame_cases::Treacherous { bytes, sign });
                 (image, bytes)
             }
@@ -360,6 +362,7 @@ impl Lab {
     pub(crate) fn spec(&self, delay_ms: Option<u64>, trouble: Option<&str>) -> ServeSpec<TestImage> {
         let image = TestImage {
             file: self.image(),
+            named: self.image(),
             delay_ms,
             trouble: trouble.map(str::to_owned),
         };

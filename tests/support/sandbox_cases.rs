@@ -160,6 +160,7 @@ pub(crate) fn another_directory_to_write_to_is_a_pause() {
     fs::copy(lab.image(), &file).unwrap();
     let mut spec = lab.spec(Some(1), Some("write"));
     spec.image.file.clone_from(&file);
+    spec.image.named.clone_from(&file);
     let stop = std::sync::atomic::AtomicBool::new(false);
     let content = read_all(&lab.image());
     let second = std::thread::scope(|scope| {
