@@ -6,7 +6,8 @@
 //! the image that is here by now, on each. At the end many images: what claiming and attaching them takes, and the memory of it.
 //!
 //! `--image LAYOUT:TAG` (below `TARBLK_TEST_IMAGES`; `debian-python:distribution-gzip`), `--rtt MS`, `--mbit N`, `--runs N`,
-//! `--many LAYOUT` (`whiteouts`; all its tags), `--only pull|many`.
+//! `--many LAYOUT` (`whiteouts`; all its tags), `--only pull|many`, `--verbose` (the snapshotter's log of each
+//! run, and what its devices counted).
 
 mod support;
 
@@ -44,6 +45,7 @@ struct Options {
     runs: usize,
     many: String,
     only: Option<String>,
+    verbose: bool,
 }
 
 fn options() -> Result<Options, Failure> {
@@ -54,6 +56,7 @@ fn options() -> Result<Options, Failure> {
         runs: 5,
         many: "whiteouts".into(),
         only: None,
+        verbose: false,
     };
     let mut arguments = support::arguments().into_iter();
     while let Some(argument) = arguments.next() {
@@ -64,6 +67,7 @@ fn options() -> Result<Options, Failure> {
             "--mbit" => options.mbit = value()?.parse()?,
             "--runs" => options.runs = value()?.parse::<usize>()?.max(1),
             "--many" => options.many = value()?,
+            "--verbose" => options.verbose = true,
             "--only" => options.only = Some(value()?),
             other => return Err(format!("what is {other}?").into()),
         }
@@ -77,6 +81,8 @@ enum Way {
     Overlayfs,
     Unindexed,
     Indexed,
+    /// Without containerd: `tarblk mount` and chroot.
+    Mounted,
 }
 
 /// How long the parts of a run took.
@@ -84,6 +90,8 @@ enum Way {
 struct Times {
     title: &'static str,
     pull: Vec<Duration>,
+    /// Finding the indexes and making the device, within the first container's time.
+    attach: Vec<Duration>,
     whole: Vec<Duration>,
     second: Vec<Duration>,
 }
@@ -115,6 +123,7 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
         (Way::Overlayfs, "containerd, overlayfs"),
         (Way::Unindexed, "tarblk, no index"),
         (Way::Indexed, "tarblk, index beside it"),
+        (Way::Mounted, "the same by tarblk mount"),
     ]
     .map(|(way, title)| {
         let times = Times {
@@ -132,16 +141,25 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
     );
     for _ in 0..options.runs {
         for (way, times) in &mut all {
-            run(*way, times, &far.address().to_string(), &options.image)?;
+            if *way == Way::Mounted {
+                mount(times, &far.address().to_string(), options)?;
+                continue;
+            }
+            run(*way, times, &far.address().to_string(), options)?;
             far.take();
         }
     }
     for (_, times) in &all {
+        if times.pull.is_empty() {
+            println!("{:26} mount and run      {}", times.title, Runs::ms(&times.whole));
+            continue;
+        }
         println!("{:26} pull               {}", times.title, Runs::ms(&times.pull));
+        println!("{:26} of which attach    {}", "", Runs::ms(&times.attach));
         println!("{:26} pull and run       {}", "", Runs::ms(&times.whole));
         println!("{:26} a second container {}", "", Runs::ms(&times.second));
     }
-    let [(_, overlayfs), (_, unindexed), (_, indexed)] = &all;
+    let [(_, overlayfs), (_, unindexed), (_, indexed), (_, mounted)] = &all;
     println!(
         "no index / overlayfs, pull and run: {}",
         time_ratios(&unindexed.whole, &overlayfs.whole)
@@ -151,6 +169,10 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
         time_ratios(&indexed.whole, &overlayfs.whole)
     );
     println!(
+        "index by containerd / by tarblk mount: {}",
+        time_ratios(&indexed.whole, &mounted.whole)
+    );
+    println!(
         "second container / overlayfs: {}",
         time_ratios(&unindexed.second, &overlayfs.second)
     );
@@ -158,11 +180,11 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
 }
 
 /// One container from nothing, and a second one.
-fn run(way: Way, times: &mut Times, registry: &str, image: &str) -> Result<(), Failure> {
+fn run(way: Way, times: &mut Times, registry: &str, options: &Options) -> Result<(), Failure> {
     let lab = Lab::new("bench", "").ok_or("containers cannot be run here")?;
     let snapshotter = match way {
         Way::Overlayfs => "overlayfs",
-        Way::Unindexed | Way::Indexed => "tarblk",
+        Way::Unindexed | Way::Indexed | Way::Mounted => "tarblk",
     };
     let mut lab = lab;
     if way == Way::Indexed {
@@ -172,12 +194,26 @@ fn run(way: Way, times: &mut Times, registry: &str, image: &str) -> Result<(), F
         lab.start();
     }
     let containerd = Containerd::start(&lab, registry, snapshotter);
-    let image = format!("{registry}/{image}");
+    let image = format!("{registry}/{}", options.image);
     let began = Instant::now();
     containerd.pull(&image);
     times.pull.push(began.elapsed());
     containerd.run(snapshotter, &image, "first", &COMMAND);
     times.whole.push(began.elapsed());
+    let metrics = lab.get("/metrics");
+    let attach = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("tarblk_snapshotter_attach_seconds_total "));
+    times
+        .attach
+        .push(Duration::from_secs_f64(attach.ok_or("no metrics")?.parse()?));
+    if options.verbose {
+        println!("{}", lab.log());
+        for chain in lab.chains() {
+            let stats = common::succeed(&mut lab.command(&["stats", &chain.display().to_string()]));
+            println!("{}", String::from_utf8_lossy(&stats));
+        }
+    }
     // What the first one read is in memory now, on both.
     let began = Instant::now();
     containerd.run(snapshotter, &image, "second", &COMMAND);
@@ -185,6 +221,24 @@ fn run(way: Way, times: &mut Times, registry: &str, image: &str) -> Result<(), F
     let names = containerd.succeed(&["images", "ls", "--quiet"]);
     containerd.succeed(&[&["images", "rm", "--sync"], &names.lines().collect::<Vec<_>>()[..]].concat());
     drop(containerd);
+    Ok(())
+}
+
+/// The same command in the same image from nothing, mounted by hand.
+fn mount(times: &mut Times, registry: &str, options: &Options) -> Result<(), Failure> {
+    let lab = Lab::new("bench", "").ok_or("containers cannot be run here")?;
+    let dir = lab.dir().join("mounted");
+    fs::create_dir(&dir)?;
+    let (image, dir) = (
+        format!("docker://{registry}/{}", options.image),
+        dir.display().to_string(),
+    );
+    let began = Instant::now();
+    let arguments = ["--quiet", "mount", &image, &dir, "--trust", "registry", "--plain-http"];
+    common::succeed(&mut lab.command(&arguments));
+    common::succeed(Command::new("chroot").arg(&dir).args(COMMAND));
+    times.whole.push(began.elapsed());
+    common::succeed(&mut lab.command(&["umount", &dir]));
     Ok(())
 }
 

@@ -256,15 +256,17 @@ fn pace(coming: &Receiver<(Instant, Vec<u8>)>, land: &Sender<(Instant, Vec<u8>)>
         }
         let mut rest = &bytes[..];
         while !rest.is_empty() {
-            while let Some((at, len)) = flying.front().copied()
-                && (at <= now || aloft >= window)
+            // In pieces as long as the window lets them be: each costs a wake-up here.
+            let mut len = rest.len().min(window).min(Link::PIECE);
+            while let Some((at, gone)) = flying.front().copied()
+                && (at <= now || aloft + len > window)
             {
                 now = now.max(at);
-                window += len;
-                aloft -= len;
+                window += gone;
+                aloft -= gone;
                 flying.pop_front();
+                len = rest.len().min(window).min(Link::PIECE);
             }
-            let len = rest.len().min(SEGMENT.max(window - aloft)).min(Link::PIECE);
             let (piece, behind) = rest.split_at(len);
             rest = behind;
             let passed = link.passes(now, len);
