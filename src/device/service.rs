@@ -13,7 +13,7 @@
 //!
 //! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper` and `holders` (both ends of
 //! what outlives the service), `record` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
-//! `blame` (which device takes it down), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
+//! `blame` (which device takes it down), `nothing` (what is served of a device that cannot be gone on with), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
@@ -23,6 +23,7 @@ mod holders;
 mod keeper;
 mod message;
 mod namespace;
+mod nothing;
 mod record;
 mod run;
 mod sandbox;

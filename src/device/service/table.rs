@@ -19,16 +19,13 @@ use super::control::{Condition, ControlError, ENDING, ServiceStats, refuse_if_us
 use super::holders::{Holders, Holding};
 use super::keeper::Kind;
 use super::record::{self, Record};
-use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed};
-use crate::cache::Slice;
+use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed, nothing};
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::metrics::{self, DeviceMetrics};
 use crate::device::state::{Process, Server, State, StateDir};
-use crate::device::volume::{BlobReader, Volume};
+use crate::device::volume::Volume;
 use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users, wait_until};
-use crate::fetch::{FetchError, FetchStats, LayerRange, LayerTrust, Located, ReadCallback};
-use crate::image::{BlockImage, Origin, Piece};
-use crate::units::{BLOCK_SIZE, LayerId, TarOffset};
+use crate::fetch::{FetchStats, LayerTrust};
 
 /// How often it is tried to go on with a device before it is set aside.
 const RESUME_TRIES: u32 = 3;
@@ -62,8 +59,6 @@ struct Entry<I> {
     volume: Arc<Volume>,
     fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
     began: Instant,
-    /// Why its reads fail, if it was set aside.
-    poisoned: Option<String>,
     /// Whether it was seen in use since it is to go with its last user.
     was_used: AtomicBool,
     inner: Mutex<Inner<I>>,
@@ -384,6 +379,24 @@ impl<B: Builder> Table<B> {
         }
     }
 
+    /// Builds the image of a device that there was before, several times if need be; or why not.
+    fn build_again(&self, record: &Record<B::Image>, files: &[OwnedFd]) -> Result<Served, String> {
+        if Blame::read(&self.states).is_set_aside(&record.state.name) {
+            return Err("it took the service down again and again".to_owned());
+        }
+        let mut pause = RESUME_PAUSE;
+        for _ in 1..RESUME_TRIES {
+            match self.build(record.image.clone(), files) {
+                Ok(served) => return Ok(served),
+                Err(error) => log::error!("{}: {error}", record.state.name),
+            }
+            thread::sleep(pause);
+            pause *= 2;
+        }
+        self.build(record.image.clone(), files)
+            .map_err(|error| error.to_string())
+    }
+
     fn resume_with(
         &self,
         record: &Record<B::Image>,
@@ -391,31 +404,11 @@ impl<B: Builder> Table<B> {
         files: Vec<OwnedFd>,
     ) -> Result<(), ServiceError> {
         let _pending = self.begin()?;
-        let mut poisoned = None;
-        let mut pause = RESUME_PAUSE;
-        let is_to_blame = Blame::read(&self.states).is_set_aside(&record.state.name);
-        let served = loop {
-            if is_to_blame {
-                let why = "it took the service down again and again; detach it".to_owned();
-                log::error!("{}: {why}", record.state.name);
-                poisoned = Some(why.clone());
-                break nothing(record.state.len, why);
-            }
-            match self.build(record.image.clone(), &files) {
-                Ok(served) => break served,
-                Err(error) => {
-                    log::error!("{}: {error}", record.state.name);
-                    if pause >= RESUME_PAUSE * 2u32.pow(RESUME_TRIES - 1) {
-                        // Better an error than readers that wait for ever.
-                        let why = error.to_string();
-                        poisoned = Some(why.clone());
-                        break nothing(record.state.len, why);
-                    }
-                    thread::sleep(pause);
-                    pause *= 2;
-                }
-            }
-        };
+        // Better errors than readers that wait for ever.
+        let served = self.build_again(record, &files).unwrap_or_else(|why| {
+            log::error!("{} is set aside: {why}", record.state.name);
+            nothing::served(record.state.len, why)
+        });
         let volume = volume_of(&served, &record.options);
         if volume.len() != record.state.len {
             return Err(ServiceError::Reported(format!(
@@ -431,7 +424,6 @@ impl<B: Builder> Table<B> {
         let name = record.state.name.clone();
         let state = record.state.clone();
         let entry = Entry {
-            poisoned,
             // It was in use when it was let go; it may have gone out of use since.
             was_used: AtomicBool::new(until_unused),
             ..Entry::new(volume, served, device, record, files)
@@ -619,7 +611,6 @@ impl<I> Entry<I> {
             volume,
             fetch_stats: served.fetch_stats,
             began: Instant::now(),
-            poisoned: None,
             was_used: AtomicBool::new(false),
             inner: Mutex::new(Inner {
                 device: Some(device),
@@ -641,9 +632,6 @@ impl<I> Entry<I> {
     }
 
     fn condition(&self) -> Condition {
-        if let Some(why) = &self.poisoned {
-            return Condition::Poisoned { why: why.clone() };
-        }
         let stats = (self.fetch_stats)();
         if let Some(why) = stats.poisoned {
             return Condition::Poisoned { why };
@@ -723,49 +711,4 @@ fn resident_bytes() -> Option<u64> {
         .parse()
         .ok()?;
     Some(pages * u64::try_from(rustix::param::page_size()).ok()?)
-}
-
-/// An image of `len` bytes every read of which fails, and says why: what is served of a device that cannot be gone on with.
-fn nothing(len: u64, why: String) -> Served {
-    let nothing = Arc::new(Nothing { len, why });
-    let image: Arc<dyn BlockImage> = nothing.clone();
-    Served {
-        image,
-        bytes: nothing,
-        fetch_stats: Box::new(FetchStats::default),
-        finish: Box::new(|| {}),
-    }
-}
-
-#[derive(Debug)]
-struct Nothing {
-    /// In bytes.
-    len: u64,
-    why: String,
-}
-
-impl BlockImage for Nothing {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn pieces(&self, block: u64, count: u64, out: &mut Vec<Piece>) {
-        out.push(Piece {
-            len: count * BLOCK_SIZE,
-            origin: Origin::Layer(LayerId(0), TarOffset(block * BLOCK_SIZE)),
-        });
-    }
-
-    fn fill_metadata(&self, _block: u64, _out: &mut [u8]) {}
-}
-
-impl BlobReader for Nothing {
-    fn locate(&self, _range: LayerRange) -> Located<'_> {
-        Located::Elsewhere
-    }
-
-    fn read(&self, _ranges: Vec<LayerRange>, waiter: Box<dyn ReadCallback>) {
-        let why = self.why.clone();
-        waiter.complete(Err::<Vec<Slice>, _>(FetchError::NotBuilt { why }));
-    }
 }
