@@ -6,9 +6,10 @@
 //! any server, and unmounts nothing that is in use.
 //!
 //! Parts: `messages` and `grpc` (what is spoken), `labels` and `filters` (what clients say in it), `records` (what is known),
-//! `images` (what can be lazy), `chains` (devices), `snapshots` (containerd's semantics), `usage`, `config`.
+//! `images` (what can be lazy), `claims` (which layers are not unpacked), `chains` (devices), `snapshots` (containerd's semantics), `usage`, `config`.
 
 mod chains;
+mod claims;
 mod config;
 mod filters;
 pub mod grpc;
@@ -39,8 +40,7 @@ pub use records::{Moment, RecordError};
 
 use crate::device::inventory;
 use crate::device::state::{StateDir, StateError};
-use crate::open::TrustPolicy;
-use crate::open::{Cache, OpenError, default_cache_dir};
+use crate::open::{Cache, OpenError, TrustPolicy, default_cache_dir};
 use chains::Chains;
 use images::Images;
 use records::Records;

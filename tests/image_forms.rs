@@ -13,8 +13,9 @@ use common::anonymous::{http_options, registry_options};
 use common::noise::noise;
 use common::packed::{gzip, through};
 use common::rawtar::{Header, RawTar};
+use common::sha256;
 use scripted::TestRegistry;
-use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::digest::Digest;
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{Collector, Index, IndexBuilder};
 use tarblk::internals::layer::Coding;
@@ -26,10 +27,6 @@ const GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 const ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const FOREIGN: &str = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-
-fn sha256(bytes: &[u8]) -> Digest {
-    Digest::of(Algorithm::Sha256, bytes)
-}
 
 fn options(cache: Option<&Path>) -> OpenOptions {
     OpenOptions {
@@ -182,13 +179,6 @@ fn the_first_bytes_decide() {
 /// A published index is enough: not one byte of the layer is asked for to see what it is.
 #[test]
 fn a_published_index_says_what_a_blob_is() {
-    struct Silent;
-    impl tarblk::internals::open::Watch for Silent {
-        fn reading(&mut self, _what: tarblk::internals::open::Reading, _at: u64, _len: u64) {}
-    }
-    impl tarblk::internals::open::publish::PublishWatch for Silent {
-        fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
-    }
     let tar = tar(2);
     for (blob, said, coding) in [(tar.clone(), GZIP, Coding::Plain), (gzip(&tar), PLAIN, Coding::Gzip)] {
         let registry = TestRegistry::start();
@@ -200,7 +190,7 @@ fn a_published_index_says_what_a_blob_is() {
             &reference,
             &options.registry,
             &tarblk::internals::open::publish::PushOptions::new(1 << 20),
-            &mut Silent,
+            &mut Unwatched,
         )
         .unwrap();
         registry.take_log();

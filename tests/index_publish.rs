@@ -12,17 +12,18 @@ use common::anonymous::registry_options;
 use common::noise::noise;
 use common::packed::gzip;
 use common::rawtar::RawTar;
+use common::sha256;
 use scripted::{Instead, TestRegistry};
-use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::digest::Digest;
 use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{ColdPart, Index};
 use tarblk::internals::layer::Coding;
 use tarblk::internals::open::artifact::{self, ARTIFACT_TYPE, Listed, layer_tag};
 use tarblk::internals::open::discover::{FoundBy, fetch_hot, find_indexes, hot_digest, is_pinned};
-use tarblk::internals::open::publish::{Publication, PublishWatch, Published, PushOptions, copy, push};
+use tarblk::internals::open::publish::{Publication, Published, PushOptions, copy, push};
 use tarblk::internals::open::{
-    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, TrustPolicy, Unwatched, Watch, prepare,
+    Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, TrustPolicy, Unwatched, prepare,
 };
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
@@ -33,20 +34,6 @@ const SPACING: u64 = 64 << 10;
 
 fn options() -> RegistryOptions {
     registry_options(2)
-}
-
-struct Silent;
-
-impl Watch for Silent {
-    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
-}
-
-impl PublishWatch for Silent {
-    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
-}
-
-fn sha256(bytes: &[u8]) -> Digest {
-    Digest::of(Algorithm::Sha256, bytes)
 }
 
 /// A tar with a text of many lines in it and something that does not compress.
@@ -184,7 +171,7 @@ fn anew(spacing: u64) -> PushOptions {
 }
 
 fn pushed(image: &Reference) -> Publication {
-    push(image, &options(), &PushOptions::new(SPACING), &mut Silent).unwrap()
+    push(image, &options(), &PushOptions::new(SPACING), &mut Unwatched).unwrap()
 }
 
 fn outcomes(publication: &Publication) -> Vec<Published> {
@@ -387,7 +374,7 @@ fn a_layer_that_is_not_what_the_manifest_says_is_not_published() {
     let mut blob = other.blob.clone();
     blob.resize(layer.blob.len(), 0);
     registry.put_blob_as(&layer.digest(), &blob);
-    let refused = push(&image, &options(), &PushOptions::new(SPACING), &mut Silent).unwrap_err();
+    let refused = push(&image, &options(), &PushOptions::new(SPACING), &mut Unwatched).unwrap_err();
     assert!(
         matches!(refused, OpenError::Index { .. } | OpenError::Tar { .. }),
         "{refused}"
@@ -409,14 +396,14 @@ fn indexes_are_copied_to_where_the_image_was_copied() {
     let (one, two, three) = (Layer::gzip(10), Layer::plain(11), Layer::gzip(12));
     let from = put_image(&origin, "some/image", &[&one, &two]);
     let to = put_image(&mirror, "mirror/of/image", &[&one, &two]);
-    let refused = copy(&from, &to, &options(), &mut Silent).unwrap_err();
+    let refused = copy(&from, &to, &options(), &mut Unwatched).unwrap_err();
     let said = refused.to_string();
     assert!(
         matches!(refused, OpenError::NoIndexes { .. } | OpenError::Index { .. }),
         "{said}"
     );
     let made = pushed(&from);
-    let copied = copy(&from, &to, &options(), &mut Silent).unwrap();
+    let copied = copy(&from, &to, &options(), &mut Unwatched).unwrap();
     assert_eq!(outcomes(&copied), [Published::Copied; 2]);
     assert!(copied.artifact.is_some() && made.artifact.is_some());
     for (by, index) in Reader::new(&to).find(None).into_iter().flatten() {
@@ -425,7 +412,7 @@ fn indexes_are_copied_to_where_the_image_was_copied() {
     }
     // An image that shares one layer only, in the same registry: that one's index is taken, and no artifact is made.
     let part = put_image(&origin, "other/image", &[&one, &three]);
-    let copied = copy(&from, &part, &options(), &mut Silent).unwrap();
+    let copied = copy(&from, &part, &options(), &mut Unwatched).unwrap();
     assert_eq!(outcomes(&copied)[0], Published::Copied);
     assert_eq!(
         (outcomes(&copied)[1], copied.artifact.as_ref()),
@@ -438,7 +425,7 @@ fn indexes_are_copied_to_where_the_image_was_copied() {
     let publication = pushed(&part);
     assert_eq!(outcomes(&publication), [Published::Kept, Published::Made]);
     assert!(matches!(
-        copy(&from, &reference(&mirror, "absent"), &options(), &mut Silent),
+        copy(&from, &reference(&mirror, "absent"), &options(), &mut Unwatched),
         Err(OpenError::Source(SourceError::Http(error))) if error.status_code().is_some()
     ));
 }
@@ -530,10 +517,10 @@ fn what_was_found_once_is_kept_and_only_the_tag_is_asked_for() {
             .is_err()
     );
     // Another artifact with other indexes of the same layers is another pin: they are fetched.
-    push(&image, &options(), &anew(SPACING / 2), &mut Silent).unwrap();
+    push(&image, &options(), &anew(SPACING / 2), &mut Unwatched).unwrap();
     let (_, other) = (
         artifact,
-        push(&image, &options(), &PushOptions::new(SPACING / 2), &mut Silent).unwrap(),
+        push(&image, &options(), &PushOptions::new(SPACING / 2), &mut Unwatched).unwrap(),
     );
     let (pinned, asked) = opener.open(name, &IndexChoice::Auto, other.artifact.as_ref());
     let pinned = pinned.unwrap();
@@ -855,7 +842,7 @@ fn any_success_takes_what_is_pushed() {
         assert_eq!(outcomes(&pushed(&image)), [Published::Kept]);
         assert!(Reader::new(&image).find_one().unwrap().1.is_ok());
         registry.rules(|rules| rules.taken_as = Some(sha256(b"something else").to_string()));
-        let error = push(&image, &options(), &anew(SPACING), &mut Silent)
+        let error = push(&image, &options(), &anew(SPACING), &mut Unwatched)
             .unwrap_err()
             .to_string();
         assert!(error.contains("was pushed"), "{error}");

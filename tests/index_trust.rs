@@ -17,22 +17,23 @@ use common::noise::noise;
 use common::packed::gzip;
 use common::rawtar::{Header, RawTar};
 use common::session::Session;
+use common::sha256;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair};
 use scripted::TestRegistry;
 use tarblk::internals::device::volume::{Scratch, Volume};
-use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::digest::Digest;
 use tarblk::internals::fetch::{BytesTrust, FetchStats, IndexTrust};
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{ColdPart, Entry, Index, IndexBuilder};
 use tarblk::internals::layer::{Coding, Spans};
 use tarblk::internals::open::artifact::{self, LIST_ANNOTATION, Listed, layer_tag};
 use tarblk::internals::open::discover::hot_digest;
-use tarblk::internals::open::publish::{Publication, PublishWatch, Published, PushOptions, push};
+use tarblk::internals::open::publish::{Publication, Published, PushOptions, push};
 use tarblk::internals::open::trust::SigningKey;
 use tarblk::internals::open::{
-    Cache, Fetching, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Reading, Shared, TrustPolicy,
-    Unwatched, Watch, prepare,
+    Cache, Fetching, IndexChoice, IndexOrigin, OpenError, OpenOptions, Prepared, Shared, TrustPolicy, Unwatched,
+    prepare,
 };
 use tarblk::internals::source::registry::{OCI_INDEX, OCI_MANIFEST, PullPolicy, Reference, RegistryOptions, Version};
 use tarblk::internals::tree::NodeId;
@@ -40,20 +41,6 @@ use tarblk::internals::units::{TarOffset, TarRange};
 
 const REPOSITORY: &str = "some/image";
 const TYPE: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-
-struct Silent;
-
-impl Watch for Silent {
-    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
-}
-
-impl PublishWatch for Silent {
-    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
-}
-
-fn sha256(bytes: &[u8]) -> Digest {
-    Digest::of(Algorithm::Sha256, bytes)
-}
 
 /// A layer with a program that root might run, and something that makes it long enough for several chunks.
 struct Layer {
@@ -242,7 +229,7 @@ impl Lab {
         let image = Reference::parse(&format!("{}/{REPOSITORY}:latest", self.registry.host())).unwrap();
         let mut how = PushOptions::new(64 << 10);
         change(&mut how);
-        push(&image, &registry_options(2), &how, &mut Silent).unwrap()
+        push(&image, &registry_options(2), &how, &mut Unwatched).unwrap()
     }
 }
 

@@ -20,10 +20,9 @@ use common::session::Session;
 use scripted::{Asked, TestRegistry};
 use serde_json::Value;
 use tarblk::internals::bench::origin::Origin;
-use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{KnownBy, PrepareCost};
-use tarblk::internals::open::publish::{PublishWatch, PushOptions, push};
-use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, Reading, TrustPolicy, Unwatched, Watch, prepare};
+use tarblk::internals::open::publish::{PushOptions, push};
+use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, TrustPolicy, Unwatched, prepare};
 use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
 
 const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
@@ -33,16 +32,6 @@ const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-struct Silent;
-
-impl Watch for Silent {
-    fn reading(&mut self, _what: Reading, _at: u64, _len: u64) {}
-}
-
-impl PublishWatch for Silent {
-    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
 }
 
 fn tar(seed: u64) -> Vec<u8> {
@@ -61,7 +50,7 @@ fn put_image(registry: &TestRegistry, name: &str, tars: &[Vec<u8>], kind: &str) 
         .iter()
         .map(|tar| if kind == GZIP { gzip(tar) } else { tar.clone() })
         .collect();
-    let digest = |bytes: &[u8]| Digest::of(Algorithm::Sha256, bytes).to_string();
+    let digest = |bytes: &[u8]| common::sha256(bytes).to_string();
     let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": digest(bytes), "size": bytes.len() });
     let diff_ids: Vec<_> = tars.iter().map(|tar| digest(tar)).collect();
     let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
@@ -93,7 +82,7 @@ fn publish(registry: &TestRegistry, name: &str) {
         &reference,
         &registry_options(2),
         &PushOptions::new(64 << 10),
-        &mut Silent,
+        &mut Unwatched,
     )
     .unwrap();
     registry.take_log();

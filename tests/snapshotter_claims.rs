@@ -206,6 +206,15 @@ impl Bench {
         }
         self.lab.cleanup().unwrap();
     }
+
+    /// Removes these snapshots and the image's: nothing is left of them.
+    fn end(self, keys: &[&str]) {
+        for key in keys {
+            self.lab.remove(key).unwrap();
+        }
+        self.remove_image();
+        self.lab.assert_gone();
+    }
 }
 
 #[test]
@@ -299,11 +308,7 @@ fn ordinary_layers_lie_on_claimed_ones() {
         .collect();
     found.sort();
     assert_eq!(found, expected);
-    for name in ["container", "built", "ID-init"] {
-        bench.lab.remove(name).unwrap();
-    }
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["container", "built", "ID-init"]);
 }
 
 #[test]
@@ -332,11 +337,7 @@ fn containers_outlive_the_snapshotter_and_the_registry() {
     bench.lab.umount(&at);
     let at = bench.lab.mount(&again);
     bench.lab.umount(&at);
-    for key in ["one", "two"] {
-        bench.lab.remove(key).unwrap();
-    }
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one", "two"]);
 }
 
 #[test]
@@ -372,9 +373,7 @@ fn another_version_goes_on_with_everything() {
     bench.lab.start();
     assert_eq!(bench.lab.mounts("three").unwrap(), mounts);
     assert_eq!(serving(&bench.lab), before);
-    bench.lab.remove("three").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["three"]);
 }
 
 #[test]
@@ -406,9 +405,7 @@ fn what_is_kept_starts_without_a_registry() {
     let at = bench.lab.mount(&mounts);
     bench.compare(&at);
     bench.lab.umount(&at);
-    bench.lab.remove("one").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one"]);
 }
 
 #[test]
@@ -433,9 +430,7 @@ fn devices_come_back_after_a_boot() {
     fs::remove_file(at.join("written")).unwrap();
     bench.compare(&at);
     bench.lab.umount(&at);
-    bench.lab.remove("one").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one"]);
 }
 
 #[test]
@@ -456,11 +451,7 @@ fn a_dead_device_is_replaced() {
     }
     let other = bench.container("two");
     bench.lab.umount(&other);
-    for key in ["one", "two"] {
-        bench.lab.remove(key).unwrap();
-    }
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one", "two"]);
 }
 
 /// The processes of `tarblk` whose environment names a directory.
@@ -499,9 +490,7 @@ fn idle_devices_go_and_come_back() {
     }
     let at = bench.container("two");
     bench.lab.umount(&at);
-    bench.lab.remove("two").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["two"]);
 }
 
 #[test]
@@ -538,9 +527,7 @@ fn namespaces_and_images_share_layers() {
     bench.lab.start();
     let at = bench.container("one");
     bench.lab.umount(&at);
-    bench.lab.remove("one").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one"]);
 }
 
 #[test]
@@ -576,8 +563,7 @@ fn a_client_may_call_at_the_same_time() {
             scope.spawn(move || lab.remove(&format!("container-{number}")).unwrap());
         }
     });
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&[]);
 }
 
 #[test]
@@ -693,9 +679,7 @@ fn what_cannot_be_lazy_is_pulled_as_usual() {
     }
     assert!(bench.lab.get("/other").starts_with("HTTP/1.1 404 "));
     bench.lab.umount(&at);
-    bench.lab.remove("one").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one"]);
 }
 
 /// The reason in the log's last line: of lies about an image that is lazy by itself the verdict is the image's own.
@@ -757,8 +741,7 @@ fn policies_are_by_repository() {
     let verdict = declined(&bench.lab, &other);
     assert_eq!(verdict["reason"], "policy");
     pull(&bench.lab, &bench.image);
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&[]);
 }
 
 #[test]
@@ -772,8 +755,7 @@ fn an_index_can_be_demanded() {
     let source = format!("docker://{}", bench.image.reference);
     common::succeed(&mut bench.lab.command(&["ls", &source]));
     pull(&bench.lab, &bench.image);
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&[]);
 }
 
 #[test]
@@ -824,7 +806,5 @@ fn stargz_labels_are_understood() {
     }
     let at = bench.container("one");
     bench.lab.umount(&at);
-    bench.lab.remove("one").unwrap();
-    bench.remove_image();
-    bench.lab.assert_gone();
+    bench.end(&["one"]);
 }

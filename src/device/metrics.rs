@@ -41,7 +41,7 @@ impl<'a> DeviceMetrics<'a> {
 
 /// What Prometheus calls the two kinds of figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     /// Only grows as long as the device is served.
     Counter,
     /// Goes up and down.
@@ -61,7 +61,7 @@ impl Kind {
 #[must_use]
 pub fn exposition(devices: &[DeviceMetrics<'_>]) -> String {
     let mut out = Exposition {
-        text: String::new(),
+        text: Text::default(),
         devices,
     };
     out.family(
@@ -84,7 +84,7 @@ pub fn exposition(devices: &[DeviceMetrics<'_>]) -> String {
     of_device(&mut out);
     of_fetching(&mut out);
     of_layers(&mut out);
-    out.text
+    out.text.into_string()
 }
 
 /// What the kernel asked and was answered.
@@ -251,7 +251,7 @@ fn of_layers(out: &mut Exposition<'_>) {
 
 /// A value, exact as far as it was counted.
 #[derive(Clone, Copy, Debug)]
-enum Figure {
+pub(crate) enum Figure {
     Whole(u64),
     /// Of seconds.
     Millis(u64),
@@ -274,7 +274,7 @@ type Sample<'a> = (Vec<(&'static str, &'a str)>, Figure);
 
 /// The text as far as it is written.
 struct Exposition<'a> {
-    text: String,
+    text: Text,
     devices: &'a [DeviceMetrics<'a>],
 }
 
@@ -303,23 +303,48 @@ impl<'a> Exposition<'a> {
         help: &str,
         samples: impl Fn(&'a DeviceMetrics<'a>) -> Vec<Sample<'a>>,
     ) {
+        let samples = self.devices.iter().flat_map(|device| {
+            let of = std::iter::once(("device", device.name));
+            let with_device = move |(labels, value): Sample<'a>| (of.clone().chain(labels).collect(), value);
+            samples(device).into_iter().map(with_device)
+        });
+        self.text.family(name, kind, help, samples);
+    }
+}
+
+/// Metrics in the text format, as far as they are written.
+#[derive(Debug, Default)]
+pub(crate) struct Text(String);
+
+impl Text {
+    /// A metric with its samples: their labels and values. One without a sample is left out.
+    pub(crate) fn family<'l>(
+        &mut self,
+        name: &str,
+        kind: Kind,
+        help: &str,
+        samples: impl IntoIterator<Item = (Vec<(&'l str, &'l str)>, Figure)>,
+    ) {
         let mut body = String::new();
-        for device in self.devices {
-            for (labels, value) in samples(device) {
-                body.push_str(name);
-                let mut before = '{';
-                for (label, text) in std::iter::once(("device", device.name)).chain(labels) {
-                    body.push(before);
-                    before = ',';
-                    let _infallible = write!(body, "{label}=\"{}\"", escaped(text));
-                }
-                let _infallible = writeln!(body, "}} {value}");
+        for (labels, value) in samples {
+            body.push_str(name);
+            let mut before = '{';
+            for (label, text) in &labels {
+                body.push(before);
+                before = ',';
+                let _infallible = write!(body, "{label}=\"{}\"", escaped(text));
             }
+            let end = if labels.is_empty() { "" } else { "}" };
+            let _infallible = writeln!(body, "{end} {value}");
         }
         if !body.is_empty() {
             let kind = kind.name();
-            let _infallible = write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{body}");
+            let _infallible = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n{body}");
         }
+    }
+
+    pub(crate) fn into_string(self) -> String {
+        self.0
     }
 }
 

@@ -4,7 +4,7 @@
 //! the device (by number *and* time of birth, because numbers are used again), and holds no secrets. Whoever reads it checks
 //! it: version, checksum, and that every field is what it should be.
 
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -183,28 +183,27 @@ struct Envelope {
     state: String,
 }
 
-/// Whether a file in the directory was being written by a process that is gone: [`write_checked`] has its number in the name.
+/// What a file that is being written is called at the end.
+pub(crate) const PART: &str = ".part";
+
+/// Whether a file in the directory was being written by a process that is gone: [`write_whole`] has its number in the name.
 fn is_part_of_dead(name: &str) -> bool {
-    let written = name.strip_prefix('.').and_then(|name| name.strip_suffix(".part"));
+    let written = name.strip_prefix('.').and_then(|name| name.strip_suffix(PART));
     let pid = written.and_then(|name| name.rsplit('.').next()?.parse::<u32>().ok());
     pid.is_some_and(|pid| stat(pid).is_err())
 }
 
-/// Writes `text` in an envelope to `path`, whole or not at all.
+/// Puts a file in its place, whole or not at all; with `durable` it is on disk when this returns. A killed process leaves a file
+/// whose name ends in [`PART`].
 ///
 /// # Errors
-/// [`StateError::File`] when it cannot be written.
-pub(super) fn write_checked(path: &Path, text: String) -> Result<(), StateError> {
+/// What the kernel says; then the file is as it was.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let name = path
         .file_name()
         .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-    let part = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-    let write = || {
-        let envelope = Envelope {
-            version: VERSION,
-            crc32c: crc32c::crc32c(text.as_bytes()),
-            state: text,
-        };
+    let part = path.with_file_name(format!(".{name}.{}{PART}", std::process::id()));
+    let write = || -> io::Result<()> {
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -212,16 +211,38 @@ pub(super) fn write_checked(path: &Path, text: String) -> Result<(), StateError>
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&part)?;
-        file.write_all(&serde_json::to_vec(&envelope)?)?;
+        file.write_all(bytes)?;
+        if durable {
+            file.sync_all()?;
+        }
         fs::rename(&part, path)
     };
-    write().map_err(|cause: io::Error| {
+    write().inspect_err(|_| {
         let _ = fs::remove_file(&part);
-        StateError::File {
+    })?;
+    match path.parent() {
+        Some(dir) if durable => File::open(dir)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+/// Writes `text` in an envelope to `path`, whole or not at all.
+///
+/// # Errors
+/// [`StateError::File`] when it cannot be written.
+pub(super) fn write_checked(path: &Path, text: String) -> Result<(), StateError> {
+    let envelope = Envelope {
+        version: VERSION,
+        crc32c: crc32c::crc32c(text.as_bytes()),
+        state: text,
+    };
+    let bytes = serde_json::to_vec(&envelope).map_err(io::Error::from);
+    bytes
+        .and_then(|bytes| write_whole(path, &bytes, false))
+        .map_err(|cause| StateError::File {
             path: path.to_owned(),
             cause,
-        }
-    })
+        })
 }
 
 /// Understands what [`write_checked`] wrote to `path`; more than `most` bytes are refused.
@@ -380,7 +401,7 @@ impl StateDir {
         for entry in entries.flatten() {
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let passing = [("index-", ".tarblk"), (".", ".part")];
+            let passing = [("index-", ".tarblk"), (".", PART)];
             let is_passing = passing
                 .iter()
                 .any(|(start, end)| name.starts_with(start) && name.ends_with(end));

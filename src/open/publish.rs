@@ -15,7 +15,7 @@ use super::discover::{check_layer, find_indexes, hot_digest};
 use super::prepared::named_if_foreign;
 use super::record::algorithms;
 use super::trust::{SigningKey, TrustPolicy};
-use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, SizeLimit, Watch, record_blob};
+use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, SizeLimit, Unwatched, Watch, record_blob};
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};
@@ -48,6 +48,10 @@ pub enum Published {
 pub trait PublishWatch: Watch {
     /// Layer `number` of `of` is begun; its blob's digest.
     fn layer(&mut self, number: usize, of: usize, layer: &Digest);
+}
+
+impl PublishWatch for Unwatched {
+    fn layer(&mut self, _number: usize, _of: usize, _layer: &Digest) {}
 }
 
 /// What was published.

@@ -18,12 +18,12 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{Config, Lazy};
 use super::labels::WantedImage;
-use super::records::{ImageSource, Moment, write_durably};
+use super::records::{ImageSource, Moment};
+use crate::device::state::write_whole;
 use crate::digest::{Algorithm, Digest};
 use crate::excerpt;
 use crate::http::HttpOptions;
-use crate::open::TrustPolicy;
-use crate::open::{self, Cache, LayerChoice, OpenError, OpenOptions, Prepared, Unwatched};
+use crate::open::{self, Cache, LayerChoice, OpenError, OpenOptions, Prepared, TrustPolicy, Unwatched};
 use crate::source;
 use crate::source::registry::{self, ImageName, Keyring, Reference, RegistryOptions, SmallBlobCache, Version};
 
@@ -418,7 +418,7 @@ impl Images {
             return;
         }
         let written = serde_json::to_vec(&now).map_err(io::Error::from);
-        if let Err(error) = written.and_then(|bytes| write_durably(&path, &bytes)) {
+        if let Err(error) = written.and_then(|bytes| write_whole(&path, &bytes, true)) {
             log::warn!("cannot write {}: {error}", path.display());
         }
         forget_oldest(&self.verdicts);

@@ -7,15 +7,16 @@
 //! Invariant: when a method returns, disk and memory say the same; when it fails, memory says what the disk said before.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use super::messages::{Info, Kind, Labels, Timestamp};
+use crate::device::state::{PART, write_whole};
 use crate::digest::Digest;
 
 /// The form of the files that is written and understood here.
@@ -348,7 +349,7 @@ impl Records {
         };
         let written = serde_json::to_vec(&file)
             .map_err(io::Error::from)
-            .and_then(|bytes| write_durably(&path, &bytes));
+            .and_then(|bytes| write_whole(&path, &bytes, true));
         written.map_err(|cause| RecordError { path, cause })?;
         let before = self
             .by_name
@@ -384,32 +385,6 @@ impl Records {
 
 /// What a record that makes no sense is called at the end.
 const DAMAGED: &str = "damaged";
-
-/// What a file that is being written is called at the end.
-const PART: &str = ".part";
-
-/// Puts a file in its place, whole or not at all, on disk when this returns.
-pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(PART);
-    let part = PathBuf::from(part);
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&part, path)
-    };
-    write().inspect_err(|_| {
-        let _ = fs::remove_file(&part);
-    })?;
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
-}
 
 fn read(path: &Path, id: Id) -> io::Result<Record> {
     #[derive(Deserialize)]

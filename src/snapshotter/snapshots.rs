@@ -7,7 +7,6 @@
 //! own directory (or where a chain's device is mounted) and `snapshots/ID/work` overlayfs' working directory.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
@@ -19,14 +18,16 @@ use std::time::{Duration, Instant};
 use super::chains::{ChainError, Chains};
 use super::filters::Filters;
 use super::grpc::{Calls, Code, Reply, Status, decode, one};
-use super::images::{Declined, Images, LazyImage, Reason};
+use super::images::{Images, Reason};
 use super::labels::WantedLayer;
 use super::messages::{
-    CommitRequest, Empty, Info, InfoResponse, KeyRequest, Labels, ListRequest, ListResponse, Mount, MountsResponse,
+    CommitRequest, Empty, Info, InfoResponse, KeyRequest, ListRequest, ListResponse, Mount, MountsResponse,
     PrepareRequest, SERVICE, UpdateRequest, UsageResponse,
 };
-use super::records::{Content, Id, Moment, Record, RecordError, Records, RemoteLayer, Usage};
+use super::records::{Content, Id, Moment, Record, RecordError, Records, Usage};
 use super::usage;
+use crate::device::metrics::Kind::{Counter, Gauge};
+use crate::device::metrics::{Figure, Text};
 
 /// So many snapshots are in one message of a list.
 const LISTED_AT_ONCE: usize = 100;
@@ -39,22 +40,22 @@ const LONGEST_NAME: usize = 4096;
 pub(super) struct Snapshots {
     dir: PathBuf,
     records: Mutex<Records>,
-    images: Arc<Images>,
+    pub(super) images: Arc<Images>,
     chains: Chains,
     /// What overlays are told besides their directories.
     overlay: Vec<String>,
     /// Since when nothing is made on a chain's device.
     idle: Mutex<HashMap<Id, Instant>>,
-    counters: Counters,
+    pub(super) counters: Counters,
 }
 
 /// What was done, since the process began.
 #[derive(Debug, Default)]
-struct Counters {
+pub(super) struct Counters {
     /// Layers that were said to be there and were not before.
-    claimed: AtomicU64,
+    pub(super) claimed: AtomicU64,
     /// Layers that were to be pulled as usual.
-    declined: Mutex<BTreeMap<Reason, u64>>,
+    pub(super) declined: Mutex<BTreeMap<Reason, u64>>,
     /// Devices that were made, and the milliseconds that took.
     attached: AtomicU64,
     attach_ms: AtomicU64,
@@ -81,7 +82,7 @@ impl From<ChainError> for Status {
     }
 }
 
-fn no_snapshot(name: &str) -> Status {
+pub(super) fn no_snapshot(name: &str) -> Status {
     Status::new(Code::NotFound, format!("snapshot {name} does not exist"))
 }
 
@@ -106,7 +107,7 @@ impl Snapshots {
         }
     }
 
-    fn records(&self) -> MutexGuard<'_, Records> {
+    pub(super) fn records(&self) -> MutexGuard<'_, Records> {
         // Every holder leaves records as they were or as they are to be.
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,134 +170,6 @@ impl Snapshots {
             return Err(error);
         }
         Ok(self.mounts_of(&record))
-    }
-
-    /// Notes a layer that need not be unpacked. The outer error is the call's.
-    fn claim(
-        &self,
-        key: &str,
-        parent: Option<&str>,
-        labels: &Labels,
-        wanted: &WantedLayer,
-    ) -> Result<Result<(), Declined>, Status> {
-        let name = wanted.chain.to_string();
-        let is_known = {
-            let records = self.records();
-            if records.get(key).is_some() {
-                return Err(Status::new(Code::AlreadyExists, format!("snapshot {key} is there")));
-            }
-            match parent.map(|parent| records.get(parent)) {
-                None => {}
-                Some(Some(below)) if below.remote().is_some() => {}
-                Some(Some(_)) => return Ok(Err(above_files())),
-                Some(None) => return Err(no_snapshot(parent.unwrap_or_default())),
-            }
-            match records.get(&name) {
-                None => false,
-                Some(known) if known.remote().is_some() && known.parent.as_deref() == parent => true,
-                Some(_) => return Ok(Err(above_files())),
-            }
-        };
-        match self.find(parent, wanted) {
-            Ok((image, at)) => {
-                self.note(parent, labels, wanted, &image, at)?;
-                self.images.warm(&image.source);
-                Ok(Ok(()))
-            }
-            // What was claimed before is there, whatever became of this image or its registry.
-            Err(declined) if is_known => {
-                log::info!("{name} is there already, though {declined}");
-                Ok(Ok(()))
-            }
-            Err(declined) => Ok(Err(declined)),
-        }
-    }
-
-    /// The image that a client names, and which of its layers is wanted: none but the one that the client says, above `parent`.
-    fn find(&self, parent: Option<&str>, wanted: &WantedLayer) -> Result<(Arc<LazyImage>, usize), Declined> {
-        let unnamed = || Declined::new(Reason::Unnamed, "the client does not say of which image it is");
-        let named = wanted.image.as_ref().ok_or_else(unnamed)?;
-        let image = self.images.lazy(named)?;
-        let is_wanted = |at: usize| {
-            let below = at.checked_sub(1).map(|below| image.layers[below].chain.to_string());
-            let layer = &image.layers[at];
-            layer.chain == wanted.chain && layer.digest == named.layer && below.as_deref() == parent
-        };
-        let at = (0..image.layers.len()).find(|at| is_wanted(*at));
-        let mismatch = || {
-            let (image, chain) = (&named.reference, &wanted.chain);
-            let why = format!("{image} has no such layer as the client says ({chain})");
-            Declined::new(Reason::Mismatch, why)
-        };
-        Ok((image.clone(), at.ok_or_else(mismatch)?))
-    }
-
-    /// Writes down that a layer is claimed, and of which image; also of those below it, because the image that they were claimed of
-    /// may go.
-    fn note(
-        &self,
-        parent: Option<&str>,
-        labels: &Labels,
-        wanted: &WantedLayer,
-        image: &LazyImage,
-        at: usize,
-    ) -> Result<(), Status> {
-        let name = wanted.chain.to_string();
-        let mut records = self.records();
-        // Another client may have been faster.
-        if records.get(&name).is_none() {
-            if let Some(parent) = parent
-                && records.get(parent).is_none()
-            {
-                return Err(no_snapshot(parent));
-            }
-            let now = Moment::now();
-            let layer = &image.layers[at];
-            let record = Record {
-                id: records.next_id(),
-                name: name.clone(),
-                parent: parent.map(str::to_owned),
-                content: Content::Remote(RemoteLayer {
-                    layer: layer.digest.clone(),
-                    bytes: layer.bytes,
-                    depth: at + 1,
-                    sources: vec![image.source.clone()],
-                }),
-                labels: labels.clone(),
-                created: now,
-                updated: now,
-            };
-            records.put(record)?;
-            self.counters.claimed.fetch_add(1, Ordering::Relaxed);
-        }
-        let mut next = Some(name);
-        while let Some(mut record) = next.as_deref().and_then(|name| records.get(name)).cloned() {
-            let Content::Remote(layer) = &mut record.content else {
-                break;
-            };
-            next.clone_from(&record.parent);
-            if layer.learn(&image.source) {
-                records.put(record)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn tell_declined(&self, wanted: &WantedLayer, declined: &Declined) {
-        let mut counts = self.counters.declined.lock().unwrap_or_else(PoisonError::into_inner);
-        *counts.entry(declined.reason).or_default() += 1;
-        let image = wanted
-            .image
-            .as_ref()
-            .map_or("a layer", |image| image.reference.as_str());
-        let chain = &wanted.chain;
-        match declined.reason {
-            // Said of the layer below, or meant.
-            Reason::AboveFiles | Reason::Policy | Reason::Unnamed => {
-                log::info!("{image}: {chain} is pulled as usual: {declined}");
-            }
-            _ => log::warn!("{image}: {chain} is pulled as usual: {declined}"),
-        }
     }
 
     fn make_directories(&self, id: Id, making: Making) -> Result<(), Status> {
@@ -567,10 +440,8 @@ impl Snapshots {
     /// What was done and what there is, as Prometheus reads it.
     fn exposition(&self) -> String {
         let counters = &self.counters;
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let attach_seconds = Duration::from_millis(load(&counters.attach_ms)).as_secs_f64();
+        let count = |counter: &AtomicU64| Figure::Whole(counter.load(Ordering::Relaxed));
         let declined = counters.declined.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let declined = declined.iter().map(|(reason, count)| ("reason", reason.word(), *count));
         let mut kinds = BTreeMap::from(["active", "committed", "remote", "view"].map(|kind| (kind, 0_u64)));
         for record in self.records().all() {
             let kind = match record.content {
@@ -581,31 +452,47 @@ impl Snapshots {
             };
             *kinds.entry(kind).or_default() += 1;
         }
-        let kinds = kinds.iter().map(|(kind, count)| ("kind", *kind, *count));
-        let mut out = Exposition::default();
-        out.counter(
-            "layers_claimed",
+        let devices = self.chains.mounted().map_or(0, |ids| ids.len());
+        let devices = Figure::Whole(u64::try_from(devices).unwrap_or(u64::MAX));
+        let attach_time = Figure::Millis(counters.attach_ms.load(Ordering::Relaxed));
+        let mut out = Text::default();
+        let mut single = |name: &str, kind, help: &str, value| {
+            out.family(&format!("tarblk_snapshotter_{name}"), kind, help, [(Vec::new(), value)]);
+        };
+        let claimed = count(&counters.claimed);
+        single(
+            "layers_claimed_total",
+            Counter,
             "Layers that need not be pulled.",
-            load(&counters.claimed),
+            claimed,
         );
-        out.family("layers_declined_total", "counter", "Layers that were pulled as usual.");
-        out.labelled("layers_declined_total", declined);
-        out.counter("attaches", "Devices that were attached.", load(&counters.attached));
-        out.counter("attach_seconds", "Time that attaching them took.", attach_seconds);
-        out.counter(
-            "attach_failures",
+        let attached = count(&counters.attached);
+        single("attaches_total", Counter, "Devices that were attached.", attached);
+        single(
+            "attach_seconds_total",
+            Counter,
+            "Time that attaching them took.",
+            attach_time,
+        );
+        let failed = count(&counters.failed);
+        single(
+            "attach_failures_total",
+            Counter,
             "Devices that could not be attached.",
-            load(&counters.failed),
+            failed,
         );
-        out.family(
-            "snapshots",
-            "gauge",
-            "Snapshots; remote ones are layers that were not unpacked.",
-        );
-        out.labelled("snapshots", kinds);
-        out.family("devices", "gauge", "Devices that are mounted.");
-        out.sample("devices", "", self.chains.mounted().map_or(0, |ids| ids.len()));
-        out.text
+        single("devices", Gauge, "Devices that are mounted.", devices);
+        let declined = declined
+            .iter()
+            .map(|(reason, count)| (vec![("reason", reason.word())], Figure::Whole(*count)));
+        let help = "Layers that were pulled as usual.";
+        out.family("tarblk_snapshotter_layers_declined_total", Counter, help, declined);
+        let kinds = kinds
+            .iter()
+            .map(|(kind, count)| (vec![("kind", *kind)], Figure::Whole(*count)));
+        let help = "Snapshots; remote ones are layers that were not unpacked.";
+        out.family("tarblk_snapshotter_snapshots", Gauge, help, kinds);
+        out.into_string()
     }
 
     /// The chains that something is made on.
@@ -635,43 +522,6 @@ impl Snapshots {
             self.remove_directory(id);
         }
     }
-}
-
-/// Metrics in Prometheus' text format.
-#[derive(Debug, Default)]
-struct Exposition {
-    text: String,
-}
-
-impl Exposition {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let name = format!("tarblk_snapshotter_{name}");
-        self.text
-            .extend([format!("# HELP {name} {help}\n# TYPE {name} {kind}\n")]);
-    }
-
-    fn sample(&mut self, name: &str, labels: &str, value: impl fmt::Display) {
-        self.text
-            .extend([format!("tarblk_snapshotter_{name}{labels} {value}\n")]);
-    }
-
-    /// A counter without labels; `name` is without `_total`.
-    fn counter(&mut self, name: &str, help: &str, value: impl fmt::Display) {
-        let name = format!("{name}_total");
-        self.family(&name, "counter", help);
-        self.sample(&name, "", value);
-    }
-
-    /// Samples with one label each, whose values need no quoting.
-    fn labelled<'a>(&mut self, name: &str, samples: impl Iterator<Item = (&'a str, &'a str, u64)>) {
-        for (label, of, value) in samples {
-            self.sample(name, &format!("{{{label}=\"{of}\"}}"), value);
-        }
-    }
-}
-
-fn above_files() -> Declined {
-    Declined::new(Reason::AboveFiles, "what is below it was unpacked")
 }
 
 fn check_name(name: &str) -> Result<(), Status> {

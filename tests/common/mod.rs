@@ -19,6 +19,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use tarblk::internals::digest::{Algorithm, Digest};
+
+/// The SHA-256 of bytes, as manifests name them.
+pub(crate) fn sha256(bytes: &[u8]) -> Digest {
+    Digest::of(Algorithm::Sha256, bytes)
+}
+
 /// The command under test.
 pub(crate) const TARBLK: &str = env!("CARGO_BIN_EXE_tarblk");
 
