@@ -282,11 +282,6 @@ fn start(
     // A plain local file needs no disk cache.
     let needs_store = |layer: &LayerSource| layer.layer.blob.is_remote() || layer.coding.is_some();
     let pool = shared.pool(store.filter(|_| layers.iter().any(needs_store)), fetching)?;
-    if let Some(store) = &pool.disk
-        && let Err(error) = store.trim(store.limit())
-    {
-        log::warn!("{error}");
-    }
     let size: u64 = layers.iter().map(LayerSource::size).fold(0, u64::saturating_add);
     let may_have = pool.disk.as_ref().map_or(0, |store| store.limit());
     let room = size <= may_have;

@@ -61,6 +61,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn trim(disk: &Arc<DiskCache>) {
+    if let Err(error) = disk.trim(disk.limit()) {
+        log::warn!("{error}");
+    }
+}
+
 impl Shared {
     /// The pool of the disk cache in `store`, or the one without any. What it is made with is what the first one asks for, but for
     /// the limit of the disk cache.
@@ -68,10 +74,15 @@ impl Shared {
         let mut pools = lock(&self.pools);
         let key = store.map(Path::to_owned);
         if let Some(pool) = pools.get(&key) {
-            if let (Some(disk), Some(bytes)) = (&pool.disk, fetching.store_bytes) {
+            let pool = pool.clone();
+            drop(pools);
+            if let (Some(disk), Some(bytes)) = (&pool.disk, fetching.store_bytes)
+                && disk.limit() != bytes
+            {
                 disk.limit_to(bytes);
+                trim(disk);
             }
-            return Ok(pool.clone());
+            return Ok(pool);
         }
         pools.retain(|_, pool| pool.fetch.is_in_use());
         let opened = store.map(|dir| DiskCache::open(dir, limit_of(dir, fetching.store_bytes)));
@@ -94,6 +105,11 @@ impl Shared {
             disk,
         };
         pools.insert(key, pool.clone());
+        drop(pools);
+        // What killed processes left, and what is too much since the limit was another one. From here on it holds at every moment.
+        if let Some(disk) = &pool.disk {
+            trim(disk);
+        }
         Ok(pool)
     }
 
