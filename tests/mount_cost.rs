@@ -264,9 +264,9 @@ fn mount_says_in_one_line_what_it_took() {
         ];
         let output = session.run(&[&base[..], more].concat());
         let sent = sent(&registry.take_log());
-        session.succeed(&["umount", dir]);
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.success(), "{said}");
+        session.succeed(&["umount", dir]);
         let lazy: Vec<&str> = said.lines().filter(|line| line.contains("lazy")).collect();
         assert_eq!(lazy.len(), usize::from(is_said), "{said}");
         if is_said {

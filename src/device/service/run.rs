@@ -24,6 +24,7 @@ use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMI
 use super::holders::Holders;
 use super::keeper::{self, Kind};
 use super::message::{receive, send};
+use super::sandbox::Writable;
 use super::table::{self, Table};
 use super::{
     Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed,
@@ -65,7 +66,10 @@ pub(super) fn service<B: Builder>(
         }
         Start::Again => None,
     };
-    let writable = sandbox::limits_writes().then(|| holders.writable().to_vec());
+    let writable = sandbox::limits_writes().then(|| {
+        let all = holders.writable().iter().filter_map(|dir| Writable::of(dir));
+        all.filter(|dir| start == Start::First || dir.takes_files()).collect()
+    });
     let listener = listen(states, &holders)?;
     let kept = listener
         .try_clone()

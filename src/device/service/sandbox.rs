@@ -16,12 +16,15 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, AccessFs, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
     RulesetCreatedAttr as _, RulesetStatus,
 };
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -64,6 +67,46 @@ pub(super) fn enter(writable: &[PathBuf]) {
         }
     }
     log::info!("confined by {}", held.join(", "));
+}
+
+/// A directory beneath which this process may write. Another one that is made in its place is not: rules are of directories, whatever
+/// they are called.
+#[derive(Clone, Debug)]
+pub(super) struct Writable {
+    path: PathBuf,
+    /// Device and inode.
+    id: (u64, u64),
+}
+
+impl Writable {
+    /// The directory that is called `path` now, if there is one.
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        Some(Self {
+            path: path.to_owned(),
+            id: id_of(path)?,
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether files can be made in it. False where this process inherited rules from before the directory was there.
+    pub(super) fn takes_files(&self) -> bool {
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        let made = rustix::fs::open(&self.path, flags, Mode::RUSR | Mode::WUSR);
+        !matches!(made, Err(Errno::ACCESS | Errno::PERM))
+    }
+
+    /// Whether `path`, without links in it, is beneath the directory, and that is still there.
+    pub(super) fn holds(&self, path: &Path) -> bool {
+        path.starts_with(&self.path) && id_of(&self.path) == Some(self.id)
+    }
+}
+
+fn id_of(path: &Path) -> Option<(u64, u64)> {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.dev(), meta.ino()))
 }
 
 /// Lets go of every capability for now; those of [`KEPT`] come back to a program that this process executes. For a keeper, which holds

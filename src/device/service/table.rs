@@ -19,6 +19,7 @@ use super::control::{Condition, ControlError, ENDING, ServiceStats, refuse_if_us
 use super::holders::{Holders, Holding};
 use super::keeper::Kind;
 use super::record::{self, Record};
+use super::sandbox::Writable;
 use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed, nothing};
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::metrics::{self, DeviceMetrics};
@@ -41,7 +42,7 @@ pub(super) struct Table<B: Builder> {
     builder: B,
     entries: Mutex<Entries<B::Image>>,
     /// The directories beneath which this process may write, besides its states; none if anywhere.
-    writable: Option<Vec<PathBuf>>,
+    writable: Option<Vec<Writable>>,
     /// Names of devices that this process could not go on with and that are not cleaned up yet.
     lost: Mutex<Vec<String>>,
 }
@@ -88,7 +89,12 @@ impl<B: Builder> Drop for Pending<'_, B> {
 }
 
 impl<B: Builder> Table<B> {
-    pub(super) fn new(states: &StateDir, holders: Option<Holders>, builder: B, writable: Option<Vec<PathBuf>>) -> Self {
+    pub(super) fn new(
+        states: &StateDir,
+        holders: Option<Holders>,
+        builder: B,
+        writable: Option<Vec<Writable>>,
+    ) -> Self {
         Self {
             states: states.clone(),
             holders,
@@ -146,13 +152,14 @@ impl<B: Builder> Table<B> {
     /// Whether this process may write to all of `paths` that there are.
     pub(super) fn may_write(&self, paths: &[PathBuf]) -> bool {
         let Some(writable) = &self.writable else { return true };
-        let is_beneath = |path: PathBuf| writable.iter().any(|dir| path.starts_with(dir));
+        let is_beneath = |path: PathBuf| writable.iter().any(|dir| dir.holds(&path));
         paths.iter().filter_map(|path| path.canonicalize().ok()).all(is_beneath)
     }
 
     /// The directories beneath which this process may write, where that is limited.
     pub(super) fn writable(&self) -> Vec<PathBuf> {
-        self.writable.clone().unwrap_or_default()
+        let writable = self.writable.iter().flatten();
+        writable.map(|dir| dir.path().to_owned()).collect()
     }
 
     /// Makes no more devices.
