@@ -6,7 +6,7 @@
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 //!
 //! Parts: `dir` (the directory, and who may have written to it), `files` (what is called how in it), `map` (which chunks there are),
-//! `layer` (the chunks of one layer), `room` and `reservation` (the limit, what is given up for it, and disks that take nothing), `list` (what is there, for people), `run`, `writer` and
+//! `layer_files` (the files of one layer) and `layer` (the chunks in them), `room` and `reservation` (the limit, what is given up for it, and disks that take nothing), `list` (what is there, for people), `run`, `writer` and
 //! `layer_writer` (ways to write).
 
 mod dir;
@@ -14,6 +14,7 @@ mod files;
 #[cfg(feature = "unstable-internals")]
 pub mod fuzzing;
 mod layer;
+mod layer_files;
 mod layer_writer;
 mod list;
 mod map;
