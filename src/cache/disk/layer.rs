@@ -18,7 +18,7 @@ use super::files::{data_name, extent_of_group, groups_of, map_name, read_map, wr
 use super::layer_files::Files;
 use super::map::{self, ChunkMap, GROUP_CHUNKS, Identity, Label};
 use super::reservation::Reservation;
-use super::{DiskCache, DiskCacheError, RunWriter, lock, nonce};
+use super::{DiskCache, DiskCacheError, RunWriter, lock};
 use crate::cache::chunk::{chunk_count, chunk_len};
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
