@@ -241,11 +241,16 @@ impl Place {
             .collect()
     }
 
-    /// The numbers of the two keepers, once both hold something.
+    /// The numbers of the two keepers, once both hold something. A process that the service is just starting has a copy of the
+    /// service's descriptors, which go when it becomes a keeper: so its command line is looked at as well.
     fn keepers(&self, service: u32) -> Result<Vec<u32>, Failure> {
         let holds = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-            open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file.to_string_lossy().contains("tarblk-record")))
+            line.split(|byte| *byte == 0).any(|word| word == b"keep")
+                && open.any(|fd| {
+                    fs::read_link(fd.path()).is_ok_and(|file| file.to_string_lossy().contains("tarblk-record"))
+                })
         };
         let began = Instant::now();
         loop {
@@ -312,8 +317,10 @@ impl Readings {
                     self.wrong.fetch_add(1, Ordering::Relaxed);
                 }
                 Err(error) => {
-                    eprintln!("{}: {len} bytes at {}: {error}", device.display(), at * 4096);
-                    self.errors.fetch_add(1, Ordering::Relaxed);
+                    // A device that is lost fails every read.
+                    if self.errors.fetch_add(1, Ordering::Relaxed) < 10 {
+                        eprintln!("{}: {len} bytes at {}: {error}", device.display(), at * 4096);
+                    }
                 }
             }
             self.reads.fetch_add(1, Ordering::Relaxed);
@@ -363,27 +370,37 @@ impl Readings {
     }
 }
 
-/// Runs `work` while `readers` threads read each of the devices.
-fn under_load(
-    devices: &[(PathBuf, &Layer)],
-    readers: u64,
-    readings: &Readings,
-    work: impl FnOnce() -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for (number, (device, layer)) in (0..).zip(devices) {
-            for seed in 0..readers {
-                threads.push(scope.spawn(move || readings.read(device, layer, number * 1000 + seed)));
+impl Place {
+    /// Does `work` while so many readers of each device read and compare. If that or a read fails, the service's last words are
+    /// printed.
+    fn under_load(
+        &self,
+        devices: &[(PathBuf, &Layer)],
+        readers: u64,
+        readings: &Readings,
+        work: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let worked = thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for (number, (device, layer)) in (0..).zip(devices) {
+                for seed in 0..readers {
+                    threads.push(scope.spawn(move || readings.read(device, layer, number * 1000 + seed)));
+                }
             }
-        }
-        let worked = work();
-        readings.stop.store(true, Ordering::Relaxed);
-        for thread in threads {
-            thread.join().map_err(|_| "a reader panicked")??;
+            let worked = work();
+            readings.stop.store(true, Ordering::Relaxed);
+            for thread in threads {
+                thread.join().map_err(|_| "a reader panicked")??;
+            }
+            worked
+        });
+        if worked.is_err() || readings.errors.load(Ordering::Relaxed) > 0 {
+            let log = fs::read_to_string(self.dir.path().join("states/service.log")).unwrap_or_default();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("{}", lines[lines.len().saturating_sub(60)..].join("\n"));
         }
         worked
-    })
+    }
 }
 
 fn kill_now(pid: u32) {
@@ -401,7 +418,7 @@ fn kills(options: &Options) -> Result<(), Failure> {
     let device = place.attach(&layer)?;
     let (readings, mut dice) = (Readings::default(), Dice(options.seed));
     let mut moments: [Vec<Instant>; 3] = Default::default();
-    under_load(&[(device, &layer)], 4, &readings, || {
+    place.under_load(&[(device, &layer)], 4, &readings, || {
         for round in 0..options.rounds {
             thread::sleep(Duration::from_millis(50 + dice.below(300)));
             let service = place.service()?;
@@ -445,7 +462,7 @@ fn upgrade(options: &Options) -> Result<(), Failure> {
     let layer = place.layer(options.files, options.seed)?;
     let device = place.attach(&layer)?;
     let (readings, mut moments, mut took) = (Readings::default(), Vec::new(), Vec::new());
-    under_load(&[(device, &layer)], 4, &readings, || {
+    place.under_load(&[(device, &layer)], 4, &readings, || {
         for _ in 0..options.rounds {
             thread::sleep(Duration::from_millis(300));
             let before = place.service()?;
@@ -601,7 +618,7 @@ fn soak(options: &Options) -> Result<(), Failure> {
     let (readings, mut dice, mut kills) = (Readings::default(), Dice(options.seed), 0);
     let mut samples = Vec::new();
     let until = Instant::now() + Duration::from_secs(options.minutes * 60);
-    under_load(&attached, 1, &readings, || {
+    place.under_load(&attached, 1, &readings, || {
         while Instant::now() < until {
             for _ in 0..20 {
                 thread::sleep(Duration::from_millis(500));

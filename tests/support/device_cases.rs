@@ -695,7 +695,11 @@ pub(crate) fn keepers(lab: &Lab) -> Vec<u32> {
     let service = service_pid(lab);
     let holds = |pid: &u32| {
         let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        open.any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file.to_string_lossy().contains("tarblk-record")))
+        // One that the service is just starting has the service's descriptors, and its command line, until it becomes a keeper.
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|word| word == b"keep")
+            && open
+                .any(|fd| fs::read_link(fd.path()).is_ok_and(|file| file.to_string_lossy().contains("tarblk-record")))
     };
     let all = daemons(lab.dir.path()).into_iter();
     all.filter(|pid| *pid != service).filter(holds).collect()
