@@ -13,6 +13,7 @@ mod diff;
 mod doctor;
 mod generate;
 mod index;
+mod install;
 mod layer;
 mod laziness;
 mod logging;
@@ -145,6 +146,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Logs(args) => logs::logs(args),
         Command::Bench(args) => bench::run(args, session),
         Command::Generate(what) => generate::run(what),
+        Command::Install(args) => install::run(args, session),
         Command::Demo(args) => demo::run(args, session),
         Command::Service(args) => service::run(args, session),
         Command::Upgrade => attach::upgrade(session),

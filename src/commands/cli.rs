@@ -118,6 +118,8 @@ pub enum Command {
         #[arg(hide = true)]
         arguments: Vec<OsString>,
     },
+    /// Put this program, its units and settings in their places on a machine; Debian's have a package for that.
+    Install(InstallArgs),
     /// Write man pages or shell completions.
     #[command(subcommand, disable_help_subcommand = true)]
     Generate(Generate),
@@ -910,6 +912,35 @@ pub struct DemoArgs {
     /// Where the report goes [default: tarblk-demo.html in the current directory].
     #[arg(long, value_name = "FILE.html", value_hint = ValueHint::FilePath)]
     pub report: Option<PathBuf>,
+}
+
+/// Arguments of `tarblk install`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Settings in /etc/tarblk that are there already stay as they are. Devices and containers go on while another
+version takes over.
+
+Examples:
+  tarblk install --enable
+  tarblk install --root /host --enable --stay      # a container onto its host
+  tarblk install --remove"
+)]
+pub struct InstallArgs {
+    /// The root directory of the machine.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = "/")]
+    pub root: PathBuf,
+    /// Where programs, man pages and completions go, on that machine.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = "/usr/local")]
+    pub prefix: PathBuf,
+    /// Start the units, now and at boot, where systemd runs; those that run go on as this version.
+    #[arg(long)]
+    pub enable: bool,
+    /// Do not end before being told to: for a container that is started again when it ends.
+    #[arg(long)]
+    pub stay: bool,
+    /// Stop the units and take away everything but settings, records and the cache.
+    #[arg(long, conflicts_with_all = ["enable", "stay"])]
+    pub remove: bool,
 }
 
 /// What `tarblk generate` writes.

@@ -34,7 +34,7 @@ const ZSH_WORDS: [(&str, &str, &str); 7] = [
 /// Writes what was asked for.
 pub(super) fn run(what: &Generate) -> anyhow::Result<()> {
     match what {
-        Generate::Man { dir } => man_pages(dir).with_context(|| format!("{}: cannot write man pages", dir.display())),
+        Generate::Man { dir } => write_pages(dir).with_context(|| format!("{}: cannot write man pages", dir.display())),
         Generate::Completions { shell } => {
             let script = completions(*shell);
             write_out(|out| out.write_all(script.as_bytes()))
@@ -58,7 +58,7 @@ pub(super) fn run(what: &Generate) -> anyhow::Result<()> {
 }
 
 /// The script that makes a shell complete tarblk's command lines.
-fn completions(shell: Shell) -> String {
+pub(super) fn completions(shell: Shell) -> String {
     let generate = |mut command: Command| {
         let mut script = Vec::new();
         clap_complete::generate(shell, &mut command, "tarblk", &mut script);
@@ -97,16 +97,23 @@ fn completions(shell: Shell) -> String {
     }
 }
 
-/// `tarblk.1`, `tarblk-mount.1`, …
-fn man_pages(dir: &Path) -> std::io::Result<()> {
+fn write_pages(dir: &Path) -> std::io::Result<()> {
+    for (name, page) in pages()? {
+        std::fs::write(dir.join(name), page)?;
+    }
+    Ok(())
+}
+
+/// All man pages, `tarblk.1`, `tarblk-mount.1`, …: names and texts.
+///
+/// # Errors
+/// None that is known.
+pub(super) fn pages() -> std::io::Result<Vec<(String, String)>> {
     // `tarblk help` shows what the pages say.
     let mut tarblk = Cli::command().disable_help_subcommand(true);
     // Fills in what pages are named by.
     tarblk.build();
-    for (name, page) in man::pages(&tarblk)? {
-        std::fs::write(dir.join(name), page)?;
-    }
-    Ok(())
+    man::pages(&tarblk)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use anyhow::{Context as _, bail};
 use rustix::fs::Mode;
 
 use super::Session;
-use super::attach::{launcher, states};
+use super::attach::{launcher, states, upgrade_other};
 use super::cli::ServiceArgs;
 use super::notify::{READY, STOPPING, notify};
 use crate::device::service::{self, ServiceError};
@@ -43,6 +43,8 @@ pub(super) fn run(args: &ServiceArgs, session: Session) -> anyhow::Result<()> {
     if let Some(listener) = &listener {
         session.talk.note(format_args!("metrics are told at {listener}"));
     }
+    // What another version serves, this command's unit is to have.
+    upgrade_other();
     let mut was_there = false;
     while !interrupt.is_raised() {
         let stay =
