@@ -20,8 +20,8 @@ use tarblk::internals::layer::Coding;
 use tarblk::internals::source::Blob;
 use tarblk::internals::source::SourceError;
 use tarblk::internals::source::registry::{
-    BlobAccess, BlobPlace, Descriptor, Image, ImageName, Login, OCI_INDEX, OCI_MANIFEST, Reference, Registry,
-    RegistryOptions, Version, resolve,
+    BlobAccess, BlobPlace, Descriptor, Image, ImageName, KeptLogins, Login, OCI_INDEX, OCI_MANIFEST, Reference,
+    Registry, RegistryOptions, Version, resolve,
 };
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
@@ -973,6 +973,65 @@ fn passwords_that_change_are_looked_up_again() {
         change("me:second");
         read_for(&fetcher, &layer, Duration::from_millis(1500));
         assert_eq!(fetcher.stats().errors, 0, "{door}");
+    }
+}
+
+#[test]
+fn all_logins_that_came_with_pulls_are_tried() {
+    let registry = TestRegistry::start();
+    let layer = noise(4 << 20, 13);
+    let dir = common::scratch("kept");
+    let path = dir.path().join("logins.json");
+    let mut options = options();
+    options.keyring.kept = Some(path.clone());
+    for door in ["basic", "token"] {
+        let repository = format!("{door}/image");
+        let mut kept = KeptLogins::default();
+        let mut keep = |repository: &str, pair: &str| {
+            kept.keep(&registry.host(), repository, &Login::parse(pair).unwrap());
+            std::fs::write(&path, kept.to_bytes().unwrap()).unwrap();
+        };
+        let change = |pair: &str| {
+            registry.rules(|rules| {
+                if door == "basic" {
+                    rules.door = Door::Basic(pair.to_owned());
+                } else {
+                    rules.door = Door::Token(Duration::from_secs(1));
+                    rules.token_user = Some(pair.to_owned());
+                }
+            });
+        };
+        let manifest = manifest_of(&config_of("amd64", &[&layer]), &[(&layer, PLAIN)]);
+        registry.put_manifest(&repository, "v1", OCI_MANIFEST, &manifest);
+        put_image(&registry, "v1", &[(&layer, PLAIN)]);
+        change("me:secret-right");
+        // What opens another repository does not open this one.
+        keep("another/image", "me:secret-right");
+        let name = registry.name(&format!("{repository}:v1"));
+        let error = find(&name, &options).unwrap_err();
+        assert!(matches!(error, SourceError::Denied { .. }), "{error}");
+        for pair in ["me:secret-old", "me:secret-right", "you:secret-wrong"] {
+            keep(&repository, pair);
+        }
+        let image = find(&name, &options).unwrap();
+        let fetcher = fetcher(&access(&image, 0), Duration::from_secs(5));
+        read_for(&fetcher, &layer, Duration::from_millis(300));
+        // An older one that works again, and one that comes while a read waits.
+        change("me:secret-old");
+        read_for(&fetcher, &layer, Duration::from_millis(1500));
+        assert_eq!(fetcher.stats().errors, 0, "{door}");
+        change("me:secret-new");
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| read_for(&fetcher, &layer, Duration::from_millis(2500)));
+            std::thread::sleep(Duration::from_millis(500));
+            keep(&repository, "me:secret-new");
+            reading.join().unwrap();
+        });
+        change("me:secret-none");
+        let error = find(&name, &options).unwrap_err();
+        assert!(matches!(error, SourceError::Denied { .. }), "{error}");
+        let shown = format!("{error} {error:?} {options:?} {image:?}");
+        assert!(!shown.contains("secret"), "{shown}");
     }
 }
 

@@ -134,6 +134,7 @@ fn credentials_are_for_the_registry_that_was_named() {
                 given,
                 authfile: Some(authfile.clone()),
                 usual: None,
+                kept: None,
             },
             ..options()
         };
@@ -155,6 +156,7 @@ fn credentials_are_for_the_registry_that_was_named() {
             given: None,
             authfile: Some(authfile),
             usual: None,
+            kept: None,
         },
         ..options()
     };
@@ -609,6 +611,7 @@ fn options_show_no_secrets() {
                 given: Some(Login::parse("me:secret").unwrap()),
                 authfile: None,
                 usual: None,
+                kept: None,
             },
             ..RegistryOptions::default()
         },

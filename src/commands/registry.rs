@@ -44,6 +44,7 @@ impl RegistryArgs {
                 given: given.map(login).transpose()?,
                 authfile: authfile.map(path::absolute).transpose()?,
                 usual: None,
+                kept: None,
             },
             hosts_dir: self.hosts_dir.clone(),
             http: self.http(),

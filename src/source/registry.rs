@@ -4,7 +4,7 @@
 //! Nothing is believed that can be checked: manifests, indexes and configurations are compared with their digests before
 //! they are read, and their sizes are bounded. Layers are checked where they are read.
 //!
-//! Parts: `reference` (names), `hosts` (which servers), `credentials` and `challenge` (logging in), `session` (requests),
+//! Parts: `reference` (names), `hosts` (which servers), `login`, `credentials`, `kept` and `challenge` (logging in), `session` (requests),
 //! `redirect` (where storage is), `access` (a blob's bytes, now and later), `client` (reading and writing for callers that may
 //! wait), `manifest` (documents), `lenient` (their fields as others write them), `platform` and `choice` (which image of an index),
 //! `oci_layout`.
@@ -18,7 +18,9 @@ mod credentials;
 #[cfg(feature = "unstable-internals")]
 pub mod fuzzing;
 mod hosts;
+mod kept;
 mod lenient;
+mod login;
 mod manifest;
 mod oci_layout;
 mod platform;
@@ -34,9 +36,11 @@ use std::time::{Duration, SystemTime};
 
 pub use access::{BlobAccess, BlobLocation};
 pub use client::{BlobHead, Fetched, Registry};
-pub use credentials::{Keyring, Login};
+pub use credentials::{Keyring, is_server};
 pub use hosts::DEFAULT_HOSTS_DIR;
-pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, OCI_INDEX, OCI_MANIFEST};
+pub use kept::KeptLogins;
+pub use login::{Login, LoginParts};
+pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, Manifest, OCI_INDEX, OCI_MANIFEST};
 pub use platform::Platform;
 pub use reference::{ImageName, LayoutName, Reference, Version};
 
@@ -45,7 +49,7 @@ use crate::digest::Digest;
 use crate::http::HttpOptions;
 use crate::layer::LayerType;
 use choice::Wanted;
-use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST, Manifest};
+use manifest::{LONGEST_CONFIG, LONGEST_MANIFEST};
 use oci_layout::Layout;
 
 /// The deepest nesting of indexes that is followed; builders make one level, or two.

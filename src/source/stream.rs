@@ -22,11 +22,24 @@ pub type BlobSink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
 /// # Errors
 /// [`SourceError`]: what is wrong with the file or the server; what `sink` returns.
 pub fn stream<E: From<SourceError>>(blob: &Blob, options: &HttpOptions, sink: BlobSink<'_, E>) -> Result<u64, E> {
+    stream_from(blob, 0, options, sink)
+}
+
+/// The same from byte `from` of the blob on.
+///
+/// # Errors
+/// As of [`stream`].
+pub fn stream_from<E: From<SourceError>>(
+    blob: &Blob,
+    from: u64,
+    options: &HttpOptions,
+    sink: BlobSink<'_, E>,
+) -> Result<u64, E> {
     match &blob.place {
-        Place::File(file) => stream_file(&file.open()?, blob, sink),
+        Place::File(file) => stream_file(&file.open()?, blob, from, sink),
         Place::Url(_) | Place::Registry(_) => {
             let runtime = runtime::runtime().map_err(SourceError::from)?;
-            runtime.block_on(stream_http(blob, options, sink))
+            runtime.block_on(stream_http(blob, from, options, sink))
         }
     }
 }
@@ -130,9 +143,9 @@ async fn collect(body: &mut Body, range: &Range<u64>, got: &mut Vec<u8>, backoff
     }
 }
 
-fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, sink: BlobSink<'_, E>) -> Result<u64, E> {
+fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, from: u64, sink: BlobSink<'_, E>) -> Result<u64, E> {
     let mut buffer = vec![0; STRIDE];
-    let (mut at, mut reads) = (0, 0);
+    let (mut at, mut reads) = (from, 0);
     while at < blob.len {
         let want = usize::try_from(blob.len - at).unwrap_or(usize::MAX).min(STRIDE);
         let got = match file.read_at(&mut buffer[..want], at) {
@@ -162,12 +175,13 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, sink: BlobSink<'_
 /// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
 async fn stream_http<E: From<SourceError>>(
     blob: &Blob,
+    from: u64,
     options: &HttpOptions,
     sink: BlobSink<'_, E>,
 ) -> Result<u64, E> {
     let requests = Requests::of(blob, options)?;
     let mut backoff = requests.backoff();
-    let (mut reached, mut asked) = (0, 0);
+    let (mut reached, mut asked) = (from, 0);
     while reached < blob.len {
         asked += 1;
         let answer = if blob.answers_ranges() {

@@ -25,9 +25,8 @@ pub(crate) fn registry_options(tries: u32) -> RegistryOptions {
     RegistryOptions {
         hosts_dir: "/nonexistent".into(),
         keyring: Keyring {
-            given: None,
             authfile: Some(empty_authfile()),
-            usual: None,
+            ..Keyring::default()
         },
         platform: Some("linux/amd64".parse().unwrap()),
         http: http_options(tries),

@@ -211,7 +211,7 @@ impl BlobAccess {
             && self.session.is_known(at)
         {
             let url = self.session.url(at, &self.what());
-            match self.session.grant(at, Need::Pull, &url, None).await {
+            match self.session.grant(at, Need::Pull, &url, None, &[]).await {
                 Ok(grant) => return Ok(self.located(at, &url, &grant)),
                 Err(failure) if order.len() == 1 => return Err(failure),
                 Err(failure) => self.session.set_down(at, &failure),

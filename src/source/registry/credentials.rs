@@ -4,7 +4,7 @@
 //! file; containers' `auth.json` (`$XDG_RUNTIME_DIR/containers`, then `$XDG_CONFIG_HOME/containers`); Docker's `config.json`
 //! (`$DOCKER_CONFIG`, else `~/.docker`). In each file a helper for the host goes first, then `auths`, then the helper for all
 //! (containers-auth.json(5), and docker-credential-helpers for what a helper says). A file is never written, and what is in
-//! it never shown.
+//! it never shown. Before all of them, and several for one repository, go logins that came with pulls (`kept`), where those are kept.
 
 use std::collections::HashMap;
 use std::env;
@@ -15,12 +15,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
+use super::kept::KeptLogins;
 use super::lenient::null_is_empty;
-use crate::http::Secret;
+use super::login::{Login, LoginParts};
 use crate::source::SourceError;
 
 /// What Docker Hub is called in credential files and by helpers.
@@ -31,50 +30,12 @@ const LONGEST_FILE: u64 = 4 << 20;
 const LONGEST_ANSWER: u64 = 256 << 10;
 /// A helper may have to ask a cloud, but not a person.
 const HELPER_DEADLINE: Duration = Duration::from_secs(20);
-/// A user name that says: the secret is an identity token.
-const IS_TOKEN: &str = "<token>";
 
-/// How to log in.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Login {
-    /// Not at all.
-    #[default]
-    Anonymous,
-    /// With a user's name and password.
-    Password {
-        /// The user.
-        user: String,
-        /// The password.
-        password: Secret,
-    },
-    /// With a token that a token server exchanges for others.
-    Identity(Secret),
-    /// With a token that the registry itself takes.
-    Bearer(Secret),
-}
-
-impl Login {
-    /// `user:password` as it was typed.
-    ///
-    /// # Errors
-    /// When there is no user. The message does not quote what there is.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let text = text.trim_end_matches(['\r', '\n']);
-        match text.split_once(':') {
-            Some((user, password)) if !user.is_empty() => Ok(Self::password(user, password)),
-            _ => Err("credentials are written user:password".to_owned()),
-        }
-    }
-
-    fn password(user: &str, password: &str) -> Self {
-        if user == IS_TOKEN {
-            return Self::Identity(Secret::new(password.to_owned()));
-        }
-        Self::Password {
-            user: user.to_owned(),
-            password: Secret::new(password.to_owned()),
-        }
-    }
+/// Whether a server that is named in credentials (`https://index.docker.io/v1/`, `host:port`) is the registry `host`.
+#[must_use]
+pub fn is_server(named: &str, host: &str) -> bool {
+    let named = normal(named);
+    named.split('/').next() == Some(host)
 }
 
 /// Where to look for credentials; kept, so that they can be looked up again when they no longer work.
@@ -86,6 +47,9 @@ pub struct Keyring {
     pub authfile: Option<PathBuf>,
     /// The files to look into where none was named; those that the environment of this process leads to, if none.
     pub usual: Option<Vec<PathBuf>>,
+    /// The file of logins that came with pulls ([`KeptLogins`]), if they are kept.
+    #[serde(default)]
+    pub kept: Option<PathBuf>,
 }
 
 impl Keyring {
@@ -113,7 +77,38 @@ impl Keyring {
             given: self.given.clone(),
             authfile: self.named().map(absolute),
             usual: Some(self.usual_files().into_iter().map(absolute).collect()),
+            kept: self.kept.clone().map(absolute),
         }
+    }
+
+    /// The ways to log in that may work, to be tried in this order: [`login`](Self::login), and before it those that came with pulls
+    /// of this repository. Never empty.
+    ///
+    /// # Errors
+    /// As of [`login`](Self::login), when no other is known.
+    pub fn logins(&self, host: &str, repository: &str) -> Result<Vec<Login>, SourceError> {
+        let Some(path) = &self.kept else {
+            return Ok(vec![self.login(host, repository)?]);
+        };
+        let kept = KeptLogins::read(path).unwrap_or_else(|error| {
+            log::warn!("{}: {error}; its logins are not used", path.display());
+            KeptLogins::default()
+        });
+        let mut logins = kept.of(host, repository);
+        match self.login(host, repository) {
+            Ok(login) => logins.push(login),
+            Err(error) if logins.is_empty() => return Err(error),
+            Err(error) => log::warn!("{error}"),
+        }
+        // A repository that everybody may read does not close for those whose password is old.
+        logins.push(Login::Anonymous);
+        let mut seen = Vec::new();
+        logins.retain(|login| {
+            let is_new = !seen.contains(login);
+            seen.push(login.clone());
+            is_new
+        });
+        Ok(logins)
     }
 
     /// How to log in at `host` (with its port, if it is not the usual one) for `repository`. Waits for helpers, with a
@@ -174,25 +169,10 @@ fn usual_files() -> Vec<PathBuf> {
 #[serde(rename_all = "camelCase", default)]
 struct AuthFile {
     #[serde(deserialize_with = "null_is_empty")]
-    auths: HashMap<String, Option<Auth>>,
+    auths: HashMap<String, Option<LoginParts>>,
     creds_store: Option<String>,
     #[serde(deserialize_with = "null_is_empty")]
     cred_helpers: HashMap<String, String>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Auth {
-    #[serde(rename = "auth", deserialize_with = "null_is_empty")]
-    pair: String,
-    #[serde(deserialize_with = "null_is_empty")]
-    username: String,
-    #[serde(deserialize_with = "null_is_empty")]
-    password: String,
-    #[serde(deserialize_with = "null_is_empty")]
-    identitytoken: String,
-    #[serde(deserialize_with = "null_is_empty")]
-    registrytoken: String,
 }
 
 /// What a helper answers.
@@ -251,7 +231,7 @@ impl AuthFile {
             let found = self.auths.iter().filter(|(key, _)| normal(key) == *name);
             for (key, auth) in found {
                 let Some(auth) = auth else { continue };
-                if let Some(login) = auth.login().map_err(|why| failed(format!("the entry {key}"), why))? {
+                if let Some(login) = Login::of_parts(auth).map_err(|why| failed(format!("the entry {key}"), why))? {
                     return Ok(Some(login));
                 }
             }
@@ -291,28 +271,6 @@ fn normal(key: &str) -> String {
         host => host,
     };
     rest.map_or_else(|| host.to_owned(), |rest| format!("{host}/{rest}"))
-}
-
-impl Auth {
-    fn login(&self) -> Result<Option<Login>, String> {
-        if !self.registrytoken.is_empty() {
-            return Ok(Some(Login::Bearer(Secret::new(self.registrytoken.clone()))));
-        }
-        if !self.identitytoken.is_empty() {
-            return Ok(Some(Login::Identity(Secret::new(self.identitytoken.clone()))));
-        }
-        if !self.pair.is_empty() {
-            let bytes = STANDARD
-                .decode(self.pair.trim())
-                .map_err(|_| "auth is not base64".to_owned())?;
-            let text = String::from_utf8(bytes).map_err(|_| "auth is not text".to_owned())?;
-            return Login::parse(text.trim_end_matches('\0')).map(Some);
-        }
-        if self.username.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(Login::password(&self.username, &self.password)))
-    }
 }
 
 /// Asks `docker-credential-HELPER get` for `key`. No login if it has none.
@@ -390,6 +348,7 @@ fn run_helper(program: &str, key: &str, deadline: Duration) -> Result<Option<Vec
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::Secret;
 
     fn login(file: &str, host: &str, repository: &str) -> Option<Login> {
         AuthFile::parse(file.as_bytes())
@@ -457,9 +416,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("auth.json");
         let keyring = Keyring {
-            given: None,
             authfile: Some(path.clone()),
-            usual: None,
+            ..Keyring::default()
         };
         assert_eq!(keyring.files(), std::slice::from_ref(&path));
         // Elsewhere the same files are looked into, whatever the environment there says.
@@ -468,6 +426,50 @@ mod tests {
         let usual = Keyring::default().for_others();
         assert_eq!(usual.files(), Keyring::default().files());
         assert!(usual.usual.is_some() && usual.files().iter().all(|file| file.is_absolute()));
+    }
+
+    #[test]
+    fn logins_of_pulls_go_before_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (authfile, kept) = (dir.path().join("auth.json"), dir.path().join("kept.json"));
+        std::fs::write(&authfile, r#"{"auths": {"host": {"auth": "YTpi"}}}"#).unwrap();
+        let mut keyring = Keyring {
+            authfile: Some(authfile),
+            ..Keyring::default()
+        };
+        assert_eq!(keyring.logins("host", "x").unwrap(), [password("a", "b")]);
+        keyring.kept = Some(kept.clone());
+        let usual = [password("a", "b"), Login::Anonymous];
+        assert_eq!(keyring.logins("host", "x").unwrap(), usual);
+        let mut logins = KeptLogins::default();
+        logins.keep("host", "x", &password("old", "1"));
+        logins.keep("host", "x", &password("new", "2"));
+        logins.keep("host", "x", &password("a", "b"));
+        std::fs::write(&kept, logins.to_bytes().unwrap()).unwrap();
+        let expected = [
+            password("a", "b"),
+            password("new", "2"),
+            password("old", "1"),
+            Login::Anonymous,
+        ];
+        assert_eq!(keyring.for_others().logins("host", "x").unwrap(), expected);
+        // Not of another repository; and without the file of logins the others are as good as before.
+        assert_eq!(keyring.logins("host", "y").unwrap(), usual);
+        std::fs::write(&kept, "x").unwrap();
+        assert_eq!(keyring.logins("host", "x").unwrap(), usual);
+    }
+
+    #[test]
+    fn servers_are_named_in_several_ways() {
+        for (named, host, is_it) in [
+            ("https://index.docker.io/v1/", "docker.io", true),
+            ("host:5000", "host:5000", true),
+            ("https://host:5000/v2/", "host:5000", true),
+            ("host/team", "host", true),
+            ("other", "host", false),
+        ] {
+            assert_eq!(is_server(named, host), is_it, "{named}");
+        }
     }
 
     #[test]

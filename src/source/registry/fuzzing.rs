@@ -10,6 +10,7 @@ use super::challenge::{Challenge, TokenAnswer};
 use super::choice::Wanted;
 use super::credentials;
 use super::hosts;
+use super::login::Login;
 use super::manifest::{ImageConfig, Manifest};
 use crate::digest::{Algorithm, Digest};
 
@@ -44,9 +45,9 @@ pub fn login(file: &[u8], host: &str, repository: &str) -> Result<Option<(String
     let login = credentials::login_of_file(file, host, repository)?;
     Ok(login.map(|login| {
         let secret = match &login {
-            credentials::Login::Anonymous => String::new(),
-            credentials::Login::Password { password, .. } => password.reveal().to_owned(),
-            credentials::Login::Identity(token) | credentials::Login::Bearer(token) => token.reveal().to_owned(),
+            Login::Anonymous => String::new(),
+            Login::Password { password, .. } => password.reveal().to_owned(),
+            Login::Identity(token) | Login::Bearer(token) => token.reveal().to_owned(),
         };
         (format!("{login:?}"), secret)
     }))

@@ -137,10 +137,12 @@ struct Document {
 
 /// A manifest or an index.
 #[derive(Clone, Debug)]
-pub(super) enum Manifest {
+pub enum Manifest {
     /// Of one image.
     Image {
+        /// Its configuration.
         config: Box<Descriptor>,
+        /// The lowest first.
         layers: Vec<Descriptor>,
         /// What it says of the image besides.
         annotations: BTreeMap<String, String>,
@@ -183,7 +185,7 @@ impl Manifest {
     ///
     /// # Errors
     /// What is wrong with it, or that it is no image, in words that fit behind "NAME: ".
-    pub(super) fn parse(bytes: &[u8], media_type: &str) -> Result<Self, String> {
+    pub fn parse(bytes: &[u8], media_type: &str) -> Result<Self, String> {
         Self::parse_all(bytes, media_type).map_err(|why| excerpt(&why))
     }
 

@@ -19,8 +19,9 @@ use url::Url;
 
 use super::answer::{LONGEST_ANSWER, body, explanation, refusal};
 use super::challenge::{Challenge, Token, TokenAnswer};
-use super::credentials::{Keyring, Login};
+use super::credentials::Keyring;
 use super::hosts::Endpoint;
+use super::login::Login;
 use crate::http::{self, HttpOptions, Kind, Opener, Reach, Redirects, Secret, shown_url};
 use crate::source::error::SourceError;
 
@@ -102,6 +103,8 @@ pub(super) struct Grant {
     pub(super) until: Option<SystemTime>,
     /// Whether it was given just now.
     fresh: bool,
+    /// The login that it was given for, if it was given just now.
+    login: Option<Login>,
 }
 
 impl Session {
@@ -322,14 +325,21 @@ impl Session {
             _ => {}
         }
         let known = lock(&host.state).login.clone();
-        let login = match known {
-            Some(login) => Ok(login),
+        let logins = match known {
+            Some(login) => Ok(vec![login]),
             None => self.look_up(at).await,
         };
-        if !login.is_ok_and(|login| login != Login::Anonymous) {
+        let logins = logins.unwrap_or_default();
+        if logins.iter().all(|login| *login == Login::Anonymous) {
             return false;
         }
-        lock(&host.state).door_asked = true;
+        {
+            let mut state = lock(&host.state);
+            state.door_asked = true;
+            if let [only] = &logins[..] {
+                state.login = Some(only.clone());
+            }
+        }
         let endpoint = &self.spec.endpoints[at];
         let base = lock(&host.state).base.clone();
         let mut url = base.unwrap_or_else(|| endpoint.base.clone());
@@ -381,8 +391,16 @@ impl Session {
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Response, Grant), SourceError> {
         let mut stale = stale;
+        // Where several logins are known, all are shown before a refusal is the answer.
+        let mut refused_logins = Vec::new();
+        let mut refusal = None;
         loop {
-            let grant = self.grant(at, need, url, stale.as_ref()).await?;
+            let granted = self.grant(at, need, url, stale.as_ref(), &refused_logins).await;
+            // What the registry itself said tells more than that there is nothing left to show.
+            let grant = match (granted, refusal.take()) {
+                (Err(SourceError::Denied { .. }), Some(said)) => return Err(said),
+                (granted, _) => granted?,
+            };
             let request = self.request(at, url, grant.authorization.as_ref(), make)?;
             let response = self.exchange(url, request).await?;
             let status = response.status();
@@ -399,6 +417,13 @@ impl Session {
             }
             // Refused without having shown anything: show what there is. Refused what was kept: get it anew. Refused what is
             // new: that is the answer.
+            if let (Some(login), Some(_)) = (&grant.login, &self.spec.keyring.kept) {
+                refused_logins.push(login.clone());
+                lock(&self.hosts[at].state).login.take_if(|known| known == login);
+                stale = grant.authorization;
+                refusal = Some(self.denied(at, url, response).await);
+                continue;
+            }
             let next = match grant.authorization {
                 Some(_) if grant.fresh => None,
                 None if status == StatusCode::FORBIDDEN || lock(&self.hosts[at].state).challenge.is_none() => None,
@@ -420,7 +445,7 @@ impl Session {
         url: &Url,
         make: &(dyn Fn(&Client, Url) -> RequestBuilder + Send + Sync),
     ) -> Result<(Response, Grant), SourceError> {
-        let grant = self.grant(at, need, url, None).await?;
+        let grant = self.grant(at, need, url, None, &[]).await?;
         let request = self.request(at, url, grant.authorization.as_ref(), make)?;
         Ok((self.exchange(url, request).await?, grant))
     }
@@ -458,13 +483,14 @@ impl Session {
         }
     }
 
-    /// What a request has to show, from the cache if that is good enough.
+    /// What a request has to show, from the cache if that is good enough. `refused` are logins that were shown in vain.
     pub(super) async fn grant(
         &self,
         at: usize,
         need: Need,
         url: &Url,
         stale: Option<&HeaderValue>,
+        refused: &[Login],
     ) -> Result<Grant, SourceError> {
         let host = &self.hosts[at];
         if let Some(grant) = self.cached(at, need, stale)? {
@@ -475,22 +501,29 @@ impl Session {
         if let Some(grant) = self.cached(at, need, stale)? {
             return Ok(grant);
         }
-        let before = lock(&host.state).login.clone();
-        let login = match before.clone() {
-            Some(login) => login,
-            None => self.look_up(at).await?,
-        };
-        match self.enter(at, need, url, &login, stale).await {
-            Err(failure) if before.is_some() && matches!(failure, SourceError::Denied { .. }) => {
-                // Helpers hand out passwords that expire, and people change files.
-                let again = self.look_up(at).await?;
-                if again == login {
-                    return Err(failure);
-                }
-                self.enter(at, need, url, &again, stale).await
+        let known = lock(&host.state).login.clone().filter(|login| !refused.contains(login));
+        let mut failure = None;
+        if let Some(login) = &known {
+            match self.enter(at, need, url, login, stale).await {
+                Err(denied @ SourceError::Denied { .. }) => failure = Some(denied),
+                other => return other,
             }
-            other => other,
         }
+        // Helpers hand out passwords that expire, and people change files.
+        for login in self.look_up(at).await? {
+            if refused.contains(&login) || known.as_ref() == Some(&login) {
+                continue;
+            }
+            lock(&host.state).login = Some(login.clone());
+            match self.enter(at, need, url, &login, stale).await {
+                Err(denied @ SourceError::Denied { .. }) => failure = failure.or(Some(denied)),
+                other => return other,
+            }
+        }
+        Err(failure.unwrap_or_else(|| SourceError::Denied {
+            name: shown_url(url),
+            why: "no login that is known works".to_owned(),
+        }))
     }
 
     /// The grant that is cached and not known to be stale. Where no challenge was seen, one without credentials.
@@ -510,6 +543,7 @@ impl Session {
                     authorization: Some(bearer(&token.secret)?),
                     until: Some(token.until),
                     fresh: false,
+                    login: None,
                 }),
                 _ => None,
             },
@@ -525,13 +559,12 @@ impl Session {
         format!("repository:{}:{actions}", self.spec.repository)
     }
 
-    /// Looks up how to log in, on a thread that may wait for helpers.
-    async fn look_up(&self, at: usize) -> Result<Login, SourceError> {
+    /// Looks up how to log in, on a thread that may wait for helpers: what is to be tried, in this order.
+    async fn look_up(&self, at: usize) -> Result<Vec<Login>, SourceError> {
         let endpoint = &self.spec.endpoints[at];
         // What was given is for the registry that was named, not for a mirror that stands in for it.
         if let (Some(login), None) = (&self.spec.keyring.given, &endpoint.stands_for) {
-            lock(&self.hosts[at].state).login = Some(login.clone());
-            return Ok(login.clone());
+            return Ok(vec![login.clone()]);
         }
         let host = if endpoint.stands_for.is_none() {
             self.spec.host.clone()
@@ -539,11 +572,8 @@ impl Session {
             endpoint.host()
         };
         let (keyring, repository) = (self.spec.keyring.clone(), self.spec.repository.clone());
-        let looking = tokio::task::spawn_blocking(move || keyring.login(&host, &repository)).await;
-        let login = looking.map_err(|error| http::Error::setup("the search for credentials", error))?;
-        let login = login?;
-        lock(&self.hosts[at].state).login = Some(login.clone());
-        Ok(login)
+        let looking = tokio::task::spawn_blocking(move || keyring.logins(&host, &repository)).await;
+        looking.map_err(|error| http::Error::setup("the search for credentials", error))?
     }
 
     /// Gets what the endpoint's challenge asks for.
@@ -567,6 +597,7 @@ impl Session {
             authorization: Some(authorization),
             until,
             fresh: true,
+            login: Some(login.clone()),
         };
         match (challenge, login) {
             (None, _) => Ok(Grant::default()),
