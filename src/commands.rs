@@ -8,6 +8,7 @@ mod attach;
 mod bench;
 mod cache;
 mod cli;
+mod content;
 mod demo;
 mod diff;
 mod doctor;
@@ -26,6 +27,7 @@ mod publish;
 mod registry;
 mod replace;
 mod service;
+mod setup;
 mod snapshotter;
 mod stats;
 mod waits;
@@ -37,7 +39,7 @@ use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 
 pub use cli::Cli;
-use cli::Command;
+use cli::{Command, SnapshotterCommand};
 use output::{ReaderGone, Talk, without_errno};
 
 use crate::excerpt;
@@ -90,7 +92,7 @@ pub fn main() -> ExitCode {
         return attach::serve(arguments);
     }
     // What is read later has times.
-    if matches!(cli.command, Command::Snapshotter(_)) {
+    if matches!(&cli.command, Command::Snapshotter(args) if args.what.is_none()) {
         logging::start_daemon();
     }
     logging::start(cli.talk);
@@ -150,7 +152,11 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(args, session),
         Command::Service(args) => service::run(args, session),
         Command::Upgrade => attach::upgrade(session),
-        Command::Snapshotter(args) => snapshotter::run(args),
+        Command::Snapshotter(args) => match &args.what {
+            Some(SnapshotterCommand::Setup(args)) => setup::run(args, session),
+            None => snapshotter::run(args),
+        },
+        Command::Content(what) => content::run(what, session),
         Command::ServeDevices { .. } => Ok(()),
     }
 }

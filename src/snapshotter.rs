@@ -6,17 +6,22 @@
 //! any server, and unmounts nothing that is in use.
 //!
 //! Parts: `messages` and `grpc` (what is spoken), `labels` and `filters` (what clients say in it), `records` (what is known),
-//! `images` (what can be lazy), `claims` (which layers are not unpacked), `chains` (devices), `snapshots` (containerd's semantics), `usage`, `config`.
+//! `images` (what can be lazy), `claims` (which layers are not unpacked), `chains` (devices), `snapshots` (containerd's semantics), `usage`,
+//! `config`; `image_service` (a kubelet's pulls, for their logins); `content` (layers for those who want them whole) and
+//! `setup` (how engines are told), which are commands of their own.
 
 mod chains;
 mod claims;
 mod config;
+pub mod content;
 mod filters;
 pub mod grpc;
+mod image_service;
 mod images;
 mod labels;
 pub mod messages;
 mod records;
+pub mod setup;
 mod snapshots;
 mod usage;
 
@@ -34,7 +39,7 @@ use rustix::fs::FlockOperation;
 use tokio::sync::watch;
 
 pub use chains::{ChainError, Mounter};
-pub use config::{Config, ConfigError, FILE_NAME, Lazy, RepositoryPolicy};
+pub use config::{CONTAINERD, Config, ConfigError, FILE_NAME, Lazy, RepositoryPolicy};
 pub use images::{Declined, Reason, Verdict, verdicts};
 pub use records::{Moment, RecordError};
 
@@ -42,6 +47,7 @@ use crate::device::inventory;
 use crate::device::state::{StateDir, StateError};
 use crate::open::{Cache, OpenError, TrustPolicy, default_cache_dir};
 use chains::Chains;
+use image_service::ImageService;
 use images::Images;
 use records::Records;
 use snapshots::Snapshots;
@@ -92,6 +98,8 @@ pub struct Machine {
     pub mounter: Mounter,
     /// Whom indexes beside images are believed.
     pub trust: TrustPolicy,
+    /// Sockets that a service manager opened, and holds open while this process is away.
+    pub sockets: Vec<UnixListener>,
 }
 
 impl fmt::Debug for Machine {
@@ -113,7 +121,12 @@ pub fn run(
     stop: &watch::Receiver<bool>,
     ready: impl FnOnce(),
 ) -> Result<(), SnapshotterError> {
-    let Machine { states, mounter, trust } = machine;
+    let Machine {
+        states,
+        mounter,
+        trust,
+        mut sockets,
+    } = machine;
     if !rustix::process::geteuid().is_root() {
         return Err(SnapshotterError::NotRoot);
     }
@@ -138,14 +151,64 @@ pub fn run(
     let images = Arc::new(Images::new(config, trust, cache).map_err(unusable(&root))?);
     let chains = Chains::new(&dir, states, config, Arc::clone(&images), mounter);
     let snapshots = Arc::new(Snapshots::new(&dir, records, images, chains));
-    let listener = listen(&config.address)?;
+    let listener = Listener::open(&config.address, &mut sockets)?;
+    let image_service = match &config.image_service {
+        Some(address) => {
+            let listener = Listener::open(address, &mut sockets)?;
+            let service = ImageService::new(&config.containerd, &config.logins());
+            let taken = listener.socket.try_clone().map_err(unusable(address))?;
+            let serving = service.spawn(taken, stop.clone()).map_err(unusable(address))?;
+            log::info!("pulls of images are passed on to {}", config.containerd.display());
+            Some((listener, serving))
+        }
+        None => None,
+    };
+    for socket in &sockets {
+        log::warn!("{socket:?} was handed over and is no socket of this set-up");
+    }
     let keeping = keep_tidy(Arc::clone(&snapshots), config.idle, stop.clone());
     ready();
     let calls: Arc<dyn grpc::Calls> = snapshots;
-    let served = grpc::serve(listener, &calls, stop).map_err(unusable(&config.address));
-    let _ = fs::remove_file(&config.address);
-    drop(keeping);
+    let socket = listener.socket.try_clone().map_err(unusable(&config.address))?;
+    let served = grpc::serve(socket, &calls, stop).map_err(unusable(&config.address));
+    drop((keeping, image_service, listener));
     served
+}
+
+/// A socket on which calls come.
+#[derive(Debug)]
+struct Listener {
+    socket: UnixListener,
+    /// Its file, which goes with it; none of a socket that a service manager holds.
+    own: Option<PathBuf>,
+}
+
+impl Listener {
+    /// Listens at `address`: on the socket of `handed` that is there, or else on a new one.
+    fn open(address: &Path, handed: &mut Vec<UnixListener>) -> Result<Self, SnapshotterError> {
+        let is_there = |socket: &UnixListener| {
+            let local = socket.local_addr();
+            local.is_ok_and(|local| local.as_pathname() == Some(address))
+        };
+        if let Some(at) = handed.iter().position(is_there) {
+            return Ok(Self {
+                socket: handed.swap_remove(at),
+                own: None,
+            });
+        }
+        Ok(Self {
+            socket: listen(address)?,
+            own: Some(address.to_owned()),
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.own {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 fn make_directory(path: &Path) -> Result<(), SnapshotterError> {

@@ -9,13 +9,20 @@ mod common;
 mod registry;
 mod snapshots;
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::{have, skip, tree, unpacked};
-use registry::{Access, Registry};
+use registry::{Access, PASSWORD, Registry, USER};
+use serde_json::Value;
 use snapshots::Lab;
-use snapshots::containerd::{Containerd, Sleeper};
+use snapshots::client::{Client, UNIMPLEMENTED};
+use snapshots::containerd::{Auth, Containerd, Sleeper, pull_at};
+use tarblk::internals::snapshotter::content::messages::{CONTENT, WriteAction, WriteRequest, WriteResponse};
+use tarblk::internals::snapshotter::messages::Empty;
 
 /// Four gzip layers: a Debian with Python and numpy.
 const IMAGE: &str = "debian-python:distribution-gzip";
@@ -25,6 +32,11 @@ const SMALL: &str = "whiteouts:types-thrice";
 
 /// A lab and a registry with images; `None`, having said so, where containers cannot be run.
 fn laboratory(test: &str, config: &str) -> Option<(Lab, Registry, PathBuf)> {
+    laboratory_with(test, config, Access::Anonymous)
+}
+
+/// The same, with a registry that lets people in as `access` says.
+fn laboratory_with(test: &str, config: &str, access: Access) -> Option<(Lab, Registry, PathBuf)> {
     for (program, package) in [("containerd", "containerd"), ("ctr", "containerd"), ("runc", "runc")] {
         if !have(program) {
             skip(
@@ -36,7 +48,7 @@ fn laboratory(test: &str, config: &str) -> Option<(Lab, Registry, PathBuf)> {
     }
     let images = unpacked::images(test)?;
     let lab = Lab::new(test, config)?;
-    let registry = Registry::with(test, Access::Anonymous, &images, &[IMAGE, SMALL])?;
+    let registry = Registry::with(test, access, &images, &[IMAGE, SMALL])?;
     Some((lab, registry, images))
 }
 
@@ -120,6 +132,15 @@ fn a_pod_runs_as_a_kubelet_makes_it() {
     registry.push(lab.dir(), "pause:pause");
     let containerd = Containerd::start(&lab, &registry.host(), "tarblk");
     let image = format!("{}/{IMAGE}", registry.host());
+    // As a person looks whether all is set up.
+    let mut check = lab.command(&["snapshotter", "setup", "containerd", "--check", "--config"]);
+    check
+        .arg(lab.dir().join("snapshotter.toml"))
+        .arg("--address")
+        .arg(&containerd.address);
+    check.arg("--containerd-config").arg(lab.dir().join("containerd.toml"));
+    let said = String::from_utf8(common::succeed(&mut check)).unwrap();
+    assert!(said.ends_with("it works\n"), "{said}");
     containerd.pull(&image);
     let python = ["python3", "-c", "import numpy; print(numpy.arange(5).sum())"];
     let said = snapshots::pod::run(&containerd.address, &lab.dir().join("logs"), &image, &python);
@@ -158,4 +179,192 @@ fn what_is_declined_containerd_pulls_itself() {
     containerd.remove_images(&lab);
     drop(containerd);
     lab.assert_gone();
+}
+
+/// The same without what comes again.
+fn different(blobs: &[String]) -> Vec<String> {
+    let mut seen: Vec<String> = Vec::new();
+    for blob in blobs {
+        if !seen.contains(blob) {
+            seen.push(blob.clone());
+        }
+    }
+    seen
+}
+
+/// What `tarblk content push --json` says of the layers of an image.
+fn push_content(lab: &Lab, containerd: &Containerd, image: &str) -> Vec<Value> {
+    let mut command = lab.command(&["content", "push", "--json", "--namespace", "k8s.io", image]);
+    let config = lab.dir().join("snapshotter.toml");
+    command
+        .arg("--config")
+        .arg(config)
+        .arg("--address")
+        .arg(&containerd.address);
+    serde_json::from_slice(&common::succeed(&mut command)).unwrap()
+}
+
+#[test]
+fn layers_of_a_lazy_image_are_brought_for_those_who_want_them_whole() {
+    const NAME: &str = "layers_of_a_lazy_image_are_brought_for_those_who_want_them_whole";
+    let Some((lab, registry, images)) = laboratory(NAME, "") else {
+        return;
+    };
+    let containerd = Containerd::start(&lab, &registry.host(), "tarblk");
+    let image = format!("{}/{SMALL}", registry.host());
+    containerd.pull(&image);
+    let (layout, tag) = SMALL.split_once(':').unwrap();
+    let layout = images.join(layout);
+    let blobs = unpacked::layers(&layout, tag);
+    assert!(containerd.layers_here().iter().all(|here| !blobs.contains(here)));
+    let blob = |digest: &str| fs::read(layout.join("blobs").join(digest.replace(':', "/"))).unwrap();
+
+    // One layer was half there; of another one nonsense was.
+    let half = blob(&blobs[0]).len() / 2;
+    for (digest, begun) in [
+        (&blobs[0], blob(&blobs[0])[..half].to_vec()),
+        (&blobs[1], b"nonsense".to_vec()),
+    ] {
+        let request = WriteRequest {
+            action: WriteAction::Write.into(),
+            r#ref: format!("layer-{digest}"),
+            data: begun,
+            ..WriteRequest::default()
+        };
+        let answers = Client::new(&containerd.address).call::<WriteResponse>(&format!("{CONTENT}Write"), &request);
+        assert!(!answers.unwrap().is_empty());
+    }
+    // What was begun goes on; what cannot be right is found out by containerd, thrown away, and brought anew.
+    let pushed = push_content(&lab, &containerd, &image);
+    let repository = image.rsplit_once(':').unwrap().0;
+    let mut seen = Vec::new();
+    for (layer, digest) in pushed.iter().zip(different(&blobs)) {
+        assert_eq!(
+            (layer["layer"].as_str(), layer["from"].as_str()),
+            (Some(&*digest), Some(repository))
+        );
+        let resumed = if digest == blobs[0] { half } else { 0 };
+        assert_eq!(layer["resumed"].as_u64(), u64::try_from(resumed).ok());
+        seen.push(digest);
+    }
+    assert_eq!(seen, different(&blobs));
+    for layer in push_content(&lab, &containerd, &image) {
+        assert!(layer["from"].is_null(), "{layer}");
+    }
+
+    // The collector leaves them alone for as long as the image is there.
+    containerd.succeed(&["images", "tag", &image, "another"]);
+    containerd.succeed(&["images", "rm", "--sync", "another"]);
+    let here = containerd.layers_here();
+    assert!(blobs.iter().all(|blob| here.contains(blob)));
+    let tar = lab.dir().join("export.tar");
+    containerd.succeed(&["images", "export", tar.to_str().unwrap(), &image]);
+    let mut archive = tar::Archive::new(fs::File::open(&tar).unwrap());
+    let mut exported = 0;
+    for entry in archive.entries().unwrap() {
+        let mut entry = entry.unwrap();
+        let path = entry.path().unwrap().display().to_string();
+        if let Some(digest) = blobs
+            .iter()
+            .find(|digest| path == format!("blobs/{}", digest.replace(':', "/")))
+        {
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut entry, &mut bytes).unwrap();
+            assert_eq!(bytes, blob(digest));
+            exported += 1;
+        }
+    }
+    assert_eq!(exported, different(&blobs).len());
+    containerd.remove_images(&lab);
+    let here = containerd.layers_here();
+    assert!(blobs.iter().all(|blob| !here.contains(blob)));
+    drop(containerd);
+    lab.assert_gone();
+}
+
+#[test]
+fn logins_of_a_kubelet_are_there_when_layers_are_read() {
+    const NAME: &str = "logins_of_a_kubelet_are_there_when_layers_are_read";
+    let config = "image-service = \"{dir}/i.sock\"\ncontainerd = \"{dir}/c.sock\"\n";
+    let Some((mut lab, registry, _)) = laboratory_with(NAME, config, Access::Password) else {
+        return;
+    };
+    // With an index that is believed nothing is read before it is wanted.
+    lab.stop();
+    fs::create_dir_all(lab.dir().join("etc")).unwrap();
+    fs::write(lab.dir().join("etc/tarblk.toml"), "trust = \"registry\"\n").unwrap();
+    let mut push = lab.command(&["--quiet", "index", "push"]);
+    common::succeed(push.args(registry.arguments()).arg(registry.image(IMAGE)));
+    lab.start();
+    let containerd = Containerd::start(&lab, &registry.host(), "tarblk");
+    let image = format!("{}/{IMAGE}", registry.host());
+    let kubelet = lab.dir().join("i.sock");
+    let auth = |password: &str| {
+        Some(Auth {
+            username: USER.to_owned(),
+            password: password.to_owned(),
+        })
+    };
+    // containerd's own words come back, of methods that nobody knows, too; and other services are not passed on.
+    let refused = pull_at(&kubelet, "v1", &image, auth("wrong")).unwrap_err();
+    assert!(refused.message.contains(&image), "{refused:?}");
+    let unknown = |path: &str| Client::new(&kubelet).call::<Empty>(path, &Empty {}).unwrap_err();
+    assert_eq!(unknown("/runtime.v1.ImageService/Nothing").code, UNIMPLEMENTED);
+    assert_eq!(unknown(&format!("{CONTENT}Info")).code, UNIMPLEMENTED);
+    pull_at(&kubelet, "v1", &image, auth(PASSWORD)).unwrap();
+    assert_eq!(lab.names().len(), 4, "{}", lab.log());
+    let kept = lab.dir().join("r/logins.json");
+    assert_eq!(fs::metadata(&kept).unwrap().permissions().mode() & 0o777, 0o600);
+
+    // The snapshotter dies; what it knew is on disk.
+    lab.kill();
+    lab.start();
+    containerd.reconnect();
+    let sleeper = Sleeper::start(&containerd, &image, "sleeper");
+
+    // The password changes while a container runs; what was not read waits, until a pull brings the new one.
+    let change = |password: &str| {
+        let mut command = Command::new("htpasswd");
+        command.args(["-nbB", "-C", "4", USER, password]);
+        fs::write(registry.dir().join("htpasswd"), common::succeed(&mut command)).unwrap();
+    };
+    change("another");
+    let program = ["sha256sum", "/usr/bin/perl"];
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| sleeper.exec(&program));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !registry
+            .requests()
+            .last()
+            .is_some_and(|request| request.ends_with(" 401"))
+        {
+            assert!(
+                Instant::now() < deadline && !reading.is_finished(),
+                "{:?}",
+                registry.requests()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        pull_at(&kubelet, "v1alpha2", &image, auth("another")).unwrap();
+        assert!(reading.join().unwrap().ends_with("/usr/bin/perl\n"));
+    });
+    for (name, text) in [("the log", lab.log()), ("the service's log", service_logs(&lab))] {
+        assert!(
+            !text.contains(PASSWORD) && !text.contains("another"),
+            "{name} shows a password"
+        );
+    }
+    drop(sleeper);
+    containerd.remove_images(&lab);
+    drop(containerd);
+    lab.assert_gone();
+}
+
+/// What the service wrote, and what it keeps on disk of its devices.
+fn service_logs(lab: &Lab) -> String {
+    let entries = fs::read_dir(lab.dir().join("states")).unwrap().flatten();
+    let files = entries.filter(|entry| entry.path().is_file());
+    files
+        .map(|entry| String::from_utf8_lossy(&fs::read(entry.path()).unwrap()).into_owned())
+        .collect()
 }

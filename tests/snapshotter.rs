@@ -15,7 +15,9 @@ use std::path::Path;
 
 use snapshots::Lab;
 use snapshots::client::{ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED};
-use tarblk::internals::snapshotter::messages::{FieldMask, Info, Kind, Mount, UpdateRequest};
+use tarblk::internals::snapshotter::messages::{
+    FieldMask, Info, InfoResponse, KeyRequest, Kind, Mount, SERVICE, UpdateRequest,
+};
 
 fn write(at: &Path, name: &str, content: &str) {
     let path = at.join(name);
@@ -502,6 +504,42 @@ fn a_kill_during_a_call_leaves_all_or_nothing() {
         lab.cleanup().unwrap();
     }
     lab.remove("base").unwrap();
+    lab.assert_gone();
+}
+
+#[test]
+fn calls_wait_at_a_socket_that_is_held() {
+    let Some(mut lab) = Lab::new("calls_wait_at_a_socket_that_is_held", "") else {
+        return;
+    };
+    lab.layer("base", "", |at| write(at, "file", "content"));
+    lab.stop();
+    // Its own socket went with it; from now on it gets one.
+    assert!(!lab.address().exists());
+    lab.hold_socket();
+    lab.start();
+    assert_eq!(lab.names(), ["base"]);
+    let client = snapshots::client::Client::new(&lab.address());
+    let stat = move || {
+        let request = KeyRequest {
+            key: "base".to_owned(),
+            ..KeyRequest::default()
+        };
+        client.call::<InfoResponse>(&format!("{SERVICE}Stat"), &request)
+    };
+    lab.kill();
+    let calling = std::thread::spawn(stat.clone());
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(!calling.is_finished());
+    lab.start();
+    assert_eq!(calling.join().unwrap().unwrap().len(), 1);
+    // What holds the socket goes on holding it after an orderly end, too.
+    lab.remove("base").unwrap();
+    lab.stop();
+    assert!(lab.address().exists());
+    let calling = std::thread::spawn(stat);
+    lab.start();
+    assert_eq!(calling.join().unwrap().unwrap_err().code, NOT_FOUND);
     lab.assert_gone();
 }
 

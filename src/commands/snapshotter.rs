@@ -1,9 +1,11 @@
 //! `tarblk snapshotter`, and `tarblk ps --images`: what became of images that containerd pulled.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::thread;
 
 use anyhow::Context as _;
+use listenfd::ListenFd;
 use tokio::sync::watch;
 
 use super::Session;
@@ -17,7 +19,8 @@ use crate::interrupt::Interrupt;
 use crate::open::TrustPolicy;
 use crate::snapshotter::{self, Config, FILE_NAME, Machine};
 
-fn config(named: Option<&Path>) -> anyhow::Result<Config> {
+/// The set-up that is named, or the usual one.
+pub(super) fn config(named: Option<&Path>) -> anyhow::Result<Config> {
     let file = named.map_or_else(|| config_dir().join(FILE_NAME), Path::to_owned);
     let mut config = Config::read(&file, named.is_none())?;
     config.cache.get_or_insert_with(cache_dir);
@@ -32,6 +35,12 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
     }
     if let Some(root) = &args.root {
         config.root.clone_from(root);
+    }
+    if let Some(socket) = &args.image_service {
+        config.image_service = Some(socket.clone());
+    }
+    if let Some(socket) = &args.containerd {
+        config.containerd.clone_from(socket);
     }
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let (stop, stopped) = watch::channel(false);
@@ -52,8 +61,23 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
         states: states(),
         mounter: mounter()?,
         trust: TrustPolicy::of_machine(&config_dir())?,
+        sockets: handed_over(),
     };
     Ok(snapshotter::run(&config, machine, &stopped, ready)?)
+}
+
+/// The sockets that a service manager listens on for this process (`sd_listen_fds(3)`): clients that call while it is away wait
+/// and are answered, instead of being refused.
+fn handed_over() -> Vec<UnixListener> {
+    let mut handed = ListenFd::from_env();
+    let all = (0..handed.len()).filter_map(|at| match handed.take_unix_listener(at) {
+        Ok(socket) => socket,
+        Err(error) => {
+            log::warn!("the service manager handed over what cannot be used: {error}");
+            None
+        }
+    });
+    all.collect()
 }
 
 /// `tarblk ps --images`.

@@ -13,6 +13,9 @@ use crate::source::registry::{DEFAULT_HOSTS_DIR, Reference};
 /// What the file is called, in the machine's configuration directory.
 pub const FILE_NAME: &str = "snapshotter.toml";
 
+/// Where containerd is, if nothing else is said.
+pub const CONTAINERD: &str = "/run/containerd/containerd.sock";
+
 /// What is wrong with the file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -67,6 +70,10 @@ pub struct Config {
     pub root: PathBuf,
     /// The socket on which containerd calls.
     pub address: PathBuf,
+    /// The socket on which a kubelet pulls images, to be passed on to containerd; none without Kubernetes.
+    pub image_service: Option<PathBuf>,
+    /// containerd's own socket, for that.
+    pub containerd: PathBuf,
     /// Where indexes and fetched bytes are kept; the usual cache directory, if none.
     pub cache: Option<PathBuf>,
     /// Disk space for all that is kept there; a part of the disk, if none.
@@ -105,6 +112,8 @@ impl Default for Config {
         Self {
             root: "/var/lib/tarblk/snapshotter".into(),
             address: "/run/tarblk/snapshotter.sock".into(),
+            image_service: None,
+            containerd: CONTAINERD.into(),
             cache: None,
             cache_size: None,
             memory: None,
@@ -139,6 +148,12 @@ impl Config {
                 cause,
             }),
         }
+    }
+
+    /// The file of logins that came with pulls.
+    #[must_use]
+    pub fn logins(&self) -> PathBuf {
+        self.root.join("logins.json")
     }
 
     /// Whether an image is to be lazy.

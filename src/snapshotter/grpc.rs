@@ -3,11 +3,13 @@
 //!
 //! There is no more of gRPC here than containerd's snapshots service uses: one message in, one or several out, no compression, no
 //! TLS. tonic brings a router, a balancer, a code generator and their crates for the same; hyper is here already, so that this takes
-//! `h2`, `httpdate` and prost.
+//! `h2`, `httpdate` and prost. `client` is the other side, for containerd's own services.
 //!
 //! Calls run on threads of their own, since they wait for disks, kernels and networks; the thread of connections never does.
 //!
 //! `GET /metrics` on the same socket, by HTTP/1 or 2, gives metrics as Prometheus reads them.
+
+pub mod client;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -147,7 +149,7 @@ pub fn serve(listener: UnixListener, calls: &Arc<dyn Calls>, stop: &watch::Recei
     Ok(())
 }
 
-async fn raised(mut stop: watch::Receiver<bool>) {
+pub(super) async fn raised(mut stop: watch::Receiver<bool>) {
     // Whoever would raise it may be gone.
     if stop.wait_for(|raised| *raised).await.is_err() {
         std::future::pending::<()>().await;
@@ -233,7 +235,7 @@ async fn reply_to(request: Request<Incoming>, calls: Arc<dyn Calls>) -> Reply {
 }
 
 /// The only message of a request's body.
-fn message_of(body: &[u8]) -> Result<&[u8], Status> {
+pub(super) fn message_of(body: &[u8]) -> Result<&[u8], Status> {
     let bad = |why: &str| Status::new(Code::InvalidArgument, why);
     let (prefix, message) = body
         .split_at_checked(PREFIX_BYTES)
@@ -275,7 +277,7 @@ const fn number(code: Code) -> u16 {
 }
 
 /// As gRPC wants messages in its trailers: printable ASCII, all else and `%` as `%XX`.
-fn percent_encoded(message: &str) -> String {
+pub(super) fn percent_encoded(message: &str) -> String {
     let mut encoded = String::new();
     for byte in message.bytes() {
         match byte {

@@ -303,15 +303,8 @@ impl Images {
             cache: Some(self.cache.clone()),
             http,
             registry: RegistryOptions {
-                plain_http: self.config.plain_http,
-                keyring: Keyring {
-                    authfile: self.config.authfile.clone(),
-                    ..Keyring::default()
-                },
-                hosts_dir: self.config.hosts_dir.clone(),
-                http,
                 cache: Some(small),
-                ..RegistryOptions::default()
+                ..registry_options(&self.config, http)
             },
             ..OpenOptions::default()
         }
@@ -434,6 +427,21 @@ impl Images {
         if read_verdict(&path).is_some_and(|verdict| verdict.lazy) {
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+/// How registries are talked to: as the set-up says, with the logins that came with pulls.
+pub(super) fn registry_options(config: &Config, http: HttpOptions) -> RegistryOptions {
+    RegistryOptions {
+        plain_http: config.plain_http,
+        keyring: Keyring {
+            authfile: config.authfile.clone(),
+            kept: Some(config.logins()),
+            ..Keyring::default()
+        },
+        hosts_dir: config.hosts_dir.clone(),
+        http,
+        ..RegistryOptions::default()
     }
 }
 

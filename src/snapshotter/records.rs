@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::messages::{Info, Kind, Labels, Timestamp};
 use crate::device::state::{PART, write_whole};
 use crate::digest::Digest;
+use crate::source::registry::Reference;
 
 /// The form of the files that is written and understood here.
 const VERSION: u32 = 1;
@@ -381,6 +382,45 @@ impl Records {
     fn path(&self, id: Id) -> PathBuf {
         self.dir.join(format!("{}.json", id.0))
     }
+}
+
+/// The repositories in which each claimed layer was seen, by the records in `dir`, which another process may be writing: those of layers
+/// that are claimed meanwhile may be missing.
+///
+/// # Errors
+/// [`RecordError`] when the directory cannot be read.
+pub(super) fn repositories(dir: &Path) -> Result<BTreeMap<Digest, Vec<String>>, RecordError> {
+    let failed = |cause| RecordError {
+        path: dir.to_owned(),
+        cause,
+    };
+    let mut found: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(error) => return Err(failed(error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        let id = path
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_suffix(".json")?.parse().ok());
+        let Some(record) = id.and_then(|id| read(&path, Id(id)).ok()) else {
+            continue;
+        };
+        let Some(layer) = record.remote() else { continue };
+        for source in &layer.sources {
+            let Ok(Reference { host, repository, .. }) = Reference::parse(&source.reference) else {
+                continue;
+            };
+            let known = found.entry(layer.layer.clone()).or_default();
+            let repository = format!("{host}/{repository}");
+            if !known.contains(&repository) {
+                known.push(repository);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// What a record that makes no sense is called at the end.

@@ -64,6 +64,8 @@ impl Client {
         let request = Request::post(format!("http://localhost{path}"))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
+            // Of no meaning to snapshotters.
+            .header("containerd-namespace", "k8s.io")
             .body(Full::new(Bytes::from(body)))
             .unwrap();
         let response = send.send_request(request).await.map_err(broken)?;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Lab;
-use super::client::Client;
+use super::client::{Answer, Client};
 
 /// How long containerd may take to start, and its collector to remove what nothing needs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -19,11 +19,25 @@ pub(crate) struct ImageSpec {
     pub(crate) image: String,
 }
 
+/// `runtime.v1.AuthConfig`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(crate) struct Auth {
+    #[prost(string, tag = "1")]
+    pub(crate) username: String,
+    #[prost(string, tag = "2")]
+    pub(crate) password: String,
+}
+
 /// `runtime.v1.PullImageRequest`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-struct PullImageRequest {
+pub(crate) struct PullImageRequest {
     #[prost(message, optional, tag = "1")]
-    image: Option<ImageSpec>,
+    pub(crate) image: Option<ImageSpec>,
+    #[prost(message, optional, tag = "2")]
+    pub(crate) auth: Option<Auth>,
+    /// No version of the API has it: who passes calls on does not know it.
+    #[prost(string, tag = "9999")]
+    pub(crate) unknown: String,
 }
 
 /// `runtime.v1.PullImageResponse`.
@@ -31,6 +45,92 @@ struct PullImageRequest {
 struct PullImageResponse {
     #[prost(string, tag = "1")]
     image_ref: String,
+}
+
+/// Whether containerd is of version 2 or later.
+pub(crate) fn is_containerd_2() -> bool {
+    let output = Command::new("containerd").arg("--version").output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let version = said.split_whitespace().nth(2).unwrap_or_default();
+    !version.trim_start_matches('v').starts_with("1.")
+}
+
+/// containerd's configuration, in the form that its version reads.
+fn configuration(lab: &Lab, registry: &str, snapshotter: &str) -> String {
+    let (dir, address) = (lab.dir().display(), lab.address());
+    let address = address.display();
+    let common = format!(
+        r#"
+        root = "{dir}/c/root"
+        state = "{dir}/c/state"
+        disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
+            "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
+        [grpc]
+        address = "{dir}/c.sock"
+        [ttrpc]
+        address = "{dir}/t.sock"
+        [plugins."io.containerd.internal.v1.opt"]
+        path = "{dir}/c/opt"
+        [proxy_plugins.tarblk]
+        type = "snapshot"
+        address = "{address}"
+        "#
+    );
+    let own = if is_containerd_2() {
+        let unpack = ["tarblk", "overlayfs"].map(|snapshotter| {
+            format!(
+                r#"
+                [[plugins."io.containerd.transfer.v1.local".unpack_config]]
+                platform = "linux/{}"
+                snapshotter = "{snapshotter}"
+                differ = "walking"
+                "#,
+                architecture()
+            )
+        });
+        format!(
+            r#"
+            [proxy_plugins.tarblk.exports]
+            root = "{dir}/r"
+            enable_remote_snapshot_annotations = "true"
+            {}
+            [plugins."io.containerd.cri.v1.images"]
+            snapshotter = "{snapshotter}"
+            [plugins."io.containerd.cri.v1.images".pinned_images]
+            sandbox = "{registry}/pause:pause"
+            [plugins."io.containerd.cri.v1.images".registry]
+            config_path = "{dir}/hosts"
+            [plugins."io.containerd.cri.v1.runtime"]
+            restrict_oom_score_adj = true
+            disable_apparmor = true
+            "#,
+            unpack.concat(),
+        )
+    } else {
+        format!(
+            r#"
+            [plugins."io.containerd.grpc.v1.cri"]
+            restrict_oom_score_adj = true
+            disable_apparmor = true
+            sandbox_image = "{registry}/pause:pause"
+            [plugins."io.containerd.grpc.v1.cri".registry]
+            config_path = "{dir}/hosts"
+            [plugins."io.containerd.grpc.v1.cri".containerd]
+            snapshotter = "{snapshotter}"
+            disable_snapshot_annotations = false
+            "#
+        )
+    };
+    format!("version = {}\n{common}{own}", if is_containerd_2() { 3 } else { 2 })
+}
+
+/// As image platforms name it.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
 }
 
 /// containerd with everything it makes below the lab's directory.
@@ -41,38 +141,10 @@ pub(crate) struct Containerd {
 
 impl Containerd {
     pub(crate) fn start(lab: &Lab, registry: &str, snapshotter: &str) -> Self {
-        let dir = lab.dir().display();
         let hosts = lab.dir().join("hosts").join(registry);
         fs::create_dir_all(&hosts).unwrap();
         fs::write(hosts.join("hosts.toml"), format!("server = \"http://{registry}\"\n")).unwrap();
-        let config = format!(
-            r#"
-            version = 2
-            root = "{dir}/c/root"
-            state = "{dir}/c/state"
-            disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-                "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
-            [grpc]
-            address = "{dir}/c.sock"
-            [ttrpc]
-            address = "{dir}/t.sock"
-            [plugins."io.containerd.internal.v1.opt"]
-            path = "{dir}/c/opt"
-            [proxy_plugins.tarblk]
-            type = "snapshot"
-            address = "{address}"
-            [plugins."io.containerd.grpc.v1.cri"]
-            restrict_oom_score_adj = true
-            disable_apparmor = true
-            sandbox_image = "{registry}/pause:pause"
-            [plugins."io.containerd.grpc.v1.cri".registry]
-            config_path = "{dir}/hosts"
-            [plugins."io.containerd.grpc.v1.cri".containerd]
-            snapshotter = "{snapshotter}"
-            disable_snapshot_annotations = false
-            "#,
-            address = lab.address().display(),
-        );
+        let config = configuration(lab, registry, snapshotter);
         let file = lab.dir().join("containerd.toml");
         fs::write(&file, config).unwrap();
         let log = fs::File::create(lab.dir().join("containerd.log")).unwrap();
@@ -116,14 +188,7 @@ impl Containerd {
 
     /// Pulls as a kubelet does.
     pub(crate) fn pull(&self, image: &str) {
-        let request = PullImageRequest {
-            image: Some(ImageSpec {
-                image: image.to_owned(),
-            }),
-        };
-        let answers: Result<Vec<PullImageResponse>, _> =
-            Client::new(&self.address).call("/runtime.v1.ImageService/PullImage", &request);
-        assert!(answers.unwrap()[0].image_ref.starts_with("sha256:"));
+        pull_at(&self.address, "v1", image, None).unwrap();
     }
 
     /// Runs a command in a new container to its end; its standard output.
@@ -183,6 +248,21 @@ impl Containerd {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
+}
+
+/// Pulls at another socket than containerd's own, by a version of the API, with what a kubelet knows of logging in.
+pub(crate) fn pull_at(address: &Path, version: &str, image: &str, auth: Option<Auth>) -> Answer<()> {
+    let request = PullImageRequest {
+        image: Some(ImageSpec {
+            image: image.to_owned(),
+        }),
+        auth,
+        unknown: "x".to_owned(),
+    };
+    let path = format!("/runtime.{version}.ImageService/PullImage");
+    let answers: Vec<PullImageResponse> = Client::new(address).call(&path, &request)?;
+    assert!(answers[0].image_ref.starts_with("sha256:"));
+    Ok(())
 }
 
 impl Drop for Containerd {

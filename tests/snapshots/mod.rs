@@ -8,6 +8,8 @@ pub(crate) mod containerd;
 pub(crate) mod pod;
 
 use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,10 +36,12 @@ pub(crate) struct Lab {
     mounted: Vec<PathBuf>,
     /// The command under test, or a copy of it.
     pub(crate) program: PathBuf,
+    /// The socket, when it is held for the snapshotter as systemd holds one.
+    held: Option<UnixListener>,
 }
 
 impl Lab {
-    /// A new one, with these lines more in its set-up; `None`, having said so, where that cannot be.
+    /// A new one, with these lines more in its set-up, in which `{dir}` is its directory; `None`, having said so, where that cannot be.
     pub(crate) fn new(test: &str, config: &str) -> Option<Self> {
         if let Some(why) = no_loop_mounts() {
             skip(test, why);
@@ -56,6 +60,7 @@ cache = \"{dir}/cache\"
 hosts-dir = \"{dir}/hosts\"
 {config}",
             dir = dir.display(),
+            config = config.replace("{dir}", &dir.display().to_string()),
         );
         fs::write(dir.join("snapshotter.toml"), set_up).unwrap();
         let mut lab = Self {
@@ -64,6 +69,7 @@ hosts-dir = \"{dir}/hosts\"
             child: None,
             mounted: Vec::new(),
             program: TARBLK.into(),
+            held: None,
         };
         lab.start();
         Some(lab)
@@ -101,9 +107,27 @@ hosts-dir = \"{dir}/hosts\"
             .append(true)
             .open(self.dir().join("log"))
             .unwrap();
-        let child = self
-            .command(&["snapshotter", "--config", config.to_str().unwrap()])
-            .stdin(Stdio::null())
+        let mut command = self.command(&["snapshotter", "--config", config.to_str().unwrap()]);
+        if let Some(held) = &self.held {
+            // As the third descriptor, of a process that has the number which is said.
+            const HAND_OVER: &str = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$0\" \"$@\"";
+            let mut shell = Command::new("sh");
+            shell
+                .args(["-c", HAND_OVER])
+                .arg(command.get_program())
+                .args(command.get_args());
+            for (name, value) in command.get_envs() {
+                match value {
+                    Some(value) => shell.env(name, value),
+                    None => shell.env_remove(name),
+                };
+            }
+            shell.stdin(OwnedFd::from(held.try_clone().unwrap()));
+            command = shell;
+        } else {
+            command.stdin(Stdio::null());
+        }
+        let child = command
             .stdout(Stdio::null())
             .stderr(log)
             .process_group(0)
@@ -126,6 +150,11 @@ hosts-dir = \"{dir}/hosts\"
 
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir().join("log")).unwrap_or_default()
+    }
+
+    /// From the next start on its socket is held for it, as systemd holds one. It has to be stopped.
+    pub(crate) fn hold_socket(&mut self) {
+        self.held = Some(UnixListener::bind(self.address()).unwrap());
     }
 
     /// Kills it as the kernel would: it is told nothing.
