@@ -250,7 +250,7 @@ impl Fetcher {
             }
         }
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        stats.waiting = http::waiting()
+        stats.waiting = http::waiting_of(&self.shared.owner)
             .into_iter()
             .map(|waiting| Wait {
                 waited_ms: millis(waiting.lasted()),

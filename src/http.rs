@@ -50,7 +50,7 @@ pub(crate) use redact::split_credentials;
 pub(crate) use redirect::Redirects;
 pub(crate) use response::{Asked, Encoding, Found, Verdict, content_length, encoding, judge, judge_first};
 pub(crate) use retry::{Backoff, date, retry_after};
-pub(crate) use waits::noting;
+pub(crate) use waits::{WaitOwner, noting, waiting_of};
 
 /// `User-Agent` of every request.
 pub(crate) const USER_AGENT: &str = concat!("tarblk/", env!("CARGO_PKG_VERSION"));

@@ -13,7 +13,7 @@ use fetched::{at_origin, hammer, joined, leave, quick, range, read, u, wait_unti
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};
-use tarblk::internals::fetch::{FetchError, FetchPool, Fetcher, LayerSource, OpenOptions, PoolOptions, Verifier};
+use tarblk::internals::fetch::{FetchError, FetchPool, Fetcher, LayerSource, OpenOptions, PoolOptions, Verifier, Wait};
 use tarblk::internals::index::ChunkHasher;
 use tarblk::internals::source::LayerSpec;
 
@@ -242,4 +242,50 @@ fn a_server_that_forges_spoils_its_own_device_alone() {
     assert_eq!((stats.read_errors, stats.layers_poisoned), (0, 0));
     // What it keeps is kept.
     wait_until("that all is on disk", || good.stats().bytes_held == u(SIZE));
+}
+
+/// What a device waits for is said of it and of those that wait for the same request, and of no other.
+#[test]
+fn waits_are_those_of_the_devices_that_wait() {
+    let base = Arc::new(noise(SIZE, 4));
+    let (silent, fine) = (Origin::start().unwrap(), Origin::start().unwrap());
+    for origin in [&silent, &fine] {
+        origin.serve_blob("/base", base.as_slice());
+    }
+    silent.set_faults(|_: &_| vec![Fault::Silence]);
+    let pool = FetchPool::start(PoolOptions::default()).unwrap();
+    let open = |layer| {
+        let options = OpenOptions {
+            deadline: Duration::MAX,
+            prefetch: false,
+            ..OpenOptions::default()
+        };
+        pool.open(vec![layer], options, None).unwrap()
+    };
+    let waits = |fetcher: &Fetcher| fetcher.stats().waiting;
+    let [first, second] = [(), ()].map(|()| open(layer(&silent, "/base", &base, &base)));
+    let other = open(layer(&fine, "/base", &base[..1], &base));
+    let asked = leave(&first, range(0, 4096));
+    wait_until("that the first asks", || silent.counters().requests > 0);
+    let followed = leave(&second, range(0, 4096));
+    wait_until("that both are said to wait", || {
+        [&first, &second].iter().all(|fetcher| !waits(fetcher).is_empty())
+    });
+    assert_eq!(waits(&first)[0].place, silent.url("/base"));
+    assert_eq!(waits(&second)[0].place, silent.url("/base"));
+    assert_eq!(second.stats().requests, 0, "it waits for the other's request");
+    assert!(read(&other, 0, 4096).unwrap() == base[..4096]);
+    assert!(waits(&other).is_empty(), "{:?}", waits(&other));
+    // Who is left waits for itself.
+    silent.set_faults(|_: &_| vec![Fault::Status(503, Some(3600))]);
+    first.shutdown();
+    assert!(matches!(asked.recv().unwrap(), Err(FetchError::Stopped)));
+    wait_until("that the second asks itself", || {
+        let told = |wait: &Wait| wait.why.contains("503") && wait.left_ms > 3_000_000;
+        waits(&second).iter().any(told)
+    });
+    assert!(waits(&first).is_empty(), "{:?}", waits(&first));
+    assert!(waits(&other).is_empty(), "{:?}", waits(&other));
+    second.shutdown();
+    assert!(matches!(followed.recv().unwrap(), Err(FetchError::Stopped)));
 }

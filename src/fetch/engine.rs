@@ -306,7 +306,7 @@ impl Engine {
     }
 
     /// Runs `task` beside the others of the engine. If it panics, the reads that are under way fail: it is not known which of them
-    /// it would have answered. Those that come later find everything in order.
+    /// it would have answered. Those that come later find everything in order. What the task waits for, the device waits for.
     fn spawn(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
         struct FailOnPanic(Rc<Engine>);
         impl Drop for FailOnPanic {
@@ -320,10 +320,10 @@ impl Engine {
             }
         }
         let guard = FailOnPanic(self.clone());
-        runtime::spawn(async move {
+        runtime::spawn(self.shared.owner.scope(async move {
             let _guard = guard;
             task.await;
-        });
+        }));
     }
 
     /// A chunk, if it is in memory. Not a use.

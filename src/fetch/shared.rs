@@ -14,6 +14,7 @@ use super::content::ContentUse;
 use super::stats::Counters;
 use super::{FetchError, LayerRange};
 use crate::cache::disk::Bits;
+use crate::http::WaitOwner;
 use crate::prefetch::ChunkRange;
 
 /// A layer as every thread sees it.
@@ -81,6 +82,8 @@ pub(crate) struct Shared {
     /// Set once, when what the device shows turns out to be a lie: names and modes as much as bytes.
     pub(super) poison: OnceLock<FetchError>,
     pub(super) counters: Arc<Counters>,
+    /// Whom the device's tasks work for: itself.
+    pub(super) owner: WaitOwner,
     /// First uses of prefetched chunks, for the planner.
     pub(super) touches: Mutex<Vec<Touch>>,
     /// Wakes the fetch thread for them.
@@ -99,6 +102,7 @@ impl Shared {
             layers,
             poison: OnceLock::new(),
             counters: Arc::default(),
+            owner: WaitOwner::default(),
             touches: Mutex::default(),
             nudge: Notify::new(),
         }

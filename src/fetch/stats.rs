@@ -186,7 +186,7 @@ macro_rules! counters {
             pub prepared: PrepareCost,
             /// Why a layer, or all of the device, is read no more; none as long as nothing is wrong with it.
             pub poisoned: Option<String>,
-            /// The servers that are not asked again before some time, and why; the longest wait first.
+            /// What the fetcher waits for on the network, and why; first what is asked for again last.
             pub waiting: Vec<Wait>,
         }
 

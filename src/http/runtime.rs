@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use tokio::runtime::{Handle, Runtime};
 
 use super::error::Error;
+use super::waits::WaitOwner;
 
 /// A runtime for one piece of waiting, on the calling thread.
 pub(crate) fn runtime() -> Result<Runtime, Error> {
@@ -46,11 +47,11 @@ pub(crate) fn wait<T, E: From<Error>>(future: impl Future<Output = Result<T, E>>
     handle()?.block_on(future)
 }
 
-/// Lets `future` run on the registry thread, whatever comes of it.
+/// Lets `future` run on the registry thread, whatever comes of it, for whomever the caller works.
 pub(crate) fn spawn<T: Send + 'static>(
     future: impl Future<Output = T> + Send + 'static,
 ) -> Result<tokio::task::JoinHandle<T>, Error> {
-    Ok(handle()?.spawn(future))
+    Ok(handle()?.spawn(WaitOwner::current().scope(future)))
 }
 
 /// Runs `future` on the registry thread and waits for it in whatever runtime the caller is in.
@@ -59,6 +60,6 @@ where
     T: Send + 'static,
     E: From<Error> + Send + 'static,
 {
-    let ended = handle()?.spawn(future).await;
+    let ended = spawn(future)?.await;
     ended.unwrap_or_else(|error| Err(E::from(Error::setup("the network thread", error))))
 }

@@ -1,11 +1,12 @@
 //! What this process waits for on the network right now. In: requests that failed and will be sent again, requests that are not
-//! answered. Out: a list for progress, messages and statistics: what, since when, why, and when it is asked again.
+//! answered, and for whom each was made. Out: a list for progress, messages and statistics, of all of the process or of one
+//! device: what, since when, why, and when it is asked again.
 
 use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::span::Span;
@@ -54,6 +55,7 @@ struct Entry {
     worth: Duration,
     /// ... unless it is known that this one will be long.
     is_long: bool,
+    owner: WaitOwner,
 }
 
 impl Entry {
@@ -76,6 +78,72 @@ impl fmt::Display for Waiting {
     }
 }
 
+/// For whom a task works, and who therefore waits when it waits: a device, or all those that have joined it because the task's
+/// request brings something to them too. Clones are the same owner.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WaitOwner(Arc<Mutex<Vec<Joined>>>);
+
+/// An owner that has joined another one, as often as this.
+#[derive(Debug)]
+struct Joined {
+    owner: WaitOwner,
+    times: usize,
+}
+
+tokio::task_local! {
+    /// For whom the running task works.
+    static WORKS_FOR: WaitOwner;
+}
+
+impl WaitOwner {
+    /// For whom the running task works; an owner that no other knows if that was not said.
+    pub(crate) fn current() -> Self {
+        WORKS_FOR.try_with(Self::clone).unwrap_or_default()
+    }
+
+    /// Runs `future` for this owner: whatever it waits for, this one waits for, and those that have joined it.
+    pub(crate) fn scope<F: Future>(&self, future: F) -> impl Future<Output = F::Output> + use<F> {
+        WORKS_FOR.scope(self.clone(), future)
+    }
+
+    /// `other` waits for what this one waits for, from now until it has left as often as it has joined. `other` must not be one that
+    /// this one has joined itself.
+    pub(crate) fn join(&self, other: &Self) {
+        let mut all = self.joined();
+        match all.iter_mut().find(|joined| joined.owner.is(other)) {
+            Some(joined) => joined.times += 1,
+            None => all.push(Joined {
+                owner: other.clone(),
+                times: 1,
+            }),
+        }
+    }
+
+    /// The opposite of one [`join`](Self::join).
+    pub(crate) fn leave(&self, other: &Self) {
+        let mut all = self.joined();
+        if let Some(at) = all.iter().position(|joined| joined.owner.is(other)) {
+            all[at].times -= 1;
+            if all[at].times == 0 {
+                all.swap_remove(at);
+            }
+        }
+    }
+
+    /// Whether `other` waits when this one does.
+    fn includes(&self, other: &Self) -> bool {
+        self.is(other) || self.joined().iter().any(|joined| joined.owner.includes(other))
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    fn joined(&self) -> std::sync::MutexGuard<'_, Vec<Joined>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// All waits of this process, and the last one's number.
 static WAITS: Mutex<(u64, Vec<Entry>)> = Mutex::new((0, Vec::new()));
 
@@ -87,10 +155,22 @@ fn with<T>(change: impl FnOnce(&mut (u64, Vec<Entry>)) -> T) -> T {
 /// last, and of what is under way what was begun first.
 #[must_use]
 pub fn waiting() -> Vec<Waiting> {
-    let mut all: Vec<Waiting> = with(|(_, waits)| {
+    in_order(|_| true)
+}
+
+/// Of [`waiting`] what `owner` waits for.
+pub(crate) fn waiting_of(owner: &WaitOwner) -> Vec<Waiting> {
+    in_order(|entry| entry.owner.includes(owner))
+}
+
+/// See [`waiting`], of those that are `meant`.
+fn in_order(meant: impl Fn(&Entry) -> bool) -> Vec<Waiting> {
+    let worth: Vec<Entry> = with(|(_, waits)| {
         let worth = waits.iter().filter(|entry| entry.is_worth_saying());
-        worth.map(|entry| entry.wait.clone()).collect()
+        worth.cloned().collect()
     });
+    let meant = worth.into_iter().filter(meant);
+    let mut all: Vec<Waiting> = meant.map(|entry| entry.wait).collect();
     all.sort_by_key(|wait| (std::cmp::Reverse(wait.left()), wait.since));
     let mut seen = HashSet::new();
     all.retain(|wait| seen.insert((wait.place.clone(), wait.why.clone())));
@@ -102,7 +182,8 @@ pub fn waiting() -> Vec<Waiting> {
 pub(crate) struct Wait(u64);
 
 impl Wait {
-    /// Notes that nothing of `place` has come since `since`, because of `why`; worth saying when it has lasted for `worth`.
+    /// Notes that nothing of `place` has come since `since`, because of `why`, for whomever the running task works; worth saying when
+    /// it has lasted for `worth`.
     pub(crate) fn begin(place: &str, why: &str, since: Instant, worth: Duration) -> Self {
         let wait = Waiting {
             place: place.to_owned(),
@@ -110,6 +191,7 @@ impl Wait {
             since,
             until: None,
         };
+        let owner = WaitOwner::current();
         with(|(last, waits)| {
             *last += 1;
             waits.push(Entry {
@@ -117,6 +199,7 @@ impl Wait {
                 wait,
                 worth,
                 is_long: false,
+                owner: owner.clone(),
             });
             Self(*last)
         })
@@ -186,6 +269,44 @@ mod tests {
         assert_eq!(of("a")[0].to_string(), "a: gone; waiting for 13s, asking again in 60s");
         drop((long, again, other, short));
         assert!(of("a").is_empty());
+    }
+
+    #[test]
+    fn who_waits_is_whom_the_task_works_for_and_who_has_joined() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (first, second, third, server) = (
+            WaitOwner::default(),
+            WaitOwner::default(),
+            WaitOwner::default(),
+            WaitOwner::default(),
+        );
+        let waits = |owner: &WaitOwner| waiting_of(owner).len();
+        runtime.block_on(server.scope(async {
+            let wait = Wait::begin("c", "no connection yet", Instant::now(), Duration::ZERO);
+            assert_eq!([&first, &second].map(waits), [0, 0]);
+            // A request of the first device waits for the connection; the second waits for what the request brings, twice.
+            let request = WaitOwner::default();
+            request.join(&first);
+            server.join(&request);
+            request.join(&second);
+            request.join(&second);
+            assert_eq!([&first, &second, &third].map(waits), [1, 1, 0]);
+            request.leave(&second);
+            assert_eq!([&first, &second].map(waits), [1, 1]);
+            request.leave(&second);
+            assert_eq!([&first, &second].map(waits), [1, 0]);
+            // A task for another owner, as those that registries are talked to by.
+            let inner = second.scope(async { Wait::begin("d", "busy", Instant::now(), Duration::ZERO) });
+            let inner = inner.await;
+            assert_eq!([&first, &second].map(waits), [1, 1]);
+            assert_eq!(waiting_of(&second)[0].place, "d");
+            assert_eq!(of("c").len() + of("d").len(), 2, "all of them are the process's");
+            server.leave(&request);
+            drop(inner);
+            assert_eq!([&first, &second].map(waits), [0, 0]);
+            drop(wait);
+        }));
+        assert!(of("c").is_empty());
     }
 
     #[test]

@@ -226,6 +226,7 @@ impl Engine {
         coded.in_flight.borrow_mut().extend(requests.iter().cloned());
         let mut coming: BTreeSet<ChunkKey> = wanted.iter().copied().collect();
         coming.extend(requests.iter().flat_map(|request| request.all().keys()));
+        let owner = self.owner_of_request();
         for key in coming {
             let short = requests
                 .iter()
@@ -234,7 +235,7 @@ impl Engine {
             // Only if all of it comes.
             if self.look(key) == Presence::Absent && coded.lacking(key.index).is_empty() {
                 let planned = !demand && wanted.contains(&key);
-                self.expect(key, planned, short || key.index.is_multiple_of(MARKER_DISTANCE));
+                self.expect(&owner, key, planned, short || key.index.is_multiple_of(MARKER_DISTANCE));
             }
         }
         for request in requests {
@@ -246,7 +247,7 @@ impl Engine {
                 pipeline: RefCell::default(),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
-            self.spawn(self.clone().fly(guard));
+            self.spawn(owner.scope(self.clone().fly(guard)));
         }
     }
 

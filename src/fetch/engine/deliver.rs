@@ -13,13 +13,14 @@ use crate::cache::Slice;
 use crate::cache::chunk::{Chunk, ChunkKey};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
+use crate::http::WaitOwner;
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, len_u64};
 
 impl Engine {
-    /// A request brings a chunk, and was planned to or brings it along.
-    pub(super) fn expect(self: &Rc<Self>, key: ChunkKey, planned: bool, marker: bool) {
-        self.bring(key);
+    /// A request, whose waits are those of `request`, brings a chunk, and was planned to or brings it along.
+    pub(super) fn expect(self: &Rc<Self>, request: &WaitOwner, key: ChunkKey, planned: bool, marker: bool) {
+        self.bring(key, request);
         match self.in_flight.expect(key, planned, marker) {
             Purpose::Demand => self.planner.borrow_mut().demanded(CHUNK_BYTES),
             Purpose::Prefetch => {

@@ -15,7 +15,7 @@ use super::{Engine, LayerState};
 use crate::fetch::FetchError;
 use crate::fetch::runtime::{self, sleep};
 use crate::fetch::stats::add;
-use crate::http::{self, Kind, RetryPolicy};
+use crate::http::{self, Kind, RetryPolicy, WaitOwner};
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
@@ -189,6 +189,14 @@ impl<F: Flight> Drop for FlightGuard<F> {
 }
 
 impl Engine {
+    /// Who waits when a request of this engine waits: the engine's device, and those of other engines that join because the request
+    /// brings what they wait for.
+    pub(super) fn owner_of_request(&self) -> WaitOwner {
+        let owner = WaitOwner::default();
+        owner.join(&self.shared.owner);
+        owner
+    }
+
     /// Fetches what a flight is to bring, whatever it takes.
     pub(super) async fn fly<F: Flight>(self: Rc<Self>, guard: FlightGuard<F>) {
         if let Err(error) = self.pursue(&guard).await {

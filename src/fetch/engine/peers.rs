@@ -17,6 +17,7 @@ use crate::cache::chunk::{Chunk, ChunkKey, FirstUse};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::fetch::transport::HostKey;
+use crate::http::WaitOwner;
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, len_u64};
 
@@ -38,8 +39,17 @@ struct Bringing {
     by: Weak<Engine>,
     /// From where.
     server: Option<Rc<HostKey>>,
-    /// Who else waits, and what they call it.
-    followers: Vec<(Weak<Engine>, ChunkKey)>,
+    /// Who waits when the request waits: followers are among them.
+    waits_for_it: WaitOwner,
+    followers: Vec<Follower>,
+}
+
+/// An engine that waits for a chunk that another one brings.
+struct Follower {
+    engine: Weak<Engine>,
+    /// What it calls the chunk.
+    key: ChunkKey,
+    owner: WaitOwner,
 }
 
 /// The engines of a pool and what they bring for each other. For one thread.
@@ -65,14 +75,15 @@ impl Engine {
         content.is_shared().then(|| (content.memory.number(), key.index))
     }
 
-    /// A request of this engine brings a chunk.
-    pub(super) fn bring(self: &Rc<Self>, key: ChunkKey) {
+    /// A request of this engine, whose waits are those of `request`, brings a chunk.
+    pub(super) fn bring(self: &Rc<Self>, key: ChunkKey, request: &WaitOwner) {
         if let Some(shared) = self.shared_key(key) {
             let mut all = self.pool.peers.bringing.borrow_mut();
             if all.get(&shared).is_none_or(|bringing| bringing.by.strong_count() == 0) {
                 let bringing = Bringing {
                     by: Rc::downgrade(self),
                     server: self.server_of(key.layer),
+                    waits_for_it: request.clone(),
                     followers: Vec::new(),
                 };
                 all.insert(shared, bringing);
@@ -107,7 +118,12 @@ impl Engine {
         let Some(bringing) = all.get_mut(&shared).filter(|bringing| bringing.is_for(self, key.layer)) else {
             return false;
         };
-        bringing.followers.push((Rc::downgrade(self), key));
+        bringing.waits_for_it.join(&self.shared.owner);
+        bringing.followers.push(Follower {
+            engine: Rc::downgrade(self),
+            key,
+            owner: self.shared.owner.clone(),
+        });
         self.in_flight.set_coming(key);
         true
     }
@@ -123,15 +139,10 @@ impl Engine {
         if all.get(&shared).is_none_or(|bringing| bringing.is_by_another(self)) {
             return;
         }
-        let followers = all.remove(&shared).map(|bringing| bringing.followers);
+        let ended = all.remove(&shared);
         drop(all);
-        for (engine, key) in followers.into_iter().flatten() {
-            if let Some(engine) = engine.upgrade() {
-                engine.post(match chunk {
-                    Some(chunk) => Letter::Arrived(key, chunk.clone()),
-                    None => Letter::NotComing(key),
-                });
-            }
+        if let Some(bringing) = ended {
+            bringing.end(chunk);
         }
     }
 
@@ -145,15 +156,13 @@ impl Engine {
 
     /// The same for everything.
     pub(super) fn end_bringing_all(&self) {
-        let followers: Vec<_> = {
+        let ended: Vec<_> = {
             let mut all = self.pool.peers.bringing.borrow_mut();
             let own = all.extract_if(|_, bringing| !bringing.is_by_another(self));
-            own.flat_map(|(_, bringing)| bringing.followers).collect()
+            own.map(|(_, bringing)| bringing).collect()
         };
-        for (engine, key) in followers {
-            if let Some(engine) = engine.upgrade() {
-                engine.post(Letter::NotComing(key));
-            }
+        for bringing in ended {
+            bringing.end(None);
         }
     }
 
@@ -259,6 +268,19 @@ impl Engine {
 }
 
 impl Bringing {
+    /// Tells the followers that the chunk is here, or that it does not come.
+    fn end(self, chunk: Option<&Arc<Chunk>>) {
+        for Follower { engine, key, owner } in self.followers {
+            self.waits_for_it.leave(&owner);
+            if let Some(engine) = engine.upgrade() {
+                engine.post(match chunk {
+                    Some(chunk) => Letter::Arrived(key, chunk.clone()),
+                    None => Letter::NotComing(key),
+                });
+            }
+        }
+    }
+
     /// Whether it is as good as a request of `engine`'s own for its `layer`.
     fn is_for(&self, engine: &Engine, layer: LayerId) -> bool {
         self.is_by_another(engine) && self.by.strong_count() > 0 && self.server == engine.server_of(layer)

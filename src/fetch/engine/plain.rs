@@ -104,15 +104,16 @@ impl Flight for PlainFlight {
 impl Engine {
     /// Sends a flight for `chunks`, which are all absent, of a layer whose blob is the tar.
     pub(super) fn send_plain(self: &Rc<Self>, state: &Rc<LayerState>, chunks: ChunkRange, demand: bool) {
+        let owner = self.owner_of_request();
         for key in chunks.keys() {
             let marker = chunks.count() <= MARKED_WHOLE || (key.index - chunks.first).is_multiple_of(MARKER_DISTANCE);
-            self.expect(key, true, marker);
+            self.expect(&owner, key, true, marker);
         }
         let flight = PlainFlight {
             chunks,
             next: Cell::new(chunks.first),
         };
         let guard = FlightGuard::new(self, state, flight, chunks.bytes(), demand);
-        self.spawn(self.clone().fly(guard));
+        self.spawn(owner.scope(self.clone().fly(guard)));
     }
 }

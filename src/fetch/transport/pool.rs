@@ -25,7 +25,7 @@ use crate::fetch::runtime::{self, Spawner, TcpStream, timeout};
 use crate::fetch::stats::{Counters, PoolGauges, add, take};
 use crate::http::proxy::Proxy;
 use crate::http::tls::Trust;
-use crate::http::{Reach, noting};
+use crate::http::{Reach, WaitOwner, noting};
 
 /// How long a host's addresses are used before they are looked up again. Short enough for a moved service, long enough to be off
 /// the hot path.
@@ -88,6 +88,8 @@ pub(crate) struct Host {
     opening: Cell<usize>,
     waiting_demand: RefCell<VecDeque<Waiting>>,
     waiting_prefetch: RefCell<VecDeque<Waiting>>,
+    /// Who waits for a connection to be opened: all those whose requests wait for one.
+    waits_for_opening: WaitOwner,
     addresses: RefCell<Option<(Instant, Vec<SocketAddr>)>>,
 }
 
@@ -155,10 +157,13 @@ impl Drop for Lease {
 struct Ticket<'a> {
     take: oneshot::Receiver<Result<Free, Arc<io::Error>>>,
     host: &'a Host,
+    /// Whoever made the request.
+    owner: WaitOwner,
 }
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
+        self.host.waits_for_opening.leave(&self.owner);
         self.take.close();
         if let Ok(Ok(free)) = self.take.try_recv() {
             self.host.offer(free);
@@ -194,6 +199,7 @@ impl Host {
             opening: Cell::new(0),
             waiting_demand: RefCell::default(),
             waiting_prefetch: RefCell::default(),
+            waits_for_opening: WaitOwner::default(),
             addresses: RefCell::default(),
         })
     }
@@ -238,8 +244,14 @@ impl Host {
         } else {
             self.waiting_prefetch.borrow_mut().push_back(give);
         }
+        let owner = WaitOwner::current();
+        self.waits_for_opening.join(&owner);
+        let mut ticket = Ticket {
+            take,
+            host: self,
+            owner,
+        };
         self.open_for_waiters(counters);
-        let mut ticket = Ticket { take, host: self };
         match (&mut ticket.take).await {
             Ok(Ok(Free { open, used })) => Ok(Lease {
                 sender: Some(open.sender),
@@ -293,7 +305,8 @@ impl Host {
         add(&self.gauges.connections, 1);
         self.opening.set(self.opening.get() + 1);
         let (host, counters) = (self.clone(), counters.clone());
-        self.spawner.spawn(async move {
+        let owner = self.waits_for_opening.clone();
+        self.spawner.spawn(owner.scope(async move {
             let opened = host.connect().await;
             host.opening.set(host.opening.get() - 1);
             match opened {
@@ -311,7 +324,7 @@ impl Host {
                     host.open_for_waiters(&counters);
                 }
             }
-        });
+        }));
     }
 
     async fn connect(&self) -> io::Result<Open> {
