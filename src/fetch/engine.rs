@@ -10,13 +10,14 @@
 //!
 //! Parts: `pool_state` (what engines share), `peers` (what they tell each other), `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
 //! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
-//! end to end), `deliver` (chunks to their readers), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
+//! end to end), `deliver` (chunks to their readers), `deadline` (when readers give up), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
 //! they become chunks), `disk` (local files and the disk cache), `fill` (the whole layer, while no one reads), `verify`,
 //! `verify_piece` and `verify_cached` (digests).
 
 mod budget;
 mod coded;
 mod coded_layer;
+mod deadline;
 mod deliver;
 mod disk;
 mod fill;
@@ -47,6 +48,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
 use self::budget::Budget;
+use self::deadline::Alarm;
 use self::fill::Filler;
 use self::in_flight::{InFlight, Purpose, Waiter};
 use self::layer_state::{LayerState, TakenLayer, take_in};
@@ -97,6 +99,7 @@ struct Engine {
     client: Client,
     layers: Vec<Option<Rc<LayerState>>>,
     in_flight: InFlight,
+    alarm: Alarm,
     /// What other engines have told it, until its main task looks.
     letters: RefCell<Vec<Letter>>,
     budget: Rc<Budget>,
@@ -196,6 +199,7 @@ impl Engine {
             ),
             layers: sources.into_iter().map(|source| source.and_then(state)).collect(),
             in_flight: InFlight::default(),
+            alarm: Alarm::default(),
             letters: RefCell::default(),
             budget: Budget::of(&pool.budget),
             gap: plan.gap_chunks,
@@ -281,6 +285,7 @@ impl Engine {
                 self.verify_if_complete(state, layer);
             }
         }
+        self.spawn(self.clone().keep_deadlines());
         if self.filler.is_some() {
             self.spawn(self.clone().keep_filling());
         }
@@ -438,6 +443,7 @@ impl Engine {
                 len,
             };
             let found = self.in_flight.wait(key, waiter);
+            self.alarm.reader_waits();
             if found.is_new && self.cache(key.layer).is_some_and(|cache| cache.has(key.index)) {
                 self.in_flight.set_coming(key);
                 add(&counters.bytes_disk, len);

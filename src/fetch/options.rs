@@ -57,7 +57,8 @@ impl fmt::Debug for PoolOptions {
 /// How one fetcher of a pool behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenOptions {
-    /// After this a read fails. Until then everything is tried again.
+    /// After this a read fails. Until then everything is tried again. A layer that is read from end to end, because nothing else can be
+    /// done, gives its readers so long from when something of it last came.
     pub deadline: Duration,
     /// How long bytes that have a digest must keep coming wrong, asked for anew each time, until the layer is taken to be wrong.
     pub wrong_for: Duration,

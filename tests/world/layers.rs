@@ -91,6 +91,11 @@ pub(crate) fn all() -> Vec<Layer> {
 }
 
 impl Layer {
+    /// Whether a part of it can be had without all before it.
+    pub(crate) fn can_seek(&self) -> bool {
+        self.spans.as_ref().is_none_or(|spans| spans.table.seekable())
+    }
+
     /// What a fetcher is told of the layer at `url`. With `digests` each chunk and the whole are known.
     pub(crate) fn source(&self, url: &str, digests: bool) -> LayerSource {
         let len = u64::try_from(self.blob.len()).unwrap();

@@ -297,6 +297,7 @@ impl Engine {
         let range = TarRange::new(TarOffset(u64::from(rest.first) * CHUNK_BYTES), rest.bytes());
         let why = trouble.why(&url);
         let late = self.late(state, range, trouble);
+        self.in_flight.note_trouble(rest, &late);
         // Whether bytes are wrong for good is found out to the end, whoever waits for them: it is said of the whole layer.
         let for_itself = matches!(trouble, Trouble::Wrong(_));
         let mut is_said = false;

@@ -10,10 +10,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use smallvec::SmallVec;
+use tokio::time::Instant;
 
 use super::request::Request;
 use crate::cache::chunk::ChunkKey;
+use crate::fetch::FetchError;
 use crate::prefetch::{ChunkRange, Presence};
+use crate::units::LayerId;
 
 /// A place in a read that a chunk fills.
 pub(super) struct Waiter {
@@ -24,6 +27,13 @@ pub(super) struct Waiter {
     pub(super) from: u64,
     /// ...and its length in bytes.
     pub(super) len: u64,
+}
+
+impl Waiter {
+    /// Since when it waits for something that does not come, if something came at `alive`.
+    fn since(&self, alive: Option<Instant>) -> Instant {
+        alive.map_or(self.request.asked, |alive| alive.max(self.request.asked))
+    }
 }
 
 /// Why a chunk is fetched. It decides how the chunk is accounted for and where it goes.
@@ -49,6 +59,8 @@ pub(super) struct Pending {
     pub(super) marker: bool,
     /// Whether a request or a read of the disk cache brings it.
     coming: bool,
+    /// What went wrong last, as its readers are told of it if it does not come in time.
+    trouble: Option<Rc<FetchError>>,
 }
 
 /// What a reader found that began to wait for a chunk.
@@ -188,6 +200,45 @@ impl InFlight {
         late
     }
 
+    /// The reader that has waited longest: since when. Of a layer for which `alive` has a time, none waits since before that.
+    pub(super) fn oldest(&self, alive: impl Fn(LayerId) -> Option<Instant>) -> Option<Instant> {
+        let all = self.chunks.borrow();
+        let since = all.iter().flat_map(|(key, pending)| {
+            let alive = alive(key.layer);
+            pending.waiters.iter().map(move |waiter| waiter.since(alive))
+        });
+        since.min()
+    }
+
+    /// Takes out the readers whose patience has ended, by the time since which they wait (as in [`oldest`](Self::oldest)), each with
+    /// what went wrong last with its chunk.
+    pub(super) fn take_ended(
+        &self,
+        alive: impl Fn(LayerId) -> Option<Instant>,
+        is_patient: impl Fn(Instant) -> bool,
+    ) -> Vec<(ChunkKey, Waiter, Option<Rc<FetchError>>)> {
+        let mut ended = Vec::new();
+        for (key, pending) in self.chunks.borrow_mut().iter_mut() {
+            let alive = alive(key.layer);
+            let (stay, go): (SmallVec<_>, SmallVec<[Waiter; 1]>) = std::mem::take(&mut pending.waiters)
+                .into_iter()
+                .partition(|waiter| is_patient(waiter.since(alive)));
+            pending.waiters = stay;
+            ended.extend(go.into_iter().map(|waiter| (*key, waiter, pending.trouble.clone())));
+        }
+        ended
+    }
+
+    /// Something went wrong with those of `chunks` that are in the table.
+    pub(super) fn note_trouble(&self, chunks: ChunkRange, trouble: &FetchError) {
+        let trouble = Rc::new(trouble.clone());
+        for key in self.keys_in(chunks) {
+            if let Some(pending) = self.chunks.borrow_mut().get_mut(&key) {
+                pending.trouble = Some(trouble.clone());
+            }
+        }
+    }
+
     /// No request brings a chunk any more: it stays if readers wait for it.
     pub(super) fn release(&self, key: ChunkKey) -> Released {
         let mut all = self.chunks.borrow_mut();
@@ -223,13 +274,10 @@ mod tests {
     use std::sync::Arc;
     use std::sync::mpsc::{Receiver, channel};
 
-    use tokio::time::Instant;
-
     use super::*;
     use crate::cache::Slice;
+    use crate::fetch::ReadCallback;
     use crate::fetch::engine::CompleteOnDrop;
-    use crate::fetch::{FetchError, ReadCallback};
-    use crate::units::LayerId;
 
     type Outcome = Result<Vec<Slice>, FetchError>;
 
@@ -321,5 +369,29 @@ mod tests {
         assert!(table.has_readers(chunks));
         assert_eq!(table.take_late(chunks, Duration::MAX, deadline).len(), 1);
         assert!(!table.has_readers(chunks));
+    }
+
+    #[test]
+    fn who_waits_longest_is_the_first_to_give_up() {
+        let table = InFlight::default();
+        let at = |secs| Instant::now().checked_sub(Duration::from_secs(secs)).unwrap();
+        assert_eq!(table.oldest(|_| None), None);
+        let (old, young) = (at(90), at(10));
+        let ((_old_told, old_waiter), (_young_told, young_waiter)) = (reader(old), reader(young));
+        table.wait(key(1), young_waiter);
+        table.wait(key(2), old_waiter);
+        assert_eq!(table.oldest(|_| None), Some(old));
+        // As long as something comes of a layer that is read from end to end, its readers wait for their turn.
+        let alive = at(5);
+        assert_eq!(table.oldest(|_| Some(alive)), Some(alive));
+        assert!(table.take_ended(|_| Some(alive), |since| since > young).is_empty());
+        table.note_trouble(ChunkRange::from(key(2)), &FetchError::Stopped);
+        let ended = table.take_ended(|_| None, |since| since > old);
+        let [(ended, _, trouble)] = &ended[..] else {
+            panic!("{} ended", ended.len())
+        };
+        assert_eq!(*ended, key(2));
+        assert!(matches!(trouble.as_deref(), Some(FetchError::Stopped)));
+        assert_eq!(table.oldest(|_| None), Some(young));
     }
 }

@@ -42,6 +42,10 @@ pub(super) struct LayerState {
     pub(super) writer: WriteQueue,
     /// Whether the layer is being read from end to end.
     pub(super) streaming: Cell<bool>,
+    /// How far that has come, in bytes of the blob...
+    pub(super) streamed_to: Cell<u64>,
+    /// ...and when it last came further.
+    pub(super) streamed_at: Cell<Instant>,
     /// Whether that has ended well: what comes out of the blob is what it has to be.
     pub(super) whole_verified: Cell<bool>,
     /// Whether what the disk cache holds is being digested.
@@ -84,6 +88,8 @@ impl LayerState {
             unproven: RefCell::new(source.unproven),
             writer: WriteQueue::default(),
             streaming: Cell::new(false),
+            streamed_to: Cell::new(0),
+            streamed_at: Cell::new(Instant::now()),
             whole_verified: Cell::new(false),
             verifying_whole: Cell::new(false),
             warned: Cell::new(false),
@@ -119,6 +125,14 @@ impl LayerState {
     /// The blob's length.
     pub(super) fn blob_size(&self) -> u64 {
         self.coded.as_ref().map_or(self.size, |coded| coded.table.blob_len())
+    }
+
+    /// The blob's bytes have come up to `to`, read from end to end: again, or for the first time.
+    pub(super) fn note_streamed(&self, to: u64) {
+        if to > self.streamed_to.get() {
+            self.streamed_to.set(to);
+            self.streamed_at.set(Instant::now());
+        }
     }
 
     /// All its chunks.

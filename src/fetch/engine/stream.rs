@@ -37,6 +37,8 @@ impl Engine {
         if state.streaming.replace(true) {
             return;
         }
+        state.streamed_at.set(Instant::now());
+        state.streamed_to.set(0);
         self.make_room_for_stream(state, layer);
         let guard = Streaming(self.clone(), state.clone(), layer);
         self.spawn(async move {
@@ -59,8 +61,6 @@ impl Engine {
         let mut backoff = Backoff::new(self.options.wrong_for);
         let mut pipeline = None;
         let wrong = Cell::new(None);
-        // When something last came.
-        let mut alive = Instant::now();
         loop {
             let before = pipeline
                 .as_ref()
@@ -80,7 +80,6 @@ impl Engine {
             add(&self.counters.errors, 1);
             if pipeline.as_ref().map_or(0, |pipeline| pipeline.blob_at) > before {
                 backoff.reset();
-                alive = Instant::now();
             }
             let range = TarRange::new(TarOffset(0), state.size);
             let pause = match &trouble {
@@ -98,11 +97,12 @@ impl Engine {
             let late = self.late(state, range, &trouble);
             log::warn!("{name}: {why}; reading on in {pause:.1?}");
             backoff.note(&name, &why, pause);
+            self.in_flight.note_trouble(state.all(layer), &late);
             let until = Instant::now().checked_add(pause);
             loop {
                 let left = until.map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
                 // As long as something comes, a reader waits for its turn; when nothing does, for as long as it has not waited yet.
-                if alive.elapsed().saturating_add(left) > self.options.deadline {
+                if state.streamed_at.get().elapsed().saturating_add(left) > self.options.deadline {
                     self.expire(state.all(layer), left, &late);
                 }
                 if left.is_zero() || self.stopping.get() {
@@ -164,6 +164,7 @@ impl Engine {
             self.note_arrival(state, len_u64(piece.len()));
             let skipped = len_usize(skip).min(piece.len());
             skip -= len_u64(skipped);
+            state.note_streamed(pipeline.blob_at + len_u64(piece.len() - skipped));
             let feeding = self.feed(pipeline, piece.split_off(skipped), async |cut| match cut {
                 ChunkOut::Whole {
                     index, right: false, ..

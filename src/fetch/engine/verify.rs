@@ -116,6 +116,7 @@ impl Engine {
         let name = state.origin.name();
         let range = TarRange::new(key.start(), CHUNK_BYTES);
         let late = self.late(state, range, &Trouble::Wrong(why.to_owned()));
+        self.in_flight.note_trouble(key.into(), &late);
         let mut backoff = Backoff::new(self.options.wrong_for);
         backoff.note(&name, why, pause);
         let until = Instant::now() + pause;
