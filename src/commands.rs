@@ -20,7 +20,6 @@ mod laziness;
 mod logging;
 mod logs;
 mod mount_helper;
-mod notify;
 pub mod output;
 mod ps;
 mod publish;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::device::service::{self, Attached, Builder, Condition, ControlError, Launcher, ServeSpec, ServiceError};
-use crate::device::state::{Server, State, StateDir, StateError};
+use crate::device::state::{State, StateDir, StateError};
 use crate::device::users;
 
 /// Why a directory could not be mounted on or unmounted.
@@ -398,11 +398,10 @@ pub fn is_served(states: &StateDir, dir: &Path) -> Result<bool, MountError> {
     };
     Ok(match service::conditions(states) {
         Ok(Some(conditions)) => match conditions.get(&state.name) {
-            Some(Condition::Serving | Condition::Waiting { .. }) => true,
-            Some(Condition::Poisoned { .. }) => false,
-            None => state.server == Server::Command && state.is_alive(),
+            Some(Condition::Serving | Condition::Waiting { .. } | Condition::Degraded { .. }) => true,
+            Some(Condition::Poisoned { .. }) | None => false,
         },
-        Ok(None) => state.server == Server::Command && state.is_alive(),
+        Ok(None) => false,
         // One that is busy will answer.
         Err(_) => true,
     })
@@ -410,7 +409,7 @@ pub fn is_served(states: &StateDir, dir: &Path) -> Result<bool, MountError> {
 
 /// Whether nothing serves the device any more, nor will again.
 fn is_dead(states: &StateDir, state: &State) -> bool {
-    !state.is_alive() && (state.server == Server::Command || matches!(service::conditions(states), Ok(None)))
+    !state.is_alive() && matches!(service::conditions(states), Ok(None))
 }
 
 /// The device of ours that is mounted on `dir` (a full path), if it is the last thing mounted there.

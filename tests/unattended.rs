@@ -140,6 +140,13 @@ fn the_service_manager_hears_when_it_is_ready_and_when_it_ends() {
     assert!(mounting.wait().unwrap().success() && !is_mounted(&dir));
     let mut attaching = in_foreground(&session, &format!("@{name}"), &["attach", layer]);
     assert_eq!(hear(&by_name), "READY=1");
+    // What serves it is confined as what serves all others.
+    let listed: Value = serde_json::from_str(&session.succeed(&["ps", "--json"])).unwrap();
+    let server = listed[0]["process"]["pid"].as_u64().unwrap();
+    assert_ne!(server, u64::from(attaching.id()));
+    let status = fs::read_to_string(format!("/proc/{server}/status")).unwrap();
+    let confined = ["NoNewPrivs:\t1", "Seccomp:\t2"];
+    assert!(confined.iter().all(|line| status.contains(line)), "{status}");
     terminate(&attaching);
     assert_eq!(hear(&by_name), "STOPPING=1");
     assert!(attaching.wait().unwrap().success());

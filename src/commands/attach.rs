@@ -11,11 +11,13 @@ use serde::Serialize;
 
 use super::cli::{AttachArgs, BackendArg, DetachArgs, DeviceArgs, LayerArgs, MountArgs, UmountArgs};
 use super::laziness::{Downloaded, Laziness, line_of_mount};
-use super::notify::{READY, STOPPING, notify};
 use super::output::{ReaderGone, println};
 use super::{Session, UsageError, layer};
 use crate::device::inventory;
-use crate::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served, ServiceError};
+use crate::device::service::{
+    self, Attached, BuildError, Builder, ControlError, Launcher, READY, Reach, STOPPING, ServeSpec, Served,
+    ServiceError, notify,
+};
 use crate::device::state::StateDir;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
@@ -33,7 +35,10 @@ pub(super) const SERVE: &str = "serve-devices";
 /// The most queues of a device without `--queues`: more only cost memory.
 const MOST_QUEUES: usize = 4;
 
-/// How long `mount --foreground` waits between tries to unmount what is in use.
+/// How often `attach --foreground` looks whether its device is still there.
+const GLANCE: Duration = Duration::from_millis(200);
+
+/// How long `--foreground` waits between tries to take down what is in use.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 
 /// What `mount --json` says.
@@ -108,16 +113,6 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
             println(attached.state.device.display())
         }
     };
-    if args.foreground {
-        let announce = |attached: &Attached| {
-            tell(attached).map_err(std::io::Error::other)?;
-            notify(READY);
-            Ok(())
-        };
-        let served = service::serve(spec.spec, Images::default(), announce);
-        notify(STOPPING);
-        return Ok(served?);
-    }
     // From here on a signal must not come between the daemon and what is known of it.
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let attached = spec.launch()?;
@@ -125,7 +120,11 @@ pub(super) fn attach(args: &AttachArgs, session: Session) -> anyhow::Result<()> 
     if let Err(error) = interrupt.check().map_err(Into::into).and_then(|()| tell(&attached)) {
         return Err(detach_unwanted(&attached, error));
     }
-    Ok(())
+    if args.foreground {
+        hold_device(&attached, &interrupt, session)
+    } else {
+        Ok(())
+    }
 }
 
 /// Detaches what turned out not to be wanted; returns the error to end with.
@@ -192,6 +191,50 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     }
 }
 
+/// Waits for a signal, then detaches as soon as the device is no longer in use; or until another command has detached it.
+fn hold_device(attached: &Attached, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
+    let (states, device) = (states(), &attached.state);
+    let is_there = || states.read(&device.name).is_ok_and(|now| now.since == device.since);
+    notify(READY);
+    while is_there() && interrupt.sleep(GLANCE).is_ok() {}
+    notify(STOPPING);
+    when_unused("leaves it attached", session, || {
+        if !is_there() {
+            return Ok(());
+        }
+        match service::detach(&states, device) {
+            Err(busy @ ControlError::InUse { .. }) => Err(Unfinished::Busy(busy.to_string())),
+            other => other.map_err(|error| Unfinished::Failed(error.into())),
+        }
+    })
+}
+
+/// Why something is not taken down yet.
+enum Unfinished {
+    /// It is in use: which, in words.
+    Busy(String),
+    Failed(anyhow::Error),
+}
+
+/// Does `take_down` as soon as it can be done. Another signal ends the process, which `leaves` things as they are.
+fn when_unused(leaves: &str, session: Session, take_down: impl Fn() -> Result<(), Unfinished>) -> anyhow::Result<()> {
+    let mut told = false;
+    loop {
+        match take_down() {
+            Ok(()) => return Ok(()),
+            Err(Unfinished::Failed(error)) => return Err(error),
+            Err(Unfinished::Busy(busy)) if !told => {
+                told = true;
+                session
+                    .talk
+                    .note(format_args!("{busy}; waiting for it (Ctrl-C again {leaves})"));
+            }
+            Err(Unfinished::Busy(_)) => {}
+        }
+        std::thread::sleep(BUSY_PAUSE);
+    }
+}
+
 /// Waits for a signal, then unmounts as soon as the directory is no longer in use.
 fn hold_mount(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
     session
@@ -200,21 +243,10 @@ fn hold_mount(dir: &Path, interrupt: &Interrupt, session: Session) -> anyhow::Re
     notify(READY);
     interrupt.wait();
     notify(STOPPING);
-    let mut told = false;
-    loop {
-        match mount::unmount(&states(), dir) {
-            Err(busy @ MountError::Busy { .. }) => {
-                if !told {
-                    session
-                        .talk
-                        .note(format_args!("{busy}; waiting for it (Ctrl-C again leaves it mounted)"));
-                }
-                told = true;
-                std::thread::sleep(BUSY_PAUSE);
-            }
-            other => return Ok(other.map(drop)?),
-        }
-    }
+    when_unused("leaves it mounted", session, || match mount::unmount(&states(), dir) {
+        Err(busy @ MountError::Busy { .. }) => Err(Unfinished::Busy(busy.to_string())),
+        other => other.map(drop).map_err(|error| Unfinished::Failed(error.into())),
+    })
 }
 
 /// `tarblk umount`.

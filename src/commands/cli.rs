@@ -567,7 +567,7 @@ pub struct AttachArgs {
     /// with its digest.
     #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
     pub fetch_all: bool,
-    /// Serve from this process, in the foreground, until SIGINT or SIGTERM.
+    /// Stay in the foreground; SIGINT or SIGTERM detaches as soon as the device is no longer in use, and ends.
     #[arg(long)]
     pub foreground: bool,
     /// The device, its back end, process and log as JSON.

@@ -22,13 +22,10 @@ const GLANCE: Duration = Duration::from_millis(200);
 /// `tarblk logs`.
 pub(super) fn logs(args: &LogsArgs) -> anyhow::Result<()> {
     let state = inventory::find(&states(), &args.device)?;
-    let path = state.log.clone().with_context(|| {
-        format!(
-            "{} has no log: process {} serves it in the foreground, and says what it has to say there",
-            state.device.display(),
-            state.process.pid
-        )
-    })?;
+    let path = state
+        .log
+        .clone()
+        .with_context(|| format!("{} has no log", state.device.display()))?;
     let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let mut log = BufReader::new(file);
     // What did not fit into it any more.

@@ -1,6 +1,6 @@
 //! `tarblk ps`: what is attached.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Session;
 use super::attach::states;
@@ -8,7 +8,7 @@ use super::cli::PsArgs;
 use super::output::{Table, print, println, write_out};
 use crate::device::inventory::{self, Status};
 use crate::fetch::trust;
-use crate::quantity::show_size;
+use crate::quantity::{show_size, show_time};
 
 /// `tarblk ps`.
 pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
@@ -58,13 +58,7 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
         table.row([
             state.device.display().to_string(),
             state.backend.to_string(),
-            match &line.status {
-                Status::Serving => "serving".into(),
-                Status::Waiting { .. } => "waiting".into(),
-                Status::Poisoned { .. } => "poisoned".into(),
-                Status::Silent => "not answering".into(),
-                Status::Dead => "dead".into(),
-            },
+            word(&line.status).into(),
             show_size(state.len),
             show_age(now.saturating_sub(state.since)),
             state.process.pid.to_string(),
@@ -84,7 +78,47 @@ pub(super) fn ps(args: &PsArgs, session: Session) -> anyhow::Result<()> {
                 .map_or_else(|| "-".into(), |path| path.display().to_string()),
         ]);
     }
-    print(table)
+    print(table)?;
+    for line in &listed {
+        if let Some(why) = reason(&line.status) {
+            session
+                .talk
+                .note(format_args!("{}: {why}", line.state.device.display()));
+        }
+    }
+    Ok(())
+}
+
+/// How a device is, in the table's words.
+pub(super) const fn word(status: &Status) -> &'static str {
+    match status {
+        Status::Serving => "serving",
+        Status::Waiting { .. } => "waiting",
+        Status::Degraded { .. } => "degraded",
+        Status::Poisoned { .. } => "poisoned",
+        Status::Silent => "not answering",
+        Status::Dead => "dead",
+    }
+}
+
+/// Why it is not well, in one line; none where the table's word says it.
+fn reason(status: &Status) -> Option<String> {
+    match status {
+        Status::Waiting {
+            why,
+            waited_ms,
+            left_ms,
+        } => {
+            let shown = |ms: &u64| show_time(Duration::from_millis(*ms));
+            let next = match left_ms {
+                0 => "a request is under way".to_owned(),
+                left => format!("asking again in {}", shown(left)),
+            };
+            Some(format!("waiting for {}, {next}: {why}", shown(waited_ms)))
+        }
+        Status::Degraded { why } | Status::Poisoned { why } => Some(why.clone()),
+        Status::Serving | Status::Silent | Status::Dead => None,
+    }
 }
 
 /// An age in its biggest unit.
@@ -100,6 +134,26 @@ pub(super) fn show_age(secs: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_well_has_a_reason() {
+        let waiting = |left_ms| Status::Waiting {
+            why: "http://host/x: 503".to_owned(),
+            waited_ms: 12_000,
+            left_ms,
+        };
+        assert_eq!(
+            reason(&waiting(30_000)).unwrap(),
+            "waiting for 12.0 s, asking again in 30.0 s: http://host/x: 503"
+        );
+        assert!(reason(&waiting(0)).unwrap().contains("under way"));
+        let degraded = Status::Degraded { why: "full".to_owned() };
+        assert_eq!(
+            (word(&degraded), reason(&degraded).as_deref()),
+            ("degraded", Some("full"))
+        );
+        assert_eq!(reason(&Status::Serving), None);
+    }
 
     #[test]
     fn ages() {

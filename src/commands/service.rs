@@ -1,5 +1,6 @@
-//! `tarblk service`: the service is there for as long as this command is, also without devices, and tells its metrics. In: where to listen.
-//! Out: a service that runs; READY=1 and STOPPING=1 for the service manager.
+//! `tarblk service`: the service is there for as long as this command is, also without devices, and tells its metrics. In: where to listen;
+//! what the service manager stored for an earlier run. Out: a service that runs; READY=1 and STOPPING=1 for the service manager, and
+//! descriptors for it to store.
 
 use std::fs;
 use std::io;
@@ -8,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -16,8 +18,7 @@ use rustix::fs::Mode;
 use super::Session;
 use super::attach::{launcher, states, upgrade_other};
 use super::cli::ServiceArgs;
-use super::notify::{READY, STOPPING, notify};
-use crate::device::service::{self, ServiceError};
+use crate::device::service::{self, DescriptorStore, READY, STOPPING, ServiceError, notify};
 use crate::interrupt::Interrupt;
 
 /// How often it is looked whether the service is there and this command is to end.
@@ -38,6 +39,9 @@ pub(super) fn run(args: &ServiceArgs, session: Session) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(ServiceError::NotRoot.into());
     }
+    // Before anything else is opened or started.
+    let store = Arc::new(DescriptorStore::of_this_process()?);
+    crate::fetch::descriptors::raise();
     let interrupt = Interrupt::catch().context("cannot catch signals")?;
     let listener = args.metrics.as_deref().map(Listener::open).transpose()?;
     if let Some(listener) = &listener {
@@ -47,8 +51,8 @@ pub(super) fn run(args: &ServiceArgs, session: Session) -> anyhow::Result<()> {
     upgrade_other();
     let mut was_there = false;
     while !interrupt.is_raised() {
-        let stay =
-            launcher().and_then(|launcher| service::stay(&launcher, &states(), listener.as_ref().map(AsFd::as_fd)));
+        let metrics = listener.as_ref().map(AsFd::as_fd);
+        let stay = launcher().and_then(|launcher| service::stay(&launcher, &states(), metrics, &store));
         match stay {
             Ok(stay) => {
                 if !was_there {

@@ -12,9 +12,10 @@ use super::attach::states;
 use super::cli::StatsArgs;
 use super::laziness::{Downloaded, Laziness};
 use super::output::{Table, print, println};
-use crate::device::inventory::{self, Counted};
+use super::ps::word;
+use crate::device::inventory::{self, Counted, Status};
 use crate::device::metrics::{self, DeviceMetrics};
-use crate::device::service::{self, ServiceStats};
+use crate::device::service::{self, Condition, ServiceStats};
 use crate::device::state::State;
 use crate::fetch::{FetchStats, trust};
 use crate::quantity::{show_count, show_size, show_time};
@@ -24,6 +25,9 @@ use crate::quantity::{show_count, show_size, show_time};
 struct StatsReport<'a> {
     #[serde(flatten)]
     counted: &'a Counted,
+    /// How the device is.
+    #[serde(flatten)]
+    status: Status,
     /// Whether the layers came lazily; none where the daemon does not say.
     lazy: Option<Laziness>,
     /// What was downloaded, before the device was there and since.
@@ -35,6 +39,7 @@ impl<'a> StatsReport<'a> {
         let fetch = &counted.counters.fetch;
         Self {
             counted,
+            status: Condition::of(fetch).into(),
             lazy: Laziness::of(&fetch.prepared, &counted.state.source),
             downloaded: Downloaded::of(&fetch.prepared, fetch.bytes_fetched),
         }
@@ -118,7 +123,12 @@ fn show_rates(before: &ServiceStats, after: &ServiceStats) -> String {
 
 /// The counters as a table for people.
 fn table(counted: &Counted) -> Table {
-    let StatsReport { lazy, downloaded, .. } = StatsReport::of(counted);
+    let StatsReport {
+        status,
+        lazy,
+        downloaded,
+        ..
+    } = StatsReport::of(counted);
     let Counted { state, counters } = counted;
     let mut table = Table::plain();
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
@@ -128,8 +138,9 @@ fn table(counted: &Counted) -> Table {
     if downloaded.of_bytes > 0 || downloaded.bytes > 0 {
         row("downloaded", downloaded.sentence());
     }
-    if let Some(why) = &counters.fetch.poisoned {
-        row("poisoned", why.clone());
+    // What it waits for stands below, with all that was fetched.
+    if let Status::Poisoned { why } | Status::Degraded { why } = &status {
+        row(word(&status), why.clone());
     }
     let about = (state.device.display(), state.backend, show_size(state.len));
     row("device", format!("{} ({}), {}", about.0, about.1, about.2));

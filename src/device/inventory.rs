@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::service::{self, Condition, ControlError, ServiceStats};
-use super::state::{Server, State, StateDir, StateError};
+use super::state::{State, StateDir, StateError};
 use super::users::{self, User};
 
 /// One line of `ps`.
@@ -32,8 +32,15 @@ pub enum Status {
     Waiting {
         /// For what.
         why: String,
-        /// Until the next try, in milliseconds.
+        /// Since when, in milliseconds.
+        waited_ms: u64,
+        /// Until the next try, in milliseconds; 0 while a request is under way.
         left_ms: u64,
+    },
+    /// Its reads are answered, but not all is as it should be: the disk cache takes nothing.
+    Degraded {
+        /// What is wrong.
+        why: String,
     },
     /// It was set aside: its reads fail.
     Poisoned {
@@ -51,7 +58,16 @@ impl From<Condition> for Status {
     fn from(condition: Condition) -> Self {
         match condition {
             Condition::Serving => Self::Serving,
-            Condition::Waiting { why, left_ms } => Self::Waiting { why, left_ms },
+            Condition::Waiting {
+                why,
+                waited_ms,
+                left_ms,
+            } => Self::Waiting {
+                why,
+                waited_ms,
+                left_ms,
+            },
+            Condition::Degraded { why } => Self::Degraded { why },
             Condition::Poisoned { why } => Self::Poisoned { why },
         }
     }
@@ -63,16 +79,15 @@ impl From<Condition> for Status {
 /// When the directory of states cannot be read.
 pub fn list(states: &StateDir) -> Result<(Vec<Listed>, Vec<StateError>), StateError> {
     let (all, wrong) = states.list()?;
-    let conditions = if all.iter().any(|state| state.server == Server::Service) {
-        service::conditions(states)
-    } else {
+    let conditions = if all.is_empty() {
         Ok(None)
+    } else {
+        service::conditions(states)
     };
-    let how_is = |state: &State| match (state.server, &conditions) {
-        (Server::Command, _) if state.is_alive() => Status::Serving,
-        (Server::Command, _) | (Server::Service, Ok(None)) => Status::Dead,
-        (Server::Service, Ok(Some(known))) => known.get(&state.name).cloned().map_or(Status::Dead, Into::into),
-        (Server::Service, Err(_)) => Status::Silent,
+    let how_is = |state: &State| match &conditions {
+        Ok(None) => Status::Dead,
+        Ok(Some(known)) => known.get(&state.name).cloned().map_or(Status::Dead, Into::into),
+        Err(_) => Status::Silent,
     };
     let listed = all.into_iter().map(|state| Listed {
         status: how_is(&state),
@@ -144,15 +159,9 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
     states.remove_leftovers();
     let mut staying = Vec::new();
     // What the service left another one goes on with, or cleans up, as soon as it starts.
-    let dead = |state: &State| match state.server {
-        Server::Command => !state.is_alive(),
-        Server::Service => !state.process.is_of_this_boot() || (!state.is_alive() && !state.device_exists()),
-    };
+    let dead = |state: &State| !state.process.is_of_this_boot() || (!state.is_alive() && !state.device_exists());
     let no_service = !states.service_socket().exists();
-    for state in all
-        .into_iter()
-        .filter(|state| dead(state) && (state.server == Server::Command || no_service))
-    {
+    for state in all.into_iter().filter(|state| no_service && dead(state)) {
         match service::bury(states, &state) {
             Ok(()) => log::info!(
                 "cleaned up after the dead process {} of {}",

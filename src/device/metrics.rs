@@ -4,7 +4,7 @@
 use std::fmt::{Display, Write as _};
 
 use super::Backend;
-use super::service::ServiceStats;
+use super::service::{Condition, ServiceStats};
 use super::state::State;
 
 /// What the text is called when it is sent by HTTP.
@@ -81,6 +81,13 @@ pub fn exposition(devices: &[DeviceMetrics<'_>]) -> String {
         "Whether the process that serves the device answers.",
         |device| vec![(Vec::new(), Figure::Whole(u64::from(device.stats.is_some())))],
     );
+    let help =
+        "How the device is: serving, waiting for the network, degraded (its disk cache takes nothing) or poisoned.";
+    out.family("tarblk_device_condition", Kind::Gauge, help, |device| {
+        let condition = device.stats.map(|stats| Condition::of(&stats.fetch).word());
+        let sample = condition.map(|word| (vec![("condition", word)], Figure::Whole(1)));
+        sample.into_iter().collect()
+    });
     of_device(&mut out);
     of_fetching(&mut out);
     of_layers(&mut out);
@@ -91,7 +98,7 @@ pub fn exposition(devices: &[DeviceMetrics<'_>]) -> String {
 fn of_device(out: &mut Exposition<'_>) {
     out.gauge(
         "tarblk_served_seconds",
-        "How long the device has been served.",
+        "How long the device has been there.",
         |stats| Figure::Millis(stats.up_ms),
     );
     out.gauge(
@@ -212,12 +219,12 @@ fn of_fetching(out: &mut Exposition<'_>) {
     );
     out.gauge(
         "tarblk_waits",
-        "Requests that wait for a server for long enough to be told of.",
+        "What the device waits for on the network for long enough to be told of.",
         |stats| Figure::Whole(u64::try_from(stats.fetch.waiting.len()).unwrap_or(u64::MAX)),
     );
     out.gauge(
         "tarblk_longest_wait_seconds",
-        "How long nothing has come of what is waited for the longest.",
+        "How long nothing has come of what the device waits for the longest.",
         |stats| Figure::Millis(stats.fetch.waiting.iter().map(|wait| wait.waited_ms).max().unwrap_or(0)),
     );
 }
@@ -500,6 +507,8 @@ mod tests {
         ));
         assert!(same(get("tarblk_served_seconds", &[("device", "loop0")]), 61.005));
         assert!(same(get("tarblk_longest_wait_seconds", &[("device", "loop1")]), 12.034));
+        let waiting = [("device", "loop0"), ("condition", "waiting")];
+        assert!(same(get("tarblk_device_condition", &waiting), 1.0));
         assert!(get("tarblk_served_bytes_total", &[("device", "loop1"), ("from", "zero")]).is_some());
     }
 }

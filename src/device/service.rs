@@ -8,19 +8,21 @@
 //! ```
 //!
 //! All of these are this program under a hidden subcommand, which calls [`main`] with a word for the `Role`. What an image is
-//! described by is the caller's type: a [`Builder`] makes image and fetcher of it. [`serve`] is the exception: one device served in
-//! the foreground, by the command itself, with nothing that would keep it.
+//! described by is the caller's type: a [`Builder`] makes image and fetcher of it.
 //!
-//! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper` and `holders` (both ends of
-//! what outlives the service), `record` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
+//! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper`, `held` and `holders` (both ends of
+//! what outlives the service), `manager` and `store` (the service manager, which may hold it too), `record` and `counts` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
 //! `blame` (which device takes it down), `nothing` (what is served of a device that cannot be gone on with), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
 mod blame;
 mod control;
+mod counts;
+mod held;
 mod holders;
 mod keeper;
+mod manager;
 mod message;
 mod namespace;
 mod nothing;
@@ -28,6 +30,7 @@ mod record;
 mod run;
 mod sandbox;
 mod scrape;
+mod store;
 mod table;
 
 use std::ffi::OsString;
@@ -49,10 +52,12 @@ use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
 pub(crate) use control::{Condition, bury, conditions, end_reads};
-pub use control::{ControlError, ServiceStats, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
+pub use control::{ControlError, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
+pub use counts::ServiceStats;
+pub use manager::{READY, STOPPING, notify};
 pub use namespace::Reach;
-pub use run::serve;
 pub(crate) use sandbox::limits_writes;
+pub use store::DescriptorStore;
 
 /// The log of the service and its keepers, in the state directory.
 pub(crate) const LOG_NAME: &str = "service.log";

@@ -91,7 +91,7 @@ pub struct State {
     pub server: Server,
     /// When it was ready, in seconds since 1970 UTC.
     pub since: u64,
-    /// The log of what serves it; none when it runs in the foreground.
+    /// The log of what serves it, if it has one.
     pub log: Option<PathBuf>,
 }
 
@@ -101,8 +101,6 @@ pub struct State {
 pub enum Server {
     /// The service of the state directory, which serves other devices too and is started again when it dies.
     Service,
-    /// A command in the foreground.
-    Command,
 }
 
 /// A process, told apart from a later one with the same number.
@@ -331,25 +329,10 @@ impl StateDir {
         Ok(())
     }
 
-    /// The control socket of device `name`.
-    #[must_use]
-    pub fn socket(&self, name: &str) -> PathBuf {
-        self.0.join(format!("{name}.sock"))
-    }
-
     /// The control socket of the service.
     #[must_use]
     pub fn service_socket(&self) -> PathBuf {
         self.0.join("service.sock")
-    }
-
-    /// The socket on which the server of `state` answers.
-    #[must_use]
-    pub fn socket_of(&self, state: &State) -> PathBuf {
-        match state.server {
-            Server::Service => self.service_socket(),
-            Server::Command => self.socket(&state.name),
-        }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -369,20 +352,18 @@ impl StateDir {
         write_checked(&path, text)
     }
 
-    /// Removes the files of the device of `state`: state and socket. A device's number is given out again at once, so
-    /// they may be another daemon's by now: those stay.
+    /// Removes the file of the device of `state`. A device's number is given out again at once, so it may be another one's by now:
+    /// then it stays.
     pub fn remove(&self, state: &State) {
         let _turn = self.turn();
         if self.read(&state.name).is_ok_and(|found| found.process != state.process) {
             return;
         }
-        let name = &state.name;
-        for path in [self.file(name), self.socket(name)] {
-            if let Err(error) = fs::remove_file(&path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                log::warn!("cannot remove {}: {error}", path.display());
-            }
+        let path = self.file(&state.name);
+        if let Err(error) = fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!("cannot remove {}: {error}", path.display());
         }
     }
 
@@ -611,13 +592,10 @@ mod tests {
         before.process.born += 1;
         states.write(&before).unwrap();
         states.write(&next).unwrap();
-        fs::write(states.socket("loop7"), "the next one's").unwrap();
         states.remove(&before);
         assert_eq!(states.read("loop7").unwrap(), next);
-        assert!(states.socket("loop7").exists());
         states.remove(&next);
         assert!(states.list().unwrap().0.is_empty());
-        assert!(!states.socket("loop7").exists());
     }
 
     #[test]

@@ -115,8 +115,23 @@ pub struct DeviceStats {
     pub refused: u64,
     /// Bytes served, by where they came from.
     pub bytes: BytesBySource,
-    /// How long reads took, from the kernel's request to the answer.
+    /// How long reads took, from the kernel's request to the answer: those that the process has answered that serves the device
+    /// now.
     pub latency: Latency,
+}
+
+impl DeviceStats {
+    /// Adds what was counted before, by another process. Latencies stay this one's.
+    pub(crate) fn carry(&mut self, before: &Self) {
+        self.reads += before.reads;
+        self.errors += before.errors;
+        self.refused += before.refused;
+        self.bytes.metadata += before.bytes.metadata;
+        self.bytes.zero += before.bytes.zero;
+        self.bytes.memory += before.bytes.memory;
+        self.bytes.disk += before.bytes.disk;
+        self.bytes.fetched += before.bytes.fetched;
+    }
 }
 
 /// Bytes served, by where they came from.

@@ -166,8 +166,8 @@ macro_rules! counters {
             pub(crate) latency: Histogram,
         }
 
-        /// What a fetcher has done since it started. Read from another process it may be another version's: a counter that
-        /// is not there is 0.
+        /// What a fetcher has done since it started, and those before it of the same device. Read from another process it may be
+        /// another version's: a counter that is not there is 0.
         #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(default)]
         pub struct FetchStats {
@@ -180,7 +180,7 @@ macro_rules! counters {
             pub cache_trouble: Option<String>,
             /// Bytes handed out, by where they were.
             pub bytes: BytesByOrigin,
-            /// From asking to answer, for reads that were left with the fetch thread.
+            /// From asking to answer, for reads that were left with the fetch thread of the process that serves the device now.
             pub latency: Percentiles,
             /// What was downloaded before the fetcher began, to find out what the layers hold.
             pub prepared: PrepareCost,
@@ -188,6 +188,25 @@ macro_rules! counters {
             pub poisoned: Option<String>,
             /// What the fetcher waits for on the network, and why; first what is asked for again last.
             pub waiting: Vec<Wait>,
+        }
+
+        impl FetchStats {
+            /// Adds what was counted before, by another process. What is not a counter stays as it is.
+            pub(crate) fn carry(&mut self, before: &Self) {
+                let in_flight = self.in_flight;
+                $(self.$name += before.$name;)*
+                self.in_flight = in_flight;
+                self.bytes.memory += before.bytes.memory;
+                self.bytes.disk += before.bytes.disk;
+                self.bytes.network += before.bytes.network;
+            }
+
+            /// The same with nothing in it but what [`carry`](Self::carry) adds.
+            pub(crate) fn only_counters(&self) -> Self {
+                let mut counters = Self::default();
+                counters.carry(self);
+                counters
+            }
         }
 
         impl Counters {

@@ -11,21 +11,21 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::counts::ServiceStats;
 use super::message::{borrowed, receive, send};
 use super::{
-    Attached, Builder, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed, keeper, open_files,
-    record,
+    Attached, Builder, DescriptorStore, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed,
+    held, keeper, open_files, record,
 };
-use crate::device::state::{Process, Server, State, StateDir, StateError};
-use crate::device::stats::DeviceStats;
+use crate::device::state::{State, StateDir, StateError};
 use crate::device::users::{self, User};
 use crate::device::{Backend, DeviceError, load_drivers, ublk, wait_until};
 use crate::fetch::FetchStats;
@@ -50,9 +50,6 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long others may take to let go of copies of a mount that is gone.
 const COPIES_LIMIT: Duration = Duration::from_secs(2);
-
-/// How long a foreground server may live on after its device is gone.
-const EXIT_LIMIT: Duration = Duration::from_secs(20);
 
 /// How a request travels: as text inside, so that one of another version is told from a damaged one.
 #[derive(Serialize, Deserialize)]
@@ -80,6 +77,8 @@ pub(super) enum Request<I> {
     LetGo { name: String },
     /// Stay, also without devices, and tell metrics on the listening socket that may be sent along, until the caller hangs up.
     Stay,
+    /// Have the caller hold what the keepers hold, and ask it as they are asked, until it hangs up.
+    Store,
     /// End, and let a service that the caller starts go on with all devices.
     HandOver,
 }
@@ -112,8 +111,16 @@ pub enum Condition {
     Waiting {
         /// For what.
         why: String,
-        /// Until the next try, in milliseconds.
+        /// Since when, in milliseconds; 0 from a service that does not say.
+        #[serde(default)]
+        waited_ms: u64,
+        /// Until the next try, in milliseconds; 0 while a request is under way.
         left_ms: u64,
+    },
+    /// Its reads are answered, but not all is as it should be.
+    Degraded {
+        /// What is wrong.
+        why: String,
     },
     /// It was set aside: its reads fail.
     Poisoned {
@@ -122,17 +129,36 @@ pub enum Condition {
     },
 }
 
-/// What the server of a device has counted.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ServiceStats {
-    /// Of the device.
-    pub device: DeviceStats,
-    /// Of the fetcher.
-    pub fetch: FetchStats,
-    /// How long the device has been served, in milliseconds.
-    pub up_ms: u64,
-    /// Its process's resident memory in bytes.
-    pub resident_bytes: u64,
+impl Condition {
+    /// How a device is whose fetcher says this. What is worst is said.
+    pub(crate) fn of(fetch: &FetchStats) -> Self {
+        if let Some(why) = fetch.poisoned.clone() {
+            return Self::Poisoned { why };
+        }
+        if let Some(wait) = fetch.waiting.first() {
+            return Self::Waiting {
+                why: format!("{}: {}", wait.place, wait.why),
+                waited_ms: wait.waited_ms,
+                left_ms: wait.left_ms,
+            };
+        }
+        match fetch.cache_trouble.clone() {
+            Some(why) => Self::Degraded {
+                why: format!("the disk cache takes nothing: {why}"),
+            },
+            None => Self::Serving,
+        }
+    }
+
+    /// Its name, as lists and metrics have it.
+    pub(crate) const fn word(&self) -> &'static str {
+        match self {
+            Self::Serving => "serving",
+            Self::Waiting { .. } => "waiting",
+            Self::Degraded { .. } => "degraded",
+            Self::Poisoned { .. } => "poisoned",
+        }
+    }
 }
 
 /// Why a daemon could not be asked or would not do it.
@@ -204,7 +230,7 @@ pub fn launch<B: Builder>(launcher: &Launcher, spec: &ServeSpec<B::Image>) -> Re
     let request = Request::Attach(Box::new(spec.clone()));
     let deadline = Instant::now() + START_LIMIT;
     loop {
-        let stream = connect_or_start(&launcher, &states, deadline)?;
+        let stream = connect_or_start(&launcher, &states, deadline, None)?;
         let log_len = fs::metadata(states.path().join(LOG_NAME)).map_or(0, |meta| meta.len());
         match call(&stream, &request, &files, ANSWER_LIMIT) {
             Ok(Answer::Attached(attached)) => return Ok(*attached),
@@ -249,17 +275,41 @@ impl Stay {
 }
 
 /// Starts the service if there is none, and keeps it until what this returns is dropped. It tells its metrics to those who connect to
-/// `metrics`, a listening socket.
+/// `metrics`, a listening socket. What it needs to go on after its end is held by `store` as well, and one that is started goes on with what
+/// is held there.
 ///
 /// # Errors
 /// Why there is no service.
-pub fn stay(launcher: &Launcher, states: &StateDir, metrics: Option<BorrowedFd<'_>>) -> Result<Stay, ServiceError> {
+pub fn stay(
+    launcher: &Launcher,
+    states: &StateDir,
+    metrics: Option<BorrowedFd<'_>>,
+    store: &Arc<DescriptorStore>,
+) -> Result<Stay, ServiceError> {
     states.create()?;
-    let stream = connect_or_start(launcher, states, Instant::now() + START_LIMIT)?;
+    let deadline = Instant::now() + START_LIMIT;
+    let stream = connect_or_start(launcher, states, deadline, Some(store))?;
     let metrics = metrics.map(|socket| socket.try_clone_to_owned()).transpose();
     let files: Vec<OwnedFd> = metrics.map_err(failed("pass the socket on"))?.into_iter().collect();
-    match call(&stream, &Request::<()>::Stay, &files, ANSWER_LIMIT).map_err(failed("talk to the service"))? {
-        Answer::Done => Ok(Stay(stream)),
+    call_for_long(&stream, &Request::Stay, &files)?;
+    let link = UnixStream::connect(states.service_socket()).map_err(failed("reach the service"))?;
+    // An older service knows no such request, and does without.
+    match call_for_long(&link, &Request::Store, &[]) {
+        Ok(()) => {
+            let store = Arc::clone(store);
+            let serve = move || store.serve(&link);
+            let started = thread::Builder::new().name("store".to_owned()).spawn(serve);
+            started.map_err(failed("hold what the service holds"))?;
+        }
+        Err(error) => log::warn!("this command holds nothing for the service: {error}"),
+    }
+    Ok(Stay(stream))
+}
+
+/// Makes a request that is done for as long as the caller does not hang up.
+fn call_for_long(stream: &UnixStream, request: &Request<()>, files: &[OwnedFd]) -> Result<(), ServiceError> {
+    match call(stream, request, files, ANSWER_LIMIT).map_err(failed("talk to the service"))? {
+        Answer::Done => Ok(()),
         Answer::Refused(why) => Err(ServiceError::Reported(why)),
         _ => Err(ServiceError::Reported("the service answered something else".to_owned())),
     }
@@ -281,8 +331,13 @@ fn has_died(states: &StateDir) -> bool {
     states.path().join(LOG_NAME).exists()
 }
 
-/// Connects to the service, starting it if there is none.
-fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -> Result<UnixStream, ServiceError> {
+/// Connects to the service, starting it if there is none; then it goes on with what is in `store`.
+fn connect_or_start(
+    launcher: &Launcher,
+    states: &StateDir,
+    deadline: Instant,
+    store: Option<&DescriptorStore>,
+) -> Result<UnixStream, ServiceError> {
     let socket = states.service_socket();
     loop {
         match UnixStream::connect(&socket) {
@@ -298,6 +353,11 @@ fn connect_or_start(launcher: &Launcher, states: &StateDir, deadline: Instant) -
             thread::sleep(Duration::from_millis(2));
             continue;
         };
+        if let Some(store) = store
+            && let Err(error) = store.give_to_keepers(states, launcher)
+        {
+            log::error!("what was stored is lost: {error}");
+        }
         let mut child =
             keeper::start_service(launcher, states, &lock, Start::First, None).map_err(failed("start the service"))?;
         drop(lock);
@@ -352,7 +412,7 @@ fn call<I: Serialize>(
     stream.set_write_timeout(Some(REQUEST_LIMIT))?;
     stream.set_read_timeout(Some(limit))?;
     let call = Call {
-        version: keeper::version(),
+        version: held::version(),
         request: serde_json::to_string(request)?,
     };
     send(stream, &call, &borrowed(files))?;
@@ -372,7 +432,7 @@ fn call<I: Serialize>(
 /// # Errors
 /// One sentence for the person, which names the versions if they differ.
 pub(super) fn parse<I: DeserializeOwned>(call: &Call) -> Result<Request<I>, String> {
-    let other = call.version != keeper::version();
+    let other = call.version != held::version();
     match serde_json::from_str(&call.request) {
         Ok(Request::Attach(_)) | Err(_) if other => Err(other_version(&call.version)),
         Ok(request) => Ok(request),
@@ -383,7 +443,7 @@ pub(super) fn parse<I: DeserializeOwned>(call: &Call) -> Result<Request<I>, Stri
 fn other_version(theirs: &str) -> String {
     format!(
         "the service is tarblk {} and this command is {theirs}; `tarblk upgrade` makes them one",
-        keeper::version()
+        held::version()
     )
 }
 
@@ -414,13 +474,6 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
         Ok(_) => return Err(silent(state, "it answered something else")),
         Err(ControlError::Dead { .. }) => return bury(states, state),
         Err(error) => return Err(error),
-    }
-    if state.server == Server::Command {
-        if !wait_for_end(&state.process) {
-            return Err(silent(state, "it took the device down but does not end"));
-        }
-        // What it could not remove itself. Of a service's the name may be another device's by now.
-        states.remove(state);
     }
     Ok(())
 }
@@ -648,7 +701,7 @@ fn ask(states: &StateDir, state: &State, request: &Request<()>) -> Result<Answer
     };
     let deadline = Instant::now() + START_LIMIT;
     loop {
-        let stream = match UnixStream::connect(states.socket_of(state)) {
+        let stream = match UnixStream::connect(states.service_socket()) {
             Ok(stream) => stream,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
                 return Err(dead());
@@ -658,31 +711,11 @@ fn ask(states: &StateDir, state: &State, request: &Request<()>) -> Result<Answer
         match call(&stream, request, &[], ANSWER_LIMIT) {
             Ok(answer) => return Ok(answer),
             // The service was killed under the request; its keepers start it again. What is asked may be asked twice.
-            Err(error) if is_gone(&error) && state.server == Server::Service && Instant::now() < deadline => {
+            Err(error) if is_gone(&error) && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(5));
             }
             Err(error) if is_gone(&error) => return Err(dead()),
             Err(error) => return Err(silent(state, &error.to_string())),
         }
     }
-}
-
-/// Waits until a process has ended; false when it does not.
-fn wait_for_end(process: &Process) -> bool {
-    let deadline = Instant::now() + EXIT_LIMIT;
-    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-    let Some(fd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
-        return !process.is_alive();
-    };
-    while process.is_alive() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return false;
-        }
-        let Ok(timeout) = Timespec::try_from(left) else {
-            return false;
-        };
-        let _ = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout));
-    }
-    true
 }

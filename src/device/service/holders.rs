@@ -1,7 +1,8 @@
 //! The service's side of its keepers: what is to outlive the service is with each of them before it is used. In: descriptors to
 //! hold or to drop. Out: nothing but that it was done; and at the start, what an earlier service left.
 //!
-//! A keeper that dies is replaced, and gets everything again. Invariant: while the service lives, this has a duplicate of every
+//! A keeper that dies is replaced, and gets everything again. Beside the keepers stand those that [`adopt`](Holders::adopt) was given:
+//! the link of a command that has descriptors stored by the service manager. They are not replaced. Invariant: while the service lives, this has a duplicate of every
 //! descriptor that the keepers hold.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,17 +15,15 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::keeper::{self, Ask, KEEPERS, Kind, LINK_LIMIT, MAX_KEEPER_BYTES, Said, is_root, open_log};
+use super::held::{Ask, Holding, MAX_KEEPER_BYTES, Said, holding};
+use super::keeper::{self, KEEPERS, LINK_LIMIT, is_root, open_log};
 use super::message::{receive, send};
-use super::{Launcher, Role};
+use super::{LISTENER_NAME, Launcher, Role};
 use crate::device::state::StateDir;
 use crate::device::wait_until;
 
 /// How long a new keeper may take to open its socket.
 const START_LIMIT: Duration = Duration::from_secs(5);
-
-/// What is held of one device, or of the service itself.
-pub(super) type Holding = Vec<(Kind, OwnedFd)>;
 
 /// All keepers of the service.
 pub(super) struct Holders {
@@ -37,9 +36,12 @@ pub(super) struct Holders {
 struct Inner {
     all: BTreeMap<String, Holding>,
     links: Vec<Option<Link>>,
+    /// Those that hold devices beside the keepers.
+    stores: Vec<Link>,
 }
 
-struct Link {
+/// Who holds what it is asked to: a keeper, or a store.
+pub(super) struct Link {
     stream: UnixStream,
     pid: u32,
     version: String,
@@ -105,7 +107,7 @@ impl Holders {
     pub(super) fn hold(&self, name: &str, holding: Holding) -> io::Result<()> {
         let mut inner = self.inner();
         inner.all.insert(name.to_owned(), holding);
-        let Inner { all, links } = &mut *inner;
+        let Inner { all, links, stores } = &mut *inner;
         let Some(holding) = all.get(name) else { return Ok(()) };
         for link in links.iter_mut() {
             if let Some(known) = link
@@ -114,6 +116,9 @@ impl Holders {
                 log::warn!("keeper {} is lost: {error}", known.pid);
                 *link = None;
             }
+        }
+        if name != LISTENER_NAME {
+            stores_do(stores, |store| store.hold(name, holding));
         }
         self.mend_all(&mut inner)
     }
@@ -132,6 +137,39 @@ impl Holders {
                 *link = None;
             }
         }
+        stores_do(&mut inner.stores, |store| {
+            store.ask(&Ask::Drop { name: name.to_owned() }, &[])
+        });
+    }
+
+    /// Asks what the store at the other end of `stream` holds from before: what is to be gone on with should not be left to it alone.
+    /// Then it can be [`adopt`](Self::adopt)ed.
+    ///
+    /// # Errors
+    /// When it does not answer as it should.
+    pub(super) fn greet(stream: UnixStream) -> io::Result<(Link, BTreeMap<String, Holding>)> {
+        stream.set_read_timeout(Some(LINK_LIMIT))?;
+        stream.set_write_timeout(Some(LINK_LIMIT))?;
+        let mut found = BTreeMap::new();
+        let link = list(stream, &mut found)?;
+        Ok((link, found))
+    }
+
+    /// Has `store` hold all devices from now on, and nothing else of `names`, which it held before.
+    pub(super) fn adopt(&self, store: Link, names: &[String]) {
+        let mut inner = self.inner();
+        let Inner { all, stores, .. } = &mut *inner;
+        let mut added = vec![store];
+        stores_do(&mut added, |store| {
+            for name in names.iter().filter(|name| !all.contains_key(*name)) {
+                store.ask(&Ask::Drop { name: name.clone() }, &[])?;
+            }
+            for (name, holding) in all.iter().filter(|(name, _)| *name != LISTENER_NAME) {
+                store.hold(name, holding)?;
+            }
+            Ok(())
+        });
+        stores.append(&mut added);
     }
 
     /// Puts new keepers in the place of those that are gone. Called now and then.
@@ -142,6 +180,7 @@ impl Holders {
                 *link = None;
             }
         }
+        inner.stores.retain(Link::is_there);
         if let Err(error) = self.mend_all(&mut inner) {
             log::error!("{error}");
         }
@@ -186,6 +225,7 @@ impl Holders {
             .arg(number.to_string())
             .args(&self.launcher.writable)
             .env_remove("TARBLK_CREDS")
+            .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(open_log(&self.states)?)
@@ -223,6 +263,7 @@ impl Holders {
                 let _ = receive::<Said>(&link.stream, MAX_KEEPER_BYTES);
             }
         }
+        stores_do(&mut inner.stores, |store| store.ask(&Ask::Retire, &[]));
         // Those of keepers that died; one that lives after all sees that it is not known any more, and ends.
         for number in 0..KEEPERS {
             let _ = std::fs::remove_file(keeper::socket(&self.states, number));
@@ -262,6 +303,17 @@ impl Holders {
     }
 }
 
+/// Asks something of all `stores`; those that fail are let go of: what they hold the keepers hold too.
+fn stores_do(stores: &mut Vec<Link>, mut what: impl FnMut(&mut Link) -> io::Result<()>) {
+    stores.retain_mut(|store| match what(store) {
+        Ok(()) => true,
+        Err(error) => {
+            log::warn!("process {} has descriptors stored no longer: {error}", store.pid);
+            false
+        }
+    });
+}
+
 fn call(states: &StateDir, number: usize) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(keeper::socket(states, number))?;
     stream.set_read_timeout(Some(LINK_LIMIT))?;
@@ -287,11 +339,8 @@ fn list(stream: UnixStream, all: &mut BTreeMap<String, Holding>) -> io::Result<L
         let (Said::Held { name, kinds }, descriptors) = next()? else {
             return Err(odd());
         };
-        if kinds.len() != descriptors.len() {
-            return Err(odd());
-        }
-        all.entry(name)
-            .or_insert_with(|| kinds.into_iter().zip(descriptors).collect());
+        let holding = holding(kinds, descriptors)?;
+        all.entry(name).or_insert(holding);
     }
     Ok(Link {
         stream,

@@ -11,7 +11,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -21,19 +21,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
-use serde::{Deserialize, Serialize};
 
 use super::blame::{Blame, is_crash};
-use super::message::{borrowed, receive, send};
+use super::held::{Ask, HeldSet, done, hear, holding};
 use super::{LOG_NAME, Launcher, Role, Start, sandbox};
 use crate::device::state::StateDir;
 use crate::device::wait_until;
 
 /// How many keepers stand beside a service.
 pub(super) const KEEPERS: usize = 2;
-
-/// No message to or from a keeper is longer, in bytes: names and kinds only.
-pub(super) const MAX_KEEPER_BYTES: u64 = 1 << 20;
 
 /// How long the other end of a link may take over one message.
 pub(super) const LINK_LIMIT: Duration = Duration::from_secs(5);
@@ -54,57 +50,6 @@ pub(super) const STAND_BACK: Duration = Duration::from_secs(5);
 
 /// A service that lived this long was no failure at its start: the next one is started at once.
 const GOOD_LIFE: Duration = Duration::from_secs(5);
-
-/// What a held descriptor is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Kind {
-    /// The listening control socket of the service.
-    Listener,
-    /// A FUSE connection.
-    Channel,
-    /// The memory in which a FUSE session notes its requests.
-    Ledger,
-    /// The loop device, open so that it stays without a user.
-    Device,
-    /// The device's specification with its secrets, in memory.
-    Spec,
-    /// A file of this machine that the device's bytes or index lie in; in the specification's order.
-    File,
-}
-
-/// What the service asks of a keeper. Each is answered by [`Said`].
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub(super) enum Ask {
-    /// What it holds.
-    List,
-    /// To hold these descriptors under a name, in place of what it holds under it.
-    Hold { name: String, kinds: Vec<Kind> },
-    /// To hold nothing under this name any more.
-    Drop { name: String },
-    /// To leave it to a command to start the next service, for a while.
-    StandBack,
-    /// To end: there is nothing left to hold.
-    Retire,
-}
-
-/// What a keeper answers.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub(super) enum Said {
-    /// To [`Ask::List`]: as many [`Said::Held`] follow.
-    Holding { count: usize, version: String, pid: u32 },
-    /// What is held under one name, with its descriptors.
-    Held { name: String, kinds: Vec<Kind> },
-    /// Done.
-    Done,
-}
-
-/// The version that a keeper says it is of.
-pub(super) fn version() -> String {
-    env!("CARGO_PKG_VERSION").to_owned()
-}
 
 /// The socket of keeper `number`.
 pub(super) fn socket(states: &StateDir, number: usize) -> PathBuf {
@@ -206,6 +151,8 @@ pub(super) fn start_service(
         .args(&launcher.writable)
         // What it needs of that it is told by message; a process's environment is there to be read all its life.
         .env_remove("TARBLK_CREDS")
+        // Who starts it speaks with the service manager, if there is one.
+        .env_remove("NOTIFY_SOCKET")
         .stdin(lock.try_clone()?)
         .stdout(Stdio::piped())
         .stderr(open_log(states)?);
@@ -213,13 +160,6 @@ pub(super) fn start_service(
         command.stdout(Stdio::null());
     }
     command.spawn()
-}
-
-/// What is held under one name.
-struct Held {
-    name: String,
-    kinds: Vec<Kind>,
-    descriptors: Vec<OwnedFd>,
 }
 
 /// A keeper's life; see the module. Returns when it is told to, or when there is neither a service nor anything to hold.
@@ -248,7 +188,7 @@ pub(super) fn keep(states: &StateDir, number: usize, launcher: Launcher) -> Exit
         inode: fs::metadata(&path).map_or(0, |meta| meta.ino()),
         socket: path.clone(),
         stood_back: None,
-        held: Vec::new(),
+        held: HeldSet::default(),
         children: Vec::new(),
         link: None,
         linked: Instant::now(),
@@ -271,7 +211,7 @@ struct Keeper<'a> {
     inode: u64,
     /// Until when a command may start the next service, and the number of the service before it.
     stood_back: Option<(Instant, u32)>,
-    held: Vec<Held>,
+    held: HeldSet,
     children: Vec<Child>,
     link: Option<UnixStream>,
     /// When the present or the last service called.
@@ -399,7 +339,7 @@ impl Keeper<'_> {
                 return Look::Again(LONGEST_BACKOFF);
             }
         };
-        if !self.held.iter().any(|held| held.name != super::LISTENER_NAME) {
+        if !self.held.iter().any(|(name, _)| name != super::LISTENER_NAME) {
             remove_files(self.states);
             return Look::End;
         }
@@ -419,52 +359,25 @@ impl Keeper<'_> {
     /// Does what the service asks; false when it is to end.
     fn answer(&mut self) -> io::Result<bool> {
         let Some(link) = &self.link else { return Ok(true) };
-        let Some((ask, descriptors)) = receive::<Ask>(link, MAX_KEEPER_BYTES)? else {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        };
+        let (ask, descriptors) = hear(link)?;
         match ask {
             Ask::List => {
                 self.stood_back = None;
-                let holding = Said::Holding {
-                    count: self.held.len(),
-                    version: version(),
-                    pid: std::process::id(),
-                };
-                send(link, &holding, &[])?;
-                for held in &self.held {
-                    let said = Said::Held {
-                        name: held.name.clone(),
-                        kinds: held.kinds.clone(),
-                    };
-                    send(link, &said, &borrowed(&held.descriptors))?;
-                }
+                self.held.tell(link)?;
                 return Ok(true);
             }
-            Ask::Hold { name, kinds } => {
-                if kinds.len() != descriptors.len() {
-                    return Err(io::Error::new(
-                        io::ErrorKind::InvalidData,
-                        "kinds and descriptors differ",
-                    ));
-                }
-                self.held.retain(|held| held.name != name);
-                self.held.push(Held {
-                    name,
-                    kinds,
-                    descriptors,
-                });
-            }
-            Ask::Drop { name } => self.held.retain(|held| held.name != name),
+            Ask::Hold { name, kinds } => self.held.hold(name, holding(kinds, descriptors)?),
+            Ask::Drop { name } => self.held.let_go(&name),
             Ask::StandBack => {
                 self.stood_back = holder_of_lock(self.states).map(|before| (Instant::now() + STAND_BACK, before));
             }
             Ask::Retire => {
                 self.held.clear();
-                send(link, &Said::Done, &[])?;
+                done(link)?;
                 return Ok(false);
             }
         }
-        send(link, &Said::Done, &[])?;
+        done(link)?;
         Ok(true)
     }
 }

@@ -50,23 +50,23 @@ pub(super) fn send(
     head[4..8].copy_from_slice(&number(text.len())?.to_le_bytes());
     head[8..].copy_from_slice(&number(descriptors.len())?.to_le_bytes());
     let (first, rest) = descriptors.split_at(descriptors.len().min(BATCH));
-    let sent = send_with(socket, &head, first)?;
+    let sent = send_with(socket, IoSlice::new(&head), first)?;
     socket.write_all(&head[sent..])?;
     for batch in rest.chunks(BATCH) {
-        send_with(socket, &MORE, batch)?;
+        send_with(socket, IoSlice::new(&MORE), batch)?;
     }
     socket.write_all(&text)
 }
 
 /// Sends `bytes` with a batch of descriptors; returns how many of the bytes were sent, at least one.
-fn send_with(socket: &UnixStream, bytes: &[u8], batch: &[BorrowedFd<'_>]) -> io::Result<usize> {
+pub(super) fn send_with(socket: impl AsFd, bytes: IoSlice<'_>, batch: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(BATCH))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !batch.is_empty() && !control.push(SendAncillaryMessage::ScmRights(batch)) {
         return Err(io::Error::other("no room for descriptors"));
     }
     loop {
-        match rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
+        match rustix::net::sendmsg(&socket, &[bytes], &mut control, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             other => return Ok(other?),
         }

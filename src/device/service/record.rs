@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::counts;
 use crate::device::DeviceOptions;
 use crate::device::state::{self, State, StateDir, StateError};
 
@@ -84,6 +85,7 @@ pub(super) fn read<I: DeserializeOwned>(states: &StateDir, name: &str) -> Result
 /// Removes what is kept of device `name`.
 pub(super) fn remove(states: &StateDir, name: &str) {
     let _ = fs::remove_file(path(states, name));
+    counts::remove(states, name);
 }
 
 /// A record in memory that other processes can be given.

@@ -2,7 +2,7 @@
 //! any more.
 //!
 //! The service takes over what an earlier one left, then answers; it ends when it has had no device for a while, or was told to end and
-//! no device is in use. In the foreground ([`serve`]) the same serves one device and ends with it.
+//! no device is in use.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
@@ -21,16 +21,15 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::blame::Blame;
 use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, parse};
+use super::held::Kind;
 use super::holders::Holders;
-use super::keeper::{self, Kind};
+use super::keeper;
 use super::message::{receive, send};
 use super::sandbox::Writable;
 use super::table::{self, Table};
 use super::{
-    Attached, Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServeSpec, ServiceError, Start, failed,
-    namespace, open_files, sandbox, scrape,
+    Builder, LISTENER_NAME, LOG_NAME, Launcher, OLDER_LOG_NAME, ServiceError, Start, failed, namespace, sandbox, scrape,
 };
-use crate::device::load_drivers;
 use crate::device::state::StateDir;
 
 /// How often it is looked whether devices are still there and in use, and whether keepers live.
@@ -75,7 +74,7 @@ pub(super) fn service<B: Builder>(
         .try_clone()
         .map_err(failed("duplicate the control socket"))?
         .into();
-    let table = Arc::new(Table::new(states, Some(holders), builder, writable));
+    let table = Arc::new(Table::new(states, holders, builder, writable));
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let signals = Signals::new().map_err(failed("receive signals"))?;
@@ -83,8 +82,7 @@ pub(super) fn service<B: Builder>(
         let keepers = {
             let table = Arc::clone(&table);
             thread::spawn(move || {
-                let Some(holders) = table.holders() else { return };
-                if let Err(error) = holders.hold(LISTENER_NAME, vec![(Kind::Listener, kept)]) {
+                if let Err(error) = table.holders().hold(LISTENER_NAME, vec![(Kind::Listener, kept)]) {
                     log::warn!("cannot keep the control socket: {error}");
                 }
             })
@@ -101,15 +99,16 @@ pub(super) fn service<B: Builder>(
                 let _ = keepers.join();
                 // Those of the service before would start the next one with what that one was confined to.
                 if start == Start::First {
-                    table.holders().map(Holders::renew);
+                    table.holders().renew();
                 }
             });
         }
-        Ok::<_, ServiceError>(work(&table, &listener, signals, Some(idle), start == Start::Again).await)
+        Ok::<_, ServiceError>(work(&table, &listener, signals, idle, start == Start::Again).await)
     })?;
     if ended == Ending::HandOver {
         // Whoever asked starts it as soon as the lock is free.
         log::info!("handing over to another service");
+        table.leave_counts();
         // The process ends with its devices as they are. Taking anything apart first could answer reads with errors.
         std::mem::forget(table);
         return Ok(());
@@ -121,9 +120,7 @@ pub(super) fn service<B: Builder>(
     let _ = fs::remove_file(states.service_socket());
     Blame::forget(states);
     states.remove_leftovers();
-    if let Some(holders) = table.holders() {
-        holders.retire();
-    }
+    table.holders().retire();
     let _ = fs::remove_file(keeper::lock_file(states));
     drop(lock);
     Ok(())
@@ -211,58 +208,6 @@ fn announce_ready(start: Start) {
     }
 }
 
-/// Serves one device in this process until it is told to stop: by its socket, by SIGTERM or SIGINT, or because another process
-/// took the device down. `announce` is called once, when the device can be mounted; if it fails the device is taken down.
-///
-/// A signal while the device is in use does not cut its users off: it is served until they have let go.
-///
-/// # Errors
-/// Why the device could not be made or taken down.
-pub fn serve<B: Builder>(
-    spec: ServeSpec<B::Image>,
-    builder: B,
-    announce: impl FnOnce(&Attached) -> io::Result<()>,
-) -> Result<(), ServiceError> {
-    let states = StateDir::new(&spec.states);
-    states.create()?;
-    let files = open_files(&B::files(&spec.image)).map_err(failed("open a file of the layer"))?;
-    load_drivers(spec.options.backend);
-    let apart = namespace::leave();
-    let reach = builder.reach();
-    let table = Arc::new(Table::new(&states, None, builder, None));
-    let runtime = runtime()?;
-    runtime.block_on(async {
-        // From here on signals are requests; until here they end the process, which has nothing to clean up yet.
-        let signals = Signals::new().map_err(failed("receive signals"))?;
-        let attached = table.attach(spec, files)?;
-        table.refuse_more();
-        let name = attached.state.name.clone();
-        let begun = bind(&states.socket(&name)).and_then(|listener| {
-            listener
-                .set_nonblocking(true)
-                .and_then(|()| UnixListener::from_std(listener))
-                .map_err(failed("use the control socket"))
-        });
-        let listener = match begun {
-            Ok(listener) => listener,
-            Err(error) => {
-                let _ = table.detach(&name);
-                return Err(error);
-            }
-        };
-        if apart {
-            namespace::tidy(&states, &reach);
-        }
-        if let Err(error) = announce(&attached) {
-            log::warn!("whoever wanted {} is gone: {error}", attached.state.device.display());
-            let _ = table.detach(&name);
-            return Err(failed("announce the device")(error));
-        }
-        work(&table, &listener, signals, None, true).await;
-        Ok(())
-    })
-}
-
 /// Why a process stops serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -272,13 +217,13 @@ enum Ending {
     HandOver,
 }
 
-/// Answers calls and signals until there is nothing to serve: with `idle` for that long, else at once. Unless it `was_called`
-/// before, it waits for a first call.
+/// Answers calls and signals until there has been nothing to serve for as long as `idle`. Unless it `was_called` before, it waits for
+/// a first call.
 async fn work<B: Builder>(
     table: &Arc<Table<B>>,
     listener: &UnixListener,
     mut signals: Signals,
-    idle: Option<Duration>,
+    idle: Duration,
     mut was_called: bool,
 ) -> Ending {
     let mut leaving = false;
@@ -311,11 +256,11 @@ async fn work<B: Builder>(
             }
             _ = glance.tick() => {}
         }
-        let idle = idle.map(|idle| if was_called { idle } else { idle.max(FIRST_CALL_LIMIT) });
+        let idle = if was_called { idle } else { idle.max(FIRST_CALL_LIMIT) };
         if !table.is_empty() || calls.are_open() || (calls.stay() && !leaving) {
             was_called = true;
             busy_since = Instant::now();
-        } else if (leaving || idle.is_none_or(|idle| busy_since.elapsed() >= idle)) && table.close() {
+        } else if (leaving || busy_since.elapsed() >= idle) && table.close() {
             return Ending::Unneeded;
         }
     }
@@ -334,10 +279,8 @@ fn start_glancing<B: Builder>(table: &Arc<Table<B>>, woken: mpsc::Receiver<()>) 
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             table.glance(leaving);
-            if let Some(holders) = table.holders()
-                && !table.is_empty()
-            {
-                holders.mend();
+            if !table.is_empty() {
+                table.holders().mend();
             }
         }
     });
@@ -392,6 +335,7 @@ fn hear<B: Builder>(table: &Arc<Table<B>>, stream: Stream, calls: &Arc<Calls>, h
         shared.open.fetch_sub(1, Ordering::Relaxed);
         let ended = answered.and_then(|answered| match answered {
             Answered::Stay(socket) => remain(table, stream, socket),
+            Answered::Store => table.store_with(stream),
             Answered::Done => Ok(()),
         });
         drop(staying);
@@ -419,6 +363,8 @@ enum Answered {
     Done,
     /// The service is to stay until the caller hangs up; it tells metrics on the socket, if there is one.
     Stay(Option<OwnedFd>),
+    /// The caller holds what the keepers hold.
+    Store,
 }
 
 /// Answers a call.
@@ -438,6 +384,10 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
         Ok(Request::Stay) => {
             say(&Answer::Done)?;
             return Ok(Answered::Stay(files.into_iter().next()));
+        }
+        Ok(Request::Store) => {
+            say(&Answer::Done)?;
+            return Ok(Answered::Store);
         }
         Err(why) => say(&Answer::Refused(why)),
         Ok(Request::Attach(spec)) if !table.may_write(&B::writes(&spec.image)) => {
@@ -479,13 +429,10 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
 
 /// Makes the keepers leave the next start to whoever asked.
 fn prepare_hand_over<B: Builder>(table: &Table<B>) -> io::Result<()> {
-    let holders = table
-        .holders()
-        .ok_or_else(|| io::Error::other("it is served in the foreground"))?;
     if !table.quiesce(HAND_OVER_LIMIT) {
         return Err(io::Error::other("devices are being made; try again"));
     }
-    holders.stand_back()
+    table.holders().stand_back()
 }
 
 struct Signals {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,9 +16,10 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::blame::Blame;
-use super::control::{Condition, ControlError, ENDING, ServiceStats, refuse_if_used};
-use super::holders::{Holders, Holding};
-use super::keeper::Kind;
+use super::control::{Condition, ControlError, ENDING, refuse_if_used};
+use super::counts::{CarriedCounts, ServiceStats};
+use super::held::{Holding, Kind};
+use super::holders::Holders;
 use super::record::{self, Record};
 use super::sandbox::Writable;
 use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed, nothing};
@@ -37,8 +39,7 @@ const RESUME_PAUSE: Duration = Duration::from_millis(200);
 /// All devices of this process.
 pub(super) struct Table<B: Builder> {
     states: StateDir,
-    /// None in the foreground: then the devices end with the process.
-    holders: Option<Holders>,
+    holders: Holders,
     builder: B,
     entries: Mutex<Entries<B::Image>>,
     /// The directories beneath which this process may write, besides its states; none if anywhere.
@@ -60,6 +61,7 @@ struct Entry<I> {
     volume: Arc<Volume>,
     fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
     began: Instant,
+    counts: CarriedCounts,
     /// Whether it was seen in use since it is to go with its last user.
     was_used: AtomicBool,
     inner: Mutex<Inner<I>>,
@@ -89,12 +91,7 @@ impl<B: Builder> Drop for Pending<'_, B> {
 }
 
 impl<B: Builder> Table<B> {
-    pub(super) fn new(
-        states: &StateDir,
-        holders: Option<Holders>,
-        builder: B,
-        writable: Option<Vec<Writable>>,
-    ) -> Self {
+    pub(super) fn new(states: &StateDir, holders: Holders, builder: B, writable: Option<Vec<Writable>>) -> Self {
         Self {
             states: states.clone(),
             holders,
@@ -109,8 +106,8 @@ impl<B: Builder> Table<B> {
         }
     }
 
-    pub(super) fn holders(&self) -> Option<&Holders> {
-        self.holders.as_ref()
+    pub(super) const fn holders(&self) -> &Holders {
+        &self.holders
     }
 
     fn entry(&self, name: &str) -> Option<Arc<Entry<B::Image>>> {
@@ -251,9 +248,7 @@ impl<B: Builder> Table<B> {
 
     /// Gives the keepers and the state directory what it takes to go on with the device.
     fn keep(&self, inner: &Inner<B::Image>) -> Result<(), ServiceError> {
-        let (Some(holders), Some(device)) = (&self.holders, &inner.device) else {
-            return Ok(());
-        };
+        let Some(device) = &inner.device else { return Ok(()) };
         let on_disk = Record {
             state: inner.record.state.clone(),
             options: inner.record.options.clone(),
@@ -277,7 +272,7 @@ impl<B: Builder> Table<B> {
             Ok(holding)
         };
         holding()
-            .and_then(|holding| holders.hold(&inner.record.state.name, holding))
+            .and_then(|holding| self.holders.hold(&inner.record.state.name, holding))
             .map_err(failed("keep the device"))
     }
 
@@ -287,11 +282,6 @@ impl<B: Builder> Table<B> {
             Backend::Ublk => format!("ublkb{number}"),
             Backend::Loop => format!("loop{number}"),
         };
-        let server = if self.holders.is_some() {
-            Server::Service
-        } else {
-            Server::Command
-        };
         State {
             device: device.path().to_owned(),
             backend: device.backend(),
@@ -300,11 +290,11 @@ impl<B: Builder> Table<B> {
             source,
             trust,
             process: this_process(),
-            server,
+            server: Server::Service,
             since: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
-            log: (server == Server::Service).then(|| self.states.path().join(LOG_NAME)),
+            log: Some(self.states.path().join(LOG_NAME)),
             name,
         }
     }
@@ -312,8 +302,7 @@ impl<B: Builder> Table<B> {
     /// Goes on with every device that an earlier service left; returns when each is served or set aside. What cannot be gone on with
     /// because it is no longer there is cleaned up.
     pub(super) fn resume_all(&self) {
-        let Some(holders) = &self.holders else { return };
-        let mut found = match holders.found() {
+        let mut found = match self.holders.found() {
             Ok(found) => found,
             Err(error) => {
                 log::error!("cannot take over what the last service left: {error}");
@@ -386,6 +375,27 @@ impl<B: Builder> Table<B> {
         }
     }
 
+    /// Has whoever is at the other end of `stream` hold all devices too. What it holds from before and this process does not serve, though
+    /// its state is there, is gone on with: a service that was started by another command may have known nothing of it.
+    ///
+    /// # Errors
+    /// When it does not answer as it should.
+    pub(super) fn store_with(&self, stream: UnixStream) -> io::Result<()> {
+        let (store, found) = Holders::greet(stream)?;
+        let names: Vec<String> = found.keys().cloned().collect();
+        for (name, holding) in found {
+            if self.entry(&name).is_some() || self.states.read(&name).is_err() {
+                continue;
+            }
+            self.holders.hold(&name, holding)?;
+            if let Some(holding) = self.holders.found()?.remove(&name) {
+                self.resume(&name, holding);
+            }
+        }
+        self.holders.adopt(store, &names);
+        Ok(())
+    }
+
     /// Builds the image of a device that there was before, several times if need be; or why not.
     fn build_again(&self, record: &Record<B::Image>, files: &[OwnedFd]) -> Result<Served, String> {
         if Blame::read(&self.states).is_set_aside(&record.state.name) {
@@ -433,6 +443,7 @@ impl<B: Builder> Table<B> {
         let entry = Entry {
             // It was in use when it was let go; it may have gone out of use since.
             was_used: AtomicBool::new(until_unused),
+            counts: CarriedCounts::of_earlier(&self.states, &state),
             ..Entry::new(volume, served, device, record, files)
         };
         lock(&self.entries).by_name.insert(name, Arc::new(entry));
@@ -445,9 +456,7 @@ impl<B: Builder> Table<B> {
     fn forget(&self, name: &str) {
         Blame::clear(&self.states, name);
         record::remove(&self.states, name);
-        if let Some(holders) = &self.holders {
-            holders.drop(name);
-        }
+        self.holders.drop(name);
         lock(&self.lost).push(name.to_owned());
         self.bury_lost();
     }
@@ -491,9 +500,7 @@ impl<B: Builder> Table<B> {
             return Ok(());
         };
         // What a keeper holds keeps the kernel from letting go.
-        if let Some(holders) = &self.holders {
-            holders.drop(name);
-        }
+        self.holders.drop(name);
         let stopped = device.stop();
         if let Some(finish) = inner.finish.take() {
             finish();
@@ -572,6 +579,9 @@ impl<B: Builder> Table<B> {
     pub(super) fn glance(&self, leaving: bool) {
         self.bury_lost();
         for (name, entry) in self.all() {
+            if entry.counts.are_due() {
+                self.write_counts(&entry);
+            }
             let (gone, until_unused, state) = {
                 // One that is being taken down needs no look.
                 let Ok(inner) = entry.inner.try_lock() else { continue };
@@ -603,6 +613,23 @@ impl<B: Builder> Table<B> {
         }
     }
 
+    /// Leaves all counters to the next service, which is about to come.
+    pub(super) fn leave_counts(&self) {
+        for (_, entry) in self.all() {
+            self.write_counts(&entry);
+        }
+    }
+
+    /// Keeps a device's counters for the next service.
+    fn write_counts(&self, entry: &Entry<B::Image>) {
+        // One that is being taken down needs none.
+        if let Ok(inner) = entry.inner.try_lock()
+            && inner.device.is_some()
+        {
+            entry.counts.write(&self.states, &inner.record.state, &entry.stats());
+        }
+    }
+
     /// Whether any device is in use: which, for a message.
     pub(super) fn in_use(&self) -> Option<String> {
         self.all().into_iter().find_map(|(_, entry)| {
@@ -618,6 +645,7 @@ impl<I> Entry<I> {
             volume,
             fetch_stats: served.fetch_stats,
             began: Instant::now(),
+            counts: CarriedCounts::none(),
             was_used: AtomicBool::new(false),
             inner: Mutex::new(Inner {
                 device: Some(device),
@@ -630,26 +658,16 @@ impl<I> Entry<I> {
 
     fn stats(&self) -> ServiceStats {
         let up = self.began.elapsed().as_millis();
-        ServiceStats {
+        self.counts.added_to(ServiceStats {
             device: self.volume.stats(),
             fetch: (self.fetch_stats)(),
             up_ms: u64::try_from(up).unwrap_or(u64::MAX),
             resident_bytes: resident_bytes().unwrap_or(0),
-        }
+        })
     }
 
     fn condition(&self) -> Condition {
-        let stats = (self.fetch_stats)();
-        if let Some(why) = stats.poisoned {
-            return Condition::Poisoned { why };
-        }
-        match stats.waiting.first() {
-            Some(wait) => Condition::Waiting {
-                why: format!("{}: {}", wait.place, wait.why),
-                left_ms: wait.left_ms,
-            },
-            None => Condition::Serving,
-        }
+        Condition::of(&(self.fetch_stats)())
     }
 }
 

@@ -1,0 +1,234 @@
+//! What a service manager stores for `tarblk service`: with it a loop device outlives the death of every process of tarblk at once.
+//!
+//! There is no systemd here: `tests/service_manager.py` does what systemd does with descriptors.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::TARBLK;
+use common::noise::noise;
+use common::rawtar::RawTar;
+use common::session::{Session, leftovers};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < PATIENCE, "{what} does not come true");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The stand-in, which runs `tarblk service`.
+struct Manager {
+    process: Child,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+impl Manager {
+    fn start(session: &Session) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/service_manager.py");
+        let mut process = Command::new("python3")
+            .arg(script)
+            .arg(session.dir().join("notify"))
+            .args([TARBLK, "service"])
+            .env("TARBLK_CACHE", session.dir().join("cache"))
+            .env("TARBLK_STATE_DIR", session.dir().join("states"))
+            .env("TARBLK_SERVICE_IDLE", "0")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (said, lines) = (Arc::default(), BufReader::new(process.stdout.take().unwrap()).lines());
+        let manager = Self {
+            process,
+            said: Arc::clone(&said),
+        };
+        thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                said.lock().unwrap().push(line);
+            }
+        });
+        manager
+    }
+
+    fn has_said(&self, line: &str) -> usize {
+        let said = self.said.lock().unwrap();
+        said.iter().filter(|said| said.starts_with(line)).count()
+    }
+
+    /// The process of `tarblk service`.
+    fn command(&self) -> u32 {
+        let said = self.said.lock().unwrap();
+        let last = said.iter().rev().find_map(|line| line.strip_prefix("started "));
+        last.unwrap().split(' ').next().unwrap().parse().unwrap()
+    }
+
+    fn end(mut self) {
+        drop(self.process.stdin.take());
+        assert!(self.process.wait().unwrap().success());
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        let _ = self.process.wait();
+    }
+}
+
+/// Service and keepers of a state directory.
+fn processes(states: &Path) -> Vec<u32> {
+    let states = states.to_str().unwrap();
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        words.contains(&&b"serve-devices"[..]) && words.contains(&states.as_bytes())
+    })
+    .collect()
+}
+
+/// Kills all of `pids`; none of them notices the others' end.
+fn kill(pids: &[u32]) {
+    for signal in [Signal::STOP, Signal::KILL] {
+        for pid in pids {
+            let pid = Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap();
+            let _ = kill_process(pid, signal);
+        }
+    }
+}
+
+/// Reads a device past the page cache, again and again, and compares it with what it held at first.
+struct Reader {
+    is_over: Arc<AtomicBool>,
+    rounds: Arc<AtomicU64>,
+    thread: Option<thread::JoinHandle<Result<(), String>>>,
+}
+
+impl Reader {
+    fn start(device: PathBuf) -> Self {
+        const STEP: usize = 64 << 10;
+        let (is_over, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (over, counted) = (Arc::clone(&is_over), Arc::clone(&rounds));
+        let read = move || -> Result<(), String> {
+            let right = fs::read(&device).map_err(|error| error.to_string())?;
+            let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&device);
+            let direct: File = direct.map_err(|error| error.to_string())?;
+            // Direct reads want their memory at multiples of a block.
+            let mut memory = vec![0; STEP + 4096];
+            let begin = memory.as_ptr().align_offset(4096);
+            let target = &mut memory[begin..begin + STEP];
+            while !over.load(Ordering::Relaxed) {
+                for at in (0..right.len() - STEP).step_by(STEP) {
+                    let read = direct.read_exact_at(target, u64::try_from(at).unwrap());
+                    read.map_err(|error| format!("at {at}: {error}"))?;
+                    if target[..] != right[at..at + STEP] {
+                        return Err(format!("wrong bytes at {at}"));
+                    }
+                }
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        Self {
+            is_over,
+            rounds,
+            thread: Some(thread::spawn(read)),
+        }
+    }
+
+    /// Waits until all was read at least once from now on.
+    fn goes_on(&self) {
+        let before = self.rounds.load(Ordering::Relaxed);
+        let failed = || self.thread.as_ref().is_none_or(thread::JoinHandle::is_finished);
+        wait_until("reading", || {
+            self.rounds.load(Ordering::Relaxed) >= before + 2 || failed()
+        });
+        assert!(!failed(), "reading has failed");
+    }
+
+    fn end(mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_loop_device_outlives_all_processes_at_once() {
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("a_loop_device_outlives_all_processes_at_once", why);
+    }
+    if !common::have("python3") {
+        return common::skip("a_loop_device_outlives_all_processes_at_once", "there is no python3");
+    }
+    let session = Session::new("loop");
+    let states = session.dir().join("states");
+    let layer = session.dir().join("layer.tar");
+    fs::write(&layer, RawTar::new().file(b"noise", &noise(3_000_000, 7)).end().0).unwrap();
+    let manager = Manager::start(&session);
+    wait_until("the service", || manager.has_said("ready") > 0);
+    let attach = ["attach", layer.to_str().unwrap(), "--backend", "loop"];
+    let device = PathBuf::from(session.succeed(&attach).trim());
+    let name = device.file_name().unwrap().to_str().unwrap().to_owned();
+    let channels = || manager.has_said(&format!("stored {name}.channel"));
+    wait_until("the device in the store", || channels() > 0);
+    // Its file is needed no more.
+    fs::remove_file(&layer).unwrap();
+    let reader = Reader::start(device.clone());
+    reader.goes_on();
+    for with_command in [false, true, true, false] {
+        let (before, stored) = (manager.command(), channels());
+        let mut all = processes(&states);
+        assert!(all.len() >= 3, "{all:?}");
+        if with_command {
+            all.push(before);
+        }
+        kill(&all);
+        reader.goes_on();
+        assert_eq!(manager.command() == before, !with_command);
+        wait_until("the device in the store again", || channels() > stored);
+        wait_until("keepers again", || processes(&states).len() >= 3);
+    }
+    let listed = session.succeed(&["ps", "--json"]);
+    assert!(listed.contains("\"serving\""), "{listed}");
+    reader.end();
+    // What was counted is counted on.
+    let reads = || -> u64 {
+        let counted = session.succeed(&["stats", "--json", device.to_str().unwrap()]);
+        let counted: serde_json::Value = serde_json::from_str(&counted).unwrap();
+        counted["counters"]["device"]["reads"].as_u64().unwrap()
+    };
+    let before = reads();
+    let counts = states.join(format!("{name}.counts"));
+    let kept = || fs::read_to_string(&counts).unwrap_or_default();
+    wait_until("the counters on disk", || {
+        kept().contains(&format!("\\\"reads\\\":{before},"))
+    });
+    let stored = channels();
+    kill(&processes(&states));
+    wait_until("the device in the store again", || channels() > stored);
+    assert!(before > 100 && reads() >= before, "{} after {before}", reads());
+    session.succeed(&["detach", device.to_str().unwrap()]);
+    // Nothing of it is left with the manager when it is detached.
+    assert!(manager.has_said(&format!("removed {name}.device")) > 0);
+    assert!(!PathBuf::from(format!("/sys/block/{name}/loop/backing_file")).exists());
+    manager.end();
+    assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+}
