@@ -8,6 +8,7 @@ mod attach;
 mod bench;
 mod cache;
 mod cli;
+mod container_image;
 mod content;
 mod demo;
 mod diff;
@@ -21,6 +22,7 @@ mod logging;
 mod logs;
 mod mount_helper;
 pub mod output;
+mod podman;
 mod ps;
 mod publish;
 mod registry;
@@ -156,6 +158,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
             None => snapshotter::run(args),
         },
         Command::Content(what) => content::run(what, session),
+        Command::Podman(args) => podman::run(args, session),
         Command::ServeDevices { .. } => Ok(()),
     }
 }

@@ -302,7 +302,7 @@ fn load_module(module: &str, node: &str) {
 const NODE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Looks again and again until `done` or `limit` has passed; returns whether it was done.
-fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+pub(crate) fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {
         if done() {

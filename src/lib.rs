@@ -91,6 +91,10 @@ mod mount;
 #[cfg(feature = "command")]
 mod open;
 #[cfg(feature = "command")]
+mod owned;
+#[cfg(feature = "command")]
+mod podman;
+#[cfg(feature = "command")]
 mod prefetch;
 #[cfg(feature = "command")]
 mod quantity;
@@ -149,6 +153,8 @@ pub mod internals {
         #[cfg(feature = "command")] interrupt
         #[cfg(feature = "command")] mount
         #[cfg(feature = "command")] open
+        #[cfg(feature = "command")] owned
+        #[cfg(feature = "command")] podman
         #[cfg(feature = "command")] prefetch
         #[cfg(feature = "command")] quantity
         #[cfg(feature = "command")] snapshotter

@@ -352,6 +352,30 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<Unmounted, MountError> {
     Ok(Unmounted { state, still_used })
 }
 
+/// Takes off everything that is mounted on `dir` (a full path), as far as it is not in use, and detaches its devices.
+///
+/// # Errors
+/// Why something is still mounted.
+pub fn clear(states: &StateDir, dir: &Path) -> Result<(), MountError> {
+    while users::is_mount_point(dir).map_err(|cause| MountError::Unusable {
+        path: dir.to_owned(),
+        cause,
+    })? {
+        match unmount(states, dir) {
+            Ok(_) => {}
+            // A device whose state is lost.
+            Err(MountError::NotOurs(_)) => {
+                rustix::mount::unmount(dir, UnmountFlags::NOFOLLOW).map_err(|error| MountError::Unmount {
+                    path: dir.to_owned(),
+                    cause: error.into(),
+                })?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// Detaches a device that may be mounted: its directories are unmounted at once, whoever has files open in them, and what those
 /// files are of goes when the last of them is closed. Returns by what it is in use still, if it is.
 ///

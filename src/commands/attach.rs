@@ -24,7 +24,7 @@ use crate::digest::Digest;
 use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions};
-use crate::open::{Fetching, ImageSpec, IndexOrigin, PreparedLayer, Shared};
+use crate::open::{Fetching, ImageSpec, IndexOrigin, Prepared, PreparedLayer, Shared};
 use crate::snapshotter::Mounter;
 use crate::source::Source;
 use crate::source::registry::{ImageName, LayoutName};
@@ -383,12 +383,12 @@ fn report_backend(attached: &Attached, session: Session) {
 }
 
 /// What the daemon is told, and what the person is.
-struct AttachRequest {
-    spec: ServeSpec<ImageSpec>,
+pub(super) struct AttachRequest {
+    pub(super) spec: ServeSpec<ImageSpec>,
     indexes: Vec<LayerIndex>,
     cost: Cost,
     /// The same in one line, where there is something to say.
-    line: Option<String>,
+    pub(super) line: Option<String>,
     /// Only dropped: when the daemon had its chance to read them.
     _lent: LentIndexes,
 }
@@ -412,6 +412,14 @@ impl Drop for LentIndexes {
 
 /// Finds the layer and its index, and writes down what the daemon must know.
 fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<AttachRequest> {
+    make_ready()?;
+    let prepared = layer::prepare(layer, session)?;
+    let source = from_anywhere(&layer.source, &prepared.name);
+    request(&prepared, source, layer, device, fetch_all)
+}
+
+/// Makes sure that devices can be attached, and removes what dead daemons left.
+pub(super) fn make_ready() -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(ServiceError::NotRoot.into());
     }
@@ -420,7 +428,18 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
     if let Err(error) = inventory::sweep(&states) {
         log::warn!("{error}");
     }
-    let prepared = layer::prepare(layer, session)?;
+    Ok(())
+}
+
+/// Writes down what the daemon must know of layers that were found; lists of devices show it as `source`.
+pub(super) fn request(
+    prepared: &Prepared,
+    source: String,
+    layer: &LayerArgs,
+    device: &DeviceArgs,
+    fetch_all: bool,
+) -> anyhow::Result<AttachRequest> {
+    let states = states();
     let fetching = Fetching {
         memory_bytes: device.fetch.memory,
         connections: device.fetch.connections,
@@ -433,7 +452,6 @@ fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Ses
     let queues = device
         .queues
         .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
-    let source = from_anywhere(&layer.source, &prepared.name);
     let options = DeviceOptions {
         backend: match device.backend {
             BackendArg::Auto => BackendChoice::Auto,

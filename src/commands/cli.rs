@@ -1,10 +1,14 @@
 //! What can be typed: every command, option and help text. Man pages and completions are made from these definitions.
 
+mod podman;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
 
 use crate::digest::Digest;
 use crate::http::Secret;
@@ -114,6 +118,8 @@ pub enum Command {
     /// What containerd has of images that were pulled lazily.
     #[command(subcommand, disable_help_subcommand = true)]
     Content(ContentCommand),
+    /// Give podman and CRI-O images that they need not pull.
+    Podman(PodmanArgs),
     /// What the service of all devices and its keepers run.
     #[command(hide = true)]
     ServeDevices {

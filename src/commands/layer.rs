@@ -26,6 +26,7 @@ use crate::index::listing::{self, Format, ListingError, Selection};
 use crate::layer::Coding;
 use crate::open::{self, Cache, Fetching, OpenOptions, Opened, PackedImage, Prepared, PreparedLayer, Reading, Watch};
 use crate::quantity::show_size;
+use crate::source::registry::SmallBlobCache;
 use crate::source::{Place, Source};
 use crate::tree::listing::write_tree;
 use crate::tree::{NodeId, Tree, TreeBuilder};
@@ -88,14 +89,24 @@ pub(super) fn cache_dir() -> PathBuf {
     named.map_or_else(open::default_cache_dir, PathBuf::from)
 }
 
+/// The cache that the options name, if they want one.
+fn cache(args: &LayerArgs) -> anyhow::Result<Option<Cache>> {
+    if args.no_cache {
+        return Ok(None);
+    }
+    let dir = args.cache.clone().unwrap_or_else(cache_dir);
+    Ok(Some(Cache::new(&dir)?.with_limit(args.cache_size)))
+}
+
+/// The same, for manifests and configurations.
+pub(super) fn small_cache(args: &LayerArgs) -> anyhow::Result<Option<Arc<dyn SmallBlobCache>>> {
+    let cache = cache(args)?;
+    Ok(cache.map(|cache| -> Arc<dyn SmallBlobCache> { Arc::new(cache) }))
+}
+
 /// Finds a layer or an image and its indexes as the options say.
 pub(super) fn prepare(args: &LayerArgs, session: Session) -> anyhow::Result<Prepared> {
-    let cache = if args.no_cache {
-        None
-    } else {
-        let dir = args.cache.clone().unwrap_or_else(cache_dir);
-        Some(Cache::new(&dir)?.with_limit(args.cache_size))
-    };
+    let cache = cache(args)?;
     let options = OpenOptions {
         index: args.index.clone(),
         index_digest: args.index_digest.clone(),

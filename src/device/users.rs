@@ -72,6 +72,14 @@ pub fn mounts() -> io::Result<Vec<MountLine>> {
     Ok(parse_mountinfo(&fs::read("/proc/self/mountinfo")?))
 }
 
+/// Whether something is mounted on a directory (a full path without links), found without touching what is mounted.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn is_mount_point(dir: &Path) -> io::Result<bool> {
+    Ok(mounts()?.iter().any(|line| line.point == dir))
+}
+
 fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
     let parse = |line: &[u8]| {
         let mut fields = line.split(|&byte| byte == b' ');

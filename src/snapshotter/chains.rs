@@ -15,8 +15,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use rustix::mount::UnmountFlags;
-
 use super::config::Config;
 use super::images::Images;
 use super::records::{Id, ImageSource, Record, RemoteLayer};
@@ -134,15 +132,21 @@ impl Chains {
             .recursive(true)
             .mode(0o700)
             .create(&dir)
-            .or_else(|error| if is_mount(&dir)? { Ok(()) } else { Err(error) })
+            .or_else(|error| {
+                if users::is_mount_point(&dir)? {
+                    Ok(())
+                } else {
+                    Err(error)
+                }
+            })
             .map_err(unusable)?;
-        if is_mount(&dir).map_err(unusable)? {
+        if users::is_mount_point(&dir).map_err(unusable)? {
             let served = mount::is_served(&self.states, &dir);
             if served.map_err(|cause| mount_error(layer, cause))? {
                 return Ok(false);
             }
             log::warn!("the device on {} is dead: attaching another one", dir.display());
-            self.clear(&dir).map_err(|cause| mount_error(layer, cause))?;
+            mount::clear(&self.states, &dir).map_err(|cause| mount_error(layer, cause))?;
         }
         let mut failed = None;
         for source in &layer.sources {
@@ -201,10 +205,10 @@ impl Chains {
         let turn = self.turn(id);
         let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = self.files(id);
-        if !unused() || !is_mount(&dir).unwrap_or(false) {
+        if !unused() || !users::is_mount_point(&dir).unwrap_or(false) {
             return;
         }
-        match self.clear(&dir) {
+        match mount::clear(&self.states, &dir) {
             Ok(()) => log::info!("{} is unmounted: nothing needs it", dir.display()),
             Err(error) => log::warn!("{error}; trying again later"),
         }
@@ -213,27 +217,6 @@ impl Chains {
     /// Forgets a chain that is gone.
     pub(super) fn forget(&self, id: Id) {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-    }
-
-    /// Takes off what is mounted on a directory, as far as it is not in use.
-    fn clear(&self, dir: &Path) -> Result<(), MountError> {
-        while is_mount(dir).map_err(|cause| MountError::Unusable {
-            path: dir.to_owned(),
-            cause,
-        })? {
-            match mount::unmount(&self.states, dir) {
-                Ok(_) => {}
-                // A device whose state is lost.
-                Err(MountError::NotOurs(_)) => {
-                    rustix::mount::unmount(dir, UnmountFlags::NOFOLLOW).map_err(|error| MountError::Unmount {
-                        path: dir.to_owned(),
-                        cause: error.into(),
-                    })?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// The chains that have something mounted, by their numbers.
@@ -253,9 +236,4 @@ fn mount_error(layer: &RemoteLayer, cause: MountError) -> ChainError {
         image: image.unwrap_or_default(),
         cause,
     }
-}
-
-/// Whether something is mounted on a directory (a full path without links), found without touching what is mounted.
-fn is_mount(dir: &Path) -> io::Result<bool> {
-    Ok(users::mounts()?.iter().any(|line| line.point == dir))
 }

@@ -153,6 +153,8 @@ pub struct Image {
     pub name: String,
     /// Of the image's own manifest, not of the index it was chosen from.
     pub manifest_digest: Digest,
+    /// That manifest's JSON.
+    pub manifest: Vec<u8>,
     /// The lowest first.
     pub layers: Vec<ImageLayer>,
     /// What the manifest says of the image besides; covered by its digest.
@@ -199,7 +201,7 @@ pub fn resolve(name: &ImageName, options: &RegistryOptions) -> Result<Image, Sou
 #[derive(Debug)]
 pub struct Found {
     name: ImageName,
-    manifest_digest: Digest,
+    manifest: Fetched,
     layers: Vec<(Descriptor, LayerType, BlobPlace)>,
     annotations: BTreeMap<String, String>,
     config: Descriptor,
@@ -254,7 +256,7 @@ pub fn find(name: &ImageName, options: &RegistryOptions) -> Result<Found, Source
                 let layers = layers.collect::<Result<_, SourceError>>()?;
                 return Ok(Found {
                     name: name.clone(),
-                    manifest_digest: fetched.digest,
+                    manifest: fetched,
                     layers,
                     annotations,
                     config: *config,
@@ -326,7 +328,7 @@ impl Found {
     /// Of the image's own manifest.
     #[must_use]
     pub const fn manifest_digest(&self) -> &Digest {
-        &self.manifest_digest
+        &self.manifest.digest
     }
 
     /// What the manifest says of its layers, the lowest first.
@@ -393,7 +395,8 @@ impl Found {
         let layers = self.layers.iter().cloned().enumerate();
         Image {
             name: self.name.to_string(),
-            manifest_digest: self.manifest_digest.clone(),
+            manifest_digest: self.manifest.digest.clone(),
+            manifest: self.manifest.bytes.clone(),
             layers: layers
                 .map(|(number, (descriptor, kind, place))| ImageLayer {
                     descriptor,

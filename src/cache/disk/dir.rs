@@ -17,6 +17,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags};
 
 use super::DiskCacheError;
+use crate::owned;
 
 /// Told of every change before it is made, and may refuse it. For tests.
 pub(crate) trait Observer: Send + Sync + fmt::Debug {
@@ -64,23 +65,8 @@ pub(crate) struct CacheFile {
 /// # Errors
 /// [`DiskCacheError::Unsafe`].
 pub(crate) fn check_owner(path: &Path, meta: &fs::Metadata) -> Result<(), DiskCacheError> {
-    let refused = |why: String| DiskCacheError::Unsafe {
-        path: path.to_owned(),
-        why,
-    };
-    let me = rustix::process::geteuid().as_raw();
-    if meta.uid() != me {
-        return Err(refused(format!(
-            "it belongs to user {}, who could put anything there; remove it",
-            meta.uid()
-        )));
-    }
-    if meta.mode() & 0o022 != 0 {
-        return Err(refused(
-            "others may write to it; `chmod go-w` it if nobody did, or remove it".to_owned(),
-        ));
-    }
-    Ok(())
+    let path = path.to_owned();
+    owned::why_unsafe(meta).map_or(Ok(()), |why| Err(DiskCacheError::Unsafe { path, why }))
 }
 
 /// Checks a directory of the cache, if it is there: a directory and no link, this user's, that no one else may write to.
