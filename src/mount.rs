@@ -4,6 +4,8 @@
 //! image has no journal to replay and the device takes no writes, so it is mounted `ro,noload`. Strangers made the layer, so
 //! its set-user-ID programs and device nodes do nothing (`nosuid,nodev`) unless `suid` or `dev` is asked for.
 
+mod overlay;
+
 use std::ffi::CString;
 use std::fs;
 use std::io;
@@ -14,6 +16,9 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use crate::device::service::{self, Attached, Builder, Condition, ControlError, Launcher, ServeSpec, ServiceError};
 use crate::device::state::{State, StateDir, StateError};
 use crate::device::users;
+use crate::owned::OwnedError;
+
+pub use overlay::Upper;
 
 /// Why a directory could not be mounted on or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +109,28 @@ pub enum MountError {
         #[source]
         cause: ControlError,
     },
+    /// The directory for what is written is not root's alone.
+    #[error(transparent)]
+    Directory(#[from] OwnedError),
+    /// Others may look into the directory for what is written.
+    #[error("{0}: others may look into it, where an image's set-user-ID programs would work; `chmod 700` it")]
+    UpperOpen(PathBuf),
+    /// The directory for what is written and the one to mount on lie in each other.
+    #[error("{upper} and {dir} lie in each other; what is written has to lie elsewhere")]
+    UpperWithin {
+        /// For what is written.
+        upper: PathBuf,
+        /// To mount on.
+        dir: PathBuf,
+    },
+    /// Another overlay writes to the directory.
+    #[error("{upper} is in use by the overlay on {dir}")]
+    UpperInUse {
+        /// For what is written.
+        upper: PathBuf,
+        /// Where the other overlay is.
+        dir: PathBuf,
+    },
     /// States cannot be read.
     #[error(transparent)]
     State(#[from] StateError),
@@ -175,9 +202,7 @@ impl MountOptions {
         for option in options {
             let (on, off) = match option {
                 "rw" => {
-                    return Err(
-                        "rw: a layer is read-only; to write, mount an overlay over it (the README has how)".to_owned(),
-                    );
+                    return Err("rw: a layer is read-only; to write, say --overlay DIRECTORY".to_owned());
                 }
                 "remount" | "bind" | "rbind" | "move" => {
                     return Err(format!("{option}: that is for what is mounted already; use mount(8)"));
@@ -451,7 +476,7 @@ pub fn mounted_on(states: &StateDir, dir: &Path) -> Result<Option<State>, MountE
     let (all, _) = states.list()?;
     Ok(all
         .into_iter()
-        .find(|state| users::device_number(&state.device).is_ok_and(|number| number == top.device)))
+        .find(|state| users::device_number(&state.device).is_ok_and(|number| top.shows(&state.device, &number))))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
 use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
-use crate::mount::{self, MountError, MountOptions};
+use crate::mount::{self, MountError, MountOptions, Upper};
 use crate::open::{Fetching, ImageSpec, IndexOrigin, Prepared, PreparedLayer, Shared};
 use crate::snapshotter::Mounter;
 use crate::source::Source;
@@ -142,9 +142,15 @@ fn detach_unwanted(attached: &Attached, error: anyhow::Error) -> anyhow::Error {
 /// `tarblk mount`.
 pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     // What is wrong with options and directory is told before the network is asked anything.
-    let options = MountOptions::parse(args.options.iter().map(String::as_str));
+    // With an overlay it can be written on.
+    let heeded = args
+        .options
+        .iter()
+        .filter(|option| args.overlay.is_none() || *option != "rw");
+    let options = MountOptions::parse(heeded.map(String::as_str));
     let options = options.map_err(|why| UsageError(format!("-o {why}")))?;
     let dir = mount::check_directory(&states(), &args.dir)?;
+    let upper = args.overlay.as_ref().map(|path| Upper::open(path, &dir)).transpose()?;
     let began = Instant::now();
     let spec = specify(&args.layer, &args.device, args.fetch_all, session)?;
     // Until here there is nothing that a signal would leave behind.
@@ -152,7 +158,12 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
     let attached = spec.launch()?;
     let attach_seconds = began.elapsed().as_secs_f64();
     report_backend(&attached, session);
-    if let Err(error) = mount::mount_device(&attached.state.device, &dir, &options) {
+    let device = &attached.state.device;
+    let mounted = match &upper {
+        Some(upper) => upper.mount(&states(), device, &dir, &options),
+        None => mount::mount_device(device, &dir, &options),
+    };
+    if let Err(error) = mounted {
         return Err(detach_unwanted(&attached, error.into()));
     }
     // From here on it goes when it is unmounted, whoever does that.

@@ -600,6 +600,10 @@ pub struct MountArgs {
     /// others are ext4's.
     #[arg(short = 'o', long = "options", value_name = "OPTIONS", value_delimiter = ',')]
     pub options: Vec<String>,
+    /// Let it be written on, by an overlay. What is written goes below UPPER (UPPER/upper; UPPER/work is the kernel's) and is there
+    /// again the next time. UPPER is a directory of root's that no other user may look into, and is made if need be.
+    #[arg(long, value_name = "UPPER", value_hint = ValueHint::DirPath)]
+    pub overlay: Option<PathBuf>,
     /// The device.
     #[command(flatten)]
     pub device: DeviceArgs,

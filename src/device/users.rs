@@ -62,6 +62,17 @@ pub struct MountLine {
     pub read_only: bool,
     /// The directories under an overlay, as they were named when it was mounted.
     pub lower: Vec<PathBuf>,
+    /// The directory that an overlay writes to.
+    pub upper: Option<PathBuf>,
+}
+
+impl MountLine {
+    /// Whether `device`, which has this number, is what is seen there: itself, or an overlay of ours over it, whose source is the
+    /// device.
+    #[must_use]
+    pub fn shows(&self, device: &Path, number: &str) -> bool {
+        self.device == number || (self.upper.is_some() && self.source == device)
+    }
 }
 
 /// The mounts that this process sees, in the order they were made.
@@ -95,8 +106,11 @@ fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
             *field == b"-"
         })?;
         let source = unescape(fields.nth(1)?);
-        let options = fields.next().unwrap_or_default().split(|&byte| byte == b',');
-        let lower = options
+        let options = || fields.clone().next().unwrap_or_default().split(|&byte| byte == b',');
+        let upper = options()
+            .find_map(|option| option.strip_prefix(b"upperdir="))
+            .map(unescape);
+        let lower = options()
             .filter_map(|option| {
                 option
                     .strip_prefix(b"lowerdir=")
@@ -114,6 +128,7 @@ fn parse_mountinfo(text: &[u8]) -> Vec<MountLine> {
             source,
             read_only,
             lower,
+            upper,
         })
     };
     text.split(|&byte| byte == b'\n').filter_map(parse).collect()
@@ -153,7 +168,7 @@ pub fn mount_points(device: &Path) -> Vec<PathBuf> {
     let lines = mounts().unwrap_or_default();
     lines
         .into_iter()
-        .filter(|line| line.device == number)
+        .filter(|line| line.shows(device, &number))
         .map(|line| line.point)
         .collect()
 }
@@ -286,7 +301,7 @@ fn foreign_mounts(device: &Path) -> Vec<User> {
         if !seen.insert(namespace) {
             continue;
         }
-        let here = lines.into_iter().filter(|line| line.device == number);
+        let here = lines.into_iter().filter(|line| line.shows(device, &number));
         if was_ours {
             let ours: Vec<_> = here.map(|line| User::Mount(line.point)).collect();
             // Copies elsewhere say nothing more, as where this process sees the mount itself.
@@ -360,6 +375,12 @@ mod tests {
         let text = b"40 35 0:40 / /merged ro - overlay none ro,lowerdir=/a\\040b:/layers/1,index=off";
         let lines = parse_mountinfo(text);
         assert_eq!(lines[0].lower, [Path::new("/a b"), Path::new("/layers/1")]);
+        assert_eq!(lines[0].upper, None);
+        let text =
+            b"41 35 0:41 / /m rw - overlay /dev/loop3 rw,lowerdir=/u/lower,upperdir=/a\\054b/upper,workdir=/u/work";
+        let line = &parse_mountinfo(text)[0];
+        assert_eq!(line.upper.as_deref(), Some(Path::new("/a,b/upper")));
+        assert!(line.shows(Path::new("/dev/loop3"), "7:3") && !line.shows(Path::new("/dev/loop4"), "7:4"));
     }
 
     #[test]

@@ -116,7 +116,10 @@ fn of_other_devices(mounts: &[MountLine], states: &StateDir) -> BTreeSet<u64> {
         .iter()
         .filter_map(|other| users::device_number(&other.device).ok())
         .collect();
-    let is_other = |line: &MountLine| known.contains(&line.device) || (line.read_only && looks_like_ours(&line.source));
+    // What is written on is an overlay, which has the device's name.
+    let is_other = |line: &MountLine| {
+        known.contains(&line.device) || ((line.read_only || line.upper.is_some()) && looks_like_ours(&line.source))
+    };
     let others: Vec<&Path> = mounts
         .iter()
         .filter(|line| is_other(line))
@@ -236,6 +239,7 @@ mod tests {
             source: "none".into(),
             read_only: false,
             lower: Vec::new(),
+            upper: None,
         }
     }
 
