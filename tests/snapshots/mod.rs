@@ -5,6 +5,7 @@
 
 pub(crate) mod client;
 pub(crate) mod containerd;
+pub(crate) mod docker;
 pub(crate) mod pod;
 
 use std::fs;
