@@ -205,7 +205,11 @@ pub(super) fn mount(args: &MountArgs, session: Session) -> anyhow::Result<()> {
 /// Waits for a signal, then detaches as soon as the device is no longer in use; or until another command has detached it.
 fn hold_device(attached: &Attached, interrupt: &Interrupt, session: Session) -> anyhow::Result<()> {
     let (states, device) = (states(), &attached.state);
-    let is_there = || states.read(&device.name).is_ok_and(|now| now.since == device.since);
+    let is_there = || {
+        states
+            .read(&device.name)
+            .is_ok_and(|now| now.instance == device.instance)
+    };
     notify(READY);
     while is_there() && interrupt.sleep(GLANCE).is_ok() {}
     notify(STOPPING);

@@ -91,6 +91,10 @@ pub struct State {
     pub server: Server,
     /// When it was ready, in seconds since 1970 UTC.
     pub since: u64,
+    /// Tells it apart from devices that have its name before and after it, which the kernel gives out again at once: when it was ready, in
+    /// microseconds. 0 where an older version wrote it.
+    #[serde(default)]
+    pub instance: u64,
     /// The log of what serves it, if it has one.
     pub log: Option<PathBuf>,
 }
@@ -562,6 +566,7 @@ mod tests {
             process: Process::current().unwrap(),
             server: Server::Service,
             since: 1_700_000_000,
+            instance: 1_700_000_000_000_001,
             log: Some(PathBuf::from("/run/tarblk/service.log")),
         }
     }

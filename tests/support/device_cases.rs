@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -78,6 +78,10 @@ pub(crate) const CASES: &[Case] = &[
     (
         "a_name_that_is_given_out_again_is_the_next_ones",
         a_name_that_is_given_out_again_is_the_next_ones,
+    ),
+    (
+        "a_command_that_comes_late_harms_no_other_device",
+        a_command_that_comes_late_harms_no_other_device,
     ),
     (
         "a_panicking_builder_harms_no_other_device",
@@ -1066,6 +1070,43 @@ fn a_name_that_is_given_out_again_is_the_next_ones() {
     let (listed, _) = inventory::list(&lab.states()).unwrap();
     assert_eq!(listed.len(), 1, "{listed:?}");
     inventory::detach(&lab.states(), &keeps_the_service.state.device).unwrap();
+    lab.assert_clean();
+}
+
+/// What is asked of a device that is gone is not done to the one that has its name now.
+fn a_command_that_comes_late_harms_no_other_device() {
+    let lab = Lab::new();
+    let content = read_all(&lab.image());
+    let keeps_the_service = lab.attach();
+    let gone = lab.attach().state;
+    inventory::detach(&lab.states(), &gone.device).unwrap();
+    // Others on this machine may have been given the name in between.
+    let mut others = Vec::new();
+    let next = loop {
+        let next = lab.attach().state;
+        if next.name == gone.name || others.len() > 50 {
+            break next;
+        }
+        others.push(next);
+    };
+    if next.name == gone.name {
+        assert_ne!(next.instance, gone.instance);
+        service::detach(&lab.states(), &gone).unwrap();
+        assert!(service::let_go(&lab.states(), &gone).is_err());
+        assert!(service::stats(&lab.states(), &gone).is_err());
+        // Also while it is in use.
+        let used = File::options()
+            .read(true)
+            .custom_flags(libc::O_EXCL)
+            .open(&next.device)
+            .unwrap();
+        service::detach(&lab.states(), &gone).unwrap();
+        drop(used);
+        assert!(read_all(&next.device) == content);
+    }
+    for state in others.iter().chain([&next, &keeps_the_service.state]) {
+        inventory::detach(&lab.states(), &state.device).unwrap();
+    }
     lab.assert_clean();
 }
 

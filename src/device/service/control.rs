@@ -61,6 +61,30 @@ pub(super) struct Call {
     pub(super) request: String,
 }
 
+/// One device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Named {
+    pub(super) name: String,
+    /// Which of those that had the name, as [`State::instance`]; 0: whichever has it now.
+    #[serde(default, skip_serializing_if = "is_unknown")]
+    pub(super) instance: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+const fn is_unknown(instance: &u64) -> bool {
+    *instance == 0
+}
+
+impl Named {
+    pub(super) fn of(state: &State) -> Self {
+        Self {
+            name: state.name.clone(),
+            instance: state.instance,
+        }
+    }
+}
+
 /// What a client asks for. `I` describes an image.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -68,13 +92,13 @@ pub(super) enum Request<I> {
     /// A device of this; the files that the description names are sent along, opened, and come in its order.
     Attach(Box<ServeSpec<I>>),
     /// The counters of a device.
-    Stats { name: String },
+    Stats(Named),
     /// Whether all is well, of every device.
     Conditions,
     /// Take a device down.
-    Detach { name: String },
+    Detach(Named),
     /// Take it down as soon as nothing uses it any more.
-    LetGo { name: String },
+    LetGo(Named),
     /// Stay, also without devices, and tell metrics on the listening socket that may be sent along, until the caller hangs up.
     Stay,
     /// Have the caller hold what the keepers hold, and ask it as they are asked, until it hangs up.
@@ -452,8 +476,7 @@ fn other_version(theirs: &str) -> String {
 /// # Errors
 /// When it is dead or does not answer.
 pub fn stats(states: &StateDir, state: &State) -> Result<ServiceStats, ControlError> {
-    let name = state.name.clone();
-    match ask(states, state, &Request::Stats { name })? {
+    match ask(states, state, &Request::Stats(Named::of(state)))? {
         Answer::Stats(counted) => Ok(*counted),
         Answer::Refused(why) => Err(ControlError::Refused(why)),
         _ => Err(silent(state, "it answered something else")),
@@ -466,9 +489,12 @@ pub fn stats(states: &StateDir, state: &State) -> Result<ServiceStats, ControlEr
 /// [`ControlError::InUse`] when the device is mounted or otherwise in use, or whatever else kept it.
 pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
     // The service will look too, but it sees mounts from its own namespace.
-    refuse_if_used_for_long(state)?;
-    let name = state.name.clone();
-    match ask(states, state, &Request::Detach { name }) {
+    if let Err(used) = refuse_if_used_for_long(state) {
+        // It went with its last user, and what is in use is another one that was given its name.
+        let is_another = states.read(&state.name).is_ok_and(|now| now.instance != state.instance);
+        return if is_another { Ok(()) } else { Err(used) };
+    }
+    match ask(states, state, &Request::Detach(Named::of(state))) {
         Ok(Answer::Done) => {}
         Ok(Answer::Refused(why)) => return Err(ControlError::Refused(why)),
         Ok(_) => return Err(silent(state, "it answered something else")),
@@ -483,8 +509,7 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
 /// # Errors
 /// When its server is dead or does not answer.
 pub fn let_go(states: &StateDir, state: &State) -> Result<(), ControlError> {
-    let name = state.name.clone();
-    match ask(states, state, &Request::LetGo { name })? {
+    match ask(states, state, &Request::LetGo(Named::of(state)))? {
         Answer::Done => Ok(()),
         Answer::Refused(why) => Err(ControlError::Refused(why)),
         _ => Err(silent(state, "it answered something else")),

@@ -39,8 +39,8 @@ pub struct ServiceStats {
 /// Counters of a device, up to some moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Counts {
-    /// When the device was attached, by its state: numbers are given out again.
-    since: u64,
+    /// Of which device, as its state has it: names are given out again.
+    instance: u64,
     device: DeviceStats,
     fetch: FetchStats,
 }
@@ -94,7 +94,7 @@ impl CarriedCounts {
             Err(cause) => Err(StateError::File { path, cause }),
         };
         let before = match counts {
-            Ok(counts) if counts.since == state.since => counts,
+            Ok(counts) if counts.instance == state.instance => counts,
             Ok(_) => Counts::default(),
             // It was killed before it wrote any.
             Err(StateError::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Counts::default(),
@@ -134,7 +134,7 @@ impl CarriedCounts {
             return;
         }
         let counts = Counts {
-            since: state.since,
+            instance: state.instance,
             device: counted.device.clone(),
             fetch: counted.fetch.only_counters(),
         };
@@ -183,6 +183,7 @@ mod tests {
             process: Process::unknown(),
             server: Server::Service,
             since: 100,
+            instance: 7,
             log: None,
         };
         let first = CarriedCounts::none();
@@ -199,7 +200,7 @@ mod tests {
         assert_eq!((third.device.reads, third.fetch.cache_trouble), (9, None));
         // Another device that has the number now, and a file that was damaged.
         let other = State {
-            since: 101,
+            instance: 8,
             ..state.clone()
         };
         let none = |state| CarriedCounts::of_earlier(&states, state).added_to(ServiceStats::default());

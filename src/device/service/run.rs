@@ -20,7 +20,7 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::blame::Blame;
-use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, REQUEST_LIMIT, Request, parse};
+use super::control::{Answer, Call, ControlError, MAX_REQUEST_BYTES, Named, REQUEST_LIMIT, Request, parse};
 use super::held::Kind;
 use super::holders::Holders;
 use super::keeper;
@@ -395,26 +395,26 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
         }
         Ok(Request::Attach(spec)) => match table.attach(*spec, files) {
             Ok(attached) => {
-                let name = attached.state.name.clone();
+                let device = Named::of(&attached.state);
                 // Whoever wanted it does not learn its name: it is of no use to anybody.
                 say(&Answer::Attached(Box::new(attached))).inspect_err(|_| {
-                    log::warn!("whoever wanted {name} is gone");
-                    let _ = table.detach(&name);
+                    log::warn!("whoever wanted {} is gone", device.name);
+                    let _ = table.detach(&device);
                 })
             }
             Err(error) => say(&Answer::Refused(error.to_string())),
         },
-        Ok(Request::Stats { name }) => {
-            let counted = table.stats(&name);
+        Ok(Request::Stats(device)) => {
+            let counted = table.stats(&device);
             say(&counted.map_or_else(refused, |counted| Answer::Stats(Box::new(counted))))
         }
         Ok(Request::Conditions) => say(&Answer::Conditions(table.conditions())),
-        Ok(Request::Detach { name }) => say(&match table.detach(&name) {
+        Ok(Request::Detach(device)) => say(&match table.detach(&device) {
             // Gone is gone, whoever was first.
             Ok(()) | Err(ControlError::Unknown(_)) => Answer::Done,
             Err(error) => refused(error),
         }),
-        Ok(Request::LetGo { name }) => say(&table.let_go(&name).map_or_else(refused, |()| Answer::Done)),
+        Ok(Request::LetGo(device)) => say(&table.let_go(&device).map_or_else(refused, |()| Answer::Done)),
         Ok(Request::HandOver) => match prepare_hand_over(table) {
             Ok(()) => {
                 let said = say(&Answer::Done);

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::blame::Blame;
-use super::control::{Condition, ControlError, ENDING, refuse_if_used};
+use super::control::{Condition, ControlError, ENDING, Named, refuse_if_used};
 use super::counts::{CarriedCounts, ServiceStats};
 use super::held::{Holding, Kind};
 use super::holders::Holders;
@@ -62,6 +62,8 @@ struct Entry<I> {
     fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
     began: Instant,
     counts: CarriedCounts,
+    /// As in its state.
+    instance: u64,
     /// Whether it was seen in use since it is to go with its last user.
     was_used: AtomicBool,
     inner: Mutex<Inner<I>>,
@@ -112,6 +114,13 @@ impl<B: Builder> Table<B> {
 
     fn entry(&self, name: &str) -> Option<Arc<Entry<B::Image>>> {
         lock(&self.entries).by_name.get(name).cloned()
+    }
+
+    /// The device that is meant, unless it is gone, whoever has its name now.
+    fn named(&self, device: &Named) -> Result<Arc<Entry<B::Image>>, ControlError> {
+        let entry = self.entry(&device.name);
+        let entry = entry.filter(|entry| device.instance == 0 || entry.instance == device.instance);
+        entry.ok_or_else(|| ControlError::Unknown(device.name.clone()))
     }
 
     fn all(&self) -> Vec<(String, Arc<Entry<B::Image>>)> {
@@ -209,6 +218,12 @@ impl<B: Builder> Table<B> {
             until_unused: false,
             image,
         };
+        // One that went with its last user, and that nobody has looked after yet: what is kept of it goes by the same name.
+        if let Some(gone) = self.entry(&state.name)
+            && let Err(error) = self.take_down(&state.name, &gone)
+        {
+            log::warn!("{error}");
+        }
         let entry = Arc::new(Entry::new(volume, served, device, record, files));
         // Before there are files of its name: see `take_down`.
         lock(&self.entries)
@@ -282,6 +297,7 @@ impl<B: Builder> Table<B> {
             Backend::Ublk => format!("ublkb{number}"),
             Backend::Loop => format!("loop{number}"),
         };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         State {
             device: device.path().to_owned(),
             backend: device.backend(),
@@ -291,9 +307,8 @@ impl<B: Builder> Table<B> {
             trust,
             process: this_process(),
             server: Server::Service,
-            since: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
+            since: now.as_secs(),
+            instance: u64::try_from(now.as_micros()).unwrap_or(0),
             log: Some(self.states.path().join(LOG_NAME)),
             name,
         }
@@ -488,10 +503,10 @@ impl<B: Builder> Table<B> {
     ///
     /// # Errors
     /// [`ControlError::InUse`], [`ControlError::Unknown`], or whatever else kept it.
-    pub(super) fn detach(&self, name: &str) -> Result<(), ControlError> {
-        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+    pub(super) fn detach(&self, device: &Named) -> Result<(), ControlError> {
+        let entry = self.named(device)?;
         refuse_if_used(&lock(&entry.inner).record.state)?;
-        Ok(self.take_down(name, &entry)?)
+        Ok(self.take_down(&device.name, &entry)?)
     }
 
     fn take_down(&self, name: &str, entry: &Entry<B::Image>) -> Result<(), DeviceError> {
@@ -532,8 +547,8 @@ impl<B: Builder> Table<B> {
     ///
     /// # Errors
     /// [`ControlError::Unknown`], or why that could not be noted.
-    pub(super) fn let_go(&self, name: &str) -> Result<(), ControlError> {
-        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+    pub(super) fn let_go(&self, device: &Named) -> Result<(), ControlError> {
+        let entry = self.named(device)?;
         let mut inner = lock(&entry.inner);
         inner.record.until_unused = true;
         let used = users::is_claimed(&inner.record.state.device).unwrap_or(true);
@@ -549,8 +564,8 @@ impl<B: Builder> Table<B> {
     ///
     /// # Errors
     /// [`ControlError::Unknown`].
-    pub(super) fn stats(&self, name: &str) -> Result<ServiceStats, ControlError> {
-        let entry = self.entry(name).ok_or_else(|| ControlError::Unknown(name.to_owned()))?;
+    pub(super) fn stats(&self, device: &Named) -> Result<ServiceStats, ControlError> {
+        let entry = self.named(device)?;
         Ok(entry.stats())
     }
 
@@ -646,6 +661,7 @@ impl<I> Entry<I> {
             fetch_stats: served.fetch_stats,
             began: Instant::now(),
             counts: CarriedCounts::none(),
+            instance: record.state.instance,
             was_used: AtomicBool::new(false),
             inner: Mutex::new(Inner {
                 device: Some(device),
