@@ -521,16 +521,22 @@ pub fn let_go(states: &StateDir, state: &State) -> Result<(), ControlError> {
 /// # Errors
 /// When it does not answer.
 pub(crate) fn conditions(states: &StateDir) -> io::Result<Option<BTreeMap<String, Condition>>> {
-    let stream = match UnixStream::connect(states.service_socket()) {
-        Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-            return Ok(None);
+    let deadline = Instant::now() + GLANCE_LIMIT;
+    loop {
+        let stream = match UnixStream::connect(states.service_socket()) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        match call(&stream, &Request::<()>::Conditions, &[], GLANCE_LIMIT) {
+            Ok(Answer::Conditions(conditions)) => return Ok(Some(conditions)),
+            Ok(_) => return Err(io::Error::other("it answered something else")),
+            // It died under the question: in a moment there is another one, or none.
+            Err(error) if is_gone(&error) && Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+            Err(error) => return Err(error),
         }
-        Err(error) => return Err(error),
-    };
-    match call(&stream, &Request::<()>::Conditions, &[], GLANCE_LIMIT)? {
-        Answer::Conditions(conditions) => Ok(Some(conditions)),
-        _ => Err(io::Error::other("it answered something else")),
     }
 }
 
