@@ -263,6 +263,7 @@ mod tests {
         assert_eq!(nothing, Config::default(), "all of it is comments");
         let shown: Config = toml::from_str(&shown(text)).unwrap();
         let same = Config {
+            image_service: shown.image_service.clone(),
             cache: shown.cache.clone(),
             cache_size: shown.cache_size,
             memory: shown.memory,
