@@ -27,6 +27,7 @@ mod ps;
 mod publish;
 mod registry;
 mod replace;
+mod run;
 mod service;
 mod setup;
 mod snapshotter;
@@ -43,6 +44,7 @@ pub use cli::Cli;
 use cli::{Command, SnapshotterCommand};
 use output::{ReaderGone, Talk, without_errno};
 
+use crate::container::ContainerError;
 use crate::excerpt;
 
 /// It did not work.
@@ -96,6 +98,10 @@ pub fn main() -> ExitCode {
     if matches!(&cli.command, Command::Snapshotter(args) if args.what.is_none()) {
         logging::start_daemon();
     }
+    if matches!(cli.command, Command::Run(_)) {
+        failed = run::FAILED;
+        usage = run::FAILED;
+    }
     logging::start(cli.talk);
     let session = Session {
         talk: Talk {
@@ -107,7 +113,12 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is::<ReaderGone>() => ExitCode::SUCCESS,
         Err(e) => {
+            // That was its own business.
+            if let Some(run::Ended(status)) = e.downcast_ref() {
+                return ExitCode::from(*status);
+            }
             report(&e);
+            let failed = e.downcast_ref().and_then(ContainerError::status).unwrap_or(failed);
             ExitCode::from(if e.is::<UsageError>() { usage } else { failed })
         }
     }
@@ -141,7 +152,11 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         Command::Attach(args) => attach::attach(args, session),
         Command::Mount(args) => attach::mount(args, session),
         Command::Umount(args) => attach::umount(args, session),
-        Command::Detach(args) => attach::detach(args, session),
+        Command::Detach(args) => {
+            // Their devices go with them.
+            run::remove_left();
+            attach::detach(args, session)
+        }
         Command::Ps(args) => ps::ps(args, session),
         Command::Stats(args) => stats::stats(args, session),
         Command::Doctor(args) => doctor::doctor(args, session),
@@ -159,6 +174,7 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         },
         Command::Content(what) => content::run(what, session),
         Command::Podman(args) => podman::run(args, session),
+        Command::Run(args) => run::run(args, session),
         Command::ServeDevices { .. } => Ok(()),
     }
 }

@@ -79,6 +79,8 @@ mod cache;
 #[cfg(feature = "command")]
 mod commands;
 #[cfg(feature = "command")]
+mod container;
+#[cfg(feature = "command")]
 mod device;
 #[cfg(feature = "command")]
 mod fetch;
@@ -147,6 +149,7 @@ pub mod internals {
         #[cfg(feature = "command")] bench
         #[cfg(feature = "command")] cache
         #[cfg(feature = "command")] commands
+        #[cfg(feature = "command")] container
         #[cfg(feature = "command")] device
         #[cfg(feature = "command")] fetch
         #[cfg(feature = "command")] http

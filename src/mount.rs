@@ -264,10 +264,35 @@ pub fn mount<B: Builder>(
     dir: &Path,
     options: &MountOptions,
 ) -> Result<Attached, MountError> {
+    attach_and::<B>(launcher, spec, dir, |_, device, dir| mount_device(device, dir, options))
+}
+
+/// The same with an overlay over it that writes to `upper`.
+///
+/// # Errors
+/// What went wrong; then nothing is left of it.
+pub fn mount_writable<B: Builder>(
+    launcher: &Launcher,
+    spec: &ServeSpec<B::Image>,
+    dir: &Path,
+    options: &MountOptions,
+    upper: &Upper,
+) -> Result<Attached, MountError> {
+    attach_and::<B>(launcher, spec, dir, |states, device, dir| {
+        upper.mount(states, device, dir, options)
+    })
+}
+
+fn attach_and<B: Builder>(
+    launcher: &Launcher,
+    spec: &ServeSpec<B::Image>,
+    dir: &Path,
+    mount: impl FnOnce(&StateDir, &Path, &Path) -> Result<(), MountError>,
+) -> Result<Attached, MountError> {
     let states = StateDir::new(&spec.states);
     let full = check_directory(&states, dir)?;
     let attached = service::launch::<B>(launcher, spec)?;
-    if let Err(error) = mount_device(&attached.state.device, &full, options) {
+    if let Err(error) = mount(&states, &attached.state.device, &full) {
         if let Err(left) = service::detach(&states, &attached.state) {
             log::warn!("{left}");
         }

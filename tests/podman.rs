@@ -297,7 +297,7 @@ fn what_cannot_be_is_told_in_one_line() {
     for pages in [1, 4, 5] {
         let full = format!(
             "mount -t tmpfs -o mode=700,size={}k none $D/real
-            $TARBLK podman --store $D/real add oci:$D/app:one || status=$?
+            $TARBLK podman --store $D/real add --no-cache oci:$D/app:one || status=$?
             left=$(cd $D/real; find records overlay overlay-images -mindepth 1 | grep -v 'overlay/l$\\|images\\.') || exit $status
             echo \"$left\" >&2",
             4 * pages

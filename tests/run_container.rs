@@ -10,7 +10,7 @@ mod containers;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use common::session::is_mounted;
@@ -187,4 +187,233 @@ fn no_overlay_where_others_could_write_or_look() {
     );
     workshop.good(&["umount", &workshop.at("m")]);
     workshop.assert_gone();
+}
+
+/// A container with a directory for what it is made of; what it ended with and what it said.
+fn run(workshop: &Workshop, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = workshop.tarblk(&[&["-q", "run"], arguments].concat()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Nothing of any container is left.
+fn assert_none_left(workshop: &Workshop) {
+    assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 0);
+    workshop.assert_gone();
+}
+
+const SETTINGS: &str = r#"{"Env": ["PATH=/bin", "FROM=image"], "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $FROM $HOME; pwd; id"],
+    "User": "web", "WorkingDir": "/dir", "StopSignal": "SIGUSR1", "Hostname": "box"}"#;
+
+#[test]
+fn a_container_is_what_its_image_says() {
+    let Some(workshop) = Workshop::new("a_container_is_what_its_image_says", &["runc"]) else {
+        return;
+    };
+    let image = workshop.image("one", &serde_json::from_str(SETTINGS).unwrap());
+    let good = |arguments: &[&str]| {
+        let (status, out, err) = run(&workshop, arguments);
+        assert_eq!(status, Some(0), "{arguments:?}: {err}");
+        out
+    };
+    assert_eq!(
+        good(&[&image]),
+        "image /srv\n/dir\nuid=1000(web) gid=1001(staff) groups=29(audio),40(logs),1001(staff)\n"
+    );
+    // What is wanted goes before what the image says.
+    let said = good(&[
+        "--user",
+        "0",
+        "--workdir",
+        "/bin",
+        "--env",
+        "FROM=here",
+        "--hostname",
+        "other",
+        &image,
+        "echo $FROM; pwd; id -u; hostname",
+    ]);
+    assert_eq!(said, "here\n/bin\n0\nother\n");
+    assert_eq!(good(&["--entrypoint", "/bin/cat", &image, "above"]), "one");
+    assert_eq!(good(&["--entrypoint", "", &image, "hostname"]), "box\n");
+    // It has a network, processes and powers of its own, and sees the machine only where it is told to.
+    let probe =
+        "grep CapEff /proc/self/status; echo $$; ls /sys/class/net; ls /gone; cat /proc/kcore; mount -t tmpfs x /dir";
+    let (_, out, err) = run(&workshop, &["--user", "root", &image, probe]);
+    assert_eq!(out, "CapEff:\t00000000800405fb\n1\nlo\n");
+    assert!(err.contains("/gone: No such file") && err.contains("mount"), "{err}");
+    fs::create_dir(workshop.path("shared")).unwrap();
+    let volume = format!("{}:/shared", workshop.at("shared"));
+    good(&["--user", "0", "--volume", &volume, &image, "echo word >/shared/file"]);
+    assert_eq!(fs::read(workshop.path("shared/file")).unwrap(), b"word\n");
+    let (status, _, err) = run(
+        &workshop,
+        &[
+            "--user",
+            "0",
+            "--volume",
+            &format!("{volume}:ro"),
+            &image,
+            "echo more >/shared/file",
+        ],
+    );
+    assert!(status == Some(1) && err.contains("Read-only"), "{err}");
+    let links = fs::read_dir("/sys/class/net").unwrap().count();
+    let seen = good(&["--network", "host", &image, "ls /sys/class/net | wc -l"]);
+    assert_eq!(seen.trim(), links.to_string());
+    // What it writes is gone, or kept where it is said to be, or it cannot.
+    let write = "echo $FROM >>/dir/new; cat /dir/new";
+    for expected in ["image\n", "image\n"] {
+        assert_eq!(good(&["--user", "0", &image, write]), expected);
+    }
+    let kept = workshop.at("kept");
+    assert_eq!(good(&["--user", "0", "--overlay", &kept, &image, write]), "image\n");
+    assert_eq!(
+        good(&["--user", "0", "--overlay", &kept, &image, write]),
+        "image\nimage\n"
+    );
+    let (status, _, err) = run(&workshop, &["--user", "0", "--read-only", &image, "echo >/new"]);
+    assert!(status == Some(1) && err.contains("Read-only"), "{err}");
+    // Statuses, and standard input.
+    assert_eq!(run(&workshop, &[&image, "exit 7"]).0, Some(7));
+    assert_eq!(
+        run(&workshop, &[&image, "kill -9 $$; sleep 1"]).0,
+        Some(0),
+        "the first process is not killed by its own"
+    );
+    let reading = |interactive: &[&str]| {
+        let mut command = workshop.tarblk(&[&["-q", "run"], interactive, &[&image, "cat"]].concat());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"typed").unwrap();
+        child.wait_with_output().unwrap().stdout
+    };
+    assert_eq!((reading(&["-i"]), reading(&[])), (b"typed".to_vec(), Vec::new()));
+    assert_none_left(&workshop);
+}
+
+/// A container that has said that it is ready.
+struct Running(std::process::Child);
+
+impl Running {
+    fn start(workshop: &Workshop, arguments: &[&str]) -> Self {
+        let mut command = workshop.tarblk(&[&["-q", "run"], arguments].concat());
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 6];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        assert_eq!(&ready, b"ready\n");
+        Self(child)
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(i32::try_from(self.0.id()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn end(self) -> Output {
+        self.0.wait_with_output().unwrap()
+    }
+}
+
+#[test]
+fn signals_are_the_containers_and_a_kill_leaves_nothing() {
+    use rustix::process::Signal;
+    let Some(workshop) = Workshop::new("signals_are_the_containers_and_a_kill_leaves_nothing", &["runc"]) else {
+        return;
+    };
+    let image = workshop.image("one", &serde_json::from_str(SETTINGS).unwrap());
+    let script =
+        "for s in USR1 USR2 INT HUP; do trap \"echo $s; exit 5\" $s; done; echo ready; while :; do sleep 0.05; done";
+    // SIGTERM is the image's stop signal.
+    for (sent, heard) in [
+        (Signal::TERM, "USR1\n"),
+        (Signal::USR2, "USR2\n"),
+        (Signal::INT, "INT\n"),
+        (Signal::HUP, "HUP\n"),
+    ] {
+        let running = Running::start(&workshop, &[&image, script]);
+        running.signal(sent);
+        let ended = running.end();
+        assert_eq!(
+            (ended.status.code(), ended.stdout.as_slice()),
+            (Some(5), heard.as_bytes())
+        );
+    }
+    // One that does not listen is killed at the third time.
+    let deaf = "trap '' INT TERM USR1; echo ready; while :; do sleep 0.05; done";
+    let running = Running::start(&workshop, &[&image, deaf]);
+    for _ in 0..3 {
+        running.signal(Signal::INT);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(running.end().status.code(), Some(137));
+    assert_none_left(&workshop);
+
+    // A command that is killed leaves its container to the next one; another's is left alone.
+    let mut killed = Running::start(&workshop, &[&image, deaf]);
+    let living = Running::start(&workshop, &[&image, script]);
+    killed.0.kill().unwrap();
+    killed.0.wait().unwrap();
+    assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 2);
+    assert_eq!(run(&workshop, &[&image, "echo $FROM"]).1, "image\n");
+    assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 1);
+    living.signal(Signal::TERM);
+    assert_eq!(living.end().status.code(), Some(5));
+    // Or to detach, which takes the device too.
+    let mut killed = Running::start(&workshop, &[&image, deaf]);
+    killed.0.kill().unwrap();
+    killed.0.wait().unwrap();
+    workshop.good(&["detach", "--all"]);
+    assert_none_left(&workshop);
+}
+
+#[test]
+fn what_cannot_run_says_why_in_one_line() {
+    let Some(workshop) = Workshop::new("what_cannot_run_says_why_in_one_line", &["runc"]) else {
+        return;
+    };
+    let image = |tag: &str, config: &serde_json::Value| workshop.image(tag, config);
+    let refused = |arguments: &[&str], status: i32| workshop.bad(&[&["-q", "run"], arguments].concat(), status);
+    let plain = image("plain", &json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}));
+    let long = format!("A={}", "x".repeat(200_000));
+    for (config, why, status) in [
+        (
+            json!({"Cmd": ["sh"], "User": "no such\u{1b}[31m\n"}),
+            "has no user",
+            125,
+        ),
+        (json!({"Cmd": ["sh"], "User": "root:none"}), "has no group none", 125),
+        (json!({"Cmd": ["missing"]}), "has no program missing", 127),
+        (
+            json!({"Entrypoint": ["/bin/not-executable"]}),
+            "no program that can be executed",
+            126,
+        ),
+        (json!({}), "says no command", 125),
+        (json!({"Cmd": "sh"}), "makes no sense", 125),
+        (json!({"Cmd": ["sh"], "Env": [long]}), "too long for a program", 125),
+    ] {
+        let said = refused(&[&image("odd", &config)], status);
+        assert!(said.contains(why) && !said.contains('\u{1b}'), "{config:.80}: {said}");
+    }
+    for (arguments, why) in [
+        (
+            &["--volume", "/nowhere/at/all:/x", &plain][..],
+            "/nowhere/at/all does not exist",
+        ),
+        (&["--tty", &plain], "not a terminal"),
+        (&["layer.tar"], "takes images"),
+        (&["--runtime", "/nowhere/runc", &plain], "/nowhere/runc"),
+        (
+            &[&format!("oci:{}:absent", workshop.at("app"))],
+            "there is no absent in it",
+        ),
+        (&["docker://127.0.0.1:1/app:1"], "127.0.0.1:1"),
+    ] {
+        let said = refused(arguments, 125);
+        assert!(said.contains(why), "{arguments:?}: {said}");
+    }
+    chown(workshop.path("run"), Some(1234), None).unwrap();
+    assert!(refused(&[&plain], 125).contains("belongs to user 1234"));
+    chown(workshop.path("run"), Some(0), None).unwrap();
+    assert_none_left(&workshop);
 }

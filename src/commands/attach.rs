@@ -333,6 +333,20 @@ pub(super) fn mounter() -> anyhow::Result<Mounter> {
     }))
 }
 
+/// Attaches by the machine's service and mounts with an overlay, for a container.
+///
+/// # Errors
+/// Why nothing is mounted.
+pub(super) fn mount_writable(
+    spec: &ServeSpec<ImageSpec>,
+    dir: &Path,
+    options: &MountOptions,
+    upper: &Upper,
+) -> anyhow::Result<()> {
+    mount::mount_writable::<Images>(&launcher()?, spec, dir, options, upper)?;
+    Ok(())
+}
+
 /// How the service is started: with the machine's cache to write to, besides that of the first device.
 pub(super) fn launcher() -> Result<Launcher, ServiceError> {
     let mut launcher = Launcher::this_program(SERVE)?;

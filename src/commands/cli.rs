@@ -1,6 +1,7 @@
 //! What can be typed: every command, option and help text. Man pages and completions are made from these definitions.
 
 mod podman;
+mod run;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
+pub(super) use run::{NetworkArg, RunArgs};
 
 use crate::digest::Digest;
 use crate::http::Secret;
@@ -120,6 +122,8 @@ pub enum Command {
     Content(ContentCommand),
     /// Give podman and CRI-O images that they need not pull.
     Podman(PodmanArgs),
+    /// Run a container of an image by runc, and take everything away afterwards.
+    Run(Box<RunArgs>),
     /// What the service of all devices and its keepers run.
     #[command(hide = true)]
     ServeDevices {

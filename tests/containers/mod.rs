@@ -67,6 +67,7 @@ impl Workshop {
             .env("TARBLK_CACHE", self.path("cache"))
             .env("TARBLK_STATE_DIR", self.path("states"))
             .env("TARBLK_CONFIG_DIR", self.path("etc"))
+            .env("TARBLK_RUN_DIR", self.path("run"))
             .env("TARBLK_SERVICE_IDLE", "0")
             .env("CONTAINERS_STORAGE_CONF", self.path("storage.conf"))
             .env("HOME", self.dir())
