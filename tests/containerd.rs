@@ -415,6 +415,7 @@ fn layers_of_a_lazy_image_are_brought_for_those_who_want_them_whole() {
 #[test]
 fn logins_of_a_kubelet_are_there_when_layers_are_read() {
     const NAME: &str = "logins_of_a_kubelet_are_there_when_layers_are_read";
+    const NEW_PASSWORD: &str = "w0rd-that-came-later";
     let config = "image-service = \"{dir}/i.sock\"\ncontainerd = \"{dir}/c.sock\"\n";
     let Some((mut lab, registry, _)) = laboratory_with(NAME, config, Access::Password) else {
         return;
@@ -458,7 +459,7 @@ fn logins_of_a_kubelet_are_there_when_layers_are_read() {
         command.args(["-nbB", "-C", "4", USER, password]);
         fs::write(registry.dir().join("htpasswd"), common::succeed(&mut command)).unwrap();
     };
-    change("another");
+    change(NEW_PASSWORD);
     let program = ["sha256sum", "/usr/bin/perl"];
     std::thread::scope(|scope| {
         let reading = scope.spawn(|| sleeper.exec(&program));
@@ -477,12 +478,12 @@ fn logins_of_a_kubelet_are_there_when_layers_are_read() {
         }
         // The other version of the API, as long as containerd has it.
         let version = if is_containerd_2() { "v1" } else { "v1alpha2" };
-        pull_at(&kubelet, version, &image, auth("another")).unwrap();
+        pull_at(&kubelet, version, &image, auth(NEW_PASSWORD)).unwrap();
         assert!(reading.join().unwrap().ends_with("/usr/bin/perl\n"));
     });
     for (name, text) in [("the log", lab.log()), ("the service's log", service_logs(&lab))] {
         assert!(
-            !text.contains(PASSWORD) && !text.contains("another"),
+            !text.contains(PASSWORD) && !text.contains(NEW_PASSWORD),
             "{name} shows a password"
         );
     }
