@@ -6,7 +6,7 @@
 //! the image that is here by now, on each. At the end many images: what claiming and attaching them takes, and the memory of it.
 //!
 //! `--image LAYOUT:TAG` (below `TARBLK_TEST_IMAGES`; `debian-python:distribution-gzip`), `--rtt MS`, `--mbit N`, `--runs N`,
-//! `--many LAYOUT` (`whiteouts`; all its tags), `--only pull|many`, `--verbose` (the snapshotter's log of each
+//! `--many LAYOUT` (`whiteouts`; all its tags) or `--many IMAGESxLAYERS` (`40x8`: made for it; these are pulled and run, too), `--only pull|many`, `--verbose` (the snapshotter's log of each
 //! run, and what its devices counted).
 
 mod support;
@@ -15,6 +15,8 @@ mod support;
 mod common;
 #[path = "support/far.rs"]
 mod far;
+#[path = "support/many.rs"]
+mod many_images;
 #[path = "../tests/registry/mod.rs"]
 mod registry;
 #[path = "../tests/snapshots/mod.rs"]
@@ -242,23 +244,83 @@ fn mount(times: &mut Times, registry: &str, options: &Options) -> Result<(), Fai
     Ok(())
 }
 
+/// What a process has in memory, in MiB.
+fn resident(pid: u32) -> Result<f64, Failure> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .ok_or("no VmRSS")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib / 1024.0)
+}
+
+/// How many devices there are, and the memory of the service of them.
+fn devices(lab: &Lab) -> Result<(usize, f64), Failure> {
+    let devices = common::succeed(&mut lab.command(&["ps", "--json"]));
+    let devices: Value = serde_json::from_slice(&devices)?;
+    let service = devices[0]["process"]["pid"]
+        .as_u64()
+        .and_then(|pid| u32::try_from(pid).ok());
+    let count = devices.as_array().map_or(0, Vec::len);
+    Ok((count, resident(service.ok_or("no service")?)?))
+}
+
+/// Pulls every image through the CRI and runs a command in each, one after the other.
+fn many_pulled(options: &Options, images: &Path, tags: &[String], names: &[&str]) -> Result<(), Failure> {
+    let registry = Registry::with("bench", Access::Anonymous, images, names).ok_or("no registry")?;
+    let far = Far::with_rate(registry.host().parse()?, options.rtt, Some(options.mbit * 125_000))?;
+    let lab = Lab::new("bench", "").ok_or("containers cannot be run here")?;
+    let containerd = Containerd::start(&lab, &far.address().to_string(), "tarblk");
+    let image = |tag: &String| format!("{}/{}:{tag}", far.address(), options.many);
+    let (mut pulls, mut runs) = (Vec::new(), Vec::new());
+    for tag in tags {
+        let began = Instant::now();
+        containerd.pull(&image(tag));
+        pulls.push(began.elapsed());
+    }
+    println!("a pull of each, by the CRI: {}", Runs::ms(&pulls));
+    println!("snapshotter: {:.1} MiB resident", resident(lab.pid())?);
+    for (number, tag) in tags.iter().enumerate() {
+        let began = Instant::now();
+        containerd.run("tarblk", &image(tag), &format!("c{number}"), &["/bin/true"]);
+        runs.push(began.elapsed());
+    }
+    println!("a first container of each: {}", Runs::ms(&runs));
+    let (count, service) = devices(&lab)?;
+    println!(
+        "{count} devices; the service of them has {service:.1} MiB, the snapshotter {:.1} MiB",
+        resident(lab.pid())?
+    );
+    containerd.remove_images(&lab);
+    drop(containerd);
+    lab.assert_gone();
+    Ok(())
+}
+
 /// Claims every image of a layout and makes a container's snapshot on each.
 fn many(options: &Options, images: &Path) -> Result<(), Failure> {
+    let made = common::scratch("many-");
+    let counts = options
+        .many
+        .split_once('x')
+        .and_then(|(images, layers)| Some((images.parse().ok()?, layers.parse().ok()?)));
+    let images = match counts {
+        Some((count, layers)) => {
+            many_images::write(&made.path().join(&options.many), count, layers)?;
+            made.path()
+        }
+        None => images,
+    };
     let layout = images.join(&options.many);
     let tags = common::unpacked::tags(&layout);
     let names: Vec<String> = tags.iter().map(|tag| format!("{}:{tag}", options.many)).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    if counts.is_some() {
+        many_pulled(options, images, &tags, &names)?;
+    }
     let registry = Registry::with("bench", Access::Anonymous, images, &names).ok_or("no registry")?;
     let lab = Lab::new("bench", "").ok_or("containers cannot be run here")?;
-    let resident = |pid: u32| -> Result<f64, Failure> {
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .ok_or("no VmRSS")?;
-        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kib / 1024.0)
-    };
     let empty = resident(lab.pid())?;
     let (mut layers, mut tops) = (0, Vec::new());
     let began = Instant::now();
@@ -312,16 +374,8 @@ fn many(options: &Options, images: &Path) -> Result<(), Failure> {
     }
     println!("a device for each, in turn: {}", Runs::ms(&times));
     println!("{:.1} MiB resident then", resident(lab.pid())?);
-    let devices = common::succeed(&mut lab.command(&["ps", "--json"]));
-    let devices: Value = serde_json::from_slice(&devices)?;
-    let service = devices[0]["process"]["pid"]
-        .as_u64()
-        .and_then(|pid| u32::try_from(pid).ok());
-    let count = devices.as_array().map_or(0, Vec::len);
-    println!(
-        "{count} devices; the service of them has {:.1} MiB",
-        resident(service.ok_or("no service")?)?
-    );
+    let (count, service) = devices(&lab)?;
+    println!("{count} devices; the service of them has {service:.1} MiB");
     for (tag, _) in &tops {
         lab.remove(&format!("container-{tag}"))
             .map_err(|failed| failed.message)?;

@@ -65,6 +65,14 @@ fn containers_run_from_layers_that_were_not_pulled() {
     // Four snapshots without a device, and no layer's blob.
     assert_eq!(lab.names().len(), 4);
     let (layout, tag) = IMAGE.split_once(':').unwrap();
+    // What containerd has is not fetched again.
+    let (_, manifest) = unpacked::manifest(&images.join(layout), tag);
+    let config = manifest["config"]["digest"].as_str().unwrap();
+    let asked = registry
+        .requests()
+        .into_iter()
+        .filter(|request| request.starts_with("GET ") && request.contains(config));
+    assert_eq!(asked.collect::<Vec<_>>().len(), 1);
     let blobs = unpacked::layers(&images.join(layout), tag);
     let none_came = || containerd.layers_here().iter().all(|here| !blobs.contains(here));
     assert!(none_came());
@@ -416,7 +424,7 @@ fn layers_of_a_lazy_image_are_brought_for_those_who_want_them_whole() {
 fn logins_of_a_kubelet_are_there_when_layers_are_read() {
     const NAME: &str = "logins_of_a_kubelet_are_there_when_layers_are_read";
     const NEW_PASSWORD: &str = "w0rd-that-came-later";
-    let config = "image-service = \"{dir}/i.sock\"\ncontainerd = \"{dir}/c.sock\"\n";
+    let config = "image-service = \"{dir}/i.sock\"\n";
     let Some((mut lab, registry, _)) = laboratory_with(NAME, config, Access::Password) else {
         return;
     };

@@ -7,8 +7,9 @@ use std::{fs, io};
 
 use serde::{Deserialize, Deserializer};
 
+use crate::http::HttpOptions;
 use crate::quantity::{parse_size, parse_time};
-use crate::source::registry::{DEFAULT_HOSTS_DIR, Reference};
+use crate::source::registry::{DEFAULT_HOSTS_DIR, Keyring, Reference, RegistryOptions};
 
 /// What the file is called, in the machine's configuration directory.
 pub const FILE_NAME: &str = "snapshotter.toml";
@@ -72,7 +73,7 @@ pub struct Config {
     pub address: PathBuf,
     /// The socket on which a kubelet pulls images, to be passed on to containerd; none without Kubernetes.
     pub image_service: Option<PathBuf>,
-    /// containerd's own socket, for that.
+    /// containerd's own socket: pulls go on to it, and what it has of an image is not fetched again.
     pub containerd: PathBuf,
     /// Where indexes and fetched bytes are kept; the usual cache directory, if none.
     pub cache: Option<PathBuf>,
@@ -154,6 +155,22 @@ impl Config {
     #[must_use]
     pub fn logins(&self) -> PathBuf {
         self.root.join("logins.json")
+    }
+
+    /// How registries are talked to: as the set-up says, with the logins that came with pulls.
+    #[must_use]
+    pub fn registry_options(&self, http: HttpOptions) -> RegistryOptions {
+        RegistryOptions {
+            plain_http: self.plain_http,
+            keyring: Keyring {
+                authfile: self.authfile.clone(),
+                kept: Some(self.logins()),
+                ..Keyring::default()
+            },
+            hosts_dir: self.hosts_dir.clone(),
+            http,
+            ..RegistryOptions::default()
+        }
     }
 
     /// Whether an image is to be lazy.

@@ -16,11 +16,10 @@ use std::thread;
 
 use super::config::Config;
 use super::grpc::client::{CallError, Connection, NOT_FOUND};
-use super::images::registry_options;
 use super::records::{self, RecordError};
 use crate::digest::{Algorithm, Digest};
 use crate::http::HttpOptions;
-use crate::source::registry::{Descriptor, Manifest, Reference, Registry, RegistryOptions};
+use crate::source::registry::{Descriptor, Manifest, OCI_MANIFEST, Reference, Registry, RegistryOptions};
 use crate::source::{self, Blob, SourceError};
 use messages::Target;
 use store::{Store, WriteFailed, Written};
@@ -132,7 +131,7 @@ impl Pusher {
         let store = Store::new(Connection::open(address, namespace)?);
         Ok(Self {
             store,
-            options: registry_options(config, HttpOptions::default()),
+            options: config.registry_options(HttpOptions::default()),
             known: records::repositories(&config.root.join("records"))?,
         })
     }
@@ -326,6 +325,54 @@ impl Pusher {
             Err(WriteFailed::Call(error)) => Err(error.into()),
         }
     }
+}
+
+/// A manifest or a configuration, and what it is called.
+#[derive(Debug)]
+pub(super) struct Document {
+    /// Of its bytes, with which it was compared.
+    pub(super) digest: Digest,
+    /// What it is.
+    pub(super) media_type: String,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// An image's manifest, and its configuration if containerd has that too.
+///
+/// # Errors
+/// [`ContentError`], also when they are not what their digests say.
+pub(super) fn documents(address: &Path, namespace: &str, manifest: &Digest) -> Result<Vec<Document>, ContentError> {
+    let store = Store::new(Connection::open(address, namespace)?);
+    let bad = |why: String| ContentError::NotAnImage {
+        image: manifest.to_string(),
+        why,
+    };
+    let read = |digest: &Digest| -> Result<Vec<u8>, ContentError> {
+        let bytes = store.read_small(digest, 0)?;
+        let is_it = digest.matches(&bytes);
+        is_it
+            .then_some(bytes)
+            .ok_or_else(|| bad(format!("{digest} in the content store is something else")))
+    };
+    let bytes = read(manifest)?;
+    let Manifest::Image { config, .. } = Manifest::parse(&bytes, "").map_err(bad)? else {
+        return Err(bad("it is an index".to_owned()));
+    };
+    let said: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+    let media_type = said.and_then(|said| Some(said.get("mediaType")?.as_str()?.to_owned()));
+    let mut documents = vec![Document {
+        digest: manifest.clone(),
+        media_type: media_type.unwrap_or_else(|| OCI_MANIFEST.to_owned()),
+        bytes,
+    }];
+    if let Ok(bytes) = read(&config.digest) {
+        documents.push(Document {
+            digest: config.digest.clone(),
+            media_type: config.media_type,
+            bytes,
+        });
+    }
+    Ok(documents)
 }
 
 const fn algorithm(digest: &Digest) -> Algorithm {

@@ -33,6 +33,9 @@ use tokio::sync::watch;
 /// The longest request in bytes: gRPC's own default.
 const LONGEST_REQUEST: usize = 4 << 20;
 
+/// The header field of containerd's namespaces.
+const NAMESPACE: &str = "containerd-namespace";
+
 /// A message's length and whether it is compressed stand before it.
 const PREFIX_BYTES: usize = 5;
 
@@ -99,11 +102,11 @@ pub fn decode<M: Message + Default>(request: &[u8]) -> Result<M, Status> {
 
 /// What answers calls; each on a thread where it may wait.
 pub trait Calls: Send + Sync + 'static {
-    /// Answers the call of this path, `/package.Service/Method`.
+    /// Answers the call of this path, `/package.Service/Method`. `namespace` is containerd's, of which a client says that it calls for it.
     ///
     /// # Errors
     /// The status that the client gets.
-    fn call(&self, path: &str, request: &[u8]) -> Reply;
+    fn call(&self, path: &str, namespace: Option<&str>, request: &[u8]) -> Reply;
 
     /// What is answered to `GET /metrics`.
     fn metrics(&self) -> String;
@@ -223,11 +226,13 @@ async fn page(request: &Request<Incoming>, calls: Arc<dyn Calls>) -> Response<Fr
 
 async fn reply_to(request: Request<Incoming>, calls: Arc<dyn Calls>) -> Reply {
     let path = request.uri().path().to_owned();
+    let namespace = request.headers().get(NAMESPACE);
+    let namespace = namespace.and_then(|value| value.to_str().ok()).map(str::to_owned);
     let body = Limited::new(request.into_body(), LONGEST_REQUEST).collect().await;
     let body = body
         .map_err(|error| Status::new(Code::InvalidArgument, error))?
         .to_bytes();
-    let called = tokio::task::spawn_blocking(move || calls.call(&path, message_of(&body)?));
+    let called = tokio::task::spawn_blocking(move || calls.call(&path, namespace.as_deref(), message_of(&body)?));
     // A panic is this program's fault, and other calls go on.
     called
         .await

@@ -17,6 +17,7 @@ use std::thread;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Config, Lazy};
+use super::content::{self, Document};
 use super::labels::WantedImage;
 use super::records::{ImageSource, Moment};
 use crate::device::state::write_whole;
@@ -25,7 +26,7 @@ use crate::excerpt;
 use crate::http::HttpOptions;
 use crate::open::{self, Cache, LayerChoice, OpenError, OpenOptions, Prepared, TrustPolicy, Unwatched};
 use crate::source;
-use crate::source::registry::{self, ImageName, Keyring, Reference, RegistryOptions, SmallBlobCache, Version};
+use crate::source::registry::{self, ImageName, Reference, RegistryOptions, SmallBlobCache, Version};
 
 /// So many images are remembered; a node has some dozens.
 const MOST_IMAGES: usize = 512;
@@ -239,6 +240,9 @@ impl Images {
         options.http.retry.deadline = options.http.retry.deadline.min(patience);
         options.http.timeouts = options.http.timeouts.at_most(patience / 2);
         options.registry.http = options.http;
+        if let (Some(namespace), Some(manifest)) = (&wanted.namespace, &wanted.manifest) {
+            self.borrow(namespace, manifest);
+        }
         let found = registry::find(name, &options.registry).map_err(refused)?;
         let manifest = found.manifest_digest().clone();
         if wanted.manifest.as_ref().is_some_and(|wanted| *wanted != manifest) {
@@ -295,6 +299,24 @@ impl Images {
         Ok(LazyImage { source, layers })
     }
 
+    /// Takes an image's manifest and configuration from containerd, which has just fetched them: two round trips to the registry less.
+    /// Where it has none, or is another one than the set-up says, the registry is asked.
+    fn borrow(&self, namespace: &str, manifest: &Digest) {
+        match content::documents(&self.config.containerd, namespace, manifest) {
+            Ok(documents) => {
+                for Document {
+                    digest,
+                    media_type,
+                    bytes,
+                } in documents
+                {
+                    self.cache.put(&digest, &media_type, &bytes);
+                }
+            }
+            Err(error) => log::debug!("{manifest} is not taken from containerd: {error}"),
+        }
+    }
+
     fn options(&self) -> OpenOptions {
         let http = HttpOptions::default();
         let small: Arc<dyn SmallBlobCache> = Arc::new(self.cache.clone());
@@ -304,7 +326,7 @@ impl Images {
             http,
             registry: RegistryOptions {
                 cache: Some(small),
-                ..registry_options(&self.config, http)
+                ..self.config.registry_options(http)
             },
             ..OpenOptions::default()
         }
@@ -427,21 +449,6 @@ impl Images {
         if read_verdict(&path).is_some_and(|verdict| verdict.lazy) {
             let _ = fs::remove_file(path);
         }
-    }
-}
-
-/// How registries are talked to: as the set-up says, with the logins that came with pulls.
-pub(super) fn registry_options(config: &Config, http: HttpOptions) -> RegistryOptions {
-    RegistryOptions {
-        plain_http: config.plain_http,
-        keyring: Keyring {
-            authfile: config.authfile.clone(),
-            kept: Some(config.logins()),
-            ..Keyring::default()
-        },
-        hosts_dir: config.hosts_dir.clone(),
-        http,
-        ..RegistryOptions::default()
     }
 }
 

@@ -34,12 +34,14 @@ pub(super) struct WantedImage {
     pub(super) manifest: Option<Digest>,
     /// The layer's blob.
     pub(super) layer: Digest,
+    /// containerd's namespace in which it is pulled; none of clients that do not say.
+    pub(super) namespace: Option<String>,
 }
 
 impl WantedLayer {
-    /// Understands labels; none if no layer is wanted.
+    /// Understands labels, which come with a call for `namespace`; none if no layer is wanted.
     #[must_use]
-    pub(super) fn of(labels: &Labels) -> Option<Self> {
+    pub(super) fn of(labels: &Labels, namespace: Option<&str>) -> Option<Self> {
         let digest = |key: &str| labels.get(key)?.parse::<Digest>().ok();
         let chain = digest(SNAPSHOT_REF)?;
         let image = |reference: &str, layer: &str, manifest: Option<&str>| {
@@ -47,6 +49,7 @@ impl WantedLayer {
                 reference: labels.get(reference).filter(|text| !text.is_empty())?.clone(),
                 layer: digest(layer)?,
                 manifest: manifest.and_then(digest),
+                namespace: namespace.map(str::to_owned),
             })
         };
         Some(Self {
@@ -83,11 +86,15 @@ mod tests {
                 reference: "host/a:b".to_owned(),
                 manifest,
                 layer: layer.clone(),
+                namespace: Some("n".to_owned()),
             }),
         };
-        assert_eq!(WantedLayer::of(&labels(&cri)), Some(wanted(Some(manifest.clone()))));
+        assert_eq!(
+            WantedLayer::of(&labels(&cri), Some("n")),
+            Some(wanted(Some(manifest.clone())))
+        );
         let stargz = [(STARGZ_REFERENCE, "host/a:b"), (STARGZ_LAYER, layer_text.as_str())];
-        assert_eq!(WantedLayer::of(&labels(&stargz)), Some(wanted(None)));
+        assert_eq!(WantedLayer::of(&labels(&stargz), Some("n")), Some(wanted(None)));
         // Half of it is nothing; nonsense neither.
         for bad in [
             &cri[..1],
@@ -95,11 +102,11 @@ mod tests {
             &[(CRI_REFERENCE, ""), cri[1]],
             &[cri[0], (CRI_LAYER, "sha256:0")],
         ] {
-            assert_eq!(WantedLayer::of(&labels(bad)).unwrap().image, None);
+            assert_eq!(WantedLayer::of(&labels(bad), None).unwrap().image, None);
         }
-        assert_eq!(WantedLayer::of(&Labels::new()), None);
+        assert_eq!(WantedLayer::of(&Labels::new(), None), None);
         assert_eq!(
-            WantedLayer::of(&Labels::from([(SNAPSHOT_REF.to_owned(), "x".to_owned())])),
+            WantedLayer::of(&Labels::from([(SNAPSHOT_REF.to_owned(), "x".to_owned())]), None),
             None
         );
     }

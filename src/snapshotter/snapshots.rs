@@ -112,14 +112,19 @@ impl Snapshots {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn prepare(&self, request: PrepareRequest, making: Making) -> Result<MountsResponse, Status> {
+    fn prepare(
+        &self,
+        request: PrepareRequest,
+        making: Making,
+        namespace: Option<&str>,
+    ) -> Result<MountsResponse, Status> {
         let PrepareRequest {
             key, parent, labels, ..
         } = request;
         check_name(&key)?;
         let parent = Some(parent).filter(|parent| !parent.is_empty());
         if making == Making::Active
-            && let Some(wanted) = WantedLayer::of(&labels)
+            && let Some(wanted) = WantedLayer::of(&labels, namespace)
         {
             match self.claim(&key, parent.as_deref(), &labels, &wanted)? {
                 Ok(()) => {
@@ -539,16 +544,18 @@ impl Calls for Snapshots {
         self.exposition()
     }
 
-    fn call(&self, path: &str, request: &[u8]) -> Reply {
+    fn call(&self, path: &str, namespace: Option<&str>, request: &[u8]) -> Reply {
         let Some(method) = path.strip_prefix(SERVICE) else {
             return Err(Status::new(Code::Unimplemented, format!("there is no {path} here")));
         };
         let key = || decode::<KeyRequest>(request).map(|request| request.key);
         let reply = match method {
             "Prepare" => self
-                .prepare(decode(request)?, Making::Active)
+                .prepare(decode(request)?, Making::Active, namespace)
                 .map(|mounts| one(&mounts)),
-            "View" => self.prepare(decode(request)?, Making::View).map(|mounts| one(&mounts)),
+            "View" => self
+                .prepare(decode(request)?, Making::View, namespace)
+                .map(|mounts| one(&mounts)),
             "Mounts" => self.mounts(&key()?).map(|mounts| one(&mounts)),
             "Commit" => self.commit(decode(request)?).map(|()| one(&Empty {})),
             "Remove" => self.remove(&key()?).map(|()| one(&Empty {})),

@@ -57,6 +57,7 @@ impl Lab {
         let set_up = format!(
             "root = \"{dir}/r\"
 address = \"{dir}/s.sock\"
+containerd = \"{dir}/c.sock\"
 cache = \"{dir}/cache\"
 hosts-dir = \"{dir}/hosts\"
 {config}",

@@ -22,16 +22,13 @@ use prost::Message;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-use super::{PREFIX_BYTES, framed};
+use super::{NAMESPACE, PREFIX_BYTES, framed};
 
 /// How long containerd may take to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The longest answer in bytes: what containerd itself sends at most.
 const LONGEST_ANSWER: usize = 16 << 20;
-
-/// The namespace's header field.
-const NAMESPACE: &str = "containerd-namespace";
 
 /// gRPC's number of "there is none".
 pub const NOT_FOUND: u32 = 5;
