@@ -150,13 +150,13 @@ impl Workshop {
         format!("oci:{}:{tag}", self.at("app"))
     }
 
-    /// What serves devices of this directory.
+    /// What serves devices of this directory, whatever its states are called.
     pub(crate) fn servers(&self) -> Vec<i32> {
-        let states = self.path("states");
         let serves = |pid: &i32| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let words: Vec<_> = line.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-            words.iter().any(|word| word == "serve-devices") && words.iter().any(|word| Path::new(&**word) == states)
+            words.iter().any(|word| word == "serve-devices")
+                && words.iter().any(|word| Path::new(&**word).starts_with(self.dir()))
         };
         let processes = fs::read_dir("/proc").unwrap().flatten();
         let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
