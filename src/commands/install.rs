@@ -24,7 +24,7 @@ use crate::interrupt::Interrupt;
 const PACKAGED: &str = "/usr/bin/tarblk";
 
 /// Units by the names of their files.
-const UNITS: [(&str, &str); 3] = [
+const UNITS: [(&str, &str); 4] = [
     ("tarblk.service", include_str!("../../packaging/systemd/tarblk.service")),
     (
         "tarblk-snapshotter.service",
@@ -33,6 +33,10 @@ const UNITS: [(&str, &str); 3] = [
     (
         "tarblk-snapshotter.socket",
         include_str!("../../packaging/systemd/tarblk-snapshotter.socket"),
+    ),
+    (
+        "tarblk-podman.service",
+        include_str!("../../packaging/systemd/tarblk-podman.service"),
     ),
 ];
 
@@ -175,6 +179,7 @@ fn enable(root: &Path, session: Session) -> anyhow::Result<()> {
         "tarblk.service",
         "tarblk-snapshotter.socket",
         "tarblk-snapshotter.service",
+        "tarblk-podman.service",
     ])?;
     systemctl(&["start", "tarblk-snapshotter.socket"])?;
     // Both hand what is mounted over to the new program and end without touching it.
