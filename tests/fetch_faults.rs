@@ -3,6 +3,7 @@
 mod common;
 mod fetched;
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -714,11 +715,21 @@ fn a_shortage_of_descriptors_is_a_wait() {
         assert!(alone.success(), "{alone}");
         return;
     }
+    // TCP sockets of this process, listening ones too.
+    let sockets = || {
+        let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+        let inodes = table.lines().skip(1).filter_map(|line| line.split_whitespace().nth(9));
+        let tcp: BTreeSet<String> = inodes.map(|inode| format!("socket:[{inode}]")).collect();
+        let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let files = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        files.filter(|file| tcp.contains(&*file.to_string_lossy())).count()
+    };
     let (origin, data) = served();
     let options = FetchOptions {
         prefetch: false,
         ..quick()
     };
+    let listening = sockets();
     let fetcher = start(layer(&origin, "/layer.tar"), options);
     assert!(fetcher.read_blocking(vec![range(0, 4096)]).is_ok());
     let limit = rustix::process::Rlimit {
@@ -729,11 +740,11 @@ fn a_shortage_of_descriptors_is_a_wait() {
     let mut taken = Vec::new();
     origin.drop_connections();
     // What the ends of connections give back is taken as well.
-    for _ in 0..40 {
-        while let Ok(file) = std::fs::File::open("/dev/null") {
-            taken.push(file);
-        }
+    while sockets() > listening {
         std::thread::sleep(Duration::from_millis(5));
+    }
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        taken.push(file);
     }
     let reading = {
         let fetcher = fetcher.clone();
