@@ -392,6 +392,8 @@ pub fn unmount(states: &StateDir, dir: &Path) -> Result<Unmounted, MountError> {
         Ok(()) => None,
         // Whoever mounted it let it go with its last user.
         Err(ControlError::InUse { users, .. }) if service::let_go(states, &state).is_ok() => Some(users),
+        // That was a moment ago.
+        Err(ControlError::InUse { .. }) if service::is_over(states, &state) => None,
         Err(cause) => {
             return Err(MountError::Detach {
                 path: dir.to_owned(),

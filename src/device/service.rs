@@ -51,7 +51,7 @@ use super::volume::BlobReader;
 use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
-pub(crate) use control::{Condition, bury, conditions, end_reads};
+pub(crate) use control::{Condition, bury, conditions, end_reads, is_over};
 pub use control::{ControlError, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
 pub use counts::ServiceStats;
 pub use manager::{READY, STOPPING, notify};

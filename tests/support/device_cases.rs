@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use tarblk::internals::device::inventory::{self, Status};
 use tarblk::internals::device::service::{self, Attached, BuildError, Builder, Launcher, Reach, ServeSpec, Served};
-use tarblk::internals::device::state::StateDir;
+use tarblk::internals::device::state::{State, StateDir};
 use tarblk::internals::device::volume::BlobReader;
 use tarblk::internals::device::{Backend, BackendChoice, DeviceOptions, users};
 use tarblk::internals::mount::{self, MountOptions};
@@ -1104,9 +1104,27 @@ fn a_command_that_comes_late_harms_no_other_device() {
         drop(used);
         assert!(read_all(&next.device) == content);
     }
-    for state in others.iter().chain([&next, &keeps_the_service.state]) {
+    for state in others.iter().chain([&next]) {
         inventory::detach(&lab.states(), &state.device).unwrap();
     }
+    // Nor to another service's.
+    let neighbour = Lab::new();
+    let theirs = neighbour.attach().state;
+    let namesake = State {
+        instance: gone.instance,
+        ..theirs.clone()
+    };
+    let used = File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&theirs.device)
+        .unwrap();
+    service::detach(&lab.states(), &namesake).unwrap();
+    drop(used);
+    assert!(read_all(&theirs.device) == read_all(&neighbour.image()));
+    inventory::detach(&neighbour.states(), &theirs.device).unwrap();
+    neighbour.assert_clean();
+    inventory::detach(&lab.states(), &keeps_the_service.state.device).unwrap();
     lab.assert_clean();
 }
 

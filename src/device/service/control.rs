@@ -488,11 +488,12 @@ pub fn stats(states: &StateDir, state: &State) -> Result<ServiceStats, ControlEr
 /// # Errors
 /// [`ControlError::InUse`] when the device is mounted or otherwise in use, or whatever else kept it.
 pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
+    if is_over(states, state) {
+        return Ok(());
+    }
     // The service will look too, but it sees mounts from its own namespace.
     if let Err(used) = refuse_if_used_for_long(state) {
-        // It went with its last user, and what is in use is another one that was given its name.
-        let is_another = states.read(&state.name).is_ok_and(|now| now.instance != state.instance);
-        return if is_another { Ok(()) } else { Err(used) };
+        return if is_over(states, state) { Ok(()) } else { Err(used) };
     }
     match ask(states, state, &Request::Detach(Named::of(state))) {
         Ok(Answer::Done) => {}
@@ -502,6 +503,15 @@ pub fn detach(states: &StateDir, state: &State) -> Result<(), ControlError> {
         Err(error) => return Err(error),
     }
     Ok(())
+}
+
+/// Whether the device went with its last user: whatever is in use under its name, here or by another service, is another one.
+pub(crate) fn is_over(states: &StateDir, state: &State) -> bool {
+    match states.read(&state.name) {
+        Ok(now) => now.instance != state.instance,
+        Err(StateError::File { cause, .. }) => cause.kind() == io::ErrorKind::NotFound,
+        Err(_) => false,
+    }
 }
 
 /// From now on the device of `state` goes with its last user.
