@@ -176,7 +176,7 @@ macro_rules! counters {
             pub bytes_layers: u64,
             /// ...and how many of them are in the disk cache.
             pub bytes_held: u64,
-            /// Why the disk cache takes nothing now, if its disk refuses to be written.
+            /// Why the disk cache takes nothing now, if its disk refuses to be written, or has no room for it.
             pub cache_trouble: Option<String>,
             /// Bytes handed out, by where they were.
             pub bytes: BytesByOrigin,

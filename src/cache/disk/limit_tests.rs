@@ -315,6 +315,19 @@ fn a_layer_that_cannot_fit_is_not_begun_and_one_that_grows_too_long_leaves_nothi
     assert!(on_disk(dir.path()) < 1 << 20);
 }
 
+/// A cache that can take nothing says so; one that is asked for more than it may ever hold is well.
+#[test]
+fn a_cache_without_room_for_a_chunk_is_in_trouble() {
+    let trouble = |limit: u64, asked: u64| {
+        let dir = tempfile::tempdir().unwrap();
+        let store = DiskCache::open(dir.path(), CacheLimit::bytes(limit)).unwrap();
+        assert!(store.room_for(asked).is_none());
+        store.trouble()
+    };
+    assert!(trouble(16 << 10, CHUNK_BYTES).unwrap().contains("full"));
+    assert_eq!(trouble(4 << 20, 8 << 20), None);
+}
+
 /// Somebody empties the directory, or deletes it, while a layer is used: it is used again, and nothing is kept that is not counted.
 #[test]
 fn an_emptied_or_deleted_directory_is_filled_again() {

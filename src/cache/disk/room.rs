@@ -24,6 +24,7 @@ use super::files::{
 };
 use super::reservation::Reservation;
 use super::{DiskCache, DiskCacheError, LayerCache, lock, nonce};
+use crate::units::CHUNK_BYTES;
 
 /// What writing takes besides the bytes: their last block, and one of the filesystem's own.
 const MARGIN: u64 = 2 * 4096;
@@ -56,6 +57,8 @@ pub(super) struct Room {
     search: Mutex<Search>,
     resting: AtomicBool,
     rest: Mutex<Option<Rest>>,
+    /// Whether there was not even room for a chunk when it was last looked for.
+    full: AtomicBool,
     /// Whether the files' space cannot be given back in part.
     no_holes: AtomicBool,
     /// When an open layer last had to give up chunks, or no room was found, in milliseconds since `begun`; 0 if never.
@@ -212,7 +215,9 @@ impl DiskCache {
             usage = self.usage(&dir, search, &layers)?;
         }
         let (by_limit, by_disk) = self.left(&dir, &usage, limit.saturating_sub(slack))?;
-        let found = by_limit.0.min(by_disk.0).min(want);
+        let left = by_limit.0.min(by_disk.0);
+        room.full.store(left < CHUNK_BYTES + MARGIN, Ordering::Relaxed);
+        let found = left.min(want);
         let is_enough = found >= cost;
         let found = if is_enough { found } else { 0 };
         note_in_ledger(
@@ -303,7 +308,7 @@ impl DiskCache {
             }
             let holder = holders.len();
             let Ok(stat) = dir.stat(name) else { continue };
-            let most = u32::try_from(u64::try_from(stat.st_size).unwrap_or(0) / crate::units::CHUNK_BYTES + 1);
+            let most = u32::try_from(u64::try_from(stat.st_size).unwrap_or(0) / CHUNK_BYTES + 1);
             let read = read_map_alone(dir, &key, most.unwrap_or(u32::MAX));
             if let Some(read) = read
                 && let Some(count) = crate::cache::chunk::chunk_count(read.identity.size)
@@ -508,12 +513,12 @@ impl DiskCache {
                 .is_some_and(|rest| Instant::now() < rest.until)
     }
 
-    /// Why the disk took nothing when it was last tried, if it did not.
+    /// Why nothing was taken when it was last tried, if it was not: the disk refused, or there was no room even for a chunk.
     pub(super) fn trouble(&self) -> Option<String> {
-        if !self.room.resting.load(Ordering::Relaxed) {
-            return None;
-        }
-        lock(&self.room.rest).as_ref().map(|rest| rest.why.clone())
+        let refused = self.room.resting.load(Ordering::Relaxed).then(|| lock(&self.room.rest));
+        let refused = refused.and_then(|rest| Some(rest.as_ref()?.why.clone()));
+        let full = || "it is full, or its disk is, and nothing in it can be given up".to_owned();
+        refused.or_else(|| self.room.full.load(Ordering::Relaxed).then(full))
     }
 }
 
