@@ -63,6 +63,7 @@
 // What is re-exported names no type that is not.
 #![cfg_attr(not(feature = "unstable-internals"), warn(unnameable_types))]
 
+mod checksum;
 mod diff;
 mod digest;
 mod excerpt;

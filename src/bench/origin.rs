@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 pub use fault::{Fault, FaultScript, at_random};
 pub use link::Link;
 
+use crate::checksum;
 use link::Clock;
 pub(super) use link::time_for;
 
@@ -291,7 +292,7 @@ impl Origin {
     /// Serves bytes from memory under `path` as content of the media type `kind`.
     pub fn serve_typed(&self, path: &str, kind: &str, bytes: impl Into<Arc<[u8]>>) {
         let bytes = bytes.into();
-        let etag = format!("\"{:08x}-{:x}\"", crc32c::crc32c(&bytes), bytes.len());
+        let etag = format!("\"{:08x}-{:x}\"", checksum::crc32c(&bytes), bytes.len());
         let kind = kind.into();
         self.put(path, Content::Blob { bytes, etag, kind });
     }

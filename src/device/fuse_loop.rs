@@ -29,6 +29,7 @@ use rustix::fs::{Mode, OFlags};
 use super::stats::ThreadCounters;
 use super::volume::{Found, Scratch, Volume};
 use super::{DeviceError, DeviceOptions, STOP_GRACE};
+use crate::checksum;
 use channel::Channel;
 use export::Export;
 use ledger::{ImageIdentity, Ledger, MAX_THREADS};
@@ -252,8 +253,8 @@ fn identity(volume: &Volume) -> ImageIdentity {
     let mut scratch = Scratch::default();
     let found = volume.look(0, &mut block, &mut scratch, &ThreadCounters::default());
     let checksum = match found {
-        Ok(Found::Zero | Found::Filled) => Some(crc32c::crc32c(&block)),
-        Ok(Found::Memory(slice)) => Some(crc32c::crc32c(&slice)),
+        Ok(Found::Zero | Found::Filled) => Some(checksum::crc32c(&block)),
+        Ok(Found::Memory(slice)) => Some(checksum::crc32c(&slice)),
         Ok(Found::Gaps) | Err(_) => None,
     };
     ImageIdentity {

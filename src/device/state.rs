@@ -14,6 +14,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::{Backend, fuse_loop, ublk};
+use crate::checksum;
 use crate::fetch::LayerTrust;
 
 /// Where states are kept unless a command says otherwise.
@@ -235,7 +236,7 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8], durable: bool) -> io::Resul
 pub(super) fn write_checked(path: &Path, text: String) -> Result<(), StateError> {
     let envelope = Envelope {
         version: VERSION,
-        crc32c: crc32c::crc32c(text.as_bytes()),
+        crc32c: checksum::crc32c(text.as_bytes()),
         state: text,
     };
     let bytes = serde_json::to_vec(&envelope).map_err(io::Error::from);
@@ -271,7 +272,7 @@ pub(super) fn parse_checked<T: serde::de::DeserializeOwned>(
         });
     }
     let envelope: Envelope = serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-    if crc32c::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
+    if checksum::crc32c(envelope.state.as_bytes()) != envelope.crc32c {
         return Err(damaged("its checksum is wrong".to_owned()));
     }
     serde_json::from_str(&envelope.state).map_err(|error| damaged(error.to_string()))

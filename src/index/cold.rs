@@ -10,6 +10,7 @@ use super::error::{IndexError, IndexFault};
 use super::format::{self, Fields, SectionRecord, SectionTable};
 use super::len_u64;
 use super::varint::{self, Cursor};
+use crate::checksum;
 
 /// The parts of the cold part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,7 +75,7 @@ impl ColdPiece {
         if stored.is_empty() {
             return Ok(Vec::new());
         }
-        if crc32c::crc32c(stored) != self.crc || short(stored) != self.digest {
+        if checksum::crc32c(stored) != self.crc || short(stored) != self.digest {
             return Err(IndexFault::Checksum(name).into());
         }
         if self.part.encoding() == format::RAW {
@@ -274,7 +275,7 @@ impl Packed {
         }
         let stored = &self.stored[before..];
         self.lens.push(len_u64(stored.len()));
-        self.checks.extend_from_slice(&crc32c::crc32c(stored).to_le_bytes());
+        self.checks.extend_from_slice(&checksum::crc32c(stored).to_le_bytes());
         self.checks.extend_from_slice(&short(stored));
         self.decoded += len_u64(piece.len());
     }

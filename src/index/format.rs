@@ -13,6 +13,7 @@ use super::entry::{Kind, Xattr};
 use super::error::IndexFault;
 use super::len_u64;
 use super::summary::Summary;
+use crate::checksum;
 
 /// How an index file begins. The high bit and the line ends tell of transfers that took it for text.
 pub const MAGIC: [u8; 8] = *b"\x89tbi\r\n\x1a\n";
@@ -317,7 +318,7 @@ impl SectionTable {
         }
         let table_end = PROLOGUE + count * RECORD;
         let table = file.get(CRC_AT + 4..table_end).ok_or(IndexFault::Truncated)?;
-        if crc32c::crc32c_append(crc32c::crc32c(&file[..CRC_AT]), table) != crc {
+        if checksum::crc32c_append(checksum::crc32c(&file[..CRC_AT]), table) != crc {
             return Err(IndexFault::Checksum("section table"));
         }
         let records: Vec<_> = file[PROLOGUE..table_end]
@@ -359,7 +360,7 @@ pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
     for (record, bytes) in sections.iter_mut() {
         record.offset = offset;
         record.stored = len_u64(bytes.len());
-        record.crc = crc32c::crc32c(bytes);
+        record.crc = checksum::crc32c(bytes);
         record.encode(&mut table);
         offset += record.stored;
         if record.flags & COLD == 0 {
@@ -370,8 +371,8 @@ pub(super) fn assemble(sections: &mut [(SectionRecord, Vec<u8>)]) -> Vec<u8> {
     file.extend_from_slice(&MAGIC);
     file.extend_from_slice(&VERSION.to_le_bytes());
     file.extend_from_slice(&u16::try_from(sections.len()).unwrap_or(u16::MAX).to_le_bytes());
-    let crc = crc32c::crc32c_append(crc32c::crc32c(&file), &hot.to_le_bytes());
-    let crc = crc32c::crc32c_append(crc, &table);
+    let crc = checksum::crc32c_append(checksum::crc32c(&file), &hot.to_le_bytes());
+    let crc = checksum::crc32c_append(crc, &table);
     file.extend_from_slice(&crc.to_le_bytes());
     file.extend_from_slice(&hot.to_le_bytes());
     file.extend_from_slice(&table);

@@ -16,6 +16,7 @@ use super::parser::EndOfArchive;
 use super::pieces::PieceDigests;
 use super::sink::EntrySink;
 use super::summary::Summary;
+use crate::checksum;
 use crate::digest::{Algorithm, Digest as ContentDigest};
 use crate::layer::{Coding, SpanTable};
 
@@ -72,7 +73,7 @@ impl<B: AsRef<[u8]>> Index<B> {
         }
         let here = |record: &&SectionRecord| record.flags & format::COLD == 0 || end == table.file_len;
         for record in table.records.iter().filter(here) {
-            if crc32c::crc32c(section(file, record)?) != record.crc {
+            if checksum::crc32c(section(file, record)?) != record.crc {
                 return Err(IndexFault::Checksum(format::section_name(record.kind)));
             }
         }

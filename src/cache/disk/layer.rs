@@ -20,6 +20,7 @@ use super::map::{self, ChunkMap, GROUP_CHUNKS, Identity, Label};
 use super::reservation::Reservation;
 use super::{DiskCache, DiskCacheError, RunWriter, lock};
 use crate::cache::chunk::{chunk_count, chunk_len};
+use crate::checksum;
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
 
 /// The chunks of one layer that are on disk.
@@ -230,7 +231,7 @@ impl LayerCache {
 
     /// `bytes` were read as chunk `index` and are right, whatever the map's checksum says: from now on it is theirs.
     pub(crate) fn verified(&self, index: u32, bytes: &[u8]) {
-        self.files().holder(index).1.sums.set(index, crc32c::crc32c(bytes));
+        self.files().holder(index).1.sums.set(index, checksum::crc32c(bytes));
     }
 
     /// Fills `target` with the layer's bytes from `at` on, if all chunks that they lie in are here, in the page cache, and what was
@@ -270,7 +271,7 @@ impl LayerCache {
                 let mut rest = piece;
                 while !rest.is_empty() {
                     let (now, later) = rest.split_at(len_usize(left).min(rest.len()));
-                    sum = crc32c::crc32c_append(sum, now);
+                    sum = checksum::crc32c_append(sum, now);
                     left -= len_u64(now.len());
                     rest = later;
                     if left == 0 {
@@ -325,7 +326,7 @@ impl LayerCache {
         if !self.takes_more() {
             return false;
         }
-        let sums: Vec<u32> = chunks.iter().map(|chunk| crc32c::crc32c(chunk)).collect();
+        let sums: Vec<u32> = chunks.iter().map(|chunk| checksum::crc32c(chunk)).collect();
         let len: usize = chunks.iter().map(|chunk| chunk.len()).sum();
         let Some(_reserved) = self.reserve(len_u64(len)) else {
             return false;

@@ -11,6 +11,7 @@ use super::files::{data_name, end_data, map_name, part_name, write_new};
 use super::map::{self, ChunkMap, Identity, Label};
 use super::{DiskCache, DiskCacheError, LayerKey, nonce};
 use crate::cache::chunk::chunk_count;
+use crate::checksum;
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 /// How many bytes are written before the disk is told to keep them, so that little is left to wait for at the end.
@@ -129,7 +130,7 @@ impl LayerWriter {
         while !bytes.is_empty() {
             let left = len_usize(CHUNK_BYTES - self.len % CHUNK_BYTES);
             let (now, later) = bytes.split_at(left.min(bytes.len()));
-            self.sum = crc32c::crc32c_append(self.sum, now);
+            self.sum = checksum::crc32c_append(self.sum, now);
             self.len += len_u64(now.len());
             if self.len.is_multiple_of(CHUNK_BYTES) {
                 self.sums.push(std::mem::take(&mut self.sum));

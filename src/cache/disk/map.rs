@@ -22,6 +22,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::checksum;
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
 const MAGIC: &[u8; 8] = b"TARBLKMP";
@@ -198,7 +199,7 @@ impl ChunkMap {
 
     /// Whether `bytes` are what was written as chunk `index`.
     pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
-        self.sums.get(index) == crc32c::crc32c(bytes)
+        self.sums.get(index) == checksum::crc32c(bytes)
     }
 }
 
@@ -282,7 +283,7 @@ pub(crate) fn encode(identity: &Identity, sealed: bool, label: &Label, map: &Chu
     for group in groups_of(set()) {
         out.extend_from_slice(&map.uses.get(group).to_le_bytes());
     }
-    let sum = crc32c::crc32c(&out);
+    let sum = checksum::crc32c(&out);
     out.extend_from_slice(&sum.to_le_bytes());
     out
 }
@@ -337,7 +338,7 @@ impl<'a> Reader<'a> {
 /// this version. The caller compares the identity.
 pub(crate) fn decode(bytes: &[u8], count: impl Fn(u64) -> Option<u32>) -> Option<Decoded> {
     let (body, sum) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-    if crc32c::crc32c(body).to_le_bytes() != sum {
+    if checksum::crc32c(body).to_le_bytes() != sum {
         return None;
     }
     let mut reader = Reader(body);
@@ -438,7 +439,7 @@ mod tests {
         let resealed = |at: usize, value: u8| {
             let mut bad = good[..good.len() - 4].to_vec();
             bad[at] = value;
-            let sum = crc32c::crc32c(&bad);
+            let sum = checksum::crc32c(&bad);
             bad.extend_from_slice(&sum.to_le_bytes());
             bad
         };

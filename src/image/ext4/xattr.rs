@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use super::bytes::{halves, pad4, put_u16, put_u32};
 use super::{acl, inode_size};
+use crate::checksum;
 use crate::image::ImageError;
 use crate::tree::{NodeId, NodeKind, Tree, XattrSetId, Xattrs, show};
 use crate::units::{BLOCK_SIZE, to_usize};
@@ -402,7 +403,7 @@ fn value_bytes(tree: &Tree, value: &ValueInode) -> Vec<u8> {
 
 /// `ext4_xattr_inode_hash`: a CRC32C seeded with the UUID's, without the final inversion.
 fn value_hash(uuid: [u8; 16], value: &[u8]) -> u32 {
-    !crc32c::crc32c_append(crc32c::crc32c(&uuid), value)
+    !checksum::crc32c_append(checksum::crc32c(&uuid), value)
 }
 
 /// Writes entries from the front and values from the back of an area.
