@@ -1,5 +1,9 @@
 //! What can be typed: every command, option and help text. Man pages and completions are made from these definitions.
 
+mod cache;
+mod engines;
+mod index;
+mod machine;
 mod podman;
 mod run;
 
@@ -9,6 +13,10 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+pub(super) use cache::{CacheAction, CacheArgs};
+pub(super) use engines::{ContentCommand, ContentPushArgs, EngineArg, SetupArgs, SnapshotterArgs, SnapshotterCommand};
+pub(super) use index::{CopyArgs, IndexAction, IndexArgs, PushArgs, VerifyArgs};
+pub(super) use machine::{Generate, InstallArgs, SystemdArgs, UnitKind};
 pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
 pub(super) use run::{NetworkArg, RunArgs};
 
@@ -315,165 +323,6 @@ pub enum BackendArg {
     Loop,
 }
 
-/// Arguments of `tarblk index`.
-#[derive(Debug, Args)]
-#[command(
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true,
-    subcommand_value_name = "ACTION",
-    disable_help_subcommand = true,
-    after_help = "Of a local layer whose index is written everything is read, so that the index can check every byte; of a layer
-on a server only headers are, because everything else costs a download.
-
-Examples:
-  tarblk index layer.tar                     summary only
-  tarblk index layer.tar -o layer.tarblk
-  tarblk index https://example.org/layer.tar -o layer.tarblk --json
-  tarblk index verify layer.tarblk https://example.org/layer.tar
-  tarblk index push docker://registry.example.org/team/app:1.2"
-)]
-pub struct IndexArgs {
-    /// The layer: a path, a `file://` URL, or an `http(s)://` URL of a server that answers Range.
-    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath, required = true)]
-    pub source: Option<String>,
-    /// Write the index to this file.
-    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub output: Option<PathBuf>,
-    /// Read everything, and put all into the index that it can hold: digests of chunks and of files, and the header bytes, with
-    /// which the exact tar can be rebuilt.
-    #[arg(long)]
-    pub full: bool,
-    /// Read headers only: no digests.
-    #[arg(long, conflicts_with = "full")]
-    pub no_digests: bool,
-    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar: closer ones take more room and
-    /// save reading.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
-    pub spacing: u64,
-    /// The summary as JSON.
-    #[arg(long)]
-    pub json: bool,
-    /// Which layer of an image: by its digest, or its number, the lowest being 1.
-    #[arg(long, value_name = "DIGEST|N")]
-    pub layer: Option<LayerChoice>,
-    /// Fail when nothing has come from a server for this long, whatever it says or does not say [default: 6 tries within 1min, of
-    /// some 30s each].
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    pub deadline: Option<Duration>,
-    /// The registry.
-    #[command(flatten)]
-    pub registry: RegistryArgs,
-    /// What else can be done with indexes.
-    #[command(subcommand)]
-    pub action: Option<IndexAction>,
-}
-
-/// What can be done with indexes besides making them.
-#[derive(Debug, Subcommand)]
-pub enum IndexAction {
-    /// Make an index again from the layer and compare: the first difference is named.
-    Verify(VerifyArgs),
-    /// Publish indexes of an image's layers beside it, for everybody who pulls it.
-    Push(PushArgs),
-    /// Publish for an image the indexes that another repository has of its layers.
-    Copy(CopyArgs),
-}
-
-/// Arguments of `tarblk index push`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Every layer is read once, whole. The image itself is not changed: its digest stays what it is.
-
-An index says what a layer's files are, and whoever may write to the repository can put one there. So nobody believes it for lying
-there: readers want it signed (--sign), named by the image that they mount (--into), or pinned (mount --index-digest), or they say
-that they believe the registry (mount --trust registry). An index that is there already is signed or named only if it was signed
-by the same key or one that is trusted here; else it is made anew.
-
-The repository gets, besides the indexes: a tag for each layer, sha256-DIGEST.tarblk-v1, by which a layer that several images
-share is found; an artifact that refers to the image; and, where the registry has no referrers API, the tag sha256-DIGEST of
-the image, whose list names the artifact. All are told at the end (`tags` in the JSON). To take the indexes back, delete
-these tags and the artifact.
-
-The hot part of an index is what every mount needs: names, attributes, where content lies and how to check it. It comes in
-one or two requests. The rest (places to decode from, header bytes) is fetched when something is read that needs it.
-
-Examples:
-  openssl genpkey -algorithm ed25519 -out sign.pem
-  openssl pkey -in sign.pem -pubout -out team.pub
-  tarblk index push docker://registry.example.org/app:1.2 --sign sign.pem
-  tarblk mount docker://registry.example.org/app:1.2 /mnt --trust-key team.pub
-
-  tarblk index push docker://registry.example.org/team/app:1.2 --into 1.2-lazy
-  tarblk mount docker://registry.example.org/team/app:1.2-lazy /mnt
-
-  tarblk index push docker://localhost:5000/app --json | jq -r .artifact"
-)]
-pub struct PushArgs {
-    /// The image, `docker://host/repository:tag`; its repository has to be writable.
-    #[arg(value_name = "IMAGE")]
-    pub image: String,
-    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
-    pub spacing: u64,
-    /// Make indexes also of layers that have one.
-    #[arg(long)]
-    pub anew: bool,
-    /// Sign the indexes with the private key in this file: Ed25519 or ECDSA P-256, PKCS#8 in PEM without a password, as `openssl
-    /// genpkey -algorithm ed25519` makes it. Who has the public half in /etc/tarblk/keys.d or names it with --trust-key believes them.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub sign: Option<PathBuf>,
-    /// Write another manifest of the image, under this tag of its repository: the same layers and configuration, and an annotation
-    /// that names the indexes. Who mounts that one believes them as the image itself, without a key.
-    #[arg(long, value_name = "TAG")]
-    pub into: Option<String>,
-    /// What was published as JSON.
-    #[arg(long)]
-    pub json: bool,
-    /// The registry.
-    #[command(flatten)]
-    pub registry: RegistryArgs,
-}
-
-/// Arguments of `tarblk index copy`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Copies indexes, not images: copy those first, with skopeo for example, which leaves indexes behind.
-
-Examples:
-  skopeo copy docker://registry.example.org/app:1.2 \\
-      docker://mirror.example.org/app:1.2
-  tarblk index copy docker://registry.example.org/app:1.2 \\
-      docker://mirror.example.org/app:1.2"
-)]
-pub struct CopyArgs {
-    /// An image whose layers have indexes, `docker://host/repository:tag`.
-    #[arg(value_name = "FROM")]
-    pub from: String,
-    /// The image that they are for; it may share all of its layers with the other one, or some.
-    #[arg(value_name = "TO")]
-    pub to: String,
-    /// What was published as JSON.
-    #[arg(long)]
-    pub json: bool,
-    /// The registry.
-    #[command(flatten)]
-    pub registry: RegistryArgs,
-}
-
-/// Arguments of `tarblk index verify`.
-#[derive(Debug, Args)]
-pub struct VerifyArgs {
-    /// The index: a path or a URL.
-    #[arg(value_name = "INDEX", value_hint = ValueHint::FilePath)]
-    pub index: String,
-    /// The layer that it is said to be of.
-    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
-    pub source: String,
-    /// The outcome as JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// Arguments of `tarblk ls`.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
@@ -657,127 +506,6 @@ pub struct PsArgs {
     pub config: Option<PathBuf>,
 }
 
-/// Arguments of `tarblk snapshotter`.
-#[derive(Debug, Args)]
-#[command(after_help = "containerd is told of it by a proxy plug-in in its configuration:
-  [proxy_plugins.tarblk]
-    type = \"snapshot\"
-    address = \"/run/tarblk/snapshotter.sock\"
-
-An image is pulled as usual where it cannot be lazy; `tarblk ps --images` says which and why. Containers run on when the
-snapshotter ends, is killed or is replaced by another version.
-
-Example:
-  tarblk snapshotter &
-  ctr images pull --snapshotter tarblk registry.example.org/team/app:1.2")]
-#[command(args_conflicts_with_subcommands = true)]
-pub struct SnapshotterArgs {
-    /// What else is done about it.
-    #[command(subcommand)]
-    pub what: Option<SnapshotterCommand>,
-    /// Its set-up [default: /etc/tarblk/snapshotter.toml, and if that is not there, what every key of it is by default].
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub config: Option<PathBuf>,
-    /// The socket on which containerd calls, instead of the set-up's.
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub address: Option<PathBuf>,
-    /// Where records are kept and containers write, instead of the set-up's.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub root: Option<PathBuf>,
-    /// For Kubernetes: pass a kubelet's pulls on to containerd and keep the logins that come with them, which the layers need
-    /// later. The kubelet is told of the socket by `--image-service-endpoint=unix://SOCKET`.
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub image_service: Option<PathBuf>,
-    /// containerd's own socket, for `--image-service` [default: /run/containerd/containerd.sock].
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub containerd: Option<PathBuf>,
-}
-
-/// What is done about the snapshotter besides running it.
-#[derive(Debug, Subcommand)]
-pub enum SnapshotterCommand {
-    /// Print what containerd, Docker, k3s and podman have to be told, in the form that their versions on this machine read.
-    Setup(SetupArgs),
-}
-
-/// Arguments of `tarblk snapshotter setup`.
-#[derive(Debug, Args)]
-#[command(after_help = "Nothing is written: what is printed goes into the files that it names.
-
-Examples:
-  tarblk snapshotter setup
-  tarblk snapshotter setup docker
-  tarblk snapshotter setup --check")]
-pub struct SetupArgs {
-    /// What starts containers here [default: what is installed].
-    #[arg(value_name = "ENGINE", value_enum)]
-    pub engines: Vec<EngineArg>,
-    /// Instead, look whether it works: the snapshotter answers, containerd has the plug-in, and images' names come with their layers.
-    #[arg(long)]
-    pub check: bool,
-    /// containerd's socket [default: the set-up's, or k3s'].
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub address: Option<PathBuf>,
-    /// containerd's configuration, for `--check` [default: /etc/containerd/config.toml, or k3s'].
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "check")]
-    pub containerd_config: Option<PathBuf>,
-    /// The snapshotter's set-up [default: /etc/tarblk/snapshotter.toml].
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub config: Option<PathBuf>,
-}
-
-/// A container engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum EngineArg {
-    /// containerd, by itself or under Kubernetes.
-    Containerd,
-    /// Docker with containerd's image store.
-    Docker,
-    /// k3s or RKE2.
-    K3s,
-    /// podman.
-    Podman,
-}
-
-/// What is done with containerd's content.
-#[derive(Debug, Subcommand)]
-pub enum ContentCommand {
-    /// Bring the layers of images that were pulled lazily into containerd's content store, as their registries have them.
-    Push(ContentPushArgs),
-}
-
-/// Arguments of `tarblk content push`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "What needs layers whole (`ctr images export`, `docker save`, pushing elsewhere, builds) works afterwards.
-containerd keeps them for as long as it has the image.
-
-Examples:
-  tarblk content push --namespace k8s.io registry.example.org/team/app:1.2
-  ctr --namespace k8s.io images export app.tar registry.example.org/team/app:1.2
-
-  tarblk content push --namespace moby docker.io/library/debian:12
-  docker save debian:12 >debian.tar"
-)]
-pub struct ContentPushArgs {
-    /// The images, as containerd calls them; Docker's short names are understood.
-    #[arg(value_name = "IMAGE", required = true)]
-    pub images: Vec<String>,
-    /// The namespace that has the images: `k8s.io` is Kubernetes', `moby` Docker's [default: the environment's
-    /// `CONTAINERD_NAMESPACE`, else `default`].
-    #[arg(short, long, value_name = "NAME")]
-    pub namespace: Option<String>,
-    /// containerd's socket [default: the environment's `CONTAINERD_ADDRESS`, else the set-up's].
-    #[arg(short, long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
-    pub address: Option<PathBuf>,
-    /// The snapshotter's set-up: its registries and logins are used [default: /etc/tarblk/snapshotter.toml].
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub config: Option<PathBuf>,
-    /// What became of each layer, as JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// Arguments of `tarblk stats`.
 #[derive(Debug, Args)]
 pub struct StatsArgs {
@@ -847,79 +575,6 @@ pub struct DoctorArgs {
     /// The registry.
     #[command(flatten)]
     pub registry: RegistryArgs,
-}
-
-/// Arguments of `tarblk cache`.
-#[derive(Debug, Args)]
-#[command(
-    arg_required_else_help = true,
-    after_help = "LAYER is an image or a URL as `mount` takes it (whose meaning is remembered: no server is asked), a layer's digest, or the
-name of its files in the cache; of these two the beginning is enough.
-
-Attached devices may use the cache meanwhile. Layers that they have open can be listed, checked and pinned; what is kept of them
-is theirs to give up, which they do by themselves when room is needed.
-
-Examples:
-  tarblk cache ls
-  tarblk cache pin docker://registry.example.org/team/app:1.2
-  tarblk cache gc --to 2GiB
-  tarblk cache ls --json | jq -r '.[] | select(.pinned).name'"
-)]
-pub struct CacheArgs {
-    /// The cache directory [default: the environment's `TARBLK_CACHE`, else /var/cache/tarblk, or ~/.cache/tarblk for users].
-    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
-    pub cache: Option<PathBuf>,
-    /// What is done and found, as JSON.
-    #[arg(long, global = true)]
-    pub json: bool,
-    /// What is to be done.
-    #[command(subcommand)]
-    pub action: CacheAction,
-}
-
-/// What can be done with the cache.
-#[derive(Debug, Subcommand)]
-pub enum CacheAction {
-    /// List the layers of which something is kept, the last used first.
-    #[command(visible_alias = "list")]
-    Ls,
-    /// Tell how much of the disk the cache takes, and for what.
-    Du,
-    /// Read what is kept and compare it with its checksums; what is damaged is forgotten, and fetched again when it is wanted.
-    #[command(after_help = "The exit status is 1 if something was damaged, whether it could be forgotten or not.")]
-    Verify {
-        /// Only these layers.
-        #[arg(value_name = "LAYER", value_hint = ValueHint::Other)]
-        layers: Vec<String>,
-    },
-    /// Give up what was unused longest until the cache is as small as it has to be, and what killed processes left.
-    Gc {
-        /// Disk space that all that is kept may take afterwards [default: a tenth of the disk]. What is pinned or in use stays.
-        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-        to: Option<u64>,
-    },
-    /// Keep layers from being given up, whatever else is wanted.
-    Pin(CacheLayers),
-    /// Let pinned layers be given up again.
-    Unpin(CacheLayers),
-    /// Remove all that is kept of layers; pinned ones, and those in use, are refused.
-    #[command(visible_alias = "remove")]
-    Rm {
-        /// The layers.
-        #[arg(value_name = "LAYER", value_hint = ValueHint::Other, required_unless_present = "all", conflicts_with = "all")]
-        layers: Vec<String>,
-        /// All layers that are neither pinned nor in use, and all indexes, manifests and names.
-        #[arg(long)]
-        all: bool,
-    },
-}
-
-/// Layers of the cache.
-#[derive(Debug, Args)]
-pub struct CacheLayers {
-    /// The layers: images, URLs, digests or names of files in the cache.
-    #[arg(value_name = "LAYER", value_hint = ValueHint::Other, required = true)]
-    pub layers: Vec<String>,
 }
 
 /// Arguments of `tarblk detach`.
@@ -1025,87 +680,6 @@ pub struct DemoArgs {
     /// Where the report goes [default: tarblk-demo.html in the current directory].
     #[arg(long, value_name = "FILE.html", value_hint = ValueHint::FilePath)]
     pub report: Option<PathBuf>,
-}
-
-/// Arguments of `tarblk install`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "Settings in /etc/tarblk that are there already stay as they are. Devices and containers go on while another
-version takes over.
-
-Examples:
-  tarblk install --enable
-  tarblk install --root /host --enable --stay      # a container onto its host
-  tarblk install --remove"
-)]
-pub struct InstallArgs {
-    /// The root directory of the machine.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = "/")]
-    pub root: PathBuf,
-    /// Where programs, man pages and completions go, on that machine.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, default_value = "/usr/local")]
-    pub prefix: PathBuf,
-    /// Start the units, now and at boot, where systemd runs; those that run go on as this version.
-    #[arg(long)]
-    pub enable: bool,
-    /// Do not end before being told to: for a container that is started again when it ends.
-    #[arg(long)]
-    pub stay: bool,
-    /// Stop the units and take away everything but settings, records and the cache.
-    #[arg(long, conflicts_with_all = ["enable", "stay"])]
-    pub remove: bool,
-}
-
-/// What `tarblk generate` writes.
-#[derive(Debug, Subcommand)]
-pub enum Generate {
-    /// Write a man page for every command into DIR.
-    Man {
-        /// An existing directory.
-        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
-        dir: PathBuf,
-    },
-    /// Print completions for a shell.
-    Completions {
-        /// The shell.
-        #[arg(value_enum)]
-        shell: clap_complete::Shell,
-    },
-    /// Print a unit for systemd that mounts a layer.
-    Systemd(SystemdArgs),
-}
-
-/// Arguments of `tarblk generate systemd`.
-#[derive(Debug, Args)]
-#[command(after_help = "The first line of the unit names the file that it belongs in.
-
-Example:
-  tarblk generate systemd docker://registry.example.org/team/app:1.2 /mnt/app \\
-      >/etc/systemd/system/tarblk-mnt-app.service
-  systemctl daemon-reload && systemctl enable --now tarblk-mnt-app")]
-pub struct SystemdArgs {
-    /// What is mounted: a layer or an image, as `tarblk mount` takes it.
-    #[arg(value_name = "SOURCE", value_hint = ValueHint::FilePath)]
-    pub source: String,
-    /// Where.
-    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
-    pub dir: PathBuf,
-    /// Mount options, as `tarblk mount` and, in a mount unit, `mount.tarblk` take them.
-    #[arg(short = 'o', long = "options", value_name = "OPTIONS", value_delimiter = ',')]
-    pub options: Vec<String>,
-    /// A service, which runs `tarblk mount --foreground`; or a mount unit, for which mount(8) has to find `mount.tarblk`.
-    #[arg(long, value_enum, default_value_t = UnitKind::Service)]
-    pub kind: UnitKind,
-}
-
-/// What kind of a unit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum UnitKind {
-    /// `tarblk-DIR.service`.
-    #[default]
-    Service,
-    /// `DIR.mount`.
-    Mount,
 }
 
 #[cfg(test)]
