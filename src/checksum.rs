@@ -14,8 +14,9 @@ pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
 pub(crate) fn crc32c_append(sum: u32, bytes: &[u8]) -> u32 {
     let mut digest = Digest::new_with_init_state(CrcAlgorithm::Crc32Iscsi, u64::from(!sum));
     digest.update(bytes);
-    // It has 32 bits: that is what the polynomial makes of it.
-    u32::try_from(digest.finalize()).unwrap_or(u32::MAX)
+    // Checksums of every polynomial come in 64 bits; this one's are the lower half.
+    let [a, b, c, d, ..] = digest.finalize().to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 #[cfg(test)]

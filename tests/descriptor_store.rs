@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use common::TARBLK;
 use common::noise::noise;
 use common::rawtar::RawTar;
+use common::servers;
 use common::session::{Session, leftovers};
-use rustix::process::{Pid, Signal, kill_process};
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -89,29 +89,6 @@ impl Drop for Manager {
     fn drop(&mut self) {
         drop(self.process.stdin.take());
         let _ = self.process.wait();
-    }
-}
-
-/// Service and keepers of a state directory.
-fn processes(states: &Path) -> Vec<u32> {
-    let states = states.to_str().unwrap();
-    let all = fs::read_dir("/proc").unwrap().flatten();
-    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        words.contains(&&b"serve-devices"[..]) && words.contains(&states.as_bytes())
-    })
-    .collect()
-}
-
-/// Kills all of `pids`; none of them notices the others' end.
-fn kill(pids: &[u32]) {
-    for signal in [Signal::STOP, Signal::KILL] {
-        for pid in pids {
-            let pid = Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap();
-            let _ = kill_process(pid, signal);
-        }
     }
 }
 
@@ -195,16 +172,16 @@ fn a_loop_device_outlives_all_processes_at_once() {
     reader.goes_on();
     for with_command in [false, true, true, false] {
         let (before, stored) = (manager.command(), channels());
-        let mut all = processes(&states);
+        let mut all = servers::below(&states);
         assert!(all.len() >= 3, "{all:?}");
         if with_command {
-            all.push(before);
+            all.push(i32::try_from(before).unwrap());
         }
-        kill(&all);
+        servers::kill(&all);
         reader.goes_on();
         assert_eq!(manager.command() == before, !with_command);
         wait_until("the device in the store again", || channels() > stored);
-        wait_until("keepers again", || processes(&states).len() >= 3);
+        wait_until("keepers again", || servers::below(&states).len() >= 3);
     }
     let listed = session.succeed(&["ps", "--json"]);
     assert!(listed.contains("\"serving\""), "{listed}");
@@ -222,7 +199,7 @@ fn a_loop_device_outlives_all_processes_at_once() {
         kept().contains(&format!("\\\"reads\\\":{before},"))
     });
     let stored = channels();
-    kill(&processes(&states));
+    servers::kill(&servers::below(&states));
     wait_until("the device in the store again", || channels() > stored);
     assert!(before > 100 && reads() >= before, "{} after {before}", reads());
     session.succeed(&["detach", device.to_str().unwrap()]);

@@ -20,6 +20,7 @@ use common::corpus::{self, Archive};
 use common::images::{compare as compare_image, none, oci};
 use common::noise::noise;
 use common::rawtar::RawTar;
+use common::servers;
 use common::session::{Session, device, is_mounted, leftovers};
 use common::unpacked::{self, Unpacked, umoci_unpack};
 use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};
@@ -598,28 +599,6 @@ fn a_killed_daemon_leaves_no_lost_device() {
     });
 }
 
-/// Kills the service and the keepers of the states below `dir`, until nothing is left to start another.
-fn kill_servers(dir: &Path) {
-    let servers = || -> Vec<String> {
-        let lines = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
-            let line = fs::read(entry.path().join("cmdline")).ok()?;
-            let line = String::from_utf8_lossy(&line).into_owned();
-            let is_server = line.contains("serve-devices") && line.contains(dir.to_str()?);
-            is_server.then(|| entry.file_name().to_string_lossy().into_owned())
-        });
-        lines.collect()
-    };
-    wait_until("the end of all servers", || {
-        // Stopped first: what is stopped starts nothing.
-        for signal in ["-STOP", "-KILL"] {
-            for pid in servers() {
-                let _ = Command::new("kill").args([signal, &pid]).status();
-            }
-        }
-        servers().is_empty()
-    });
-}
-
 /// Kills what serves a device and cleans up; which device it was.
 fn kill_while_reading(dir: &Path, tar: &Path) -> String {
     let origin = Origin::start().unwrap();
@@ -640,7 +619,7 @@ fn kill_while_reading(dir: &Path, tar: &Path) -> String {
         (&listed["device"], &listed["status"]),
         (&device.clone().into(), &"serving".into())
     );
-    kill_servers(session.dir());
+    servers::kill_below(session.dir());
     wait_until("the service's death", || ps(&session)["status"] == "dead");
 
     // The kernel takes a moment to notice.

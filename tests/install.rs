@@ -143,7 +143,7 @@ fn nothing_is_installed_where_others_could_have_put_a_link() {
     let refused = install(root, &[]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        said(&refused).contains("other users may write to /usr/local"),
+        said(&refused).contains("/usr/local: others may write to it"),
         "{}",
         said(&refused)
     );

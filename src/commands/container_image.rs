@@ -2,7 +2,8 @@
 //! manifest and configuration, and the same arguments with a name that means the same image later.
 
 use super::UsageError;
-use super::cli::LayerArgs;
+use super::attach::AttachRequest;
+use super::cli::{DeviceArgs, LayerArgs};
 use super::layer::{Bar, small_cache};
 use super::{Session, attach};
 use crate::open::Prepared;
@@ -67,11 +68,18 @@ impl ContainerImage {
         })
     }
 
-    /// Its layers, each with its index.
+    /// Finds its layers, each with its index, and writes down what the service must know of them.
     ///
     /// # Errors
     /// When they cannot be had.
-    pub(super) fn prepare(&self, session: Session) -> anyhow::Result<Prepared> {
-        super::layer::prepare(&self.layer, session)
+    pub(super) fn request(
+        &self,
+        device: &DeviceArgs,
+        fetch_all: bool,
+        session: Session,
+    ) -> anyhow::Result<(Prepared, AttachRequest)> {
+        let prepared = super::layer::prepare(&self.layer, session)?;
+        let request = attach::request(&prepared, self.source.clone(), &self.layer, device, fetch_all)?;
+        Ok((prepared, request))
     }
 }

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use serde::Serialize;
 
-use super::attach::{make_ready, mounter, request, states, upgrade_other};
+use super::attach::{make_ready, mounter, states, upgrade_other};
 use super::cli::{AddArgs, BackendArg, DeviceArgs, LayerArgs, PodmanAction, PodmanArgs, RmArgs, TrustArg};
 use super::container_image::ContainerImage;
 use super::output::{Table, print, println};
@@ -76,15 +76,8 @@ fn add(store: &Path, args: &AddArgs, names: &[String], session: Session) -> anyh
     if keep_served(&mut Store::open(store, &states())?, &record)? {
         return Ok(id);
     }
-    let prepared = found.prepare(session)?;
+    let (prepared, request) = found.request(&args.device, args.fetch_all, session)?;
     record.bytes = prepared.payload_bytes();
-    let request = request(
-        &prepared,
-        found.source.clone(),
-        &found.layer,
-        &args.device,
-        args.fetch_all,
-    )?;
     upgrade_other();
     let mounter = mounter()?;
     // A signal must not come between the device and what is known of it.

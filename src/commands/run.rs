@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 
-use super::attach::{make_ready, mount_writable, request, states, upgrade_other};
+use super::attach::{make_ready, mount_writable, states, upgrade_other};
 use super::cli::{NetworkArg, RunArgs};
 use super::container_image::ContainerImage;
 use super::{Session, UsageError};
@@ -33,14 +33,7 @@ pub(super) fn run(args: &RunArgs, session: Session) -> anyhow::Result<()> {
     containers.remove_left(&runtime)?;
     let found = ContainerImage::find(&args.layer, "run", session)?;
     let settings = ImageSettings::parse(&found.image.config.json)?;
-    let prepared = found.prepare(session)?;
-    let request = request(
-        &prepared,
-        found.source.clone(),
-        &found.layer,
-        &args.device,
-        args.fetch_all,
-    )?;
+    let (_, request) = found.request(&args.device, args.fetch_all, session)?;
     upgrade_other();
     // From here on there is something to take away.
     let signals = Signals::catch().context("cannot catch signals")?;

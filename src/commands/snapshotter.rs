@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::Context as _;
-use listenfd::ListenFd;
+use rustix::net::{AddressFamily, sockopt};
 use tokio::sync::watch;
 
 use super::Session;
@@ -14,7 +14,7 @@ use super::cli::{PsArgs, SnapshotterArgs};
 use super::layer::cache_dir;
 use super::output::{Table, print, println};
 use super::registry::config_dir;
-use crate::device::service::{READY, STOPPING, notify};
+use crate::device::service::{READY, STOPPING, given, notify};
 use crate::interrupt::Interrupt;
 use crate::open::TrustPolicy;
 use crate::snapshotter::{self, Config, FILE_NAME, Machine};
@@ -69,15 +69,17 @@ pub(super) fn run(args: &SnapshotterArgs) -> anyhow::Result<()> {
 /// The sockets that a service manager listens on for this process (`sd_listen_fds(3)`): clients that call while it is away wait
 /// and are answered, instead of being refused.
 fn handed_over() -> Vec<UnixListener> {
-    let mut handed = ListenFd::from_env();
-    let all = (0..handed.len()).filter_map(|at| match handed.take_unix_listener(at) {
-        Ok(socket) => socket,
-        Err(error) => {
-            log::warn!("the service manager handed over what cannot be used: {error}");
-            None
+    let mut all = Vec::new();
+    for (name, descriptor) in given() {
+        let is_socket = sockopt::socket_domain(&descriptor).is_ok_and(|domain| domain == AddressFamily::UNIX)
+            && sockopt::socket_acceptconn(&descriptor).is_ok_and(|listens| listens);
+        if is_socket {
+            all.push(descriptor.into());
+        } else {
+            log::warn!("the service manager handed over what is no socket to listen on: {name}");
         }
-    });
-    all.collect()
+    }
+    all
 }
 
 /// `tarblk ps --images`.

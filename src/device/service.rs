@@ -54,7 +54,7 @@ use crate::image::BlockImage;
 pub(crate) use control::{Condition, bury, conditions, end_reads, is_over};
 pub use control::{ControlError, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
 pub use counts::ServiceStats;
-pub use manager::{READY, STOPPING, notify};
+pub use manager::{READY, STOPPING, given, notify};
 pub use namespace::Reach;
 pub(crate) use sandbox::limits_writes;
 pub use store::DescriptorStore;

@@ -13,11 +13,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use super::config::Config;
-use super::grpc::client::{CallError, Connection, NOT_FOUND};
+use super::grpc::client::{CallError, Connection, NOT_FOUND, PATIENCE};
 use super::records::{self, RecordError};
-use crate::digest::{Algorithm, Digest};
+use crate::digest::Digest;
 use crate::http::HttpOptions;
 use crate::source::registry::{Descriptor, Manifest, OCI_MANIFEST, Reference, Registry, RegistryOptions};
 use crate::source::{self, Blob, SourceError};
@@ -128,7 +129,7 @@ impl Pusher {
     /// # Errors
     /// [`ContentError`] when containerd cannot be reached or records cannot be read.
     pub fn new(config: &Config, address: &Path, namespace: &str) -> Result<Self, ContentError> {
-        let store = Store::new(Connection::open(address, namespace)?);
+        let store = Store::new(Connection::open(address, namespace, PATIENCE)?);
         Ok(Self {
             store,
             options: config.registry_options(HttpOptions::default()),
@@ -290,7 +291,7 @@ impl Pusher {
         };
         let resumed = write.at();
         // What was there already is containerd's to compare.
-        let mut hasher = (resumed == 0).then(|| algorithm(&layer.digest).hasher());
+        let mut hasher = (resumed == 0).then(|| layer.digest.algorithm().hasher());
         thread::scope(|scope| {
             let (pieces, arriving) = mpsc::sync_channel::<Vec<u8>>(PIECES_AHEAD);
             let reading = scope.spawn(|| read_pieces(&blob, resumed, &self.options.http, pieces));
@@ -337,12 +338,17 @@ pub(super) struct Document {
     pub(super) bytes: Vec<u8>,
 }
 
-/// An image's manifest, and its configuration if containerd has that too.
+/// An image's manifest, and its configuration if containerd has that too. Each call may take as long as `patience`.
 ///
 /// # Errors
 /// [`ContentError`], also when they are not what their digests say.
-pub(super) fn documents(address: &Path, namespace: &str, manifest: &Digest) -> Result<Vec<Document>, ContentError> {
-    let store = Store::new(Connection::open(address, namespace)?);
+pub(super) fn documents(
+    address: &Path,
+    namespace: &str,
+    manifest: &Digest,
+    patience: Duration,
+) -> Result<Vec<Document>, ContentError> {
+    let store = Store::new(Connection::open(address, namespace, patience)?);
     let bad = |why: String| ContentError::NotAnImage {
         image: manifest.to_string(),
         why,
@@ -373,10 +379,6 @@ pub(super) fn documents(address: &Path, namespace: &str, manifest: &Digest) -> R
         });
     }
     Ok(documents)
-}
-
-const fn algorithm(digest: &Digest) -> Algorithm {
-    digest.algorithm()
 }
 
 /// Why pieces are no longer read.

@@ -128,14 +128,7 @@ pub fn serve(listener: UnixListener, calls: &Arc<dyn Calls>, stop: &watch::Recei
         let mut connections = tokio::task::JoinSet::new();
         loop {
             let stream = tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => stream,
-                    Err(error) => {
-                        log::warn!("cannot accept a connection: {error}");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                        continue;
-                    }
-                },
+                stream = accepted(&listener) => stream,
                 Some(_) = connections.join_next() => continue,
                 () = raised(stop.clone()) => break,
             };
@@ -152,6 +145,20 @@ pub fn serve(listener: UnixListener, calls: &Arc<dyn Calls>, stop: &watch::Recei
     Ok(())
 }
 
+/// The next connection.
+pub(super) async fn accepted(listener: &tokio::net::UnixListener) -> tokio::net::UnixStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                log::warn!("cannot accept a connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Ends when `stop` becomes true.
 pub(super) async fn raised(mut stop: watch::Receiver<bool>) {
     // Whoever would raise it may be gone.
     if stop.wait_for(|raised| *raised).await.is_err() {

@@ -11,7 +11,6 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Either, Empty, Full, Limited};
@@ -26,7 +25,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::sync::watch;
 
 use super::grpc::client::{self, UNAVAILABLE};
-use super::grpc::{message_of, percent_encoded, raised};
+use super::grpc::{accepted, message_of, percent_encoded, raised};
 use crate::device::state::write_whole;
 use crate::source::registry::{KeptLogins, Login, LoginParts, Reference, is_server};
 
@@ -38,9 +37,6 @@ const PULL: &str = "ImageService/PullImage";
 
 /// The longest `PullImage` in bytes: what containerd takes.
 const LONGEST_PULL: usize = 16 << 20;
-
-/// How long to wait when no connection can be accepted (too many descriptors).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// gRPC's number of "there is no such call".
 const UNIMPLEMENTED: u32 = 12;
@@ -198,14 +194,7 @@ impl ImageService {
 async fn serve(service: Arc<ImageService>, listener: tokio::net::UnixListener, stop: watch::Receiver<bool>) {
     loop {
         let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    log::warn!("cannot accept a connection: {error}");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            },
+            stream = accepted(&listener) => stream,
             () = raised(stop.clone()) => return,
         };
         let service = Arc::clone(&service);

@@ -302,7 +302,9 @@ impl Images {
     /// Takes an image's manifest and configuration from containerd, which has just fetched them: two round trips to the registry less.
     /// Where it has none, or is another one than the set-up says, the registry is asked.
     fn borrow(&self, namespace: &str, manifest: &Digest) {
-        match content::documents(&self.config.containerd, namespace, manifest) {
+        // containerd waits for the answer, and the registry has to be asked within the same time.
+        let patience = self.config.claim_timeout / 4;
+        match content::documents(&self.config.containerd, namespace, manifest, patience) {
             Ok(documents) => {
                 for Document {
                     digest,

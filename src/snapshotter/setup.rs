@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::content::messages::{INTROSPECTION, Plugin, PluginsRequest, PluginsResponse};
-use super::grpc::client::{CallError, Connection};
+use super::grpc::client::{CallError, Connection, PATIENCE};
 use super::messages::{ListRequest, ListResponse, SERVICE};
 
 /// What the plug-in is called in containerd's configuration.
@@ -233,7 +233,7 @@ fn bad(text: impl Into<String>) -> Finding {
 #[must_use]
 pub fn check_snapshotter(address: &Path) -> Finding {
     let ask = || -> Result<usize, CallError> {
-        let connection = Connection::open(address, "default")?;
+        let connection = Connection::open(address, "default", PATIENCE)?;
         let mut count = 0;
         connection.call_for_all(
             &format!("{SERVICE}List"),
@@ -258,7 +258,7 @@ pub fn check_snapshotter(address: &Path) -> Finding {
 #[must_use]
 pub fn check_containerd(address: &Path, dumped: Option<&str>) -> Vec<Finding> {
     let ask = || -> Result<Vec<Plugin>, CallError> {
-        let connection = Connection::open(address, "default")?;
+        let connection = Connection::open(address, "default", PATIENCE)?;
         let all: PluginsResponse = connection.call(&format!("{INTROSPECTION}Plugins"), &PluginsRequest::default())?;
         Ok(all.plugins)
     };

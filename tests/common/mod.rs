@@ -9,6 +9,7 @@ pub(crate) mod images;
 pub(crate) mod noise;
 pub(crate) mod packed;
 pub(crate) mod rawtar;
+pub(crate) mod servers;
 pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;
@@ -56,6 +57,11 @@ pub(crate) fn no_loop_mounts() -> Option<&'static str> {
         return Some("no /dev/fuse or no /dev/loop-control");
     }
     None
+}
+
+/// The same, or why no directories can be stacked on that.
+pub(crate) fn no_overlays() -> Option<&'static str> {
+    no_loop_mounts().or((!unpacked::has_overlayfs()).then_some("this kernel has no overlayfs"))
 }
 
 /// Runs a program to its end and returns what it said, whether it succeeded or not.

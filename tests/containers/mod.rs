@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 
 use crate::common::packed::gzip;
 use crate::common::rawtar::{Header, RawTar};
+use crate::common::servers;
 use crate::common::session::leftovers;
-use crate::common::{TARBLK, have, no_loop_mounts, sha256, skip, succeed, unpacked};
+use crate::common::{TARBLK, have, no_overlays, sha256, skip, succeed};
 
 /// The directory of a test. Below `/tmp`: what tarblk writes to as root has to be root's all the way, which a checkout may not be.
 pub(crate) struct Workshop {
@@ -24,12 +25,8 @@ pub(crate) struct Workshop {
 impl Workshop {
     /// A new one, if each of `programs` is here and devices can be mounted; `None`, having said so, if not.
     pub(crate) fn new(test: &str, programs: &[&str]) -> Option<Self> {
-        if let Some(why) = no_loop_mounts() {
+        if let Some(why) = no_overlays() {
             skip(test, why);
-            return None;
-        }
-        if !unpacked::has_overlayfs() {
-            skip(test, "this kernel has no overlayfs");
             return None;
         }
         for program in programs.iter().chain(&["busybox"]) {
@@ -152,34 +149,12 @@ impl Workshop {
 
     /// What serves devices of this directory, whatever its states are called.
     pub(crate) fn servers(&self) -> Vec<i32> {
-        let serves = |pid: &i32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let words: Vec<_> = line.split(|&byte| byte == 0).map(String::from_utf8_lossy).collect();
-            words.iter().any(|word| word == "serve-devices")
-                && words.iter().any(|word| Path::new(&**word).starts_with(self.dir()))
-        };
-        let processes = fs::read_dir("/proc").unwrap().flatten();
-        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(serves).collect()
+        servers::below(self.dir())
     }
 
     /// Kills the service and its keepers, as an end of the machine does.
     pub(crate) fn kill_servers(&self) {
-        use rustix::process::{Pid, Signal, kill_process};
-        for _ in 0..100 {
-            let servers = self.servers();
-            if servers.is_empty() {
-                return;
-            }
-            // Stopped first: what is stopped starts nothing.
-            for signal in [Signal::STOP, Signal::KILL] {
-                for pid in servers.iter().filter_map(|pid| Pid::from_raw(*pid)) {
-                    let _ = kill_process(pid, signal);
-                }
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        panic!("something goes on serving");
+        servers::kill_below(self.dir());
     }
 
     /// Everything is as after a start of the machine: nothing runs, nothing is mounted, and what was in /run is gone.

@@ -2,6 +2,10 @@
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
+#[path = "../common/servers.rs"]
+#[allow(clippy::duplicate_mod, reason = "few programs that have a lab have all that is common, too")]
+mod servers;
+
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -130,36 +134,12 @@ impl Lab {
 
     /// The processes that serve devices of this directory of states, the service and its keepers.
     pub(crate) fn servers(&self) -> Vec<i32> {
-        let states = self.path("states");
-        let serves = |pid: &i32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let mut words = line
-                .split(|&byte| byte == 0)
-                .map(|word| String::from_utf8_lossy(word).into_owned());
-            words.any(|word| word == "serve-devices") && words.any(|word| Path::new(&word) == states)
-        };
-        let processes = fs::read_dir("/proc").unwrap().flatten();
-        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter(serves).collect()
+        servers::below(&self.path("states"))
     }
 
     /// Kills the service and its keepers, so that nothing is left to start another.
     pub(crate) fn kill_all(&self) {
-        use rustix::process::{Pid, Signal, kill_process};
-        for _ in 0..100 {
-            let servers = self.servers();
-            if servers.is_empty() {
-                return;
-            }
-            // Stopped first: what is stopped starts nothing.
-            for signal in [Signal::STOP, Signal::KILL] {
-                for pid in servers.iter().filter_map(|pid| Pid::from_raw(*pid)) {
-                    let _ = kill_process(pid, signal);
-                }
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        panic!("something goes on serving");
+        servers::kill_below(&self.path("states"));
     }
 
     /// What is in here, by name.

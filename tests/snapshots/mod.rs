@@ -23,7 +23,7 @@ use tarblk::internals::snapshotter::messages::{
 };
 
 use crate::common::session::{is_mounted, leftovers};
-use crate::common::{TARBLK, no_loop_mounts, scratch, skip, unpacked};
+use crate::common::{TARBLK, no_overlays, scratch, skip};
 use client::{Answer, Client, Failed};
 
 /// How long the snapshotter may take to be there.
@@ -44,12 +44,8 @@ pub(crate) struct Lab {
 impl Lab {
     /// A new one, with these lines more in its set-up, in which `{dir}` is its directory; `None`, having said so, where that cannot be.
     pub(crate) fn new(test: &str, config: &str) -> Option<Self> {
-        if let Some(why) = no_loop_mounts() {
+        if let Some(why) = no_overlays() {
             skip(test, why);
-            return None;
-        }
-        if !unpacked::has_overlayfs() {
-            skip(test, "this kernel has no overlayfs");
             return None;
         }
         let scratch = scratch("snap-");

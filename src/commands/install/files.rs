@@ -4,14 +4,15 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, Mode, OFlags, ResolveFlags, fchmod, fstat, mkdirat, openat, openat2, renameat, statat, symlinkat,
-    unlinkat,
+    AtFlags, CWD, Mode, OFlags, ResolveFlags, fchmod, mkdirat, openat, openat2, renameat, statat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
+
+use crate::owned;
 
 /// The end of the name of a file that is being written.
 const PART: &str = ".tarblk-part";
@@ -33,7 +34,7 @@ impl Root {
     /// Opens the directory.
     ///
     /// # Errors
-    /// When it is none, or other users may write to it.
+    /// When it is none, or not this process's user's alone to write to.
     pub(super) fn open(dir: &Path) -> io::Result<Self> {
         let root = openat(
             CWD,
@@ -151,18 +152,14 @@ fn write_part(dir: &OwnedFd, part: &OsStr, content: &mut dyn Read, mode: u32) ->
     file.sync_all()
 }
 
-/// Whether only root, or this process's user, can write to a directory.
-fn check_owner(dir: impl AsFd, path: &Path) -> io::Result<()> {
-    let found = fstat(dir)?;
-    let own = rustix::process::geteuid().as_raw();
-    if (found.st_uid != 0 && found.st_uid != own) || found.st_mode & 0o022 != 0 {
-        let why = format!(
-            "other users may write to /{}",
-            path.display().to_string().trim_start_matches('/')
-        );
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    }
-    Ok(())
+/// Whether only this process's user, who is root, can write to a directory.
+fn check_owner(dir: &OwnedFd, path: &Path) -> io::Result<()> {
+    let found = File::from(dir.try_clone()?).metadata()?;
+    let refused = |why| {
+        let why = format!("{}: {why}", Path::new("/").join(path).display());
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+    };
+    owned::why_unsafe(&found).map_or(Ok(()), refused)
 }
 
 #[cfg(test)]
@@ -206,7 +203,10 @@ mod tests {
         let refused = root
             .write(Path::new("open/below/file"), &mut &b"x"[..], 0o644)
             .unwrap_err();
-        assert_eq!(refused.to_string(), "other users may write to /open");
+        assert_eq!(
+            refused.to_string(),
+            "/open: others may write to it; `chmod go-w` it if nobody did, or remove it"
+        );
         assert_eq!(fs::read_dir(dir.path().join("open")).unwrap().count(), 0);
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         Root::open(dir.path()).unwrap_err();

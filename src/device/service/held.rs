@@ -32,7 +32,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// Of a device, in the order in which their names are compared.
+    /// All of them.
     const ALL: [Self; 6] = [
         Self::Listener,
         Self::Channel,

@@ -112,9 +112,10 @@ impl Manager {
     }
 }
 
-/// The descriptors that the service manager gave this process, by their names; once: later there are none. To be called before the process
-/// starts another.
-pub(super) fn given() -> Vec<(String, OwnedFd)> {
+/// The descriptors that the service manager gave this process, by their names (`sd_listen_fds_with_names(3)`); once: later there are none.
+/// To be called before the process starts another.
+#[must_use]
+pub fn given() -> Vec<(String, OwnedFd)> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     let said = |name: &str| std::env::var(name).ok();
     let is_for_us = said("LISTEN_PID").is_some_and(|pid| pid == std::process::id().to_string());
@@ -134,7 +135,13 @@ pub(super) fn given() -> Vec<(String, OwnedFd)> {
         closes.is_ok().then(|| (name.to_owned(), descriptor))
     };
     (FIRST_GIVEN..)
-        .zip(names.split(':'))
+        // Those that were given no names have this one, says sd_listen_fds_with_names(3).
+        .zip(
+            names
+                .split(':')
+                .filter(|name| !name.is_empty())
+                .chain(std::iter::repeat("unknown")),
+        )
         .take(count)
         .filter(|(number, _)| is_open(*number))
         .filter_map(take)

@@ -24,8 +24,8 @@ use tokio::sync::mpsc;
 
 use super::{NAMESPACE, PREFIX_BYTES, framed};
 
-/// How long containerd may take to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long containerd may take to answer a command of a person.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The longest answer in bytes: what containerd itself sends at most.
 const LONGEST_ANSWER: usize = 16 << 20;
@@ -59,10 +59,12 @@ pub enum CallError {
         cause: String,
     },
     /// No answer came in time.
-    #[error("{} does not answer within {} s", address.display(), PATIENCE.as_secs())]
+    #[error("{} does not answer within {after:?}", address.display())]
     Silent {
         /// The socket.
         address: PathBuf,
+        /// How long was waited for it.
+        after: Duration,
     },
     /// The server ended the call with a status that is no success.
     #[error("{message}")]
@@ -124,6 +126,8 @@ pub struct Connection {
     send: SendRequest<Requests>,
     address: PathBuf,
     namespace: String,
+    /// How long an answer of one message may take.
+    patience: Duration,
 }
 
 /// A call with several messages: those that are sent, and those that come.
@@ -142,11 +146,11 @@ pub struct Conversation<'a> {
 type Head = tokio::task::JoinHandle<hyper::Result<hyper::Response<Incoming>>>;
 
 impl Connection {
-    /// Connects to containerd.
+    /// Connects to containerd, which may take as long as `patience` to answer a [`call`](Self::call).
     ///
     /// # Errors
     /// [`CallError`].
-    pub fn open(address: &Path, namespace: &str) -> Result<Self, CallError> {
+    pub fn open(address: &Path, namespace: &str, patience: Duration) -> Result<Self, CallError> {
         let broken = |cause: String| CallError::Broken {
             address: address.to_owned(),
             cause,
@@ -162,6 +166,7 @@ impl Connection {
             send,
             address: address.to_owned(),
             namespace: namespace.to_owned(),
+            patience,
         })
     }
 
@@ -201,7 +206,7 @@ impl Connection {
         let mut conversation = self.converse(path)?;
         conversation.send(request)?;
         conversation.outgoing = None;
-        while let Some(message) = conversation.receive(PATIENCE)? {
+        while let Some(message) = conversation.receive(self.patience)? {
             take(message);
         }
         Ok(())
@@ -243,6 +248,7 @@ impl Connection {
         let waiting = async { tokio::time::timeout(patience, what).await };
         self.runtime.block_on(waiting).map_err(|_| CallError::Silent {
             address: self.address.clone(),
+            after: patience,
         })
     }
 }
