@@ -26,7 +26,7 @@ pub use runtime::{Runtime, Signals};
 pub use spec::{ImageSettings, Network, Volume, Wanted};
 
 use crate::device::state::{StateDir, write_whole};
-use crate::device::{users, wait_until};
+use crate::device::{take_turn, users, wait_until};
 use crate::digest::{Algorithm, Digest};
 use crate::mount::{self, MountError};
 use crate::owned::{self, OwnedError};
@@ -142,13 +142,8 @@ impl Containers {
 
     /// Waits for the caller's turn to make or remove directories.
     fn turn(&self) -> Result<File, ContainerError> {
-        let dir = File::open(&self.dir).map_err(failed("open", &self.dir))?;
-        let mine = || rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok();
-        if wait_until(TURN_LIMIT, mine) {
-            Ok(dir)
-        } else {
-            Err(ContainerError::Locked(self.dir.clone()))
-        }
+        let turn = take_turn(&self.dir, TURN_LIMIT).map_err(failed("open", &self.dir))?;
+        turn.ok_or_else(|| ContainerError::Locked(self.dir.clone()))
     }
 
     /// A directory for another container.

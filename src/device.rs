@@ -315,6 +315,17 @@ pub(crate) fn wait_until(limit: Duration, mut done: impl FnMut() -> bool) -> boo
     }
 }
 
+/// Waits for the caller's turn to change what lies in a directory, for as long as `limit`: none if others took longer. The turn lasts until
+/// the value is dropped.
+///
+/// # Errors
+/// When the directory cannot be opened.
+pub(crate) fn take_turn(dir: &Path, limit: Duration) -> io::Result<Option<fs::File>> {
+    let turn = fs::File::open(dir)?;
+    let mine = || rustix::fs::flock(&turn, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok();
+    Ok(wait_until(limit, mine).then_some(turn))
+}
+
 /// Sets what can only be set on a running device. It works without, so failures are only logged. Not by the queue's own knob,
 /// for which some kernels (6.11 to 6.15) wait until no request is in flight.
 fn queue_sysfs(device: &Path, options: &DeviceOptions) {

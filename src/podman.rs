@@ -32,15 +32,13 @@ use std::os::unix::fs::{DirBuilderExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
-
 pub use config::{StorageConfig, StorageConfigError};
 pub use record::{Record, podman_name};
 
 use crate::device::inventory::{self, Status};
 use crate::device::service::Attached;
 use crate::device::state::{PART, State, StateDir, StateError, write_whole};
-use crate::device::{users, wait_until};
+use crate::device::{take_turn, users};
 use crate::mount::{self, MountError, MountOptions};
 use crate::owned::{self, OwnedError};
 use crate::source::registry::Image;
@@ -230,11 +228,8 @@ impl Store {
     pub fn open(dir: &Path, states: &StateDir) -> Result<Self, PodmanError> {
         states.create()?;
         let layout = Layout(owned::directory(dir)?);
-        let turn = File::open(layout.dir()).map_err(unusable(layout.dir()))?;
-        let mine = || rustix::fs::flock(&turn, FlockOperation::NonBlockingLockExclusive).is_ok();
-        if !wait_until(TURN_LIMIT, mine) {
-            return Err(PodmanError::Locked(layout.dir().to_owned()));
-        }
+        let turn = take_turn(layout.dir(), TURN_LIMIT).map_err(unusable(layout.dir()))?;
+        let turn = turn.ok_or_else(|| PodmanError::Locked(layout.dir().to_owned()))?;
         for dir in [layout.records(), layout.images(), layout.layers(), layout.links()] {
             make_directory(&dir)?;
         }

@@ -10,7 +10,6 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use super::{Backend, fuse_loop, ublk};
@@ -400,12 +399,11 @@ impl StateDir {
     /// Waits for the caller's turn to change a device's files together; it lasts until the value is dropped. A process that
     /// does not give up its turn is passed over after a while, because a device must not hang on it.
     pub(super) fn turn(&self) -> Option<fs::File> {
-        let dir = fs::File::open(&self.0).ok()?;
-        let mine = || rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok();
-        if !super::wait_until(TURN_LIMIT, mine) {
+        let turn = super::take_turn(&self.0, TURN_LIMIT).ok()?;
+        if turn.is_none() {
             log::warn!("{} is locked by another process; going on", self.0.display());
         }
-        Some(dir)
+        turn
     }
 
     /// Whether the machine was started since `what` was last asked for here; from then on it was asked for. Kept as an

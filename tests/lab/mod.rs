@@ -3,7 +3,10 @@
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
 #[path = "../common/servers.rs"]
-#[allow(clippy::duplicate_mod, reason = "few programs that have a lab have all that is common, too")]
+#[allow(
+    clippy::duplicate_mod,
+    reason = "few programs that have a lab have all that is common, too"
+)]
 mod servers;
 
 use std::fs::{self, File};
