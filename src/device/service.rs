@@ -10,13 +10,14 @@
 //! All of these are this program under a hidden subcommand, which calls [`main`] with a word for the `Role`. What an image is
 //! described by is the caller's type: a [`Builder`] makes image and fetcher of it.
 //!
-//! The parts: `message` (what goes over sockets), `control` (the protocol and its client), `keeper`, `held` and `holders` (both ends of
+//! The parts: `message` (what goes over sockets), `control` (the protocol) and `client` (who asks), `keeper`, `held` and `holders` (both ends of
 //! what outlives the service), `manager` and `store` (the service manager, which may hold it too), `record` and `counts` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
 //! `blame` (which device takes it down), `nothing` (what is served of a device that cannot be gone on with), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
 mod blame;
+mod client;
 mod control;
 mod counts;
 mod held;
@@ -51,8 +52,10 @@ use super::volume::BlobReader;
 use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
 use crate::image::BlockImage;
-pub(crate) use control::{Condition, bury, conditions, end_reads, is_over};
-pub use control::{ControlError, Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
+pub use client::{Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
+pub(crate) use client::{bury, conditions, end_reads, is_over};
+pub(crate) use control::Condition;
+pub use control::ControlError;
 pub use counts::ServiceStats;
 pub use manager::{READY, STOPPING, given, notify};
 pub use namespace::Reach;

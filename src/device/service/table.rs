@@ -16,7 +16,8 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::blame::Blame;
-use super::control::{Condition, ControlError, ENDING, Named, refuse_if_used};
+use super::client::{bury, end_reads, refuse_if_used};
+use super::control::{Condition, ControlError, ENDING, Named};
 use super::counts::{CarriedCounts, ServiceStats};
 use super::held::{Holding, Kind};
 use super::holders::Holders;
@@ -490,8 +491,8 @@ impl<B: Builder> Table<B> {
                 self.states.remove(&state);
                 return false;
             }
-            let _ = super::control::end_reads(&state);
-            super::control::bury(&self.states, &state).is_err()
+            let _ = end_reads(&state);
+            bury(&self.states, &state).is_err()
         };
         // The lock is not held meanwhile: this may take a while.
         let lost = lock(&self.lost).clone();
