@@ -25,7 +25,9 @@ use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::internals::image::{BlockImage as _, Origin};
 use tarblk::internals::index::walk;
 use tarblk::internals::prefetch::bandwidth::BdpEstimator;
-use tarblk::internals::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, Reason, merge};
+use tarblk::internals::prefetch::{
+    Budget, Budgets, ChunkRange, HintCounts, PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge,
+};
 use tarblk::internals::tree::TreeBuilder;
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::{BLOCK_SIZE, LayerId, TarOffset, TarRange};
@@ -49,7 +51,7 @@ struct Outcome {
     fetched: u64,
     touched: u64,
     /// Chunks fetched for each reason, and how many of them were read.
-    hints: BTreeMap<Option<Reason>, (u64, u64)>,
+    hints: BTreeMap<Reason, (u64, u64)>,
 }
 
 struct Simulation<'a> {
@@ -64,8 +66,8 @@ struct Simulation<'a> {
     here: HashSet<ChunkKey>,
     coming: HashSet<ChunkKey>,
     unread: HashSet<ChunkKey>,
-    /// Why each chunk was fetched; none for those between others.
-    why: HashMap<ChunkKey, Option<Reason>>,
+    /// Why each chunk was fetched.
+    why: HashMap<ChunkKey, Reason>,
     read: HashSet<ChunkKey>,
     outstanding: u64,
     link: BdpEstimator,
@@ -125,17 +127,17 @@ impl Simulation<'_> {
     /// Sends what is absent of `now`; only the `demanded` chunks are waited for.
     fn send_all(&mut self, now: &[Planned], demanded: &[ChunkKey], planner: &mut Planner) {
         for flight in merge(now, self.gap, 128, &|key| self.presence(key)) {
-            for key in flight.keys() {
-                let want = now.iter().find(|want| want.chunks.keys().any(|wanted| wanted == key));
-                self.why.insert(key, want.map(|want| want.reason));
+            for key in flight.chunks().keys() {
+                let reason = flight.reason(key.index);
+                self.why.insert(key, reason);
                 if demanded.contains(&key) {
-                    planner.demanded(CHUNK_BYTES);
-                } else if self.presence(key) == Presence::Absent {
-                    planner.prefetched(CHUNK_BYTES);
+                    planner.demanded();
+                } else {
+                    planner.prefetched(key, reason);
                     self.unread.insert(key);
                 }
             }
-            self.send(flight);
+            self.send(flight.chunks());
         }
     }
 
@@ -148,13 +150,16 @@ impl Simulation<'_> {
                 return;
             }
             let next = planner.next(room, &|key| self.presence(key));
-            let Some(Planned { chunks: flight, reason }) = next else {
+            let Some(flight) = next.map(PlannedFlight::from) else {
                 return;
             };
-            self.why.extend(flight.keys().map(|key| (key, Some(reason))));
-            planner.prefetched(flight.bytes());
-            self.unread.extend(flight.keys());
-            self.send(flight);
+            for key in flight.chunks().keys() {
+                let reason = flight.reason(key.index);
+                self.why.insert(key, reason);
+                planner.prefetched(key, reason);
+                self.unread.insert(key);
+            }
+            self.send(flight.chunks());
         }
     }
 
@@ -198,7 +203,8 @@ struct Case {
 }
 
 fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outcome {
-    let mut planner = Planner::new(Some(case.image.clone()), vec![case.size], options.clone());
+    let counts = Arc::new(HintCounts::new(1));
+    let mut planner = Planner::new(Some(case.image.clone()), vec![case.size], options.clone(), counts);
     let mut sim = Simulation {
         tar: &case.tar,
         gap: options.gap_chunks,
@@ -230,13 +236,12 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         let paid: Vec<ChunkKey> = wanted.keys().filter(|key| sim.unread.contains(key)).collect();
         for key in &paid {
             sim.unread.remove(key);
-            planner.paid(CHUNK_BYTES);
         }
         sim.read.extend(wanted.keys());
         let mut now = Vec::new();
         if wanted.keys().all(|key| sim.here.contains(&key)) {
             if !paid.is_empty() {
-                planner.hit(LayerId(0), read.range, &|key| sim.presence(key));
+                planner.hit(LayerId(0), read.range, &|key| sim.presence(key), &mut now);
             }
         } else {
             planner.miss(LayerId(0), read.range, &|key| sim.presence(key), &mut now);
@@ -254,7 +259,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
             wanted.keys().all(|key| sim.here.contains(&key))
         });
     }
-    let mut hints: BTreeMap<Option<Reason>, (u64, u64)> = BTreeMap::new();
+    let mut hints: BTreeMap<Reason, (u64, u64)> = BTreeMap::new();
     for (key, reason) in &sim.why {
         let (fetched, read) = hints.entry(*reason).or_default();
         *fetched += 1;
@@ -277,7 +282,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
 fn tell_waste(case: &Case, sim: &Simulation<'_>) {
     use tarblk::internals::image::FileMap as _;
     const TOLD: usize = 50;
-    let mut waste: BTreeMap<(Option<Reason>, Vec<u8>), u64> = BTreeMap::new();
+    let mut waste: BTreeMap<(Reason, Vec<u8>), u64> = BTreeMap::new();
     for (key, reason) in sim.why.iter().filter(|(key, _)| !sim.read.contains(key)) {
         // The first file that has bytes in the chunk.
         let begins = |n: u64| TarOffset(u64::from(key.index) * CHUNK_BYTES + n * 512);
@@ -289,12 +294,8 @@ fn tell_waste(case: &Case, sim: &Simulation<'_>) {
     waste.sort_by_key(|(_, bytes)| Reverse(*bytes));
     for ((reason, path), bytes) in waste.iter().take(TOLD) {
         let path = String::from_utf8_lossy(path);
-        println!("waste {:>6} KiB {} {path}", bytes >> 10, name_of(*reason));
+        println!("waste {:>6} KiB {} {path}", bytes >> 10, reason.name());
     }
-}
-
-fn name_of(reason: Option<Reason>) -> String {
-    reason.map_or("between".to_owned(), |reason| format!("{reason:?}").to_lowercase())
 }
 
 /// The layer at `path`, read by nobody yet.
@@ -415,6 +416,11 @@ fn main() {
                 .wrapping_add(1_442_695_040_888_963_407);
             choices[usize::try_from(state >> 40).unwrap() % choices.len()]
         };
+        let budget = |pick: &mut dyn FnMut(&[u64]) -> u64| Budget {
+            bytes: pick(&[1 << 20, 2 << 20, 4 << 20, 8 << 20]),
+            own_percent: pick(&[50, 100, 200, 400]),
+            all_percent: pick(&[2, 5, 10, 25, 50, 100]),
+        };
         for _ in 0..3000 {
             let options = PlanOptions {
                 small_file_bytes: pick(&[256 << 10, 512 << 10, 1 << 20]),
@@ -426,9 +432,11 @@ fn main() {
                 small_neighbour_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
                 program_part_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
                 first_read_ahead_bytes: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                credit_bytes: pick(&[256 << 10, 1 << 20, 2 << 20]),
-                credit_percent: pick(&[10, 20, 30, 40, 60, 80, 100]),
-                urgent_percent: pick(&[40, 60, 80, 100, 150, 1000]),
+                budgets: Budgets {
+                    rest: budget(&mut pick),
+                    neighbour: budget(&mut pick),
+                    ..Budgets::default()
+                },
                 fault_around_bytes: pick(&[0, 16 << 10, 32 << 10, 64 << 10]),
                 import_hops: u8::try_from(pick(&[0, 3, 20])).unwrap(),
                 gap_chunks: u32::try_from(pick(&[0, 1, 2, 4])).unwrap(),
@@ -450,7 +458,7 @@ fn main() {
         );
         if arguments.get(4).is_none() {
             for (reason, (fetched, read)) in out.hints {
-                let name = name_of(reason);
+                let name = reason.name();
                 let (fetched, read) = (mib(fetched * CHUNK_BYTES), mib(read * CHUNK_BYTES));
                 println!("{name:>52} {fetched:>8.1} MiB, {read:.1} of it read");
             }

@@ -44,7 +44,7 @@ pub use cost::{KnownBy, LayerCost, PrepareCost};
 pub use error::{FetchError, StartError};
 pub use options::{FetchOptions, OpenOptions, PoolOptions};
 pub use pool::FetchPool;
-pub use stats::{BytesByOrigin, FetchStats, Percentiles, PoolStats, Wait};
+pub use stats::{BytesByOrigin, FetchStats, HintStats, HintTotal, Percentiles, PoolStats, Wait};
 pub use trust::{BytesTrust, IndexTrust, KeyId, LayerTrust};
 pub use unproven::UnprovenIndex;
 
@@ -233,6 +233,7 @@ impl Fetcher {
     #[must_use]
     pub fn stats(&self) -> FetchStats {
         let mut stats = self.shared.counters.snapshot();
+        stats.hints = self.shared.hints.snapshot().into_iter().map(HintStats::from).collect();
         stats.poisoned = self.poisoned().map(ToString::to_string);
         for layer in &self.shared.layers {
             if let SharedLayer::Fetched(layer) = layer {

@@ -16,7 +16,7 @@ use tarblk::internals::cache::ChunkKey;
 use tarblk::internals::image::ext4::{Ext4Image, Ext4Options};
 use tarblk::internals::image::{DirectoryId, FileMap, StoredFile};
 use tarblk::internals::index::walk;
-use tarblk::internals::prefetch::{PlanOptions, Planner, Presence};
+use tarblk::internals::prefetch::{HintCounts, PlanOptions, Planner, Presence};
 use tarblk::internals::tree::TreeBuilder;
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::TarRange;
@@ -42,7 +42,7 @@ impl World {
             neighbour_percent: 0,
             ..PlanOptions::default()
         };
-        let planner = Planner::new(Some(image.clone()), vec![size], options);
+        let planner = Planner::new(Some(image.clone()), vec![size], options, Arc::new(HintCounts::new(1)));
         Self {
             tar,
             image,

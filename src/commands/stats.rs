@@ -191,6 +191,19 @@ fn rows_of_fetcher(fetch: &FetchStats, row: &mut dyn FnMut(&str, String)) {
     // As it travels; everything else here counts bytes of the layers' tars.
     let (fetched, ahead) = (show_size(fetch.bytes_fetched), show_size(fetch.bytes_prefetched));
     row("fetched", format!("{fetched}, {ahead} of it ahead of need"));
+    for hint in fetch.hint_totals() {
+        let percent = hint.read.saturating_mul(100).checked_div(hint.fetched).unwrap_or(0);
+        let silent = match hint.silent_layers {
+            0 => String::new(),
+            1 => "; silent for 1 layer now".to_owned(),
+            layers => format!("; silent for {layers} layers now"),
+        };
+        let (fetched, read) = (show_size(hint.fetched), show_size(hint.read));
+        row(
+            &format!("  {}", hint.hint),
+            format!("{fetched} fetched, {read} read ({percent}%){silent}"),
+        );
+    }
     let filled = match fetch.bytes_filled {
         0 => String::new(),
         filled => format!(", {} of it fetched while idle", show_size(filled)),

@@ -6,6 +6,7 @@ use std::fmt::{Display, Write as _};
 use super::Backend;
 use super::service::{Condition, ServiceStats};
 use super::state::State;
+use crate::fetch::HintTotal;
 
 /// What the text is called when it is sent by HTTP.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -187,6 +188,16 @@ fn of_fetching(out: &mut Exposition<'_>) {
         "Of the prefetched bytes, those of chunks that were read later.",
         |stats| stats.fetch.prefetched_used,
     );
+    let help = "Bytes of tar fetched ahead of need, in whole chunks, by why they were expected to be read.";
+    out.of_hints("tarblk_hint_fetched_bytes_total", Kind::Counter, help, |hint| {
+        hint.fetched
+    });
+    let help = "Of these, the bytes of chunks that were read later.";
+    out.of_hints("tarblk_hint_read_bytes_total", Kind::Counter, help, |hint| hint.read);
+    let help = "Layers for which the hint is silent, because too little of what it had fetched was read.";
+    out.of_hints("tarblk_hint_silent_layers", Kind::Gauge, help, |hint| {
+        hint.silent_layers
+    });
     out.counter(
         "tarblk_filled_bytes_total",
         "Bytes fetched while idle, because everything is to be here.",
@@ -292,6 +303,15 @@ impl<'a> Exposition<'a> {
 
     fn gauge(&mut self, name: &str, help: &str, value: impl Fn(&ServiceStats) -> Figure) {
         self.single(name, Kind::Gauge, help, value);
+    }
+
+    /// A metric with a sample for each hint of each device.
+    fn of_hints(&mut self, name: &str, kind: Kind, help: &str, value: impl Fn(&HintTotal<'_>) -> u64) {
+        self.family(name, kind, help, |device| {
+            let totals = device.stats.map(|stats| stats.fetch.hint_totals()).unwrap_or_default();
+            let sample = |total: &HintTotal<'a>| (vec![("hint", total.hint)], Figure::Whole(value(total)));
+            totals.iter().map(sample).collect()
+        });
     }
 
     /// A metric with one sample for each device that has counters.

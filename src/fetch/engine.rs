@@ -50,7 +50,7 @@ use tokio::time::Instant;
 use self::budget::Budget;
 use self::deadline::Alarm;
 use self::fill::Filler;
-use self::in_flight::{InFlight, Purpose, Waiter};
+use self::in_flight::{InFlight, Waiter};
 use self::layer_state::{LayerState, TakenLayer, take_in};
 use self::origin::Origin;
 use self::peers::Letter;
@@ -67,7 +67,7 @@ use super::{FetchError, LayerRange, LayerSource, StartError};
 use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
 use crate::cache::disk::DiskCache;
 use crate::image::FileMap;
-use crate::prefetch::{ChunkRange, PlanOptions, Planned, Planner, Presence, merge};
+use crate::prefetch::{PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge};
 use crate::units::{CHUNK_BYTES, LayerId, len_u64};
 
 /// A flight is at most this long; longer stretches fly side by side.
@@ -203,7 +203,7 @@ impl Engine {
             letters: RefCell::default(),
             budget: Budget::of(&pool.budget),
             gap: plan.gap_chunks,
-            planner: RefCell::new(Planner::new(files, sizes, plan)),
+            planner: RefCell::new(Planner::new(files, sizes, plan, shared.hints.clone())),
             workers: pool.workers.clone(),
             filler: options.fetch_all.then(|| RefCell::new(Filler::new())),
             stopping: Cell::new(false),
@@ -251,8 +251,8 @@ impl Engine {
             self.read_cached(&cached);
             self.launch(&now);
             let waits = short && !now.is_empty();
-            self.report_first_uses();
             now.clear();
+            self.report_first_uses(&mut now);
             self.planner
                 .borrow_mut()
                 .touched(&|key, show| self.peek(key, show), &mut now);
@@ -300,10 +300,8 @@ impl Engine {
     /// Fails what still waits, and forgets what was to come.
     fn fail_all(&self) {
         self.end_bringing_all();
-        for pending in self.in_flight.take_all() {
-            if pending.purpose == Purpose::Prefetch {
-                self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
-            }
+        for (key, pending) in self.in_flight.take_all() {
+            self.planner.borrow_mut().not_fetched(key);
             for waiter in pending.waiters {
                 waiter.request.end(Err(FetchError::Stopped));
             }
@@ -463,27 +461,25 @@ impl Engine {
         }
         add(&counters.prefetched_used, paid);
         if paid > 0 {
-            self.paid_for_others(asked.layer, paid);
+            self.read_by_us(asked.layer, asked.range);
         }
         let mut planner = self.planner.borrow_mut();
-        planner.paid(paid);
         if waits {
             planner.miss(asked.layer, asked.range, &|key| self.look(key), now);
         } else if paid > 0 || found_first {
-            planner.hit(asked.layer, asked.range, &|key| self.look(key));
+            planner.hit(asked.layer, asked.range, &|key| self.look(key), now);
         }
     }
 
-    /// Tells the planner what readers found in memory for the first time.
-    fn report_first_uses(&self) {
+    /// Tells the planner what readers found in memory for the first time. Appends to `now` what is to be fetched.
+    fn report_first_uses(&self, now: &mut Vec<Planned>) {
         let touches = self.shared.take_touches();
         let mut planner = self.planner.borrow_mut();
         for touch in touches {
-            planner.paid(touch.paid);
             if touch.paid > 0 {
-                self.paid_for_others(touch.asked.layer, touch.paid);
+                self.read_by_us(touch.asked.layer, touch.asked.range);
             }
-            planner.hit(touch.asked.layer, touch.asked.range, &|key| self.look(key));
+            planner.hit(touch.asked.layer, touch.asked.range, &|key| self.look(key), now);
         }
     }
 
@@ -513,30 +509,31 @@ impl Engine {
             let most = room.min(u64::from(LONGEST_FLIGHT) * CHUNK_BYTES);
             let likely = || self.planner.borrow_mut().next(most, &|key| self.look(key));
             let next = self.options.prefetch.then(likely).flatten();
-            let Some(chunks) = next.map(|planned| planned.chunks).or_else(|| self.next_to_fill(most)) else {
+            let fill = || self.next_to_fill(most).map(|chunks| Reason::Fill.of(chunks));
+            let Some(planned) = next.or_else(fill) else {
                 return;
             };
-            self.send(&[chunks], false);
+            self.send(&[planned.into()], false);
         }
     }
 
     /// Sends flights for stretches that are absent.
-    fn send(self: &Rc<Self>, flights: &[ChunkRange], demand: bool) {
-        for of_one_layer in flights.chunk_by(|a, b| a.layer == b.layer) {
-            let Some(layer) = of_one_layer.first().map(|flight| flight.layer) else {
+    fn send(self: &Rc<Self>, flights: &[PlannedFlight], demand: bool) {
+        for of_one_layer in flights.chunk_by(|a, b| a.chunks().layer == b.chunks().layer) {
+            let Some(layer) = of_one_layer.first().map(|flight| flight.chunks().layer) else {
                 continue;
             };
             let Some(state) = self.layer(layer) else { continue };
             if !state.can_seek() {
                 self.start_stream(state, layer, None);
                 for flight in of_one_layer {
-                    self.leave_to_stream(*flight);
+                    self.leave_to_stream(flight.chunks());
                 }
             } else if let Some(coded) = &state.coded {
                 self.send_coded(state, coded, of_one_layer, demand);
             } else {
                 for flight in of_one_layer {
-                    self.send_plain(state, *flight, demand);
+                    self.send_plain(state, flight, demand);
                 }
             }
         }

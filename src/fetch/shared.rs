@@ -15,7 +15,7 @@ use super::stats::Counters;
 use super::{FetchError, LayerRange};
 use crate::cache::disk::Bits;
 use crate::http::WaitOwner;
-use crate::prefetch::ChunkRange;
+use crate::prefetch::{ChunkRange, HintCounts};
 
 /// A layer as every thread sees it.
 #[derive(Debug)]
@@ -82,6 +82,8 @@ pub(crate) struct Shared {
     /// Set once, when what the device shows turns out to be a lie: names and modes as much as bytes.
     pub(super) poison: OnceLock<FetchError>,
     pub(super) counters: Arc<Counters>,
+    /// How good the planner's guesses are.
+    pub(super) hints: Arc<HintCounts>,
     /// Whom the device's tasks work for: itself.
     pub(super) owner: WaitOwner,
     /// First uses of prefetched chunks, for the planner.
@@ -99,6 +101,7 @@ pub(crate) struct Touch {
 impl Shared {
     pub(super) fn new(layers: Vec<SharedLayer>) -> Self {
         Self {
+            hints: Arc::new(HintCounts::new(layers.len())),
             layers,
             poison: OnceLock::new(),
             counters: Arc::default(),

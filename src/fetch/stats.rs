@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::cost::PrepareCost;
+use crate::prefetch::HintCount;
 use crate::units::len_u64;
 
 /// Each power of two of microseconds is cut in this many buckets: percentiles are right to an eighth.
@@ -121,6 +122,64 @@ pub struct Wait {
     pub left_ms: u64,
 }
 
+/// What one hint of the planner had fetched ahead of one layer's readers, and how much of that they read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HintStats {
+    /// The layer, the lowest being 0.
+    pub layer: u32,
+    /// Why it was fetched: `rest`, `ahead`, `loader`, `import`, `neighbour`, `between`, `bundled`.
+    pub hint: String,
+    /// Bytes of tar that were fetched, in whole chunks.
+    pub fetched: u64,
+    /// Of those, the bytes of chunks that were read later.
+    pub read: u64,
+    /// Whether the hint is silent for the layer now, because too little of what it had fetched was read.
+    pub silenced: bool,
+}
+
+impl From<HintCount> for HintStats {
+    fn from(count: HintCount) -> Self {
+        Self {
+            layer: count.layer.0,
+            hint: count.reason.name().to_owned(),
+            fetched: count.fetched,
+            read: count.read,
+            silenced: count.silenced,
+        }
+    }
+}
+
+/// What one hint had fetched of all layers together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HintTotal<'a> {
+    /// As in [`HintStats::hint`].
+    pub hint: &'a str,
+    /// Bytes of tar that were fetched, in whole chunks.
+    pub fetched: u64,
+    /// Of those, the bytes of chunks that were read later.
+    pub read: u64,
+    /// Layers for which the hint is silent now.
+    pub silent_layers: u64,
+}
+
+/// Adds to `hints` what was counted before.
+fn carry_hints(hints: &mut Vec<HintStats>, before: &[HintStats]) {
+    for old in before {
+        let same = |hint: &&mut HintStats| hint.layer == old.layer && hint.hint == old.hint;
+        match hints.iter_mut().find(same) {
+            Some(hint) => {
+                hint.fetched += old.fetched;
+                hint.read += old.read;
+            }
+            None => hints.push(HintStats {
+                silenced: false,
+                ..old.clone()
+            }),
+        }
+    }
+}
+
 /// What a pool of fetchers holds at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -182,6 +241,8 @@ macro_rules! counters {
             pub bytes: BytesByOrigin,
             /// From asking to answer, for reads that were left with the fetch thread of the process that serves the device now.
             pub latency: Percentiles,
+            /// What was fetched ahead of need, for each layer and hint, and how much of it was read.
+            pub hints: Vec<HintStats>,
             /// What was downloaded before the fetcher began, to find out what the layers hold.
             pub prepared: PrepareCost,
             /// Why a layer, or all of the device, is read no more; none as long as nothing is wrong with it.
@@ -191,6 +252,25 @@ macro_rules! counters {
         }
 
         impl FetchStats {
+            /// What each hint had fetched of all layers together, in the order in which they stand there.
+            #[must_use]
+            pub fn hint_totals(&self) -> Vec<HintTotal<'_>> {
+                let mut totals: Vec<HintTotal<'_>> = Vec::new();
+                for of_layer in &self.hints {
+                    let hint = of_layer.hint.as_str();
+                    let place = totals.iter().position(|total| total.hint == hint);
+                    let place = place.unwrap_or_else(|| {
+                        totals.push(HintTotal { hint, fetched: 0, read: 0, silent_layers: 0 });
+                        totals.len() - 1
+                    });
+                    let total = &mut totals[place];
+                    total.fetched += of_layer.fetched;
+                    total.read += of_layer.read;
+                    total.silent_layers += u64::from(of_layer.silenced);
+                }
+                totals
+            }
+
             /// Adds what was counted before, by another process. What is not a counter stays as it is.
             pub(crate) fn carry(&mut self, before: &Self) {
                 let in_flight = self.in_flight;
@@ -199,6 +279,7 @@ macro_rules! counters {
                 self.bytes.memory += before.bytes.memory;
                 self.bytes.disk += before.bytes.disk;
                 self.bytes.network += before.bytes.network;
+                carry_hints(&mut self.hints, &before.hints);
             }
 
             /// The same with nothing in it but what [`carry`](Self::carry) adds.
@@ -222,6 +303,7 @@ macro_rules! counters {
                         network: self.bytes_network.load(Ordering::Relaxed),
                     },
                     latency: self.latency.percentiles(),
+                    hints: Vec::new(),
                     prepared: PrepareCost::default(),
                     poisoned: None,
                     waiting: Vec::new(),
@@ -298,6 +380,37 @@ mod tests {
             last = here;
         }
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
+    }
+
+    #[test]
+    fn hints_are_carried_over_and_summed_by_name() {
+        let hint = |layer, hint: &str, fetched, read, silenced| HintStats {
+            layer,
+            hint: hint.to_owned(),
+            fetched,
+            read,
+            silenced,
+        };
+        let before = FetchStats {
+            hints: vec![hint(0, "rest", 10, 5, true), hint(1, "import", 7, 7, false)],
+            ..FetchStats::default()
+        };
+        let mut now = FetchStats {
+            hints: vec![hint(0, "rest", 3, 1, false), hint(1, "rest", 20, 1, true)],
+            ..FetchStats::default()
+        };
+        now.carry(&before);
+        let total = |hint, fetched, read, silent_layers| HintTotal {
+            hint,
+            fetched,
+            read,
+            silent_layers,
+        };
+        assert_eq!(
+            now.hint_totals(),
+            [total("rest", 33, 7, 1), total("import", 7, 7, 0)],
+            "who was silent then is heard again"
+        );
     }
 
     #[test]

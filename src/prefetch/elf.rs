@@ -267,7 +267,9 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::io::Read as _;
     use std::process::Command;
+    use std::sync::LazyLock;
 
     use proptest::prelude::*;
 
@@ -370,6 +372,14 @@ mod tests {
         );
     }
 
+    /// The beginning of this program.
+    static PROGRAM: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        file.take(1 << 20).read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+
     proptest! {
         #[test]
         fn no_file_does_harm(mut bytes in proptest::collection::vec(any::<u8>(), 0..2000), real: bool) {
@@ -382,8 +392,7 @@ mod tests {
 
         #[test]
         fn no_damaged_program_does_harm(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..20)) {
-            let mut bytes = std::fs::read("/proc/self/exe").unwrap();
-            bytes.truncate(1 << 20);
+            let mut bytes = PROGRAM.clone();
             for (at, value) in flips {
                 bytes[at] = value;
             }

@@ -5,14 +5,16 @@
 //! single library out of hundreds. Nothing but reading tells which it is, so a directory begins with little credit and
 //! earns more with every file that is read in it: what is queued there and unread stays in proportion to what was read.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 
-use super::{ChunkRange, Look, PlanOptions, Planned, Presence, Reason, take_from};
-use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
+use super::chunks::ChunkRange;
+use super::hint::{Hint, Layers, Touch};
+use super::reason::{Planned, Reason};
+use super::wishes::Wishes;
+use super::{Look, Presence};
+use crate::image::{DirectoryId, FileId, StoredFile};
 
-/// How many directories' wants are remembered.
-const MOST_BATCHES: usize = 64;
 /// How many directories' credit is remembered; past that it is forgotten, and earned anew.
 const MOST_DIRECTORIES: usize = 4096;
 /// How many neighbours are looked at for one touch; most of a huge directory is never looked at.
@@ -34,12 +36,16 @@ struct Credit {
 pub(super) struct Neighbours {
     directories: HashMap<DirectoryId, Credit>,
     /// The files to fetch, the latest touch's neighbours first.
-    batches: VecDeque<VecDeque<Planned>>,
+    wishes: Wishes,
 }
 
-impl Neighbours {
-    /// Notes that a file is touched for the first time, and queues its neighbours.
-    pub(super) fn touched(&mut self, files: &dyn FileMap, file: StoredFile, options: &PlanOptions, look: Look<'_>) {
+impl Hint for Neighbours {
+    /// At a file's first touch its neighbours are queued.
+    fn touched(&mut self, touch: Touch, layers: &Layers, look: Look<'_>, _: &mut Vec<Planned>) {
+        let (Some(files), Some(file), true) = (&layers.files, touch.file, touch.is_first) else {
+            return;
+        };
+        let options = &layers.options;
         if self.directories.len() >= MOST_DIRECTORIES {
             self.directories.clear();
         }
@@ -51,7 +57,7 @@ impl Neighbours {
             credit.guessed_bytes -= file.range.len;
         }
         let limit = options.neighbour_bytes + credit.read / 100 * options.neighbour_percent;
-        let mut batch: VecDeque<Planned> = VecDeque::new();
+        let mut batch: Vec<Planned> = Vec::new();
         let mut visits = 0;
         files.neighbours(file.file, &mut |next: StoredFile| {
             visits += 1;
@@ -66,31 +72,21 @@ impl Neighbours {
             if stretch.keys().any(|key| look(key) == Presence::Absent) {
                 credit.guessed.insert(next.file);
                 credit.guessed_bytes += next.range.len;
-                match batch.back_mut() {
+                match batch.last_mut() {
                     Some(Planned { chunks: last, .. })
                         if last.layer == stretch.layer && (last.first..=last.end).contains(&stretch.first) =>
                     {
                         last.end = last.end.max(stretch.end);
                     }
-                    _ => batch.push_back(Reason::Neighbour.of(stretch)),
+                    _ => batch.push(Reason::Neighbour.of(stretch)),
                 }
             }
             ControlFlow::Continue(())
         });
-        if !batch.is_empty() {
-            self.batches.push_front(batch);
-            self.batches.truncate(MOST_BATCHES);
-        }
+        self.wishes.push_all_front(batch);
     }
 
-    /// The next range of absent chunks to fetch, at most `most` of them.
-    pub(super) fn next(&mut self, most: u32, gap: u32, look: Look<'_>) -> Option<Planned> {
-        while let Some(batch) = self.batches.front_mut() {
-            if let Some(found) = take_from(batch, most, gap, look) {
-                return Some(found);
-            }
-            self.batches.pop_front();
-        }
-        None
+    fn wishes(&mut self) -> &mut Wishes {
+        &mut self.wishes
     }
 }

@@ -7,10 +7,15 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use super::chunks::ChunkRange;
 use super::elf::{Needs, needs};
+use super::hint::{Hint, Layers, Touch};
 use super::node;
+use super::options::PlanOptions;
 use super::python::{self, Modules, When};
-use super::{ChunkRange, Peek, PlanOptions, Reason};
+use super::reason::{Planned, Reason};
+use super::wishes::Wishes;
+use super::{Look, Peek};
 use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
@@ -38,12 +43,12 @@ struct Pending {
 
 /// A range to prefetch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
-    pub(super) layer: LayerId,
-    pub(super) range: TarRange,
-    pub(super) reason: Reason,
+struct Wanted {
+    layer: LayerId,
+    range: TarRange,
+    reason: Reason,
     /// Whether it is read for certain before the program that names it runs; else it is only likely.
-    pub(super) certain: bool,
+    certain: bool,
 }
 
 /// Parses touched files for what they load, as their bytes come.
@@ -55,17 +60,48 @@ pub(super) struct Programs {
     /// Directories in which libraries were found, the latest first.
     library_dirs: VecDeque<DirectoryId>,
     modules: Modules,
-    /// Whether files were touched since the last [`read_on`](Self::read_on).
+    /// Whether files were touched since they were last read on.
     fresh: bool,
+    /// What is only likely.
+    wishes: Wishes,
+}
+
+impl Hint for Programs {
+    /// A file that is touched for the first time is parsed as soon as its first bytes are here.
+    fn touched(&mut self, touch: Touch, _: &Layers, _: Look<'_>, _: &mut Vec<Planned>) {
+        if let Some(file) = touch.file.filter(|_| touch.is_first) {
+            self.look_into(file, 0);
+            self.fresh = true;
+        }
+    }
+
+    fn awaits(&self, key: ChunkKey) -> bool {
+        let is_it = |part: &ChunkRange| part.layer == key.layer && (part.first..part.end).contains(&key.index);
+        self.pending.iter().any(|waiting| waiting.lacking.iter().any(is_it))
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    fn read_on(&mut self, layers: &Layers, peek: Peek<'_>, now: &mut Vec<Planned>) {
+        let Some(files) = &layers.files else { return };
+        let wanted = self.parse(&**files, &layers.options, peek);
+        let want = |wanted: &Wanted| wanted.reason.of(ChunkRange::of(wanted.layer, wanted.range));
+        now.extend(wanted.iter().filter(|wanted| wanted.certain).map(want));
+        // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
+        // module's imports are read before those of the ones that import it.
+        let mut likely: Vec<Planned> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
+        likely.sort_unstable_by_key(|want| want.chunks);
+        self.wishes.push_all_front(likely);
+    }
+
+    fn wishes(&mut self) -> &mut Wishes {
+        &mut self.wishes
+    }
 }
 
 impl Programs {
-    /// Notes that a file is touched for the first time: its first bytes are here or will be soon.
-    pub(super) fn touched(&mut self, file: StoredFile) {
-        self.look_into(file, 0);
-        self.fresh = true;
-    }
-
     fn look_into(&mut self, file: StoredFile, hops: u8) {
         let known = self.known.get(&file.file).is_some_and(|before| *before <= hops);
         if known || self.known.len() >= MOST_KNOWN {
@@ -87,19 +123,8 @@ impl Programs {
         }
     }
 
-    /// Whether a file was touched whose bytes may be in memory already, so that no chunk will come to bring it up.
-    pub(super) fn is_fresh(&self) -> bool {
-        self.fresh
-    }
-
-    /// Whether a file waits for this chunk.
-    pub(super) fn awaits(&self, key: ChunkKey) -> bool {
-        let is_it = |part: &ChunkRange| part.layer == key.layer && (part.first..part.end).contains(&key.index);
-        self.pending.iter().any(|waiting| waiting.lacking.iter().any(is_it))
-    }
-
     /// Parses the files whose bytes have come. Returns what to fetch, the most urgent first.
-    pub(super) fn read_on(&mut self, files: &dyn FileMap, options: &PlanOptions, peek: Peek<'_>) -> Vec<Wanted> {
+    fn parse(&mut self, files: &dyn FileMap, options: &PlanOptions, peek: Peek<'_>) -> Vec<Wanted> {
         self.fresh = false;
         let mut wanted = Vec::new();
         for _ in 0..self.pending.len() {

@@ -4,8 +4,10 @@ use std::ops::ControlFlow;
 
 use proptest::prelude::*;
 
+use super::wishes::Wishes;
 use super::*;
 use crate::image::{DirectoryId, StoredFile};
+use crate::units::TarOffset;
 
 const LAYER: LayerId = LayerId(0);
 const CHUNK: u64 = CHUNK_BYTES;
@@ -65,6 +67,11 @@ impl FileMap for Row {
     }
 }
 
+fn planner_of(row: &Arc<Row>) -> Planner {
+    let counts = Arc::new(HintCounts::new(1));
+    Planner::new(Some(row.clone()), vec![row.end()], PlanOptions::default(), counts)
+}
+
 /// A planner whose every wish comes true at once.
 struct World {
     planner: Planner,
@@ -73,9 +80,8 @@ struct World {
 
 impl World {
     fn new(row: &Arc<Row>) -> Self {
-        let planner = Planner::new(Some(row.clone()), vec![row.end()], PlanOptions::default());
         Self {
-            planner,
+            planner: planner_of(row),
             here: RefCell::default(),
         }
     }
@@ -92,17 +98,22 @@ impl World {
             }
         };
         if ChunkRange::of(LAYER, range).keys().all(|key| here.contains(&key)) {
-            self.planner.hit(LAYER, range, &look);
+            self.planner.hit(LAYER, range, &look, &mut now);
         } else {
             self.planner.miss(LAYER, range, &look, &mut now);
         }
         let flights = merge(&now, 2, 128, &look);
-        let fetched: Vec<u32> = flights.iter().flat_map(|flight| flight.first..flight.end).collect();
-        self.here
-            .borrow_mut()
-            .extend(flights.iter().flat_map(|flight| flight.keys()));
-        self.planner.demanded(ChunkRange::of(LAYER, range).bytes());
-        fetched
+        for flight in &flights {
+            for key in flight.chunks().keys() {
+                match flight.reason(key.index) {
+                    Reason::Demand => self.planner.demanded(),
+                    reason => self.planner.prefetched(key, reason),
+                }
+            }
+        }
+        let keys: Vec<ChunkKey> = flights.iter().flat_map(|flight| flight.chunks().keys()).collect();
+        self.here.borrow_mut().extend(&keys);
+        keys.iter().map(|key| key.index).collect()
     }
 
     /// Fetches what is next until nothing is.
@@ -117,11 +128,11 @@ impl World {
                     Presence::Absent
                 }
             };
-            let Some(Planned { chunks: next, .. }) = self.planner.next(1 << 20, &look) else {
+            let Some(Planned { chunks: next, reason }) = self.planner.next(1 << 20, &look) else {
                 return all;
             };
             assert!(next.bytes() <= 1 << 20);
-            self.planner.prefetched(next.bytes());
+            next.keys().for_each(|key| self.planner.prefetched(key, reason));
             all.extend(next.first..next.end);
             self.here.borrow_mut().extend(next.keys());
         }
@@ -179,7 +190,8 @@ fn a_sequential_reader_finds_what_it_needs() {
 
 #[test]
 fn it_works_without_knowing_files() {
-    let mut planner = Planner::new(None, vec![1000 * CHUNK], PlanOptions::default());
+    let counts = Arc::new(HintCounts::new(1));
+    let mut planner = Planner::new(None, vec![1000 * CHUNK], PlanOptions::default(), counts);
     let mut now = Vec::new();
     for n in 0..4 {
         let range = TarRange::new(TarOffset(n * 4 * CHUNK), 4 * CHUNK);
@@ -207,7 +219,8 @@ fn what_nobody_reads_ends_the_guessing() {
         guessed += world.idle().len();
         assert!(fetched <= 2);
     }
-    let limit = (PlanOptions::default().credit_bytes + 100 * 2 * CHUNK) / CHUNK + 64;
+    let budget = PlanOptions::default().budgets.neighbour;
+    let limit = budget.room(0, 100 * 2 * CHUNK) / CHUNK + 64;
     assert!(
         u64::try_from(guessed).unwrap() <= limit,
         "{guessed} chunks guessed, {limit} allowed"
@@ -219,12 +232,16 @@ fn what_nobody_reads_ends_the_guessing() {
 fn only_who_reads_whole_files_is_followed_into_the_next() {
     let row = Row::of(&vec![40 * CHUNK; 50]);
     let ahead = |from: u64| {
-        let mut planner = Planner::new(Some(row.clone()), vec![row.end()], PlanOptions::default());
+        let mut planner = planner_of(&row);
         for n in from..41 {
             let range = TarRange::new(TarOffset(n * CHUNK), CHUNK);
-            planner.hit(LAYER, range, &|_| Presence::Absent);
+            planner.hit(LAYER, range, &|_| Presence::Absent, &mut Vec::new());
         }
-        planner.urgent.iter().map(|want| want.chunks.end).max()
+        let wishes = planner.hints.iter_mut().flat_map(|hint| {
+            let wishes = hint.wishes().iter().filter(|want| want.reason == Reason::Ahead);
+            wishes.map(|want| want.chunks.end).collect::<Vec<_>>()
+        });
+        wishes.max()
     };
     assert!(ahead(0).unwrap() > 50, "{:?}", ahead(0));
     assert_eq!(ahead(20), Some(40));
@@ -239,10 +256,10 @@ fn wants_close_by_fly_together() {
         end,
     };
     let all = [(50, 52), (10, 12), (49, 50), (54, 55), (80, 81), (40, 44)];
-    let mut queue: VecDeque<Planned> = all
-        .iter()
-        .map(|(first, end)| Reason::Import.of(stretch(*first, *end)))
-        .collect();
+    let mut wishes = Wishes::default();
+    for (first, end) in all {
+        wishes.push_back(Reason::Import.of(stretch(first, end)));
+    }
     let look = |key: ChunkKey| {
         if key.index == 45 {
             Presence::Coming
@@ -250,13 +267,53 @@ fn wants_close_by_fly_together() {
             Presence::Absent
         }
     };
-    let mut found = take_from(&mut queue, 128, 4, &look).unwrap().chunks;
+    let may = |_, _| true;
+    let mut found = wishes.take(128, 4, &may, &look).unwrap().chunks;
     assert_eq!(found, stretch(50, 52));
-    gather(&mut found, &queue, 128, 4, &look);
+    wishes.grow(&mut found, 128, 4, &may, &look);
     assert_eq!(found, stretch(49, 55), "not over what is coming, nor far away");
     let mut short = stretch(50, 52);
-    gather(&mut short, &queue, 3, 4, &look);
+    assert!(wishes.grow(&mut short, 3, 4, &may, &look));
     assert_eq!(short, stretch(49, 52));
+    assert!(!wishes.grow(&mut short, 3, 4, &may, &look));
+}
+
+/// Of a layer whose reader jumps about in a big file, surroundings are soon no longer fetched; elsewhere they still are.
+#[test]
+fn a_hint_that_guesses_badly_falls_silent_for_that_layer() {
+    let files = Row::of(&[100_000 * CHUNK]);
+    let counts = Arc::new(HintCounts::new(2));
+    let sizes = vec![files.end(); 2];
+    let mut planner = Planner::new(Some(files), sizes, PlanOptions::default(), counts.clone());
+    let mut touch = |layer: LayerId, n: u64| {
+        let (range, mut now) = (TarRange::new(TarOffset(n * 7919 % 100_000 * CHUNK), 4096), Vec::new());
+        planner.miss(layer, range, &|_| Presence::Absent, &mut now);
+        let flights = merge(&now, 0, 128, &|_| Presence::Absent);
+        for flight in &flights {
+            for key in flight.chunks().keys() {
+                match flight.reason(key.index) {
+                    Reason::Demand => planner.demanded(),
+                    reason => planner.prefetched(key, reason),
+                }
+            }
+        }
+        flights.iter().map(|flight| flight.chunks().count()).sum::<u32>()
+    };
+    let first = touch(LayerId(0), 1);
+    let all: u32 = (2..500).map(|n| touch(LayerId(0), n)).sum();
+    let budget = PlanOptions::default().budgets.rest;
+    let guessed = u64::from(first + all - 499) * CHUNK;
+    let limit = budget.room(0, 499 * CHUNK) + PlanOptions::default().widest_touch_bytes;
+    assert!(guessed <= limit, "{guessed} bytes guessed, {limit} allowed");
+    let counted = |layer| {
+        let all = counts.snapshot().into_iter();
+        all.filter(|count| count.layer == layer && count.reason == Reason::Rest)
+            .map(|count| (count.fetched, count.read, count.silenced))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(counted(LayerId(0)), [(guessed, 0, true)]);
+    assert!(touch(LayerId(1), 1) > 1);
+    assert!(matches!(counted(LayerId(1))[..], [(_, 0, false)]));
 }
 
 proptest! {
@@ -288,17 +345,19 @@ proptest! {
         let model: BTreeSet<ChunkKey> =
             wants.iter().flat_map(|want| want.chunks.keys()).filter(|key| look(*key) == Presence::Absent).collect();
         let flights = merge(&wants, gap, longest, &look);
-        let flown: Vec<ChunkKey> = flights.iter().flat_map(|flight| flight.keys()).collect();
+        let flown: Vec<ChunkKey> = flights.iter().flat_map(|flight| flight.chunks().keys()).collect();
         let once: BTreeSet<ChunkKey> = flown.iter().copied().collect();
         prop_assert_eq!(flown.len(), once.len());
         prop_assert!(model.is_subset(&once));
         prop_assert!(once.iter().all(|key| look(*key) != Presence::Coming));
-        for flight in &flights {
+        for planned in &flights {
+            let flight = planned.chunks();
             prop_assert!(flight.count() <= longest && !flight.is_empty());
             let useful = |index| model.contains(&ChunkKey { layer: flight.layer, index });
             prop_assert!(useful(flight.first) && useful(flight.end - 1));
             let mut since = 0;
             for index in flight.first..flight.end {
+                prop_assert_eq!(planned.reason(index) == Reason::Between, !useful(index));
                 since = if useful(index) { 0 } else { since + 1 };
                 prop_assert!(since <= gap);
             }

@@ -6,7 +6,7 @@
 //! what both bring. All here counts bytes of tar space, except where it says blob.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::layer::Decoder;
-use crate::prefetch::{ChunkRange, Planned, Presence};
+use crate::prefetch::{ChunkRange, Planned, PlannedFlight, Presence, Reason};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, len_u64};
 
 /// A request for spans on its way.
@@ -199,24 +199,31 @@ fn holds_less() -> Trouble {
 }
 
 impl Engine {
-    /// Sends flights for what is absent of `ranges`, which are all of one compressed layer.
+    /// Sends flights for what is absent of `planned`, which are all of one compressed layer.
     pub(super) fn send_coded(
         self: &Rc<Self>,
         state: &Rc<LayerState>,
         coded: &Rc<CodedLayer>,
-        ranges: &[ChunkRange],
+        planned: &[PlannedFlight],
         demand: bool,
     ) {
-        let Some(layer) = ranges.first().map(|chunks| chunks.layer) else {
+        let Some(layer) = planned.first().map(|flight| flight.chunks().layer) else {
             return;
         };
-        let wanted: HashSet<ChunkKey> = ranges
+        let is_free =
+            |key: ChunkKey| self.look(key) == Presence::Absent && !state.verifying.borrow().contains(&key.index);
+        let with_reason = |flight: &PlannedFlight| {
+            let keys = flight.chunks().keys().map(|key| (key, flight.reason(key.index)));
+            keys.collect::<Vec<_>>()
+        };
+        // What lies between two others is not worth a span of its own.
+        let wanted: HashMap<ChunkKey, Reason> = planned
             .iter()
-            .flat_map(|chunks| chunks.keys())
-            .filter(|key| self.look(*key) == Presence::Absent && !state.verifying.borrow().contains(&key.index))
+            .flat_map(with_reason)
+            .filter(|(key, reason)| *reason != Reason::Between && is_free(*key))
             .collect();
         let mut spans = BTreeSet::new();
-        for key in &wanted {
+        for key in wanted.keys() {
             for range in coded.lacking(key.index) {
                 let last = coded.table.span_at(TarOffset(range.end.saturating_sub(1)));
                 spans.extend(coded.table.span_at(TarOffset(range.start))..=last);
@@ -224,7 +231,7 @@ impl Engine {
         }
         let requests = coded.requests_for(layer, &spans);
         coded.in_flight.borrow_mut().extend(requests.iter().cloned());
-        let mut coming: BTreeSet<ChunkKey> = wanted.iter().copied().collect();
+        let mut coming: BTreeSet<ChunkKey> = wanted.keys().copied().collect();
         coming.extend(requests.iter().flat_map(|request| request.all().keys()));
         let owner = self.owner_of_request();
         for key in coming {
@@ -234,8 +241,8 @@ impl Engine {
                 .any(|all| (all.first..all.end).contains(&key.index) && all.count() <= MARKED_WHOLE);
             // Only if all of it comes.
             if self.look(key) == Presence::Absent && coded.lacking(key.index).is_empty() {
-                let planned = !demand && wanted.contains(&key);
-                self.expect(&owner, key, planned, short || key.index.is_multiple_of(MARKER_DISTANCE));
+                let reason = wanted.get(&key).copied().unwrap_or(Reason::Bundled);
+                self.expect(&owner, key, reason, short || key.index.is_multiple_of(MARKER_DISTANCE));
             }
         }
         for request in requests {

@@ -14,21 +14,21 @@ use crate::cache::chunk::{Chunk, ChunkKey};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::http::WaitOwner;
-use crate::prefetch::ChunkRange;
+use crate::prefetch::{ChunkRange, Reason};
 use crate::units::{CHUNK_BYTES, len_u64};
 
 impl Engine {
-    /// A request, whose waits are those of `request`, brings a chunk, and was planned to or brings it along.
-    pub(super) fn expect(self: &Rc<Self>, request: &WaitOwner, key: ChunkKey, planned: bool, marker: bool) {
+    /// A request, whose waits are those of `request`, brings a chunk for this reason.
+    pub(super) fn expect(self: &Rc<Self>, request: &WaitOwner, key: ChunkKey, reason: Reason, marker: bool) {
         self.bring(key, request);
-        match self.in_flight.expect(key, planned, marker) {
-            Purpose::Demand => self.planner.borrow_mut().demanded(CHUNK_BYTES),
+        match self.in_flight.expect(key, reason != Reason::Bundled, marker) {
+            Purpose::Demand => self.planner.borrow_mut().demanded(),
             Purpose::Prefetch => {
-                self.planner.borrow_mut().prefetched(CHUNK_BYTES);
+                self.planner.borrow_mut().prefetched(key, reason);
                 add(&self.counters.bytes_prefetched, CHUNK_BYTES);
             }
             Purpose::Fill => add(&self.counters.bytes_filled, CHUNK_BYTES),
-            Purpose::Bundled => {}
+            Purpose::Bundled => self.planner.borrow_mut().prefetched(key, Reason::Bundled),
         }
     }
 
@@ -99,9 +99,7 @@ impl Engine {
             let Some(pending) = self.in_flight.take(key) else {
                 continue;
             };
-            if pending.purpose == Purpose::Prefetch {
-                self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
-            }
+            self.planner.borrow_mut().not_fetched(key);
             for waiter in pending.waiters {
                 waiter.request.end(Err(error.clone()));
             }
@@ -119,8 +117,8 @@ impl Engine {
     pub(super) fn release(&self, key: ChunkKey) -> bool {
         let released = self.in_flight.release(key);
         self.end_bringing(key, None);
-        if released == Released::Dropped(Purpose::Prefetch) {
-            self.planner.borrow_mut().not_fetched(CHUNK_BYTES);
+        if matches!(released, Released::Dropped(_)) {
+            self.planner.borrow_mut().not_fetched(key);
         }
         released == Released::Wanted
     }

@@ -181,8 +181,8 @@ impl InFlight {
     }
 
     /// Takes all chunks out.
-    pub(super) fn take_all(&self) -> impl Iterator<Item = Pending> {
-        self.chunks.take().into_values()
+    pub(super) fn take_all(&self) -> impl Iterator<Item = (ChunkKey, Pending)> {
+        self.chunks.take().into_iter()
     }
 
     /// Takes out the readers of `chunks` that would have waited longer than `deadline` after another `pause`.

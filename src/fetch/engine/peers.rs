@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use super::in_flight::Purpose;
 use super::{Engine, Waiter};
 use crate::cache::Slice;
 use crate::cache::chunk::{Chunk, ChunkKey, FirstUse};
@@ -19,7 +18,7 @@ use crate::fetch::stats::add;
 use crate::fetch::transport::HostKey;
 use crate::http::WaitOwner;
 use crate::prefetch::ChunkRange;
-use crate::units::{LayerId, len_u64};
+use crate::units::{LayerId, TarRange, len_u64};
 
 /// A chunk of a content, whatever its devices call the layer: the content's number, and the chunk's.
 type SharedKey = (u32, u32);
@@ -197,11 +196,9 @@ impl Engine {
         let Some(pending) = self.in_flight.take(key) else {
             return;
         };
-        if pending.purpose == Purpose::Prefetch {
-            self.planner.borrow_mut().not_fetched(len_u64(chunk.bytes().len()));
-        }
+        self.planner.borrow_mut().not_fetched(key);
         if !pending.waiters.is_empty() {
-            self.used_first(key.layer, chunk);
+            self.used_first(key, chunk);
         }
         for Waiter {
             request,
@@ -220,19 +217,20 @@ impl Engine {
     }
 
     /// A chunk is used here that another engine may have prefetched.
-    fn used_first(&self, layer: LayerId, chunk: &Chunk) {
+    fn used_first(&self, key: ChunkKey, chunk: &Chunk) {
         if matches!(chunk.touch(), FirstUse::Yes { prefetched: true, .. }) {
             let bytes = len_u64(chunk.bytes().len());
             add(&self.counters.prefetched_used, bytes);
-            self.paid_for_others(layer, bytes);
+            self.read_by_us(key.layer, TarRange::new(key.start(), bytes));
         }
     }
 
-    /// So many bytes of a layer, prefetched by whatever engine, were read here for the first time: no other one has them unread
-    /// any more.
-    pub(super) fn paid_for_others(&self, layer: LayerId, bytes: u64) {
-        for (engine, _) in self.sharing(layer) {
-            engine.planner.borrow_mut().not_fetched(bytes);
+    /// A range of a layer, prefetched by whatever engine, was read here for the first time: no other one has it unread any more.
+    pub(super) fn read_by_us(&self, layer: LayerId, range: TarRange) {
+        for (engine, layer) in self.sharing(layer) {
+            for key in ChunkRange::of(layer, range).keys() {
+                engine.planner.borrow_mut().not_fetched(key);
+            }
         }
     }
 

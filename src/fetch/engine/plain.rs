@@ -9,7 +9,7 @@ use super::origin::Trouble;
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
-use crate::prefetch::ChunkRange;
+use crate::prefetch::{ChunkRange, PlannedFlight};
 use crate::units::{CHUNK_BYTES, LayerId, len_u64, len_usize};
 
 /// A range of chunks, fetched by one request at a time.
@@ -102,12 +102,13 @@ impl Flight for PlainFlight {
 }
 
 impl Engine {
-    /// Sends a flight for `chunks`, which are all absent, of a layer whose blob is the tar.
-    pub(super) fn send_plain(self: &Rc<Self>, state: &Rc<LayerState>, chunks: ChunkRange, demand: bool) {
+    /// Sends a flight for chunks that are all absent, of a layer whose blob is the tar.
+    pub(super) fn send_plain(self: &Rc<Self>, state: &Rc<LayerState>, planned: &PlannedFlight, demand: bool) {
+        let chunks = planned.chunks();
         let owner = self.owner_of_request();
         for key in chunks.keys() {
             let marker = chunks.count() <= MARKED_WHOLE || (key.index - chunks.first).is_multiple_of(MARKER_DISTANCE);
-            self.expect(&owner, key, true, marker);
+            self.expect(&owner, key, planned.reason(key.index), marker);
         }
         let flight = PlainFlight {
             chunks,
