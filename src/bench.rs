@@ -32,6 +32,7 @@ use origin::Link;
 pub use alternative::Row;
 pub use outcome::{Machine, Outcome, Phase, RowOutcome, Run, Touched};
 pub use report::html;
+pub use root::ChrootMounts;
 
 /// What is measured.
 #[derive(Clone, Debug)]

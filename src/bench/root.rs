@@ -23,13 +23,16 @@ const DEVICES: [(&str, u32, u32); 6] = [
 
 /// A root directory with what programs expect mounted in it.
 #[derive(Debug)]
-pub(super) struct ChrootMounts {
+pub struct ChrootMounts {
     mounts: Vec<PathBuf>,
 }
 
 impl ChrootMounts {
     /// Mounts /proc, a /dev of its own and an empty /tmp in `root`, as far as it has these directories.
-    pub(super) fn new(root: &Path) -> Result<Self, BenchError> {
+    ///
+    /// # Errors
+    /// When something cannot be mounted.
+    pub fn new(root: &Path) -> Result<Self, BenchError> {
         let mut mounts = Self { mounts: Vec::new() };
         let careful = MountFlags::NOSUID | MountFlags::NOEXEC;
         if mounts.mount(root, "proc", "proc", careful | MountFlags::NODEV, c"")? {
