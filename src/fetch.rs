@@ -10,11 +10,13 @@
 //!
 //! Parts: `blob` (what a layer is), `content` (what is held of it), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
 //! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher), `trust` (on whose word), `unproven`
-//! (indexes that are compared with headers in the end).
+//! (indexes that are compared with headers in the end), `dedup` (bytes that other layers have, too).
 
 mod blob;
 mod content;
 mod cost;
+mod dedup;
+mod deduplicator;
 pub mod descriptors;
 mod engine;
 mod error;
@@ -41,6 +43,8 @@ use tokio::time::Instant;
 pub(crate) use blob::WholeDigests;
 pub use blob::{ChunkVerifier, Coded, LayerSource, Verifier, Windows};
 pub use cost::{KnownBy, LayerCost, PrepareCost};
+pub use dedup::{MOST_DONORS, PROVEN_WHOLE, SharedExtent, SharedPayloads, ShortDigest};
+pub use deduplicator::Deduplicator;
 pub use error::{FetchError, StartError};
 pub use options::{FetchOptions, OpenOptions, PoolOptions};
 pub use pool::FetchPool;
@@ -53,6 +57,7 @@ use crate::cache::{Slice, Slices};
 use crate::http::{self, tls};
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarRange, len_u64};
+use dedup::AtDonors;
 use engine::Command;
 use shared::{FetchedLayer, Shared, SharedLayer, Touch};
 use stats::add;
@@ -65,7 +70,7 @@ pub enum Located<'a> {
     /// In a local file that is the layer itself, and that nothing vouches for, from this byte on; a reader with a ring of its own may
     /// read it there.
     File(BorrowedFd<'a>, u64),
-    /// In the disk cache: ask [`Fetcher::read`], which checks what it reads back.
+    /// In the disk cache, or another layer has it: ask [`Fetcher::read`], which checks what it reads back.
     Disk,
     /// Not here, or not all of it in one place: ask [`Fetcher::read`].
     Elsewhere,
@@ -147,9 +152,16 @@ impl Fetcher {
                 }
                 let stretch = ChunkRange::of(asked.layer, asked.range);
                 if layer.is_on_disk(stretch.first, stretch.end) {
-                    Located::Disk
-                } else {
-                    Located::Elsewhere
+                    return Located::Disk;
+                }
+                match layer.dedup.locate(asked.range) {
+                    Some(AtDonors::Memory(slices)) => {
+                        add(&counters.reads, 1);
+                        add(&counters.bytes_deduplicated, asked.range.len);
+                        Located::Memory(slices)
+                    }
+                    Some(AtDonors::Here) => Located::Disk,
+                    None => Located::Elsewhere,
                 }
             }
         }
@@ -164,12 +176,19 @@ impl Fetcher {
         let Some(SharedLayer::Fetched(layer)) = shared.layer_of(asked) else {
             return false;
         };
-        let filled = len_u64(target.len()) == asked.range.len && layer.read_at_once(asked, target);
-        if filled {
-            add(&shared.counters.reads, 1);
-            add(&shared.counters.bytes_disk, asked.range.len);
+        if len_u64(target.len()) != asked.range.len || layer.poison.get().is_some() {
+            return false;
         }
-        filled
+        let counter = if layer.read_at_once(asked, target) {
+            &shared.counters.bytes_disk
+        } else if layer.dedup.read_at_once(asked.range, target) {
+            &shared.counters.bytes_deduplicated
+        } else {
+            return false;
+        };
+        add(&shared.counters.reads, 1);
+        add(counter, asked.range.len);
+        true
     }
 
     fn locate_in_memory(&self, layer: &FetchedLayer, asked: LayerRange) -> Option<Slices> {

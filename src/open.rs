@@ -14,6 +14,7 @@
 pub mod artifact;
 mod compare;
 mod cost;
+mod dedup;
 pub mod discover;
 mod error;
 mod index_cache;

@@ -127,6 +127,12 @@ pub struct DiskCache {
 pub struct LayerKey([u8; 32]);
 
 impl LayerKey {
+    /// The name of the layer's files, without what tells one from the other.
+    #[must_use]
+    pub fn hex(self) -> String {
+        hexadecimal(&self.0)
+    }
+
     /// A plain layer at a URL: `name` is the URL without passwords and signatures, `size` its length in bytes, and `validator`
     /// the value of its `ETag` or `Last-Modified` header.
     #[must_use]
@@ -294,6 +300,19 @@ impl DiskCache {
         open.insert(key, Arc::downgrade(&cache));
         self.remember(&cache);
         Ok(cache)
+    }
+
+    /// The cache of a layer of which something is kept; none if nothing is, or another process has it open. Makes nothing.
+    pub(crate) fn kept(self: &Arc<Self>, key: LayerKey) -> Option<Arc<LayerCache>> {
+        let key = key.0;
+        let mut open = lock(&self.open);
+        if let Some(cache) = open.get(&key).and_then(Weak::upgrade) {
+            return (!cache.is_poisoned()).then_some(cache);
+        }
+        let cache = Arc::new(LayerCache::open_kept(self, key)?);
+        open.insert(key, Arc::downgrade(&cache));
+        self.remember(&cache);
+        Some(cache)
     }
 
     /// A layer was closed. Called by whoever held it last, who may be this very cache: then it is found out later.

@@ -169,6 +169,7 @@ fn rows_of_device(counters: &ServiceStats, row: &mut dyn FnMut(&str, String)) {
     let from = counters.fetch.bytes;
     row("from memory", show_size(from.memory));
     row("from disk", show_size(from.disk));
+    row("deduplicated", show_size(from.deduplicated));
     row("from network", show_size(from.network));
     row("zeros", show_size(device.bytes.zero));
     let latency = |nanos: u64| show_time(Duration::from_nanos(nanos));

@@ -179,6 +179,11 @@ fn of_fetching(out: &mut Exposition<'_>) {
         |stats| stats.fetch.bytes_fetched,
     );
     out.counter(
+        "tarblk_deduplicated_bytes_total",
+        "Bytes read that other layers had, so that they were neither fetched nor kept again.",
+        |stats| stats.fetch.bytes.deduplicated,
+    );
+    out.counter(
         "tarblk_prefetched_bytes_total",
         "Of the fetched bytes, those that were fetched ahead of need.",
         |stats| stats.fetch.bytes_prefetched,

@@ -4,7 +4,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{LayerFacts, PayloadDigests};
 use crate::digest::hexadecimal;
-use crate::index::{ColdPart, Index, IndexError, IndexFault};
+use crate::index::{ColdPart, Index, IndexError, Payloads};
 use crate::units::TarRange;
 
 /// What identifies a layer, and its files' payload digests, read from an index. Takes 48 bytes a file where there are
@@ -38,7 +38,7 @@ impl LayerKnowledge {
             identities.push(format!("chunks:{}", hexadecimal(&all.finalize())));
         }
         let payloads = if index.is_whole() && index.cold().has(ColdPart::PayloadDigests) {
-            Some(read_payloads(index)?)
+            Some(by_place(&Payloads::with_digests(index)?))
         } else {
             None
         };
@@ -70,29 +70,14 @@ impl PayloadDigests for LayerKnowledge {
     }
 }
 
-fn read_payloads<B: AsRef<[u8]>>(index: &Index<B>) -> Result<Vec<(TarRange, [u8; 32])>, IndexError> {
-    let mut payloads = Vec::new();
-    let mut entries = index.entries()?;
-    let mut piece = Vec::new();
-    let mut next = 0;
-    let mut at = 0;
-    while let Some(entry) = entries.next_entry()? {
-        let range = entry.payload();
-        if range.is_empty() {
-            continue;
-        }
-        if at == piece.len() {
-            piece = index
-                .cold_piece(ColdPart::PayloadDigests, next)?
-                .ok_or(IndexFault::Truncated)?;
-            (next, at) = (next + 1, 0);
-        }
-        let digest = piece.get(at..).and_then(|rest| rest.first_chunk::<32>());
-        payloads.push((range, *digest.ok_or(IndexFault::Truncated)?));
-        at += 32;
-    }
-    payloads.sort_unstable_by_key(|(range, _)| range.start);
-    Ok(payloads)
+/// Ranges and digests of all payloads, sorted by place.
+fn by_place(payloads: &Payloads) -> Vec<(TarRange, [u8; 32])> {
+    let ranges = payloads.ranges().iter().enumerate();
+    let mut known: Vec<_> = ranges
+        .filter_map(|(number, range)| Some((*range, payloads.digest(number)?)))
+        .collect();
+    known.sort_unstable_by_key(|(range, _)| range.start);
+    known
 }
 
 #[cfg(test)]

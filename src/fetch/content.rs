@@ -6,7 +6,7 @@
 //! never read by another one.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::blob::{LayerSource, VerifierDigests, WholeDigests};
@@ -30,9 +30,31 @@ pub(crate) struct LayerContent {
     stored: bool,
     /// None: nothing tells it from other layers, so it has one user.
     rules: Option<ByteRules>,
+    /// Whether other layers may have been given it to read what they have in common.
+    lent: AtomicBool,
+    /// Set once that is over: somebody else writes what is kept under its name from now on, by other rules.
+    revoked: AtomicBool,
     users: AtomicUsize,
     /// Held for what is only right as long as there is one user.
     alone: Mutex<()>,
+}
+
+impl LayerContent {
+    /// Whether bytes of it that were proven once to be another layer's are the same still, wherever they are read from.
+    pub(super) fn is_constant(&self) -> bool {
+        !self.revoked.load(Ordering::Acquire) && self.cache.get().is_none_or(|cache| !cache.is_poisoned())
+    }
+
+    /// Whether each of its chunks has a digest.
+    pub(super) fn has_chunk_digests(&self) -> bool {
+        let rules = self.rules.as_ref();
+        rules.is_some_and(|rules| matches!(rules.digests, Some(VerifierDigests::Chunks(_))))
+    }
+
+    /// Whether its chunks are held to digests, or nobody in this process writes any.
+    fn stays_constant(&self) -> bool {
+        self.has_chunk_digests() || (self.rules.is_none() && self.lent.load(Ordering::Acquire))
+    }
 }
 
 /// What decides which bytes are taken for the layer's.
@@ -157,6 +179,15 @@ impl Contents {
             drop(content.alone.lock());
             return ContentUse(Arc::clone(content));
         }
+        // What no device uses, and is only lent to others, gives way.
+        let gives_way = |content: &Arc<LayerContent>| {
+            content.lent.load(Ordering::Acquire) && content.users.load(Ordering::Acquire) == 0
+        };
+        let (given_up, in_use): (Vec<_>, Vec<_>) = in_use.into_iter().partition(gives_way);
+        for content in given_up {
+            content.revoked.store(true, Ordering::Release);
+            all.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(&content)));
+        }
         // Files of this name are another content's as long as that is in use.
         let name_taken = in_use.iter().any(|content| content.stored);
         let cache = store.map(|store| {
@@ -169,6 +200,36 @@ impl Contents {
         let made = self.make(source, store.is_some(), rules, cache);
         all.push(Arc::downgrade(&made.0));
         made
+    }
+
+    /// What is held of the layer with this key, for other layers to read what they have in common with it; none if nothing is, or what is
+    /// held may become something else. `store` is where it may be kept.
+    pub(super) fn lend(&self, key: LayerKey, store: Option<&Arc<DiskCache>>) -> Option<Arc<LayerContent>> {
+        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = by_key.entry(key).or_default();
+        let in_use: Vec<Arc<LayerContent>> = all.iter().filter_map(Weak::upgrade).collect();
+        if !in_use.is_empty() {
+            let lent = in_use
+                .into_iter()
+                .find(|content| content.is_constant() && content.stays_constant())?;
+            lent.lent.store(true, Ordering::Release);
+            return Some(lent);
+        }
+        let kept = store?.kept(key)?;
+        let count = chunk::chunk_count(kept.size())?;
+        let lent = Arc::new(LayerContent {
+            memory: self.memory.layer(count),
+            cache: OnceLock::from(kept),
+            checked: None,
+            stored: true,
+            rules: None,
+            lent: AtomicBool::new(true),
+            revoked: AtomicBool::new(false),
+            users: AtomicUsize::new(0),
+            alone: Mutex::default(),
+        });
+        all.push(Arc::downgrade(&lent));
+        Some(lent)
     }
 
     fn make(
@@ -193,6 +254,8 @@ impl Contents {
             checked: source.verifier.is_some().then(|| Bits::new(count)),
             stored,
             rules,
+            lent: AtomicBool::new(false),
+            revoked: AtomicBool::new(false),
             users: AtomicUsize::new(1),
             alone: Mutex::default(),
         }))

@@ -11,7 +11,7 @@
 //! Parts: `pool_state` (what engines share), `peers` (what they tell each other), `layer_state` (a layer here), `request` (a read that waits), `in_flight` (chunks on their way), `budget` (how much may be),
 //! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
 //! end to end), `deliver` (chunks to their readers), `deadline` (when readers give up), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
-//! they become chunks), `disk` (local files and the disk cache), `fill` (the whole layer, while no one reads), `verify`,
+//! they become chunks), `disk` (local files and the disk cache), `donors` (what other layers have, too), `fill` (the whole layer, while no one reads), `verify`,
 //! `verify_piece` and `verify_cached` (digests).
 
 mod budget;
@@ -20,6 +20,7 @@ mod coded_layer;
 mod deadline;
 mod deliver;
 mod disk;
+mod donors;
 mod fill;
 mod flight;
 mod in_flight;
@@ -367,7 +368,7 @@ impl Engine {
         let Some(state) = self.layer(key.layer) else {
             return Presence::Here;
         };
-        if self.holds(key) || self.is_stored(key) {
+        if self.holds(key) || self.is_stored(key) || self.is_at_donors(key) {
             Presence::Here
         } else if state.streaming.get() || self.is_brought(key) {
             Presence::Coming
@@ -431,6 +432,10 @@ impl Engine {
                 }
                 add(&counters.bytes_memory, len);
                 request.push(Slice::new(chunk, from, len));
+                continue;
+            }
+            if self.ask_donors(request, key, from, len) {
+                found_first = true;
                 continue;
             }
             let slot = request.expect();

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinSet;
@@ -16,6 +16,7 @@ use super::options::{FetchOptions, OpenOptions, PoolOptions};
 use super::runtime::{self, TaskSet};
 use super::stats::{PoolGauges, PoolStats};
 use super::{Fetcher, LayerSource, StartError, descriptors};
+use crate::cache::disk::DiskCache;
 use crate::cache::memory::MemoryCache;
 use crate::image::FileMap;
 
@@ -32,7 +33,30 @@ struct Pool {
     opened: UnboundedSender<Device>,
 }
 
+/// A handle that keeps nothing.
+#[derive(Clone, Debug)]
+pub(super) struct WeakPool(Weak<Pool>);
+
+impl WeakPool {
+    pub(super) fn upgrade(&self) -> Option<FetchPool> {
+        self.0.upgrade().map(FetchPool)
+    }
+}
+
 impl FetchPool {
+    pub(super) fn downgrade(&self) -> WeakPool {
+        WeakPool(Arc::downgrade(&self.0))
+    }
+
+    pub(super) fn contents(&self) -> &Contents {
+        &self.0.contents
+    }
+
+    /// Where chunks are kept, if anywhere.
+    pub(super) fn store(&self) -> Option<&Arc<DiskCache>> {
+        self.0.options.store.as_ref()
+    }
+
     /// Starts the fetch thread.
     ///
     /// # Errors

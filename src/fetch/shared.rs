@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::Notify;
 
 use super::content::ContentUse;
+use super::dedup::DedupTables;
 use super::stats::Counters;
 use super::{FetchError, LayerRange};
 use crate::cache::disk::Bits;
@@ -33,6 +34,8 @@ pub(crate) struct FetchedLayer {
     pub(super) size: u64,
     /// What is held of it, which other layers may share.
     pub(super) content: ContentUse,
+    /// What others have in common with it.
+    pub(super) dedup: DedupTables,
     /// Set once, when the layer turns out to be damaged or forged.
     pub(super) poison: OnceLock<FetchError>,
 }
@@ -42,6 +45,7 @@ impl FetchedLayer {
         Self {
             size,
             content,
+            dedup: DedupTables::default(),
             poison: OnceLock::new(),
         }
     }

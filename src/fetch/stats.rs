@@ -104,7 +104,9 @@ pub struct BytesByOrigin {
     pub memory: u64,
     /// In a local layer or in the cache file.
     pub disk: u64,
-    /// Neither: a reader waited for the network.
+    /// Neither, but another layer that is here has the same content.
+    pub deduplicated: u64,
+    /// None of these: a reader waited for the network.
     pub network: u64,
 }
 
@@ -221,6 +223,7 @@ macro_rules! counters {
             $(pub(crate) $name: AtomicU64,)*
             pub(crate) bytes_memory: AtomicU64,
             pub(crate) bytes_disk: AtomicU64,
+            pub(crate) bytes_deduplicated: AtomicU64,
             pub(crate) bytes_network: AtomicU64,
             pub(crate) latency: Histogram,
         }
@@ -278,6 +281,7 @@ macro_rules! counters {
                 self.in_flight = in_flight;
                 self.bytes.memory += before.bytes.memory;
                 self.bytes.disk += before.bytes.disk;
+                self.bytes.deduplicated += before.bytes.deduplicated;
                 self.bytes.network += before.bytes.network;
                 carry_hints(&mut self.hints, &before.hints);
             }
@@ -300,6 +304,7 @@ macro_rules! counters {
                     bytes: BytesByOrigin {
                         memory: self.bytes_memory.load(Ordering::Relaxed),
                         disk: self.bytes_disk.load(Ordering::Relaxed),
+                        deduplicated: self.bytes_deduplicated.load(Ordering::Relaxed),
                         network: self.bytes_network.load(Ordering::Relaxed),
                     },
                     latency: self.latency.percentiles(),

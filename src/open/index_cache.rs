@@ -3,7 +3,7 @@
 //! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of published indexes: each
 //! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
 //! file's digest and the signatures that came with it: whether it is believed is decided anew each time that it is wanted. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
-//! configurations of images, by their digests; `names` what tags and URLs meant (see `names`).
+//! configurations of images, by their digests; `names` what tags and URLs meant (see `names`), and where the indexes of layers are that were served (see `dedup`).
 //!
 //! Everything in it can be deleted at any time and is checked when it is read. Indexes are kept under a digest
 //! of the identity, so that names and URLs (which may hold secrets) do not show.

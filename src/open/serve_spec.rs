@@ -12,9 +12,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::dedup::{self, IndexedLayer};
 use super::index_cache::read_hot;
 use super::shared::{Fetching, Shared};
 use super::{Cache, OpenError, Prepared, open_index};
+use crate::cache::disk::LayerKey;
 use crate::fetch::{
     Coded, FetchStats, Fetcher, IndexTrust, LayerSource, OpenOptions, PrepareCost, UnprovenIndex, Verifier, Windows,
 };
@@ -204,10 +206,12 @@ impl ImageSpec {
         let indexes = indexes?;
         let made_of: Vec<_> = indexes.iter().map(|(index, _)| index).collect();
         let image = shared.image(&made_of, self.tree, &self.name)?;
-        let mut sources = Vec::new();
+        let (mut sources, mut described) = (Vec::new(), Vec::new());
         let trusts = trusts(&self.cost);
         for ((served, (index, file)), trust) in self.layers.into_iter().zip(indexes).zip(trusts) {
             let file: Arc<OwnedFd> = Arc::new(file.into());
+            let rest = served.index.rest.clone();
+            let indexed_file = (!served.index.lent).then(|| Arc::clone(&file));
             let unproven = trust.and_then(|trust| UnprovenIndex::in_file(trust, &index, &file));
             let windows = match served.index.rest {
                 // The file has room for what is fetched of it; one that was lent has lost its name.
@@ -219,8 +223,10 @@ impl ImageSpec {
                 unproven,
                 ..layer_source(served.layer, &index, windows)
             });
+            described.push(indexed_layer(sources.last(), index, indexed_file, rest, trust));
         }
-        start(shared, image, sources, self.store.as_deref(), &self.fetching, self.cost)
+        let store = self.store.as_deref();
+        start(shared, image, sources, described, store, &self.fetching, self.cost)
     }
 }
 
@@ -271,10 +277,30 @@ fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> L
     }
 }
 
+/// What is looked at to find bytes that other layers have, too.
+fn indexed_layer(
+    source: Option<&LayerSource>,
+    index: Index<Vec<u8>>,
+    file: Option<Arc<OwnedFd>>,
+    rest: Option<Blob>,
+    trust: Option<IndexTrust>,
+) -> IndexedLayer {
+    // A plain file is its own store.
+    let kept = source.filter(|source| source.layer.blob.is_remote() || source.coding.is_some());
+    IndexedLayer {
+        key: kept.and_then(|source| LayerKey::of_layer(&source.layer, source.coding.is_some(), source.size())),
+        index,
+        file,
+        rest,
+        trust,
+    }
+}
+
 fn start(
     shared: &Shared,
     image: Arc<Ext4Image>,
     layers: Vec<LayerSource>,
+    described: Vec<IndexedLayer>,
     store: Option<&Path>,
     fetching: &Fetching,
     cost: PrepareCost,
@@ -295,6 +321,9 @@ fn start(
     };
     let files: Arc<dyn FileMap> = image.clone();
     let fetcher = pool.fetch.open(layers, options, Some(files))?;
+    if let (Some(disk), Some(store)) = (&pool.disk, store) {
+        dedup::begin(&shared.getters, fetcher.deduplicator(), described, disk, store);
+    }
     Ok(Opened { image, fetcher, cost })
 }
 
@@ -305,8 +334,10 @@ fn start(
 pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, OpenError> {
     let image = Arc::new(prepared.image()?);
     let store = prepared.cache.as_ref().map(Cache::layers);
-    let mut sources = Vec::new();
+    let (mut sources, mut described) = (Vec::new(), Vec::new());
     for layer in prepared.layers {
+        let rest = layer.rest.clone();
+        let file = layer.kept.as_ref().and_then(|path| File::open(path).ok());
         let unproven = UnprovenIndex::in_memory(layer.trust.index, &layer.index);
         let windows = match layer.rest {
             Some(rest) => Windows::Remote(Box::new(rest), layer.index.cold().clone()),
@@ -316,11 +347,14 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
             unproven,
             ..layer_source(layer.layer, &layer.index, windows)
         });
+        let (file, trust) = (file.map(|file| Arc::new(file.into())), Some(layer.trust.index));
+        described.push(indexed_layer(sources.last(), layer.index, file, rest, trust));
     }
     start(
         &Shared::default(),
         image,
         sources,
+        described,
         store.as_deref(),
         fetching,
         prepared.cost,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::dedup::Getters;
 use super::index_cache::limit_of;
 use super::{OpenError, image_of};
 use crate::cache::disk::DiskCache;
@@ -46,6 +47,8 @@ pub struct Fetching {
 pub struct Shared {
     pools: Mutex<HashMap<Option<PathBuf>, Pool>>,
     images: Mutex<HashMap<ImageKey, Weak<Ext4Image>>>,
+    /// The devices whose layers may get bytes of others' layers.
+    pub(super) getters: Arc<Getters>,
 }
 
 #[derive(Clone, Debug)]

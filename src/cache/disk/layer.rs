@@ -161,7 +161,7 @@ impl LayerCache {
     }
 
     /// The layer's length in bytes.
-    pub(super) const fn size(&self) -> u64 {
+    pub(crate) const fn size(&self) -> u64 {
         self.size
     }
 

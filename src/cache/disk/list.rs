@@ -71,6 +71,12 @@ pub enum Removed {
 }
 
 impl KeptLayer {
+    /// The key that it goes by.
+    #[must_use]
+    pub fn layer_key(&self) -> Option<LayerKey> {
+        key(self).map(LayerKey)
+    }
+
     /// Whether a person who types `what` may mean this layer: its name, or how its digest or the name of its files begins.
     #[must_use]
     pub fn is_meant(&self, what: &str) -> bool {

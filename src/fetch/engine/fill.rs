@@ -150,9 +150,9 @@ impl Engine {
         Some(stretch)
     }
 
-    /// Where a chunk is on its way to the disk cache. One that is in memory alone is sent there.
+    /// Where a chunk is on its way to the disk cache. One that is in memory alone is sent there. What another layer has is not kept twice.
     fn on_disk(self: &Rc<Self>, key: ChunkKey) -> Presence {
-        if self.is_stored(key) {
+        if self.is_stored(key) || self.is_at_donors(key) {
             return Presence::Here;
         }
         let held = || self.in_memory(key);

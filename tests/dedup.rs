@@ -1,0 +1,405 @@
+//! What a layer has in common with others that are here is not fetched again, and not kept twice: two images in a registry, on one machine.
+
+#![cfg(feature = "command")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::panic)]
+
+mod common;
+mod scripted;
+
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::anonymous::registry_options;
+use common::noise::noise;
+use common::packed::{gzip, through};
+use common::rawtar::RawTar;
+use scripted::TestRegistry;
+use tarblk::internals::digest::Digest;
+use tarblk::internals::fetch::{Fetcher, LayerRange, Located};
+use tarblk::internals::open::publish::{PushOptions, push};
+use tarblk::internals::open::{
+    Cache, Fetching, IndexChoice, OpenOptions, Opened, Shared, TrustPolicy, Unwatched, prepare,
+};
+use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
+use tarblk::internals::units::{LayerId, TarOffset, TarRange};
+
+const KINDS: [&str; 3] = ["tar", "tar+gzip", "tar+zstd"];
+
+fn u(n: usize) -> u64 {
+    u64::try_from(n).unwrap()
+}
+
+/// A tar, and where its files are.
+struct Layer {
+    tar: Vec<u8>,
+    files: Vec<TarRange>,
+}
+
+/// A tar of these files.
+fn layer(files: &[Vec<u8>]) -> Layer {
+    let (mut tar, mut places) = (RawTar::new(), Vec::new());
+    for (number, content) in files.iter().enumerate() {
+        places.push(TarRange::new(TarOffset(u(tar.0.len()) + 512), u(content.len())));
+        tar = tar.file(format!("dir{}/file{number}", number / 10).as_bytes(), content);
+    }
+    let tar = tar.end().0;
+    Layer { tar, files: places }
+}
+
+/// Files of many lengths, and a long one; of those numbered from `changed` on as many as a tenth of all bytes are others with another `seed`.
+fn contents(seed: u64) -> Vec<Vec<u8>> {
+    let mut files: Vec<Vec<u8>> = (0..300)
+        .map(|number| {
+            let changed = (150..180).contains(&number);
+            noise(
+                1 + (number * 7919) % 40_000,
+                u(number) + if changed { seed << 20 } else { 0 },
+            )
+        })
+        .collect();
+    files.push(noise(3_000_000, 77));
+    files
+}
+
+/// What is before all other files, so that these lie elsewhere than in another layer.
+fn shifted(seed: u64, by: usize) -> Vec<Vec<u8>> {
+    let mut files = contents(seed);
+    files.insert(0, noise(by, seed));
+    files
+}
+
+fn packed(tar: &[u8], kind: &str) -> Vec<u8> {
+    match kind {
+        "tar" => tar.to_vec(),
+        "tar+gzip" => gzip(tar),
+        // Frames of their own, so that it can be read from the middle.
+        _ => tar
+            .chunks(128 << 10)
+            .flat_map(|piece| through(&["zstd", "-3", "-c"], piece))
+            .collect(),
+    }
+}
+
+/// Puts an image of these layers into a registry, with indexes that its manifest names; the digests of its layers' blobs.
+fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer], kind: &str) -> Vec<(Digest, u64)> {
+    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": common::sha256(bytes).to_string(), "size": bytes.len() });
+    let diff_ids: Vec<_> = layers
+        .iter()
+        .map(|layer| common::sha256(&layer.tar).to_string())
+        .collect();
+    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
+    let config = config.to_string().into_bytes();
+    registry.put_blob(&config);
+    let blobs: Vec<Vec<u8>> = layers.iter().map(|layer| packed(&layer.tar, kind)).collect();
+    let media_type = format!("application/vnd.oci.image.layer.v1.{kind}");
+    let described: Vec<_> = blobs.iter().map(|blob| descriptor(blob, &media_type)).collect();
+    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
+        "config": descriptor(&config, "application/vnd.oci.image.config.v1+json"), "layers": described });
+    let blobs = blobs
+        .iter()
+        .map(|blob| (registry.put_blob(blob), u(blob.len())))
+        .collect();
+    registry.put_manifest(name, "plain", OCI_MANIFEST, manifest.to_string().as_bytes());
+    let reference = Reference::parse(&format!("{}/{name}:plain", registry.host())).unwrap();
+    let how = PushOptions {
+        into: Some("latest".to_owned()),
+        ..PushOptions::new(64 << 10)
+    };
+    push(&reference, &registry_options(2), &how, &mut Unwatched).unwrap();
+    registry.take_log();
+    blobs
+}
+
+/// A machine with a cache and a service.
+struct Machine {
+    cache: tempfile::TempDir,
+    states: tempfile::TempDir,
+    service: Shared,
+    /// Bytes that its cache may take.
+    room: std::cell::Cell<u64>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self {
+            cache: common::scratch("dedup-"),
+            states: common::scratch("dedup-states-"),
+            service: Shared::default(),
+            room: std::cell::Cell::new(1 << 30),
+        }
+    }
+
+    /// The service ends, and another one begins.
+    fn restart(&mut self) {
+        self.service = Shared::default();
+    }
+
+    fn attach(&self, registry: &TestRegistry, name: &str, trust: TrustPolicy) -> Opened {
+        let options = OpenOptions {
+            index: IndexChoice::Auto,
+            cache: Some(Cache::new(self.cache.path()).unwrap()),
+            trust,
+            registry: registry_options(2),
+            ..OpenOptions::default()
+        };
+        let prepared = prepare(&registry.name(name), &options, &mut Unwatched).unwrap();
+        let fetching = Fetching {
+            memory_bytes: Some(64 << 20),
+            connections: 4,
+            fetch_all: false,
+            deadline: Some(Duration::from_secs(60)),
+            store_bytes: Some(self.room.get()),
+        };
+        let spec = prepared.image_spec(self.states.path(), fetching).unwrap();
+        spec.serve(&self.service).unwrap()
+    }
+}
+
+/// A range as a device reads it: at once where that is possible.
+fn read(fetcher: &Fetcher, layer: u32, range: TarRange) -> Vec<u8> {
+    let layer = LayerId(layer);
+    let mut bytes = Vec::new();
+    let mut at = range.start;
+    while at < range.end() {
+        let len = range.end().since(at).min(128 << 10);
+        let asked = LayerRange {
+            layer,
+            range: TarRange::new(at, len),
+        };
+        let mut target = vec![0; usize::try_from(len).unwrap()];
+        let located = fetcher.locate(asked);
+        match located {
+            Located::Memory(slices) => bytes.extend(slices.iter().flat_map(|slice| slice.iter())),
+            Located::Disk if fetcher.read_at_once(asked, &mut target) => bytes.append(&mut target),
+            _ => {
+                let slices = fetcher.read_blocking(vec![asked]).unwrap();
+                bytes.extend(slices.iter().flat_map(|slice| slice.iter()));
+            }
+        }
+        at = at.plus(len);
+    }
+    bytes
+}
+
+/// Reads all files of a layer and compares them.
+fn read_all(fetcher: &Fetcher, number: u32, layer: &Layer) {
+    for range in &layer.files {
+        let (start, end) = (
+            usize::try_from(range.start.0).unwrap(),
+            usize::try_from(range.end().0).unwrap(),
+        );
+        assert!(read(fetcher, number, *range) == layer.tar[start..end], "{range}");
+    }
+}
+
+/// Waits until a device knows that others have the beginning of a file.
+fn wait_until_known(fetcher: &Fetcher, layer: u32, file: TarRange) {
+    let asked = LayerRange {
+        layer: LayerId(layer),
+        range: TarRange::new(file.start, file.len.min(1)),
+    };
+    let began = Instant::now();
+    while !matches!(fetcher.locate(asked), Located::Disk | Located::Memory(_)) {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing became known");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Body bytes that a registry has sent of a blob since it was asked last.
+fn sent(registry: &TestRegistry, blob: &Digest) -> u64 {
+    let asked = registry.take_log();
+    let of_blob = asked.iter().filter(|asked| asked.path.contains(&blob.to_string()));
+    of_blob.map(|asked| asked.sent).sum()
+}
+
+/// Bytes of disk that layers take.
+fn disk(cache: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir(cache.join("layers")).unwrap().flatten();
+    let data = entries.filter(|entry| entry.path().extension().is_some_and(|ext| ext == "data"));
+    data.map(|entry| entry.metadata().unwrap().blocks() * 512).sum()
+}
+
+#[test]
+fn an_image_that_shares_nine_tenths_fetches_little_whatever_the_compression() {
+    let (old, new) = (layer(&contents(1)), layer(&shifted(2, 5000)));
+    for (number, kind) in KINDS.iter().enumerate() {
+        // The other one came in another compression.
+        let registry = TestRegistry::start();
+        put_image(&registry, "old", &[&old], KINDS[(number + 1) % 3]);
+        let blobs = put_image(&registry, "new", &[&new], kind);
+        let (blob, len) = &blobs[0];
+        let mut machine = Machine::new();
+        let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+        read_all(&first.fetcher, 0, &old);
+        if number == 1 {
+            // It is not attached any more, and served by another process.
+            first.fetcher.shutdown();
+            drop(first);
+            machine.restart();
+        } else {
+            std::mem::forget(first);
+        }
+        registry.take_log();
+        let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+        wait_until_known(&second.fetcher, 0, new.files[1]);
+        read_all(&second.fetcher, 0, &new);
+        let fetched = sent(&registry, blob);
+        assert!(fetched * 100 < len * 15, "{kind}: {fetched} of {len}");
+        let stats = second.stats();
+        assert!(stats.bytes.deduplicated > len * 8 / 10, "{stats:?}");
+        assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
+        // Again, now that all is proven.
+        read_all(&second.fetcher, 0, &new);
+        assert_eq!(sent(&registry, blob), 0);
+        second.fetcher.shutdown();
+        // Kept once.
+        let kept = second.stats().bytes_held;
+        assert!(kept * 100 < u(new.tar.len()) * 15, "{kind}: {kept}");
+    }
+}
+
+/// Two images on one machine that have all files but one in common, the second one shifted; what they are and their blobs.
+fn two_images(registry: &TestRegistry) -> ([Layer; 2], [(Digest, u64); 2]) {
+    let mut files = contents(1);
+    let old = layer(&files);
+    files.insert(0, noise(5000, 99));
+    let new = layer(&files);
+    let first = put_image(registry, "old", &[&old], "tar").remove(0);
+    let second = put_image(registry, "new", &[&new], "tar").remove(0);
+    ([old, new], [first, second])
+}
+
+/// The data file of the layer that a cache holds the most of.
+fn data_files(cache: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(cache.join("layers")).unwrap().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths
+        .filter(|path| path.extension().is_some_and(|ext| ext == "data"))
+        .collect()
+}
+
+#[test]
+fn two_attached_images_have_a_file_once_whoever_reads_it_first() {
+    let registry = TestRegistry::start();
+    let ([old, new], [(_, _), (blob, len)]) = two_images(&registry);
+    let machine = Machine::new();
+    // The one that comes first knows nothing of the other, until that comes.
+    let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+    let half = new.files.len() / 2;
+    for range in &new.files[..half] {
+        let _bytes = read(&second.fetcher, 0, *range);
+    }
+    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+    wait_until_known(&first.fetcher, 0, old.files[0]);
+    // What the first one reads is there for the second.
+    for range in &old.files[half..] {
+        let _bytes = read(&first.fetcher, 0, *range);
+    }
+    wait_until_known(&second.fetcher, 0, new.files[half + 5]);
+    registry.take_log();
+    read_all(&second.fetcher, 0, &new);
+    read_all(&first.fetcher, 0, &old);
+    assert!(sent(&registry, &blob) * 10 < len);
+    second.fetcher.shutdown();
+    first.fetcher.shutdown();
+    let kept = disk(machine.cache.path());
+    assert!(kept * 100 < u(new.tar.len()) * 125, "{kept} of {}", new.tar.len());
+}
+
+#[test]
+fn a_donor_that_is_damaged_or_given_up_under_readers_costs_a_request_and_no_byte() {
+    let registry = TestRegistry::start();
+    let ([old, new], [_, (blob, len)]) = two_images(&registry);
+    let machine = Machine::new();
+    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+    read_all(&first.fetcher, 0, &old);
+    first.fetcher.shutdown();
+    drop(first);
+    let donor = data_files(machine.cache.path()).remove(0);
+    let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+    wait_until_known(&second.fetcher, 0, new.files[1]);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..3).for_each(|_| read_all(&second.fetcher, 0, &new)));
+        }
+        scope.spawn(|| {
+            let file = std::fs::File::options().write(true).open(&donor).unwrap();
+            for at in (0..old.tar.len()).step_by(90_000) {
+                file.write_all_at(b"damage", u(at)).unwrap();
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            // All at once: as if the disk had lost it.
+            file.set_len(0).unwrap();
+            file.set_len(u(old.tar.len())).unwrap();
+        });
+    });
+    read_all(&second.fetcher, 0, &new);
+    let stats = second.stats();
+    assert_eq!((stats.read_errors, stats.chunks_wrong), (0, 0));
+    assert!(stats.cache_damaged > 0, "{stats:?}");
+    assert!(sent(&registry, &blob) < len * 3 / 2);
+}
+
+#[test]
+fn room_is_made_of_donors_as_well() {
+    let registry = TestRegistry::start();
+    let ([old, new], [_, (blob, _)]) = two_images(&registry);
+    let machine = Machine::new();
+    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+    read_all(&first.fetcher, 0, &old);
+    first.fetcher.shutdown();
+    drop(first);
+    let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+    wait_until_known(&second.fetcher, 0, new.files[1]);
+    read_all(&second.fetcher, 0, &new);
+    registry.take_log();
+    // Whoever comes next may have no more than this, nobody else either.
+    put_image(&registry, "little", &[&layer(&[noise(100, 5)])], "tar");
+    std::thread::scope(|scope| {
+        let readers = scope.spawn(|| (0..3).for_each(|_| read_all(&second.fetcher, 0, &new)));
+        machine.room.set(256 << 10);
+        let third = machine.attach(&registry, "little:latest", TrustPolicy::default());
+        readers.join().unwrap();
+        third.fetcher.shutdown();
+    });
+    read_all(&second.fetcher, 0, &new);
+    let stats = second.stats();
+    assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
+    assert!(sent(&registry, &blob) > 0, "nothing was given up");
+}
+
+#[test]
+fn an_upper_layer_repeats_files_of_a_lower_one() {
+    let registry = TestRegistry::start();
+    let lower = layer(&contents(1));
+    let upper = layer(&shifted(2, 700));
+    let blobs = put_image(&registry, "app", &[&lower, &upper], "tar+gzip");
+    let machine = Machine::new();
+    let app = machine.attach(&registry, "app:latest", TrustPolicy::default());
+    read_all(&app.fetcher, 0, &lower);
+    wait_until_known(&app.fetcher, 1, upper.files[1]);
+    registry.take_log();
+    read_all(&app.fetcher, 1, &upper);
+    let (blob, len) = &blobs[1];
+    let fetched = sent(&registry, blob);
+    assert!(fetched * 100 < len * 15, "{fetched} of {len}");
+}
+
+#[test]
+fn who_is_not_believed_gets_nothing() {
+    let registry = TestRegistry::start();
+    let ([old, new], [_, (blob, len)]) = two_images(&registry);
+    let machine = Machine::new();
+    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+    read_all(&first.fetcher, 0, &old);
+    // On the registry's word alone its layer has to be here as a whole, to be compared with.
+    let second = machine.attach(&registry, "new:plain", TrustPolicy::of_registry());
+    registry.take_log();
+    read_all(&second.fetcher, 0, &new);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(second.stats().bytes.deduplicated, 0);
+    let fetched = sent(&registry, &blob);
+    assert!(fetched * 100 > len * 95, "{fetched} of {len}");
+}
