@@ -9,9 +9,9 @@
 //! a range of the blob, a span's history ──> Decoder ──> the tar's bytes from that span on
 //! ```
 //!
-//! A gzip member can be entered at any of its deflate blocks by who has the up to 32 KiB that came out before it; a
-//! zstd frame only at its beginning. A zstd layer of one frame, as builders make it, therefore has one span, and
-//! who wants its end has to read it all.
+//! A gzip member can be entered at any of its deflate blocks by who has the up to 32 KiB that came out before it. A zstd frame can
+//! be entered at any of its blocks by who has the tables and offsets that a decoder holds there, and of the megabytes that came out
+//! before it those bytes that the blocks up to the next entry copy: few, if the block is chosen well.
 //!
 //! This room does not know what a tar is, and does no I/O. It must never believe a length, give out more than the table or its limit says, keep
 //! more than a window and a buffer, or panic, whatever the blob holds.
@@ -24,6 +24,7 @@ mod gzip;
 mod indexer;
 pub(crate) mod magic;
 mod media_type;
+mod number;
 mod stream;
 pub(crate) mod table;
 #[cfg(test)]

@@ -19,7 +19,7 @@ use tarblk::internals::fetch::{
     Coded, FetchError, FetchOptions, Fetcher, LayerRange, LayerSource, Located, Verifier, Windows,
 };
 use tarblk::internals::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
-use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::layer::{Begins, Coding, Indexer, Spans};
 use tarblk::internals::source::{Blob, LayerSpec};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::LayerId;
@@ -78,11 +78,13 @@ enum Way {
     Members,
     /// Many frames.
     Frames,
-    /// One frame: it cannot be entered in the middle.
+    /// One frame, entered at its blocks.
+    Blocks,
+    /// One frame, whose index knows none of its blocks: it cannot be entered in the middle.
     OneFrame,
 }
 
-const WAYS: [Way; 4] = [Way::Gzip, Way::Members, Way::Frames, Way::OneFrame];
+const WAYS: [Way; 5] = [Way::Gzip, Way::Members, Way::Frames, Way::Blocks, Way::OneFrame];
 
 /// A layer, compressed and indexed.
 struct Made {
@@ -92,7 +94,10 @@ struct Made {
 }
 
 fn indexed(coding: Coding, blob: &[u8]) -> Spans {
-    let mut indexer = Indexer::new(coding, SPACING);
+    indexed_by(Indexer::new(coding, SPACING), blob)
+}
+
+fn indexed_by(mut indexer: Indexer, blob: &[u8]) -> Spans {
     for piece in blob.chunks(100_000) {
         indexer.feed(piece, &mut |_| {}).unwrap();
     }
@@ -109,9 +114,15 @@ fn make_of(way: Way, tar: Vec<u8>) -> Made {
         Way::Gzip => (Coding::Gzip, through(&["gzip", "-6n"], &tar)),
         Way::Members => (Coding::Gzip, pieces(&["gzip", "-6n"])),
         Way::Frames => (Coding::Zstd, pieces(&["zstd", "-q", "-c"])),
+        // With a short window, or what repeats here would make windows as long as the blob.
+        Way::Blocks => (Coding::Zstd, through(&["zstd", "-q", "-c", "--zstd=wlog=18"], &tar)),
         Way::OneFrame => (Coding::Zstd, through(&["zstd", "-q", "-c"], &tar)),
     };
-    let spans = indexed(coding, &blob);
+    let spans = match way {
+        Way::OneFrame => indexed_by(Indexer::new(coding, SPACING).frames_only(), &blob),
+        Way::Blocks => indexed_by(Indexer::new(coding, 4 * SPACING), &blob),
+        _ => indexed(coding, &blob),
+    };
     assert_eq!(spans.table.seekable(), way != Way::OneFrame);
     Made {
         tar: Arc::new(tar),
@@ -492,6 +503,75 @@ fn windows_come_from_an_index_file_or_over_http() {
     let error = read(&fetcher, SIZE - 50_000, 4096).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("window"), "{error}");
     assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
+}
+
+/// No digest vouches for what an index says of a decoder inside of a zstd frame: chunks tell, and then it is done without.
+#[test]
+fn what_an_index_says_wrong_of_blocks_costs_time_and_no_bytes() {
+    type Lie<'a> = (&'a str, &'a dyn Fn(&mut Vec<u8>));
+    let made = make(Way::Blocks);
+    let table = &made.spans.table;
+    let entered = (1..table.len()).filter(|n| table.span(*n).begins == Begins::Block && table.span(*n).window > 0);
+    assert!(entered.count() + 1 == table.len() && table.len() > 3, "{table:?}");
+    let origin = made.served();
+    let read_all = |what: &str, spans: &Spans| {
+        let source = LayerSource {
+            coding: Some(Coded {
+                table: spans.table.clone(),
+                windows: Windows::Memory(Arc::new(spans.windows.clone())),
+            }),
+            ..made.over_http(&origin)
+        };
+        let fetcher = start(source, quick());
+        // The last bytes first, and then all.
+        for at in (0..SIZE).step_by(500_000).collect::<Vec<_>>().into_iter().rev() {
+            let len = 500_000.min(SIZE - at);
+            assert!(
+                read(&fetcher, at, len).unwrap() == made.tar[at..at + len],
+                "{what}: wrong bytes at {at}"
+            );
+        }
+        let stats = fetcher.stats();
+        assert_eq!((stats.read_errors, stats.layers_poisoned), (0, 0), "{what}: {stats:?}");
+        stats
+    };
+    assert_eq!(read_all("the truth", &made.spans).errors, 0);
+    let lies: [Lie<'_>; 3] = [
+        ("windows of other bytes", &|window| {
+            let content = window.len() / 2;
+            window[content..].iter_mut().for_each(|byte| *byte ^= 0x55);
+        }),
+        ("windows that are cut short", &|window| {
+            window.truncate(window.len() - 1);
+        }),
+        ("windows of nothing", &|window| *window = vec![0]),
+    ];
+    for (what, lie) in lies {
+        let mut spans = made.spans.clone();
+        spans
+            .windows
+            .iter_mut()
+            .filter(|window| !window.is_empty())
+            .for_each(lie);
+        assert!(read_all(what, &spans).errors > 0, "{what}");
+    }
+    let mut blocks = Vec::new();
+    made.spans.table.encode_blocks(&mut blocks);
+    let mut noticed = 0;
+    for bit in (0..blocks.len() * 8).step_by(blocks.len() * 8 / 50) {
+        let mut other = blocks.clone();
+        other[bit / 8] ^= 1 << (bit % 8);
+        // Most of them no table can say.
+        let Ok(table) = made.spans.table.with_blocks(&other) else {
+            continue;
+        };
+        let spans = Spans {
+            table,
+            ..made.spans.clone()
+        };
+        noticed += u32::from(read_all(&format!("bit {bit}"), &spans).errors > 0);
+    }
+    assert!(noticed > 5, "{noticed} lies were noticed");
 }
 
 #[test]

@@ -14,11 +14,13 @@ import json
 import struct
 import subprocess
 import sys
+import tempfile
 
 MAGIC = bytes.fromhex("89 74 62 69 0d 0a 1a 0a")
 BLOCK = 512
 CHUNK = 32768
-SUMMARY, ENTRIES, LAYER, CHUNKS, SPANS, DIRECTORY, IN_IMAGE, WINDOWS, PAYLOADS, HEADERS = 1, 2, 3, 4, 5, 6, 8, 16, 17, 18
+SUMMARY, ENTRIES, LAYER, CHUNKS, SPANS, DIRECTORY, IN_IMAGE, BLOCKS = 1, 2, 3, 4, 5, 6, 8, 9
+WINDOWS, PAYLOADS, HEADERS, BLOCK_WINDOWS = 16, 17, 18, 19
 FILE, DIR, SYMLINK, HARDLINK, CHAR, BLOCKDEV, FIFO = range(7)
 KINDS = ["file", "directory", "symlink", "hardlink", "char", "block", "fifo"]
 PLACED, SPARSE, ATTRIBUTES = 8, 16, 32
@@ -316,7 +318,103 @@ def inflate(blob, wbits, bits, window, length):
     return target.raw[: stream.total_out]
 
 
-def check_spans(index, blob, tar, windows):
+def counts(log, each):
+    """How often each symbol occurs in a predefined table, written as a table's description."""
+    bits, have, left, threshold = log - 5, 4, (1 << log) + 1, 1 << log
+    width = log + 1
+    for count in each:
+        short, value = 2 * threshold - 1 - left, count + 1
+        left -= abs(count)
+        bits |= (value + short if value >= threshold else value) << have
+        have += width - 1 if value < short else width
+        while left < threshold and threshold > 1:
+            width, threshold = width - 1, threshold >> 1
+    return bits.to_bytes((have + 7) // 8, "little")
+
+
+PREDEFINED = [
+    None,
+    counts(5, [1] * 6 + [2] * 3 + [1] * 15 + [-1] * 5),
+    counts(6, [1, 4, 3] + [2] * 6 + [1] * 37 + [-1] * 7),
+    counts(6, [4, 3] + [2] * 11 + [1] * 3 + [2] * 9 + [3, 2] + [1] * 5 + [-1] * 4),
+]
+
+
+def from_block(blob, at, stop, entry, piece, window_len):
+    """What comes out of the blocks of a zstd frame from one on, up to the frame's end or to byte `stop` of the blob."""
+    descriptor, flags, repeats, tables = entry
+    dictionary = bytes.fromhex("37a430ec01000000")
+    for kind, table in enumerate(tables):
+        if kind == 0:
+            dictionary += table or bytes.fromhex("8010")
+        else:
+            dictionary += table or PREDEFINED[kind]
+    dictionary += struct.pack("<III", *repeats)
+    content = bytearray(window_len)
+    if piece:
+        section = Bytes(piece)
+        extents, place = [], 0
+        for _ in range(section.varint()):
+            place += section.varint()
+            length = section.varint()
+            extents.append((place, length))
+            place += length
+        for place, length in extents:
+            content[place : place + length] = section.take(length)
+        section.end("a piece of a window")
+        need(len(content) == window_len, "the extents fit the window")
+    dictionary += bytes(max(0, 8 - window_len, max(repeats) - window_len)) + bytes(content)
+    # The blocks, and where they end.
+    end, last = at, 0
+    while end < stop and not last:
+        header = int.from_bytes(blob[end : end + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        end += 3 + (1 if kind == 1 else size)
+    frame = bytes.fromhex("28b52ffd00") + bytes([descriptor]) + blob[at:end]
+    if not last:
+        need(end == stop, "a span ends with a block")
+        frame += b"\x01\0\0"
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(dictionary)
+        file.flush()
+        command = ["zstd", "-dcq", "-D", file.name]
+        came = subprocess.run(command, input=frame, stdout=subprocess.PIPE, check=True).stdout
+    return came, end + (4 if last and flags & 1 else 0)
+
+
+def check_blocks(index, blob, tar, frames, pieces):
+    """The spans that begin at blocks: what comes out of each. `frames` are those that do not."""
+    need(CHUNKS in index.raw, "blocks are told only where digests are")
+    section = Bytes(index.raw[BLOCKS])
+    spans, in_tar, in_blob = [(start, at, None, 0) for start, at in frames], 0, 0
+    for _ in range(section.varint()):
+        in_tar, in_blob = in_tar + section.varint(), in_blob + section.varint()
+        how, entry, window_len = section.take(1)[0], None, 0
+        need(how < 2, "how a block is entered")
+        if how:
+            window_len = section.varint()
+            descriptor, flags = section.take(2)
+            repeats = [section.varint() for _ in range(3)]
+            tables = [section.take(section.varint()) if flags & 2 << kind else None for kind in range(4)]
+            entry = (descriptor, flags, repeats, tables)
+            need(flags < 32 and all(repeats), "what a decoder holds")
+        spans.append((in_tar, in_blob, entry, window_len))
+    section.end("the blocks")
+    spans.sort(key=lambda span: span[:2])
+    ends = spans[1:] + [(len(tar), len(blob), None, 0)]
+    need(all(a[0] < b[0] and a[1] < b[1] for a, b in zip(spans, ends)), "spans are in order")
+    need(len(pieces) <= len(spans), "a window for each span")
+    pieces += [b""] * (len(spans) - len(pieces))
+    for (start, at, entry, window_len), piece, end in zip(spans, pieces, ends):
+        need(bool(window_len) == bool(piece) and window_len <= min(start, 32 << 20), "a window's reach")
+        if entry:
+            came, stopped = from_block(blob, at, end[1], entry, piece, window_len)
+            need(came == tar[start : start + len(came)], f"what comes out of the block at {at}")
+            # Behind a frame others may follow that are no spans of their own.
+            need(start + len(came) == end[0] or stopped < end[1], f"how much comes out of the block at {at}")
+
+
+def check_spans(index, blob, tar, windows, pieces):
     section = Bytes(index.raw[SPANS])
     compression = section.take(1)[0]
     need(compression == index.layer()[0], "spans and layer name the same compression")
@@ -345,6 +443,9 @@ def check_spans(index, blob, tar, windows):
         # At the end of a gzip member decoding goes on with the next one's header, which this reader leaves to others.
         need(came and came == tar[start : start + len(came)], f"what comes out of span {number}")
         need(compression == 1 or start + len(came) == end, f"how much comes out of span {number}")
+    if BLOCKS in index.raw:
+        need(compression == 2, "blocks are those of zstd frames")
+        check_blocks(index, blob, tar, [span[:2] for span in spans], pieces)
     return spans
 
 
@@ -385,7 +486,8 @@ def check(index, blob, tar):
     need(not layer[0] or SPANS in index.raw, "a compressed layer has spans")
     if SPANS in index.raw:
         windows = index.decoded(WINDOWS, cold[WINDOWS]) if WINDOWS in cold else []
-        check_spans(index, blob, tar, windows)
+        pieces = index.decoded(BLOCK_WINDOWS, cold[BLOCK_WINDOWS]) if BLOCK_WINDOWS in cold else []
+        check_spans(index, blob, tar, windows, pieces)
     if PAYLOADS in cold:
         need(all(len(piece) == 65536 for piece in cold[PAYLOADS][:-1]), "pieces of payload digests")
         digests = Bytes(b"".join(cold[PAYLOADS]))

@@ -17,7 +17,7 @@ use crate::digest::{Digest, hexadecimal};
 use crate::http::without_secrets;
 use crate::index::build::Contents;
 use crate::index::{ColdPart, EndOfArchive, Index, IndexError, IndexFault, Summary, first_difference};
-use crate::layer::Coding;
+use crate::layer::{Coding, SpanTable};
 use crate::open::{self, IndexOrigin, OpenOptions, PreparedLayer, Recording, SizeLimit};
 use crate::quantity::{show_count, show_size, show_time};
 use crate::source::Source;
@@ -208,17 +208,7 @@ fn summarise(
     table.row(["index", &format!("{hot}{cold}, {per_entry} bytes an entry, {place}")]);
     table.row(["holds", &holds(report)]);
     if let Some(spans) = prepared.index.spans() {
-        let points = u64::try_from(spans.len())?;
-        let entered = if spans.seekable() {
-            format!(
-                "{} places, about every {}",
-                show_count(points),
-                show_size(summary.tar_bytes / points.max(1))
-            )
-        } else {
-            "its beginning only: it was compressed in one piece".to_owned()
-        };
-        table.row(["entered at", &entered]);
+        table.row(["entered at", &show_entries(&prepared.index, spans)?]);
     }
     table.row(["its digest", &format!("sha256:{}", report.hot_sha256)]);
     table.row([
@@ -234,6 +224,32 @@ fn summarise(
         table.row(["warning", "the tar's end is not marked: it may be cut short"]);
     }
     print(table)
+}
+
+/// From where a compressed layer is decoded.
+fn show_entries(index: &Index<Vec<u8>>, spans: &SpanTable) -> anyhow::Result<String> {
+    let points = u64::try_from(spans.len())?;
+    if !spans.seekable() {
+        return Ok(match (spans.coding(), index.chunk_digests().is_some()) {
+            (Coding::Zstd, false) => {
+                "its beginning only: without digests nothing would tell what decodes wrong inside of a zstd frame"
+            }
+            _ => "its beginning only: it was compressed in one piece",
+        }
+        .to_owned());
+    }
+    let distance = show_size(index.tar_len() / points.max(1));
+    let places = format!("{} places, about every {distance}", show_count(points));
+    let windows = index.cold().range(ColdPart::windows_of(spans.coding()));
+    let Some(windows) = windows.map(|windows| windows.end - windows.start) else {
+        return Ok(places);
+    };
+    let share = windows.saturating_mul(1000) / index.identity().blob_len.max(1);
+    let (percent, tenths) = (share / 10, share % 10);
+    Ok(format!(
+        "{places}, which takes {} beside it, {percent}.{tenths}% of the layer",
+        show_size(windows)
+    ))
 }
 
 /// What an index holds besides entries, or why it does not.
@@ -282,7 +298,7 @@ fn verify(args: &VerifyArgs, session: Session) -> anyhow::Result<()> {
     } else {
         let recording = Recording {
             contents,
-            spacing: identity.spacing,
+            spacing: Some(identity.spacing),
             size: SizeLimit::at_least(index.summary().tar_bytes),
         };
         open::record(&args.source, &recording, &options, &mut bar)?

@@ -336,12 +336,19 @@ pub struct BlobRecorder {
 }
 
 impl BlobRecorder {
-    /// At the beginning of a blob. Entry points into a gzip blob will lie about every `spacing` bytes of the tar.
+    /// At the beginning of a blob. Entry points into a compressed blob will lie about every `spacing` bytes of the tar.
     #[must_use]
     pub fn new(coding: Coding, spacing: u64, contents: Contents) -> Self {
-        let compressed = || Compressed {
-            indexer: Box::new(Indexer::new(coding, spacing).limit(MAX_TAR)),
-            windows: Packed::new(ColdPart::Windows),
+        let compressed = || {
+            let indexer = Indexer::new(coding, spacing).limit(MAX_TAR);
+            Compressed {
+                indexer: Box::new(if contents.chunk_digests {
+                    indexer
+                } else {
+                    indexer.frames_only()
+                }),
+                windows: Packed::new(ColdPart::windows_of(coding)),
+            }
         };
         Self {
             coding,

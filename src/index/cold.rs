@@ -11,6 +11,7 @@ use super::format::{self, Fields, SectionRecord, SectionTable};
 use super::len_u64;
 use super::varint::{self, Cursor};
 use crate::checksum;
+use crate::layer::Coding;
 
 /// The parts of the cold part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,16 +22,32 @@ pub enum ColdPart {
     PayloadDigests,
     /// Everything of the tar that is no file's stored bytes.
     Headers,
+    /// The extents of decoder windows that matter at blocks of zstd frames: the piece of each span of the span table, empty where it
+    /// needs none.
+    BlockWindows,
 }
 
+/// How many parts there are.
+pub(super) const PARTS: usize = 4;
+
 impl ColdPart {
-    pub(super) const ALL: [Self; 3] = [Self::Windows, Self::PayloadDigests, Self::Headers];
+    pub(super) const ALL: [Self; PARTS] = [Self::Windows, Self::PayloadDigests, Self::Headers, Self::BlockWindows];
+
+    /// The part that has the decoder windows of a layer that is compressed so.
+    #[must_use]
+    pub const fn windows_of(coding: Coding) -> Self {
+        match coding {
+            Coding::Plain | Coding::Gzip => Self::Windows,
+            Coding::Zstd => Self::BlockWindows,
+        }
+    }
 
     pub(super) fn kind(self) -> u32 {
         match self {
             Self::Windows => format::WINDOWS,
             Self::PayloadDigests => format::PAYLOAD_DIGESTS,
             Self::Headers => format::HEADERS,
+            Self::BlockWindows => format::BLOCK_WINDOWS,
         }
     }
 
@@ -40,12 +57,13 @@ impl ColdPart {
             Self::Windows => 0,
             Self::PayloadDigests => 1,
             Self::Headers => 2,
+            Self::BlockWindows => 3,
         }
     }
 
     fn encoding(self) -> u16 {
         match self {
-            Self::Windows | Self::Headers => format::ZSTD_PIECES,
+            Self::Windows | Self::Headers | Self::BlockWindows => format::ZSTD_PIECES,
             Self::PayloadDigests => format::RAW,
         }
     }
@@ -117,7 +135,7 @@ struct StoredPieces {
 /// What lies in an index's cold part, and where. Cheap to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ColdDirectory {
-    parts: Arc<[Option<StoredPieces>; 3]>,
+    parts: Arc<[Option<StoredPieces>; PARTS]>,
 }
 
 impl ColdDirectory {
@@ -171,7 +189,7 @@ impl ColdDirectory {
     pub(super) fn decode(section: &[u8], table: &SectionTable) -> Result<Self, IndexFault> {
         let fault = IndexFault::Malformed("cold directory");
         let mut cursor = Cursor::new(section);
-        let mut parts = [None, None, None];
+        let mut parts = [const { None }; PARTS];
         for _ in 0..cursor.number().map_err(|_| fault)? {
             let kind = cursor.number().map_err(|_| fault)?;
             let (lens, checks) = read_lens(&mut cursor).ok_or(fault)?;

@@ -307,13 +307,19 @@ fn of_chunks<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>)
 }
 
 fn of_spans<A: AsRef<[u8]>, B: AsRef<[u8]>>(index: &Index<A>, layer: &Index<B>) -> Option<Difference> {
-    let mine = index.spans()?;
+    let claimed = index.spans()?;
     let Some(theirs) = layer.spans() else {
         return Some(Difference {
             at: "the span table".to_owned(),
             index: "there".to_owned(),
             layer: "none".to_owned(),
         });
+    };
+    // One that tells no blocks claims nothing of them.
+    let (mine, theirs) = if claimed.has_blocks() {
+        (claimed.clone(), theirs.clone())
+    } else {
+        (claimed.without_blocks(), theirs.without_blocks())
     };
     if mine == theirs {
         return None;
@@ -356,7 +362,7 @@ fn of_part<A: AsRef<[u8]>, B: AsRef<[u8]>>(
     for number in 0..index.cold().pieces(part).max(layer.cold().pieces(part)) {
         let mine = index.cold_piece(part, number)?.unwrap_or_default();
         let theirs = layer.cold_piece(part, number)?.unwrap_or_default();
-        let difference = if part == ColdPart::Windows {
+        let difference = if matches!(part, ColdPart::Windows | ColdPart::BlockWindows) {
             first_byte(&format!("the window of span {number}"), 0, &mine, &theirs)
         } else {
             first_byte(&format!("the {name}"), before, &mine, &theirs)

@@ -41,9 +41,11 @@ pub(super) const SPANS: u32 = 5;
 pub(super) const COLD_DIRECTORY: u32 = 6;
 pub(super) const PIECE_DIGESTS: u32 = 7;
 pub(super) const IN_IMAGE: u32 = 8;
+pub(super) const BLOCKS: u32 = 9;
 pub(super) const WINDOWS: u32 = 16;
 pub(super) const PAYLOAD_DIGESTS: u32 = 17;
 pub(super) const HEADERS: u32 = 18;
+pub(super) const BLOCK_WINDOWS: u32 = 19;
 
 /// A reader that does not know a section with this flag must not use the file.
 pub(super) const REQUIRED: u16 = 1;
@@ -79,6 +81,8 @@ pub(super) fn section_name(kind: u32) -> &'static str {
         COLD_DIRECTORY => "cold directory",
         PIECE_DIGESTS => "table of piece digests",
         IN_IMAGE => "table of what images read otherwise",
+        BLOCKS => "table of blocks",
+        BLOCK_WINDOWS => "windows of blocks",
         WINDOWS => "decoder windows",
         PAYLOAD_DIGESTS => "payload digests",
         HEADERS => "header bytes",

@@ -88,8 +88,12 @@ impl<B: AsRef<[u8]>> Index<B> {
                     false,
                 )
                 | (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
-                (format::ENTRIES | format::SPANS | format::IN_IMAGE, false) => record.encoding == format::ZSTD,
-                (format::WINDOWS | format::HEADERS, true) => record.encoding == format::ZSTD_PIECES,
+                (format::ENTRIES | format::SPANS | format::IN_IMAGE | format::BLOCKS, false) => {
+                    record.encoding == format::ZSTD
+                }
+                (format::WINDOWS | format::HEADERS | format::BLOCK_WINDOWS, true) => {
+                    record.encoding == format::ZSTD_PIECES
+                }
                 _ => false,
             };
             if !known && record.flags & format::REQUIRED != 0 {
@@ -118,6 +122,12 @@ impl<B: AsRef<[u8]>> Index<B> {
             .map(|record| read_spans(section(file, record)?, record.decoded))
             .transpose()?;
         check_plan(&summary, &identity, spans.as_ref(), piece_digests.is_some())?;
+        // What decodes wrong at a block is told from what decodes right by digests alone.
+        let blocks = find(format::BLOCKS, format::ZSTD).filter(|_| chunk_digests.is_some());
+        let spans = match (spans, blocks) {
+            (Some(table), Some(record)) => Some(with_blocks(&table, section(file, record)?, record.decoded)?),
+            (spans, _) => spans,
+        };
         let cold = raw(format::COLD_DIRECTORY)?
             .map(|directory| ColdDirectory::decode(directory, table))
             .transpose()?
@@ -371,6 +381,15 @@ fn read_spans(frame: &[u8], decoded: u64) -> Result<SpanTable, IndexFault> {
     table.ok_or(IndexFault::Malformed("span table"))
 }
 
+fn with_blocks(table: &SpanTable, frame: &[u8], decoded: u64) -> Result<SpanTable, IndexFault> {
+    if decoded > format::MAX_SPANS {
+        return Err(IndexFault::TooLarge("table of blocks"));
+    }
+    let blocks = decompress(frame, decoded).filter(|blocks| len_u64(blocks.len()) == decoded);
+    let table = blocks.and_then(|blocks| table.with_blocks(&blocks).ok());
+    table.ok_or(IndexFault::Malformed("table of blocks"))
+}
+
 /// Whether what is said of the blob in several places is the same.
 fn check_plan(
     summary: &Summary,
@@ -400,23 +419,25 @@ fn check_windows(spans: Option<&SpanTable>, cold: &ColdDirectory) -> Result<(), 
             Ok(())
         };
     };
-    if table.coding() == Coding::Plain {
-        return if cold.pieces(ColdPart::Windows) > 0 {
-            Err(fault)
-        } else {
-            Ok(())
-        };
-    }
-    for number in 0..table.len() {
-        let filled = cold
-            .piece(ColdPart::Windows, number)
-            .is_some_and(|piece| !piece.range.is_empty());
-        if filled != (table.span(number).window > 0) {
-            return Err(fault);
-        }
-    }
-    let none = cold.pieces(ColdPart::Windows) <= table.len();
-    none.then_some(()).ok_or(fault)
+    let gzip = table.coding() == Coding::Gzip;
+    let fits = |part| {
+        let all = (0..table.len()).all(|number| {
+            let piece = cold.piece(part, number);
+            piece.is_some_and(|piece| !piece.range.is_empty()) == (table.span(number).window > 0)
+        });
+        all && cold.pieces(part) <= table.len()
+    };
+    let windows_fit = if gzip {
+        fits(ColdPart::Windows)
+    } else {
+        (0..cold.pieces(ColdPart::Windows)).all(|number| {
+            let piece = cold.piece(ColdPart::Windows, number);
+            piece.is_none_or(|piece| piece.range.is_empty())
+        })
+    };
+    // Windows of blocks that are not used are of no interest.
+    let blocks_fit = !table.has_blocks() || fits(ColdPart::BlockWindows);
+    (windows_fit && blocks_fit).then_some(()).ok_or(fault)
 }
 
 fn section<'a>(file: &'a [u8], record: &SectionRecord) -> Result<&'a [u8], IndexFault> {

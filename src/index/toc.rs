@@ -136,7 +136,7 @@ impl Place {
         };
         // Behind the last content comes the table itself, which in eStargz is one.
         let end = if own.is_some() { self.blob.end } else { self.blob.start };
-        let table = SpanTable::new((coding, Layout::Heads), (end, blob_len), tar_len, points)?;
+        let table = SpanTable::new((coding, Layout::Heads), (end, blob_len), tar_len, (points, Vec::new()))?;
         Ok(Contents {
             format: self.format,
             bytes,

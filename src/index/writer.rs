@@ -6,7 +6,7 @@ use std::io::Write;
 
 use sha2::{Digest, Sha256};
 
-use super::cold::{ColdPart, Packed};
+use super::cold::{ColdPart, PARTS, Packed};
 use super::digests::ChunkDigests;
 use super::entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 use super::error::IndexError;
@@ -120,8 +120,8 @@ pub struct IndexBuilder {
     spans: Option<SpanTable>,
     /// Where a global header may have been, or an entry is read otherwise in images.
     in_image: Option<InImageTable>,
-    /// Windows, payload digests, header bytes: those that there are, in this order.
-    cold: [Option<Packed>; 3],
+    /// The parts of the cold part that there are, in their order.
+    cold: [Option<Packed>; PARTS],
 }
 
 impl std::fmt::Debug for IndexBuilder {
@@ -219,7 +219,7 @@ impl IndexBuilder {
             piece_digests: None,
             spans: None,
             in_image: None,
-            cold: [None, None, None],
+            cold: [const { None }; PARTS],
         }
     }
 
@@ -245,7 +245,7 @@ impl IndexBuilder {
 
     /// Adds the places where decoding can begin, and what of the tar a decoder must know to begin at each of them.
     pub fn spans(&mut self, spans: Spans) -> &mut Self {
-        let mut packed = Packed::new(ColdPart::Windows);
+        let mut packed = Packed::new(ColdPart::windows_of(spans.table.coding()));
         // Each is let go of as soon as it is packed: there can be many.
         for window in spans.windows {
             packed.push(&window);
@@ -328,6 +328,14 @@ impl IndexBuilder {
             let record = hot(format::SPANS, format::REQUIRED, format::ZSTD, len_u64(spans.len()));
             sections.push((record, frame));
         }
+        // What decodes wrong at a block is told from what decodes right by digests alone.
+        let blocks = self
+            .spans
+            .as_ref()
+            .filter(|table| table.has_blocks() && self.chunk_digests.is_some());
+        if blocks.is_none() {
+            self.cold[ColdPart::BlockWindows.slot()] = None;
+        }
         let cold: Vec<_> = self.cold.into_iter().flatten().collect();
         if !cold.is_empty() {
             let mut directory = Vec::new();
@@ -344,6 +352,13 @@ impl IndexBuilder {
         let of_contents = self.piece_digests.is_some();
         if let Some(table) = self.in_image.filter(|table| table.last > 0 || !of_contents) {
             sections.push(table.section());
+        }
+        if let Some(table) = blocks {
+            let mut bytes = Vec::new();
+            table.encode_blocks(&mut bytes);
+            let frame = zstd::bulk::compress(&bytes, LEVEL).expect("memory for compression");
+            // Whoever does not know them decodes each frame from its beginning.
+            sections.push((hot(format::BLOCKS, 0, format::ZSTD, len_u64(bytes.len())), frame));
         }
         sections.extend(cold.into_iter().map(Packed::section));
         assemble(&mut sections)

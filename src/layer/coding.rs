@@ -79,6 +79,17 @@ impl Coding {
         }
     }
 
+    /// How far apart the places are aimed at from which a published index has a layer decoded, in bytes of the tar, unless its maker
+    /// says otherwise. What lies between two is what a read fetches; each costs its history, which for a zstd frame grows fast as
+    /// they come closer.
+    #[must_use]
+    pub const fn spacing(self) -> u64 {
+        match self {
+            Self::Plain | Self::Gzip => 2 << 20,
+            Self::Zstd => 4 << 20,
+        }
+    }
+
     /// What the ending of a layer's media type says.
     pub(super) fn of_ending(ending: &str) -> Option<Self> {
         TABLE

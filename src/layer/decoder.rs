@@ -1,9 +1,12 @@
 //! The decoder: from a span's first byte of the blob to the tar's bytes.
 
+use std::collections::VecDeque;
+
 use super::event::Event;
 use super::gzip::Members;
 use super::stream::{Idle, Stream};
-use super::table::{Begins, Layout};
+use super::table::{Begins, Layout, Span};
+use super::zstd::Frames;
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};
 
@@ -30,6 +33,8 @@ pub struct Decoder {
     until: u64,
     /// Where to change from one span to the next, when only their heads count.
     heads: Option<Heads>,
+    /// Where to enter a zstd frame anew, when it was entered at a block.
+    entered: Option<Entered>,
 }
 
 #[derive(Debug)]
@@ -42,10 +47,11 @@ enum State {
         window: Vec<u8>,
     },
     Stream(Stream),
-    /// On the way to byte `to` of the blob.
+    /// On the way to byte `to` of the blob, where span number `span` begins.
     Skip {
         at: u64,
         to: u64,
+        span: usize,
     },
     /// Nothing more is given.
     Done,
@@ -59,18 +65,90 @@ struct Heads {
     end: u64,
 }
 
+/// The span of a zstd frame that is being decoded from the block at which it begins. Of the history it has no more than its own blocks
+/// need: those of the next span need others.
+#[derive(Debug)]
+struct Entered {
+    span: usize,
+    /// Where it ends, in bytes of the tar...
+    end: u64,
+    /// ...and of the blob.
+    blob_end: u64,
+    /// The histories of the spans behind it.
+    windows: VecDeque<Vec<u8>>,
+}
+
+impl Entered {
+    fn new(table: &SpanTable, span: usize, windows: VecDeque<Vec<u8>>) -> Self {
+        let Span { tar, blob, .. } = table.span(span);
+        Self {
+            span,
+            end: tar.end().0,
+            blob_end: blob.end,
+            windows,
+        }
+    }
+
+    /// How far in the tar the histories suffice, span after span.
+    fn reach(&self, table: &SpanTable) -> u64 {
+        for (number, span) in (0..).zip(self.span + 1..table.len()) {
+            let next = table.span(span);
+            match next.begins {
+                // A frame needs no history.
+                Begins::Whole => break,
+                Begins::Block if number < self.windows.len() => {}
+                Begins::Block | Begins::Within => return next.tar.start.0,
+            }
+        }
+        table.tar_len()
+    }
+}
+
+/// The stream that begins at span number `span`, whose history is `window`.
+fn stream_at(table: &SpanTable, span: usize, window: &[u8]) -> Result<Stream, LayerError> {
+    let begin = table.span(span);
+    let at = begin.blob.start;
+    match (begin.begins, table.block_entry(span)) {
+        (Begins::Whole, _) => Stream::at_unit(table.coding(), at),
+        (Begins::Block, None) => Members::at_block(at, 0, 0, window).map(Stream::Gzip),
+        (Begins::Block, Some(entry)) => Frames::at_block(at, entry, window, begin.window).map(Stream::Zstd),
+        (Begins::Within, _) => Err(LayerError::Table("a span begins at a block that cannot be entered")),
+    }
+}
+
 impl Decoder {
-    /// A decoder for what begins at span number `span`, whose history is `window` ([`super::Span::window`] bytes; empty
-    /// when that is 0). The first byte to be fed is the first of [`super::Span::blob`].
+    /// A decoder for what begins at span number `span`, whose history is `window` (what [`super::Spans::windows`] has of
+    /// [`super::Span::window`] bytes; empty when that is 0). The first byte to be fed is the first of [`super::Span::blob`].
+    ///
+    /// One that enters a zstd frame at a block stops where the next block of a frame is a span's first: see
+    /// [`start_with`](Self::start_with).
     ///
     /// # Errors
-    /// When there is no such span, the history has the wrong length, or there is no memory.
+    /// When there is no such span, the history is not what it needs, or there is no memory.
     pub fn start(table: &SpanTable, span: usize, window: &[u8]) -> Result<Self, LayerError> {
+        Self::start_with(table, span, vec![window.to_vec()])
+    }
+
+    /// The same with the histories of the spans behind it as well, one each: those of a zstd layer that begin at a block of a frame
+    /// take their own, because of what lies before `span` it knows no more than `span` needs.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with(table: &SpanTable, span: usize, windows: Vec<Vec<u8>>) -> Result<Self, LayerError> {
         if span >= table.len() {
             return Err(LayerError::NoSpan(span));
         }
         let begin = table.span(span);
-        if u32::try_from(window.len()) != Ok(begin.window) {
+        let mut windows = VecDeque::from(windows);
+        let window = windows.pop_front().unwrap_or_default();
+        let is_entered = table.coding() == Coding::Zstd && begin.begins != Begins::Whole;
+        let fits = if is_entered {
+            // Only the extents of it are here.
+            window.is_empty() == (begin.window == 0)
+        } else {
+            u32::try_from(window.len()) == Ok(begin.window)
+        };
+        if !fits {
             return Err(LayerError::History {
                 at: begin.tar.start,
                 found: window.len(),
@@ -79,16 +157,14 @@ impl Decoder {
         }
         let state = match (table.coding(), begin.begins) {
             (Coding::Plain, _) => State::Plain,
-            (Coding::Gzip, Begins::Block) if begin.bits == 0 => {
-                State::Stream(Stream::Gzip(Members::at_block(begin.blob.start, 0, 0, window)?))
-            }
-            (Coding::Gzip, Begins::Block) => State::Enter {
+            (Coding::Gzip, Begins::Block) if begin.bits != 0 => State::Enter {
                 at: begin.blob.start,
                 bits: begin.bits,
-                window: window.to_vec(),
+                window,
             },
-            (coding, _) => State::Stream(Stream::at_unit(coding, begin.blob.start)?),
+            _ => State::Stream(stream_at(table, span, &window)?),
         };
+        let entered = is_entered.then(|| Entered::new(table, span, windows));
         let heads = Heads {
             span,
             end: begin.tar.end().0,
@@ -98,7 +174,8 @@ impl Decoder {
             state,
             output: Vec::new(),
             at: begin.tar.start.0,
-            until: table.tar_len(),
+            until: entered.as_ref().map_or(table.tar_len(), |entered| entered.reach(table)),
+            entered,
             heads: (table.layout() == Layout::Heads).then_some(heads),
         })
     }
@@ -146,7 +223,9 @@ impl Decoder {
         }
         let mut idle = Idle::new(self.table.coding());
         while self.at < self.until {
-            let end = self.heads.map_or(self.until, |heads| heads.end.min(self.until));
+            let entered = self.entered.as_ref().map(|entered| (entered.end, entered.blob_end));
+            let end = self.heads.map(|heads| heads.end).or(entered.map(|(end, _)| end));
+            let end = end.map_or(self.until, |end| end.min(self.until));
             let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
             match &mut self.state {
                 State::Enter { .. } | State::Done => return Ok(()),
@@ -158,7 +237,7 @@ impl Decoder {
                     }
                     return Ok(());
                 }
-                State::Skip { at, to } => {
+                State::Skip { at, to, span } => {
                     let skipped = len_u64(input.len()).min(to.saturating_sub(*at));
                     input = input
                         .get(usize::try_from(skipped).unwrap_or(usize::MAX)..)
@@ -167,7 +246,9 @@ impl Decoder {
                     if at < to {
                         return Ok(());
                     }
-                    self.state = State::Stream(Stream::at_unit(self.table.coding(), *to)?);
+                    let window = self.entered.as_mut().and_then(|entered| entered.windows.pop_front());
+                    let stream = stream_at(&self.table, *span, &window.unwrap_or_default())?;
+                    self.state = State::Stream(stream);
                 }
                 State::Stream(stream) if stream.is_trailing() => return Ok(()),
                 State::Stream(stream) => {
@@ -175,7 +256,10 @@ impl Decoder {
                         self.output.resize(PIECE, 0);
                     }
                     let room = left.min(PIECE);
-                    let step = stream.step(input, &mut self.output[..room], false)?;
+                    // Of the next span's bytes a decoder of this one would make something else.
+                    let bound = entered.map_or(u64::MAX, |(_, blob_end)| blob_end.saturating_sub(stream.position()));
+                    let bounded = usize::try_from(bound).map_or(input.len(), |bound| bound.min(input.len()));
+                    let step = stream.step(&input[..bounded], &mut self.output[..room], false)?;
                     input = &input[step.consumed..];
                     if step.produced > 0 {
                         self.at += len_u64(step.produced);
@@ -187,6 +271,19 @@ impl Decoder {
                         self.next_head(heads, out)?;
                         continue;
                     }
+                    if let Some((end, blob_end)) = entered {
+                        if self.at == end {
+                            self.next_entry(position);
+                            continue;
+                        }
+                        if position == blob_end && !step.may_go_on(room) {
+                            return Err(LayerError::Corrupt {
+                                coding: Coding::Zstd,
+                                at: position,
+                                what: "less comes out of a span than the layer's table of spans says",
+                            });
+                        }
+                    }
                     // A full buffer may hide more; without input nothing else can come.
                     if input.is_empty() && !step.may_go_on(room) {
                         return Ok(());
@@ -196,6 +293,23 @@ impl Decoder {
             }
         }
         Ok(())
+    }
+
+    /// A span of a zstd frame has come that was entered at a block: goes on with the next, whose first bytes are those behind byte
+    /// `position` of the blob or later.
+    fn next_entry(&mut self, position: u64) {
+        let Some(Entered { span, windows, .. }) = self.entered.take() else {
+            return;
+        };
+        let next = self.table.span(span + 1);
+        if span + 1 < self.table.len() && next.begins == Begins::Block {
+            self.state = State::Skip {
+                at: position,
+                to: next.blob.start,
+                span: span + 1,
+            };
+            self.entered = Some(Entered::new(&self.table, span + 1, windows));
+        }
     }
 
     /// A span's head has come, or what it is the head of has ended: goes on to where the next span begins.
@@ -233,6 +347,7 @@ impl Decoder {
         self.state = State::Skip {
             at: position,
             to: next.blob.start,
+            span,
         };
         self.heads = Some(Heads {
             span,

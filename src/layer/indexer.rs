@@ -7,10 +7,13 @@ use super::gzip::inflate::WINDOW;
 use super::gzip::tracer::Tracer;
 use super::stream::{Idle, Stream};
 use super::table::{Begins, Layout, Point};
+use super::zstd::entry::BlockEntry;
+use super::zstd::reach::BlockFinder;
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};
 
-/// About how many bytes of the tar lie between two places to begin from, by default.
+/// About how many bytes of the tar lie between two places to begin from in a gzip layer, where their histories need not be sent
+/// to anybody.
 pub const SPACING: u64 = 1 << 20;
 /// Places that need no history are taken so much closer than the spacing.
 const CLOSER: u64 = 32;
@@ -24,8 +27,9 @@ const PIECE: usize = 256 << 10;
 pub struct Spans {
     /// The places where decoding can begin.
     pub table: SpanTable,
-    /// The history of each span, in the table's order; empty where none is needed. Of all spans, if none was taken
-    /// before with [`Indexer::take_windows`]; else of the last ones.
+    /// The history of each span, in the table's order; empty where none is needed. Of a span that begins at a block of a zstd frame
+    /// only the extents that matter, as an index has them. Of all spans, if none was taken before with
+    /// [`Indexer::take_windows`]; else of the last ones.
     pub windows: Vec<Vec<u8>>,
 }
 
@@ -62,11 +66,17 @@ pub struct Indexer {
     last: u8,
     /// Finds out what the last point needs of its history.
     tracer: Option<Box<Tracer>>,
+    /// Where the last member or frame begins that is a point, in bytes of the tar.
+    last_whole: Option<u64>,
+    /// Finds blocks of zstd frames to begin at.
+    blocks: Option<BlockFinder>,
+    /// What a decoder holds at those that were found.
+    entries: Vec<BlockEntry>,
 }
 
 impl Indexer {
     /// For a blob that is compressed like that, with entry points about every `spacing` bytes of the tar (at least 32
-    /// KiB; [`SPACING`] if in doubt).
+    /// KiB, inside of zstd frames 256 KiB; [`Coding::spacing`] if in doubt).
     #[must_use]
     pub fn new(coding: Coding, spacing: u64) -> Self {
         Self {
@@ -84,7 +94,18 @@ impl Indexer {
             history: 0,
             last: 0,
             tracer: None,
+            last_whole: None,
+            blocks: (coding == Coding::Zstd).then(|| BlockFinder::new(spacing)),
+            entries: Vec::new(),
         }
+    }
+
+    /// Looks for no blocks of zstd frames to begin at, only for frames. A wrong history there shows in nothing but wrong bytes, so
+    /// who has no digests to compare cannot use them.
+    #[must_use]
+    pub fn frames_only(mut self) -> Self {
+        self.blocks = None;
+        self
     }
 
     /// Refuses a blob that unpacks to more than `bytes`, as soon as it does.
@@ -160,7 +181,9 @@ impl Indexer {
         self.windows
             .truncate(self.windows.len().saturating_sub(self.points.len() - useful));
         self.points.truncate(useful);
-        let table = SpanTable::new((coding, Layout::Everything), (end, self.blob), self.tar, self.points)?;
+        let ends = (end, self.blob);
+        let points = (self.points, self.entries);
+        let table = SpanTable::new((coding, Layout::Everything), ends, self.tar, points)?;
         Ok(Spans {
             table,
             windows: self.windows.into(),
@@ -185,7 +208,13 @@ impl Indexer {
     /// Takes a place that needs no history, if it is not too close to the one before.
     fn whole_point(&mut self, at: u64) {
         let closest = (self.spacing / CLOSER).max(CLOSEST);
-        if self.since_point().is_none_or(|since| since >= closest) {
+        let last = match self.coding {
+            // Blocks inside of frames are no reason to leave out a frame.
+            Coding::Zstd => self.last_whole,
+            _ => self.points.last().map(|point| point.tar),
+        };
+        if last.is_none_or(|last| self.tar - last >= closest) {
+            self.last_whole = Some(self.tar);
             self.points.push(Point::whole(self.tar, at));
             self.windows.push_back(Vec::new());
         }
@@ -229,18 +258,26 @@ impl Indexer {
             };
             let Some(stream) = &mut self.stream else { return Ok(()) };
             let step = stream.step(input, &mut self.buffer[self.filled..self.filled + room], at_blocks)?;
-            let position = stream.position();
+            let (position, frame) = (stream.position(), stream.frame());
             let (taken, rest) = input.split_at(step.consumed);
             self.last = taken.last().copied().unwrap_or(self.last);
             if self.tracer.as_mut().is_some_and(|tracer| !tracer.feed(taken)) {
                 self.settle();
             }
+            if let Some(blocks) = &mut self.blocks {
+                blocks.feed(taken);
+                blocks.output(&self.buffer[self.filled..self.filled + step.produced]);
+            }
             self.give(step.produced, sink)?;
+            self.block_points();
             match step.event {
                 Event::None => {}
                 Event::Begin { at } => {
                     self.history = 0;
                     self.whole_point(at);
+                    if let Some((blocks, frame)) = self.blocks.as_mut().zip(frame) {
+                        blocks.begin(self.tar, position, frame);
+                    }
                 }
                 Event::Block { bits } => {
                     if self.since_point().is_some_and(|since| since >= self.spacing) {
@@ -250,13 +287,38 @@ impl Indexer {
                         }
                     }
                 }
-                Event::End => self.settle(),
+                Event::End => {
+                    self.settle();
+                    if let Some(blocks) = &mut self.blocks {
+                        blocks.end();
+                    }
+                    self.block_points();
+                }
             }
             input = rest;
             if input.is_empty() && !step.may_go_on(room) {
                 return Ok(());
             }
             idle.step(step, position)?;
+        }
+    }
+
+    /// Takes the blocks of a zstd frame that are points, as far as that is known.
+    fn block_points(&mut self) {
+        while let Some(found) = self.blocks.as_mut().and_then(BlockFinder::take) {
+            self.points.push(Point {
+                tar: found.tar,
+                blob: found.blob,
+                begins: if found.entry.is_some() {
+                    Begins::Block
+                } else {
+                    Begins::Within
+                },
+                bits: 0,
+                window: found.window,
+            });
+            self.entries.extend(found.entry);
+            self.windows.push_back(found.piece);
         }
     }
 
@@ -286,7 +348,7 @@ impl Indexer {
         let window = tracer.needed();
         self.history_total += len_u64(window.len());
         if let (Some(point), Some(place)) = (self.points.last_mut(), self.windows.back_mut()) {
-            point.window = u16::try_from(window.len()).unwrap_or(u16::MAX);
+            point.window = u32::try_from(window.len()).unwrap_or(u32::MAX);
             *place = window;
         }
     }

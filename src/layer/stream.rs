@@ -3,6 +3,7 @@
 use super::event::Step;
 use super::gzip::Members;
 use super::zstd::Frames;
+use super::zstd::reach::FrameFacts;
 use super::{Coding, LayerError};
 
 /// A compressed stream that is being decoded.
@@ -19,6 +20,14 @@ impl Stream {
             Coding::Plain => Err(LayerError::Table("a plain layer has nothing to decode")),
             Coding::Gzip => Members::at_member(at).map(Self::Gzip),
             Coding::Zstd => Frames::at_frame(at).map(Self::Zstd),
+        }
+    }
+
+    /// What the header of the current frame says, in a zstd stream.
+    pub(super) const fn frame(&self) -> Option<FrameFacts> {
+        match self {
+            Self::Gzip(_) => None,
+            Self::Zstd(frames) => Some(frames.facts()),
         }
     }
 

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::gzip::inflate::WINDOW;
+use super::number::{put, take};
+use super::zstd::entry::{BlockEntry, MAX_REACH};
 use super::{Coding, LayerError};
 use crate::units::{TarOffset, TarRange, len_u64};
 
@@ -17,8 +19,10 @@ const SHORTEST_POINT: usize = 3;
 pub enum Begins {
     /// A gzip member's header, a zstd frame, or, in a plain layer, the bytes themselves: no history is needed.
     Whole,
-    /// A deflate block inside a gzip member.
+    /// A deflate block inside a gzip member, or a block inside a zstd frame.
     Block,
+    /// A block inside a zstd frame at which decoding cannot begin: it takes all of the frame before it.
+    Within,
 }
 
 /// A piece of the tar and where to decode it from.
@@ -33,7 +37,8 @@ pub struct Span {
     pub begins: Begins,
     /// How many of the lowest bits of the first byte belong to what comes before.
     pub bits: u8,
-    /// How many bytes of history the decoder needs; 0 for none, at most 32 KiB.
+    /// How far back the history reaches that the decoder needs, in bytes; 0 for none, at most 32 KiB in a gzip layer and 32 MiB in
+    /// a zstd layer.
     pub window: u32,
 }
 
@@ -45,7 +50,7 @@ pub(crate) struct Point {
     pub(crate) blob: u64,
     pub(crate) begins: Begins,
     pub(crate) bits: u8,
-    pub(crate) window: u16,
+    pub(crate) window: u32,
 }
 
 impl Point {
@@ -85,7 +90,7 @@ pub(crate) enum Layout {
 ///
 /// ```text
 /// number   where in the blob the last span ends, told back from the blob's end: what follows is padding
-/// number   how many spans
+/// number   how many spans, but for those that begin at a block of a zstd frame
 /// per span
 ///   number   where it begins in the tar, less where the one before does (the first: 0)
 ///   number   where it begins in the blob, less where the one before does (the first: from the blob's beginning)
@@ -95,6 +100,18 @@ pub(crate) enum Layout {
 /// `window` is how many bytes of history the span needs, `block` is 1 when it begins at a deflate block inside a gzip
 /// member and 0 when it begins at a member's header or a zstd frame, `bits` is how many of the lowest bits of its first
 /// byte belong to what comes before. The same table always yields the same bytes.
+///
+/// [`SpanTable::encode_blocks`] writes what that leaves out, the spans that begin at blocks of zstd frames: older readers know of none.
+///
+/// ```text
+/// number   how many
+/// per span
+///   number   where it begins in the tar, less where the one before does (the first: 0)
+///   number   where it begins in the blob, less where the one before does (the first: from the blob's beginning)
+///   1 byte   1 if decoding can begin there, which takes
+///     number   window: how far back the history reaches
+///     bytes    what a decoder holds there besides, see `BlockEntry`
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpanTable {
     coding: Coding,
@@ -104,6 +121,8 @@ pub struct SpanTable {
     blob_end: u64,
     tar_len: u64,
     points: Arc<[Point]>,
+    /// What a decoder holds at each [`Begins::Block`] of a zstd layer, in their order, with the number of the span.
+    entries: Arc<[(usize, BlockEntry)]>,
 }
 
 impl SpanTable {
@@ -117,16 +136,23 @@ impl SpanTable {
             blob_end: len,
             tar_len: len,
             points: Arc::new([]),
+            entries: Arc::new([]),
         }
     }
 
-    /// A table of these points, checked.
+    /// A table of these points, and of what a decoder holds at each block of a zstd frame among them, checked.
     pub(crate) fn new(
         (coding, layout): (Coding, Layout),
         (blob_end, blob_len): (u64, u64),
         tar_len: u64,
-        points: Vec<Point>,
+        (points, entries): (Vec<Point>, Vec<BlockEntry>),
     ) -> Result<Self, LayerError> {
+        let blocks = points.iter().enumerate();
+        let blocks = blocks.filter(|(_, point)| coding == Coding::Zstd && point.begins == Begins::Block);
+        let blocks: Vec<usize> = blocks.map(|(n, _)| n).collect();
+        if blocks.len() != entries.len() {
+            return Err(LayerError::Table("it has other blocks than entries"));
+        }
         let table = Self {
             coding,
             layout,
@@ -134,6 +160,7 @@ impl SpanTable {
             blob_end,
             tar_len,
             points: points.into(),
+            entries: blocks.into_iter().zip(entries).collect(),
         };
         table.consistent().map_err(LayerError::Table)?;
         Ok(table)
@@ -175,7 +202,34 @@ impl SpanTable {
     /// Whether a read in the middle can do without everything before it: there is more than one place to begin from.
     #[must_use]
     pub fn seekable(&self) -> bool {
-        self.coding == Coding::Plain || self.points.len() > 1
+        let entered = self.points.iter().filter(|point| point.begins != Begins::Within);
+        self.coding == Coding::Plain || entered.take(2).count() > 1
+    }
+
+    /// Whether spans begin at blocks of zstd frames.
+    #[must_use]
+    pub fn has_blocks(&self) -> bool {
+        self.coding == Coding::Zstd && self.points.iter().any(|point| point.begins != Begins::Whole)
+    }
+
+    /// The same table without the spans that begin at blocks of zstd frames.
+    #[must_use]
+    pub fn without_blocks(&self) -> Self {
+        if !self.has_blocks() {
+            return self.clone();
+        }
+        let whole = self.points.iter().filter(|point| point.begins == Begins::Whole);
+        Self {
+            points: whole.copied().collect(),
+            entries: Arc::new([]),
+            ..self.clone()
+        }
+    }
+
+    /// What a decoder holds at the beginning of span number `n`, if that is a block of a zstd frame that can be entered.
+    pub(super) fn block_entry(&self, n: usize) -> Option<&BlockEntry> {
+        let place = self.entries.binary_search_by_key(&n, |(span, _)| *span).ok()?;
+        self.entries.get(place).map(|(_, entry)| entry)
     }
 
     /// Whether tar space is the uncompressed tar itself. It is not where it was made up from a table of contents.
@@ -223,7 +277,7 @@ impl SpanTable {
             blob: point.blob..blob_end,
             begins: point.begins,
             bits: point.bits,
-            window: point.window.into(),
+            window: point.window,
         }
     }
 
@@ -249,15 +303,84 @@ impl SpanTable {
             return;
         }
         put(out, self.blob_len - self.blob_end);
-        put(out, len_u64(self.points.len()));
+        let is_written = |point: &&Point| self.coding != Coding::Zstd || point.begins == Begins::Whole;
+        put(out, len_u64(self.points.iter().filter(is_written).count()));
         let mut before = Point::whole(0, 0);
-        for point in &*self.points {
+        for point in self.points.iter().filter(is_written) {
             put(out, point.tar - before.tar);
             put(out, point.blob - before.blob);
             let block = u64::from(point.begins == Begins::Block);
             put(out, u64::from(point.window) << 4 | block << 3 | u64::from(point.bits));
             before = *point;
         }
+    }
+
+    /// Appends the spans that begin at blocks of zstd frames, in the form that is described above.
+    pub fn encode_blocks(&self, out: &mut Vec<u8>) {
+        let blocks = || {
+            let all = self.points.iter().enumerate();
+            all.filter(|(_, point)| self.coding == Coding::Zstd && point.begins != Begins::Whole)
+        };
+        put(out, len_u64(blocks().count()));
+        let mut before = Point::whole(0, 0);
+        for (n, point) in blocks() {
+            put(out, point.tar - before.tar);
+            put(out, point.blob - before.blob);
+            let entry = self.block_entry(n);
+            out.push(u8::from(entry.is_some()));
+            if let Some(entry) = entry {
+                put(out, u64::from(point.window));
+                entry.encode(out);
+            }
+            before = *point;
+        }
+    }
+
+    /// Adds what [`SpanTable::encode_blocks`] wrote of the same layer to a table that [`SpanTable::encode`] wrote.
+    ///
+    /// # Errors
+    /// When the bytes are nothing of the kind, or nothing that such a layer can have.
+    pub fn with_blocks(&self, bytes: &[u8]) -> Result<Self, LayerError> {
+        let short = LayerError::Table("its blocks are cut short or have a number out of range");
+        let (blocks, entries) = Self::read_blocks(bytes).ok_or(short)?;
+        let mut points = self.without_blocks().points.to_vec();
+        points.extend(blocks);
+        points.sort_by_key(|point| (point.tar, point.blob));
+        let parts = (self.coding, self.layout);
+        Self::new(parts, (self.blob_end, self.blob_len), self.tar_len, (points, entries))
+    }
+
+    fn read_blocks(mut bytes: &[u8]) -> Option<(Vec<Point>, Vec<BlockEntry>)> {
+        let count = usize::try_from(take(&mut bytes)?).ok()?;
+        if count > bytes.len() / SHORTEST_POINT {
+            return None;
+        }
+        let (mut points, mut entries) = (Vec::with_capacity(count), Vec::new());
+        let mut before = Point::whole(0, 0);
+        for _ in 0..count {
+            let tar = before.tar.checked_add(take(&mut bytes)?)?;
+            let blob = before.blob.checked_add(take(&mut bytes)?)?;
+            let (how, rest) = bytes.split_first()?;
+            bytes = rest;
+            before = Point {
+                tar,
+                blob,
+                begins: Begins::Within,
+                bits: 0,
+                window: 0,
+            };
+            match how {
+                0 => {}
+                1 => {
+                    before.begins = Begins::Block;
+                    before.window = u32::try_from(take(&mut bytes)?).ok()?;
+                    entries.push(BlockEntry::decode(&mut bytes)?);
+                }
+                _ => return None,
+            }
+            points.push(before);
+        }
+        bytes.is_empty().then_some((points, entries))
     }
 
     /// Reads what [`SpanTable::encode`] wrote, and nothing behind it.
@@ -303,14 +426,19 @@ impl SpanTable {
             let tar = before.tar.checked_add(take(bytes)?)?;
             let blob = before.blob.checked_add(take(bytes)?)?;
             let how = take(bytes)?;
-            let begins = if how & 8 == 0 { Begins::Whole } else { Begins::Block };
+            let begins = match (how & 8, coding) {
+                (0, _) => Begins::Whole,
+                (_, Coding::Gzip) => Begins::Block,
+                // They are told elsewhere.
+                _ => return None,
+            };
             let bits = u8::try_from(how & 7).ok()?;
             before = Point {
                 tar,
                 blob,
                 begins,
                 bits,
-                window: u16::try_from(how >> 4).ok()?,
+                window: u32::try_from(how >> 4).ok()?,
             };
             points.push(before);
         }
@@ -321,6 +449,7 @@ impl SpanTable {
             blob_end,
             tar_len,
             points: points.into(),
+            entries: Arc::new([]),
         })
     }
 
@@ -352,44 +481,24 @@ impl SpanTable {
         let ends = Point::whole(self.tar_len, self.blob_end);
         let nexts = self.points.iter().skip(1).chain([&ends]);
         for (point, next) in self.points.iter().zip(nexts) {
-            let in_block = point.begins == Begins::Block;
+            let in_block = point.begins != Begins::Whole;
             if next.tar <= point.tar || (next.blob, next.bits) <= (point.blob, point.bits) {
                 return Err("its spans are not in order");
             }
-            if in_block && (self.coding != Coding::Gzip || self.layout == Layout::Heads) {
+            if in_block && self.layout == Layout::Heads || point.begins == Begins::Within && self.coding == Coding::Gzip
+            {
                 return Err("a span begins inside of something that cannot be entered");
             }
-            if !in_block && (point.bits != 0 || point.window != 0) || usize::from(point.window) > WINDOW {
+            let longest = match (self.coding, point.begins) {
+                (Coding::Gzip, Begins::Block) => len_u64(WINDOW),
+                (Coding::Zstd, Begins::Block) => MAX_REACH.min(point.tar),
+                _ => 0,
+            };
+            let may_have_bits = in_block && self.coding == Coding::Gzip;
+            if point.bits != 0 && !may_have_bits || u64::from(point.window) > longest {
                 return Err("a span has a history that it cannot have");
             }
         }
         Ok(())
     }
-}
-
-/// Appends a number, one to ten bytes.
-fn put(out: &mut Vec<u8>, mut value: u64) {
-    while value > 0x7f {
-        out.push(value.to_le_bytes()[0] | 0x80);
-        value >>= 7;
-    }
-    out.push(value.to_le_bytes()[0]);
-}
-
-/// Takes a number from the front, in the one form that [`put`] writes.
-fn take(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value = 0_u64;
-    for shift in (0..64).step_by(7) {
-        let (byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        let bits = u64::from(byte & 0x7f);
-        if shift == 63 && bits > 1 || *byte == 0 && shift > 0 {
-            return None;
-        }
-        value |= bits << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }

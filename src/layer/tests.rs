@@ -105,7 +105,13 @@ fn more_than_agreed_to_is_refused() {
     // A table that says less than there is: the decoder stops.
     let points = vec![table::Point::whole(0, 0)];
     let ends = (len_u64(bomb.len()), len_u64(bomb.len()));
-    let table = SpanTable::new((Coding::Zstd, table::Layout::Everything), ends, 70_000, points).unwrap();
+    let table = SpanTable::new(
+        (Coding::Zstd, table::Layout::Everything),
+        ends,
+        70_000,
+        (points, Vec::new()),
+    )
+    .unwrap();
     let mut decoder = Decoder::start(&table, 0, &[]).unwrap();
     let mut given = 0;
     decoder.feed(&bomb, &mut |bytes| given += bytes.len()).unwrap();

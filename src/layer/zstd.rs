@@ -1,12 +1,20 @@
 //! zstd (RFC 8878): frames one after the other, skippable ones among them.
 //!
-//! A frame needs nothing of what comes before it, so every frame is a place to begin from; inside of one there is none.
+//! A frame needs nothing of what comes before it, so every frame is a place to begin from. Inside of one it is its blocks, for who
+//! has what a decoder holds there: see [`entry`]. [`reach`] finds that out, from what [`blocks`] reads beside libzstd.
 //! The seek table of the seekable format and zstd:chunked's table of contents are skippable frames, and skipped.
+
+mod blocks;
+pub(super) mod entry;
+mod fse;
+pub(super) mod reach;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
+use self::entry::BlockEntry;
+use self::reach::FrameFacts;
 use super::event::{Event, Step};
 use super::magic::{self, is_skippable};
 use super::{Coding, LayerError, other_format};
@@ -34,8 +42,10 @@ pub(super) struct Frames {
     began: u64,
     /// Whether a frame with content has been met.
     any: bool,
-    /// The longest history that the current frame may refer to, in bytes.
-    window: u64,
+    /// What the current frame's header says.
+    facts: FrameFacts,
+    /// Whether the current frame was entered at one of its blocks.
+    is_entered: bool,
     /// How many bytes have come out of it.
     given: u64,
     share: WindowShare,
@@ -106,21 +116,47 @@ impl std::fmt::Debug for Frames {
 impl Frames {
     /// At the beginning of a frame, which is byte `at` of the blob.
     pub(super) fn at_frame(at: u64) -> Result<Self, LayerError> {
-        let memory = |_| LayerError::Memory(Coding::Zstd);
-        let mut decoder = Decoder::new().map_err(memory)?;
-        decoder
-            .set_parameter(DParameter::WindowLogMax(WINDOW_LOG))
-            .map_err(memory)?;
         Ok(Self {
-            decoder,
+            decoder: decoder(None)?,
             stage: Stage::header(),
             at,
             began: at,
             any: false,
-            window: 0,
+            facts: FrameFacts::default(),
+            is_entered: false,
             given: 0,
             share: WindowShare::default(),
         })
+    }
+
+    /// At a block of a frame, which is byte `at` of the blob, with what a decoder holds there: `piece` has what matters of the last `window`
+    /// bytes that came out. Nothing of that can be checked here: if it is wrong, so is what comes out.
+    pub(super) fn at_block(at: u64, entry: &BlockEntry, piece: &[u8], window: u32) -> Result<Self, LayerError> {
+        let dictionary = entry.dictionary(piece, window)?;
+        let mut bytes = [0; MAX_HEADER];
+        let header = entry.frame_header();
+        bytes[..header.len()].copy_from_slice(&header);
+        Ok(Self {
+            decoder: decoder(Some(&dictionary))?,
+            stage: Stage::Replay {
+                bytes,
+                from: 0,
+                to: header.len(),
+            },
+            any: true,
+            facts: FrameFacts {
+                window: entry::window_of(entry.descriptor),
+                checksum: entry.checksum,
+                content: None,
+            },
+            is_entered: true,
+            ..Self::at_frame(at)?
+        })
+    }
+
+    /// What the header of the current frame says.
+    pub(super) const fn facts(&self) -> FrameFacts {
+        self.facts
     }
 
     /// Position of the next input byte in the blob.
@@ -205,6 +241,13 @@ impl Frames {
                     step.event = Event::End;
                     self.began = self.at + len_u64(consumed);
                     self.stage = Stage::header();
+                    if std::mem::take(&mut self.is_entered) {
+                        // The dictionary is not for the next frame, and the header that was made up promised no checksum.
+                        self.decoder = decoder(None)?;
+                        if self.facts.checksum {
+                            self.stage = Stage::Skip { left: entry::CHECKSUM };
+                        }
+                    }
                 }
             }
         }
@@ -220,17 +263,17 @@ impl Frames {
                 self.stage = Stage::header();
             }
             Header::Skippable { len } => self.stage = Stage::Skip { left: len },
-            Header::Frame { window } if window > MAX_WINDOW => {
+            Header::Frame(facts) if facts.window > MAX_WINDOW => {
                 return Err(LayerError::Window {
                     coding: Coding::Zstd,
                     at,
-                    needs: window,
+                    needs: facts.window,
                     limit: MAX_WINDOW,
                 });
             }
-            Header::Frame { window } => {
+            Header::Frame(facts) => {
                 self.any = true;
-                (self.window, self.given) = (window, 0);
+                (self.facts, self.given) = (facts, 0);
                 self.stage = Stage::Replay {
                     bytes,
                     from: 0,
@@ -272,7 +315,7 @@ impl Frames {
             .map_err(|error| self.error(&error))?;
         let (consumed, produced) = (from.pos(), to.pos());
         self.given = self.given.saturating_add(len_u64(produced));
-        if !self.share.grow(self.given.min(self.window)) {
+        if !self.share.grow(self.given.min(self.facts.window)) {
             return Err(LayerError::Windows {
                 at: self.began,
                 limit: LONG_WINDOWS,
@@ -302,6 +345,21 @@ impl Frames {
             }
         }
     }
+}
+
+/// A decoder that begins at a frame's header, with what a dictionary says.
+fn decoder(dictionary: Option<&[u8]>) -> Result<Decoder<'static>, LayerError> {
+    let memory = |_| LayerError::Memory(Coding::Zstd);
+    let mut decoder = match dictionary {
+        None => Decoder::new().map_err(memory)?,
+        // libzstd says the same of one that it does not understand and of too little memory.
+        Some(dictionary) => Decoder::with_dictionary(dictionary)
+            .map_err(|_| LayerError::Table("a span begins at a block with a state that no decoder can have"))?,
+    };
+    decoder
+        .set_parameter(DParameter::WindowLogMax(WINDOW_LOG))
+        .map_err(memory)?;
+    Ok(decoder)
 }
 
 /// How many bytes of a frame's beginning are needed to go on, as far as `bytes` tell.
@@ -339,7 +397,7 @@ impl Fields {
 
 enum Header {
     Skippable { len: u64 },
-    Frame { window: u64 },
+    Frame(FrameFacts),
     Dictionary,
     Unknown,
 }
@@ -359,16 +417,22 @@ fn judge(bytes: &[u8]) -> Header {
     if little_endian(dictionary) != 0 {
         return Header::Dictionary;
     }
-    let window = match window.first() {
-        Some(byte) => {
-            let base = 1_u64 << (10 + (byte >> 3));
-            base + base / 8 * u64::from(byte & 7)
-        }
-        // A single segment: the whole content is the window. Two bytes hold 256 less than they mean, which does not
-        // matter here.
-        None => little_endian(content),
+    // Two bytes tell 256 less than they mean.
+    let content = match content.len() {
+        0 => None,
+        2 => Some(little_endian(content) + 256),
+        _ => Some(little_endian(content)),
     };
-    Header::Frame { window }
+    let window = match window.first() {
+        Some(byte) => entry::window_of(*byte),
+        // A single segment: the whole content is the window.
+        None => content.unwrap_or(0),
+    };
+    Header::Frame(FrameFacts {
+        window,
+        checksum: descriptor & 4 != 0,
+        content,
+    })
 }
 
 fn little_endian(bytes: &[u8]) -> u64 {

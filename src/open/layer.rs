@@ -317,7 +317,8 @@ fn read_all(
     } = &found.layer;
     let recording = Recording {
         contents: Contents::CHECKED,
-        spacing: SPACING,
+        // Histories of gzip layers are short, and these are sent to nobody.
+        spacing: (coding == Coding::Gzip).then_some(SPACING),
         size: options.size,
     };
     // A plain tar in a file is its own store.

@@ -73,8 +73,8 @@ pub struct Publication {
 /// How indexes are published.
 #[derive(Clone, Debug)]
 pub struct PushOptions {
-    /// The distance of entry points into a gzip layer, in bytes of the tar.
-    pub spacing: u64,
+    /// The distance of entry points into compressed layers, in bytes of the tar; what their compression usually has if none is said.
+    pub spacing: Option<u64>,
     /// Whether indexes are made also of layers that have one.
     pub anew: bool,
     /// How long a layer may be.
@@ -89,11 +89,11 @@ pub struct PushOptions {
 }
 
 impl PushOptions {
-    /// With entry points `spacing` bytes apart, of layers without an index, which may be as long as layers are.
+    /// With entry points `spacing` bytes apart, or as far as is usual, of layers without an index, which may be as long as layers are.
     #[must_use]
-    pub fn new(spacing: u64) -> Self {
+    pub fn new(spacing: impl Into<Option<u64>>) -> Self {
         Self {
-            spacing,
+            spacing: spacing.into(),
             anew: false,
             size: SizeLimit::default(),
             sign: None,

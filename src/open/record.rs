@@ -21,8 +21,8 @@ const SIGN_OF_LIFE: usize = 16 << 20;
 pub struct Recording {
     /// What the index is to hold.
     pub contents: Contents,
-    /// The distance of entry points into a gzip layer, in bytes of the tar.
-    pub spacing: u64,
+    /// The distance of entry points into a compressed layer, in bytes of the tar; what its compression usually has if none is said.
+    pub spacing: Option<u64>,
     /// How long the layer may be.
     pub size: SizeLimit,
 }
@@ -94,7 +94,8 @@ pub fn record_blob(
     let bad_tar = |error| SizeLimit::explain(blob, error);
     let recorder_of = |first: &[u8]| {
         let coding = Coding::of_bytes(first);
-        let recorder = BlobRecorder::new(coding, recording.spacing, recording.contents);
+        let spacing = recording.spacing.unwrap_or(coding.spacing());
+        let recorder = BlobRecorder::new(coding, spacing, recording.contents);
         let most = recording.size.of_decoded(coding, blob.len);
         recorder.limit(most).algorithms(of_blob, of_tar)
     };

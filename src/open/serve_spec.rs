@@ -263,7 +263,7 @@ fn trusts(cost: &PrepareCost) -> impl Iterator<Item = Option<IndexTrust>> + use<
 /// What the fetcher is told of a layer.
 fn layer_source(layer: LayerSpec, index: &Index<Vec<u8>>, windows: Windows) -> LayerSource {
     let table = index.spans().cloned();
-    let has_windows = index.cold().has(ColdPart::Windows);
+    let has_windows = index.cold().has(ColdPart::windows_of(index.identity().coding));
     let digests = index.chunk_digests().cloned().map(Verifier::chunk_digests);
     let pieces = index.piece_digests().cloned().map(Verifier::Pieces);
     LayerSource {
@@ -363,12 +363,13 @@ pub fn serve_here(prepared: Prepared, fetching: &Fetching) -> Result<Opened, Ope
 
 /// Every decoder window of an index that is whole.
 fn all_windows(index: &Index<Vec<u8>>, name: &str) -> Result<Vec<Vec<u8>>, OpenError> {
+    let part = ColdPart::windows_of(index.identity().coding);
     let window = |n| {
-        let window = index.cold_piece(ColdPart::Windows, n);
+        let window = index.cold_piece(part, n);
         window.map(Option::unwrap_or_default).map_err(|cause| OpenError::Index {
             name: name.to_owned(),
             cause,
         })
     };
-    (0..index.cold().pieces(ColdPart::Windows)).map(window).collect()
+    (0..index.cold().pieces(part)).map(window).collect()
 }

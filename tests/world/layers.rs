@@ -49,8 +49,7 @@ fn content(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-fn indexed(coding: Coding, blob: &[u8]) -> Spans {
-    let mut indexer = Indexer::new(coding, SPACING);
+fn indexed(mut indexer: Indexer, blob: &[u8]) -> Spans {
     for piece in blob.chunks(100_000) {
         indexer.feed(piece, &mut |_| {}).unwrap();
     }
@@ -64,7 +63,13 @@ pub(crate) fn all() -> Vec<Layer> {
     let chunk = usize::try_from(CHUNK_BYTES).unwrap();
     let coded = |kind, coding, tar: Vec<u8>, blob: Vec<u8>| Layer {
         kind,
-        spans: Some(indexed(coding, &blob)),
+        spans: Some(indexed(Indexer::new(coding, SPACING), &blob)),
+        tar: Arc::new(tar),
+        blob: Arc::new(blob),
+    };
+    let in_order = |kind, tar: Vec<u8>, blob: Vec<u8>| Layer {
+        kind,
+        spans: Some(indexed(Indexer::new(Coding::Zstd, SPACING).frames_only(), &blob)),
         tar: Arc::new(tar),
         blob: Arc::new(blob),
     };
@@ -74,11 +79,12 @@ pub(crate) fn all() -> Vec<Layer> {
         tar: Arc::new(tar.clone()),
         blob: Arc::new(tar),
     };
-    let (one, two, three, four) = (
+    let (one, two, three, four, five) = (
         content(700_321, 1),
         content(35 * chunk, 2),
         content(900_001, 3),
         content(500_000, 4),
+        content(1_100_000, 7),
     );
     vec![
         plain("plain", content(40 * chunk + 12_345, 5)),
@@ -86,7 +92,8 @@ pub(crate) fn all() -> Vec<Layer> {
         coded("gzip", Coding::Gzip, one.clone(), gzip(&one)),
         coded("gzip members", Coding::Gzip, two.clone(), pieces(&two, &gzip)),
         coded("zstd frames", Coding::Zstd, three.clone(), pieces(&three, &zstd)),
-        coded("one zstd frame", Coding::Zstd, four.clone(), zstd(&four)),
+        coded("zstd blocks", Coding::Zstd, five.clone(), zstd(&five)),
+        in_order("one zstd frame", four.clone(), zstd(&four)),
     ]
 }
 

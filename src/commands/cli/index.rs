@@ -40,10 +40,10 @@ pub struct IndexArgs {
     /// Read headers only: no digests.
     #[arg(long, conflicts_with = "full")]
     pub no_digests: bool,
-    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar: closer ones take more room and
-    /// save reading.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
-    pub spacing: u64,
+    /// How far apart the places lie from which a compressed layer can be decoded, in bytes of the tar: closer ones take more room
+    /// and save reading [default: 2MiB in gzip, 4MiB in zstd].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub spacing: Option<u64>,
     /// The summary as JSON.
     #[arg(long)]
     pub json: bool,
@@ -106,9 +106,10 @@ pub struct PushArgs {
     /// The image, `docker://host/repository:tag`; its repository has to be writable.
     #[arg(value_name = "IMAGE")]
     pub image: String,
-    /// How far apart the places lie from which a gzip layer can be decoded, in bytes of the tar.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "2MiB")]
-    pub spacing: u64,
+    /// How far apart the places lie from which a compressed layer can be decoded, in bytes of the tar [default: 2MiB in gzip, 4MiB
+    /// in zstd].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub spacing: Option<u64>,
     /// Make indexes also of layers that have one.
     #[arg(long)]
     pub anew: bool,

@@ -18,7 +18,7 @@ use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
-use crate::layer::Decoder;
+use crate::layer::{Coding, Decoder};
 use crate::prefetch::{ChunkRange, Planned, PlannedFlight, Presence, Reason};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, len_u64};
 
@@ -30,6 +30,8 @@ pub(super) struct CodedFlight {
     wrong: Cell<Option<u32>>,
     /// Between two requests: the decoder, where the last one left it.
     pipeline: RefCell<Option<DecodePipeline>>,
+    /// How often what was decoded from a block of a zstd frame was wrong.
+    block_failures: Cell<u32>,
 }
 
 impl CodedFlight {
@@ -91,15 +93,20 @@ impl CodedFlight {
         let span = coded.table.span(number);
         let start = span.blob.start;
         let len = stop.saturating_sub(start).max(1);
-        let (window, body) = tokio::join!(
-            engine.window(&coded.windows, number, span.window, demand),
+        // A zstd frame is entered anew at each span.
+        let spans = match coded.table.coding() {
+            Coding::Zstd => number..coded.table.span_at(TarOffset(request.to.saturating_sub(1))) + 1,
+            _ => number..number + 1,
+        };
+        let (windows, body) = tokio::join!(
+            engine.windows(&coded.windows, &coded.table, spans, demand),
             state.origin.get(&engine.client, start, len, demand),
         );
         let body = body?;
         if body.is_whole() {
             return Ok((None, body));
         }
-        let decoder = Decoder::start(&coded.table, number, &window?)
+        let decoder = Decoder::start_with(&coded.table, number, windows?)
             .map_err(|error| Trouble::Wrong(error.to_string()))?
             .until(state.checked_end(TarOffset(request.to)));
         let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.to);
@@ -178,11 +185,23 @@ impl Flight for CodedFlight {
         self.pipeline.take();
         let layer = self.request.layer;
         let at = TarOffset(self.request.delivered.get());
+        let span = self.coded.table.span_at(at);
+        if self.coded.is_at_block(span) && self.block_failures.replace(self.block_failures.get() + 1) > 0 {
+            // Twice: it may be the window, or what the index says a decoder holds there, and no digest vouches for that. From the
+            // frame's beginning it takes neither.
+            self.wrong.take();
+            log::warn!(
+                "{}: {why}, decoded from a block of a zstd frame as its index says: reading all of it in order",
+                state.origin.name()
+            );
+            self.coded.distrust_blocks();
+            return Ok(Duration::ZERO);
+        }
         let key = match self.wrong.take() {
             Some(index) => ChunkKey { layer, index },
             None => ChunkKey::holding(layer, at),
         };
-        self.coded.windows.forget(self.coded.table.span_at(at));
+        self.coded.windows.forget(span);
         engine.digest_mismatched(state, key, why)
     }
 
@@ -217,17 +236,28 @@ impl Engine {
             keys.collect::<Vec<_>>()
         };
         // What lies between two others is not worth a span of its own.
-        let wanted: HashMap<ChunkKey, Reason> = planned
+        let mut wanted: HashMap<ChunkKey, Reason> = planned
             .iter()
             .flat_map(with_reason)
             .filter(|(key, reason)| *reason != Reason::Between && is_free(*key))
             .collect();
-        let mut spans = BTreeSet::new();
-        for key in wanted.keys() {
-            for range in coded.lacking(key.index) {
-                let last = coded.table.span_at(TarOffset(range.end.saturating_sub(1)));
-                spans.extend(coded.table.span_at(TarOffset(range.start))..=last);
+        wanted.retain(|key, reason| {
+            // Reading all of the layer in order is too much for a guess.
+            let is_guess = !matches!(reason, Reason::Demand | Reason::Fill) && !self.in_flight.contains(*key);
+            let is_dropped = is_guess && coded.is_within(&coded.spans_of(key.index));
+            if is_dropped {
+                self.planner.borrow_mut().not_fetched(*key);
             }
+            !is_dropped
+        });
+        let spans: BTreeSet<usize> = wanted.keys().flat_map(|key| coded.spans_of(key.index)).collect();
+        if coded.is_within(&spans) {
+            // Only who has decoded the frame from its beginning gets there.
+            self.start_stream(state, layer, None);
+            for flight in planned {
+                self.leave_to_stream(flight.chunks());
+            }
+            return;
         }
         let requests = coded.requests_for(layer, &spans);
         coded.in_flight.borrow_mut().extend(requests.iter().cloned());
@@ -252,6 +282,7 @@ impl Engine {
                 request,
                 wrong: Cell::new(None),
                 pipeline: RefCell::default(),
+                block_failures: Cell::new(0),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
             self.spawn(owner.scope(self.clone().fly(guard)));

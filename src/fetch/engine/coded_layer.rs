@@ -11,7 +11,7 @@ use super::window::WindowShelf;
 use crate::cache::chunk::chunk_len;
 use crate::cache::memory::MemoryLayer;
 use crate::fetch::{Coded, StartError};
-use crate::layer::SpanTable;
+use crate::layer::{Begins, Coding, SpanTable};
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
@@ -25,16 +25,29 @@ pub(super) struct CodedLayer {
     /// The requests under way.
     pub(super) in_flight: RefCell<Vec<Rc<SpanRequest>>>,
     pub(super) partials: RefCell<Partials>,
+    /// Whether what the index says of blocks of zstd frames was found to be wrong.
+    blocks_are_wrong: Cell<bool>,
 }
 
 impl CodedLayer {
     pub(super) fn new(coded: Coded, windows: MemoryLayer) -> Result<Self, StartError> {
         Ok(Self {
+            windows: WindowShelf::new(coded.table.coding(), coded.windows, windows)?,
             table: coded.table,
-            windows: WindowShelf::new(coded.windows, windows)?,
             in_flight: RefCell::default(),
             partials: RefCell::default(),
+            blocks_are_wrong: Cell::new(false),
         })
+    }
+
+    /// Whether a read can do without what lies before it.
+    pub(super) fn can_seek(&self) -> bool {
+        self.table.seekable() && !self.blocks_are_wrong.get()
+    }
+
+    /// From now on nothing is decoded from a block of a zstd frame: all of the layer is read in order instead.
+    pub(super) fn distrust_blocks(&self) {
+        self.blocks_are_wrong.set(true);
     }
 
     /// What has come of chunks that are not whole, and where it lies; it is forgotten here.
@@ -54,6 +67,26 @@ impl CodedLayer {
             subtract(&mut lacking, &(request.delivered.get()..request.to));
         }
         lacking
+    }
+
+    /// The spans that have what of chunk `index` neither is here nor comes.
+    pub(super) fn spans_of(&self, index: u32) -> BTreeSet<usize> {
+        let spans = |range: Range<u64>| {
+            let last = self.table.span_at(TarOffset(range.end.saturating_sub(1)));
+            self.table.span_at(TarOffset(range.start))..=last
+        };
+        self.lacking(index).into_iter().flat_map(spans).collect()
+    }
+
+    /// Whether one of `spans` can only be had by who decodes its zstd frame from the beginning.
+    pub(super) fn is_within(&self, spans: &BTreeSet<usize>) -> bool {
+        let mut begins = spans.iter().map(|span| self.table.span(*span).begins);
+        begins.any(|begins| begins == Begins::Within)
+    }
+
+    /// Whether a span begins at a block of a zstd frame.
+    pub(super) fn is_at_block(&self, span: usize) -> bool {
+        self.table.coding() == Coding::Zstd && self.table.span(span).begins != Begins::Whole
     }
 
     /// Puts spans together to flights: neighbours, none much longer than a flight may be.

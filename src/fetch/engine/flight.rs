@@ -214,6 +214,10 @@ impl Engine {
             if let Some(error) = self.poison_of(flight.layer()) {
                 return Err(error);
             }
+            if !state.can_seek() {
+                // It could when the flight began.
+                self.start_stream(state, flight.layer(), None);
+            }
             if state.streaming.get() {
                 self.leave_to_stream(flight.rest());
                 flight.finish();

@@ -2,6 +2,7 @@
 //! index file or from the cold part of an index behind HTTP. Whatever a local file holds is checked against the hot part before
 //! it is used: where it has a hole, the registry is asked.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -13,10 +14,11 @@ use crate::fetch::runtime;
 use crate::fetch::stats::add;
 use crate::fetch::{StartError, Windows};
 use crate::index::{ColdDirectory, ColdPart, ColdPiece};
+use crate::layer::{Coding, SpanTable};
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
-/// No window is longer: gzip's have 32 KiB, and no more than zstd's usual 8 MiB is taken.
-const LONGEST: u32 = 8 << 20;
+/// The longest that is kept of a window: gzip's have 32 KiB, and of a zstd frame's the extents that matter are a piece of the index.
+const LONGEST: u32 = 1 << 20;
 
 enum Place {
     Nowhere,
@@ -35,13 +37,15 @@ fn local(file: &Arc<OwnedFd>) -> Result<Origin, StartError> {
 /// The windows of one layer.
 pub(super) struct WindowShelf {
     place: Place,
+    /// The part of an index that has them.
+    part: ColdPart,
     /// In the memory cache, as chunks of a layer of their own.
     kept: MemoryLayer,
 }
 
 impl WindowShelf {
-    /// Windows that were read are kept in `kept`.
-    pub(super) fn new(windows: Windows, kept: MemoryLayer) -> Result<Self, StartError> {
+    /// Of a layer that is compressed so. Windows that were read are kept in `kept`.
+    pub(super) fn new(coding: Coding, windows: Windows, kept: MemoryLayer) -> Result<Self, StartError> {
         let place = match windows {
             Windows::None => Place::Nowhere,
             Windows::Memory(windows) => Place::Memory(windows),
@@ -52,7 +56,11 @@ impl WindowShelf {
                 Place::Kept(Box::new(origins), directory)
             }
         };
-        Ok(Self { place, kept })
+        Ok(Self {
+            place,
+            part: ColdPart::windows_of(coding),
+            kept,
+        })
     }
 
     /// Window `n` may be damaged: it is read again the next time.
@@ -78,12 +86,12 @@ impl WindowShelf {
     }
 }
 
-/// Where window `n` of `len` bytes lies in the index, or what is wrong with that.
-fn piece_of(directory: &ColdDirectory, n: usize, len: u32) -> Result<ColdPiece, &'static str> {
-    let piece = directory.piece(ColdPart::Windows, n);
+/// Where window `n` lies in the index, or what is wrong with that.
+fn piece_of(directory: &ColdDirectory, part: ColdPart, n: usize, longest: u32) -> Result<ColdPiece, &'static str> {
+    let piece = directory.piece(part, n);
     let piece = piece.filter(|piece| !piece.range.is_empty()).ok_or("is missing")?;
     // A frame of what does not compress is a little longer than that.
-    if piece.range.end - piece.range.start > u64::from(len.saturating_add(len / 8 + 1024)) {
+    if piece.range.end - piece.range.start > u64::from(longest.saturating_add(longest / 8 + 1024)) {
         return Err("is stored in more bytes than it can need");
     }
     Ok(piece)
@@ -101,62 +109,104 @@ async fn keep_frame(file: &Origin, at: u64, frame: Vec<u8>) {
     }
 }
 
+/// Window `n` of the index, of which something is wrong.
+fn wrong(n: usize, why: &str) -> Trouble {
+    Trouble::Wrong(format!("decoder window {n} of the index {why}"))
+}
+
 impl Engine {
-    /// Window `n`, which has `len` bytes.
-    pub(super) async fn window(
+    /// The windows of these spans of a layer's table, in order. What is not at hand is asked for in one request: in an index they lie side by side.
+    pub(super) async fn windows(
         &self,
-        windows: &WindowShelf,
-        n: usize,
-        len: u32,
+        source: &WindowShelf,
+        table: &SpanTable,
+        spans: Range<usize>,
         demand: bool,
-    ) -> Result<Vec<u8>, Trouble> {
-        let wrong = |why: &str| Trouble::Wrong(format!("decoder window {n} of the index {why}"));
-        if len == 0 {
-            return Ok(Vec::new());
-        }
-        if len > LONGEST {
-            return Err(wrong("is longer than any this version decodes with (8 MiB)"));
-        }
-        if let Some(window) = windows.find(n) {
-            return Ok(window);
-        }
-        let window = match &windows.place {
-            Place::Nowhere => return Err(wrong("is missing")),
-            Place::Memory(all) => all.get(n).cloned().unwrap_or_default(),
-            Place::Index(origin, directory) => {
-                let piece = piece_of(directory, n, len).map_err(wrong)?;
-                let frame = self.frame(origin, &piece, demand).await?;
-                piece.open(&frame).map_err(|_| wrong("is damaged"))?
-            }
-            Place::Kept(origins, directory) => {
-                let [file, rest] = &**origins;
-                let piece = piece_of(directory, n, len).map_err(wrong)?;
-                let here = self.frame(file, &piece, demand).await.ok();
-                if let Some(window) = here.and_then(|frame| piece.open(&frame).ok()) {
-                    window
-                } else {
-                    let frame = self.frame(rest, &piece, demand).await?;
-                    let window = piece.open(&frame).map_err(|_| wrong("is damaged"))?;
-                    keep_frame(file, piece.range.start, frame).await;
-                    window
+    ) -> Result<Vec<Vec<u8>>, Trouble> {
+        let mut windows = Vec::with_capacity(spans.len());
+        let mut missing = Vec::new();
+        for n in spans.clone() {
+            // Of a gzip member's window all is kept, of a zstd frame's what matters.
+            let longest = match (source.part, table.span(n).window) {
+                (_, 0) => {
+                    windows.push(Vec::new());
+                    continue;
                 }
+                (ColdPart::Windows, len) => len,
+                _ => LONGEST,
+            };
+            let (here, place) = match &source.place {
+                Place::Nowhere => return Err(wrong(n, "is missing")),
+                Place::Memory(all) => (all.get(n).cloned(), None),
+                Place::Index(_, directory) | Place::Kept(_, directory) => (source.find(n), Some(directory)),
+            };
+            if let Some(directory) = place.filter(|_| here.is_none()) {
+                let piece = piece_of(directory, source.part, n, longest).map_err(|why| wrong(n, why))?;
+                missing.push((n, piece));
             }
-        };
-        if len_u64(window.len()) != u64::from(len) {
-            return Err(wrong("has another length than the span table says"));
+            windows.push(here.unwrap_or_default());
         }
-        if !matches!(windows.place, Place::Memory(_)) {
-            windows.keep(n, &window);
+        for (n, window) in self.read_windows(source, missing, demand).await? {
+            source.keep(n, &window);
+            if let Some(place) = windows.get_mut(n - spans.start) {
+                *place = window;
+            }
         }
-        Ok(window)
+        Ok(windows)
     }
 
-    async fn frame(&self, origin: &Origin, piece: &ColdPiece, demand: bool) -> Result<Vec<u8>, Trouble> {
-        let (start, stored) = (piece.range.start, piece.range.end - piece.range.start);
-        let len = len_usize(stored);
-        let mut body = origin.get(&self.client, start, stored, demand).await?;
+    /// Reads windows from the index, those that come first in it first.
+    async fn read_windows(
+        &self,
+        source: &WindowShelf,
+        mut missing: Vec<(usize, ColdPiece)>,
+        demand: bool,
+    ) -> Result<Vec<(usize, Vec<u8>)>, Trouble> {
+        let mut found = Vec::with_capacity(missing.len());
+        let (origin, file) = match &source.place {
+            Place::Nowhere | Place::Memory(_) => return Ok(found),
+            Place::Index(origin, _) => (&**origin, None),
+            Place::Kept(origins, _) => {
+                let [file, rest] = &**origins;
+                if let Ok(frames) = self.frames(file, &missing, demand).await {
+                    let mut frames = frames.into_iter();
+                    missing.retain(|(n, piece)| {
+                        let window = frames.next().and_then(|frame| piece.open(&frame).ok());
+                        let is_here = window.is_some();
+                        found.extend(window.map(|window| (*n, window)));
+                        !is_here
+                    });
+                }
+                (rest, Some(file))
+            }
+        };
+        let frames = self.frames(origin, &missing, demand).await?;
+        for ((n, piece), frame) in missing.into_iter().zip(frames) {
+            let window = piece.open(&frame).map_err(|_| wrong(n, "is damaged"))?;
+            if let Some(file) = file {
+                keep_frame(file, piece.range.start, frame).await;
+            }
+            found.push((n, window));
+        }
+        Ok(found)
+    }
+
+    /// The bytes of these pieces, by one request for all that lies between the first and the last.
+    async fn frames(
+        &self,
+        origin: &Origin,
+        pieces: &[(usize, ColdPiece)],
+        demand: bool,
+    ) -> Result<Vec<Vec<u8>>, Trouble> {
+        let starts = pieces.iter().map(|(_, piece)| piece.range.start);
+        let ends = pieces.iter().map(|(_, piece)| piece.range.end);
+        let Some((start, end)) = starts.min().zip(ends.max()) else {
+            return Ok(Vec::new());
+        };
+        let len = len_usize(end - start);
+        let mut body = origin.get(&self.client, start, end - start, demand).await?;
         let mut skip = if body.is_whole() { start } else { 0 };
-        let mut frame = Vec::with_capacity(len);
+        let mut bytes = Vec::with_capacity(len);
         while let Some(piece) = body.next().await? {
             if body.head_took().is_some() {
                 add(&self.counters.bytes_fetched, len_u64(piece.len()));
@@ -164,11 +214,15 @@ impl Engine {
             let skipped = len_usize(skip).min(piece.len());
             skip -= len_u64(skipped);
             let piece = &piece[skipped..];
-            frame.extend_from_slice(&piece[..piece.len().min(len - frame.len())]);
-            if frame.len() == len && body.is_whole() {
+            bytes.extend_from_slice(&piece[..piece.len().min(len - bytes.len())]);
+            if bytes.len() == len && body.is_whole() {
                 break;
             }
         }
-        Ok(frame)
+        let cut = |range: &Range<u64>| bytes.get(len_usize(range.start - start)..len_usize(range.end - start));
+        let all = pieces.iter();
+        Ok(all
+            .map(|(_, piece)| cut(&piece.range).unwrap_or_default().to_vec())
+            .collect())
     }
 }
