@@ -68,7 +68,7 @@ fn no_read_is_wrong_or_lost_in_any_world() {
         number("TARBLK_WORLD_FIRST").unwrap_or(0),
         number("TARBLK_WORLD_SEEDS").unwrap_or(USUAL),
     );
-    let layers = layers::all();
+    let layers = layers::with_blocks();
     let began = Instant::now();
     let outcomes = worlds(first, count, &layers);
     let sum = |of: fn(&Outcome) -> u64| outcomes.iter().map(of).sum::<u64>();
@@ -130,6 +130,6 @@ fn one_seed() {
     let Some(seed) = number("TARBLK_WORLD_SEED") else {
         return;
     };
-    let layers = Arc::new(layers::all());
+    let layers = Arc::new(layers::with_blocks());
     println!("{:#?}", run(seed, &layers));
 }

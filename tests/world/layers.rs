@@ -9,9 +9,10 @@ use std::sync::Arc;
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{Coded, LayerSource, Verifier, Windows};
 use tarblk::internals::http::Validator;
-use tarblk::internals::layer::{Coding, Indexer, Spans};
+use tarblk::internals::layer::{Begins, Coding, Indexer, Spans};
 use tarblk::internals::source::{Blob, LayerSpec, Place, UrlBlob};
 use tarblk::internals::units::CHUNK_BYTES;
+use zstd::stream::raw::CParameter;
 
 use super::chance::Chance;
 
@@ -56,7 +57,7 @@ fn indexed(mut indexer: Indexer, blob: &[u8]) -> Spans {
     indexer.finish().unwrap()
 }
 
-/// One of each kind, of different lengths.
+/// One of each kind but [`entered_at_blocks`], of different lengths.
 pub(crate) fn all() -> Vec<Layer> {
     let zstd = |bytes: &[u8]| zstd::bulk::compress(bytes, 3).unwrap();
     let pieces = |tar: &[u8], code: &dyn Fn(&[u8]) -> Vec<u8>| tar.chunks(MEMBER).flat_map(code).collect::<Vec<u8>>();
@@ -79,12 +80,11 @@ pub(crate) fn all() -> Vec<Layer> {
         tar: Arc::new(tar.clone()),
         blob: Arc::new(tar),
     };
-    let (one, two, three, four, five) = (
+    let (one, two, three, four) = (
         content(700_321, 1),
         content(35 * chunk, 2),
         content(900_001, 3),
         content(500_000, 4),
-        content(1_100_000, 7),
     );
     vec![
         plain("plain", content(40 * chunk + 12_345, 5)),
@@ -92,15 +92,44 @@ pub(crate) fn all() -> Vec<Layer> {
         coded("gzip", Coding::Gzip, one.clone(), gzip(&one)),
         coded("gzip members", Coding::Gzip, two.clone(), pieces(&two, &gzip)),
         coded("zstd frames", Coding::Zstd, three.clone(), pieces(&three, &zstd)),
-        coded("zstd blocks", Coding::Zstd, five.clone(), zstd(&five)),
         in_order("one zstd frame", four.clone(), zstd(&four)),
     ]
+}
+
+/// The same, and one that is entered at blocks of a zstd frame.
+pub(crate) fn with_blocks() -> Vec<Layer> {
+    let mut layers = all();
+    layers.push(entered_at_blocks());
+    layers
+}
+
+/// One zstd frame, each of whose spans begins at a block that can be entered.
+fn entered_at_blocks() -> Layer {
+    let tar = content(1_100_000, 7);
+    let mut zstd = zstd::bulk::Compressor::new(3).unwrap();
+    // Windows of more than that would be too much beside so small a blob.
+    zstd.set_parameter(CParameter::WindowLog(17)).unwrap();
+    let blob = zstd.compress(&tar).unwrap();
+    let spans = indexed(Indexer::new(Coding::Zstd, SPACING), &blob);
+    let begins = |n| spans.table.span(n).begins;
+    assert!(spans.table.len() > 3 && (1..spans.table.len()).all(|n| begins(n) == Begins::Block));
+    Layer {
+        kind: "zstd blocks",
+        spans: Some(spans),
+        tar: Arc::new(tar),
+        blob: Arc::new(blob),
+    }
 }
 
 impl Layer {
     /// Whether a part of it can be had without all before it.
     pub(crate) fn can_seek(&self) -> bool {
         self.spans.as_ref().is_none_or(|spans| spans.table.seekable())
+    }
+
+    /// Whether it may be decoded from blocks of zstd frames.
+    pub(crate) fn has_blocks(&self) -> bool {
+        self.spans.as_ref().is_some_and(|spans| spans.table.has_blocks())
     }
 
     /// What a fetcher is told of the layer at `url`. With `digests` each chunk and the whole are known.

@@ -575,7 +575,9 @@ impl<'a> Phase<'a> {
     fn may_stream(&self, asked: &[LayerRange]) -> bool {
         let of = |asked: &LayerRange| self.plan.layers[usize::try_from(asked.layer.0).unwrap()].0;
         let whole = self.origin.happened.borrow().contains(&Fault::Whole);
-        whole || asked.iter().any(|asked| !of(asked).can_seek())
+        // Wrong bytes may as well follow from what an index says of blocks of zstd frames.
+        let distrusted = |layer: &Layer| self.plan.lies && layer.has_blocks();
+        whole || asked.iter().any(|asked| !of(asked).can_seek() || distrusted(of(asked)))
     }
 
     fn right(&self, asked: LayerRange) -> &'a [u8] {
