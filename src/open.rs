@@ -53,6 +53,7 @@ use named::{bytes_of_named, check_pin, named_index, named_trust, open_index, pin
 use prepared::FoundLayer;
 use published::Outcome;
 
+pub use dedup::{bytes_to_fetch, payloads_of};
 pub use discover::IndexChoice;
 pub use error::{OpenError, PackedImage};
 pub use index_cache::{Beside, Cache, default_cache_dir};

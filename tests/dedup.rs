@@ -370,6 +370,53 @@ fn room_is_made_of_donors_as_well() {
     assert!(sent(&registry, &blob) > 0, "nothing was given up");
 }
 
+/// What the command says that the second image takes on a machine that has the first.
+fn predicted(registry: &TestRegistry, old: &str, new: &str) -> u64 {
+    let [old, new] = [old, new].map(|name| registry.name(name));
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_tarblk"))
+        .args([
+            "diff",
+            "--json",
+            "--platform",
+            "linux/amd64",
+            "--hosts-dir",
+            "/nonexistent",
+            "--authfile",
+        ])
+        .arg(common::anonymous::empty_authfile())
+        .args([old, new])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let totals: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    totals["network"]["bytes"].as_u64().unwrap()
+}
+
+#[test]
+fn what_is_predicted_is_what_is_measured() {
+    let (old, new) = (layer(&contents(1)), layer(&shifted(2, 5000)));
+    for kind in KINDS {
+        let registry = TestRegistry::start();
+        put_image(&registry, "old", &[&old], kind);
+        let (blob, len) = put_image(&registry, "new", &[&new], kind).remove(0);
+        let predicted = predicted(&registry, "old:latest", "new:latest");
+        assert!(predicted > 0 && predicted < len / 5, "{kind}: {predicted} of {len}");
+        let machine = Machine::new();
+        let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+        read_all(&first.fetcher, 0, &old);
+        let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+        wait_until_known(&second.fetcher, 0, new.files[1]);
+        registry.take_log();
+        read_all(&second.fetcher, 0, &new);
+        let measured = sent(&registry, &blob);
+        assert!(
+            measured.abs_diff(predicted) * 20 <= predicted,
+            "{kind}: {measured} for {predicted}"
+        );
+    }
+}
+
 #[test]
 fn an_upper_layer_repeats_files_of_a_lower_one() {
     let registry = TestRegistry::start();

@@ -1,5 +1,6 @@
 //! `tarblk diff`: what changed from one to the other, told from indexes alone.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -9,10 +10,10 @@ use super::cli::DiffArgs;
 use super::layer::{Bar, options_for};
 use super::output::{println, write_out};
 use crate::diff::{Aspect, Difference, LayerFacts, LayerKnowledge, Side, Totals, compare};
-use crate::index::Entry;
 use crate::index::listing::text::Escaped;
 use crate::index::listing::{Line, json};
-use crate::open::{self, PreparedLayer};
+use crate::index::{ColdPart, Entry, Index, Payloads};
+use crate::open;
 use crate::quantity::{show_count, show_size};
 use crate::source::Source;
 use crate::tree::{NodeId, Tree, TreeBuilder};
@@ -22,6 +23,17 @@ struct Opened {
     tree: Tree,
     /// By layer: what its index knows of it.
     layers: Vec<LayerKnowledge>,
+    /// By layer: what may be fetched of it.
+    fetched: Vec<Fetched>,
+    is_image: bool,
+}
+
+/// What of a layer may be fetched.
+struct Fetched {
+    /// What it is known by.
+    identities: Vec<String>,
+    index: Index<Vec<u8>>,
+    payloads: Payloads,
 }
 
 impl Opened {
@@ -31,24 +43,48 @@ impl Opened {
         let options = options_for(source, &args.registry.within(args.deadline))?;
         if let Source::Image(_) = Source::parse(source)? {
             let prepared = open::prepare(source, &options, bar)?;
-            let known = |layer: &PreparedLayer| {
+            let tree = prepared.tree()?;
+            let (mut layers, mut fetched) = (Vec::new(), Vec::new());
+            for layer in prepared.layers {
+                let payloads = open::payloads_of(&layer)?;
                 let mut known = LayerKnowledge::of(&layer.index)?;
+                known.learn(&payloads);
                 for digest in layer.layer.digest.iter().chain(&layer.layer.diff_id) {
                     known.identify(digest.to_string());
                 }
-                Ok(known)
-            };
+                fetched.push(Fetched {
+                    identities: known.facts().identities.to_vec(),
+                    index: layer.index,
+                    payloads,
+                });
+                layers.push(known);
+            }
             return Ok(Self {
-                tree: prepared.tree()?,
-                layers: prepared.layers.iter().map(known).collect::<anyhow::Result<_>>()?,
+                tree,
+                layers,
+                fetched,
+                is_image: true,
             });
         }
         let index = open::index_of(source, &options, bar)?;
         let mut builder = TreeBuilder::new();
         index.replay(&mut builder)?;
+        let known = LayerKnowledge::of(&index)?;
+        let has_digests = index.is_whole() && index.cold().has(ColdPart::PayloadDigests);
+        let fetched = Fetched {
+            identities: known.facts().identities.to_vec(),
+            payloads: if has_digests {
+                Payloads::with_digests(&index)?
+            } else {
+                Payloads::of(&index)?
+            },
+            index,
+        };
         Ok(Self {
             tree: builder.finish(),
-            layers: vec![LayerKnowledge::of(&index)?],
+            layers: vec![known],
+            fetched: vec![fetched],
+            is_image: false,
         })
     }
 
@@ -73,12 +109,41 @@ struct JsonDifference<'a> {
 #[derive(Serialize)]
 struct JsonTotals {
     totals: Totals,
+    /// Of an image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<Network>,
+}
+
+/// Bytes of the second one's layers, as they travel.
+#[derive(Clone, Copy, Serialize)]
+struct Network {
+    /// Those that a machine which has the first one's layers fetches in the end, if all files are read.
+    bytes: u64,
+    /// All of them.
+    of_bytes: u64,
+}
+
+/// What a machine that has the layers of `a` fetches of those of `b`.
+fn network(a: Vec<Fetched>, b: &[Fetched]) -> Network {
+    let is_here: HashSet<String> = a.iter().flat_map(|layer| layer.identities.iter().cloned()).collect();
+    let mut donors: Vec<Payloads> = a.into_iter().map(|layer| layer.payloads).collect();
+    let mut sum = Network { bytes: 0, of_bytes: 0 };
+    for layer in b {
+        sum.of_bytes += layer.index.identity().blob_len;
+        if !layer.identities.iter().any(|identity| is_here.contains(identity)) {
+            sum.bytes += open::bytes_to_fetch(&layer.index, &layer.payloads, &donors);
+        }
+        donors.push(layer.payloads.clone());
+    }
+    sum
 }
 
 /// `tarblk diff`.
 pub(super) fn diff(args: &DiffArgs, session: Session) -> anyhow::Result<()> {
-    let a = Opened::new(&args.a, args, session)?;
+    let mut a = Opened::new(&args.a, args, session)?;
     let b = Opened::new(&args.b, args, session)?;
+    let donors = std::mem::take(&mut a.fetched);
+    let network = b.is_image.then(|| network(donors, &b.fetched));
     let (facts_a, facts_b) = (a.facts(), b.facts());
     let a = Side {
         tree: &a.tree,
@@ -116,9 +181,9 @@ pub(super) fn diff(args: &DiffArgs, session: Session) -> anyhow::Result<()> {
         Ok(())
     })?;
     if args.json {
-        return println(serde_json::to_string(&JsonTotals { totals })?);
+        return println(serde_json::to_string(&JsonTotals { totals, network })?);
     }
-    summarise(&totals, args.uncertain)
+    summarise(&totals, network, args.uncertain)
 }
 
 fn sides_of(difference: Difference<'_>) -> (Option<NodeId>, Option<NodeId>) {
@@ -185,7 +250,7 @@ fn phrase(aspect: Aspect, before: &Entry, after: &Entry) -> String {
     }
 }
 
-fn summarise(totals: &Totals, uncertain: bool) -> anyhow::Result<()> {
+fn summarise(totals: &Totals, network: Option<Network>, uncertain: bool) -> anyhow::Result<()> {
     let doubt = match totals.uncertain {
         0 => String::new(),
         many => format!(
@@ -201,5 +266,11 @@ fn summarise(totals: &Totals, uncertain: bool) -> anyhow::Result<()> {
         show_count(totals.changed),
         show_size(totals.payload_bytes),
         show_size(totals.fetch_bytes)
+    ))?;
+    let Some(network) = network else { return Ok(()) };
+    println(format_args!(
+        "of its layers as they travel, {} of {}",
+        show_size(network.bytes),
+        show_size(network.of_bytes)
     ))
 }

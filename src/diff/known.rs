@@ -37,12 +37,19 @@ impl LayerKnowledge {
                 .for_each(|digest| all.update(digest));
             identities.push(format!("chunks:{}", hexadecimal(&all.finalize())));
         }
-        let payloads = if index.is_whole() && index.cold().has(ColdPart::PayloadDigests) {
-            Some(by_place(&Payloads::with_digests(index)?))
-        } else {
-            None
+        let mut known = Self {
+            identities,
+            payloads: None,
         };
-        Ok(Self { identities, payloads })
+        if index.is_whole() && index.cold().has(ColdPart::PayloadDigests) {
+            known.learn(&Payloads::with_digests(index)?);
+        }
+        Ok(known)
+    }
+
+    /// Takes in payload digests, as far as they are here.
+    pub fn learn(&mut self, payloads: &Payloads) {
+        self.payloads = Some(by_place(payloads)).filter(|known| !known.is_empty());
     }
 
     /// Adds what is known from elsewhere (a manifest, a configuration): a digest of the blob or the tar.

@@ -9,6 +9,7 @@
 //! A table is made once, by a thread that no reader waits for, and never changes but for what was proven. Looking something up takes
 //! no lock but that of the memory cache, and allocates nothing for reads of up to a few chunks.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -20,7 +21,8 @@ use super::content::LayerContent;
 use crate::cache::chunk::{ChunkKey, chunk_len, pieces};
 use crate::cache::disk::{Bits, LayerKey};
 use crate::cache::{Slice, Slices};
-use crate::prefetch::ChunkRange;
+use crate::layer::SpanTable;
+use crate::prefetch::{ChunkRange, PlanOptions};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 
 /// A payload up to this long, in bytes, is proven as a whole; a longer one chunk by chunk, as far as chunks lie inside of it.
@@ -59,6 +61,43 @@ pub struct SharedPayloads {
     pub extents: Vec<SharedExtent>,
     /// The layer's other payloads.
     pub others: Vec<TarRange>,
+}
+
+impl SharedPayloads {
+    /// How many bytes of a layer's blob are fetched in the end if all its files are read and the donors have all of theirs. `table` says how
+    /// the layer is compressed, `size` is the tar's length; with `by_chunk` each of its chunks has a digest.
+    #[must_use]
+    pub fn bytes_to_fetch(&self, table: Option<&SpanTable>, size: u64, by_chunk: bool) -> u64 {
+        let wanted = Layout::new(size, self, by_chunk, |donor| donor < self.donors.len()).uncovered;
+        let wanted: BTreeSet<u32> = wanted.into_iter().flat_map(chunks).collect();
+        // What is close together is one request, with what lies between.
+        let mut runs: Vec<std::ops::Range<u32>> = Vec::new();
+        let gap = PlanOptions::default().gap_chunks;
+        for index in wanted {
+            match runs.last_mut() {
+                Some(run) if index - run.end <= gap => run.end = index + 1,
+                _ => runs.push(index..index + 1),
+            }
+        }
+        let tar = |run: &std::ops::Range<u32>| {
+            let start = u64::from(run.start) * CHUNK_BYTES;
+            TarRange::new(
+                TarOffset(start),
+                (u64::from(run.end) * CHUNK_BYTES).min(size).saturating_sub(start),
+            )
+        };
+        let Some(table) = table else {
+            return runs.iter().map(|run| tar(run).len).sum();
+        };
+        let spans = runs.iter().flat_map(|run| {
+            let range = tar(run);
+            let last = TarOffset(range.end().0.saturating_sub(1));
+            table.span_at(range.start)..=table.span_at(last)
+        });
+        let spans: BTreeSet<usize> = spans.collect();
+        let blob = spans.into_iter().map(|number| table.span(number).blob);
+        blob.map(|blob| blob.end.saturating_sub(blob.start)).sum()
+    }
 }
 
 /// Nothing is known of the extent yet.
@@ -159,15 +198,15 @@ fn chunks(range: TarRange) -> std::ops::Range<u32> {
     touched.first..touched.end
 }
 
-impl DedupTable {
-    /// A table for a layer of `size` bytes. `donors` are of different lengths than their numbers may say: what is `None` is not there.
-    /// With `by_chunk` each of the layer's chunks has a digest.
-    pub(super) fn new(
-        size: u64,
-        donors: Vec<Option<Arc<LayerContent>>>,
-        shared: &SharedPayloads,
-        by_chunk: bool,
-    ) -> Self {
+/// Extents in order, and the payloads, or parts of them, that are in none.
+struct Layout {
+    extents: Vec<Extent>,
+    uncovered: Vec<TarRange>,
+}
+
+impl Layout {
+    /// Of what a layer of `size` bytes has in common with donors that `are_there`. With `by_chunk` each of the layer's chunks has a digest.
+    fn new(size: u64, shared: &SharedPayloads, by_chunk: bool, are_there: impl Fn(usize) -> bool) -> Self {
         let mut uncovered = shared.others.clone();
         let mut wanted: Vec<&SharedExtent> = shared.extents.iter().collect();
         if wanted.len() > MOST_EXTENTS {
@@ -186,7 +225,7 @@ impl DedupTable {
             } = *extent;
             let whole = range.len <= PROVEN_WHOLE;
             let used = if whole { range } else { whole_chunks(range, size) };
-            let there = donor < MOST_DONORS && donors.get(donor).is_some_and(Option::is_some);
+            let there = donor < MOST_DONORS && are_there(donor);
             let fits = range.start.0 >= end
                 && range.start.0.checked_add(range.len).is_some_and(|end| end <= size)
                 && from.0.checked_add(range.len).is_some();
@@ -209,12 +248,28 @@ impl DedupTable {
                 by_chunk: !whole,
             });
         }
+        uncovered.retain(|range| !range.is_empty());
+        Self { extents, uncovered }
+    }
+}
+
+impl DedupTable {
+    /// A table for a layer of `size` bytes; of donors those that are `None` are not there. With `by_chunk` each of the layer's chunks has a
+    /// digest.
+    pub(super) fn new(
+        size: u64,
+        donors: Vec<Option<Arc<LayerContent>>>,
+        shared: &SharedPayloads,
+        by_chunk: bool,
+    ) -> Self {
+        let are_there = |donor: usize| donors.get(donor).is_some_and(Option::is_some);
+        let Layout { extents, uncovered } = Layout::new(size, shared, by_chunk, are_there);
         let count = crate::cache::chunk::chunk_count(size).unwrap_or(u32::MAX);
         let covered = Bits::new(count);
         for extent in &extents {
             chunks(extent.range()).for_each(|index| covered.set(index));
         }
-        for range in uncovered.into_iter().filter(|range| !range.is_empty()) {
+        for range in uncovered {
             chunks(range).for_each(|index| covered.clear(index));
         }
         // Numbers of donors stay what they are; what is not there is in no extent.

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::index_cache::read_hot;
-use super::{Cache, MAX_INDEX_BYTES};
+use super::{Cache, MAX_INDEX_BYTES, OpenError, PreparedLayer};
 use crate::cache::chunk::pieces;
 use crate::cache::disk::{DiskCache, LayerCache, LayerKey};
 use crate::fetch::{Deduplicator, IndexTrust, MOST_DONORS, PROVEN_WHOLE, SharedExtent, SharedPayloads, ShortDigest};
@@ -67,37 +67,78 @@ impl IndexedLayer {
         self.trust.is_some_and(|trust| !trust.is_to_be_compared()) && !self.index.is_of_contents()
     }
 
-    /// A piece of its payload digests; with `fetch` also from a registry. What comes is checked, and put where the next one finds it.
+    /// A piece of its payload digests; with `fetch` also from a registry.
     fn digests(&self, number: usize, fetch: bool) -> Option<Vec<u8>> {
-        if self.index.is_whole() {
-            return self.index.cold_piece(ColdPart::PayloadDigests, number).ok()?;
-        }
-        let piece = self.index.cold().piece(ColdPart::PayloadDigests, number)?;
-        let len = len_usize(piece.range.end - piece.range.start);
         let file = self
             .file
             .as_ref()
             .and_then(|file| file.try_clone().ok())
             .map(File::from);
-        if let Some(file) = &file {
-            let mut stored = vec![0; len];
-            if file.read_exact_at(&mut stored, piece.range.start).is_ok()
-                && let Ok(digests) = piece.open(&stored)
-            {
-                return Some(digests);
+        digests(&self.index, file, self.rest.as_ref().filter(|_| fetch), number)
+    }
+}
+
+/// A piece of an index's payload digests: of a hot part that has a `file` from there, or else from where its `rest` is. What comes is
+/// checked, and put where the next one finds it.
+fn digests(index: &Index<Vec<u8>>, file: Option<File>, rest: Option<&Blob>, number: usize) -> Option<Vec<u8>> {
+    if index.is_whole() {
+        return index.cold_piece(ColdPart::PayloadDigests, number).ok()?;
+    }
+    let piece = index.cold().piece(ColdPart::PayloadDigests, number)?;
+    let len = len_usize(piece.range.end - piece.range.start);
+    if let Some(file) = &file {
+        let mut stored = vec![0; len];
+        if file.read_exact_at(&mut stored, piece.range.start).is_ok()
+            && let Ok(digests) = piece.open(&stored)
+        {
+            return Some(digests);
+        }
+    }
+    let stored = source::read_range(rest?, piece.range.clone(), &HttpOptions::default());
+    let stored = stored
+        .inspect_err(|error| log::info!("{error}; going on without what it says of equal files"))
+        .ok()?;
+    let digests = piece.open(&stored).ok()?;
+    if let Some(Err(error)) = file.map(|file| file.write_all_at(&stored, piece.range.start)) {
+        log::debug!("payload digests are not kept: {error}");
+    }
+    Some(digests)
+}
+
+/// Where the payloads of a prepared layer lie, with their digests as far as its index has them, which are fetched where they are not here.
+///
+/// # Errors
+/// [`OpenError::Index`] when the index is damaged.
+pub fn payloads_of(layer: &PreparedLayer) -> Result<Payloads, OpenError> {
+    let bad = |cause| OpenError::Index {
+        name: format!("index for {}", layer.layer.blob.name),
+        cause,
+    };
+    let mut payloads = Payloads::of(&layer.index).map_err(bad)?;
+    let hot = layer.kept.as_ref().filter(|_| layer.rest.is_some());
+    for number in 0..payloads.pieces().count() {
+        let file = hot.and_then(|path| File::options().read(true).write(true).open(path).ok());
+        if let Some(piece) = digests(&layer.index, file, layer.rest.as_ref(), number) {
+            payloads.put_piece(number, piece).map_err(bad)?;
+        }
+    }
+    Ok(payloads)
+}
+
+/// How many bytes of a layer's blob are fetched in the end if all its files are read, on a machine that has all of `others`.
+#[must_use]
+pub fn bytes_to_fetch(index: &Index<Vec<u8>>, own: &Payloads, others: &[Payloads]) -> u64 {
+    let mut found = Found::default();
+    for (donor, other) in others.iter().enumerate() {
+        for (number, range) in other.ranges().iter().enumerate() {
+            if let Some(digest) = other.digest(number) {
+                found.note(donor, *range, digest, true);
             }
         }
-        let rest = self.rest.as_ref().filter(|_| fetch)?;
-        let stored = source::read_range(rest, piece.range.clone(), &HttpOptions::default());
-        let stored = stored
-            .inspect_err(|error| log::info!("{error}; going on without what it says of equal files"))
-            .ok()?;
-        let digests = piece.open(&stored).ok()?;
-        if let Some(Err(error)) = file.map(|file| file.write_all_at(&stored, piece.range.start)) {
-            log::debug!("payload digests are not kept: {error}");
-        }
-        Some(digests)
     }
+    let (used, mut shared) = found.shared_with(own);
+    shared.donors = vec![LayerKey::of_content("", 0); used.len()];
+    shared.bytes_to_fetch(index.spans(), index.tar_len(), index.chunk_digests().is_some())
 }
 
 /// What the cache notes of a layer that was served: where its index is.
