@@ -75,7 +75,7 @@ fn packed(tar: &[u8], kind: &str) -> Vec<u8> {
         "tar+gzip" => gzip(tar),
         // Frames of their own, so that it can be read from the middle.
         _ => tar
-            .chunks(128 << 10)
+            .chunks(if tar.len() > 1 << 24 { 1 << 20 } else { 128 << 10 })
             .flat_map(|piece| through(&["zstd", "-3", "-c"], piece))
             .collect(),
     }
@@ -104,7 +104,11 @@ fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer], kind: &str)
     let reference = Reference::parse(&format!("{}/{name}:plain", registry.host())).unwrap();
     let how = PushOptions {
         into: Some("latest".to_owned()),
-        ..PushOptions::new(64 << 10)
+        ..PushOptions::new(if layers[0].tar.len() > 1 << 24 {
+            1 << 20
+        } else {
+            64 << 10
+        })
     };
     push(&reference, &registry_options(2), &how, &mut Unwatched).unwrap();
     registry.take_log();
@@ -449,4 +453,63 @@ fn who_is_not_believed_gets_nothing() {
     assert_eq!(second.stats().bytes.deduplicated, 0);
     let fetched = sent(&registry, &blob);
     assert!(fetched * 100 > len * 95, "{fetched} of {len}");
+}
+
+/// Not for every day: what a real layer of which a tenth was changed takes beside the one that it was, by how the change lies.
+#[test]
+#[ignore = "takes minutes; needs TARBLK_TEST_LAYER"]
+fn a_real_layer_of_which_a_tenth_was_changed() {
+    use tarblk::internals::index::build::{Contents, Recorder};
+    use tarblk::internals::index::{Index, LayerIdentity, Payloads};
+    let tar = std::fs::read(std::env::var_os("TARBLK_TEST_LAYER").unwrap()).unwrap();
+    let mut recorder = Recorder::new(Contents::ENTRIES);
+    recorder.feed(&tar).unwrap();
+    let index = Index::open(recorder.finish().unwrap().into_index(LayerIdentity::default())).unwrap();
+    let files = Payloads::of(&index).unwrap().ranges().to_vec();
+    let payload: u64 = files.iter().map(|file| file.len).sum();
+    let old = Layer { tar, files };
+    // Runs of neighbours, as when packages are upgraded, until a tenth of the bytes is others; or each tenth file.
+    for (how, run) in [("400 neighbours", 400), ("20 neighbours", 20), ("single files", 1)] {
+        let first = RawTar::new().file(b"first", &noise(5000, 1)).0;
+        let shift = u(first.len());
+        let mut new = Layer {
+            tar: [first, old.tar.clone()].concat(),
+            files: old
+                .files
+                .iter()
+                .map(|file| TarRange::new(file.start.plus(shift), file.len))
+                .collect(),
+        };
+        let (mut changed, mut seed) = (0, 0);
+        for (number, file) in new.files.iter().enumerate() {
+            if number / run % 10 == 3 && changed + file.len <= payload / 10 {
+                seed += 1;
+                let at = usize::try_from(file.start.0).unwrap();
+                let content = noise(usize::try_from(file.len).unwrap(), seed);
+                new.tar[at..at + content.len()].copy_from_slice(&content);
+                changed += file.len;
+            }
+        }
+        for kind in KINDS {
+            let registry = TestRegistry::start();
+            put_image(&registry, "old", &[&old], kind);
+            let (blob, len) = put_image(&registry, "new", &[&new], kind).remove(0);
+            let predicted = predicted(&registry, "old:latest", "new:latest");
+            let machine = Machine::new();
+            let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+            read_all(&first.fetcher, 0, &old);
+            let began = Instant::now();
+            let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+            wait_until_known(&second.fetcher, 0, new.files[0]);
+            let known = began.elapsed();
+            registry.take_log();
+            read_all(&second.fetcher, 0, &new);
+            let measured = sent(&registry, &blob);
+            let (share, of) = (measured * 1000 / len, changed * 1000 / payload);
+            println!(
+                "{kind}, {how}: {of} of 1000 payload bytes changed; {measured} of {len} fetched ({share} of 1000), {predicted} predicted; \
+                 known after {known:.1?}"
+            );
+        }
+    }
 }
