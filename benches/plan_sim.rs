@@ -7,7 +7,7 @@
 //! waits for nothing, so that its own work is in the result and no storage's. The kernel's block layer tells them
 //! (`blktrace`, or the events `block_rq_issue` and `block_rq_complete`). Without arguments it makes a layer and a reader
 //! of its own. `search` tries planners of other numbers. For each reason to fetch it says how much that brought and how
-//! much of it was read. With `SIM_WAITS` in the environment each wait is a line `wait MICROSECONDS TAR_OFFSET LENGTH`; with
+//! much of it was read. With `SIM_WAITS` in the environment each wait is a line `wait MICROSECONDS absent|coming OFFSET LENGTH FILE`; with
 //! `SIM_WASTE` the files of which most was fetched for nothing are told.
 //!
 //! The link is first in, first out: a request's bytes queue behind those asked for before, and the reader waits for every
@@ -238,6 +238,8 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
             sim.unread.remove(key);
         }
         sim.read.extend(wanted.keys());
+        planner.set_link(sim.link.estimate());
+        let was_coming = wanted.keys().all(|key| sim.presence(key) != Presence::Absent);
         let mut now = Vec::new();
         if wanted.keys().all(|key| sim.here.contains(&key)) {
             if !paid.is_empty() {
@@ -252,7 +254,7 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         sim.send_all(&now, &[], &mut planner);
         sim.pump(&mut planner);
         if std::env::var_os("SIM_WAITS").is_some() && !wanted.keys().all(|key| sim.here.contains(&key)) {
-            println!("wait {} {} {}", sim.now, read.range.start.0, read.range.len);
+            tell_wait(case, &sim, read, was_coming);
         }
         waits += u64::from(!wanted.keys().all(|key| sim.here.contains(&key)));
         sim.run(&mut planner, u64::MAX, &|sim: &Simulation| {
@@ -276,6 +278,20 @@ fn simulate(case: &Case, options: &PlanOptions, rtt_ms: u64, mbit: u64) -> Outco
         fetched: sim.fetched,
         touched: u64::try_from(touched.len()).unwrap() * 4096,
     }
+}
+
+/// Says for what the reader waits now.
+fn tell_wait(case: &Case, sim: &Simulation<'_>, read: &Read, was_coming: bool) {
+    use tarblk::internals::image::FileMap as _;
+    let file = case.image.file_at(LayerId(0), read.range.start);
+    let path = file.and_then(|file| case.image.path(file.file)).unwrap_or_default();
+    let at = read
+        .range
+        .start
+        .since(file.map_or(TarOffset(0), |file| file.range.start));
+    let how = if was_coming { "coming" } else { "absent" };
+    let path = String::from_utf8_lossy(&path);
+    println!("wait {} {how} {at} {} {path}", sim.now, read.range.len);
 }
 
 /// Says of which files most was fetched that nobody read, and why.
@@ -425,8 +441,9 @@ fn main() {
             let options = PlanOptions {
                 small_file_bytes: pick(&[256 << 10, 512 << 10, 1 << 20]),
                 demand_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),
-                first_touch_bytes: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]),
-                widest_touch_bytes: pick(&[128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20]),
+                first_touch_percent: pick(&[12, 25, 50, 100, 200]),
+                widest_touch_percent: pick(&[50, 100, 200, 400, 800]),
+                narrowest_touch_bytes: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10]),
                 neighbour_bytes: pick(&[32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]),
                 neighbour_percent: pick(&[50, 100, 200, 400]),
                 small_neighbour_bytes: pick(&[64 << 10, 128 << 10, 256 << 10, 512 << 10]),

@@ -31,6 +31,7 @@ use std::sync::Arc;
 
 pub use self::chunks::ChunkRange;
 pub use self::flights::{PlannedFlight, merge};
+pub use self::hint::LinkEstimate;
 use self::hint::{Hint, Layers, Touch};
 use self::neighbours::Neighbours;
 pub use self::options::{Budget, Budgets, PlanOptions};
@@ -91,6 +92,11 @@ impl Planner {
             ],
             seen: Seen::default(),
         }
+    }
+
+    /// The link is like this now.
+    pub fn set_link(&mut self, link: LinkEstimate) {
+        self.layers.link = link;
     }
 
     /// A reader waits for `range`. Appends to `now` what should be fetched at once: the range's chunks that are absent, and
@@ -157,8 +163,10 @@ impl Planner {
         let options = &self.layers.options;
         let (gap, precision) = (options.gap_chunks, &self.precision);
         let may = |reason, layer| precision.may(&options.budgets, reason, layer);
-        let mut hints = self.hints.iter_mut();
-        let mut found = hints.find_map(|hint| hint.wishes().take(most, gap, &may, look))?;
+        let mut found = Reason::ALL.iter().find_map(|reason| {
+            let mut hints = self.hints.iter_mut();
+            hints.find_map(|hint| hint.wishes().take(*reason, most, gap, &may, look))
+        })?;
         // What several hints want close together is one request.
         while self
             .hints
@@ -171,20 +179,18 @@ impl Planner {
     /// A chunk has come; `peek` shows it and others. Appends to `now` what it says will be read next: that is no guess, and
     /// is fetched like demand.
     pub fn arrived(&mut self, key: ChunkKey, peek: Peek<'_>, now: &mut Vec<Planned>) {
-        self.read_on(&|hint| hint.awaits(key), peek, now);
+        self.look_inside(Some(key), peek, now);
     }
 
     /// The same for what was touched and had come before.
     pub fn touched(&mut self, peek: Peek<'_>, now: &mut Vec<Planned>) {
-        self.read_on(&|hint| hint.is_fresh(), peek, now);
+        self.look_inside(None, peek, now);
     }
 
-    fn read_on(&mut self, which: &dyn Fn(&dyn Hint) -> bool, peek: Peek<'_>, now: &mut Vec<Planned>) {
+    fn look_inside(&mut self, came: Option<ChunkKey>, peek: Peek<'_>, now: &mut Vec<Planned>) {
         let first = now.len();
         for hint in &mut self.hints {
-            if which(&**hint) {
-                hint.read_on(&self.layers, peek, now);
-            }
+            hint.look_inside(came, &self.layers, peek, now);
         }
         self.within_budget(now, first);
     }

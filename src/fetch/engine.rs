@@ -234,6 +234,7 @@ impl Engine {
                 () = self.shared.nudge.notified() => {}
             }
             let (mut now, mut cached) = (Vec::new(), Vec::new());
+            self.planner.borrow_mut().set_link(self.budget.link());
             let mut short = true;
             for command in batch.drain(..) {
                 match command {

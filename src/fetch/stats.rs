@@ -130,7 +130,7 @@ pub struct Wait {
 pub struct HintStats {
     /// The layer, the lowest being 0.
     pub layer: u32,
-    /// Why it was fetched: `rest`, `ahead`, `loader`, `import`, `neighbour`, `between`, `bundled`.
+    /// Why it was fetched: `rest`, `ahead`, `loader`, `initialiser`, `import`, `neighbour`, `between`, `bundled`.
     pub hint: String,
     /// Bytes of tar that were fetched, in whole chunks.
     pub fetched: u64,

@@ -6,6 +6,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::hint::LinkEstimate;
+
 /// Until something is known: what a 20 ms, 100 Mbit/s link holds.
 const INITIAL_IN_FLIGHT: u64 = 256 << 10;
 /// Below this requests cost more than they carry.
@@ -102,6 +104,15 @@ impl BdpEstimator {
     #[must_use]
     pub fn rate(&self) -> Option<u64> {
         self.rates.front().map(|(_, rate)| *rate)
+    }
+
+    /// Both, as the planner wants them.
+    #[must_use]
+    pub fn estimate(&self) -> LinkEstimate {
+        LinkEstimate {
+            round_trip: self.round_trip(),
+            rate: self.rate(),
+        }
     }
 
     /// How many bytes may be asked for and not yet here: half more than the link holds, so that it never runs dry and a

@@ -5,8 +5,11 @@
 //! say. Pure. What it returns only decides what is prefetched: a damaged file costs a useless prefetch at most. Sources: the
 //! System V ABI (gabi 4.1, chapters 4 and 5), elf(5), and what glibc's and musl's loaders read.
 
+pub(super) mod loading;
+
 use std::cell::RefCell;
 
+use self::loading::{Entries, Loading};
 use crate::units::len_usize;
 
 /// The most program headers that are read; real files have about a dozen.
@@ -17,6 +20,8 @@ const LONGEST_HEADER: u64 = 128;
 const LONGEST_DYNAMIC: u64 = 16 << 10;
 /// The most libraries and search paths that are taken from it, of each.
 const MOST_NAMES: usize = 64;
+/// The most bytes that are fetched of one table that the dynamic section names.
+const LONGEST_TABLE: u64 = 64 << 20;
 /// The longest name that is read, in bytes.
 const LONGEST_NAME: u64 = 256;
 
@@ -29,9 +34,13 @@ pub(super) struct Needs {
     pub(super) libraries: Vec<Vec<u8>>,
     /// Directories to search for them (`DT_RPATH`, `DT_RUNPATH`), with `$ORIGIN` not yet replaced.
     pub(super) search: Vec<Vec<u8>>,
-    /// The parts of the file that a loader reads before the program runs, as offset and length in bytes: symbols and
-    /// relocations, writable segments, initialisers and finalisers.
+    /// The parts of the file that a loader reads before the program runs, as offset and length in bytes: segments in front
+    /// of the code, writable segments, initialisers and finalisers. Of a long one it may be only a little.
     pub(super) parts: Vec<(u64, u64)>,
+    /// The parts that it reads whole: the tables that the dynamic section names.
+    pub(super) tables: Vec<(u64, u64)>,
+    /// What relocations and initialisers can be read with, once the dynamic section is here.
+    pub(super) loading: Option<Loading>,
     /// Parts of the file that have to be fetched before more can be read from it, as offset and length in bytes.
     pub(super) lacking: Vec<(u64, u64)>,
 }
@@ -106,13 +115,14 @@ impl File<'_> {
 struct Elf {
     wide: bool,
     big: bool,
+    machine: u64,
     headers_at: u64,
     header_len: u64,
     headers: u64,
 }
 
 /// A program header. Offset and length are in bytes of the file, the address is in memory.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Segment {
     kind: u64,
     offset: u64,
@@ -128,11 +138,30 @@ const PAGE: u64 = 4096;
 const LOAD: u64 = 1;
 const DYNAMIC: u64 = 2;
 const INTERP: u64 = 3;
+const TLS: u64 = 7;
+const RELRO: u64 = 0x6474_e552;
 const DT_NEEDED: u64 = 1;
+const DT_PLTRELSZ: u64 = 2;
+const DT_HASH: u64 = 4;
 const DT_STRTAB: u64 = 5;
+const DT_SYMTAB: u64 = 6;
+const DT_RELA: u64 = 7;
+const DT_RELASZ: u64 = 8;
 const DT_STRSZ: u64 = 10;
 const DT_RPATH: u64 = 15;
+const DT_REL: u64 = 17;
+const DT_RELSZ: u64 = 18;
+const DT_PLTREL: u64 = 20;
+const DT_JMPREL: u64 = 23;
+const DT_INIT_ARRAY: u64 = 25;
+const DT_INIT_ARRAYSZ: u64 = 27;
 const DT_RUNPATH: u64 = 29;
+const DT_RELRSZ: u64 = 35;
+const DT_RELR: u64 = 36;
+const DT_GNU_HASH: u64 = 0x6fff_fef5;
+const DT_VERSYM: u64 = 0x6fff_fff0;
+const DT_VERDEF: u64 = 0x6fff_fffc;
+const DT_VERNEED: u64 = 0x6fff_fffe;
 
 impl Elf {
     fn new(head: &[u8]) -> Option<Self> {
@@ -143,12 +172,14 @@ impl Elf {
         let elf = Self {
             wide,
             big,
+            machine: 0,
             headers_at: 0,
             header_len: 0,
             headers: 0,
         };
         let (headers_at, header_len, headers) = if wide { (32, 54, 56) } else { (28, 42, 44) };
         Some(Self {
+            machine: elf.number(head, 18, 2)?,
             headers_at: elf.word(head, headers_at)?,
             header_len: elf.number(head, header_len, 2).filter(|len| *len <= LONGEST_HEADER)?,
             headers: elf.number(head, headers, 2)?.min(MOST_HEADERS),
@@ -233,6 +264,7 @@ impl Elf {
                 .take_while(|(tag, _)| *tag != 0)
         };
         let value = |wanted| entries().find(|(tag, _)| *tag == wanted).map(|(_, value)| value);
+        self.tables(file, segments, &value, needs);
         let (Some(strings), Some(size)) = (value(DT_STRTAB), value(DT_STRSZ)) else {
             return;
         };
@@ -257,6 +289,89 @@ impl Elf {
             let paths = paths.split(|&byte| byte == b':').map(<[u8]>::to_vec);
             needs.search.extend(paths.take(MOST_NAMES));
         }
+    }
+}
+
+impl Elf {
+    /// Notes which tables a loader reads, and which of them say what else it does. `value` is what the dynamic section has for a tag.
+    fn tables(&self, file: &File<'_>, segments: &[Segment], value: &dyn Fn(u64) -> Option<u64>, needs: &mut Needs) {
+        /// Tables without a length of their own: they end where another one begins, or their segment ends.
+        const OPEN: [u64; 6] = [DT_HASH, DT_SYMTAB, DT_GNU_HASH, DT_VERSYM, DT_VERDEF, DT_VERNEED];
+        const CLOSED: [(u64, u64); 5] = [
+            (DT_STRTAB, DT_STRSZ),
+            (DT_RELA, DT_RELASZ),
+            (DT_REL, DT_RELSZ),
+            (DT_RELR, DT_RELRSZ),
+            (DT_JMPREL, DT_PLTRELSZ),
+        ];
+        let loads: Vec<Segment> = segments
+            .iter()
+            .filter(|segment| segment.kind == LOAD)
+            .copied()
+            .collect();
+        // Where a table at an address lies in the file, and how much of the file there is from there on.
+        let place = |address: u64| {
+            let holds = |segment: &&Segment| segment.address <= address && address - segment.address < segment.len;
+            let home = loads.iter().find(holds)?;
+            let inside = address - home.address;
+            Some((home.offset.checked_add(inside)?, home.len - inside))
+        };
+        let closed = |(start, size)| {
+            let (at, most) = place(value(start)?)?;
+            let len = value(size)?
+                .min(most)
+                .min(file.len.saturating_sub(at))
+                .min(LONGEST_TABLE);
+            Some((at, len)).filter(|_| len > 0)
+        };
+        let starts = || {
+            OPEN.iter()
+                .chain(CLOSED.iter().map(|(start, _)| start))
+                .filter_map(|tag| value(*tag))
+        };
+        let open = |tag: &u64| {
+            let start = value(*tag)?;
+            let (at, most) = place(start)?;
+            let next = starts().filter(|other| *other > start).min().unwrap_or(u64::MAX);
+            let len = most
+                .min(next - start)
+                .min(file.len.saturating_sub(at))
+                .min(LONGEST_TABLE);
+            Some((at, len))
+        };
+        needs.tables.extend(CLOSED.iter().filter_map(|table| closed(*table)));
+        needs.tables.extend(OPEN.iter().filter_map(open));
+        // Relocated all over, and then made read-only; what each thread gets a copy of.
+        let whole = segments
+            .iter()
+            .filter(|segment| matches!(segment.kind, RELRO | TLS) && segment.len > 0);
+        needs
+            .tables
+            .extend(whole.map(|segment| (segment.offset, segment.len.min(LONGEST_TABLE))));
+        let by_jumps = if value(DT_PLTREL) == Some(DT_REL) {
+            Entries::Rel
+        } else {
+            Entries::Rela
+        };
+        let relocations = [
+            (Entries::Rela, (DT_RELA, DT_RELASZ)),
+            (Entries::Rel, (DT_REL, DT_RELSZ)),
+            (Entries::Relr, (DT_RELR, DT_RELRSZ)),
+            (by_jumps, (DT_JMPREL, DT_PLTRELSZ)),
+        ];
+        let relocations: Vec<_> = relocations
+            .into_iter()
+            .filter_map(|(entries, table)| Some((entries, closed(table)?)))
+            .collect();
+        let array = value(DT_INIT_ARRAY).map_or((0, 0), |start| {
+            (start, start.saturating_add(value(DT_INIT_ARRAYSZ).unwrap_or(0)))
+        });
+        needs.loading = Some(Loading::new(
+            (self.wide, self.big, self.machine),
+            loads,
+            &relocations,
+            array,
+        ));
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 
+use super::elf::loading::Relocated;
 use super::elf::needs;
 use super::node;
 use super::python::Modules;
 use crate::units::{len_u64, len_usize};
 
-/// What a program or a script names: how many names, and the parts of it (offset and length in bytes) that are fetched. Of the
+/// What a program or a script names, and the parts of it (offset and length in bytes) that are fetched. Of the
 /// file only what `here` says is in memory; the second list is what has to come first.
 #[must_use]
 #[allow(clippy::type_complexity)]
@@ -17,7 +18,32 @@ pub fn program(file: &[u8], here: &dyn Fn(u64) -> bool) -> (Vec<Vec<u8>>, Vec<(u
         here(at).then(|| bytes.to_vec())
     });
     let names = needs.interpreter.into_iter().chain(needs.libraries).chain(needs.search);
-    (names.collect(), needs.parts, needs.lacking)
+    let parts = needs.parts.into_iter().chain(needs.tables).collect();
+    (names.collect(), parts, needs.lacking)
+}
+
+/// The parts of a program (offset and length in bytes) that its relocations write to, and that its initialisers are in or refer to.
+#[must_use]
+pub fn loaded(file: &[u8]) -> Vec<(u64, u64)> {
+    let bytes = |at: u64, len: u64| Some(file.get(len_usize(at)..len_usize(at.checked_add(len)?))?.to_vec());
+    let Some(loading) = needs(len_u64(file.len()), &bytes).loading else {
+        return Vec::new();
+    };
+    let (mut relocated, mut parts) = (Relocated::default(), Vec::new());
+    while let Some(table) = loading.needs(&relocated).and_then(|(at, len)| bytes(at, len)) {
+        parts.extend(loading.relocate(&mut relocated, &table));
+    }
+    let array = loading.array_in_file().and_then(|(at, len)| bytes(at, len));
+    for code in loading.initialisers(relocated, &array.unwrap_or_default()) {
+        let (at, len) = code.part();
+        parts.push((at, len));
+        parts.extend(
+            bytes(at, len)
+                .map(|bytes| loading.references(&code, &bytes))
+                .unwrap_or_default(),
+        );
+    }
+    parts
 }
 
 /// The paths that are looked up for a compiled Python module at `path`; each of them is said to be a file or not by `exists`.

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::options::PlanOptions;
 use super::reason::Planned;
@@ -31,6 +32,28 @@ pub(super) struct Touch {
     pub(super) waits: bool,
 }
 
+/// The link to where the layers are, as far as it is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkEstimate {
+    /// The shortest recent round trip.
+    pub round_trip: Option<Duration>,
+    /// The highest recent rate in bytes a second.
+    pub rate: Option<u64>,
+}
+
+impl LinkEstimate {
+    /// Until it is known: 20 ms, 200 Mbit/s.
+    const USUAL: (Duration, u64) = (Duration::from_millis(20), 25_000_000);
+
+    /// The bytes that come in one round trip.
+    #[must_use]
+    pub fn held(self) -> u64 {
+        let micros = self.round_trip.unwrap_or(Self::USUAL.0).as_micros();
+        let rate = self.rate.unwrap_or(Self::USUAL.1);
+        u64::try_from(micros).unwrap_or(u64::MAX).saturating_mul(rate) / 1_000_000
+    }
+}
+
 /// What hints know of the layers. They see it, and change nothing there.
 #[derive(Clone, Debug)]
 pub(super) struct Layers {
@@ -39,11 +62,17 @@ pub(super) struct Layers {
     /// Each layer's length in bytes.
     sizes: Vec<u64>,
     pub(super) options: PlanOptions,
+    pub(super) link: LinkEstimate,
 }
 
 impl Layers {
     pub(super) fn new(files: Option<Arc<dyn FileMap>>, sizes: Vec<u64>, options: PlanOptions) -> Self {
-        Self { files, sizes, options }
+        Self {
+            files,
+            sizes,
+            options,
+            link: LinkEstimate::default(),
+        }
     }
 
     /// All of a layer.
@@ -59,19 +88,9 @@ pub(super) trait Hint: fmt::Debug {
     /// with what the reader waits for.
     fn touched(&mut self, touch: Touch, layers: &Layers, look: Look<'_>, now: &mut Vec<Planned>);
 
-    /// Whether it waits for the bytes of this chunk.
-    fn awaits(&self, _key: ChunkKey) -> bool {
-        false
-    }
-
-    /// Whether it can go on now, because what it waits for may have been here before it was touched.
-    fn is_fresh(&self) -> bool {
-        false
-    }
-
-    /// Chunks that it waits for may be in memory: `peek` shows them. Appends to `now` what is as certain as if a reader waited
-    /// for it.
-    fn read_on(&mut self, _layers: &Layers, _peek: Peek<'_>, _now: &mut Vec<Planned>) {}
+    /// A chunk has come, or with none what was touched may have been here before: `peek` shows what is in memory. Appends to `now`
+    /// what is as certain as if a reader waited for it.
+    fn look_inside(&mut self, _came: Option<ChunkKey>, _layers: &Layers, _peek: Peek<'_>, _now: &mut Vec<Planned>) {}
 
     /// What it would have fetched, the most likely first.
     fn wishes(&mut self) -> &mut Wishes;

@@ -8,13 +8,18 @@ use super::reason::Reason;
 pub struct PlanOptions {
     /// Files up to this size are fetched whole at their first touch.
     pub small_file_bytes: u64,
-    /// Of a small file that does not fit this, only so much goes with the demand; the rest follows behind it.
+    /// Of a small file that does not fit this, or what the link holds, only so much goes with the demand; the rest follows behind it.
     pub demand_bytes: u64,
-    /// At the first miss in a bigger file the aligned chunks of so much around it is wanted, what lies before it last; at
-    /// each further one a chunks of twice as much...
+    /// At the first miss in a bigger file an aligned window around it is wanted, of this percentage of what the link holds...
+    pub first_touch_percent: u64,
+    /// ...but no more than this; at a further one a wider or a narrower window, as [`Surroundings`](super::surroundings) says...
     pub first_touch_bytes: u64,
-    /// ...up to this.
+    /// ...up to this percentage of what the link holds...
+    pub widest_touch_percent: u64,
+    /// ...but no more than this...
     pub widest_touch_bytes: u64,
+    /// ...and down to this.
+    pub narrowest_touch_bytes: u64,
     /// At the first touch of a file so many bytes of its directory are queued...
     pub neighbour_bytes: u64,
     /// ...and at each further file's so many that what is queued and unread is at most this percentage of what was read
@@ -45,8 +50,11 @@ impl Default for PlanOptions {
         Self {
             small_file_bytes: 512 << 10,
             demand_bytes: 512 << 10,
-            first_touch_bytes: 256 << 10,
-            widest_touch_bytes: 2 << 20,
+            first_touch_percent: 50,
+            first_touch_bytes: 1 << 20,
+            widest_touch_percent: 400,
+            widest_touch_bytes: 4 << 20,
+            narrowest_touch_bytes: 64 << 10,
             neighbour_bytes: 32 << 10,
             neighbour_percent: 50,
             small_neighbour_bytes: 64 << 10,
@@ -100,6 +108,8 @@ pub struct Budgets {
     pub ahead: Budget,
     /// For [`Reason::Loader`].
     pub loader: Budget,
+    /// For [`Reason::Initialiser`].
+    pub initialiser: Budget,
     /// For [`Reason::Import`].
     pub import: Budget,
     /// For [`Reason::Neighbour`].
@@ -114,6 +124,7 @@ impl Budgets {
             Reason::Rest => self.rest,
             Reason::Ahead => self.ahead,
             Reason::Loader => self.loader,
+            Reason::Initialiser => self.initialiser,
             Reason::Import => self.import,
             Reason::Neighbour => self.neighbour,
             Reason::Demand | Reason::Between | Reason::Bundled | Reason::Fill => Budget::UNLIMITED,
@@ -129,10 +140,11 @@ impl Default for Budgets {
             all_percent,
         };
         Self {
-            rest: budget(8, 200, 25),
-            ahead: budget(16, 400, 25),
-            loader: budget(16, 200, 10),
-            import: budget(8, 200, 10),
+            rest: budget(64, 400, 100),
+            ahead: budget(32, 400, 50),
+            loader: budget(64, 200, 25),
+            initialiser: budget(64, 200, 25),
+            import: budget(64, 200, 25),
             neighbour: budget(1, 200, 10),
         }
     }

@@ -6,8 +6,10 @@
 //! soon as they are in memory, and the files that they name are queued at once.
 
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 
 use super::chunks::ChunkRange;
+use super::elf::loading::{Code, Loading, Part, Relocated};
 use super::elf::{Needs, needs};
 use super::hint::{Hint, Layers, Touch};
 use super::node;
@@ -20,8 +22,8 @@ use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
 use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
 
-/// The most files that wait for bytes to be parsed; the oldest is dropped for another.
-const MOST_PENDING: usize = 256;
+/// The most files, and parts of their code, that wait for bytes to be parsed; then all are forgotten.
+const MOST_PENDING: usize = 1 << 13;
 /// The most files that are parsed in all. A system has a few thousand programs; further ones are served without this prefetch.
 const MOST_KNOWN: usize = 1 << 16;
 /// The most directories with libraries that are remembered.
@@ -31,38 +33,53 @@ const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
 /// The longest module that is parsed, in bytes.
 const LONGEST_MODULE: u64 = 1 << 20;
 
+/// What is read of a file next.
+#[derive(Debug)]
+enum Step {
+    /// What it names: interpreter, libraries, modules; and the tables that its loader reads.
+    Names,
+    /// Its relocations.
+    Relocations(Rc<Loading>, Relocated),
+    /// The list of its initialisers.
+    Initialisers(Rc<Loading>, Relocated),
+    /// The code of some of them.
+    Code(Rc<Loading>, Code),
+}
+
 /// A file that waits for bytes to be parsed.
 #[derive(Debug)]
 struct Pending {
     file: StoredFile,
-    /// The chunks that have to be in memory before it can be parsed further.
+    step: Step,
+    /// The chunks that have to be in memory before it can be parsed further, the first of them last.
     lacking: Vec<ChunkRange>,
     /// How many loads lead to it from a file that a reader touched.
     hops: u8,
 }
 
-/// A range to prefetch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Wanted {
-    layer: LayerId,
-    range: TarRange,
-    reason: Reason,
-    /// Whether it is read for certain before the program that names it runs; else it is only likely.
-    certain: bool,
+/// What is to be fetched.
+#[derive(Debug, Default)]
+struct Wants {
+    /// Read for certain before the program that names it runs, and little: it goes like demand.
+    now: Vec<Planned>,
+    /// The rest, for when the link has room.
+    soon: Vec<Planned>,
 }
 
 /// Parses touched files for what they load, as their bytes come.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    pending: VecDeque<Pending>,
+    /// Files by a chunk that they wait for.
+    waiting: HashMap<ChunkKey, Vec<Pending>>,
+    /// How many those are.
+    waiting_len: usize,
+    /// Files whose chunks may be here: they are looked at next.
+    fresh: Vec<Pending>,
     /// Files that were parsed or wait for it, with their `hops` at that time.
     known: HashMap<FileId, u8>,
     /// Directories in which libraries were found, the latest first.
     library_dirs: VecDeque<DirectoryId>,
     modules: Modules,
-    /// Whether files were touched since they were last read on.
-    fresh: bool,
-    /// What is only likely.
     wishes: Wishes,
 }
 
@@ -71,29 +88,24 @@ impl Hint for Programs {
     fn touched(&mut self, touch: Touch, _: &Layers, _: Look<'_>, _: &mut Vec<Planned>) {
         if let Some(file) = touch.file.filter(|_| touch.is_first) {
             self.look_into(file, 0);
-            self.fresh = true;
         }
     }
 
-    fn awaits(&self, key: ChunkKey) -> bool {
-        let is_it = |part: &ChunkRange| part.layer == key.layer && (part.first..part.end).contains(&key.index);
-        self.pending.iter().any(|waiting| waiting.lacking.iter().any(is_it))
-    }
-
-    fn is_fresh(&self) -> bool {
-        self.fresh
-    }
-
-    fn read_on(&mut self, layers: &Layers, peek: Peek<'_>, now: &mut Vec<Planned>) {
+    fn look_inside(&mut self, came: Option<ChunkKey>, layers: &Layers, peek: Peek<'_>, now: &mut Vec<Planned>) {
         let Some(files) = &layers.files else { return };
-        let wanted = self.parse(&**files, &layers.options, peek);
-        let want = |wanted: &Wanted| wanted.reason.of(ChunkRange::of(wanted.layer, wanted.range));
-        now.extend(wanted.iter().filter(|wanted| wanted.certain).map(want));
+        if let Some(waiting) = came.and_then(|key| self.waiting.remove(&key)) {
+            self.waiting_len -= waiting.len();
+            self.fresh.extend(waiting);
+        }
+        let mut wants = Wants::default();
+        while let Some(pending) = self.fresh.pop() {
+            self.go_on(&**files, pending, &layers.options, peek, &mut wants);
+        }
+        now.append(&mut wants.now);
         // In the tar's order, so that neighbours are one request; before what was wanted earlier, because the latest
-        // module's imports are read before those of the ones that import it.
-        let mut likely: Vec<Planned> = wanted.iter().filter(|wanted| !wanted.certain).map(want).collect();
-        likely.sort_unstable_by_key(|want| want.chunks);
-        self.wishes.push_all_front(likely);
+        // module's imports are read before those of the ones that import it, and the latest library is relocated first.
+        wants.soon.sort_unstable_by_key(|want| want.chunks);
+        self.wishes.push_all_front(wants.soon);
     }
 
     fn wishes(&mut self) -> &mut Wishes {
@@ -108,61 +120,121 @@ impl Programs {
             return;
         }
         self.known.insert(file.file, hops);
-        self.wait(file, &[(0, file.range.len.min(64))], hops);
+        self.wait(file, Step::Names, &[(0, file.range.len.min(64))], hops);
     }
 
-    fn wait(&mut self, file: StoredFile, lacking: &[(u64, u64)], hops: u8) {
-        let range = |&(at, len): &(u64, u64)| TarRange::new(file.range.start.plus(at), len);
-        let lacking = lacking
-            .iter()
-            .map(|part| ChunkRange::of(file.layer, range(part)))
-            .collect();
-        self.pending.push_back(Pending { file, lacking, hops });
-        if self.pending.len() > MOST_PENDING {
-            self.pending.pop_front();
+    /// Goes on with a file at `step` when these parts of it are in memory.
+    fn wait(&mut self, file: StoredFile, step: Step, parts: &[Part], hops: u8) {
+        let range = |&(at, len): &Part| TarRange::new(file.range.start.plus(at), len);
+        let lacking = parts.iter().rev();
+        let lacking = lacking.map(|part| ChunkRange::of(file.layer, range(part))).collect();
+        self.fresh.push(Pending {
+            file,
+            step,
+            lacking,
+            hops,
+        });
+    }
+
+    /// Parses a file if its bytes have come, or leaves it until the next of them comes.
+    fn go_on(
+        &mut self,
+        files: &dyn FileMap,
+        mut pending: Pending,
+        options: &PlanOptions,
+        peek: Peek<'_>,
+        wants: &mut Wants,
+    ) {
+        while let Some(part) = pending.lacking.last_mut() {
+            if part.is_empty() {
+                pending.lacking.pop();
+                continue;
+            }
+            let key = ChunkKey {
+                layer: part.layer,
+                index: part.first,
+            };
+            if !peek(key, &mut |_| ()) {
+                if self.waiting_len >= MOST_PENDING {
+                    self.waiting.clear();
+                    self.waiting_len = 0;
+                }
+                self.waiting.entry(key).or_default().push(pending);
+                self.waiting_len += 1;
+                return;
+            }
+            part.first += 1;
         }
-    }
-
-    /// Parses the files whose bytes have come. Returns what to fetch, the most urgent first.
-    fn parse(&mut self, files: &dyn FileMap, options: &PlanOptions, peek: Peek<'_>) -> Vec<Wanted> {
-        self.fresh = false;
-        let mut wanted = Vec::new();
-        for _ in 0..self.pending.len() {
-            let Some(waiting) = self.pending.pop_front() else { break };
-            let here = |part: &ChunkRange| part.keys().all(|key| peek(key, &mut |_| ()));
-            if waiting.lacking.iter().all(here) {
-                self.read(files, &waiting, options, peek, &mut wanted);
-            } else {
-                self.pending.push_back(waiting);
+        let (file, hops) = (pending.file, pending.hops);
+        match pending.step {
+            Step::Names => self.read(files, file, hops, options, peek, wants),
+            Step::Relocations(loading, mut relocated) => {
+                if let Some((at, len)) = loading.needs(&relocated)
+                    && let Some(bytes) = bytes_of(file, at, len, peek)
+                {
+                    let parts = loading.relocate(&mut relocated, &bytes);
+                    wants.soon.extend(planned(file, &parts, Reason::Loader));
+                    self.relocate(file, loading, relocated, hops);
+                }
+            }
+            Step::Initialisers(loading, relocated) => {
+                let array = loading.array_in_file();
+                if let Some(array) = array.and_then(|(at, len)| bytes_of(file, at, len, peek)) {
+                    for code in loading.initialisers(relocated, &array) {
+                        wants.soon.extend(planned(file, &[code.part()], Reason::Initialiser));
+                        let part = code.part();
+                        self.wait(file, Step::Code(loading.clone(), code), &[part], hops);
+                    }
+                }
+            }
+            Step::Code(loading, code) => {
+                let (at, len) = code.part();
+                if let Some(bytes) = bytes_of(file, at, len, peek) {
+                    let parts = loading.references(&code, &bytes);
+                    wants.soon.extend(planned(file, &parts, Reason::Initialiser));
+                }
             }
         }
-        wanted
+    }
+
+    /// Goes on with the next piece of a file's relocations, or with its initialisers when there is none.
+    fn relocate(&mut self, file: StoredFile, loading: Rc<Loading>, relocated: Relocated, hops: u8) {
+        if let Some(part) = loading.needs(&relocated) {
+            self.wait(file, Step::Relocations(loading, relocated), &[part], hops);
+        } else if let Some(array) = loading.array_in_file() {
+            self.wait(file, Step::Initialisers(loading, relocated), &[array], hops);
+        }
     }
 
     fn read(
         &mut self,
         files: &dyn FileMap,
-        waiting: &Pending,
+        file: StoredFile,
+        hops: u8,
         options: &PlanOptions,
         peek: Peek<'_>,
-        wanted: &mut Vec<Wanted>,
+        wants: &mut Wants,
     ) {
-        let (file, len) = (waiting.file, waiting.file.range.len);
+        let len = file.range.len;
         let bytes = |at, len| bytes_of(file, at, len, peek);
         let Some(head) = bytes(0, len.min(64)) else { return };
         let path = files.path(file.file).unwrap_or_default();
         if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path)) {
             match bytes(0, len) {
-                Some(bytes) => self.import(files, file, &path, &bytes, waiting.hops, options, wanted),
-                None => self.wait(file, &[(0, len)], waiting.hops),
+                Some(bytes) => self.import(files, file, &path, &bytes, hops, options, wants),
+                None => self.wait(file, Step::Names, &[(0, len)], hops),
             }
             return;
         }
         let needs = needs(len, &bytes);
-        self.follow(files, file, &needs, options, waiting.hops, wanted);
+        self.follow(files, file, &needs, options, hops, wants);
         if !needs.lacking.is_empty() {
-            wanted.extend(needs.lacking.iter().map(|(at, len)| part_of(file, *at, *len)));
-            self.wait(file, &needs.lacking, waiting.hops);
+            wants.now.extend(planned(file, &needs.lacking, Reason::Loader));
+            self.wait(file, Step::Names, &needs.lacking, hops);
+        } else if let Some(loading) = needs.loading
+            && len > options.small_file_bytes
+        {
+            self.relocate(file, Rc::new(loading), Relocated::default(), hops);
         }
     }
 
@@ -176,7 +248,7 @@ impl Programs {
         bytes: &[u8],
         hops: u8,
         options: &PlanOptions,
-        wanted: &mut Vec<Wanted>,
+        wants: &mut Wants,
     ) {
         if hops >= options.import_hops {
             return;
@@ -192,12 +264,9 @@ impl Programs {
                 .map(|(module, _)| module)
                 .collect()
         };
-        let first = wanted.len();
         for module in modules {
-            self.want(module, options, hops + 1, wanted);
-        }
-        for wanted in &mut wanted[first..] {
-            (wanted.certain, wanted.reason) = (false, Reason::Import);
+            let beginning = self.want(module, options, hops + 1);
+            wants.soon.extend(planned(module, &beginning, Reason::Import));
         }
     }
 
@@ -208,7 +277,7 @@ impl Programs {
         needs: &Needs,
         options: &PlanOptions,
         hops: u8,
-        wanted: &mut Vec<Wanted>,
+        wants: &mut Wants,
     ) {
         if !needs.parts.is_empty()
             && let Some(path) = files.path(file.file)
@@ -218,37 +287,34 @@ impl Programs {
         if let Some(interpreter) = needs.interpreter.as_ref()
             && let Some(interpreter) = files.resolve(file.directory, interpreter)
         {
-            self.want(interpreter, options, hops, wanted);
+            let beginning = self.want(interpreter, options, hops);
+            wants.now.extend(planned(interpreter, &beginning, Reason::Loader));
             // Libraries are often in the directory of the loader.
             self.found_in(interpreter.directory);
             if !needs.libraries.is_empty()
                 && let Some(cache) = files.resolve(file.directory, LOADER_CACHE)
             {
-                wanted.push(part_of(cache, 0, options.program_part_bytes));
+                wants
+                    .now
+                    .extend(planned(cache, &[(0, options.program_part_bytes)], Reason::Loader));
             }
         }
-        for &(at, len) in &needs.parts {
-            // A page fault brings pages around it as well (fault-around).
-            let (from, to) = (at.saturating_sub(options.fault_around_bytes), at.saturating_add(len));
-            let at = from.min(file.range.len);
-            let len = to.saturating_add(options.fault_around_bytes).min(file.range.len) - at;
-            let mut want = |at, len| {
-                if len > 0 {
-                    wanted.push(part_of(file, at, len));
-                }
-            };
-            if len <= options.program_part_bytes {
-                want(at, len);
-            } else {
-                // Of a big part both ends: tables are at the beginning, and the kernel clears the last page behind the data.
-                let half = options.program_part_bytes / 2;
-                want(at, half);
-                want(at + len - half, half);
-            }
+        let parts: Vec<Part> = needs
+            .parts
+            .iter()
+            .flat_map(|part| around(file, *part, options))
+            .collect();
+        wants.now.extend(planned(file, &parts, Reason::Loader));
+        let tables = planned(file, &needs.tables, Reason::Loader);
+        if needs.tables.iter().map(|(_, len)| len).sum::<u64>() <= options.program_part_bytes {
+            wants.now.extend(tables);
+        } else {
+            wants.soon.extend(tables);
         }
         for name in &needs.libraries {
             if let Some(library) = self.find(files, file.directory, &needs.search, name) {
-                self.want(library, options, hops, wanted);
+                let beginning = self.want(library, options, hops);
+                wants.now.extend(planned(library, &beginning, Reason::Loader));
                 self.found_in(library.directory);
             }
         }
@@ -269,14 +335,14 @@ impl Programs {
         named.or_else(|| self.library_dirs.iter().find_map(|home| files.resolve(*home, name)))
     }
 
-    /// Adds the beginning of a file that will be read, and parses it when that has come.
-    fn want(&mut self, file: StoredFile, options: &PlanOptions, hops: u8, wanted: &mut Vec<Wanted>) {
+    /// The beginning of a file that will be read, which is parsed when that has come; nothing if it is known already.
+    fn want(&mut self, file: StoredFile, options: &PlanOptions, hops: u8) -> Vec<Part> {
         if self.known.contains_key(&file.file) {
-            return;
+            return Vec::new();
         }
         let whole = file.range.len <= options.program_part_bytes;
-        wanted.push(part_of(file, 0, if whole { file.range.len } else { 2 * CHUNK_BYTES }));
         self.look_into(file, hops);
+        vec![(0, if whole { file.range.len } else { 2 * CHUNK_BYTES })]
     }
 
     fn found_in(&mut self, directory: DirectoryId) {
@@ -286,15 +352,35 @@ impl Programs {
     }
 }
 
-/// A part of a file, by offset and length in bytes, cut at the file's end.
-fn part_of(file: StoredFile, at: u64, len: u64) -> Wanted {
-    let len = len.min(file.range.len.saturating_sub(at));
-    Wanted {
-        layer: file.layer,
-        range: TarRange::new(file.range.start.plus(at), len),
-        reason: Reason::Loader,
-        certain: true,
+/// What is fetched of a part of a program that is read here and there: what a page fault brings around it as well (fault-around),
+/// and of a big part both ends, because tables are at the beginning, and the kernel clears the last page behind the data.
+fn around(file: StoredFile, (at, len): Part, options: &PlanOptions) -> Vec<Part> {
+    let (from, to) = (at.saturating_sub(options.fault_around_bytes), at.saturating_add(len));
+    let at = from.min(file.range.len);
+    let len = to.saturating_add(options.fault_around_bytes).min(file.range.len) - at;
+    if len <= options.program_part_bytes {
+        return vec![(at, len)];
     }
+    let half = options.program_part_bytes / 2;
+    vec![(at, half), (at + len - half, half)]
+}
+
+/// Parts of a file, cut at its end, as ranges of chunks; those that touch are one.
+fn planned(file: StoredFile, parts: &[Part], reason: Reason) -> Vec<Planned> {
+    let mut all: Vec<Planned> = Vec::new();
+    for &(at, len) in parts {
+        let len = len.min(file.range.len.saturating_sub(at));
+        let range = TarRange::new(file.range.start.plus(at), len);
+        let chunks = ChunkRange::of(file.layer, range);
+        match all.last_mut() {
+            Some(last) if (last.chunks.first..=last.chunks.end).contains(&chunks.first) => {
+                last.chunks.end = last.chunks.end.max(chunks.end);
+            }
+            _ if chunks.is_empty() => {}
+            _ => all.push(reason.of(chunks)),
+        }
+    }
+    all
 }
 
 /// The `len` bytes of a file at offset `at`; none unless all chunks that hold them are in memory.

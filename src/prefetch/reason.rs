@@ -8,12 +8,14 @@ use crate::cache::chunk::ChunkKey;
 pub enum Reason {
     /// A reader waits for it.
     Demand,
+    /// A loader will read it before a program runs.
+    Loader,
+    /// A library's initialisers are in it, or refer to it.
+    Initialiser,
     /// It belongs with what a reader waits for: the rest of a small file, the surroundings in a big one.
     Rest,
     /// It lies ahead of a sequential reader.
     Ahead,
-    /// A loader will read it before a program runs.
-    Loader,
     /// A module imports it.
     Import,
     /// A file of its directory was read.
@@ -28,11 +30,12 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Demand,
+        Self::Loader,
+        Self::Initialiser,
         Self::Rest,
         Self::Ahead,
-        Self::Loader,
         Self::Import,
         Self::Neighbour,
         Self::Between,
@@ -48,6 +51,7 @@ impl Reason {
             Self::Rest => "rest",
             Self::Ahead => "ahead",
             Self::Loader => "loader",
+            Self::Initialiser => "initialiser",
             Self::Import => "import",
             Self::Neighbour => "neighbour",
             Self::Between => "between",

@@ -13,6 +13,8 @@ use crate::units::{LayerId, TarOffset, TarRange};
 const MOST_STREAMS: usize = 32;
 /// A reader that jumps no further than this is still sequential: the kernel's requests overtake each other.
 const SLACK: u64 = 128 << 10;
+/// One that has read four times as far may jump ahead as far as this: who goes through a table leaves some of it out.
+const LONGEST_JUMP: u64 = 1 << 20;
 
 /// A reader that reads a layer in order.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +45,8 @@ impl Hint for Sequential {
         let whole = layers.whole(layer);
         let file = touch.file.map_or(whole, |file| file.range);
         let near = |stream: &Stream| {
-            stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(SLACK)
+            let jump = SLACK.max((stream.run / 4).min(LONGEST_JUMP));
+            stream.layer == layer && range.start.plus(SLACK) >= stream.at && range.start <= stream.at.plus(jump)
         };
         let begin = Stream {
             layer,

@@ -116,6 +116,11 @@ impl World {
         keys.iter().map(|key| key.index).collect()
     }
 
+    fn is_here(&self, index: u64) -> bool {
+        let index = u32::try_from(index).unwrap();
+        self.here.borrow().contains(&ChunkKey { layer: LAYER, index })
+    }
+
     /// Fetches what is next until nothing is.
     fn idle(&mut self) -> Vec<u32> {
         let mut all = Vec::new();
@@ -166,13 +171,44 @@ fn a_big_file_is_not_fetched_whole_for_one_touch() {
     let mut world = World::new(&row);
     let fetched = world.read(500 * CHUNK, 4096);
     assert!(fetched.contains(&500) && fetched.len() <= 16, "{fetched:?}");
-    let widths: Vec<usize> = (1..5)
+    // Little is read of the windows: they stay as they are. Of others most is read, a chunk here and a chunk there: they grow.
+    let lonely: Vec<usize> = (1..5)
         .map(|n| world.read((100 * n) * CHUNK, 4096).len() + world.idle().len())
         .collect();
+    assert!(lonely.iter().all(|width| *width <= 16), "{lonely:?}");
+    let row = Row::of(&[1000 * CHUNK]);
+    let mut world = World::new(&row);
+    let widths: Vec<usize> = (1..6)
+        .map(|n| {
+            let width = world.read((160 * n) * CHUNK, 4096).len() + world.idle().len();
+            for chunk in (0..64).step_by(2) {
+                if world.is_here(160 * n + chunk) {
+                    world.read((160 * n + chunk) * CHUNK, 4096);
+                }
+            }
+            width
+        })
+        .collect();
     assert!(
-        widths[1] > widths[0] && widths[2] > widths[1] && widths[3] <= 64,
+        widths[2] > widths[0] && widths[4] > widths[2] && widths[4] <= 64,
         "{widths:?}"
     );
+}
+
+/// Next door a window costs more than the wait that it saves; far away on a wide link it is soon paid for.
+#[test]
+fn surroundings_are_as_wide_as_the_link_makes_them_pay() {
+    let width = |micros, mbit: u64| {
+        let row = Row::of(&[1000 * CHUNK]);
+        let mut world = World::new(&row);
+        world.planner.set_link(LinkEstimate {
+            round_trip: Some(std::time::Duration::from_micros(micros)),
+            rate: Some(mbit * 125_000),
+        });
+        world.read(500 * CHUNK, 4096).len() + world.idle().len()
+    };
+    assert!(width(200, 1000) <= 2, "{}", width(200, 1000));
+    assert!(width(20_000, 1000) >= 32, "{}", width(20_000, 1000));
 }
 
 #[test]
@@ -268,7 +304,7 @@ fn wants_close_by_fly_together() {
         }
     };
     let may = |_, _| true;
-    let mut found = wishes.take(128, 4, &may, &look).unwrap().chunks;
+    let mut found = wishes.take(Reason::Import, 128, 4, &may, &look).unwrap().chunks;
     assert_eq!(found, stretch(50, 52));
     wishes.grow(&mut found, 128, 4, &may, &look);
     assert_eq!(found, stretch(49, 55), "not over what is coming, nor far away");
@@ -300,10 +336,10 @@ fn a_hint_that_guesses_badly_falls_silent_for_that_layer() {
         flights.iter().map(|flight| flight.chunks().count()).sum::<u32>()
     };
     let first = touch(LayerId(0), 1);
-    let all: u32 = (2..500).map(|n| touch(LayerId(0), n)).sum();
+    let all: u32 = (2..3000).map(|n| touch(LayerId(0), n)).sum();
     let budget = PlanOptions::default().budgets.rest;
-    let guessed = u64::from(first + all - 499) * CHUNK;
-    let limit = budget.room(0, 499 * CHUNK) + PlanOptions::default().widest_touch_bytes;
+    let guessed = u64::from(first + all - 2999) * CHUNK;
+    let limit = budget.room(0, 2999 * CHUNK) + PlanOptions::default().widest_touch_bytes;
     assert!(guessed <= limit, "{guessed} bytes guessed, {limit} allowed");
     let counted = |layer| {
         let all = counts.snapshot().into_iter();
@@ -312,7 +348,7 @@ fn a_hint_that_guesses_badly_falls_silent_for_that_layer() {
             .collect::<Vec<_>>()
     };
     assert_eq!(counted(LayerId(0)), [(guessed, 0, true)]);
-    assert!(touch(LayerId(1), 1) > 1);
+    assert!(touch(LayerId(1), 2) > 1);
     assert!(matches!(counted(LayerId(1))[..], [(_, 0, false)]));
 }
 

@@ -1,4 +1,4 @@
-//! The ranges that one hint would have fetched, in the order of their likelihood. In: ranges of chunks. Out: what is absent of
+//! The ranges that one hint would have fetched, in the order of their reasons, and for each in that of their likelihood. In: ranges of chunks. Out: what is absent of
 //! the first of them, merged with what lies close by, as long as one request may be.
 
 use std::collections::VecDeque;
@@ -24,25 +24,27 @@ pub(super) type May<'a> = &'a dyn Fn(Reason, LayerId) -> bool;
 pub(super) struct Wishes(VecDeque<Planned>);
 
 impl Wishes {
-    /// More likely than all before.
+    /// More likely than all before for this reason.
     pub(super) fn push_front(&mut self, want: Planned) {
         if !want.chunks.is_empty() {
-            self.0.push_front(want);
+            let place = self.0.partition_point(|before| before.reason < want.reason);
+            self.0.insert(place, want);
             self.0.truncate(MOST_WISHES);
         }
     }
 
-    /// More likely than all before, the first of them most of all.
+    /// More likely than all before for their reasons, the first of them most of all.
     pub(super) fn push_all_front(&mut self, wants: Vec<Planned>) {
         for want in wants.into_iter().rev() {
             self.push_front(want);
         }
     }
 
-    /// Less likely than all before.
+    /// Less likely than all before for this reason.
     pub(super) fn push_back(&mut self, want: Planned) {
         if !want.chunks.is_empty() && self.0.len() < MOST_WISHES {
-            self.0.push_back(want);
+            let place = self.0.partition_point(|before| before.reason <= want.reason);
+            self.0.insert(place, want);
         }
     }
 
@@ -52,12 +54,25 @@ impl Wishes {
         self.0.iter()
     }
 
-    /// Cuts the next absent chunks, at most `most`, from the first range that may be fetched, merged with what follows it closely.
-    pub(super) fn take(&mut self, most: u32, gap: u32, may: May<'_>, look: Look<'_>) -> Option<Planned> {
-        let allowed = |want: &Planned| may(want.reason, want.chunks.layer);
-        let place = self.0.iter().take(MOST_PASSED).position(allowed)?;
+    /// Cuts the next absent chunks, at most `most`, from the first range for `reason` that may be fetched, merged with what follows it
+    /// closely.
+    pub(super) fn take(
+        &mut self,
+        reason: Reason,
+        most: u32,
+        gap: u32,
+        may: May<'_>,
+        look: Look<'_>,
+    ) -> Option<Planned> {
+        let first = self.0.partition_point(|want| want.reason < reason);
+        let mut of_reason = self
+            .0
+            .range(first..)
+            .take(MOST_PASSED)
+            .take_while(|want| want.reason == reason);
+        let place = first + of_reason.position(|want| may(reason, want.chunks.layer))?;
         let mut found: Option<Planned> = None;
-        while let Some(Planned { chunks: front, reason }) = self.0.get_mut(place) {
+        while let Some(Planned { chunks: front, .. }) = self.0.get_mut(place).filter(|want| want.reason == reason) {
             while front.first < front.end {
                 let key = ChunkKey {
                     layer: front.layer,
@@ -65,7 +80,7 @@ impl Wishes {
                 };
                 if look(key) == Presence::Absent {
                     match &mut found {
-                        None if may(*reason, front.layer) => found = Some(reason.of(key.into())),
+                        None if may(reason, front.layer) => found = Some(reason.of(key.into())),
                         None => return None,
                         Some(Planned { chunks: so_far, .. }) => {
                             let close = so_far.layer == key.layer

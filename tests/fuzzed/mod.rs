@@ -494,13 +494,15 @@ fn programs(data: &[u8]) {
                 names.iter().map(Vec::len).sum::<usize>() <= 64 * 64 * 300,
                 "names without end"
             );
-            assert!(names.len() + parts.len() + lacking.len() <= 64 * 70 + 300);
+            assert!(names.len() + parts.len() + lacking.len() <= 64 * 71 + 320);
             let len = u64::try_from(file.len()).expect("it is in memory");
             assert!(
                 lacking.iter().all(|(at, part)| at + part <= len),
                 "bytes behind the end are asked for"
             );
             assert!(lacking.is_empty() || how & 4 != 0, "all of it is here");
+            // Each bit of a packed table is a page, and each byte of code may begin a reference.
+            assert!(prefetch::loaded(file).len() <= 16 * file.len() + 64);
         }
         1 => {
             let path = b"/usr/lib/python3.11/json/__pycache__/decoder.cpython-311.pyc";

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::fetch::stats::{PoolGauges, add, take};
+use crate::prefetch::LinkEstimate;
 use crate::prefetch::bandwidth::BdpEstimator;
 use crate::units::len_usize;
 
@@ -105,6 +106,11 @@ impl Budget {
     /// The shortest recent round trip, once one was measured.
     pub(super) fn round_trip(&self) -> Option<Duration> {
         self.pool.bdp.borrow().round_trip()
+    }
+
+    /// What is known of the link.
+    pub(super) fn link(&self) -> LinkEstimate {
+        self.pool.bdp.borrow().estimate()
     }
 
     /// An answer's head came `took` after its request.
