@@ -30,6 +30,8 @@ const MOST_KNOWN: usize = 1 << 16;
 const MOST_LIBRARY_DIRS: usize = 16;
 /// The loader's list of libraries (ldconfig(8)), which it reads before any of them.
 const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
+/// So many compiled modules whose sources were read as well mean that all of them are stale.
+const MANY_STALE: u32 = 3;
 /// The longest module that is parsed, in bytes.
 const LONGEST_MODULE: u64 = 1 << 20;
 
@@ -80,13 +82,18 @@ pub(super) struct Programs {
     /// Directories in which libraries were found, the latest first.
     library_dirs: VecDeque<DirectoryId>,
     modules: Modules,
+    /// How many sources of compiled modules were read after those.
+    stale_modules: u32,
     wishes: Wishes,
 }
 
 impl Hint for Programs {
     /// A file that is touched for the first time is parsed as soon as its first bytes are here.
-    fn touched(&mut self, touch: Touch, _: &Layers, _: Look<'_>, _: &mut Vec<Planned>) {
+    fn touched(&mut self, touch: Touch, layers: &Layers, _: Look<'_>, _: &mut Vec<Planned>) {
         if let Some(file) = touch.file.filter(|_| touch.is_first) {
+            if let Some(files) = layers.files.as_deref().filter(|_| self.stale_modules < MANY_STALE) {
+                self.note_source(files, file);
+            }
             self.look_into(file, 0);
         }
     }
@@ -114,6 +121,22 @@ impl Hint for Programs {
 }
 
 impl Programs {
+    /// Notes whether a file is the source of a compiled module that was read before: the interpreter takes that for stale, as when
+    /// an image's times were changed after it was compiled. If many are, so will the others be: their sources are wanted as well.
+    fn note_source(&mut self, files: &dyn FileMap, file: StoredFile) {
+        let compiled = files.path(file.file).and_then(|path| self.modules.compiled_of(&path));
+        let compiled = compiled.and_then(|path| files.resolve(file.directory, &path));
+        if !compiled.is_some_and(|compiled| self.known.contains_key(&compiled.file)) {
+            return;
+        }
+        self.stale_modules += 1;
+        if self.stale_modules == MANY_STALE {
+            let mut sources: Vec<Planned> = self.known.keys().filter_map(|file| source(files, *file)).collect();
+            sources.sort_unstable_by_key(|want| want.chunks);
+            self.wishes.push_all_front(sources);
+        }
+    }
+
     fn look_into(&mut self, file: StoredFile, hops: u8) {
         let known = self.known.get(&file.file).is_some_and(|before| *before <= hops);
         if known || self.known.len() >= MOST_KNOWN {
@@ -266,7 +289,13 @@ impl Programs {
         };
         for module in modules {
             let beginning = self.want(module, options, hops + 1);
-            wants.soon.extend(planned(module, &beginning, Reason::Import));
+            if self.stale_modules >= MANY_STALE && !beginning.is_empty() {
+                wants.soon.extend(source(files, module.file));
+            }
+            // The libraries that an extension needs are a chain of waits, so it is begun at once; it is only the beginnings of files.
+            let is_extension = files.path(module.file).is_some_and(|path| path.ends_with(b".so"));
+            let wants = if is_extension { &mut wants.now } else { &mut wants.soon };
+            wants.extend(planned(module, &beginning, Reason::Import));
         }
     }
 
@@ -350,6 +379,13 @@ impl Programs {
         self.library_dirs.push_front(directory);
         self.library_dirs.truncate(MOST_LIBRARY_DIRS);
     }
+}
+
+/// The source of a compiled module of Python, if that is what the file is.
+fn source(files: &dyn FileMap, compiled: FileId) -> Option<Planned> {
+    let path = files.path(compiled).and_then(|path| python::source_of(&path))?;
+    let source = files.resolve(DirectoryId(0), &path)?;
+    planned(source, &[(0, LONGEST_MODULE)], Reason::Import).pop()
 }
 
 /// What is fetched of a part of a program that is read here and there: what a page fault brings around it as well (fault-around),

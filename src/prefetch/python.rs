@@ -32,6 +32,8 @@ pub(super) struct Modules {
     roots: Vec<Vec<u8>>,
     /// How the names of extension modules end: `.cpython-311-x86_64-linux-gnu.so`.
     extension: Option<Vec<u8>>,
+    /// How the names of compiled modules end: `.cpython-311.pyc`.
+    ending: Option<Vec<u8>>,
     /// The paths, without their endings, that were looked up before.
     asked: HashSet<Vec<u8>>,
 }
@@ -67,6 +69,13 @@ pub(super) fn is_compiled(head: &[u8]) -> bool {
     head.get(2..4) == Some(b"\r\n")
 }
 
+/// The path of a compiled module's source.
+pub(super) fn source_of(compiled: &[u8]) -> Option<Vec<u8>> {
+    let Place { package, ending } = place(compiled)?;
+    let name = compiled.get(package.len() + CACHE.len()..compiled.len() - ending.len())?;
+    Some([package, b"/", name, b".py"].concat())
+}
+
 impl Modules {
     /// Learns from a touched file's path how the names of extension modules end.
     pub(super) fn saw(&mut self, path: &[u8]) {
@@ -76,6 +85,13 @@ impl Modules {
         {
             self.extension = Some(path[at..].to_vec());
         }
+    }
+
+    /// The path of the compiled module of a source, once it is known how those end.
+    pub(super) fn compiled_of(&self, source: &[u8]) -> Option<Vec<u8>> {
+        let slash = source.iter().rposition(|&byte| byte == b'/')?;
+        let name = source[slash + 1..].strip_suffix(b".py")?;
+        Some([&source[..slash], CACHE, name, self.ending.as_ref()?].concat())
     }
 
     /// The files that the compiled module `path` imports, each once for each likelihood; `exists` says which paths are files.
@@ -89,6 +105,7 @@ impl Modules {
             return Vec::new();
         };
         self.add_root(package, ending, exists);
+        self.ending.get_or_insert_with(|| ending.to_vec());
         if self.asked.len() > MOST_ASKED {
             self.asked.clear();
         }
@@ -184,8 +201,11 @@ impl Modules {
             let package = || exists(&[&inner, CACHE, b"__init__", ending].concat());
             let module = || exists(&[&directory, CACHE, part, ending].concat());
             let extension = |place: &[u8]| {
-                let ending = self.extension.as_ref()?;
-                exists(&[&directory, place, part, ending].concat())
+                let at = |ending: &[u8]| exists(&[&directory, place, part, ending].concat());
+                match &self.extension {
+                    Some(ending) => at(ending),
+                    None => usual_extensions(ending).iter().find_map(|ending| at(ending)),
+                }
             };
             if part.is_empty() || is_frozen(&name[..so_far]) {
                 return;
@@ -214,6 +234,21 @@ impl Modules {
             self.roots.push(root.to_vec());
         }
     }
+}
+
+/// How the names of extension modules end where compiled modules end with `compiled` (PEP 3149): until one was read, on the usual
+/// platforms.
+fn usual_extensions(compiled: &[u8]) -> Vec<Vec<u8>> {
+    let Some(tag) = compiled.strip_suffix(b".pyc") else {
+        return Vec::new();
+    };
+    let platforms: [&[u8]; 4] = [
+        b"-x86_64-linux-gnu.so",
+        b"-aarch64-linux-gnu.so",
+        b"-x86_64-linux-musl.so",
+        b"-aarch64-linux-musl.so",
+    ];
+    platforms.iter().map(|platform| [tag, platform].concat()).collect()
 }
 
 /// The short strings of a marshalled module that could be the name of a module.
@@ -254,6 +289,18 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn sources_and_compiled_modules_lie_beside_each_other() {
+        let (compiled, source) = (b"/lib/a/__pycache__/b.cpython-311.pyc", b"/lib/a/b.py");
+        assert_eq!(source_of(compiled).as_deref(), Some(&source[..]));
+        assert_eq!(source_of(source), None);
+        let mut modules = Modules::default();
+        assert_eq!(modules.compiled_of(source), None, "no compiled module was seen");
+        modules.imports(compiled, &[], &|_| None::<()>);
+        assert_eq!(modules.compiled_of(source).as_deref(), Some(&compiled[..]));
+        assert_eq!(modules.compiled_of(b"/lib/a/b.txt"), None);
+    }
 
     #[test]
     fn places_are_taken_apart() {
