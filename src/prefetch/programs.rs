@@ -20,7 +20,7 @@ use super::wishes::Wishes;
 use super::{Look, Peek};
 use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
-use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
+use crate::units::{CHUNK_BYTES, TarRange, len_u64, len_usize};
 
 /// The most files, and parts of their code, that wait for bytes to be parsed; then all are forgotten.
 const MOST_PENDING: usize = 1 << 13;

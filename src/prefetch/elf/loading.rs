@@ -3,7 +3,7 @@
 //!
 //! A dynamic loader writes where a relocation says, so it reads exactly those pages of the writable segments; relocations of
 //! `DT_INIT_ARRAY` are the addresses of the functions that run before anything else does. These lie all over a big library, and
-//! what they call or take the address of in their own code is touched next. Only x86-64 and AArch64 code is looked into. Pure. What it
+//! what they call or take the address of in their own code is touched next. Only x86-64 and `AArch64` code is looked into. Pure. What it
 //! returns only decides what is prefetched. Sources: gabi 4.1 chapters 4 and 5, its `SHT_RELR`; Intel's and Arm's manuals for
 //! the few instructions.
 
@@ -353,7 +353,7 @@ fn x86_64(code: &[u8], address: u64, found: &mut dyn FnMut(u64, bool)) {
     }
 }
 
-/// The same for AArch64: `bl`, `b` and `adrp`, which names the page.
+/// The same for `AArch64`: `bl`, `b` and `adrp`, which names the page.
 fn aarch64(code: &[u8], address: u64, found: &mut dyn FnMut(u64, bool)) {
     let signed = |value: u32, bits: u32| i64::from((value << (32 - bits)).cast_signed() >> (32 - bits));
     for (at, word) in (0..).step_by(4).zip(code.chunks_exact(4)) {
