@@ -193,3 +193,8 @@ fn challenges_and_tokens() {
 fn signatures_annotations_and_keys() {
     try_out("trust");
 }
+
+#[test]
+fn blocks_of_zstd_frames() {
+    try_out("zstd_blocks");
+}

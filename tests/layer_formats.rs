@@ -430,6 +430,86 @@ fn zstd_of_one_frame_is_entered_at_its_blocks() {
     assert_eq!(index(Coding::Zstd, SPACING, &blob, 3).unwrap_err(), refused);
 }
 
+/// A frame's header with a window of 1 MiB and no content size, and these blocks.
+fn frame_of(blocks: &[Vec<u8>]) -> Vec<u8> {
+    let mut frame = b"\x28\xb5\x2f\xfd\0\x50".to_vec();
+    frame.extend(blocks.concat());
+    frame
+}
+
+/// A block of this kind (0 raw, 1 one byte that comes `size` times, 2 compressed).
+fn block(kind: u32, size: usize, content: &[u8], last: bool) -> Vec<u8> {
+    let header = u32::try_from(size).unwrap() << 3 | kind << 1 | u32::from(last);
+    [&header.to_le_bytes()[..3], content].concat()
+}
+
+#[test]
+fn zstd_frames_of_raw_blocks_and_of_runs_are_entered_without_a_window() {
+    const MOST: usize = 128 << 10;
+    let tar = content();
+    let raw: Vec<Vec<u8>> = tar[..20 * MOST]
+        .chunks(MOST)
+        .map(|bytes| block(0, MOST, bytes, false))
+        .collect();
+    let blob = [frame_of(&raw), block(0, 0, b"", true)].concat();
+    let spans = check("raw blocks", Coding::Zstd, &blob, &tar[..20 * MOST]);
+    assert!(spans.table.len() > 5 && spans.windows.iter().all(Vec::is_empty));
+
+    let runs: Vec<Vec<u8>> = (0..1000_u32)
+        .map(|n| block(1, MOST, &n.to_le_bytes()[..1], n == 999))
+        .collect();
+    let blob = frame_of(&runs);
+    let tar: Vec<u8> = (0..1000_u32).flat_map(|n| vec![n.to_le_bytes()[0]; MOST]).collect();
+    let (spans, out) = index(Coding::Zstd, 8 << 20, &blob, 4096).unwrap();
+    assert!(out == tar && blob.len() < 5000 && spans.windows.iter().all(Vec::is_empty));
+    assert!((10..40).contains(&spans.table.len()), "{} spans", spans.table.len());
+    for n in 0..spans.table.len() {
+        let span = spans.table.span(n);
+        let [start, end] = [span.tar.start.0, span.tar.end().0].map(|at| usize::try_from(at).unwrap());
+        assert!(
+            decode(&spans, n, &blob, span.tar.end(), 7) == tar[start..end],
+            "span {n}"
+        );
+    }
+}
+
+/// A table of one symbol can be used again by a block, and no dictionary can say so: such a block is none to enter at.
+#[test]
+fn zstd_blocks_that_repeat_a_table_of_one_symbol_are_not_entered() {
+    let sequence = |modes: &[u8]| {
+        // Four literals as they are; one sequence, of four literals and a match as long as a block takes it, by the last offset.
+        let mut content = b"\x20abcd\x01".to_vec();
+        content.extend(modes);
+        // Sixteen bits of the match's length, and the bit that ends them.
+        content.extend(b"\x00\xfe\x01");
+        content
+    };
+    let first = sequence(b"\x54\x04\x00\x34");
+    let again = sequence(b"\xfc");
+    let mut blocks = vec![block(2, first.len(), &first, false)];
+    blocks.extend((0..30).map(|n| block(2, again.len(), &again, n == 29)));
+    let blob = frame_of(&blocks);
+    let (spans, tar) = index(Coding::Zstd, SPACING, &blob, 100).unwrap();
+    let mut expected = b"abcd".to_vec();
+    expected.resize(4 + 65_539 + 0xfe00, b'd');
+    assert!(tar == expected.repeat(31), "{} bytes", tar.len());
+    assert!(spans.table.len() > 1 && !spans.table.seekable(), "{:?}", spans.table);
+    for n in 1..spans.table.len() {
+        assert_eq!(spans.table.span(n).begins, Begins::Within);
+        assert!(Decoder::start(&spans.table, n, &[]).is_err());
+    }
+    // Once a block brings tables of its own, the next can be entered.
+    let own = sequence(b"\x54\x04\x00\x34");
+    let mixed = (0..30).map(|n| if n % 2 == 0 { &own } else { &again });
+    let mixed: Vec<Vec<u8>> = mixed
+        .zip(0..)
+        .map(|(content, n)| block(2, content.len(), content, n == 29))
+        .collect();
+    let blob = frame_of(&mixed);
+    let spans = check("every other block", Coding::Zstd, &blob, &expected.repeat(30));
+    assert!(spans.table.seekable(), "{:?}", spans.table);
+}
+
 #[test]
 fn zeros_behind_the_last_frame_are_padding() {
     if !needs("zeros_behind_the_last_frame_are_padding", "zstd") {

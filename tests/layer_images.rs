@@ -10,13 +10,15 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::Read as _;
 use std::path::Path;
+use std::process::Command;
 
 use common::unpacked::{self, images};
+use common::{have, skip};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tarblk::internals::index::toc::{Format, Place, TAIL};
 use tarblk::internals::index::{Collector, Kind};
-use tarblk::internals::layer::{Coding, Decoder, Indexer, Spans};
+use tarblk::internals::layer::{Begins, Coding, Decoder, Indexer, Spans};
 use tarblk::internals::units::TarOffset;
 
 const SPACING: u64 = 2 << 20;
@@ -62,6 +64,11 @@ fn check(what: &str, media_type: &str, blob: &[u8], diff_id: &str) {
     );
     for n in (0..count).step_by(count.div_ceil(20)) {
         let span = spans.table.span(n);
+        if span.begins == Begins::Within {
+            // Somewhere in what costs too much to enter, which no layer of these is all of.
+            assert!(spans.table.seekable(), "{what}");
+            continue;
+        }
         let window = spans.windows.get(n).map_or(&[][..], Vec::as_slice);
         let mut decoder = Decoder::start(&spans.table, n, window).unwrap().until(span.tar.end());
         let mut found = Vec::new();
@@ -97,6 +104,33 @@ fn layers_of_real_images_are_what_their_config_says() {
         }
     }
     assert_eq!(codings.len(), 3, "{codings:?}");
+}
+
+/// The encoder of `BuildKit` and skopeo is another one than libzstd's: its blocks repeat tables of those before them.
+#[test]
+fn layers_that_skopeo_compresses_are_entered_at_their_blocks() {
+    const NAME: &str = "layers_that_skopeo_compresses_are_entered_at_their_blocks";
+    let Some(images) = images(NAME) else {
+        return;
+    };
+    if !have("skopeo") {
+        return skip(NAME, "no skopeo");
+    }
+    let work = tempfile::tempdir().unwrap();
+    let [from, to] = [&images.join("debian-python"), work.path()].map(|layout| format!("oci:{}", layout.display()));
+    let copied = Command::new("skopeo")
+        .args(["copy", "--quiet", "--dest-compress-format", "zstd"])
+        .args([format!("{from}:plain"), format!("{to}:zstd")])
+        .status();
+    assert!(copied.unwrap().success());
+    let (_, manifest) = unpacked::manifest(work.path(), "zstd");
+    let layers = manifest["layers"].as_array().unwrap();
+    for (n, (layer, diff_id)) in layers.iter().zip(diff_ids(work.path(), &manifest)).enumerate() {
+        let blob = fs::read(unpacked::blob(work.path(), layer["digest"].as_str().unwrap())).unwrap();
+        let media_type = layer["mediaType"].as_str().unwrap();
+        assert!(media_type.ends_with("+zstd"), "{media_type}");
+        check(&format!("skopeo, layer {n}"), media_type, &blob, &diff_id);
+    }
 }
 
 /// The files of a tar as the tar crate reads them: content by name, for those that are regular.

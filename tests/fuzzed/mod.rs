@@ -11,11 +11,13 @@ use std::io::Write as _;
 use tarblk::internals::cache::disk::fuzzing as cache;
 use tarblk::internals::device::state::StateDir;
 use tarblk::internals::http::fuzzing::{Judged, Question, judged, judged_first};
+use tarblk::internals::layer::{Begins, Coding, Decoder, Indexer, LayerError};
 use tarblk::internals::open::Signature;
 use tarblk::internals::open::artifact::{LIST_ANNOTATION, Listed, listed_with, naming};
 use tarblk::internals::open::trust::{PublicKey, SigningKey};
 use tarblk::internals::prefetch::fuzzing as prefetch;
 use tarblk::internals::source::registry::fuzzing as registry;
+use zstd::stream::raw::CParameter;
 
 /// No message is longer than this, in characters: whatever a stranger wrote, an excerpt of it is enough, though it may stand there twice,
 /// and escaped.
@@ -55,7 +57,7 @@ macro_rules! fuzz {
 #[cfg(fuzzing)]
 pub(crate) use fuzz;
 
-/// All of them, in the order of the alphabet.
+/// All of them, in the order of the alphabet but for the last, which needs a compressor.
 pub(crate) const TARGETS: &[Target] = &[
     Target {
         name: "cache_map",
@@ -101,6 +103,11 @@ pub(crate) const TARGETS: &[Target] = &[
         name: "trust",
         seeds: trust_seeds,
         check: trust,
+    },
+    Target {
+        name: "zstd_blocks",
+        seeds: zstd_blocks_seeds,
+        check: zstd_blocks,
     },
 ];
 
@@ -613,5 +620,98 @@ fn trust(data: &[u8]) {
                 assert!(!format!("{key:?}").contains("pair"));
             }
         }
+    }
+}
+
+/// Frames by several levels and windows, of what repeats near and far, is random, or is one byte: a few blocks each.
+fn zstd_blocks_seeds() -> Vec<Vec<u8>> {
+    let mut state = 1_u64;
+    let mut content = Vec::new();
+    while content.len() < 400_000 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let far = usize::try_from(state >> 20).unwrap_or(0) % content.len().max(1);
+        match state >> 60 {
+            0 => content.extend(state.to_le_bytes()),
+            1 => content.extend([0; 700]),
+            4.. if content.len() > 3000 => {
+                // Short frames are changed the most: copies of copies are many bytes of few.
+                let again = content[far..content.len().min(far + 2500)].to_vec();
+                content.extend(again);
+            }
+            _ => content.extend(format!("line {} of many\n", state >> 52).bytes()),
+        }
+    }
+    let frame = |level, window, checksum, content: &[u8]| {
+        let mut encoder = zstd::stream::raw::Encoder::new(level).expect("a level");
+        for parameter in [CParameter::WindowLog(window), CParameter::ChecksumFlag(checksum)] {
+            encoder.set_parameter(parameter).expect("a parameter");
+        }
+        let mut writer = zstd::stream::zio::Writer::new(Vec::new(), encoder);
+        writer
+            .write_all(content)
+            .and_then(|()| writer.finish())
+            .expect("memory");
+        writer.into_inner().0
+    };
+    // Blocks of one byte that comes often, and blocks that repeat a table of one symbol, which no dictionary can say.
+    let runs = [&b"\x28\xb5\x2f\xfd\0\x50"[..], &b"\x02\0\x10a".repeat(5), b"\x03\0\0a"].concat();
+    let first = b"\x20abcd\x01\x54\x04\x00\x34\xfe\xff\x00\x01";
+    let block = |content: &[u8]| {
+        let size = u32::try_from(content.len()).unwrap_or(0);
+        [&(size << 3 | 4).to_le_bytes()[..3], content].concat()
+    };
+    let again = b"\x20abcd\x01\xfc\x00\x80\x01";
+    let singles = [
+        b"\x28\xb5\x2f\xfd\0\x50".to_vec(),
+        block(first),
+        block(again).repeat(8),
+        b"\x01\0\0".to_vec(),
+    ];
+    let all = vec![
+        frame(1, 17, false, &content),
+        frame(3, 19, true, &content),
+        frame(19, 18, true, &content[..300_000]),
+        [frame(3, 17, true, &content), frame(1, 10, false, &content[..20_000])].concat(),
+        runs,
+        singles.concat(),
+    ];
+    assert!(all.iter().all(|seed| seed.len() < 8 << 10), "inputs are not longer");
+    all
+}
+
+/// Any bytes as a zstd layer: libzstd and the reader of blocks say the same of its length, where it was said nothing of the pieces does
+/// it depend on them, and from each block that decoding can begin at the same comes out.
+fn zstd_blocks(data: &[u8]) {
+    const LIMIT: u64 = 2 << 20;
+    let index = |piece: usize| {
+        let mut indexer = Indexer::new(Coding::Zstd, 0).limit(LIMIT);
+        let mut tar = Vec::new();
+        for bytes in data.chunks(piece) {
+            indexer.feed(bytes, &mut |out| tar.extend_from_slice(out))?;
+        }
+        Ok::<_, LayerError>((indexer.finish()?, tar))
+    };
+    let (whole, pieces) = (index(usize::MAX), index(997));
+    assert_eq!(whole.is_ok(), pieces.is_ok(), "pieces make a difference");
+    let (Ok((spans, tar)), Ok((same, _))) = (whole, pieces) else {
+        return;
+    };
+    assert!(
+        spans.table == same.table && spans.windows == same.windows,
+        "pieces make a difference"
+    );
+    let mut blocks = Vec::new();
+    spans.table.encode_blocks(&mut blocks);
+    let read = spans.table.without_blocks().with_blocks(&blocks);
+    assert_eq!(read.as_ref(), Ok(&spans.table), "what was written is read");
+    for n in (0..spans.table.len()).filter(|n| spans.table.span(*n).begins == Begins::Block) {
+        let span = spans.table.span(n);
+        let [from, to] = [span.blob.start, span.blob.end].map(|at| usize::try_from(at).expect("it is in memory"));
+        let [start, end] = [span.tar.start.0, span.tar.end().0].map(|at| usize::try_from(at).expect("it is in memory"));
+        let mut decoder = Decoder::start(&spans.table, n, &spans.windows[n]).expect("our own table");
+        let mut out = Vec::new();
+        let fed = decoder.feed(&data[from..to], &mut |bytes| out.extend_from_slice(bytes));
+        fed.expect("it decoded before");
+        assert!(out == tar[start..end], "span {n} is another from its block");
     }
 }
