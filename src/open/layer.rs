@@ -317,8 +317,11 @@ fn read_all(
     } = &found.layer;
     let recording = Recording {
         contents: Contents::CHECKED,
-        // Histories of gzip layers are short, and these are sent to nobody.
-        spacing: (coding == Coding::Gzip).then_some(SPACING),
+        // Closer than in an index that is published: these histories are sent to nobody.
+        spacing: match coding {
+            Coding::Plain | Coding::Gzip => Some(SPACING),
+            Coding::Zstd => Some(coding.spacing() / 2),
+        },
         size: options.size,
     };
     // A plain tar in a file is its own store.
