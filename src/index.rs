@@ -32,7 +32,7 @@ mod sink;
 mod sparse;
 mod summary;
 pub mod toc;
-mod varint;
+pub(crate) mod varint;
 pub mod walk;
 mod writer;
 

@@ -100,6 +100,8 @@ mod podman;
 #[cfg(feature = "command")]
 mod prefetch;
 #[cfg(feature = "command")]
+mod profile;
+#[cfg(feature = "command")]
 mod quantity;
 #[cfg(feature = "command")]
 mod snapshotter;
@@ -160,6 +162,7 @@ pub mod internals {
         #[cfg(feature = "command")] owned
         #[cfg(feature = "command")] podman
         #[cfg(feature = "command")] prefetch
+        #[cfg(feature = "command")] profile
         #[cfg(feature = "command")] quantity
         #[cfg(feature = "command")] snapshotter
         #[cfg(feature = "command")] source

@@ -170,6 +170,11 @@ fn manifests_and_configurations() {
 }
 
 #[test]
+fn profile() {
+    try_out("profile");
+}
+
+#[test]
 fn programs() {
     try_out("programs");
 }

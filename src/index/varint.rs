@@ -3,7 +3,7 @@
 use super::error::IndexFault;
 
 /// Appends `value`, one to ten bytes.
-pub(super) fn put(out: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn put(out: &mut Vec<u8>, mut value: u64) {
     loop {
         let low = value.to_le_bytes()[0];
         value >>= 7;
@@ -16,37 +16,37 @@ pub(super) fn put(out: &mut Vec<u8>, mut value: u64) {
 }
 
 /// Appends `value`, small when it is near zero on either side.
-pub(super) fn put_signed(out: &mut Vec<u8>, value: i64) {
+pub(crate) fn put_signed(out: &mut Vec<u8>, value: i64) {
     put(out, ((value << 1) ^ (value >> 63)).cast_unsigned());
 }
 
 /// The signed number that [`put_signed`] wrote as this one.
-pub(super) fn unzigzag(value: u64) -> i64 {
+pub(crate) fn unzigzag(value: u64) -> i64 {
     (value >> 1).cast_signed() ^ -(value & 1).cast_signed()
 }
 
 /// A column of an index that is being read: bytes from the front, never past the end.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Cursor<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self { rest: bytes }
     }
 
-    pub(super) fn remaining(&self) -> usize {
+    pub(crate) fn remaining(&self) -> usize {
         self.rest.len()
     }
 
-    pub(super) fn byte(&mut self) -> Result<u8, IndexFault> {
+    pub(crate) fn byte(&mut self) -> Result<u8, IndexFault> {
         let (first, rest) = self.rest.split_first().ok_or(IndexFault::Malformed("entry table"))?;
         self.rest = rest;
         Ok(*first)
     }
 
-    pub(super) fn bytes(&mut self, len: u64) -> Result<&'a [u8], IndexFault> {
+    pub(crate) fn bytes(&mut self, len: u64) -> Result<&'a [u8], IndexFault> {
         let len = usize::try_from(len).map_err(|_| IndexFault::Malformed("entry table"))?;
         let (head, rest) = self
             .rest
@@ -56,7 +56,7 @@ impl<'a> Cursor<'a> {
         Ok(head)
     }
 
-    pub(super) fn number(&mut self) -> Result<u64, IndexFault> {
+    pub(crate) fn number(&mut self) -> Result<u64, IndexFault> {
         let mut value = 0_u64;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;
@@ -72,7 +72,7 @@ impl<'a> Cursor<'a> {
         Err(IndexFault::Malformed("number"))
     }
 
-    pub(super) fn signed(&mut self) -> Result<i64, IndexFault> {
+    pub(crate) fn signed(&mut self) -> Result<i64, IndexFault> {
         let value = self.number()?;
         Ok(unzigzag(value))
     }

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::Write as _;
+use std::time::Duration;
 
 use tarblk::internals::cache::disk::fuzzing as cache;
 use tarblk::internals::device::state::StateDir;
@@ -16,7 +17,12 @@ use tarblk::internals::open::Signature;
 use tarblk::internals::open::artifact::{LIST_ANNOTATION, Listed, listed_with, naming};
 use tarblk::internals::open::trust::{PublicKey, SigningKey};
 use tarblk::internals::prefetch::fuzzing as prefetch;
+use tarblk::internals::profile::fuzzing::sealed;
+use tarblk::internals::profile::{
+    MAX_PROFILE_BYTES, Profile, ProfileKey, ProfiledLayer, ReadFrom, RecordedRead, StartRun,
+};
 use tarblk::internals::source::registry::fuzzing as registry;
+use tarblk::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 use zstd::stream::raw::CParameter;
 
 /// No message is longer than this, in characters: whatever a stranger wrote, an excerpt of it is enough, though it may stand there twice,
@@ -78,6 +84,11 @@ pub(crate) const TARGETS: &[Target] = &[
         name: "manifest",
         seeds: manifest_seeds,
         check: manifest,
+    },
+    Target {
+        name: "profile",
+        seeds: profile_seeds,
+        check: profile,
     },
     Target {
         name: "programs",
@@ -423,6 +434,66 @@ fn state(data: &[u8]) {
             }
         }
     });
+}
+
+// ------------------------------------------------------------------------------------------------------ profile
+
+/// The layers that a device has, of which a profile may speak.
+fn profiled_layers() -> Vec<ProfiledLayer> {
+    [("base", 40 << 20), ("app", 100_000)]
+        .map(|(name, size)| ProfiledLayer {
+            key: ProfileKey::of(name),
+            size,
+        })
+        .to_vec()
+}
+
+fn profiled_run(chunks: u64, step: u64) -> StartRun {
+    let read = |n: u64| RecordedRead {
+        at: Duration::from_millis(n * 7),
+        layer: LayerId(u32::try_from(n % 2).expect("0 or 1")),
+        range: TarRange::new(TarOffset(n * step), 4096),
+        from: ReadFrom::Memory,
+        waited: None,
+    };
+    StartRun::of(&(0..chunks).map(read).collect::<Vec<_>>())
+}
+
+fn profile_seeds() -> Vec<Vec<u8>> {
+    let mut learned = Profile::new(profiled_layers());
+    learned.learn(&profiled_run(20, 100_000));
+    let first = learned.to_bytes(MAX_PROFILE_BYTES);
+    learned.learn(&profiled_run(30, 50_000));
+    let second = learned.to_bytes(MAX_PROFILE_BYTES);
+    // The body alone, which gets its checksum when it is tried.
+    let body = |file: &[u8]| [&[1][..], &file[16..]].concat();
+    vec![[&[0][..], &first].concat(), body(&first), body(&second)]
+}
+
+fn profile(data: &[u8]) {
+    let (how, bytes) = choice(data);
+    let bytes = if how & 1 == 0 { bytes.to_vec() } else { sealed(bytes) };
+    let mut parsed = match Profile::parse(&bytes) {
+        Ok(parsed) => parsed,
+        Err(why) => return message(&why.to_string()),
+    };
+    let (layers, most) = (profiled_layers(), 2 << 30);
+    for range in parsed.likely(&layers) {
+        let layer = &layers[usize::try_from(range.layer.0).expect("a layer of the device")];
+        assert!(
+            u64::from(range.end) <= layer.size.div_ceil(CHUNK_BYTES),
+            "behind the layer's end"
+        );
+        assert!(range.first < range.end);
+    }
+    assert!(parsed.bytes() <= most, "{} bytes", parsed.bytes());
+    let again = parsed.to_bytes(MAX_PROFILE_BYTES);
+    assert_eq!(Profile::parse(&again).expect("what is written can be read"), parsed);
+    let short = Profile::parse(&parsed.to_bytes(200)).expect("so can what is cut");
+    assert!(short.count() <= parsed.count());
+    parsed.learn(&profiled_run(10, 70_000));
+    assert!(parsed.bytes() <= most);
+    Profile::parse(&parsed.to_bytes(MAX_PROFILE_BYTES)).expect("what was learned from it can be read");
 }
 
 // ------------------------------------------------------------------------------------------------------ programs
