@@ -78,6 +78,9 @@ pub enum Located<'a> {
 
 /// Told when a read ends; called once, on the fetch thread, inside its runtime. Must not block.
 pub trait ReadCallback: Send {
+    /// Told before it is called, if some of the bytes came because another device's reader or planner had asked for them.
+    fn by_another_device(&mut self) {}
+
     /// Takes the bytes, range after range in the order asked, or why there are none.
     fn complete(self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>);
 }
@@ -229,6 +232,13 @@ impl Fetcher {
         };
         // When the engine is gone the command comes back and is dropped, and dropping it tells the waiter.
         let _gone = self.commands.send(command);
+    }
+
+    /// Fetches `ranges` from now on as far as the link has room, in this order and ahead of every other guess, unless readers turn out to
+    /// read other things. Returns at once.
+    pub fn follow_profile(&self, ranges: Vec<ChunkRange>) {
+        // An engine that is gone fetches nothing.
+        let _gone = self.commands.send(Command::Profile(ranges));
     }
 
     /// Reads `ranges` and waits for them. Not for the threads that answer the kernel.

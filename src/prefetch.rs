@@ -20,6 +20,7 @@ mod neighbours;
 mod node;
 mod options;
 mod precision;
+mod profile;
 mod programs;
 mod python;
 mod reason;
@@ -37,6 +38,7 @@ use self::neighbours::Neighbours;
 pub use self::options::{Budget, Budgets, PlanOptions};
 use self::precision::Precision;
 pub use self::precision::{HintCount, HintCounts};
+use self::profile::ProfileHint;
 use self::programs::Programs;
 pub use self::reason::{Planned, Reason};
 use self::sequential::Sequential;
@@ -66,6 +68,8 @@ pub type Peek<'a> = &'a dyn Fn(ChunkKey, &mut dyn FnMut(&[u8])) -> bool;
 #[derive(Debug)]
 pub struct Planner {
     layers: Layers,
+    /// Before all hints: what earlier starts read.
+    profile: ProfileHint,
     /// The most urgent first.
     hints: Vec<Box<dyn Hint>>,
     precision: Precision,
@@ -84,6 +88,7 @@ impl Planner {
         Self {
             precision: Precision::new(sizes.len(), counts),
             layers: Layers::new(files, sizes, options),
+            profile: ProfileHint::default(),
             hints: vec![
                 Box::<Surroundings>::default(),
                 Box::<Programs>::default(),
@@ -97,6 +102,11 @@ impl Planner {
     /// The link is like this now.
     pub fn set_link(&mut self, link: LinkEstimate) {
         self.layers.link = link;
+    }
+
+    /// Follows what most starts of the image read: `ranges`, in the order in which they did.
+    pub fn follow_profile(&mut self, ranges: &[ChunkRange]) {
+        self.profile.follow(ranges);
     }
 
     /// A reader waits for `range`. Appends to `now` what should be fetched at once: the range's chunks that are absent, and
@@ -119,6 +129,13 @@ impl Planner {
     /// Tells all hints of a read.
     fn touch(&mut self, layer: LayerId, range: TarRange, waits: bool, look: Look<'_>, now: &mut Vec<Planned>) {
         self.precision.read(layer, range);
+        let first = now.len();
+        if self
+            .profile
+            .touched(ChunkRange::of(layer, range), waits, &self.layers, look, now)
+        {
+            return self.within_budget(now, first);
+        }
         let files = self.layers.files.as_ref();
         let file = files.and_then(|files| files.file_at(layer, range.start));
         let touch = Touch {
@@ -128,7 +145,6 @@ impl Planner {
             is_first: file.is_some_and(|file| self.seen.first_time(file.file)),
             waits,
         };
-        let first = now.len();
         for hint in &mut self.hints {
             hint.touched(touch, &self.layers, look, now);
         }
@@ -163,6 +179,9 @@ impl Planner {
         let options = &self.layers.options;
         let (gap, precision) = (options.gap_chunks, &self.precision);
         let may = |reason, layer| precision.may(&options.budgets, reason, layer);
+        if let Some(found) = self.profile.next(most, &may, look) {
+            return Some(found);
+        }
         let mut found = Reason::ALL.iter().find_map(|reason| {
             let mut hints = self.hints.iter_mut();
             hints.find_map(|hint| hint.wishes().take(*reason, most, gap, &may, look))

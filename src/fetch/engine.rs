@@ -68,7 +68,7 @@ use super::{FetchError, LayerRange, LayerSource, StartError};
 use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
 use crate::cache::disk::DiskCache;
 use crate::image::FileMap;
-use crate::prefetch::{PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge};
+use crate::prefetch::{ChunkRange, PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge};
 use crate::units::{CHUNK_BYTES, LayerId, len_u64};
 
 /// A flight is at most this long; longer stretches fly side by side.
@@ -89,6 +89,8 @@ pub(crate) enum Command {
         callback: CompleteOnDrop,
         asked: Instant,
     },
+    /// These chunks are read by most starts of the image, in this order.
+    Profile(Vec<ChunkRange>),
     Shutdown(mpsc::Sender<()>),
 }
 
@@ -246,6 +248,7 @@ impl Engine {
                         short &= ranges.iter().map(|asked| asked.range.len).sum::<u64>() <= CHUNK_BYTES;
                         self.admit(&ranges, callback, asked, &mut now, &mut cached);
                     }
+                    Command::Profile(ranges) => self.planner.borrow_mut().follow_profile(&ranges),
                     Command::Shutdown(tell) => told = Some(tell),
                 }
             }

@@ -102,6 +102,8 @@ impl Budget {
 /// The budget of each hint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
+    /// For [`Reason::Profile`].
+    pub profile: Budget,
     /// For [`Reason::Rest`].
     pub rest: Budget,
     /// For [`Reason::Ahead`].
@@ -121,6 +123,7 @@ impl Budgets {
     #[must_use]
     pub const fn of(&self, reason: Reason) -> Budget {
         match reason {
+            Reason::Profile => self.profile,
             Reason::Rest => self.rest,
             Reason::Ahead => self.ahead,
             Reason::Loader => self.loader,
@@ -140,6 +143,7 @@ impl Default for Budgets {
             all_percent,
         };
         Self {
+            profile: budget(8, 100, 0),
             rest: budget(64, 400, 100),
             ahead: budget(32, 400, 50),
             loader: budget(64, 200, 25),

@@ -8,6 +8,8 @@ use crate::cache::chunk::ChunkKey;
 pub enum Reason {
     /// A reader waits for it.
     Demand,
+    /// Earlier starts read it.
+    Profile,
     /// A loader will read it before a program runs.
     Loader,
     /// A library's initialisers are in it, or refer to it.
@@ -30,8 +32,9 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Demand,
+        Self::Profile,
         Self::Loader,
         Self::Initialiser,
         Self::Rest,
@@ -48,6 +51,7 @@ impl Reason {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Demand => "demand",
+            Self::Profile => "profile",
             Self::Rest => "rest",
             Self::Ahead => "ahead",
             Self::Loader => "loader",

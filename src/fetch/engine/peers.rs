@@ -207,6 +207,7 @@ impl Engine {
             len,
         } in pending.waiters
         {
+            request.note_another_device();
             request.fill(slot, Slice::new(chunk.clone(), from, len));
         }
         let mut now = Vec::new();

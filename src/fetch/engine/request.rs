@@ -18,8 +18,11 @@ impl CompleteOnDrop {
         Self(Some(callback))
     }
 
-    fn complete(mut self, outcome: Result<Vec<Slice>, FetchError>) {
-        if let Some(callback) = self.0.take() {
+    fn complete(mut self, outcome: Result<Vec<Slice>, FetchError>, by_another_device: bool) {
+        if let Some(mut callback) = self.0.take() {
+            if by_another_device {
+                callback.by_another_device();
+            }
             callback.complete(outcome);
         }
     }
@@ -39,6 +42,8 @@ pub(super) struct Request {
     slots: RefCell<Vec<Option<Slice>>>,
     missing: Cell<usize>,
     callback: RefCell<Option<CompleteOnDrop>>,
+    /// Whether another device's engine brought some of it.
+    by_another_device: Cell<bool>,
     pub(super) asked: Instant,
     counters: Arc<Counters>,
 }
@@ -52,6 +57,7 @@ impl Request {
             slots: RefCell::default(),
             missing: Cell::new(1),
             callback: RefCell::new(Some(callback)),
+            by_another_device: Cell::new(false),
             asked,
             counters,
         })
@@ -108,6 +114,11 @@ impl Request {
             add(&self.counters.read_errors, 1);
             log::error!("read failed: {error}");
         }
-        callback.complete(outcome);
+        callback.complete(outcome, self.by_another_device.get());
+    }
+
+    /// Another device's engine brought some of it.
+    pub(super) fn note_another_device(&self) {
+        self.by_another_device.set(true);
     }
 }
