@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod service;
 pub mod state;
 pub mod stats;
+pub mod trace;
 pub mod ublk;
 pub mod users;
 pub mod volume;

@@ -12,7 +12,7 @@
 //!
 //! The parts: `message` (what goes over sockets), `control` (the protocol) and `client` (who asks), `keeper`, `held` and `holders` (both ends of
 //! what outlives the service), `manager` and `store` (the service manager, which may hold it too), `record` and `counts` (what a restarted service reads), `table` (the devices of a service), `run` (its life),
-//! `blame` (which device takes it down), `nothing` (what is served of a device that cannot be gone on with), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP).
+//! `blame` (which device takes it down), `nothing` (what is served of a device that cannot be gone on with), `namespace` (what it keeps mounted), `sandbox` (what it may still do), `scrape` (its metrics by HTTP), `start` (what is read while a device starts).
 //!
 //! Invariant: a device is announced only when every keeper holds what a new service needs to go on with it.
 
@@ -31,6 +31,7 @@ mod record;
 mod run;
 mod sandbox;
 mod scrape;
+mod start;
 mod store;
 mod table;
 
@@ -48,11 +49,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::state::{State, StateDir, StateError};
+use super::trace::Trace;
 use super::volume::BlobReader;
 use super::{DeviceError, DeviceOptions};
 use crate::fetch::FetchStats;
-use crate::image::BlockImage;
-pub use client::{Stay, detach, launch, let_go, runs_other, stats, stay, upgrade};
+use crate::image::{BlockImage, FileMap};
+use crate::profile::RecordedRead;
+pub use client::{Stay, detach, launch, let_go, runs_other, stats, stay, trace, upgrade};
 pub(crate) use client::{bury, conditions, end_reads, is_over};
 pub(crate) use control::Condition;
 pub use control::ControlError;
@@ -98,6 +101,19 @@ pub struct Served {
     pub fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
     /// Called when the device is gone: ends the fetcher in good order.
     pub finish: Box<dyn FnOnce() + Send>,
+    /// The files of the image, for whoever asks what was read.
+    pub files: Option<Arc<dyn FileMap>>,
+    /// Learns from the device's start; none if nothing is to be learned.
+    pub learner: Option<Box<dyn StartLearner>>,
+}
+
+/// What knows how an image starts.
+pub trait StartLearner: Send + Sync {
+    /// A new device is about to be read: what earlier starts read is fetched ahead of its reader from now on.
+    fn begin(&self);
+
+    /// The start is over, and this was read; `trace` is the same for people.
+    fn learn(&self, reads: &[RecordedRead], trace: &Trace);
 }
 
 impl fmt::Debug for Served {

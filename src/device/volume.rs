@@ -8,9 +8,12 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
+use smallvec::SmallVec;
+
 use crate::cache::Slice;
 use crate::fetch::{FetchError, Fetcher, LayerRange, Located, ReadCallback};
 use crate::image::{BlockImage, Origin, Piece};
+use crate::profile::{ReadFrom, StartRecorder, Waiting};
 use crate::units::{BLOCK_SIZE, TarRange};
 
 use super::stats::{DeviceStats, Source, ThreadCounters, snapshot};
@@ -146,6 +149,8 @@ pub struct Volume {
     len: u64,
     per_thread: Box<[ThreadCounters]>,
     closed: AtomicBool,
+    /// Notes what is read while the device starts.
+    recorder: Option<Arc<StartRecorder>>,
 }
 
 impl Volume {
@@ -160,6 +165,23 @@ impl Volume {
             len,
             per_thread,
             closed: AtomicBool::new(false),
+            recorder: None,
+        }
+    }
+
+    /// The same, whose reads are noted by `recorder` until the start is over.
+    #[must_use]
+    pub fn recorded(self, recorder: Arc<StartRecorder>) -> Self {
+        Self {
+            recorder: Some(recorder),
+            ..self
+        }
+    }
+
+    /// Notes a read whose bytes are at hand.
+    fn note(&self, range: LayerRange, from: ReadFrom) {
+        if let Some(recorder) = &self.recorder {
+            recorder.note(range.layer, range.range, from);
         }
     }
 
@@ -229,10 +251,10 @@ impl Volume {
                         && slice.len() == buf.len()
                     {
                         counters.bytes(Source::Memory, len);
+                        self.note(range, ReadFrom::Memory);
                         return Ok(Found::Memory(slice.clone()));
                     }
-                    let bytes = &*self.bytes;
-                    place_located(bytes, &located, 0, range, buf, &mut scratch.gaps, counters)?;
+                    self.place_located(&located, 0, range, buf, &mut scratch.gaps, counters)?;
                     return Ok(if scratch.gaps.is_empty() {
                         Found::Filled
                     } else {
@@ -276,8 +298,7 @@ impl Volume {
                         layer,
                         range: TarRange::new(start, to_u64(len)),
                     };
-                    let bytes = &*self.bytes;
-                    place_located(bytes, &bytes.locate(range), at, range, buf, gaps, counters)?;
+                    self.place_located(&self.bytes.locate(range), at, range, buf, gaps, counters)?;
                 }
             }
             at += len;
@@ -289,6 +310,59 @@ impl Volume {
             });
         }
         Ok(if gaps.is_empty() { Found::Filled } else { Found::Gaps })
+    }
+
+    /// Copies `range`'s bytes to `buf[at..]` if they are in memory, or can be read without waiting; or adds a gap.
+    fn place_located<'v>(
+        &'v self,
+        located: &Located<'v>,
+        at: usize,
+        range: LayerRange,
+        buf: &mut [u8],
+        gaps: &mut Vec<Gap<'v>>,
+        counters: &ThreadCounters,
+    ) -> Result<(), ReadError> {
+        let wanted = range.range.len;
+        let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
+        let (file, on_disk) = match *located {
+            Located::Memory(ref slices) => {
+                let whole = Gap {
+                    at,
+                    len,
+                    range,
+                    file: None,
+                    on_disk: false,
+                };
+                fill_gaps(&[whole], slices, buf)?;
+                counters.bytes(Source::Memory, wanted);
+                self.note(range, ReadFrom::Memory);
+                return Ok(());
+            }
+            Located::File(fd, offset) => {
+                self.note(range, ReadFrom::Disk);
+                (Some((fd, offset)), true)
+            }
+            Located::Disk => {
+                if buf
+                    .get_mut(at..at + len)
+                    .is_some_and(|target| self.bytes.read_at_once(range, target))
+                {
+                    counters.bytes(Source::Disk, wanted);
+                    self.note(range, ReadFrom::Disk);
+                    return Ok(());
+                }
+                (None, true)
+            }
+            Located::Elsewhere => (None, false),
+        };
+        gaps.push(Gap {
+            at,
+            len,
+            range,
+            file,
+            on_disk,
+        });
+        Ok(())
     }
 
     /// Counts a failed read, and logs it unless there were many: a reader that reads on regardless must not fill the disk.
@@ -315,6 +389,10 @@ impl Volume {
         if self.closed.load(Ordering::Acquire) {
             return;
         }
+        let waiter = match &self.recorder {
+            Some(recorder) if !recorder.is_over() => Box::new(RecordedCallback::new(recorder, gaps, waiter)),
+            _ => waiter,
+        };
         self.bytes.read(gaps.iter().map(|gap| gap.range).collect(), waiter);
     }
 
@@ -343,6 +421,53 @@ impl Volume {
             }
         }
         Ok(())
+    }
+}
+
+/// Tells the recorder of a start when a read does not wait any more, then whoever waits for it.
+struct RecordedCallback {
+    recorder: Arc<StartRecorder>,
+    waiting: SmallVec<[Waiting; 2]>,
+    by_another_device: bool,
+    inner: Option<Box<dyn ReadCallback>>,
+}
+
+impl RecordedCallback {
+    /// For `gaps`; those in local files were noted when they were found.
+    fn new(recorder: &Arc<StartRecorder>, gaps: &[Gap<'_>], inner: Box<dyn ReadCallback>) -> Self {
+        let note = |gap: &Gap<'_>| {
+            let from = if gap.on_disk { ReadFrom::Disk } else { ReadFrom::Origin };
+            recorder.note_waiting(gap.range.layer, gap.range.range, from)
+        };
+        Self {
+            recorder: Arc::clone(recorder),
+            waiting: gaps.iter().filter(|gap| gap.file.is_none()).filter_map(note).collect(),
+            by_another_device: false,
+            inner: Some(inner),
+        }
+    }
+}
+
+impl ReadCallback for RecordedCallback {
+    fn by_another_device(&mut self) {
+        self.by_another_device = true;
+    }
+
+    fn complete(mut self: Box<Self>, outcome: Result<Vec<Slice>, FetchError>) {
+        let inner = self.inner.take();
+        drop(self);
+        if let Some(inner) = inner {
+            inner.complete(outcome);
+        }
+    }
+}
+
+impl Drop for RecordedCallback {
+    /// Also of one that is dropped untold: then the read ends some other way.
+    fn drop(&mut self) {
+        for waiting in self.waiting.drain(..) {
+            self.recorder.came(waiting, self.by_another_device);
+        }
     }
 }
 
@@ -422,54 +547,6 @@ const LOGGED_ERRORS: u64 = 100;
 /// Lossless on every platform that Rust's `usize` has: there is none wider than 64 bits.
 pub(super) fn to_u64(n: usize) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
-}
-
-/// Copies `range`'s bytes to `buf[at..]` if they are in memory, or can be read without waiting; or adds a gap.
-fn place_located<'v>(
-    bytes: &'v dyn BlobReader,
-    located: &Located<'v>,
-    at: usize,
-    range: LayerRange,
-    buf: &mut [u8],
-    gaps: &mut Vec<Gap<'v>>,
-    counters: &ThreadCounters,
-) -> Result<(), ReadError> {
-    let wanted = range.range.len;
-    let len = usize::try_from(wanted).unwrap_or(usize::MAX).min(buf.len() - at);
-    let (file, on_disk) = match *located {
-        Located::Memory(ref slices) => {
-            let whole = Gap {
-                at,
-                len,
-                range,
-                file: None,
-                on_disk: false,
-            };
-            fill_gaps(&[whole], slices, buf)?;
-            counters.bytes(Source::Memory, wanted);
-            return Ok(());
-        }
-        Located::File(fd, offset) => (Some((fd, offset)), true),
-        Located::Disk => {
-            if buf
-                .get_mut(at..at + len)
-                .is_some_and(|target| bytes.read_at_once(range, target))
-            {
-                counters.bytes(Source::Disk, wanted);
-                return Ok(());
-            }
-            (None, true)
-        }
-        Located::Elsewhere => (None, false),
-    };
-    gaps.push(Gap {
-        at,
-        len,
-        range,
-        file,
-        on_disk,
-    });
-    Ok(())
 }
 
 #[cfg(test)]

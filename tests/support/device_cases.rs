@@ -213,6 +213,8 @@ impl Builder for Images {
                 ..Default::default()
             }),
             finish: Box::new(|| log::info!("finished")),
+            files: None,
+            learner: None,
         })
     }
 

@@ -27,11 +27,12 @@ use super::{
     held, keeper, open_files, record,
 };
 use crate::device::state::{State, StateDir, StateError};
+use crate::device::trace::{MAX_TRACE_BYTES, Trace};
 use crate::device::users::{self, User};
 use crate::device::{Backend, load_drivers, ublk, wait_until};
 
 /// No answer is longer, in bytes.
-const MAX_ANSWER_BYTES: u64 = 4 << 20;
+const MAX_ANSWER_BYTES: u64 = MAX_TRACE_BYTES;
 
 /// How long a service may take to answer. Making a device of many entries and taking one down take it the longest.
 const ANSWER_LIMIT: Duration = Duration::from_secs(120);
@@ -269,6 +270,18 @@ fn call<I: Serialize>(
 pub fn stats(states: &StateDir, state: &State) -> Result<ServiceStats, ControlError> {
     match ask(states, state, &Request::Stats(Named::of(state)))? {
         Answer::Stats(counted) => Ok(*counted),
+        Answer::Refused(why) => Err(ControlError::Refused(why)),
+        _ => Err(silent(state, "it answered something else")),
+    }
+}
+
+/// Asks the server of `state` what was read of its device while that started.
+///
+/// # Errors
+/// When it is dead, does not answer or does not know.
+pub fn trace(states: &StateDir, state: &State) -> Result<Trace, ControlError> {
+    match ask(states, state, &Request::Trace(Named::of(state)))? {
+        Answer::Trace(trace) => Ok(*trace),
         Answer::Refused(why) => Err(ControlError::Refused(why)),
         _ => Err(silent(state, "it answered something else")),
     }

@@ -12,6 +12,7 @@ use super::counts::ServiceStats;
 use super::{Attached, ServeSpec, held};
 use crate::device::DeviceError;
 use crate::device::state::{State, StateError};
+use crate::device::trace::Trace;
 use crate::fetch::FetchStats;
 
 /// No request is longer, in bytes: what is big in a specification (an index) is passed as a file.
@@ -62,6 +63,8 @@ pub(super) enum Request<I> {
     Attach(Box<ServeSpec<I>>),
     /// The counters of a device.
     Stats(Named),
+    /// What was read of a device while it started.
+    Trace(Named),
     /// Whether all is well, of every device.
     Conditions,
     /// Take a device down.
@@ -84,6 +87,8 @@ pub(super) enum Answer {
     Attached(Box<Attached>),
     /// To [`Request::Stats`].
     Stats(Box<ServiceStats>),
+    /// To [`Request::Trace`].
+    Trace(Box<Trace>),
     /// To [`Request::Conditions`].
     Conditions(BTreeMap<String, Condition>),
     /// To [`Request::Attach`]: it would write to a directory that this service may not write to, which are all but these.

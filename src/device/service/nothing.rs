@@ -26,6 +26,8 @@ pub(super) fn served(len: u64, why: String) -> Served {
         bytes: nothing,
         fetch_stats: Box::new(move || stats.clone()),
         finish: Box::new(|| {}),
+        files: None,
+        learner: None,
     }
 }
 

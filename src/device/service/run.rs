@@ -408,6 +408,10 @@ fn answer<B: Builder>(table: &Table<B>, stream: &Stream, hand_over: &tokio::sync
             let counted = table.stats(&device);
             say(&counted.map_or_else(refused, |counted| Answer::Stats(Box::new(counted))))
         }
+        Ok(Request::Trace(device)) => {
+            let traced = table.trace(&device);
+            say(&traced.map_or_else(refused, |trace| Answer::Trace(Box::new(trace))))
+        }
         Ok(Request::Conditions) => say(&Answer::Conditions(table.conditions())),
         Ok(Request::Detach(device)) => say(&match table.detach(&device) {
             // Gone is gone, whoever was first.

@@ -23,10 +23,12 @@ use super::held::{Holding, Kind};
 use super::holders::Holders;
 use super::record::{self, Record};
 use super::sandbox::Writable;
+use super::start::DeviceStart;
 use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed, nothing};
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::metrics::{self, DeviceMetrics};
 use crate::device::state::{Process, Server, State, StateDir};
+use crate::device::trace::Trace;
 use crate::device::volume::Volume;
 use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users, wait_until};
 use crate::fetch::{FetchStats, LayerTrust};
@@ -63,6 +65,8 @@ struct Entry<I> {
     fetch_stats: Box<dyn Fn() -> FetchStats + Send + Sync>,
     began: Instant,
     counts: CarriedCounts,
+    /// None if an earlier process made the device.
+    start: Option<DeviceStart>,
     /// As in its state.
     instance: u64,
     /// Whether it was seen in use since it is to go with its last user.
@@ -192,10 +196,11 @@ impl<B: Builder> Table<B> {
         let ServeSpec {
             options, source, image, ..
         } = spec;
-        let served = self.build(image.clone(), &files)?;
+        let mut served = self.build(image.clone(), &files)?;
+        let start = DeviceStart::begin(&mut served);
         let prepared = (served.fetch_stats)().prepared;
         let trust = prepared.layers.iter().filter_map(|layer| layer.trust).collect();
-        let volume = volume_of(&served, &options);
+        let volume = Arc::new(volume_of(&served, &options).recorded(start.recorder()));
         let (device, why_not_ublk) = match Device::start(&volume, &options) {
             Ok(started) => started,
             Err(error) => {
@@ -225,7 +230,10 @@ impl<B: Builder> Table<B> {
         {
             log::warn!("{error}");
         }
-        let entry = Arc::new(Entry::new(volume, served, device, record, files));
+        let entry = Arc::new(Entry {
+            start: Some(start),
+            ..Entry::new(volume, served, device, record, files)
+        });
         // Before there are files of its name: see `take_down`.
         lock(&self.entries)
             .by_name
@@ -442,7 +450,7 @@ impl<B: Builder> Table<B> {
             log::error!("{} is set aside: {why}", record.state.name);
             nothing::served(record.state.len, why)
         });
-        let volume = volume_of(&served, &record.options);
+        let volume = Arc::new(volume_of(&served, &record.options));
         if volume.len() != record.state.len {
             return Err(ServiceError::Reported(format!(
                 "its image has {} bytes now and had {}",
@@ -515,6 +523,9 @@ impl<B: Builder> Table<B> {
         let Some(device) = inner.device.take() else {
             return Ok(());
         };
+        if let Some(start) = &entry.start {
+            start.keep(&inner.record.state);
+        }
         // What a keeper holds keeps the kernel from letting go.
         self.holders.drop(name);
         let stopped = device.stop();
@@ -570,6 +581,20 @@ impl<B: Builder> Table<B> {
         Ok(entry.stats())
     }
 
+    /// What was read of a device while it started.
+    ///
+    /// # Errors
+    /// [`ControlError::Unknown`]; [`ControlError::Refused`] if that is not known.
+    pub(super) fn trace(&self, device: &Named) -> Result<Trace, ControlError> {
+        let entry = self.named(device)?;
+        let start = entry.start.as_ref().ok_or_else(|| {
+            let why = "its start was before this process of the service, which knows nothing of it";
+            ControlError::Refused(format!("{}: {why}", device.name))
+        })?;
+        let state = lock(&entry.inner).record.state.clone();
+        Ok(start.trace(&state))
+    }
+
     /// The counters of all devices, for Prometheus. One that is being taken down is left out.
     pub(super) fn exposition(&self) -> String {
         let all = self.all();
@@ -604,6 +629,9 @@ impl<B: Builder> Table<B> {
                 let gone = inner.device.as_ref().is_some_and(|device| !device.is_running());
                 (gone, inner.record.until_unused, inner.record.state.clone())
             };
+            if let Some(start) = &entry.start {
+                start.glance(&state);
+            }
             if gone {
                 if !until_unused {
                     log::warn!("another process took {} down", state.device.display());
@@ -629,10 +657,13 @@ impl<B: Builder> Table<B> {
         }
     }
 
-    /// Leaves all counters to the next service, which is about to come.
+    /// Leaves all counters to the next service, which is about to come. What was read of devices until now is their start.
     pub(super) fn leave_counts(&self) {
         for (_, entry) in self.all() {
             self.write_counts(&entry);
+            if let Some(start) = &entry.start {
+                start.keep(&lock(&entry.inner).record.state);
+            }
         }
     }
 
@@ -662,6 +693,7 @@ impl<I> Entry<I> {
             fetch_stats: served.fetch_stats,
             began: Instant::now(),
             counts: CarriedCounts::none(),
+            start: None,
             instance: record.state.instance,
             was_used: AtomicBool::new(false),
             inner: Mutex::new(Inner {
@@ -736,13 +768,9 @@ fn this_process() -> Process {
     })
 }
 
-fn volume_of(served: &Served, options: &DeviceOptions) -> Arc<Volume> {
+fn volume_of(served: &Served, options: &DeviceOptions) -> Volume {
     let threads = usize::from(options.queues).max(1) + 1;
-    Arc::new(Volume::new(
-        Arc::clone(&served.image),
-        Arc::clone(&served.bytes),
-        threads,
-    ))
+    Volume::new(Arc::clone(&served.image), Arc::clone(&served.bytes), threads)
 }
 
 fn resident_bytes() -> Option<u64> {
