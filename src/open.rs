@@ -24,6 +24,7 @@ mod named;
 mod names;
 mod offline;
 mod prepared;
+pub mod profiles;
 pub mod publish;
 mod published;
 mod record;
@@ -43,6 +44,7 @@ use crate::http::{HttpOptions, without_secrets};
 use crate::image::ext4::{Ext4Image, Ext4Options};
 use crate::index::{ImageArchiveProbe, Index, IndexError, Tee, is_index};
 use crate::layer::Coding;
+use crate::profile::{Profile, ProfiledLayer};
 use crate::source::registry::{Image, ImageName, RegistryOptions, SmallBlobCache};
 use crate::source::{self, Blob, Source, registry};
 use crate::tree::{Tree, TreeBuilder, TreeMode};
@@ -61,6 +63,7 @@ pub use limit::SizeLimit;
 pub use named::load_index;
 pub use offline::recalled_digests;
 pub use prepared::PreparedLayer;
+pub use profiles::{ImageProfiles, ImageStart, Profiles};
 pub use record::{RecordedBlob, Recording, record, record_blob};
 pub use serve_spec::{ImageSpec, Opened, serve_here};
 pub use shared::{Fetching, Shared};
@@ -219,6 +222,8 @@ pub struct Prepared {
     /// What finding the layers and their indexes downloaded.
     pub cost: PrepareCost,
     cache: Option<Cache>,
+    /// What is published of how the image starts, if that was met on the way.
+    profile: Option<Profile>,
 }
 
 /// Finds a layer or an image, and the index of each layer: the one that was named, or the one in the cache, or by reading
@@ -229,8 +234,9 @@ pub struct Prepared {
 pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Result<Prepared, OpenError> {
     let source = Source::parse(text)?;
     let mut meter = CostMeter::start();
+    let mut profile = None;
     let (layers, mode) = match (&source, &options.index) {
-        (Source::Image(name), _) => prepare_image(name, options, watch, &mut meter)?,
+        (Source::Image(name), _) => prepare_image(name, options, watch, &mut meter, &mut profile)?,
         (_, IndexChoice::Named(index)) => (
             vec![prepare_with_index(&source, index, options, &mut meter)?],
             TreeMode::Plain,
@@ -264,6 +270,7 @@ pub fn prepare(text: &str, options: &OpenOptions, watch: &mut dyn Watch) -> Resu
         layers,
         mode,
         cache: options.cache.clone(),
+        profile,
     })
 }
 
@@ -333,6 +340,7 @@ fn prepare_image(
     options: &OpenOptions,
     watch: &mut dyn Watch,
     meter: &mut CostMeter,
+    profile: &mut Option<Profile>,
 ) -> Result<(Vec<PreparedLayer>, TreeMode), OpenError> {
     let options = &OpenOptions {
         registry: RegistryOptions {
@@ -373,7 +381,9 @@ fn prepare_image(
         let layer = PreparedLayer::new(&found, index, IndexOrigin::Given, named_trust(options), None)?;
         return Ok((vec![layer], mode));
     }
-    let published = published::fetch(name, &image, published?, options)?;
+    let (leads, beside) = published?;
+    *profile = beside;
+    let published = published::fetch(name, &image, leads, options)?;
     meter.indexes();
     let mut found = Vec::new();
     if options.index != IndexChoice::Require {
@@ -624,6 +634,25 @@ impl Prepared {
     /// What it cannot hold.
     pub fn image(&self) -> Result<Ext4Image, OpenError> {
         image_of(self.layers.iter().map(|layer| &layer.index), self.mode, &self.name)
+    }
+
+    /// What is known of how it starts; none where nothing is kept, or where nothing tells a layer from others.
+    #[must_use]
+    pub fn profiles(&self) -> Option<ImageProfiles> {
+        let layers = self.layers.iter().map(|layer| {
+            Some(ProfiledLayer {
+                key: profiles::profile_key(&layer.layer)?,
+                size: layer.tar_len(),
+            })
+        });
+        let profiles = Profiles::new(self.cache.as_ref()?.dir(), None);
+        Some(profiles.of_image(layers.collect::<Option<_>>()?))
+    }
+
+    /// What is published of how the image starts, if it was met on the way.
+    #[must_use]
+    pub fn published_profile(&self) -> Option<&Profile> {
+        self.profile.as_ref()
     }
 
     /// The layer, if it is one alone.

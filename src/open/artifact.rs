@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::{Deserialize, Serialize};
 
 use super::signature::Signature;
 use crate::digest::{Algorithm, Digest};
+use crate::profile::Profile;
 use crate::source::registry::{Descriptor, OCI_MANIFEST, Version};
 
 /// The kind of a manifest that holds indexes.
@@ -26,6 +28,9 @@ pub const SIGNATURE_ANNOTATION: &str = "io.tarblk.index.signature";
 /// and digest, and the signatures if there are any, between spaces; a comma between two indexes. On an image's own manifest: the
 /// indexes that the manifest names, which are believed as its layers are.
 pub const LIST_ANNOTATION: &str = "io.tarblk.index.list";
+/// On an image's artifact, and on an image's own manifest, beside [`LIST_ANNOTATION`]: what starts of the image read, a profile in base64.
+/// Nobody believes it for anything but the order of fetches.
+pub const PROFILE_ANNOTATION: &str = "io.tarblk.profile";
 /// A header field of the answer to HEAD for a layer's blob: the digest of a blob of the same repository that is its index.
 pub const LAZY_PULL_HEADER: &str = "LazyPull-Digest";
 
@@ -35,6 +40,9 @@ const EMPTY_MEDIA_TYPE: &str = "application/vnd.oci.empty.v1+json";
 
 /// No manifest of indexes is longer.
 const LONGEST: usize = 4 << 20;
+
+/// No profile in an annotation is longer, in bytes before base64: it comes with every list of what refers to the image.
+const LONGEST_PROFILE: usize = 16 << 10;
 
 /// The tag of the manifest that holds the index of the layer with this digest, in every repository that has one.
 #[must_use]
@@ -191,6 +199,38 @@ pub fn naming(manifest: &[u8], indexes: &[Listed]) -> Result<Vec<u8>, String> {
         ..index.clone()
     };
     let unsigned: Vec<Listed> = indexes.iter().map(unsigned).collect();
+    annotated(manifest, LIST_ANNOTATION, in_short(&unsigned))
+}
+
+/// The same manifest with a profile in its annotations, in place of one that is there; everything else in it stays. Of a long profile
+/// what is likely to be read.
+///
+/// # Errors
+/// What is wrong with the manifest, in words that fit behind "NAME: ".
+pub fn with_profile(manifest: &[u8], profile: &Profile) -> Result<Vec<u8>, String> {
+    let text = BASE64_STANDARD.encode(profile.to_bytes(LONGEST_PROFILE));
+    annotated(manifest, PROFILE_ANNOTATION, text)
+}
+
+/// The profile in annotations, if there is one that makes sense.
+#[must_use]
+pub fn profile_with(annotations: &BTreeMap<String, String>) -> Option<Profile> {
+    let text = annotations.get(PROFILE_ANNOTATION)?;
+    if text.len() > LONGEST_PROFILE * 2 {
+        return None;
+    }
+    Profile::parse(&BASE64_STANDARD.decode(text).ok()?).ok()
+}
+
+/// The profile in a manifest's own annotations.
+#[must_use]
+pub fn profile_of(manifest: &[u8]) -> Option<Profile> {
+    let manifest: ArtifactManifest = serde_json::from_slice(manifest).ok()?;
+    profile_with(&manifest.annotations?)
+}
+
+/// A manifest with another annotation.
+fn annotated(manifest: &[u8], name: &str, text: String) -> Result<Vec<u8>, String> {
     let mut document: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(manifest).map_err(|error| format!("the manifest makes no sense: {error}"))?;
     let annotations = document.entry("annotations").or_insert_with(|| serde_json::json!({}));
@@ -199,7 +239,7 @@ pub fn naming(manifest: &[u8], indexes: &[Listed]) -> Result<Vec<u8>, String> {
     }
     let annotations = annotations.as_object_mut();
     let annotations = annotations.ok_or("the manifest's annotations are no object")?;
-    annotations.insert(LIST_ANNOTATION.to_owned(), in_short(&unsigned).into());
+    annotations.insert(name.to_owned(), text.into());
     // Strings and numbers: nothing of it can fail.
     Ok(serde_json::to_vec(&document).unwrap_or_default())
 }

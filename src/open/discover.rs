@@ -11,13 +11,16 @@ use std::fmt;
 use std::str::FromStr;
 use std::thread;
 
-use super::artifact::{ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, listed_with, parse};
+use super::artifact::{
+    ARTIFACT_TYPE, LAZY_PULL_HEADER, Listed, layer_tag, listed_with, parse, profile_of, profile_with,
+};
 use super::trust::TrustPolicy;
 use super::{MAX_INDEX_BYTES, OpenError};
 use crate::digest::{Algorithm, Digest};
 use crate::fetch::IndexTrust;
 use crate::http::{HttpOptions, without_secrets};
 use crate::index::{self, Index, IndexError, IndexFault};
+use crate::profile::Profile;
 use crate::source::registry::{BlobAccess, Descriptor, Image, ImageLayer, Registry, Version};
 use crate::source::{self, Blob, SourceError};
 
@@ -108,6 +111,25 @@ pub struct FoundIndex {
     pub trust: Option<IndexTrust>,
 }
 
+/// What is published beside an image.
+#[derive(Clone, Debug)]
+pub struct FoundBeside {
+    /// For each layer, the lowest first, where its index is, if there is one.
+    pub indexes: Vec<Option<FoundIndex>>,
+    /// What starts of the image read, if that came with the answers. It is nobody's word for anything.
+    pub profile: Option<Profile>,
+}
+
+impl FoundBeside {
+    /// No index was looked for or found.
+    pub(super) fn without_indexes(profile: Option<Profile>) -> Self {
+        Self {
+            indexes: Vec::new(),
+            profile,
+        }
+    }
+}
+
 /// Looks for the indexes of an image's layers; one place for each layer, the lowest first. With `pin`, only in the artifact whose
 /// manifest has that digest. Of several for a layer the first that is believed is taken, else the first. Waits; must not be called
 /// from within a runtime.
@@ -120,6 +142,32 @@ pub fn find_indexes(
     image: &Image,
     pin: Option<&Digest>,
     trust: &TrustPolicy,
+) -> Result<Vec<Option<FoundIndex>>, SourceError> {
+    Ok(find_beside(registry, image, pin, trust)?.indexes)
+}
+
+/// The same, and a profile if one lies there. For that nothing more is asked.
+///
+/// # Errors
+/// As [`find_indexes`].
+pub fn find_beside(
+    registry: &Registry,
+    image: &Image,
+    pin: Option<&Digest>,
+    trust: &TrustPolicy,
+) -> Result<FoundBeside, SourceError> {
+    let mut profile = profile_with(&image.annotations);
+    let indexes = find_with(registry, image, pin, trust, &mut profile)?;
+    Ok(FoundBeside { indexes, profile })
+}
+
+/// [`find_indexes`], which notes in `profile` what it meets.
+fn find_with(
+    registry: &Registry,
+    image: &Image,
+    pin: Option<&Digest>,
+    trust: &TrustPolicy,
+    profile: &mut Option<Profile>,
 ) -> Result<Vec<Option<FoundIndex>>, SourceError> {
     let found = |listed: Listed, by, trust| FoundIndex {
         access: registry.blob(&listed.digest, listed.size),
@@ -134,7 +182,13 @@ pub fn find_indexes(
         layers.iter().map(one).collect()
     };
     if let Some(pin) = pin {
-        return Ok(pick(&artifact(registry, pin)?, FoundBy::Image, IndexTrust::Pin));
+        let manifest = registry.manifest(&Version::Digest(pin.clone()))?;
+        *profile = profile_of(&manifest.bytes).or(profile.take());
+        return Ok(pick(
+            &indexes_in(registry, pin, &manifest.bytes)?,
+            FoundBy::Image,
+            IndexTrust::Pin,
+        ));
     }
     let named = listed_with(&image.annotations).unwrap_or_default();
     let mut all = pick(&named, FoundBy::Manifest, IndexTrust::Manifest);
@@ -142,7 +196,7 @@ pub fn find_indexes(
     if all.iter().all(is_settled) {
         return Ok(all);
     }
-    published(registry, image, &mut |listed| {
+    published(registry, image, profile, &mut |listed| {
         for (place, layer) in all.iter_mut().zip(layers) {
             let Some(listed) = listed.iter().find(|listed| listed.layer == layer.descriptor.digest) else {
                 continue;
@@ -183,20 +237,53 @@ pub fn find_indexes(
 /// The indexes in the artifact with this digest.
 fn artifact(registry: &Registry, digest: &Digest) -> Result<Vec<Listed>, SourceError> {
     let manifest = registry.manifest(&Version::Digest(digest.clone()))?;
-    parse(&manifest.bytes).map_err(|why| SourceError::Image {
+    indexes_in(registry, digest, &manifest.bytes)
+}
+
+fn indexes_in(registry: &Registry, digest: &Digest, manifest: &[u8]) -> Result<Vec<Listed>, SourceError> {
+    parse(manifest).map_err(|why| SourceError::Image {
         name: format!("{}@{digest}", registry.name()),
         why,
     })
+}
+
+/// The artifact with indexes that refers to an image and would be looked at first, and what it lists; none if there is none.
+pub(super) fn artifact_of(registry: &Registry, image: &Image) -> Result<Option<(Digest, Vec<Listed>)>, SourceError> {
+    let mut referrers = registry.referrers(&image.manifest_digest, Some(ARTIFACT_TYPE))?;
+    referrers.sort_by_key(|referrer: &Descriptor| referrer.digest.to_string());
+    let Some(first) = referrers.into_iter().next() else {
+        return Ok(None);
+    };
+    let listed = match listed_with(&first.annotations) {
+        Some(listed) => listed,
+        None => artifact(registry, &first.digest)?,
+    };
+    Ok(Some((first.digest, listed)))
 }
 
 /// So many artifacts that refer to an image are looked at.
 const MOST_ARTIFACTS: usize = 16;
 
 /// Hands the indexes in the artifacts that refer to the image to `take`, until it says that it has enough. The one with the lowest
-/// digest comes first, so that every machine takes the same.
-fn published(registry: &Registry, image: &Image, take: &mut dyn FnMut(&[Listed]) -> bool) -> Result<(), SourceError> {
+/// digest comes first, so that every machine takes the same. Of profiles that the list has, the one that was learned from the most runs
+/// counts.
+fn published(
+    registry: &Registry,
+    image: &Image,
+    profile: &mut Option<Profile>,
+    take: &mut dyn FnMut(&[Listed]) -> bool,
+) -> Result<(), SourceError> {
     let mut referrers = registry.referrers(&image.manifest_digest, Some(ARTIFACT_TYPE))?;
     referrers.sort_by_key(|referrer: &Descriptor| referrer.digest.to_string());
+    for found in referrers
+        .iter()
+        .take(MOST_ARTIFACTS)
+        .filter_map(|referrer| profile_with(&referrer.annotations))
+    {
+        if profile.as_ref().is_none_or(|known| known.runs() < found.runs()) {
+            *profile = Some(found);
+        }
+    }
     if referrers.len() > 1 {
         log::info!(
             "{}: {} artifacts with indexes; taking the first that is believed (--index-digest chooses)",

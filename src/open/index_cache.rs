@@ -3,7 +3,8 @@
 //! `index` holds whole indexes of what was read on this machine. `hot` holds hot parts of published indexes: each
 //! file is as long as the index and has its cold pieces as they are fetched, holes for the others, and behind all that the index
 //! file's digest and the signatures that came with it: whether it is believed is decided anew each time that it is wanted. Which of them is which is told by where it lies, never by what is in it. `small` holds manifests and
-//! configurations of images, by their digests; `names` what tags and URLs meant (see `names`), and where the indexes of layers are that were served (see `dedup`).
+//! configurations of images, by their digests; `names` what tags and URLs meant (see `names`), and where the indexes of layers are that were served (see `dedup`);
+//! `profiles` what starts of images read (see `profiles`).
 //!
 //! Everything in it can be deleted at any time and is checked when it is read. Indexes are kept under a digest
 //! of the identity, so that names and URLs (which may hold secrets) do not show.
@@ -86,12 +87,12 @@ pub struct Cache {
 }
 
 /// The directories of a cache, beside that of the layers' bytes.
-const BESIDE: [&str; 4] = ["index", "hot", "small", "names"];
+const BESIDE: [&str; 5] = ["index", "hot", "small", "names", "profiles"];
 
 /// One directory of a cache that holds no layers' bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Beside {
-    /// What it is called: `index`, `hot`, `small` or `names`.
+    /// What it is called: `index`, `hot`, `small`, `names` or `profiles`.
     pub name: &'static str,
     /// Files in it.
     pub files: u64,
@@ -439,7 +440,7 @@ pub(super) fn read_hot(file: &mut File) -> Option<Index<Vec<u8>>> {
     Index::open_hot(bytes).ok()
 }
 
-fn read_and_mark(path: &Path, most: u64) -> Option<Vec<u8>> {
+pub(super) fn read_and_mark(path: &Path, most: u64) -> Option<Vec<u8>> {
     let file = File::open(path).ok()?;
     mark_used(path);
     let mut bytes = Vec::new();
@@ -453,7 +454,7 @@ fn mark_used(path: &Path) {
 }
 
 /// Removes the files of a directory that were not used the longest, when there are too many.
-fn forget_oldest(dir: &Path, most: usize) {
+pub(super) fn forget_oldest(dir: &Path, most: usize) {
     let Ok(entries) = fs::read_dir(dir) else {
         return;
     };

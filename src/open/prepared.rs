@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::{IndexOrigin, OpenError};
 use crate::fetch::{BytesTrust, IndexTrust, LayerTrust, WholeDigests};
 use crate::index::{Index, IndexError, IndexFault, toc};
-use crate::layer::Coding;
+use crate::layer::{Coding, SpanTable};
 use crate::source::registry::{ImageLayer, ImageName};
 use crate::source::{self, Blob, LayerSpec, SourceError};
 
@@ -195,6 +195,13 @@ impl PreparedLayer {
         })
     }
 
+    /// The tar's length in bytes.
+    #[must_use]
+    pub fn tar_len(&self) -> u64 {
+        let spans = self.index.spans().filter(|_| self.coding() != Coding::Plain);
+        spans.map_or(self.layer.blob.len, SpanTable::tar_len)
+    }
+
     /// How the layer is compressed.
     #[must_use]
     pub fn coding(&self) -> Coding {
@@ -255,7 +262,15 @@ pub(super) fn kept_as(found: &FoundLayer) -> Option<String> {
     // Under both digests there is nothing that was not compared with the second.
     let of_image = found.layer.digest.as_ref().map(ToString::to_string);
     let name = of_image.or_else(|| kept_under(&found.layer))?;
-    Some(format!("{name}\ntable of contents {named}"))
+    Some(format!("{name}{OF_CONTENTS}{named}"))
+}
+
+/// In the name of a tar space that is made up from a layer's table of contents.
+const OF_CONTENTS: &str = "\ntable of contents ";
+
+/// Whether the tar space that the cache knows as `cached_as` is made up from a layer's table of contents, and not the tar.
+pub(super) fn is_of_contents(cached_as: &str) -> bool {
+    cached_as.contains(OF_CONTENTS)
 }
 
 /// The same error, or for a foreign layer that is absent one that says so and names its URLs.

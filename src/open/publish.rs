@@ -10,8 +10,9 @@ use std::thread;
 
 use super::artifact::{
     EMPTY_CONFIG, Listed, empty_config, layer_tag, manifest, manifest_descriptor, naming, parse as parse_manifest,
+    with_profile,
 };
-use super::discover::{check_layer, find_indexes, hot_digest};
+use super::discover::{artifact_of, check_layer, find_beside, find_indexes, hot_digest};
 use super::prepared::named_if_foreign;
 use super::record::algorithms;
 use super::trust::{SigningKey, TrustPolicy};
@@ -19,6 +20,7 @@ use super::{MAX_INDEX_BYTES, OpenError, Reading, Recording, SizeLimit, Unwatched
 use crate::digest::{Algorithm, Digest};
 use crate::index::build::Contents;
 use crate::index::{ColdPart, Index, IndexError};
+use crate::profile::Profile;
 use crate::source::registry::{
     Image, ImageLayer, ImageName, OCI_MANIFEST, Reference, Registry, RegistryOptions, Version,
 };
@@ -127,6 +129,49 @@ pub fn push(
     how: &PushOptions,
     watch: &mut dyn PublishWatch,
 ) -> Result<Publication, OpenError> {
+    push_indexes(reference, options, how, watch)?.publish(None)
+}
+
+/// Indexes that are in an image's repository, each by its layer's tag; nothing refers to the image yet.
+#[derive(Debug)]
+pub struct PushedIndexes {
+    registry: Registry,
+    image: Image,
+    layers: Vec<LayerIndex>,
+    /// The tag of a manifest that is to name them.
+    into: Option<String>,
+}
+
+impl PushedIndexes {
+    /// Puts the artifact into the repository by which the indexes are found, and with them a profile, if there is one.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn publish(self, profile: Option<&Profile>) -> Result<Publication, OpenError> {
+        let Self {
+            registry,
+            image,
+            layers,
+            into,
+        } = self;
+        let mut publication = publish(&registry, &image, layers, profile)?;
+        if let Some(tag) = &into {
+            publication.into = Some(name_in(&registry, &image, tag, &publication.layers, profile)?);
+        }
+        Ok(publication)
+    }
+}
+
+/// The first half of [`push`]: the indexes themselves.
+///
+/// # Errors
+/// As [`push`].
+pub fn push_indexes(
+    reference: &Reference,
+    options: &RegistryOptions,
+    how: &PushOptions,
+    watch: &mut dyn PublishWatch,
+) -> Result<PushedIndexes, OpenError> {
     let name = ImageName::Registry(reference.clone());
     let image = registry::resolve(&name, options)?;
     let registry = Registry::new(reference, options)?;
@@ -185,11 +230,12 @@ pub fn push(
             layers.push((layer.clone(), how, Some(listed.clone())));
         }
     }
-    let mut publication = publish(&registry, &image, layers)?;
-    if let Some(tag) = &how.into {
-        publication.into = Some(name_in(&registry, &image, tag, &publication.layers)?);
-    }
-    Ok(publication)
+    Ok(PushedIndexes {
+        registry,
+        image,
+        layers,
+        into: how.into.clone(),
+    })
 }
 
 /// What was made for a layer.
@@ -225,10 +271,15 @@ fn name_in(
     image: &Image,
     tag: &str,
     layers: &[LayerIndex],
+    profile: Option<&Profile>,
 ) -> Result<(String, Digest), OpenError> {
     let own = registry.manifest(&Version::Digest(image.manifest_digest.clone()))?;
     let listed: Vec<Listed> = layers.iter().filter_map(|(_, _, listed)| listed.clone()).collect();
-    let bytes = naming(&own.bytes, &listed).map_err(|why| SourceError::Image {
+    let named = naming(&own.bytes, &listed).and_then(|named| match profile {
+        Some(profile) => with_profile(&named, profile),
+        None => Ok(named),
+    });
+    let bytes = named.map_err(|why| SourceError::Image {
         name: image.name.clone(),
         why,
     })?;
@@ -451,7 +502,12 @@ fn put_tag(registry: &Registry, listed: &Listed) -> Result<(), SourceError> {
 }
 
 /// Puts the image's artifact into the registry, when all of its layers have indexes.
-fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Result<Publication, OpenError> {
+fn publish(
+    registry: &Registry,
+    image: &Image,
+    layers: Vec<LayerIndex>,
+    profile: Option<&Profile>,
+) -> Result<Publication, OpenError> {
     let listed: Option<Vec<Listed>> = layers.iter().map(|(_, _, listed)| listed.clone()).collect();
     let mut tags: Vec<String> = Vec::new();
     for (_, _, listed) in &layers {
@@ -460,13 +516,9 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
     }
     let artifact = match listed {
         Some(listed) if !listed.is_empty() => {
-            let own = registry.manifest(&Version::Digest(image.manifest_digest.clone()))?;
-            let len = u64::try_from(own.bytes.len()).unwrap_or(u64::MAX);
-            let bytes = manifest(&listed, Some((&own.media_type, &own.digest, len)));
-            let entry = manifest_descriptor(&bytes);
-            let listed_by = registry.push_referrer(&image.manifest_digest, &entry, &bytes)?;
-            tags.extend(listed_by.map(|tag| tag.to_string()));
-            Some(entry.digest)
+            let (digest, listed_by) = put_artifact(registry, image, &listed, profile, None)?;
+            tags.extend(listed_by);
+            Some(digest)
         }
         _ => None,
     };
@@ -477,6 +529,75 @@ fn publish(registry: &Registry, image: &Image, layers: Vec<LayerIndex>) -> Resul
         layers,
         tags,
     })
+}
+
+/// Puts an image's artifact into the registry, in place of the one with the digest `before`; its digest, and the tag that lists it, if one
+/// is needed.
+fn put_artifact(
+    registry: &Registry,
+    image: &Image,
+    listed: &[Listed],
+    profile: Option<&Profile>,
+    before: Option<&Digest>,
+) -> Result<(Digest, Option<String>), OpenError> {
+    let own = registry.manifest(&Version::Digest(image.manifest_digest.clone()))?;
+    let len = u64::try_from(own.bytes.len()).unwrap_or(u64::MAX);
+    let mut bytes = manifest(listed, Some((&own.media_type, &own.digest, len)));
+    if let Some(profile) = profile {
+        bytes = with_profile(&bytes, profile).map_err(|why| SourceError::Image {
+            name: image.name.clone(),
+            why,
+        })?;
+    }
+    let entry = manifest_descriptor(&bytes);
+    let listed_by = registry.replace_referrer(&image.manifest_digest, before, &entry, &bytes)?;
+    Ok((entry.digest, listed_by.map(|tag| tag.to_string())))
+}
+
+/// What became of a profile that was published.
+#[derive(Clone, Debug)]
+pub struct PublishedProfile {
+    /// The image's own manifest.
+    pub image: Digest,
+    /// The artifact that holds the profile, beside the indexes of the image if there are any.
+    pub artifact: Digest,
+    /// How many indexes that are.
+    pub indexes: usize,
+    /// The tag that lists the artifact, where the registry has no referrers API.
+    pub tag: Option<String>,
+}
+
+/// Publishes a profile of an image, in the artifact that holds the image's indexes, if there is one: that one is written anew.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn push_profile(
+    reference: &Reference,
+    options: &RegistryOptions,
+    profile: &Profile,
+) -> Result<PublishedProfile, OpenError> {
+    let image = registry::resolve(&ImageName::Registry(reference.clone()), options)?;
+    let registry = Registry::new(reference, options)?;
+    let before = artifact_of(&registry, &image)?;
+    let (digest, indexes) = before.map_or((None, Vec::new()), |(digest, indexes)| (Some(digest), indexes));
+    put_config(&registry)?;
+    let (artifact, tag) = put_artifact(&registry, &image, &indexes, Some(profile), digest.as_ref())?;
+    Ok(PublishedProfile {
+        image: image.manifest_digest,
+        artifact,
+        indexes: indexes.len(),
+        tag,
+    })
+}
+
+/// The profile that is published beside an image, if there is one.
+///
+/// # Errors
+/// [`OpenError`].
+pub fn published_profile(reference: &Reference, options: &RegistryOptions) -> Result<Option<Profile>, OpenError> {
+    let image = registry::resolve(&ImageName::Registry(reference.clone()), options)?;
+    let registry = Registry::new(reference, options)?;
+    Ok(find_beside(&registry, &image, None, &TrustPolicy::of_registry())?.profile)
 }
 
 /// Publishes for the image `to` the indexes that are published for its layers in the repository of `from`, however they are found
@@ -537,5 +658,5 @@ pub fn copy(
             name: source_name.to_string(),
         });
     }
-    publish(&here, &image, layers)
+    publish(&here, &image, layers, None)
 }

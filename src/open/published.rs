@@ -10,8 +10,8 @@
 use std::path::PathBuf;
 use std::thread;
 
-use super::artifact::listed_with;
-use super::discover::{self, FoundBy, FoundIndex};
+use super::artifact::{listed_with, profile_with};
+use super::discover::{self, FoundBeside, FoundBy, FoundIndex};
 use super::error::HOW_TO_BELIEVE;
 use super::index_cache::KeptHot;
 use super::prepared::Published;
@@ -19,6 +19,7 @@ use super::{Cache, IndexChoice, OpenError, OpenOptions, is_of_the_disk};
 use crate::digest::Digest;
 use crate::fetch::IndexTrust;
 use crate::index::Index;
+use crate::profile::Profile;
 use crate::source::Blob;
 use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, PullPolicy, Reference, Registry};
 
@@ -87,9 +88,14 @@ pub(super) fn warm_up(name: &ImageName, options: &OpenOptions) -> Result<(), Ope
     Ok(())
 }
 
-/// Where the published indexes of an image's layers are, as far as they are wanted and there; for each layer one lead.
-pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Result<Vec<Lead>, OpenError> {
-    let none = || image.layers.iter().map(|_| Lead::Nothing).collect();
+/// Where the published indexes of an image's layers are, as far as they are wanted and there; for each layer one lead. And a profile of the
+/// image, if one lies beside it and was met on the way.
+pub(super) fn find(
+    name: &ImageName,
+    image: &Image,
+    options: &OpenOptions,
+) -> Result<(Vec<Lead>, Option<Profile>), OpenError> {
+    let none = || (image.layers.iter().map(|_| Lead::Nothing).collect(), None);
     let no_indexes = || OpenError::NoIndexes { name: name.to_string() };
     let required = required(options);
     let ImageName::Registry(reference) = name else {
@@ -154,23 +160,23 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     // Of a registry that is not to be asked, an artifact that is pinned may be kept.
     let is_silent = options.registry.pull == PullPolicy::Never && options.index_digest.is_none();
     let found = if asked.is_empty() || is_silent {
-        Vec::new()
+        FoundBeside::without_indexes(profile_with(&image.annotations))
     } else {
         let wanted = Image {
             layers: asked.clone(),
             ..image.clone()
         };
-        match discover::find_indexes(&registry, &wanted, options.index_digest.as_ref(), &options.trust) {
+        match discover::find_beside(&registry, &wanted, options.index_digest.as_ref(), &options.trust) {
             Ok(found) => found,
             // Without them the layers can still be read.
             Err(error) if !required => {
                 log::warn!("cannot look for published indexes: {error}");
-                Vec::new()
+                FoundBeside::without_indexes(None)
             }
             Err(error) => return Err(error.into()),
         }
     };
-    for (layer, found) in asked.iter().zip(found) {
+    for (layer, found) in asked.iter().zip(found.indexes) {
         let (Some(found), Some((_, lead))) = (
             found,
             leads
@@ -194,7 +200,7 @@ pub(super) fn find(name: &ImageName, image: &Image, options: &OpenOptions) -> Re
     if options.index_digest.is_some() && leads.iter().any(|(_, lead)| matches!(lead, Lead::Nothing)) {
         return Err(no_indexes());
     }
-    Ok(leads.into_iter().map(|(_, lead)| lead).collect())
+    Ok((leads.into_iter().map(|(_, lead)| lead).collect(), found.profile))
 }
 
 /// Brings the hot parts of published indexes that are not here, all at the same time, and keeps them.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::dedup::{self, IndexedLayer};
 use super::index_cache::read_hot;
+use super::profiles::{ImageStart, Profiles, profile_key};
 use super::shared::{Fetching, Shared};
 use super::{Cache, OpenError, Prepared, open_index};
 use crate::cache::disk::LayerKey;
@@ -23,6 +24,7 @@ use crate::fetch::{
 use crate::image::ext4::Ext4Image;
 use crate::image::{BlockImage, FileMap};
 use crate::index::{ColdPart, Index};
+use crate::profile::ProfiledLayer;
 use crate::source::{Blob, LayerSpec, Place};
 use crate::tree::TreeMode;
 
@@ -70,6 +72,10 @@ pub struct Opened {
     pub fetcher: Fetcher,
     /// What preparing the layers downloaded.
     pub cost: PrepareCost,
+    /// The files of the image.
+    pub files: Arc<dyn FileMap>,
+    /// What is known of how the image starts; none where nothing is kept.
+    pub start: Option<ImageStart>,
 }
 
 impl Opened {
@@ -90,6 +96,11 @@ impl Prepared {
     /// # Errors
     /// [`OpenError::Cache`] when they cannot be put there.
     pub fn image_spec(&self, lending: &Path, fetching: Fetching) -> Result<ImageSpec, OpenError> {
+        if let (Some(published), Some(profiles)) = (&self.profile, self.profiles())
+            && let Err(error) = profiles.keep_published(published)
+        {
+            log::info!("the published profile is not kept: {error}");
+        }
         let mut spec = ImageSpec {
             name: self.name.clone(),
             layers: Vec::new(),
@@ -296,6 +307,14 @@ fn indexed_layer(
     }
 }
 
+/// What a profile knows the layer by; none if nothing tells it from others.
+fn profiled_layer(source: &LayerSource) -> Option<ProfiledLayer> {
+    Some(ProfiledLayer {
+        key: profile_key(&source.layer)?,
+        size: source.size(),
+    })
+}
+
 fn start(
     shared: &Shared,
     image: Arc<Ext4Image>,
@@ -314,17 +333,28 @@ fn start(
     if fetching.fetch_all && !room {
         log::warn!("not everything is fetched: the layers have {size} bytes, and the cache may have {may_have}");
     }
+    let profiles = store.and_then(Path::parent).and_then(|cache| {
+        let layers = layers.iter().map(profiled_layer).collect::<Option<Vec<_>>>()?;
+        Some(Profiles::new(cache, pool.disk.clone()).of_image(layers))
+    });
     let options = OpenOptions {
         deadline: fetching.deadline.unwrap_or(Duration::MAX),
         fetch_all: fetching.fetch_all && room && pool.disk.is_some(),
         ..OpenOptions::default()
     };
     let files: Arc<dyn FileMap> = image.clone();
-    let fetcher = pool.fetch.open(layers, options, Some(files))?;
+    let fetcher = pool.fetch.open(layers, options, Some(files.clone()))?;
     if let (Some(disk), Some(store)) = (&pool.disk, store) {
         dedup::begin(&shared.getters, fetcher.deduplicator(), described, disk, store);
     }
-    Ok(Opened { image, fetcher, cost })
+    let start = profiles.map(|profiles| ImageStart::new(profiles, fetcher.clone()));
+    Ok(Opened {
+        image,
+        fetcher,
+        cost,
+        files,
+        start,
+    })
 }
 
 /// Opens what was prepared in this process.

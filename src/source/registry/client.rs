@@ -649,8 +649,32 @@ impl Registry {
         entry: &Descriptor,
         bytes: &[u8],
     ) -> Result<Option<Version>, SourceError> {
+        self.replace_referrer(subject, None, entry, bytes)
+    }
+
+    /// The same in place of the manifest with the digest `before`, which leaves the fallback tag's list, or is removed, as far as the
+    /// registry removes manifests.
+    ///
+    /// # Errors
+    /// [`SourceError`].
+    pub fn replace_referrer(
+        &self,
+        subject: &Digest,
+        before: Option<&Digest>,
+        entry: &Descriptor,
+        bytes: &[u8],
+    ) -> Result<Option<Version>, SourceError> {
+        let before = before.filter(|before| **before != entry.digest);
         let version = Version::Digest(entry.digest.clone());
         if self.push_manifest(&version, &entry.media_type, bytes)? {
+            if let Some(before) = before
+                && let Err(error) = self.remove_manifest(before)
+            {
+                log::info!(
+                    "{}@{before} stays beside the one that takes its place: {error}",
+                    self.name()
+                );
+            }
             return Ok(None);
         }
         let tag = fallback_tag(subject);
@@ -663,16 +687,37 @@ impl Registry {
             Err(error) if error.may_pass() => return Err(error),
             Err(_) => Vec::new(),
         };
+        if let Some(before) = before.map(ToString::to_string) {
+            entries.retain(|known| known["digest"] != before);
+        }
         let named = entry.digest.to_string();
-        if entries.iter().any(|known| known["digest"] == named) {
+        if before.is_none() && entries.iter().any(|known| known["digest"] == named) {
             return Ok(Some(tag));
         }
         // Entries of others stay as they are, whatever is in them.
+        entries.retain(|known| known["digest"] != named);
         entries.push(serde_json::to_value(entry).unwrap_or_default());
         let index = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries });
         let index = index.to_string().into_bytes();
         self.push_manifest(&tag, OCI_INDEX, &index)?;
         Ok(Some(tag))
+    }
+
+    /// Removes a manifest.
+    ///
+    /// # Errors
+    /// [`SourceError`]; many registries remove nothing for anybody.
+    fn remove_manifest(&self, digest: &Digest) -> Result<(), SourceError> {
+        runtime::wait(self.ask_once(Need::Push, async |at| {
+            let make = |client: &Client, url: Url| client.delete(url);
+            let what = format!("manifests/{digest}");
+            let asked = self.session.ask(at, Need::Push, Effort::Once, &what, None, &make);
+            let (url, response, _) = asked.await?;
+            match response.status() {
+                status if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
+                _ => self.refused(&url, response).await,
+            }
+        }))
     }
 }
 
