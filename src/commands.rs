@@ -23,6 +23,7 @@ mod logs;
 mod mount_helper;
 pub mod output;
 mod podman;
+mod profile;
 mod ps;
 mod publish;
 mod registry;
@@ -32,6 +33,7 @@ mod service;
 mod setup;
 mod snapshotter;
 mod stats;
+mod trace;
 mod waits;
 
 use std::ffi::OsString;
@@ -159,6 +161,8 @@ fn run(command: &Command, session: Session) -> anyhow::Result<()> {
         }
         Command::Ps(args) => ps::ps(args, session),
         Command::Stats(args) => stats::stats(args, session),
+        Command::Trace(args) => trace::trace(args, session),
+        Command::Profile(args) => profile::profile(args, session),
         Command::Doctor(args) => doctor::doctor(args, session),
         Command::Cache(args) => cache::cache(args, session),
         Command::Logs(args) => logs::logs(args),

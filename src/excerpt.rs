@@ -41,6 +41,16 @@ pub(crate) fn of_line(text: &str) -> String {
     cut(text, LINE)
 }
 
+/// Text as HTML, which it is not taken for.
+#[cfg(feature = "command")]
+pub(crate) fn escaped_html(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+        .replace('\'', "&#39;")
+}
+
 /// `half` characters of either end of what is longer than both.
 fn cut(text: &str, half: usize) -> String {
     let mut shown = String::new();

@@ -16,15 +16,17 @@ use super::{Session, UsageError, layer};
 use crate::device::inventory;
 use crate::device::service::{
     self, Attached, BuildError, Builder, ControlError, Launcher, READY, Reach, STOPPING, ServeSpec, Served,
-    ServiceError, notify,
+    ServiceError, StartLearner, notify,
 };
 use crate::device::state::StateDir;
+use crate::device::trace::Trace;
 use crate::device::{BackendChoice, DeviceOptions};
 use crate::digest::Digest;
 use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
 use crate::mount::{self, MountError, MountOptions, Upper};
-use crate::open::{Fetching, ImageSpec, IndexOrigin, Prepared, PreparedLayer, Shared};
+use crate::open::{Fetching, ImageSpec, ImageStart, IndexOrigin, Prepared, PreparedLayer, Shared};
+use crate::profile::RecordedRead;
 use crate::snapshotter::Mounter;
 use crate::source::Source;
 use crate::source::registry::{ImageName, LayoutName};
@@ -342,9 +344,14 @@ pub(super) fn mount_writable(
     dir: &Path,
     options: &MountOptions,
     upper: &Upper,
-) -> anyhow::Result<()> {
-    mount::mount_writable::<Images>(&launcher()?, spec, dir, options, upper)?;
-    Ok(())
+) -> anyhow::Result<Attached> {
+    Ok(mount::mount_writable::<Images>(
+        &launcher()?,
+        spec,
+        dir,
+        options,
+        upper,
+    )?)
 }
 
 /// How the service is started: with the machine's cache to write to, besides that of the first device.
@@ -525,6 +532,19 @@ pub(super) fn from_anywhere(typed: &str, name: &str) -> String {
     }
 }
 
+impl StartLearner for ImageStart {
+    fn begin(&self) {
+        self.follow();
+    }
+
+    fn learn(&self, reads: &[RecordedRead], trace: &Trace) {
+        self.keep(reads);
+        if let Ok(bytes) = trace.to_bytes() {
+            self.keep_trace(&bytes);
+        }
+    }
+}
+
 /// Makes image and fetcher of their description, in the process that serves them.
 #[derive(Default)]
 struct Images {
@@ -538,9 +558,15 @@ impl Builder for Images {
     fn build(&self, image: ImageSpec) -> Result<Served, BuildError> {
         let opened = image.serve(&self.shared)?;
         let (image, bytes, ended) = (opened.image.clone(), opened.fetcher.clone(), opened.fetcher.clone());
+        let learner = opened
+            .start
+            .clone()
+            .map(|start| -> Box<dyn StartLearner> { Box::new(start) });
         Ok(Served {
             image,
             bytes: Arc::new(bytes),
+            files: Some(opened.files.clone()),
+            learner,
             fetch_stats: Box::new(move || opened.stats()),
             finish: Box::new(move || ended.shutdown()),
         })

@@ -20,7 +20,7 @@ use crate::source::registry::ImageName;
 const USUAL: [Row; 4] = [Row::Empty, Row::Full, Row::Untar, Row::Loop];
 
 /// All there is, in the order of the results.
-const ALL: [Row; 5] = [Row::Empty, Row::Walk, Row::Full, Row::Untar, Row::Loop];
+const ALL: [Row; 6] = [Row::Empty, Row::Learned, Row::Walk, Row::Full, Row::Untar, Row::Loop];
 
 /// `tarblk bench`.
 pub(super) fn run(args: &BenchArgs, session: Session) -> anyhow::Result<()> {
@@ -130,6 +130,7 @@ impl From<RowArg> for Row {
     fn from(row: RowArg) -> Self {
         match row {
             RowArg::Empty => Self::Empty,
+            RowArg::Learned => Self::Learned,
             RowArg::Walk => Self::Walk,
             RowArg::Full => Self::Full,
             RowArg::Untar => Self::Untar,

@@ -6,6 +6,7 @@ mod index;
 mod machine;
 mod podman;
 mod run;
+mod start;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ pub(super) use index::{CopyArgs, IndexAction, IndexArgs, PushArgs, VerifyArgs};
 pub(super) use machine::{Generate, InstallArgs, SystemdArgs, UnitKind};
 pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
 pub(super) use run::{NetworkArg, RunArgs};
+pub(super) use start::{ProfileAction, ProfileArgs, ProfileCopyArgs, ProfileRmArgs, ProfileShowArgs, TraceArgs};
 
 use crate::digest::Digest;
 use crate::http::Secret;
@@ -107,6 +109,10 @@ pub enum Command {
     Ps(PsArgs),
     /// Show the counters of an attached device.
     Stats(StatsArgs),
+    /// Show what was read of a device while it started, from where, and what waited.
+    Trace(TraceArgs),
+    /// Show, forget and publish what is learned of how images start.
+    Profile(ProfileArgs),
     /// Show the log of what serves a device.
     Logs(LogsArgs),
     /// Find out what keeps tarblk from working on this machine, or from a layer.
@@ -598,6 +604,8 @@ pub struct DetachArgs {
 pub enum RowArg {
     /// tarblk with a ready index, nothing cached.
     Empty,
+    /// The same where a start of it was recorded before: nothing else is kept.
+    Learned,
     /// tarblk without an index: the headers are read over the link first.
     Walk,
     /// tarblk with everything cached.

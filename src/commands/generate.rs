@@ -21,10 +21,11 @@ const FOR_ZSH: &str = include_str!("generate/complete.zsh");
 const FOR_FISH: &str = include_str!("generate/complete.fish");
 
 /// Arguments whose words a function of [`FOR_ZSH`] gives: command, argument, function.
-const ZSH_WORDS: [(&str, &str, &str); 7] = [
+const ZSH_WORDS: [(&str, &str, &str); 8] = [
     ("umount", "dir", "_tarblk_mounts"),
     ("detach", "devices", "_tarblk_names"),
     ("stats", "device", "_tarblk_names"),
+    ("trace", "device", "_tarblk_names"),
     ("logs", "device", "_tarblk_names"),
     ("image", "index", "_tarblk_index"),
     ("attach", "index", "_tarblk_index"),

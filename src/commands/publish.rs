@@ -1,19 +1,25 @@
 //! `tarblk index push` and `tarblk index copy`: indexes in registries, for everybody who pulls the image.
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use serde::Serialize;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use super::Session;
-use super::cli::{CopyArgs, PushArgs};
+use super::attach::states;
+use super::cli::{BackendArg, CopyArgs, DeviceArgs, FetchArgs, LayerArgs, PushArgs, RegistryArgs, TrustArg};
+use super::container_image::ContainerImage;
 use super::layer::Bar;
 use super::output::{Table, print, println};
+use super::run::ContainerRun;
+use crate::device::service;
 use crate::digest::Digest;
 use crate::fetch::KeyId;
+use crate::open::IndexChoice;
 use crate::open::publish::{self, Publication, PublishWatch, Published, PushOptions};
 use crate::open::trust::SigningKey;
+use crate::profile::{Profile, StartRun};
 use crate::quantity::show_size;
 use crate::source::registry::{ImageName, Reference, Version};
 use crate::source::{Source, image_meant};
@@ -26,7 +32,7 @@ impl PublishWatch for Bar {
 }
 
 /// Parses the name of an image in a registry, as typed.
-fn reference(text: &str) -> anyhow::Result<Reference> {
+pub(super) fn reference(text: &str) -> anyhow::Result<Reference> {
     match Source::parse(text)? {
         Source::Image(ImageName::Registry(reference)) => Ok(reference),
         _ => match image_meant(Path::new(text)) {
@@ -49,9 +55,23 @@ pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
         trust: args.registry.trust()?,
     };
     let signed = how.sign.as_ref().map(|key| key.public().id());
+    // What is wrong with it is told before layers are read.
+    let container = args.run.as_deref().map(ContainerRun::of_shell).transpose()?;
     let mut bar = Bar::new(session.talk);
-    let publication = publish::push(&image, &options, &how, &mut bar)?;
+    let pushed = publish::push_indexes(&image, &options, &how, &mut bar)?;
     drop(bar);
+    let profile = match container {
+        Some(container) => Some(learned_by_running(container, args, session)?),
+        None => None,
+    };
+    let publication = pushed.publish(profile.as_ref())?;
+    if let Some(profile) = &profile {
+        log::info!(
+            "the profile has {} ranges of {} bytes",
+            profile.count(),
+            profile.bytes()
+        );
+    }
     report(
         &ImageName::Registry(image).to_string(),
         &publication,
@@ -59,6 +79,54 @@ pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
         args.json,
         session,
     )
+}
+
+/// Runs a container of the image by the indexes that were pushed, and returns what it read.
+fn learned_by_running(container: ContainerRun, args: &PushArgs, session: Session) -> anyhow::Result<Profile> {
+    let layer = LayerArgs {
+        source: args.image.clone(),
+        index: IndexChoice::Auto,
+        index_digest: None,
+        layer: None,
+        cache: None,
+        no_cache: false,
+        cache_size: None,
+        registry: RegistryArgs {
+            // This command has just put them there.
+            trust: Some(TrustArg::Registry),
+            ..args.registry.clone()
+        },
+    };
+    let device = DeviceArgs {
+        backend: BackendArg::Auto,
+        queues: None,
+        fetch: FetchArgs {
+            memory: None,
+            deadline: None,
+            connections: 16,
+        },
+    };
+    let found = ContainerImage::find(&layer, "index push --run", session)?;
+    let mut trace = None;
+    let status = container.run(&found, &device, session, &mut |device| {
+        trace = Some(service::trace(&states(), device));
+    })?;
+    if status != 0 {
+        bail!(
+            "--run: the command ended with status {status}, so the indexes are in the repository but nothing refers to them yet"
+        );
+    }
+    let reads = trace.transpose()?.map(|trace| trace.recorded()).unwrap_or_default();
+    let prepared = super::layer::prepare(&found.layer, session)?;
+    let profiles = prepared
+        .profiles()
+        .context("--run: nothing tells the image's layers from others")?;
+    let mut profile = Profile::new(profiles.layers().to_vec());
+    profile.learn(&StartRun::of(&reads));
+    if profile.count() == 0 {
+        bail!("--run: the command read nothing of the image");
+    }
+    Ok(profile)
 }
 
 /// The tag, if it is one.

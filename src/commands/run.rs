@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 
 use super::attach::{make_ready, mount_writable, states, upgrade_other};
-use super::cli::{NetworkArg, RunArgs};
+use super::cli::{DeviceArgs, NetworkArg, RunArgs};
 use super::container_image::ContainerImage;
 use super::{Session, UsageError};
 use crate::container::{
     Bundle, ContainerError, Containers, DEFAULT_DIR, ImageSettings, Network, Runtime, Signals, Wanted,
 };
+use crate::device::state::State;
 use crate::interrupt::Interrupted;
 use crate::mount::{MountOptions, Upper};
 
@@ -28,37 +29,94 @@ pub(super) fn run(args: &RunArgs, session: Session) -> anyhow::Result<()> {
     make_ready()?;
     let wanted = wanted(args)?;
     let runtime = Runtime::find(args.runtime.as_deref())?;
-    let states = states();
-    let containers = Containers::open(&dir(), &states)?;
+    let containers = Containers::open(&dir(), &states())?;
     containers.remove_left(&runtime)?;
     let found = ContainerImage::find(&args.layer, "run", session)?;
-    let settings = ImageSettings::parse(&found.image.config.json)?;
-    let (_, request) = found.request(&args.device, args.fetch_all, session)?;
-    upgrade_other();
-    // From here on there is something to take away.
-    let signals = Signals::catch().context("cannot catch signals")?;
-    let bundle = containers.create()?;
-    let ended = || -> anyhow::Result<u8> {
-        let root = bundle.root();
-        let upper = args.overlay.clone().unwrap_or_else(|| bundle.overlay());
-        let upper = Upper::open(&upper, &root)?;
-        // As in a container of any engine programs become others by their mode. Only root comes to where it is mounted.
-        let options = MountOptions::parse(["suid", "dev"]).unwrap_or_default();
-        mount_writable(&request.spec, &root, &options, &upper)?;
-        if let Some(line) = request.line.as_ref().filter(|_| session.talk.verbose) {
-            session.talk.note(format_args!("tarblk: {line}"));
-        }
-        if signals.is_end_wanted() {
-            return Err(Interrupted.into());
-        }
-        bundle.prepare(&settings, &wanted)?;
-        Ok(bundle.run(&runtime, &wanted, &signals, settings.stop_signal())?)
+    let container = ContainerRun {
+        runtime,
+        containers,
+        wanted,
+        overlay: args.overlay.clone(),
+        fetch_all: args.fetch_all,
     };
-    let ended = ended();
-    remove(bundle, &runtime);
-    match ended? {
+    match container.run(&found, &args.device, session, &mut |_| ())? {
         0 => Ok(()),
         other => Err(Ended(other).into()),
+    }
+}
+
+/// A container to be.
+pub(super) struct ContainerRun {
+    runtime: Runtime,
+    containers: Containers,
+    wanted: Wanted,
+    /// Where it writes; a directory of its own if none, which goes with it.
+    overlay: Option<PathBuf>,
+    fetch_all: bool,
+}
+
+impl ContainerRun {
+    /// One that runs a line of a shell in the image, and sees no network.
+    ///
+    /// # Errors
+    /// When there is no runtime, or containers cannot be made here.
+    pub(super) fn of_shell(line: &str) -> anyhow::Result<Self> {
+        make_ready()?;
+        let runtime = Runtime::find(None)?;
+        let containers = Containers::open(&dir(), &states())?;
+        containers.remove_left(&runtime)?;
+        Ok(Self {
+            runtime,
+            containers,
+            wanted: Wanted {
+                entrypoint: Some("/bin/sh".to_owned()),
+                command: vec!["-c".to_owned(), line.to_owned()],
+                ..Wanted::default()
+            },
+            overlay: None,
+            fetch_all: false,
+        })
+    }
+
+    /// Runs it, and takes everything away afterwards; returns its exit status. `ended` is told of the device when the program has ended and
+    /// the device is still there.
+    ///
+    /// # Errors
+    /// When there is no container.
+    pub(super) fn run(
+        self,
+        found: &ContainerImage,
+        device: &DeviceArgs,
+        session: Session,
+        ended: &mut dyn FnMut(&State),
+    ) -> anyhow::Result<u8> {
+        let settings = ImageSettings::parse(&found.image.config.json)?;
+        let (_, request) = found.request(device, self.fetch_all, session)?;
+        upgrade_other();
+        // From here on there is something to take away.
+        let signals = Signals::catch().context("cannot catch signals")?;
+        let bundle = self.containers.create()?;
+        let mut run = || -> anyhow::Result<u8> {
+            let root = bundle.root();
+            let upper = self.overlay.clone().unwrap_or_else(|| bundle.overlay());
+            let upper = Upper::open(&upper, &root)?;
+            // As in a container of any engine programs become others by their mode. Only root comes to where it is mounted.
+            let options = MountOptions::parse(["suid", "dev"]).unwrap_or_default();
+            let attached = mount_writable(&request.spec, &root, &options, &upper)?;
+            if let Some(line) = request.line.as_ref().filter(|_| session.talk.verbose) {
+                session.talk.note(format_args!("tarblk: {line}"));
+            }
+            if signals.is_end_wanted() {
+                return Err(Interrupted.into());
+            }
+            bundle.prepare(&settings, &self.wanted)?;
+            let status = bundle.run(&self.runtime, &self.wanted, &signals, settings.stop_signal())?;
+            ended(&attached.state);
+            Ok(status)
+        };
+        let outcome = run();
+        remove(bundle, &self.runtime);
+        outcome
     }
 }
 

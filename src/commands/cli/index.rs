@@ -100,6 +100,9 @@ Examples:
   tarblk index push docker://registry.example.org/team/app:1.2 --into 1.2-lazy
   tarblk mount docker://registry.example.org/team/app:1.2-lazy /mnt
 
+  # With what a start of it reads.
+  tarblk index push docker://localhost:5000/app --run 'app --version'
+
   tarblk index push docker://localhost:5000/app --json | jq -r .artifact"
 )]
 pub struct PushArgs {
@@ -121,6 +124,10 @@ pub struct PushArgs {
     /// that names the indexes. Who mounts that one believes them as the image itself, without a key.
     #[arg(long, value_name = "TAG")]
     pub into: Option<String>,
+    /// Run this line of a shell in a container of the image, by runc and without a network, and publish beside the indexes what it read:
+    /// who mounts the image then has that before a program asks for it. It has to end by itself, and well.
+    #[arg(long, value_name = "COMMAND", value_hint = ValueHint::CommandString)]
+    pub run: Option<String>,
     /// What was published as JSON.
     #[arg(long)]
     pub json: bool,

@@ -17,7 +17,7 @@ _tarblk_and_names() {
     case $command in
         umount | unmount) names=$(tarblk ps --names 2>/dev/null | grep -v '^/dev/') ;;
         detach) names=$(tarblk ps --names 2>/dev/null | grep '^/dev/') ;;
-        stats | logs) names=$(tarblk ps --names 2>/dev/null) ;;
+        stats | trace | logs) names=$(tarblk ps --names 2>/dev/null) ;;
     esac
     if [[ -n $names ]]; then
         local IFS=$'\n'

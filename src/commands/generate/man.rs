@@ -10,8 +10,8 @@ use clap_mangen::Man;
 use crate::source::registry::DEFAULT_HOSTS_DIR;
 
 /// The commands that deal with attached devices.
-const DEVICE_COMMANDS: [&str; 9] = [
-    "tarblk", "attach", "mount", "umount", "ps", "stats", "logs", "detach", "demo",
+const DEVICE_COMMANDS: [&str; 10] = [
+    "tarblk", "attach", "mount", "umount", "ps", "stats", "trace", "logs", "detach", "demo",
 ];
 
 /// Pages of other programs, by command. Each command's page names the page above it and those beside it too.
