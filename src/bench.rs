@@ -196,6 +196,10 @@ pub fn run(options: &BenchOptions, interrupt: &Interrupt, watch: &mut dyn Watch)
     let mut stage = stage::Stage::set(options, interrupt, watch)?;
     watch.step("filling a cache", 0, 0);
     stage.fill_cache()?;
+    if options.rows.contains(&Row::Learned) {
+        watch.step("recording a start", 0, 0);
+        stage.learn_start()?;
+    }
     let all = u32::try_from(options.rows.len())
         .unwrap_or(u32::MAX)
         .saturating_mul(options.runs);

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Row {
     /// tarblk with an index that comes over the same link, nothing cached.
     Empty,
+    /// The same where a start of it was recorded before: nothing is cached but what that read.
+    Learned,
     /// tarblk without an index: it reads the headers over the link first.
     Walk,
     /// tarblk with everything in its cache on disk.
@@ -24,6 +26,7 @@ impl Row {
     pub const fn title(self) -> &'static str {
         match self {
             Self::Empty => "tarblk, nothing cached",
+            Self::Learned => "tarblk, nothing cached, started before",
             Self::Walk => "tarblk, nothing cached, no index",
             Self::Full => "tarblk, all cached",
             Self::Untar => "download and untar",
@@ -34,7 +37,7 @@ impl Row {
     /// Whether it is one of tarblk's.
     #[must_use]
     pub const fn is_tarblk(self) -> bool {
-        matches!(self, Self::Empty | Self::Walk | Self::Full)
+        matches!(self, Self::Empty | Self::Learned | Self::Walk | Self::Full)
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -10,10 +11,12 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::origin::Link;
+use super::root::ChrootMounts;
 use super::stage::{MountArguments, Stage};
 use super::{BenchError, child};
 use crate::device::inventory::Counted;
 use crate::device::service::ServiceStats;
+use crate::open::Profiles;
 
 /// What `tarblk mount --json` says.
 #[derive(Clone, Debug, Deserialize)]
@@ -134,6 +137,37 @@ impl Drop for Unmount<'_> {
 }
 
 impl Stage<'_> {
+    /// Starts the command once with a cache directory that stays, over an unlimited link, so that what a start reads is known.
+    pub(super) fn learn_start(&mut self) -> Result<(), BenchError> {
+        let link = self.options.source.link().unwrap_or_default();
+        self.set_link(Link::default());
+        self.drop_caches()?;
+        let mounted = TarblkMount::new(self, &self.indexed, &self.learned_cache)?;
+        let mounts = ChrootMounts::new(mounted.dir())?;
+        self.run_command("the start that is recorded", mounted.dir())?;
+        drop(mounts);
+        mounted.unmount()?;
+        self.set_link(link);
+        Ok(())
+    }
+
+    /// Puts what is known of the start, and nothing else, into another cache directory.
+    pub(super) fn take_profiles(&self, cache: &Path) -> Result<(), BenchError> {
+        let (from, to) = (Profiles::dir(&self.learned_cache), Profiles::dir(cache));
+        let copy = || -> std::io::Result<()> {
+            std::fs::DirBuilder::new().mode(0o700).create(&to)?;
+            for entry in std::fs::read_dir(&from)? {
+                let entry = entry?;
+                std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+            }
+            Ok(())
+        };
+        copy().map_err(BenchError::step(format!(
+            "{}: cannot copy what was learned",
+            from.display()
+        )))
+    }
+
     /// Reads the whole device once with a cache directory that stays, over an unlimited link.
     pub(super) fn fill_cache(&mut self) -> Result<(), BenchError> {
         let link = self.options.source.link().unwrap_or_default();

@@ -8,14 +8,15 @@ use std::fmt::Write as _;
 
 use super::alternative::Row;
 use super::outcome::{Outcome, counted, show_seconds};
+use crate::excerpt::escaped_html as escape;
 use crate::quantity::{show_count, show_size, show_time};
 
 /// The style sheet: colours by role, so that light and dark differ in one place.
 const STYLE: &str = "
 :root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1d2228; --soft: #5c6670; --line: #dfe3e7;
-  --empty: #2563c9; --walk: #0f8a9d; --full: #2f8f4e; --untar: #c8741a; --loop: #a04a86; --floor: #1d2228; }
+  --empty: #2563c9; --learned: #5b3fb5; --walk: #0f8a9d; --full: #2f8f4e; --untar: #c8741a; --loop: #a04a86; --floor: #1d2228; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaed; --soft: #9aa4ae;
-  --line: #333a41; --empty: #6fa3f7; --walk: #4cc3d4; --full: #68c587; --untar: #efa254; --loop: #d98fc2; --floor: #e8eaed; } }
+  --line: #333a41; --empty: #6fa3f7; --learned: #a78bfa; --walk: #4cc3d4; --full: #68c587; --untar: #efa254; --loop: #d98fc2; --floor: #e8eaed; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
@@ -214,14 +215,6 @@ fn notes(out: &mut String, outcome: &Outcome) {
     }
 }
 
-/// Text as HTML.
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,7 +224,7 @@ mod tests {
         let mut outcome = super::super::outcome::tests::example();
         outcome.command = "sh -c '<script>&'".into();
         let page = html(&outcome);
-        assert!(page.contains("sh -c '&lt;script&gt;&amp;'") && !page.contains("<script"));
+        assert!(page.contains("sh -c &#39;&lt;script&gt;&amp;&#39;") && !page.contains("<script"));
         assert!(!page.contains("http:") && !page.contains("https:"), "nothing is loaded");
         assert_eq!(page.matches("<svg").count(), 2);
         for word in ["11.9 s", "2.31 s", "download and untar", "5.2 times as fast", "838 ms"] {

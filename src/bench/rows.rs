@@ -26,6 +26,11 @@ impl Stage<'_> {
     pub(super) fn run(&self, row: Row) -> Result<Run, BenchError> {
         match row {
             Row::Empty => self.run_tarblk(row, &self.indexed, None),
+            Row::Learned => {
+                let cache = self.directory("learned")?;
+                self.take_profiles(cache.path())?;
+                self.run_tarblk(row, &self.indexed, Some(cache.path()))
+            }
             Row::Walk => self.run_tarblk(row, &self.unindexed, None),
             Row::Full => self.run_tarblk(row, &self.unindexed, Some(&self.full_cache)),
             Row::Untar => self.run_untar(),

@@ -39,6 +39,8 @@ pub(super) struct Stage<'a> {
     pub(super) image_url: Option<String>,
     /// A cache directory with the whole layer in it, if a row needs one.
     pub(super) full_cache: PathBuf,
+    /// A cache directory with the profile of a start in it, if a row needs one.
+    pub(super) learned_cache: PathBuf,
     /// The length of all blobs in bytes.
     pub(super) layer_bytes: u64,
     pub(super) client: reqwest::Client,
@@ -102,6 +104,7 @@ impl<'a> Stage<'a> {
                 source: e.into(),
             })?;
         let full_cache = scratch.path().join("full");
+        let learned_cache = scratch.path().join("started");
         let mut stage = Self {
             options,
             interrupt,
@@ -110,6 +113,7 @@ impl<'a> Stage<'a> {
             layers: Vec::new(),
             image_url: None,
             full_cache,
+            learned_cache,
             layer_bytes: 0,
             client,
             backend: String::new(),

@@ -23,6 +23,7 @@ const STEP: f64 = 50.0;
 const fn colour(row: Row) -> &'static str {
     match row {
         Row::Empty => "var(--empty)",
+        Row::Learned => "var(--learned)",
         Row::Walk => "var(--walk)",
         Row::Full => "var(--full)",
         Row::Untar => "var(--untar)",
