@@ -76,7 +76,7 @@ pub struct Indexer {
 
 impl Indexer {
     /// For a blob that is compressed like that, with entry points about every `spacing` bytes of the tar (at least 32
-    /// KiB, inside of zstd frames 256 KiB; [`Coding::spacing`] if in doubt).
+    /// KiB; inside of zstd frames at least 256 KiB, and none beyond 64 MiB; [`Coding::spacing`] if in doubt).
     #[must_use]
     pub fn new(coding: Coding, spacing: u64) -> Self {
         Self {

@@ -36,6 +36,23 @@ fn some_bytes(len: u32) -> Vec<u8> {
 }
 
 #[test]
+fn any_spacing_will_do() {
+    let content = some_bytes(700_000);
+    // A frame that does not say how much comes out of it.
+    let zstd = ::zstd::stream::encode_all(&content[..], 1).unwrap();
+    for (coding, blob) in [(Coding::Gzip, member(&content)), (Coding::Zstd, zstd)] {
+        for spacing in [0, 1, SPACING, 1 << 40, u64::MAX / 2, u64::MAX] {
+            let (mut indexer, mut out) = (Indexer::new(coding, spacing), Vec::new());
+            indexer
+                .feed(&blob, &mut |bytes| out.extend_from_slice(bytes))
+                .unwrap_or_else(|error| panic!("{coding} {spacing}: {error}"));
+            assert!(indexer.finish().is_ok(), "{coding} {spacing}");
+            assert!(out == content, "{coding} {spacing}");
+        }
+    }
+}
+
+#[test]
 fn every_cut_is_noticed() {
     let content = some_bytes(300);
     for (coding, blob) in [

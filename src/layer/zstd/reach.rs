@@ -19,6 +19,8 @@ use crate::units::{len_u64, to_usize};
 
 /// The closest that entries are aimed at, in bytes of the tar: a block is at most half as long.
 const CLOSEST: u64 = 2 * MOST_IN_BLOCK;
+/// The furthest, likewise: beyond it no block is entered, because twice the spacing is kept in memory.
+const FURTHEST: u64 = 64 << 20;
 /// No piece of a window is longer: what needs more is no entry.
 const LONGEST_PIECE: usize = 1 << 20;
 /// Extents of a window with no more bytes between them are one.
@@ -69,7 +71,7 @@ pub(in crate::layer) struct BlockFinder {
 }
 
 impl BlockFinder {
-    /// With entries about every `spacing` bytes of the tar.
+    /// With entries about every `spacing` bytes of the tar; none if that is over [`FURTHEST`].
     pub(in crate::layer) fn new(spacing: u64) -> Self {
         Self {
             spacing: spacing.max(CLOSEST),
@@ -84,7 +86,7 @@ impl BlockFinder {
     pub(in crate::layer) fn begin(&mut self, tar: u64, blob: u64, facts: FrameFacts) {
         let short = facts.content.is_some_and(|content| content < self.spacing);
         self.frame = None;
-        if short || facts.window > MAX_REACH {
+        if short || self.spacing > FURTHEST || facts.window > MAX_REACH {
             return;
         }
         self.history.restart(facts.window + 2 * self.spacing + LAG);
