@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::signature::Signature;
 use crate::digest::{Algorithm, Digest};
@@ -199,7 +200,7 @@ pub fn naming(manifest: &[u8], indexes: &[Listed]) -> Result<Vec<u8>, String> {
         ..index.clone()
     };
     let unsigned: Vec<Listed> = indexes.iter().map(unsigned).collect();
-    annotated(manifest, LIST_ANNOTATION, in_short(&unsigned))
+    annotated(manifest, LIST_ANNOTATION, &in_short(&unsigned))
 }
 
 /// The same manifest with a profile in its annotations, in place of one that is there; everything else in it stays. Of a long profile
@@ -209,7 +210,7 @@ pub fn naming(manifest: &[u8], indexes: &[Listed]) -> Result<Vec<u8>, String> {
 /// What is wrong with the manifest, in words that fit behind "NAME: ".
 pub fn with_profile(manifest: &[u8], profile: &Profile) -> Result<Vec<u8>, String> {
     let text = BASE64_STANDARD.encode(profile.to_bytes(LONGEST_PROFILE));
-    annotated(manifest, PROFILE_ANNOTATION, text)
+    annotated(manifest, PROFILE_ANNOTATION, &text)
 }
 
 /// The profile in annotations, if there is one that makes sense.
@@ -229,19 +230,24 @@ pub fn profile_of(manifest: &[u8]) -> Option<Profile> {
     profile_with(&manifest.annotations?)
 }
 
+/// An object of JSON whose values stay as they were written: numbers too long for any type of ours, and whatever else is in a manifest.
+type Written = BTreeMap<String, Box<RawValue>>;
+
 /// A manifest with another annotation.
-fn annotated(manifest: &[u8], name: &str, text: String) -> Result<Vec<u8>, String> {
-    let mut document: serde_json::Map<String, serde_json::Value> =
+fn annotated(manifest: &[u8], name: &str, text: &str) -> Result<Vec<u8>, String> {
+    let mut document: Written =
         serde_json::from_slice(manifest).map_err(|error| format!("the manifest makes no sense: {error}"))?;
-    let annotations = document.entry("annotations").or_insert_with(|| serde_json::json!({}));
-    if annotations.is_null() {
-        *annotations = serde_json::json!({});
-    }
-    let annotations = annotations.as_object_mut();
-    let annotations = annotations.ok_or("the manifest's annotations are no object")?;
-    annotations.insert(name.to_owned(), text.into());
-    // Strings and numbers: nothing of it can fail.
-    Ok(serde_json::to_vec(&document).unwrap_or_default())
+    let annotations = document.get("annotations").map_or("null", |value| value.get());
+    let annotations: Option<Written> =
+        serde_json::from_str(annotations).map_err(|_| "the manifest's annotations are no object")?;
+    let mut annotations = annotations.unwrap_or_default();
+    let unwritable = |error: serde_json::Error| format!("the manifest cannot be written: {error}");
+    annotations.insert(name.to_owned(), to_raw_value(text).map_err(unwritable)?);
+    document.insert(
+        "annotations".to_owned(),
+        to_raw_value(&annotations).map_err(unwritable)?,
+    );
+    serde_json::to_vec(&document).map_err(unwritable)
 }
 
 /// The indexes that annotations name: those of an artifact in a list of referrers, or those of an image's own manifest. None where
@@ -346,6 +352,27 @@ mod tests {
         assert_eq!(listed_with(&described.annotations).unwrap(), listed);
         // A layer's own manifest is found by its tag and in no list.
         assert!(manifest_descriptor(&manifest(&listed, None)).annotations.is_empty());
+    }
+
+    #[test]
+    fn what_an_annotation_is_added_to_stays_as_it_was_written() {
+        let others = r#""big": 12345678901234567890123456789, "near": 0.1000000000000000055511151231257827, "wide": 1e999, "text": "\u00e9\ud83d\ude00""#;
+        for annotations in ["null", "{}", r#"{"kept": "a", "number": 1E400}"#] {
+            let manifest = format!(r#"{{{others}, "annotations": {annotations}}}"#);
+            let named = String::from_utf8(naming(manifest.as_bytes(), &[]).unwrap()).unwrap();
+            for other in others.split(", ") {
+                let (name, value) = other.split_once(": ").unwrap();
+                assert!(named.contains(&format!("{name}:{value}")), "{named}");
+            }
+            assert_eq!(
+                named.contains(r#""kept":"a""#) && named.contains("1E400"),
+                annotations.contains("kept"),
+                "{named}"
+            );
+        }
+        for wrong in ["[]", "1", "{", r#"{"annotations": []}"#, r#"{"annotations": "text"}"#] {
+            assert!(naming(wrong.as_bytes(), &[]).is_err(), "{wrong}");
+        }
     }
 
     #[test]
