@@ -165,7 +165,7 @@ impl Profile {
         layer.is_some_and(|layer| chunk_count(layer.size).is_some_and(|count| key.index < count))
     }
 
-    /// Keeps `most` entries, and no more than [`MOST_CHUNKS`]: the likely ones, of equally likely ones the first.
+    /// Keeps `most` entries, and no more than `MOST_CHUNKS`: the likely ones, of equally likely ones the first.
     pub fn limit_to(&mut self, most: usize) {
         if self.entries.len() <= most && self.chunks() <= MOST_CHUNKS {
             return;
