@@ -8,24 +8,27 @@ use serde::{Deserialize, Serialize};
 
 use super::state::State;
 use crate::checksum::crc32c;
-use crate::image::{FileId, FileMap};
+use crate::image::{FileId, FileMap, StoredFile};
 use crate::profile::{ReadFrom, RecordedRead};
 use crate::units::{LayerId, TarOffset, TarRange, len_u64};
 
-/// No trace is longer, in bytes of JSON: what is more than that is left out, the last first.
+/// No trace is longer, in bytes of JSON: what is more than that is left out.
 pub const MAX_TRACE_BYTES: u64 = 12 << 20;
+/// What a read takes of that at most...
+const READ_BYTES: u64 = 200;
+/// ...a file, besides its path...
+const FILE_BYTES: u64 = 120;
+/// ...and all the rest, besides the two names.
+const HEAD_BYTES: u64 = 1024;
 
 /// Begins a trace's file, with the version of its form.
 const MAGIC: &str = "tarblk trace 1 ";
-
-/// A trace has no more reads than this, which bounds its length.
-const MOST_READS: usize = 48 << 10;
 
 /// A read goes on with the one before if it begins so soon after it, in microseconds.
 const SAME_MOMENT_US: u64 = 1000;
 
 /// What was read of a device while it started.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trace {
     /// The device's name.
     pub name: String,
@@ -84,26 +87,37 @@ impl Trace {
             source: state.source.clone(),
             instance: state.instance,
             is_over,
-            files: Vec::new(),
-            reads: Vec::new(),
-            left_out: 0,
+            ..Self::default()
         };
+        trace.add(reads, map);
+        trace
+    }
+
+    /// Adds reads, as far as there is room.
+    fn add(&mut self, reads: &[RecordedRead], map: Option<&dyn FileMap>) {
+        let mut room = Room(MAX_TRACE_BYTES - HEAD_BYTES);
+        room.take(json_len(&self.name) + json_len(&self.source));
         let mut known: HashMap<FileId, u32> = HashMap::new();
         for read in reads {
             let stored = map.and_then(|map| map.file_at(read.layer, read.range.start));
-            let file = stored.map(|stored| {
-                *known.entry(stored.file).or_insert_with(|| {
-                    let path = map.and_then(|map| map.path(stored.file)).unwrap_or_default();
-                    trace.files.push(TracedFile {
-                        path: String::from_utf8_lossy(&path).into_owned(),
-                        layer: stored.layer.0,
-                        tar_offset: stored.range.start.0,
-                        size: stored.range.len,
-                    });
-                    u32::try_from(trace.files.len() - 1).unwrap_or(u32::MAX)
-                })
+            let number = stored.map(|stored| {
+                if let Some(number) = known.get(&stored.file) {
+                    return Some(*number);
+                }
+                let path = map.and_then(|map| map.path(stored.file)).unwrap_or_default();
+                let number = self.add_file(stored, &path, &mut room)?;
+                known.insert(stored.file, number);
+                Some(number)
             });
-            trace.push(TracedRead {
+            let file = match number {
+                Some(None) => {
+                    self.left_out += 1;
+                    continue;
+                }
+                Some(number) => number,
+                None => None,
+            };
+            let read = TracedRead {
                 at_us: micros(read.at),
                 file,
                 layer: read.layer.0,
@@ -111,24 +125,46 @@ impl Trace {
                 bytes: read.range.len,
                 from: read.from,
                 waited_us: read.waited.map(micros),
-            });
+            };
+            if !self.goes_on(&read) {
+                if room.take(READ_BYTES) {
+                    self.reads.push(read);
+                } else {
+                    self.left_out += 1;
+                }
+            }
         }
-        trace
     }
 
-    /// Adds a read, to the last one if it goes on with that.
-    fn push(&mut self, read: TracedRead) {
-        if let Some(last) = self.reads.last_mut()
-            && (last.file, last.layer, last.from) == (read.file, read.layer, read.from)
-            && last.tar_offset + last.bytes == read.tar_offset
-            && (last.waited_us, read.waited_us) == (Some(0), Some(0))
-            && read.at_us.saturating_sub(last.at_us) < SAME_MOMENT_US
-        {
-            last.bytes += read.bytes;
-        } else if self.reads.len() < MOST_READS {
-            self.reads.push(read);
-        } else {
-            self.left_out += 1;
+    /// Adds a file, and returns its number; none if there is no room for it and a read.
+    fn add_file(&mut self, stored: StoredFile, path: &[u8], room: &mut Room) -> Option<u32> {
+        let path = String::from_utf8_lossy(path).into_owned();
+        if !room.take(FILE_BYTES + json_len(&path)) {
+            return None;
+        }
+        let number = u32::try_from(self.files.len()).ok()?;
+        self.files.push(TracedFile {
+            path,
+            layer: stored.layer.0,
+            tar_offset: stored.range.start.0,
+            size: stored.range.len,
+        });
+        Some(number)
+    }
+
+    /// Whether a read goes on with the last one; then it is added to that.
+    fn goes_on(&mut self, read: &TracedRead) -> bool {
+        match self.reads.last_mut() {
+            Some(last)
+                if (last.file, last.layer, last.from) == (read.file, read.layer, read.from)
+                    && last.tar_offset + last.bytes == read.tar_offset
+                    && (last.waited_us, read.waited_us) == (Some(0), Some(0))
+                    && read.at_us.saturating_sub(last.at_us) < SAME_MOMENT_US =>
+            {
+                last.bytes += read.bytes;
+                true
+            }
+            _ => false,
         }
     }
 
@@ -176,6 +212,87 @@ impl Trace {
     }
 }
 
+/// So many bytes of JSON are left.
+struct Room(u64);
+
+impl Room {
+    /// Takes so many of them, if there are.
+    fn take(&mut self, bytes: u64) -> bool {
+        match self.0.checked_sub(bytes) {
+            Some(left) => {
+                self.0 = left;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// How long a text is as JSON, with what has to be escaped in it.
+fn json_len(text: &str) -> u64 {
+    // Texts are always JSON.
+    serde_json::to_string(text).map_or(u64::MAX, |json| len_u64(json.len()))
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use crate::image::DirectoryId;
+
+    /// A file each 4 KiB, with names that are as long as JSON can make them.
+    #[derive(Debug)]
+    struct LongNames;
+
+    impl FileMap for LongNames {
+        fn file_at(&self, layer: LayerId, at: TarOffset) -> Option<StoredFile> {
+            let number = at.0 / 4096;
+            Some(StoredFile {
+                file: FileId(u32::try_from(number).ok()?),
+                directory: DirectoryId(0),
+                layer,
+                range: TarRange::new(TarOffset(number * 4096), 4096),
+            })
+        }
+
+        fn neighbours(&self, _: FileId, _: &mut dyn FnMut(StoredFile) -> ControlFlow<()>) {}
+
+        fn resolve(&self, _: DirectoryId, _: &[u8]) -> Option<StoredFile> {
+            None
+        }
+
+        fn path(&self, FileId(number): FileId) -> Option<Vec<u8>> {
+            Some([&[1; 4000][..], number.to_string().as_bytes()].concat())
+        }
+    }
+
+    fn reads(count: u64) -> Vec<RecordedRead> {
+        let read = |n| RecordedRead {
+            at: Duration::from_secs(n),
+            layer: LayerId(u32::MAX),
+            range: TarRange::new(TarOffset(n * 4096), 512),
+            from: ReadFrom::Memory,
+            waited: Some(Duration::from_micros(u64::MAX)),
+        };
+        (0..count).map(read).collect()
+    }
+
+    #[test]
+    fn no_layer_makes_a_trace_too_long() {
+        let long_names: &dyn FileMap = &LongNames;
+        for (count, map) in [(20_000, Some(long_names)), (80_000, None)] {
+            let mut trace = Trace::default();
+            trace.add(&reads(count), map);
+            let bytes = trace.to_bytes().unwrap();
+            assert!(len_u64(bytes.len()) <= MAX_TRACE_BYTES, "{} bytes", bytes.len());
+            assert!(!trace.reads.is_empty() && trace.left_out > 0);
+            assert_eq!(len_u64(trace.reads.len()) + trace.left_out, count);
+            assert_eq!(Trace::parse(&bytes), Some(trace));
+        }
+    }
 }
