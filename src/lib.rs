@@ -96,6 +96,8 @@ mod open;
 #[cfg(feature = "command")]
 mod owned;
 #[cfg(feature = "command")]
+mod page;
+#[cfg(feature = "command")]
 mod podman;
 #[cfg(feature = "command")]
 mod prefetch;

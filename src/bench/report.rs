@@ -9,50 +9,31 @@ use std::fmt::Write as _;
 use super::alternative::Row;
 use super::outcome::{Outcome, counted, show_seconds};
 use crate::excerpt::escaped_html as escape;
+use crate::page;
 use crate::quantity::{show_count, show_size, show_time};
 
-/// The style sheet: colours by role, so that light and dark differ in one place.
+/// What the page adds to the style sheet of all pages.
 const STYLE: &str = "
-:root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1d2228; --soft: #5c6670; --line: #dfe3e7;
-  --empty: #2563c9; --learned: #5b3fb5; --walk: #0f8a9d; --full: #2f8f4e; --untar: #c8741a; --loop: #a04a86; --floor: #1d2228; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaed; --soft: #9aa4ae;
-  --line: #333a41; --empty: #6fa3f7; --learned: #a78bfa; --walk: #4cc3d4; --full: #68c587; --untar: #efa254; --loop: #d98fc2; --floor: #e8eaed; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; font-weight: 650; }
-h2 { font-size: 1.05rem; margin: 2.4rem 0 .3rem; font-weight: 650; }
-p { margin: .3rem 0; } .soft { color: var(--soft); } code { font: .92em ui-monospace, monospace; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0 0; }
-.tile { flex: 1 1 11rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.7rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .88rem; }
-figure { margin: .6rem 0 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 36rem; height: auto; font: 13px system-ui, sans-serif; }
-svg text { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
+:root { --empty: #2563c9; --learned: #5b3fb5; --walk: #0f8a9d; --full: #2f8f4e; --untar: #c8741a; --loop: #a04a86; --floor: #1d2228; }
+@media (prefers-color-scheme: dark) { :root { --empty: #6fa3f7; --learned: #a78bfa; --walk: #4cc3d4; --full: #68c587; --untar: #efa254;
+  --loop: #d98fc2; --floor: #e8eaed; } }
+main { max-width: 60rem; }
+svg { min-width: 36rem; font: 13px system-ui, sans-serif; } svg .axis { stroke: var(--soft); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.5; } svg .floor { stroke: var(--floor); stroke-dasharray: 4 4; }
 svg .line { fill: none; stroke-width: 2.25; stroke-linejoin: round; } svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td.wide, th:last-child { text-align: left; padding-left: 1.5rem; } td.wide { white-space: normal; min-width: 14rem; } th { color: var(--soft); font-weight: 500; }
-@media print { body { background: none; } }
+th, td { padding: .35rem .6rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } td:last-child { text-align: right; padding-left: .6rem; }
+td.wide { text-align: left; padding-left: 1.5rem; white-space: normal; min-width: 14rem; }
 ";
 
 /// The whole report.
 #[must_use]
 pub fn html(outcome: &Outcome) -> String {
-    let mut out = String::with_capacity(64 * 1024);
     let command = escape(&outcome.command);
     let is_spread = outcome.rows.iter().any(|row| row.runs.len() > 1);
-    let _ = write!(
-        out,
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>Cold start: {command}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n\
-         <h1>Cold start of <code>{command}</code></h1>\n<p class=\"soft\">{}</p>\n",
-        setting(outcome),
-    );
+    let heading = format!("Cold start of <code>{command}</code>");
+    let mut out = page::begin(&format!("Cold start: {command}"), STYLE, &heading);
+    let _ = writeln!(out, "<p class=\"soft\">{}</p>", setting(outcome));
     tiles(&mut out, outcome);
     let _ = write!(
         out,
@@ -74,7 +55,7 @@ pub fn html(outcome: &Outcome) -> String {
     }
     table(&mut out, outcome);
     notes(&mut out, outcome);
-    out.push_str("</main>\n</body>\n</html>\n");
+    out.push_str(page::END);
     out
 }
 
@@ -135,11 +116,7 @@ fn tiles(out: &mut String, outcome: &Outcome) {
             outcome.touched.travels()
         ),
     ));
-    out.push_str("<div class=\"tiles\">\n");
-    for (figure, meaning) in tiles {
-        let _ = writeln!(out, "<div class=\"tile\"><b>{figure}</b><span>{meaning}</span></div>");
-    }
-    out.push_str("</div>\n");
+    page::tiles(out, &tiles);
 }
 
 /// The figures behind the charts.

@@ -9,36 +9,21 @@ use std::fmt::Write as _;
 use super::{FileSum, micros, sums};
 use crate::device::trace::{Trace, TracedRead};
 use crate::excerpt;
+use crate::page;
 use crate::profile::ReadFrom;
 use crate::quantity::{show_count, show_size};
 
-/// Colours by role, so that light and dark differ in one place.
+/// What the page adds to the style sheet of all pages.
 const STYLE: &str = "
-:root { color-scheme: light dark; --page: #fcfcfb; --card: #ffffff; --ink: #1d2228; --soft: #5c6670; --line: #dfe3e7;
-  --memory: #2f8f4e; --disk: #2563c9; --origin: #c8501a; --peer: #8a5cc2; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1c2024; --ink: #e8eaed; --soft: #9aa4ae;
-  --line: #333a41; --memory: #68c587; --disk: #6fa3f7; --origin: #ef8a54; --peer: #c39bf0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 84rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; font-weight: 650; overflow-wrap: anywhere; }
-h2 { font-size: 1.05rem; margin: 2.4rem 0 .3rem; font-weight: 650; }
-p { margin: .3rem 0; } .soft { color: var(--soft); } code { font: .92em ui-monospace, monospace; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0 0; }
-.tile { flex: 1 1 11rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.7rem; font-weight: 650; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .88rem; }
-figure { margin: .6rem 0 0; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 52rem; height: auto; font: 11px ui-monospace, monospace; }
-svg text { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .grid { stroke: var(--line); }
+:root { --memory: #2f8f4e; --disk: #2563c9; --origin: #c8501a; --peer: #8a5cc2; }
+@media (prefers-color-scheme: dark) { :root { --memory: #68c587; --disk: #6fa3f7; --origin: #ef8a54; --peer: #c39bf0; } }
+main { max-width: 84rem; }
+svg { min-width: 52rem; font: 11px ui-monospace, monospace; }
 .memory { fill: var(--memory); } .disk { fill: var(--disk); } .origin { fill: var(--origin); } .peer { fill: var(--peer); } .track { fill: var(--line); opacity: .35; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin: 0 .35em 0 1em; vertical-align: -.05em; }
 .key.memory { background: var(--memory); } .key.disk { background: var(--disk); } .key.origin { background: var(--origin); } .key.peer { background: var(--peer); }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:last-child, td:last-child { text-align: left; padding-left: 1.5rem; font-family: ui-monospace, monospace; } th { color: var(--soft); font-weight: 500; }
-@media print { body { background: none; } }
+th, td { padding: .25rem .6rem; }
+th:last-child, td:last-child { font-family: ui-monospace, monospace; }
 ";
 
 /// Width of the drawing, in SVG units; the part of it for names, and the height of a row.
@@ -57,13 +42,11 @@ const MOST_ROWS: usize = 400;
 pub(super) fn html(trace: &Trace) -> String {
     let sums = sums(trace);
     let source = escape(&trace.source);
-    let mut out = String::with_capacity(64 << 10);
-    let _ = write!(
+    let heading = format!("Start of <code>{source}</code>");
+    let mut out = page::begin(&format!("Start of {source}"), STYLE, &heading);
+    let _ = writeln!(
         out,
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>Start of {source}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n\
-         <h1>Start of <code>{source}</code></h1>\n<p class=\"soft\">{}</p>\n",
+        "<p class=\"soft\">{}</p>",
         if trace.is_over {
             "From the first read to the last."
         } else {
@@ -92,7 +75,7 @@ pub(super) fn html(trace: &Trace) -> String {
             show_count(trace.left_out)
         );
     }
-    out.push_str("</main>\n</body>\n</html>\n");
+    out.push_str(page::END);
     out
 }
 
@@ -121,8 +104,7 @@ fn tiles(out: &mut String, trace: &Trace) {
         .filter_map(|read| read.waited_us)
         .collect();
     let all = bytes(None);
-    out.push_str("<div class=\"tiles\">\n");
-    for (value, what) in [
+    let tiles = [
         (micros(trace.lasted_us()), "from the first read to the last".to_owned()),
         (
             show_size(all),
@@ -139,10 +121,8 @@ fn tiles(out: &mut String, trace: &Trace) {
                 micros(waits.iter().sum())
             ),
         ),
-    ] {
-        let _ = writeln!(out, "<div class=\"tile\"><b>{value}</b><span>{what}</span></div>");
-    }
-    out.push_str("</div>\n");
+    ];
+    page::tiles(out, &tiles);
 }
 
 /// A number of microseconds as a coordinate's factor.
