@@ -46,7 +46,7 @@ pub use cost::{KnownBy, LayerCost, PrepareCost};
 pub use dedup::{MOST_DONORS, PROVEN_WHOLE, SharedExtent, SharedPayloads, ShortDigest};
 pub use deduplicator::Deduplicator;
 pub use error::{FetchError, StartError};
-pub use options::{FetchOptions, OpenOptions, PoolOptions};
+pub use options::{FetchOptions, OpenOptions, PoolOptions, USUAL_CONNECTIONS};
 pub use pool::FetchPool;
 pub use stats::{BytesByOrigin, FetchStats, HintStats, HintTotal, Percentiles, PoolStats, Wait};
 pub use trust::{BytesTrust, IndexTrust, KeyId, LayerTrust};

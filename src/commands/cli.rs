@@ -23,6 +23,7 @@ pub(super) use run::{NetworkArg, RunArgs};
 pub(super) use start::{ProfileAction, ProfileArgs, ProfileCopyArgs, ProfileRmArgs, ProfileShowArgs, TraceArgs};
 
 use crate::digest::Digest;
+use crate::fetch::USUAL_CONNECTIONS;
 use crate::http::Secret;
 use crate::open::{IndexChoice, LayerChoice};
 use crate::quantity::{parse_rate, parse_size, parse_time};
@@ -299,12 +300,22 @@ pub struct FetchArgs {
     #[arg(long, help_heading = "Device options", value_name = "TIME", value_parser = parse_time)]
     pub deadline: Option<Duration>,
     /// Connections to the server at most.
-    #[arg(long, help_heading = "Device options", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), default_value = "16")]
+    #[arg(long, help_heading = "Device options", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256), default_value_t = USUAL_CONNECTIONS)]
     pub connections: u16,
 }
 
+impl Default for FetchArgs {
+    fn default() -> Self {
+        Self {
+            memory: None,
+            deadline: None,
+            connections: USUAL_CONNECTIONS,
+        }
+    }
+}
+
 /// How a device is made.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct DeviceArgs {
     /// What makes the block device: ublk, or a FUSE file under a loop device where the kernel has no ublk.
     #[arg(long, help_heading = "Device options", value_enum, default_value_t = BackendArg::Auto)]

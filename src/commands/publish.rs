@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::Session;
 use super::attach::states;
-use super::cli::{BackendArg, CopyArgs, DeviceArgs, FetchArgs, LayerArgs, PushArgs, RegistryArgs, TrustArg};
+use super::cli::{CopyArgs, DeviceArgs, LayerArgs, PushArgs, RegistryArgs, TrustArg};
 use super::container_image::ContainerImage;
 use super::layer::Bar;
 use super::output::{Table, print, println};
@@ -97,30 +97,19 @@ fn learned_by_running(container: ContainerRun, args: &PushArgs, session: Session
             ..args.registry.clone()
         },
     };
-    let device = DeviceArgs {
-        backend: BackendArg::Auto,
-        queues: None,
-        fetch: FetchArgs {
-            memory: None,
-            deadline: None,
-            connections: 16,
-        },
-    };
     let found = ContainerImage::find(&layer, "index push --run", session)?;
-    let mut trace = None;
-    let status = container.run(&found, &device, session, &mut |device| {
-        trace = Some(service::trace(&states(), device));
+    let mut read = None;
+    let status = container.run(&found, &DeviceArgs::default(), session, &mut |prepared, device| {
+        read = Some((prepared.profiles(), service::trace(&states(), device)));
     })?;
     if status != 0 {
         bail!(
             "--run: the command ended with status {status}, so the indexes are in the repository but nothing refers to them yet"
         );
     }
-    let reads = trace.transpose()?.map(|trace| trace.recorded()).unwrap_or_default();
-    let prepared = super::layer::prepare(&found.layer, session)?;
-    let profiles = prepared
-        .profiles()
-        .context("--run: nothing tells the image's layers from others")?;
+    let (profiles, trace) = read.context("--run: there was no device")?;
+    let reads = trace?.recorded();
+    let profiles = profiles.context("--run: nothing tells the image's layers from others")?;
     let mut profile = Profile::new(profiles.layers().to_vec());
     profile.learn(&StartRun::of(&reads));
     if profile.count() == 0 {

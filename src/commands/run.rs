@@ -15,6 +15,7 @@ use crate::container::{
 use crate::device::state::State;
 use crate::interrupt::Interrupted;
 use crate::mount::{MountOptions, Upper};
+use crate::open::Prepared;
 
 /// The container has ended: with this exit status.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
@@ -39,7 +40,7 @@ pub(super) fn run(args: &RunArgs, session: Session) -> anyhow::Result<()> {
         overlay: args.overlay.clone(),
         fetch_all: args.fetch_all,
     };
-    match container.run(&found, &args.device, session, &mut |_| ())? {
+    match container.run(&found, &args.device, session, &mut |_, _| ())? {
         0 => Ok(()),
         other => Err(Ended(other).into()),
     }
@@ -78,8 +79,8 @@ impl ContainerRun {
         })
     }
 
-    /// Runs it, and takes everything away afterwards; returns its exit status. `ended` is told of the device when the program has ended and
-    /// the device is still there.
+    /// Runs it, and takes everything away afterwards; returns its exit status. `ended` is told what was found and of the device, when the
+    /// program has ended and the device is still there.
     ///
     /// # Errors
     /// When there is no container.
@@ -88,10 +89,10 @@ impl ContainerRun {
         found: &ContainerImage,
         device: &DeviceArgs,
         session: Session,
-        ended: &mut dyn FnMut(&State),
+        ended: &mut dyn FnMut(&Prepared, &State),
     ) -> anyhow::Result<u8> {
         let settings = ImageSettings::parse(&found.image.config.json)?;
-        let (_, request) = found.request(device, self.fetch_all, session)?;
+        let (prepared, request) = found.request(device, self.fetch_all, session)?;
         upgrade_other();
         // From here on there is something to take away.
         let signals = Signals::catch().context("cannot catch signals")?;
@@ -111,7 +112,7 @@ impl ContainerRun {
             }
             bundle.prepare(&settings, &self.wanted)?;
             let status = bundle.run(&self.runtime, &self.wanted, &signals, settings.stop_signal())?;
-            ended(&attached.state);
+            ended(&prepared, &attached.state);
             Ok(status)
         };
         let outcome = run();

@@ -27,11 +27,14 @@ pub struct PoolOptions {
     pub tls: Option<Arc<ClientConfig>>,
 }
 
+/// Connections to all servers together at most, unless something else is said.
+pub const USUAL_CONNECTIONS: u16 = 16;
+
 impl Default for PoolOptions {
     fn default() -> Self {
         Self {
             memory_bytes: 64 << 20,
-            connections: 16,
+            connections: usize::from(USUAL_CONNECTIONS),
             timeouts: Timeouts {
                 connect: Duration::from_secs(10),
                 head: Duration::from_secs(15),

@@ -3,7 +3,7 @@
 //! layers gain.
 //!
 //! A file that is damaged, of another version or of other layers is as none: what is learned next takes its place. Each is written
-//! whole or not at all; there are at most [`MAX_PROFILES`], and those not used the longest go.
+//! whole or not at all; there are at most `MAX_PROFILES`, and those not used the longest go.
 
 use std::fmt;
 use std::fs::{self, DirBuilder};
@@ -180,13 +180,13 @@ impl ImageProfiles {
         (profile.layers() == self.layers).then_some(profile)
     }
 
-    /// Keeps what is published of the image; whether it is of this image.
+    /// Keeps what is published of the image, if that is not what is kept; whether it is of this image.
     ///
     /// # Errors
     /// When it cannot be kept.
     pub fn keep_published(&self, profile: &Profile) -> io::Result<bool> {
         let is_own = profile.layers() == self.layers;
-        if is_own {
+        if is_own && self.published().as_ref() != Some(profile) {
             self.profiles.save(self.key(), Kind::Published, profile)?;
         }
         Ok(is_own)
