@@ -21,7 +21,7 @@ use tarblk::internals::open::publish::{PushOptions, push};
 use tarblk::internals::open::{
     Cache, Fetching, IndexChoice, OpenOptions, Opened, Shared, TrustPolicy, Unwatched, prepare,
 };
-use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
+use tarblk::internals::source::registry::Reference;
 use tarblk::internals::units::{LayerId, TarOffset, TarRange};
 
 const KINDS: [&str; 3] = ["tar", "tar+gzip", "tar+zstd"];
@@ -83,24 +83,11 @@ fn packed(tar: &[u8], kind: &str) -> Vec<u8> {
 
 /// Puts an image of these layers into a registry, with indexes that its manifest names; the digests of its layers' blobs.
 fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer], kind: &str) -> Vec<(Digest, u64)> {
-    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": common::sha256(bytes).to_string(), "size": bytes.len() });
-    let diff_ids: Vec<_> = layers
-        .iter()
-        .map(|layer| common::sha256(&layer.tar).to_string())
-        .collect();
-    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
-    let config = config.to_string().into_bytes();
-    registry.put_blob(&config);
     let blobs: Vec<Vec<u8>> = layers.iter().map(|layer| packed(&layer.tar, kind)).collect();
     let media_type = format!("application/vnd.oci.image.layer.v1.{kind}");
-    let described: Vec<_> = blobs.iter().map(|blob| descriptor(blob, &media_type)).collect();
-    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(&config, "application/vnd.oci.image.config.v1+json"), "layers": described });
-    let blobs = blobs
-        .iter()
-        .map(|blob| (registry.put_blob(blob), u(blob.len())))
-        .collect();
-    registry.put_manifest(name, "plain", OCI_MANIFEST, manifest.to_string().as_bytes());
+    let both = layers.iter().zip(&blobs);
+    let put: Vec<_> = both.map(|(layer, blob)| (&*layer.tar, &**blob, &*media_type)).collect();
+    registry.put_image(name, "plain", &put);
     let reference = Reference::parse(&format!("{}/{name}:plain", registry.host())).unwrap();
     let how = PushOptions {
         into: Some("latest".to_owned()),
@@ -112,7 +99,8 @@ fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer], kind: &str)
     };
     push(&reference, &registry_options(2), &how, &mut Unwatched).unwrap();
     registry.take_log();
-    blobs
+    let described = blobs.iter().map(|blob| (common::sha256(blob), u(blob.len())));
+    described.collect()
 }
 
 /// A machine with a cache and a service.

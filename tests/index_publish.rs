@@ -102,23 +102,11 @@ fn list(index: &[u8], layer: &Digest) -> Listed {
 
 /// Puts an image of these layers into a registry.
 fn put_image(registry: &TestRegistry, name: &str, layers: &[&Layer]) -> Reference {
-    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": sha256(bytes), "size": bytes.len() });
-    let diff_ids: Vec<_> = layers.iter().map(|layer| sha256(&layer.tar)).collect();
-    let rootfs = serde_json::json!({ "type": "layers", "diff_ids": diff_ids });
-    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "author": name, "rootfs": rootfs });
-    let config = config.to_string().into_bytes();
-    registry.put_blob(&config);
-    for layer in layers {
-        registry.put_blob(&layer.blob);
-    }
-    let listed: Vec<_> = layers
+    let put: Vec<_> = layers
         .iter()
-        .map(|layer| descriptor(&layer.blob, layer.media_type))
+        .map(|layer| (&*layer.tar, &*layer.blob, layer.media_type))
         .collect();
-    let config = descriptor(&config, "application/vnd.oci.image.config.v1+json");
-    let manifest =
-        serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": listed });
-    registry.put_manifest(name, "latest", OCI_MANIFEST, manifest.to_string().as_bytes());
+    registry.put_image(name, "latest", &put);
     reference(registry, name)
 }
 

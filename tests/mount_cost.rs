@@ -23,7 +23,7 @@ use tarblk::internals::bench::origin::Origin;
 use tarblk::internals::fetch::{KnownBy, PrepareCost};
 use tarblk::internals::open::publish::{PushOptions, push};
 use tarblk::internals::open::{Cache, IndexChoice, OpenOptions, TrustPolicy, Unwatched, prepare};
-use tarblk::internals::source::registry::{OCI_MANIFEST, Reference};
+use tarblk::internals::source::registry::Reference;
 
 const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -50,22 +50,9 @@ fn put_image(registry: &TestRegistry, name: &str, tars: &[Vec<u8>], kind: &str) 
         .iter()
         .map(|tar| if kind == GZIP { gzip(tar) } else { tar.clone() })
         .collect();
-    let digest = |bytes: &[u8]| common::sha256(bytes).to_string();
-    let descriptor = |bytes: &[u8], kind: &str| serde_json::json!({ "mediaType": kind, "digest": digest(bytes), "size": bytes.len() });
-    let diff_ids: Vec<_> = tars.iter().map(|tar| digest(tar)).collect();
-    let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
-    let config = config.to_string().into_bytes();
-    registry.put_blob(&config);
-    let layers: Vec<_> = blobs
-        .iter()
-        .map(|blob| {
-            registry.put_blob(blob);
-            descriptor(blob, kind)
-        })
-        .collect();
-    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(&config, "application/vnd.oci.image.config.v1+json"), "layers": layers });
-    registry.put_manifest(name, "latest", OCI_MANIFEST, manifest.to_string().as_bytes());
+    let both = tars.iter().zip(&blobs);
+    let layers: Vec<_> = both.map(|(tar, blob)| (&**tar, &**blob, kind)).collect();
+    registry.put_image(name, "latest", &layers);
     blobs.iter().map(|blob| u64::try_from(blob.len()).unwrap()).sum()
 }
 

@@ -24,7 +24,6 @@ use scripted::TestRegistry;
 use serde_json::{Value, json};
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::profile::{MAX_PROFILE_BYTES, Profile};
-use tarblk::internals::source::registry::OCI_MANIFEST;
 
 /// A chunk, by which layers are fetched.
 const CHUNK: u64 = 32 << 10;
@@ -397,24 +396,11 @@ fn a_service_that_was_killed_knows_no_start_and_takes_no_harm() {
 /// Puts an image into a registry.
 fn put_image(registry: &TestRegistry, name: &str, tars: &[Vec<u8>]) {
     let blobs: Vec<Vec<u8>> = tars.iter().map(|tar| gzip(tar)).collect();
-    let digest = |bytes: &[u8]| common::sha256(bytes).to_string();
-    let descriptor =
-        |bytes: &[u8], kind: &str| json!({ "mediaType": kind, "digest": digest(bytes), "size": bytes.len() });
-    let diff_ids: Vec<_> = tars.iter().map(|tar| digest(tar)).collect();
-    let config =
-        json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": diff_ids } });
-    let config = config.to_string().into_bytes();
-    registry.put_blob(&config);
-    let layers: Vec<_> = blobs
-        .iter()
-        .map(|blob| {
-            registry.put_blob(blob);
-            descriptor(blob, "application/vnd.oci.image.layer.v1.tar+gzip")
-        })
+    let both = tars.iter().zip(&blobs);
+    let layers: Vec<_> = both
+        .map(|(tar, blob)| (&**tar, &**blob, "application/vnd.oci.image.layer.v1.tar+gzip"))
         .collect();
-    let manifest = json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST,
-        "config": descriptor(&config, "application/vnd.oci.image.config.v1+json"), "layers": layers });
-    registry.put_manifest(name, "latest", OCI_MANIFEST, manifest.to_string().as_bytes());
+    registry.put_image(name, "latest", &layers);
 }
 
 /// How this test talks to its registry, and whom it believes.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tarblk::internals::digest::{Algorithm, Digest};
+use tarblk::internals::source::registry::OCI_MANIFEST;
 
 /// How the registry wants to be asked.
 #[derive(Clone, Debug, Default)]
@@ -247,6 +248,33 @@ impl TestRegistry {
             );
         }
         digest
+    }
+
+    /// Puts an image of these layers there, each as its tar, its blob and that one's media type.
+    pub(crate) fn put_image(&self, repository: &str, tag: &str, layers: &[(&[u8], &[u8], &str)]) -> Digest {
+        let put = |bytes: &[u8], media_type: &str| {
+            let digest = self.put_blob(bytes).to_string();
+            serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() })
+        };
+        let diff_ids: Vec<_> = layers
+            .iter()
+            .map(|(tar, ..)| Digest::of(Algorithm::Sha256, tar).to_string())
+            .collect();
+        let rootfs = serde_json::json!({ "type": "layers", "diff_ids": diff_ids });
+        // The author, so that images of the same layers are different ones.
+        let config =
+            serde_json::json!({ "architecture": "amd64", "os": "linux", "author": repository, "rootfs": rootfs });
+        let config = put(
+            config.to_string().as_bytes(),
+            "application/vnd.oci.image.config.v1+json",
+        );
+        let layers: Vec<_> = layers
+            .iter()
+            .map(|(_, blob, media_type)| put(blob, media_type))
+            .collect();
+        let manifest =
+            serde_json::json!({ "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers });
+        self.put_manifest(repository, tag, OCI_MANIFEST, manifest.to_string().as_bytes())
     }
 
     /// How many connections came to the registry itself.
