@@ -42,8 +42,8 @@ trait System {
     fn publish(&mut self, stage: &Stage, layer: &Layer) -> Result<(), Failure>;
 
     /// Brings into being what a machine has running before a start: daemons without any of the layer's bytes. `work` is an empty
-    /// directory on disk for this run.
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure>;
+    /// directory on disk for this run, `workload` what will be run in it.
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure>;
 }
 
 /// A system that is ready to start something.
@@ -186,45 +186,51 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
+/// Runs a workload to its end with `root` as its root directory; `ended` is told when that was, before anything is taken down.
+fn execute<T>(root: &Path, workload: &Workload, ended: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let mounts = ChrootMounts::new(root)?;
+    let output = Command::new("chroot")
+        .arg(root)
+        .args(workload.command)
+        .current_dir("/")
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()?;
+    let told = ended();
+    drop(mounts);
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{}: {}", output.status, said.trim()).into());
+    }
+    told
+}
+
 /// One cold start.
 fn run(stage: &Stage, system: &dyn System, workload: &Workload, link: Link) -> Result<Run, Failure> {
-    let layer = stage.layer(workload.layer)?;
     let work = stage.directory()?;
     let root = stage.root()?;
-    let mut ready = system.ready(stage, layer, work.path())?;
+    let mut ready = system.ready(stage, workload, work.path())?;
     drop_caches()?;
     stage.origin.set_link(link);
     let _ = stage.origin.take_log();
     let clock = Instant::now();
     let ran = ready.start(&root).and_then(|()| {
-        let mounts = ChrootMounts::new(&root)?;
-        let ended = Command::new("chroot")
-            .arg(&root)
-            .args(workload.command)
-            .current_dir("/")
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .output()?;
-        let took = clock.elapsed();
-        let log = stage.origin.log();
-        let memory = memory_of(work.path())?;
-        drop(mounts);
-        if !ended.status.success() {
-            let said = String::from_utf8_lossy(&ended.stderr);
-            return Err(format!("{}: {}", ended.status, said.trim()).into());
-        }
-        Ok(Run {
-            took,
-            bytes: log
-                .timeline
-                .iter()
-                .rfind(|(at, _)| *at <= took)
-                .map_or(0, |point| point.1),
-            requests: log.arrived,
-            memory,
+        execute(&root, workload, || {
+            let took = clock.elapsed();
+            let log = stage.origin.log();
+            Ok(Run {
+                took,
+                bytes: log
+                    .timeline
+                    .iter()
+                    .rfind(|(at, _)| *at <= took)
+                    .map_or(0, |point| point.1),
+                requests: log.arrived,
+                memory: memory_of(work.path())?,
+            })
         })
     });
     stage.origin.set_link(Link::default());

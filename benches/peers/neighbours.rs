@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ::tarblk::internals::digest::{Algorithm, Digest};
 
 use super::stage::{Layer, Stage, download, last_words, run};
-use super::{Failure, Ready, System, WORKLOADS};
+use super::{Failure, Ready, System, WORKLOADS, Workload, execute};
 
 /// How long a neighbour may take until its root is there.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -95,6 +95,12 @@ fn unmount(root: &Path) {
     let _ = run(Command::new("umount").arg("-l").arg(root));
 }
 
+/// Unpacks a layer into `tree`, which is made, for what is made of directories.
+fn unpack(layer: &Layer, tree: &Path) -> Result<(), Failure> {
+    fs::create_dir(tree)?;
+    run(Command::new("tar").arg("-xf").arg(&layer.tar).arg("-C").arg(tree))
+}
+
 /// Serves a file as a blob of a repository; returns its digest.
 fn serve_blob(stage: &Stage, repository: &str, file: &Path) -> Result<String, Failure> {
     let digest = Digest::of(Algorithm::Sha256, &fs::read(file)?).to_string();
@@ -152,7 +158,8 @@ impl System for Stargz {
         Ok(())
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         let found = self.layers.iter().find(|(name, ..)| *name == layer.name);
         let (_, digest, toc) = found.ok_or("this layer was not converted")?;
         let mut server = Command::new(STARGZ)
@@ -240,13 +247,7 @@ fn files_read(stage: &Stage, layer: &Layer) -> Result<String, Failure> {
         let mark = root.join("tarblk-mark");
         File::create(&mark)?;
         std::thread::sleep(Duration::from_millis(50));
-        {
-            let _mounts = ::tarblk::internals::bench::ChrootMounts::new(&root)?;
-            run(Command::new("chroot")
-                .arg(&root)
-                .args(recorded.command)
-                .stdout(Stdio::null()))?;
-        }
+        execute(&root, recorded, || Ok(()))?;
         let list = Command::new("find")
             .arg(&root)
             .args(["-xdev", "-type", "f", "-anewer"])
@@ -305,8 +306,7 @@ impl System for Nydus {
         if self.unmodified {
             create.args(["--type", "targz-ref"]).arg(&layer.gzip);
         } else {
-            fs::create_dir(&tree)?;
-            run(Command::new("tar").arg("-xf").arg(&layer.tar).arg("-C").arg(&tree))?;
+            unpack(layer, &tree)?;
             create.args(["--type", "directory"]).arg(&tree);
         }
         run(create.stdout(Stdio::null()))?;
@@ -321,7 +321,8 @@ impl System for Nydus {
         stage.serve(&self.bootstrap(layer), &bootstrap)
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         let config = serde_json::json!({
             "device": {
                 "backend": {
@@ -402,7 +403,8 @@ impl System for Ratarmount {
         stage.serve(&format!("/{}.sqlite", layer.name), &maker.file("index"))
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         Ok(Box::new(Ratar::new(stage, layer, work)))
     }
 }
@@ -482,13 +484,13 @@ impl System for Nbdkit {
         }
         let work = stage.directory()?;
         let (tree, image) = (work.path().join("tree"), work.path().join("image"));
-        fs::create_dir(&tree)?;
-        run(Command::new("tar").arg("-xf").arg(&layer.tar).arg("-C").arg(&tree))?;
+        unpack(layer, &tree)?;
         run(Command::new("mkfs.erofs").arg(&image).arg(&tree).stdout(Stdio::null()))?;
         stage.serve(&format!("/{}.erofs", layer.name), &image)
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         let dir = work.join("nbd");
         fs::create_dir(&dir)?;
         Ok(Box::new(Nbd {

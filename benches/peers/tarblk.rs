@@ -1,10 +1,11 @@
 //! tarblk in each of its forms.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::stage::{Layer, Stage, run};
-use super::{Failure, Ready, System};
+use super::{Failure, Ready, System, Workload, execute};
 
 /// The forms: what is served, whether there is an index, what is kept of an earlier start.
 pub(crate) fn systems() -> Vec<Box<dyn System>> {
@@ -37,6 +38,8 @@ pub(crate) fn systems() -> Vec<Box<dyn System>> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kept {
     Nothing,
+    /// What one start of the same command read: the profile, and no byte of the layer or its index.
+    Profile,
     /// The whole layer.
     All,
 }
@@ -104,10 +107,24 @@ impl System for Tarblk {
         Ok(())
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         let full = self.full.iter().find(|(name, _)| *name == layer.name);
         let cache = full.map_or_else(|| work.join("cache"), |(_, cache)| cache.path().into());
-        Ok(Box::new(self.mount(stage, layer, &cache, &work.join("states"))))
+        let mut mount = self.mount(stage, layer, &cache, &work.join("states"));
+        if self.kept == Kept::Profile {
+            let root = stage.root()?;
+            let ran = mount.start(&root).and_then(|()| execute(&root, workload, || Ok(())));
+            mount.stop(&root);
+            ran?;
+            for entry in fs::read_dir(&cache)? {
+                let path = entry?.path();
+                if path.is_dir() && !path.ends_with("profiles") {
+                    fs::remove_dir_all(&path)?;
+                }
+            }
+        }
+        Ok(Box::new(mount))
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::stage::{Layer, Stage, run};
-use super::{Failure, Ready, System};
+use super::{Failure, Ready, System, Workload};
 
 /// Download and untar, for each form.
 pub(crate) fn systems() -> Vec<Box<dyn System>> {
@@ -35,7 +35,8 @@ impl System for Unpack {
         Ok(())
     }
 
-    fn ready(&self, stage: &Stage, layer: &Layer, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+    fn ready(&self, stage: &Stage, workload: &Workload, work: &Path) -> Result<Box<dyn Ready>, Failure> {
+        let layer = stage.layer(workload.layer)?;
         let url = stage.origin.url(&format!("/{}.{}", layer.name, self.ending));
         let into = work.join("unpacked");
         std::fs::create_dir(&into)?;
