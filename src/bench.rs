@@ -47,6 +47,8 @@ pub struct BenchOptions {
     pub runs: u32,
     /// Options for `tarblk mount`, as typed: back end, memory, connections.
     pub mount_options: Vec<OsString>,
+    /// How far apart entry points of the indexes that are made lie, in bytes of the tar, if not as far as is usual.
+    pub spacing: Option<u64>,
     /// A directory for downloads, caches and mount points; a directory of this run's own is made in it and removed.
     pub scratch: PathBuf,
     /// What runs in the layer, with its arguments; never empty.

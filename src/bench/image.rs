@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::origin::Origin;
 use super::stage::{Layer, MountArguments, Stage, tar_option};
 use super::whiteouts::Whiteouts;
-use super::{BenchError, Watch, child};
+use super::{BenchError, Watch};
 use crate::digest::{Algorithm, Digest};
 use crate::index::Index;
 use crate::open::{artifact, publish};
@@ -87,13 +87,7 @@ impl Stage<'_> {
             };
             let digest = &layer.descriptor.digest;
             let file = self.scratch().join(format!("layer-{number}.tarblk"));
-            let mut make = self.tarblk();
-            make.arg("index")
-                .arg(blob)
-                .arg("-o")
-                .arg(&file)
-                .args(["--full", "--quiet"]);
-            child::run(&mut make, self.scratch(), self.interrupt)?;
+            self.index(blob.as_ref(), &file, true)?;
             let bad = |cause| failed()(io::Error::other(cause));
             let index = Index::open(fs::read(&file).map_err(failed())?).map_err(bad)?;
             let entry = publish::listed(&index, digest);

@@ -143,16 +143,7 @@ impl<'a> Stage<'a> {
         let origin = Origin::start().map_err(BenchError::step("cannot start an HTTP origin on loopback"))?;
         let index = self.scratch().join("layer.tarblk");
         watch.step("reading the headers", 0, 0);
-        child::run(
-            self.tarblk()
-                .arg("index")
-                .arg(layer)
-                .arg("-o")
-                .arg(&index)
-                .arg("--quiet"),
-            self.scratch(),
-            self.interrupt,
-        )?;
+        self.index(layer.as_ref(), &index, false)?;
         self.serve(&origin, "/layer.tar", layer)?;
         self.serve(&origin, "/layer.tar.tarblk", &index)?;
         self.serve_merged(&origin, layer.as_ref(), watch)?;
@@ -161,6 +152,20 @@ impl<'a> Stage<'a> {
             .len();
         self.set_layer(&origin.url("/layer.tar"), origin.url("/layer.tar.tarblk").into())?;
         self.begin(origin);
+        Ok(())
+    }
+
+    /// Has an index of a layer written, with all that one can hold if it is to be `full`.
+    pub(super) fn index(&self, layer: &OsStr, to: &Path, full: bool) -> Result<(), BenchError> {
+        let mut make = self.tarblk();
+        make.arg("index").arg(layer).arg("-o").arg(to).arg("--quiet");
+        if full {
+            make.arg("--full");
+        }
+        if let Some(spacing) = self.options.spacing {
+            make.arg("--spacing").arg(spacing.to_string());
+        }
+        child::run(&mut make, self.scratch(), self.interrupt)?;
         Ok(())
     }
 
@@ -234,11 +239,7 @@ impl<'a> Stage<'a> {
         } else {
             watch.step("reading the headers", 0, 0);
             let index = self.scratch().join("layer.tarblk");
-            child::run(
-                self.tarblk().arg("index").arg(url).arg("-o").arg(&index).arg("--quiet"),
-                self.scratch(),
-                self.interrupt,
-            )?;
+            self.index(url.as_ref(), &index, false)?;
             index.into()
         };
         self.set_layer(url, index)

@@ -111,6 +111,7 @@ pub(super) fn options(args: &BenchArgs) -> anyhow::Result<BenchOptions> {
         rows,
         runs: args.runs,
         mount_options: mount_options(&args.device),
+        spacing: args.spacing,
         scratch: args.scratch.clone().unwrap_or_else(default_scratch),
         command: args.command.clone(),
     })
