@@ -2,6 +2,8 @@
 //! that is not what an index vouches for.
 
 mod fetched;
+#[path = "common/noise.rs"]
+mod noise;
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, in_file, joined, kept_files, quick, range, read, sha256, u};
+use fetched::{at_origin, hammer, in_file, joined, kept_files, quick, range, read, sha256, u, wait_until};
+use noise::noise;
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};
@@ -20,6 +23,7 @@ use tarblk::internals::fetch::{
 };
 use tarblk::internals::index::{ColdDirectory, ColdPart, EndOfArchive, Index, IndexBuilder, LayerIdentity};
 use tarblk::internals::layer::{Begins, Coding, Indexer, Spans};
+use tarblk::internals::prefetch::ChunkRange;
 use tarblk::internals::source::{Blob, LayerSpec};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::LayerId;
@@ -243,7 +247,7 @@ fn a_failing_server_costs_time_and_no_bytes() {
             Fault::Silence,
             Fault::SlowBody(4000),
         ];
-        origin.set_faults(at_random(11, 350, menu));
+        origin.set_faults(at_random(11, 500, menu));
         let dir = tempfile::tempdir().unwrap();
         let options = || FetchOptions {
             store: Some(DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap()),
@@ -273,6 +277,79 @@ fn a_failing_server_costs_time_and_no_bytes() {
             fetcher.stats().bytes_fetched < u(made.blob.len()),
             "{way:?}: nothing was kept"
         );
+    }
+}
+
+/// As [`quick`], with room for all that comes along.
+fn roomy() -> FetchOptions {
+    FetchOptions {
+        memory_bytes: 64 << 20,
+        ..quick()
+    }
+}
+
+/// Has chunks brought as a profile says.
+fn follow(fetcher: &Fetcher, from: usize, len: usize) {
+    let chunks = ChunkRange::of(LayerId(0), range(from, len).range);
+    fetcher.follow_profile(vec![chunks]);
+    wait_until("all has come", || {
+        let is_here = !matches!(fetcher.locate(range(from, len)), Located::Elsewhere);
+        is_here && fetcher.stats().in_flight == 0
+    });
+}
+
+/// What a profile does not name of a span stays where it is; who wants it later goes on where decoding stands.
+#[test]
+fn of_a_span_no_more_is_fetched_than_a_profile_names() {
+    let tar = content(SIZE);
+    for way in [Way::Gzip, Way::OneFrame] {
+        let mut made = make_of(way, tar.clone());
+        // A long span, and one that is there so that the layer is no stream.
+        made.spans = indexed_by(Indexer::new(made.spans.table.coding(), 3_000_000), &made.blob);
+        assert_eq!(made.spans.table.len(), 2);
+        let origin = made.served();
+        let blob = u(made.blob.len());
+        let fetcher = start(made.over_http(&origin), roomy());
+        follow(&fetcher, 1_000_000, 4096);
+        let first = fetcher.stats().bytes_fetched;
+        assert!(first < blob / 2, "{way:?}: {first} of {blob}");
+        follow(&fetcher, 2_000_000, 4096);
+        let second = fetcher.stats().bytes_fetched;
+        assert!(first < second && second < blob * 2 / 3, "{way:?}: {second} of {blob}");
+        // And each byte once.
+        for at in (1_000_000..SIZE).step_by(50_000) {
+            let len = 50_000.min(SIZE - at);
+            assert!(
+                read(&fetcher, at, len).unwrap() == made.tar[at..at + len],
+                "{way:?}: {at}"
+            );
+        }
+        wait_until("all has come", || fetcher.stats().in_flight == 0);
+        let stats = fetcher.stats();
+        assert!(stats.bytes_fetched <= blob, "{way:?}: {stats:?}");
+        assert_eq!((stats.chunks_wrong, stats.errors), (0, 0));
+    }
+}
+
+/// What compresses unequally ends elsewhere in the blob than its share of the span says.
+#[test]
+fn a_wrong_guess_of_where_something_ends_costs_a_request() {
+    let noise = noise(SIZE / 2, 1);
+    let mut unequal = noise.clone();
+    unequal.resize(SIZE, b'x');
+    let mut reverse = vec![b'x'; SIZE - noise.len()];
+    reverse.extend(noise);
+    for tar in [unequal, reverse] {
+        let mut made = make_of(Way::Gzip, tar);
+        made.spans = indexed_by(Indexer::new(Coding::Gzip, 3_000_000), &made.blob);
+        let origin = made.served();
+        for at in [0, 500_000, 1_500_000, 2_400_000, 3_000_000, 4_700_000] {
+            let fetcher = start(made.over_http(&origin), roomy());
+            follow(&fetcher, at, 70_000);
+            assert!(read(&fetcher, at, 70_000).unwrap() == made.tar[at..at + 70_000], "{at}");
+            let stats = fetcher.stats();
+            assert_eq!((stats.errors, stats.chunks_wrong), (0, 0), "{at}: {stats:?}");
+        }
     }
 }
 

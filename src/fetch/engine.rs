@@ -26,6 +26,7 @@ mod flight;
 mod in_flight;
 mod layer_state;
 mod origin;
+mod parked;
 mod partial;
 mod peers;
 mod pipeline;

@@ -29,8 +29,10 @@ pub struct Decoder {
     output: Vec<u8>,
     /// The next byte to be given.
     at: u64,
-    /// Where to stop, in bytes of the tar.
+    /// Where to stop, in bytes of the tar...
     until: u64,
+    /// ...and where it has to stop, because its histories go no further or the tar ends.
+    reach: u64,
     /// Where to change from one span to the next, when only their heads count.
     heads: Option<Heads>,
     /// Where to enter a zstd frame anew, when it was entered at a block.
@@ -169,12 +171,14 @@ impl Decoder {
             span,
             end: begin.tar.end().0,
         };
+        let reach = entered.as_ref().map_or(table.tar_len(), |entered| entered.reach(table));
         Ok(Self {
             table: table.clone(),
             state,
             output: Vec::new(),
             at: begin.tar.start.0,
-            until: entered.as_ref().map_or(table.tar_len(), |entered| entered.reach(table)),
+            until: reach,
+            reach,
             entered,
             heads: (table.layout() == Layout::Heads).then_some(heads),
         })
@@ -183,8 +187,14 @@ impl Decoder {
     /// Makes it stop before byte `end` of the tar: nothing from there on is given, however much is fed.
     #[must_use]
     pub fn until(mut self, end: TarOffset) -> Self {
-        self.until = self.until.min(end.0);
+        self.set_until(end);
         self
+    }
+
+    /// Makes it stop before byte `end` of the tar, from now on. Of one that has stopped the bytes of the blob behind its position are
+    /// lost: it is not to go on.
+    pub fn set_until(&mut self, end: TarOffset) {
+        self.until = self.reach.min(end.0);
     }
 
     /// The position in the tar of the next byte that it will give.

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::fetch::stats::{PoolGauges, add, take};
 use crate::prefetch::LinkEstimate;
 use crate::prefetch::bandwidth::BdpEstimator;
-use crate::units::len_usize;
+use crate::units::{len_u64, len_usize};
 
 /// Chunks that wait to be written are memory, counted in bytes here. Above half of this nothing more is prefetched, above all
 /// of it chunks do not go to the disk cache at all.
@@ -33,6 +33,7 @@ pub(super) struct PoolBudget {
     /// Requests under way that no reader waited for when they were sent.
     prefetches: Cell<usize>,
     most_prefetches: usize,
+    connections: usize,
     /// Where the bytes are counted that wait to be written to disk caches.
     gauges: Arc<PoolGauges>,
 }
@@ -46,6 +47,7 @@ impl PoolBudget {
             asking: Cell::new(0),
             prefetches: Cell::new(0),
             most_prefetches: (connections / 2).max(1),
+            connections: connections.max(1),
             gauges,
         })
     }
@@ -106,6 +108,11 @@ impl Budget {
     /// The shortest recent round trip, once one was measured.
     pub(super) fn round_trip(&self) -> Option<Duration> {
         self.pool.bdp.borrow().round_trip()
+    }
+
+    /// The bytes that come meanwhile when one of all connections waits for an answer's head: so much is worth one request less.
+    pub(super) fn worth_of_request(&self) -> u64 {
+        self.link().held() / len_u64(self.pool.connections)
     }
 
     /// What is known of the link.

@@ -1,8 +1,9 @@
 //! Flights over compressed layers. In: chunks that are wanted. Out: the spans of the blob that hold them, fetched by one
 //! request each way, and every chunk that comes out of them.
 //!
-//! A span can only be decoded from its beginning, so spans are what flies: whatever lies in one has been paid for with the
-//! first chunk that is wanted of it, and comes along. A chunk that lies across the border of two flights is put together of
+//! A span can only be decoded from its beginning, so spans are what flies: whatever lies in one before the last chunk that is wanted
+//! of it has been paid for, and comes along. What lies behind that is left out where a profile says what is wanted:
+//! the decoder is parked there. A chunk that lies across the border of two flights is put together of
 //! what both bring. All here counts bytes of tar space, except where it says blob.
 
 use std::cell::{Cell, RefCell};
@@ -10,7 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::coded_layer::{CodedLayer, SpanRequest};
+use super::coded_layer::{BRIDGE, CodedLayer, SpanRequest, WantedSpans};
 use super::flight::{Flight, FlightGuard, Received};
 use super::origin::{Body, Trouble};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
@@ -22,13 +23,19 @@ use crate::layer::{Coding, Decoder};
 use crate::prefetch::{ChunkRange, Planned, PlannedFlight, Presence, Reason};
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, len_u64};
 
+/// Where it is known what is wanted, the rest of a span is left out if it takes longer to come than this part of a round trip, which is what
+/// asking for it later costs if it is wanted after all...
+const WORTH_PART: u64 = 8;
+/// ...and has so many bytes.
+const WORTH_BYTES: u64 = 16 << 10;
+
 /// A request for spans on its way.
 pub(super) struct CodedFlight {
     coded: Rc<CodedLayer>,
     request: Rc<SpanRequest>,
     /// The chunk that was wrong.
     wrong: Cell<Option<u32>>,
-    /// Between two requests: the decoder, where the last one left it.
+    /// Before a request: the decoder, where the last one left it, or one that was parked.
     pipeline: RefCell<Option<DecodePipeline>>,
     /// How often what was decoded from a block of a zstd frame was wrong.
     block_failures: Cell<u32>,
@@ -71,10 +78,13 @@ impl CodedFlight {
         demand: bool,
     ) -> Result<(Option<DecodePipeline>, Body), Trouble> {
         let (coded, request) = (&*self.coded, &*self.request);
-        let stop = request.blob.end;
         let kept = self.pipeline.take();
         if let Some(pipeline) = kept {
             let start = pipeline.blob_at;
+            if start >= request.asked.get() {
+                let _there_is_more_or_it_holds_less = coded.ask_more(request, &pipeline);
+            }
+            let stop = request.asked.get();
             let asked = if start < stop {
                 state.origin.get(&engine.client, start, stop - start, demand).await
             } else {
@@ -92,10 +102,10 @@ impl CodedFlight {
         let number = coded.table.span_at(TarOffset(delivered));
         let span = coded.table.span(number);
         let start = span.blob.start;
-        let len = stop.saturating_sub(start).max(1);
+        let len = request.asked.get().saturating_sub(start).max(1);
         // A zstd frame is entered anew at each span.
         let spans = match coded.table.coding() {
-            Coding::Zstd => number..coded.table.span_at(TarOffset(request.to.saturating_sub(1))) + 1,
+            Coding::Zstd => number..coded.table.span_at(TarOffset(request.spans_end.saturating_sub(1))) + 1,
             _ => number..number + 1,
         };
         let (windows, body) = tokio::join!(
@@ -108,8 +118,8 @@ impl CodedFlight {
         }
         let decoder = Decoder::start_with(&coded.table, number, windows?)
             .map_err(|error| Trouble::Wrong(error.to_string()))?
-            .until(state.checked_end(TarOffset(request.to)));
-        let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.to);
+            .until(state.checked_end(TarOffset(request.spans_end)));
+        let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.spans_end);
         let pipeline = DecodePipeline::new(Some(decoder), start, chunker, state.verifier.clone());
         Ok((Some(pipeline), body))
     }
@@ -133,11 +143,11 @@ impl Flight for CodedFlight {
         let SpanRequest {
             from, to, delivered, ..
         } = &*self.request;
-        delivered.get() >= *to && delivered.get() > *from
+        delivered.get() >= to.get() && delivered.get() > *from
     }
 
     fn finish(&self) {
-        self.request.advance(self.request.to);
+        self.request.advance(self.request.to.get());
     }
 
     async fn attempt(
@@ -146,38 +156,46 @@ impl Flight for CodedFlight {
         state: &Rc<LayerState>,
         guard: &FlightGuard<Self>,
     ) -> Result<Received, Trouble> {
-        let (pipeline, mut body) = self.begin(engine, state, guard.demand).await?;
-        let mut pipeline = match pipeline {
-            Some(pipeline) if !body.is_whole() => pipeline,
-            _ => return Ok(Received::WholeBlob(body)),
-        };
-        engine.note_head(&body);
-        let mut next = body.next().await;
         loop {
-            let piece = match next {
-                Ok(Some(piece)) => piece,
-                ended => {
-                    self.pipeline.replace(Some(pipeline));
-                    ended?;
-                    break;
-                }
+            let (pipeline, mut body) = self.begin(engine, state, guard.demand).await?;
+            let mut pipeline = match pipeline {
+                Some(pipeline) if !body.is_whole() => pipeline,
+                _ => return Ok(Received::WholeBlob(body)),
             };
-            let len = len_u64(piece.len());
-            engine.note_arrival(state, len);
-            guard.arrived(len);
-            let feeding = engine.feed(pipeline, piece, async |out| self.deliver(engine, state, out));
-            let (fed, following) = tokio::join!(feeding, body.next());
-            pipeline = fed.map_err(Trouble::Wrong)?;
-            if self.wrong.get().is_some() {
-                return Err(Trouble::Wrong("it is not what the index says".to_owned()));
+            engine.note_head(&body);
+            let mut next = body.next().await;
+            loop {
+                let piece = match next {
+                    Ok(Some(piece)) => piece,
+                    Ok(None) => break,
+                    Err(trouble) => {
+                        self.pipeline.replace(Some(pipeline));
+                        return Err(trouble);
+                    }
+                };
+                let len = len_u64(piece.len());
+                engine.note_arrival(state, len);
+                guard.arrived(len);
+                let feeding = engine.feed(pipeline, piece, async |out| self.deliver(engine, state, out));
+                let (fed, following) = tokio::join!(feeding, body.next());
+                pipeline = fed.map_err(Trouble::Wrong)?;
+                if self.wrong.get().is_some() {
+                    return Err(Trouble::Wrong("it is not what the index says".to_owned()));
+                }
+                engine.pump();
+                next = following;
             }
-            engine.pump();
-            next = following;
+            if self.request.delivered.get() >= self.request.to.get() {
+                if pipeline.owes_from() < self.request.spans_end {
+                    self.coded.parked.borrow_mut().park(pipeline);
+                }
+                return Ok(Received::Range);
+            }
+            if !self.coded.ask_more(&self.request, &pipeline) {
+                return Err(holds_less());
+            }
+            self.pipeline.replace(Some(pipeline));
         }
-        if self.request.delivered.get() < self.request.to {
-            return Err(holds_less());
-        }
-        Ok(Received::Range)
     }
 
     /// The decoder begins anew, with its window read anew as well.
@@ -244,13 +262,24 @@ impl Engine {
         wanted.retain(|key, reason| {
             // Reading all of the layer in order is too much for a guess.
             let is_guess = !matches!(reason, Reason::Demand | Reason::Fill) && !self.in_flight.contains(*key);
-            let is_dropped = is_guess && coded.is_within(&coded.spans_of(key.index));
+            let mut spans = WantedSpans::new();
+            coded.want(key.index, false, &mut spans);
+            let is_dropped = is_guess && coded.is_within(&spans);
             if is_dropped {
                 self.planner.borrow_mut().not_fetched(*key);
             }
             !is_dropped
         });
-        let spans: BTreeSet<usize> = wanted.keys().flat_map(|key| coded.spans_of(key.index)).collect();
+        // Pieces are checked as a whole, so they have to come whole.
+        let may_cut = state
+            .verifier
+            .as_ref()
+            .is_none_or(|verifier| verifier.pieces().is_none());
+        let mut spans = WantedSpans::new();
+        for (key, reason) in &wanted {
+            coded.extend_requests(key.index);
+            coded.want(key.index, may_cut && *reason == Reason::Profile, &mut spans);
+        }
         if coded.is_within(&spans) {
             // Only who has decoded the frame from its beginning gets there.
             self.start_stream(state, layer, None);
@@ -259,15 +288,18 @@ impl Engine {
             }
             return;
         }
-        let requests = coded.requests_for(layer, &spans);
-        coded.in_flight.borrow_mut().extend(requests.iter().cloned());
+        let least_saving = (self.budget.link().held() / WORTH_PART).max(WORTH_BYTES);
+        let bridge = self.budget.worth_of_request().max(BRIDGE);
+        let requests = coded.requests_for(layer, &spans, least_saving, bridge);
+        let all = requests.iter().map(|(request, _)| request);
+        coded.in_flight.borrow_mut().extend(all.clone().cloned());
         let mut coming: BTreeSet<ChunkKey> = wanted.keys().copied().collect();
-        coming.extend(requests.iter().flat_map(|request| request.all().keys()));
+        coming.extend(all.flat_map(|request| request.all().keys()));
         let owner = self.owner_of_request();
         for key in coming {
             let short = requests
                 .iter()
-                .map(|request| request.all())
+                .map(|(request, _)| request.all())
                 .any(|all| (all.first..all.end).contains(&key.index) && all.count() <= MARKED_WHOLE);
             // Only if all of it comes.
             if self.look(key) == Presence::Absent && coded.lacking(key.index).is_empty() {
@@ -275,13 +307,13 @@ impl Engine {
                 self.expect(&owner, key, reason, short || key.index.is_multiple_of(MARKER_DISTANCE));
             }
         }
-        for request in requests {
-            let bytes = request.blob_len();
+        for (request, pipeline) in requests {
+            let bytes = request.asked_len();
             let flight = CodedFlight {
                 coded: coded.clone(),
                 request,
                 wrong: Cell::new(None),
-                pipeline: RefCell::default(),
+                pipeline: RefCell::new(pipeline),
                 block_failures: Cell::new(0),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);

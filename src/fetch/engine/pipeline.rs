@@ -126,6 +126,19 @@ impl DecodePipeline {
         self.chunker.at
     }
 
+    /// Everything before this byte of the tar was handed over.
+    pub(super) fn owes_from(&self) -> u64 {
+        self.chunker.at - len_u64(self.chunker.held.len())
+    }
+
+    /// From now on all before byte `end` of the tar is wanted. Not for one that has come to where it was to stop.
+    pub(super) fn set_end(&mut self, end: u64) {
+        if let Some(decoder) = &mut self.decoder {
+            decoder.set_until(TarOffset(end));
+        }
+        self.chunker.to = end.min(self.chunker.size);
+    }
+
     /// The digests of blob and tar, once all has come by.
     pub(super) fn digests(self) -> Option<([u8; 32], [u8; 32])> {
         let (blob, tar) = *self.hashes?;

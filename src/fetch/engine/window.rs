@@ -20,6 +20,10 @@ use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 /// The longest that is kept of a window: gzip's have 32 KiB, and of a zstd frame's the extents that matter are a piece of the index.
 const LONGEST: u32 = 1 << 20;
 
+/// So many bytes of an index are read at once where one window is missing: those of the next spans come along, which are wanted next as
+/// often as not, and are short.
+const AT_ONCE: u64 = 48 << 10;
+
 enum Place {
     Nowhere,
     Memory(Arc<Vec<Vec<u8>>>),
@@ -74,6 +78,28 @@ impl WindowShelf {
         let kept = self.kept.get(u32::try_from(n).ok()?)?;
         kept.touch();
         Some(kept.bytes().to_vec())
+    }
+
+    /// Adds the windows that lie behind the missing ones, as far as one request is to reach.
+    fn add_next(&self, missing: &mut Vec<(usize, ColdPiece)>, directory: &ColdDirectory, table: &SpanTable) {
+        let Some((start, last)) = missing
+            .first()
+            .zip(missing.last())
+            .map(|((_, first), (n, _))| (first.range.start, *n))
+        else {
+            return;
+        };
+        for n in last + 1..table.len() {
+            if table.span(n).window == 0 {
+                continue;
+            }
+            let piece = piece_of(directory, self.part, n, LONGEST).ok();
+            let near = piece.filter(|piece| piece.range.start >= start && piece.range.end - start <= AT_ONCE);
+            match near {
+                Some(piece) if self.find(n).is_none() => missing.push((n, piece)),
+                _ => return,
+            }
+        }
     }
 
     fn keep(&self, n: usize, window: &[u8]) {
@@ -146,9 +172,12 @@ impl Engine {
             }
             windows.push(here.unwrap_or_default());
         }
+        if let Place::Index(_, directory) | Place::Kept(_, directory) = &source.place {
+            source.add_next(&mut missing, directory, table);
+        }
         for (n, window) in self.read_windows(source, missing, demand).await? {
             source.keep(n, &window);
-            if let Some(place) = windows.get_mut(n - spans.start) {
+            if let Some(place) = n.checked_sub(spans.start).and_then(|at| windows.get_mut(at)) {
                 *place = window;
             }
         }
