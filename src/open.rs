@@ -51,7 +51,7 @@ use crate::tree::{Tree, TreeBuilder, TreeMode};
 use crate::units::LayerId;
 use compare::check_headers;
 use cost::CostMeter;
-use named::{bytes_of_named, check_pin, named_index, named_trust, open_index, pinned};
+use named::{bytes_of_named, check_pin, hot_of_named, named_index, named_trust, open_index, pinned};
 use prepared::FoundLayer;
 use published::Outcome;
 
@@ -519,12 +519,17 @@ fn prepare_with_index(
 ) -> Result<PreparedLayer, OpenError> {
     let (blob, bytes) = std::thread::scope(|scope| {
         let blob = scope.spawn(|| offline::find_blob(source, options));
-        let bytes = bytes_of_named(name, &options.http);
+        // A pin may be the digest of the whole file.
+        let bytes = match options.index_digest {
+            Some(_) => bytes_of_named(name, &options.http).map(|bytes| (bytes, None)),
+            None => hot_of_named(name, &options.http),
+        };
         (blob.join(), bytes)
     });
     let (blob, recalled) = blob.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     warn_without_ranges(&blob);
-    let index = pinned(open_index(bytes?, name)?, name, options)?;
+    let (bytes, rest) = bytes?;
+    let index = pinned(open_index(bytes, name)?, name, options)?;
     meter.indexes();
     let expected = index.identity().blob_len;
     if expected != blob.len {
@@ -537,7 +542,8 @@ fn prepare_with_index(
     }
     check_headers(&index, &without_secrets(name), &blob, &options.http)?;
     meter.layers();
-    let layer = PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, named_trust(options), None)?;
+    let mut layer = PreparedLayer::new(&blob.into(), index, IndexOrigin::Given, named_trust(options), None)?;
+    layer.rest = rest;
     offline::tell(
         &source.to_string(),
         None,

@@ -27,7 +27,7 @@ pub(crate) use error::wait_after;
 pub use layer_spec::LayerSpec;
 pub use meant::image_meant;
 pub(crate) use request::Requests;
-pub use request::{get_whole, has_ranges, probe, server_clock};
+pub use request::{get_whole, has_ranges, probe, probe_with_beginning, server_clock};
 pub use stream::{BlobSink, first_bytes, read_range, stream, stream_from};
 
 use crate::http::{HttpOptions, shown_url, without_secrets};

@@ -288,6 +288,60 @@ fn image_is_whole_or_not_there() {
     assert_eq!(lab.names(), before, "nothing is left of what failed");
 }
 
+/// Of an index on a server the decoders' histories stay there until they are needed.
+#[test]
+fn only_the_hot_part_of_a_served_index_is_fetched() {
+    let lab = Lab::new();
+    // Words at random: every history is needed nearly whole.
+    let (mut state, mut content) = (7_u64, String::new());
+    while content.len() < 16_000_000 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        content.push_str(&format!("{:x} ", (state >> 33) % 5000));
+    }
+    fs::write(lab.path("words"), &content).unwrap();
+    let tar = Command::new("tar")
+        .args(["-czf", "words.tar.gz", "words"])
+        .current_dir(lab.dir.path())
+        .status();
+    assert!(tar.unwrap().success());
+    lab.good(&["index", "words.tar.gz", "-o", "words.tarblk", "--spacing", "32KiB"]);
+    let index_len = fs::metadata(lab.path("words.tarblk")).unwrap().len();
+    assert!(index_len > 700_000, "{index_len}");
+    let origin = Origin::start().unwrap();
+    for name in ["words.tar.gz", "words.tarblk"] {
+        origin.serve_file(&format!("/{name}"), &lab.path(name)).unwrap();
+    }
+    let (url, index) = (origin.url("/words.tar.gz"), origin.url("/words.tarblk"));
+    let local = lab.good(&["ls", "words.tar.gz", "--index", "words.tarblk", "--no-cache"]);
+    let sent = || {
+        let events = origin.take_log().events;
+        let of_index = events.iter().filter(|event| event.path == "/words.tarblk");
+        of_index.map(|event| event.bytes).sum::<u64>()
+    };
+    sent();
+    assert_eq!(lab.good(&["ls", &url, "--index", &index, "--no-cache"]), local);
+    assert_eq!(sent(), 512 << 10);
+    // What is read needs some of the rest, and gets it.
+    lab.good(&["image", "words.tar.gz", "-o", "local.ext4", "--no-cache"]);
+    lab.good(&["image", &url, "--index", &index, "-o", "remote.ext4", "--no-cache"]);
+    assert!(fs::read(lab.path("remote.ext4")).unwrap() == fs::read(lab.path("local.ext4")).unwrap());
+    sent();
+    // Where it cannot be asked for in parts all of it comes.
+    origin.set_ranges(false);
+    assert_eq!(lab.good(&["ls", &url, "--index", &index, "--no-cache"]), local);
+    assert_eq!(sent(), index_len);
+    // And what is no index is told, however long it is.
+    fs::write(lab.path("words.tarblk"), vec![1; 2_000_000]).unwrap();
+    origin.serve_file("/words.tarblk", &lab.path("words.tarblk")).unwrap();
+    for ranges in [false, true] {
+        origin.set_ranges(ranges);
+        assert!(
+            lab.bad(&["ls", &url, "--index", &index, "--no-cache"], 1)
+                .contains("not an index")
+        );
+    }
+}
+
 #[test]
 fn errors_name_the_cause_in_one_line() {
     let lab = Lab::new();

@@ -75,7 +75,7 @@ pub fn judged(text: &[u8], asked: Question) -> Option<Judged> {
 #[must_use]
 pub fn judged_first(text: &[u8], ranged: bool) -> Option<Result<(u64, bool), String>> {
     let (status, headers) = head(text)?;
-    Some(match judge_first(status, &headers, ranged) {
+    Some(match judge_first(status, &headers, ranged.then_some(1)) {
         Found::Blob { len, ranges } => Ok((len, ranges)),
         Found::Not(verdict) => Err(verdict.into_error("http://host/layer").to_string()),
         other => Err(format!("{other:?}")),

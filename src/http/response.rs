@@ -219,14 +219,22 @@ pub(crate) enum Found {
     Not(Verdict),
 }
 
-/// Judges the answer to a request for a blob's first byte, or without `ranged` for all of it.
-pub(crate) fn judge_first(status: StatusCode, headers: &HeaderMap, ranged: bool) -> Found {
+/// Judges the answer to a request for a blob's first `asked` bytes (at least one), or without them for all of it.
+pub(crate) fn judge_first(status: StatusCode, headers: &HeaderMap, asked: Option<u64>) -> Found {
     let wrong = |why: &str| Found::Not(Verdict::Wrong(why.to_owned()));
-    let first = ByteRange { start: 0, len: 1 };
+    let ranged = asked.is_some();
+    // A shorter blob's first bytes are all of it.
+    let is_first = |range: ByteRange, total: Option<u64>| {
+        let len = asked.unwrap_or(0).min(total.unwrap_or(u64::MAX));
+        range == ByteRange { start: 0, len }
+    };
     let range = ContentRange::of(headers);
     // A 200 that is what a 206 should be: see `is_part_all_the_same`.
-    let part_as_whole = range.is_some_and(|range| range.range == Some(first) && range.total != Some(1))
-        && content_length(headers) == Some(1);
+    let part_as_whole = range.is_some_and(|said| {
+        said.range.is_some_and(|range| {
+            is_first(range, said.total) && said.total != Some(range.len) && content_length(headers) == Some(range.len)
+        })
+    });
     match status {
         StatusCode::PARTIAL_CONTENT | StatusCode::OK
             if ranged && (status == StatusCode::PARTIAL_CONTENT || part_as_whole) =>
@@ -235,11 +243,11 @@ pub(crate) fn judge_first(status: StatusCode, headers: &HeaderMap, ranged: bool)
                 Some(ContentRange {
                     range: Some(range),
                     total: Some(len),
-                }) if range == first => Found::Blob { len, ranges: true },
+                }) if is_first(range, Some(len)) => Found::Blob { len, ranges: true },
                 Some(ContentRange {
                     range: Some(range),
                     total: None,
-                }) if range == first => Found::RangesOfUnknown,
+                }) if is_first(range, None) => Found::RangesOfUnknown,
                 _ => wrong("a range that was not asked for"),
             }
         }
@@ -460,9 +468,40 @@ mod tests {
     }
 
     #[test]
+    fn more_than_a_first_byte() {
+        let first = |status: u16, range: &'static str, len: &'static str| {
+            let headers = headers(&[("content-range", range), ("content-length", len)]);
+            judge_first(StatusCode::from_u16(status).unwrap(), &headers, Some(100))
+        };
+        let ranges = |len| Found::Blob { len, ranges: true };
+        assert_eq!(first(206, "bytes 0-99/1000", "100"), ranges(1000));
+        assert_eq!(first(206, "bytes 0-99/100", "100"), ranges(100));
+        assert_eq!(first(206, "bytes 0-8/9", "9"), ranges(9));
+        assert_eq!(first(206, "bytes 0-99/*", "100"), Found::RangesOfUnknown);
+        assert_eq!(first(200, "bytes 0-99/1000", "100"), ranges(1000));
+        assert_eq!(
+            first(200, "bytes 0-99/1000", "1000"),
+            Found::Blob {
+                len: 1000,
+                ranges: false
+            }
+        );
+        for (range, len) in [
+            ("bytes 0-0/1000", "1"),
+            ("bytes 1-100/1000", "100"),
+            ("bytes 0-199/1000", "200"),
+        ] {
+            assert!(
+                matches!(first(206, range, len), Found::Not(Verdict::Wrong(_))),
+                "{range}"
+            );
+        }
+    }
+
+    #[test]
     fn first_answers() {
         let first = |status: u16, pairs: &[(&'static str, &'static str)]| {
-            judge_first(StatusCode::from_u16(status).unwrap(), &headers(pairs), true)
+            judge_first(StatusCode::from_u16(status).unwrap(), &headers(pairs), Some(1))
         };
         let ranges = |len| Found::Blob { len, ranges: true };
         let whole = |len| Found::Blob { len, ranges: false };
@@ -508,7 +547,7 @@ mod tests {
                 "{status}"
             );
         }
-        let plain = judge_first(StatusCode::BAD_REQUEST, &headers(&[]), false);
+        let plain = judge_first(StatusCode::BAD_REQUEST, &headers(&[]), None);
         assert!(matches!(plain, Found::Not(Verdict::Status { .. })));
     }
 }

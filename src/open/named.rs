@@ -8,14 +8,45 @@ use super::{MAX_INDEX_BYTES, OpenError, OpenOptions};
 use crate::fetch::IndexTrust;
 use crate::http::{HttpOptions, without_secrets};
 use crate::index::{Index, IndexFault, hot_len};
-use crate::source::{self, Source};
+use crate::source::{self, Blob, Source};
+use crate::units::{len_u64, len_usize};
+
+/// So many bytes of an index on a server are asked for at once: the hot part of most layers.
+const FIRST_BYTES: u64 = 512 << 10;
 
 /// The bytes of the index file `name`, which was given where one of the words of [`IndexChoice`] could have been.
 ///
 /// # Errors
 /// [`OpenError::NoSuchIndex`], which names the words; else as [`load_index`].
 pub(super) fn bytes_of_named(name: &str, http: &HttpOptions) -> Result<Vec<u8>, OpenError> {
-    load_index(name, http).map_err(|error| match error {
+    load_index(name, http).map_err(or_no_such)
+}
+
+/// As [`bytes_of_named`], but of an index on a server only the hot part if it has another one, and then where that is.
+///
+/// # Errors
+/// As [`bytes_of_named`].
+pub(super) fn hot_of_named(name: &str, http: &HttpOptions) -> Result<(Vec<u8>, Option<Blob>), OpenError> {
+    let Source::Url(url) = Source::parse(name)? else {
+        return Ok((bytes_of_named(name, http)?, None));
+    };
+    let (blob, mut bytes) = source::probe_with_beginning(&url, FIRST_BYTES, MAX_INDEX_BYTES, http)?;
+    let here = len_u64(bytes.len());
+    if here == blob.len {
+        return Ok((bytes, None));
+    }
+    // What is no index is told by who opens it.
+    let hot = hot_len(&bytes).ok().flatten().unwrap_or(here).min(blob.len);
+    if hot > here {
+        bytes.extend(source::read_range(&blob, here..hot, http)?);
+    }
+    bytes.truncate(len_usize(hot));
+    Ok((bytes, Some(blob)))
+}
+
+/// A file that is not there was perhaps meant to be a word.
+fn or_no_such(error: OpenError) -> OpenError {
+    match error {
         OpenError::ReadIndex { name, cause } if cause.kind() == io::ErrorKind::NotFound => OpenError::NoSuchIndex {
             words: IndexChoice::WORDS.join(", "),
             meant: IndexChoice::nearest_word(&name)
@@ -24,7 +55,7 @@ pub(super) fn bytes_of_named(name: &str, http: &HttpOptions) -> Result<Vec<u8>, 
             name,
         },
         other => other,
-    })
+    }
 }
 
 /// Reads and opens the index `name`, and checks that it is the one that was pinned.

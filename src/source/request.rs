@@ -304,22 +304,68 @@ async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<V
 /// What an answer to a request without a range means that is not a 200.
 fn refused(url: &Url, response: &Response) -> http::Error {
     let (status, headers) = (response.status(), response.headers());
-    match judge_first(status, headers, false) {
+    match judge_first(status, headers, None) {
         Found::Not(verdict) => verdict.into_error(url).advising(advice(status)),
         _ => http::Error::wrong(url, format!("status {status}")),
     }
 }
 
+/// What is at `url`, as [`probe`] says it, and its beginning, by one request: the first `len` bytes, at least one, or all of it where it is
+/// shorter or its server answers no ranges.
+///
+/// # Errors
+/// As [`probe`]; also when all of it comes and is longer than `most` bytes.
+pub fn probe_with_beginning(
+    url: &Url,
+    len: u64,
+    most: u64,
+    options: &HttpOptions,
+) -> Result<(Blob, Vec<u8>), SourceError> {
+    let requests = Requests::new(url, options)?;
+    runtime::runtime()?.block_on(async {
+        let mut backoff = requests.backoff();
+        loop {
+            match beginning_once(&requests, url, len, most).await {
+                Ok(found) => return Ok(found),
+                Err(failure) => wait_after(&mut backoff, failure).await?,
+            }
+        }
+    })
+}
+
+async fn beginning_once(requests: &Requests, named: &Url, len: u64, most: u64) -> Result<(Blob, Vec<u8>), SourceError> {
+    let (blob, response) = ask_first(requests, named, len).await?;
+    let is_part = response.status() == StatusCode::PARTIAL_CONTENT || content_length(response.headers()) == Some(len);
+    let want = if is_part { blob.len.min(len) } else { blob.len };
+    if want > most {
+        return Err(SourceError::Unusable {
+            source_name: blob.name,
+            why: format!("the file is {want} bytes long, and no more than {most} can be used"),
+        });
+    }
+    let (shown, _) = split_credentials(named);
+    let bytes = http::receive(&shown, response, want, requests.options.timeouts.stall).await?;
+    if u64::try_from(bytes.len()) != Ok(want) {
+        return Err(http::Error::wrong(&shown, format!("{} bytes instead of {want}", bytes.len())).into());
+    }
+    Ok((blob, bytes))
+}
+
 async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceError> {
+    ask_first(requests, named, 1).await.map(|(blob, _)| blob)
+}
+
+/// Asks for a blob's first `len` bytes, or for all of it where there are no ranges. What it is, and the answer with its body.
+async fn ask_first(requests: &Requests, named: &Url, len: u64) -> Result<(Blob, Response), SourceError> {
     let (url, authorization) = split_credentials(named);
-    let first = ByteRange { start: 0, len: 1 };
+    let first = ByteRange { start: 0, len };
     let (mut ranged, mut proven) = (true, false);
     loop {
         let range = ranged.then_some(first);
         let chain = Redirects::from(url.clone());
         let (response, chain) = requests.get(chain, &url, authorization.as_ref(), range).await?;
         let (status, headers) = (response.status(), response.headers());
-        let (len, seekable) = match judge_first(status, headers, ranged) {
+        let (len, seekable) = match judge_first(status, headers, ranged.then_some(len)) {
             Found::Blob { len, ranges } => (len, ranges || proven),
             Found::RangesOfUnknown => {
                 (ranged, proven) = (false, true);
@@ -340,6 +386,6 @@ async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceErro
             encoding: encoding(headers).map(str::to_owned),
             ..UrlBlob::new(named)
         };
-        return Ok(Blob::of_url(at, len));
+        return Ok((Blob::of_url(at, len), response));
     }
 }
