@@ -35,6 +35,6 @@ pub use coding::Coding;
 pub(crate) use coding::other_format;
 pub use decoder::Decoder;
 pub use error::LayerError;
-pub use indexer::{Indexer, SPACING, Spans};
+pub use indexer::{Indexer, Spans};
 pub use media_type::LayerType;
 pub use table::{Begins, Span, SpanTable};

@@ -127,7 +127,7 @@ pub use index::{
     PieceDigests, RebuildError, Segment, Summary, Tee, Timestamp, Xattr, hot_len, is_index, looks_like_header,
     rebuild_tar,
 };
-pub use layer::{Begins, Coding, Decoder, Indexer, LayerError, LayerType, SPACING, Span, SpanTable, Spans};
+pub use layer::{Begins, Coding, Decoder, Indexer, LayerError, LayerType, Span, SpanTable, Spans};
 pub use tree::{
     Child, Content, LINK_TEXT_MAX, NAME_MAX, Node, NodeId, NodeKind, PATH_MAX, Tree, TreeBuilder, TreeError, TreeMode,
     XattrSetId, Xattrs,

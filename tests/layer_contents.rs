@@ -16,7 +16,7 @@ use common::{have, skip, unpacked};
 use sha2::{Digest, Sha256};
 use tarblk::internals::index::toc::{Contents, Format, Place, TAIL};
 use tarblk::internals::index::{Collector, Entry, EntrySink, Index, IndexBuilder, Kind, Parser, rebuild_tar};
-use tarblk::internals::layer::{Coding, Decoder, Indexer, SPACING};
+use tarblk::internals::layer::{Coding, Decoder, Indexer};
 use tarblk::internals::units::TarOffset;
 
 type Annotations = BTreeMap<String, String>;
@@ -31,7 +31,7 @@ fn range(start: u64, end: u64) -> std::ops::Range<usize> {
 
 /// A blob's tar and its entries, by way of its headers.
 fn read_whole(blob: &[u8]) -> (Vec<u8>, Vec<Entry>) {
-    let mut indexer = Indexer::new(Coding::of_bytes(blob), SPACING);
+    let mut indexer = Indexer::new(Coding::of_bytes(blob), 1 << 20);
     let mut tar = Vec::new();
     for piece in blob.chunks(1 << 20) {
         indexer.feed(piece, &mut |bytes| tar.extend_from_slice(bytes)).unwrap();

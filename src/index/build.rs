@@ -518,7 +518,7 @@ impl BlobRecorded {
 mod tests {
     use super::*;
     use crate::index::Index;
-    use crate::layer::SPACING;
+    use crate::layer::Coding;
 
     /// A tar of one file whose bytes are words in no order.
     fn tar(len: usize) -> Vec<u8> {
@@ -551,13 +551,13 @@ mod tests {
     #[test]
     fn histories_are_packed_while_the_blob_passes() {
         let blob = gzip(&tar(12 << 20));
-        let mut indexer = Indexer::new(Coding::Gzip, SPACING);
+        let mut indexer = Indexer::new(Coding::Gzip, Coding::Gzip.spacing());
         indexer.feed(&blob, &mut |_| {}).unwrap();
         let spans = indexer.finish().unwrap();
         let raw: usize = spans.windows.iter().map(Vec::len).sum();
         assert!(spans.table.len() > 8, "{} spans", spans.table.len());
 
-        let mut recorder = BlobRecorder::new(Coding::Gzip, SPACING, Contents::FULL);
+        let mut recorder = BlobRecorder::new(Coding::Gzip, Coding::Gzip.spacing(), Contents::FULL);
         let (first, last) = blob.split_at(blob.len() / 2);
         recorder.feed(first).unwrap();
         let packed = recorder.compressed.as_ref().unwrap().windows.stored_len();

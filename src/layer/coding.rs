@@ -85,8 +85,8 @@ impl Coding {
     #[must_use]
     pub const fn spacing(self) -> u64 {
         match self {
-            Self::Plain | Self::Gzip => 2 << 20,
-            Self::Zstd => 4 << 20,
+            Self::Plain | Self::Gzip => 512 << 10,
+            Self::Zstd => 2 << 20,
         }
     }
 

@@ -12,9 +12,6 @@ use super::zstd::reach::BlockFinder;
 use super::{Coding, LayerError, SpanTable};
 use crate::units::{TarOffset, len_u64};
 
-/// About how many bytes of the tar lie between two places to begin from in a gzip layer, where their histories need not be sent
-/// to anybody.
-pub const SPACING: u64 = 1 << 20;
 /// Places that need no history are taken so much closer than the spacing.
 const CLOSER: u64 = 32;
 /// The closest that places are: what a deflate stream reaches back, so that what one needs is known before the next.

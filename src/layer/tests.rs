@@ -3,6 +3,8 @@
 use super::*;
 use crate::units::{TarOffset, len_u64};
 
+const SPACING: u64 = 1 << 20;
+
 /// A gzip member around deflate's bytes, with right checksums.
 fn member(content: &[u8]) -> Vec<u8> {
     let mut out = b"\x1f\x8b\x08\0\0\0\0\0\0\x03".to_vec();

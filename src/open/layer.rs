@@ -12,7 +12,7 @@ use super::{Cache, IndexChoice, IndexOrigin, OpenError, OpenOptions, Reading, is
 use crate::cache::disk::{CacheWriter, DiskCache, DiskCacheError, LayerKey};
 use crate::index::build::Contents;
 use crate::index::{Index, IndexBuilder, IndexFault};
-use crate::layer::{Coding, SPACING};
+use crate::layer::Coding;
 use crate::source::registry::PullPolicy;
 use crate::source::{LayerSpec, SourceError};
 use crate::units::{CHUNK_BYTES, TarOffset};
@@ -317,11 +317,7 @@ fn read_all(
     } = &found.layer;
     let recording = Recording {
         contents: Contents::CHECKED,
-        // Closer than in an index that is published: these histories are sent to nobody.
-        spacing: match coding {
-            Coding::Plain | Coding::Gzip => Some(SPACING),
-            Coding::Zstd => Some(coding.spacing() / 2),
-        },
+        spacing: None,
         size: options.size,
     };
     // A plain tar in a file is its own store.

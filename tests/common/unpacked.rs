@@ -31,7 +31,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 use tarblk::internals::index::build::{BlobRecorder, Contents};
 use tarblk::internals::index::{Entry, EntrySink, Index, IndexError, Kind, Timestamp};
-use tarblk::internals::layer::{Coding, SPACING};
+use tarblk::internals::layer::Coding;
 use tarblk::internals::tree::{Node, NodeId, NodeKind, TreeBuilder, TreeMode, Xattrs};
 use tarblk::internals::units::LayerId;
 
@@ -160,7 +160,8 @@ fn follow_containerd_in_hard_links(layout: &Path, tag: &str, root: &Path) {
         .iter()
         .map(|digest| {
             let blob = fs::read(blob(layout, digest)).unwrap();
-            let mut recorder = BlobRecorder::new(Coding::of_bytes(&blob), SPACING, Contents::ENTRIES);
+            let coding = Coding::of_bytes(&blob);
+            let mut recorder = BlobRecorder::new(coding, coding.spacing(), Contents::ENTRIES);
             recorder.feed(&blob).unwrap();
             Index::open(recorder.finish().unwrap().into_index()).unwrap()
         })

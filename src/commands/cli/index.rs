@@ -41,7 +41,7 @@ pub struct IndexArgs {
     #[arg(long, conflicts_with = "full")]
     pub no_digests: bool,
     /// How far apart the places lie from which a compressed layer can be decoded, in bytes of the tar: closer ones take more room
-    /// and save reading [default: 2MiB in gzip, 4MiB in zstd].
+    /// and save reading [default: 512KiB in gzip, 2MiB in zstd].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub spacing: Option<u64>,
     /// The summary as JSON.
@@ -109,8 +109,8 @@ pub struct PushArgs {
     /// The image, `docker://host/repository:tag`; its repository has to be writable.
     #[arg(value_name = "IMAGE")]
     pub image: String,
-    /// How far apart the places lie from which a compressed layer can be decoded, in bytes of the tar [default: 2MiB in gzip, 4MiB
-    /// in zstd].
+    /// How far apart the places lie from which a compressed layer can be decoded, in bytes of the tar [default: 512KiB in gzip,
+    /// 2MiB in zstd].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub spacing: Option<u64>,
     /// Make indexes also of layers that have one.
