@@ -8,9 +8,11 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use common::unzstd::{self, Held, Which};
 use common::{have, skip};
 use tarblk::internals::layer::{Begins, Coding, Decoder, Indexer, LayerError, SpanTable, Spans};
 use tarblk::internals::units::{TarOffset, TarRange};
@@ -415,6 +417,7 @@ fn zstd_of_one_frame_is_entered_at_its_blocks() {
         let spans = check(&format!("zstd {options:?}"), Coding::Zstd, &blob, &tar);
         assert!(spans.table.len() > 5, "{options:?}: {} spans", spans.table.len());
         assert!(spans.table.seekable() && !spans.table.without_blocks().seekable());
+        check_against_the_rfc(&format!("zstd {options:?}"), &blob, &tar, &spans);
     }
     for options in [&["-c", "--long=28"][..], &["-c", "--ultra", "--long=30"]] {
         let blob = filter("zstd", options, &tar);
@@ -428,6 +431,134 @@ fn zstd_of_one_frame_is_entered_at_its_blocks() {
         limit: 1 << 30,
     };
     assert_eq!(index(Coding::Zstd, SPACING, &blob, 3).unwrap_err(), refused);
+}
+
+/// Numbers and bytes from the front, as indexes have them.
+struct Front<'a>(&'a [u8]);
+
+impl<'a> Front<'a> {
+    fn bytes(&mut self, count: usize) -> &'a [u8] {
+        let (head, rest) = self.0.split_at(count);
+        self.0 = rest;
+        head
+    }
+
+    fn number(&mut self) -> usize {
+        let mut value = 0;
+        for shift in (0..).step_by(7) {
+            let byte = self.bytes(1)[0];
+            value |= usize::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                break;
+            }
+        }
+        value
+    }
+}
+
+/// What the table says that a decoder holds at each block that can be entered, by the block's byte of the blob: read as
+/// docs/index-format.md has it.
+fn held_at_blocks(table: &SpanTable) -> BTreeMap<usize, Held> {
+    let mut bytes = Vec::new();
+    table.encode_blocks(&mut bytes);
+    let mut front = Front(&bytes);
+    let (mut all, mut blob) = (BTreeMap::new(), 0);
+    for _ in 0..front.number() {
+        front.number();
+        blob += front.number();
+        if front.bytes(1)[0] == 0 {
+            continue;
+        }
+        front.number();
+        let flags = front.bytes(2)[1];
+        let repeats = [front.number(), front.number(), front.number()];
+        let mut described = |flag: u8| {
+            let is_there = flags & flag != 0;
+            is_there.then(|| {
+                let len = front.number();
+                front.bytes(len)
+            })
+        };
+        let huffman = described(2).map(|bytes| unzstd::huffman(bytes).0);
+        let mut table = |flag, which| {
+            let bytes = described(flag)?;
+            Some(if bytes.is_empty() {
+                unzstd::predefined(which)
+            } else {
+                unzstd::described(bytes).0
+            })
+        };
+        let held = Held {
+            repeats,
+            huffman,
+            offsets: table(4, Which::Offsets),
+            matches: table(8, Which::Matches),
+            literals: table(16, Which::Literals),
+        };
+        all.insert(blob, held);
+    }
+    assert!(front.0.is_empty());
+    all
+}
+
+/// Decodes the frame that is `blob` by the decoder of the tests: as a whole, and each span from its block, of whose history it knows
+/// only what the window has. A table or a byte that is used and was not said to be needed is an error there.
+fn check_against_the_rfc(what: &str, blob: &[u8], tar: &[u8], spans: &Spans) {
+    let (window, _, first) = unzstd::header(blob);
+    let mut held = Held::default();
+    let (mut at, mut out) = (first, Vec::new());
+    let mut begins = BTreeMap::new();
+    loop {
+        begins.insert(at, out.len());
+        let (len, last) = unzstd::block(&blob[at..], &mut held, &mut out);
+        at += len;
+        if last {
+            break;
+        }
+    }
+    assert!(
+        out.iter().map(|byte| byte.unwrap()).eq(tar.iter().copied()),
+        "{what}: the whole"
+    );
+    let table = &spans.table;
+    let held = held_at_blocks(table);
+    for n in 1..table.len() {
+        let span = table.span(n);
+        let [from, to] = [span.blob.start, span.blob.end].map(|at| usize::try_from(at).unwrap());
+        let [start, end] = [span.tar.start.0, span.tar.end().0].map(|at| usize::try_from(at).unwrap());
+        assert_eq!(begins.get(&from), Some(&start), "{what}: span {n} begins at no block");
+        if span.begins != Begins::Block {
+            continue;
+        }
+        let mut out: Vec<Option<u8>> = vec![None; start];
+        let reach = usize::try_from(span.window).unwrap();
+        assert!(reach <= window, "{what}: span {n} reaches {reach} bytes back");
+        if reach > 0 {
+            let mut piece = Front(&spans.windows[n]);
+            let mut place = start - reach;
+            let extents: Vec<_> = (0..piece.number())
+                .map(|_| {
+                    place += piece.number();
+                    let len = piece.number();
+                    place += len;
+                    place - len..place
+                })
+                .collect();
+            for extent in extents {
+                let bytes = piece.bytes(extent.len());
+                assert_eq!(bytes, &tar[extent.clone()], "{what}: span {n}, its window");
+                for (place, byte) in extent.zip(bytes) {
+                    out[place] = Some(*byte);
+                }
+            }
+        }
+        let (mut held, mut at) = (held[&from].clone(), from);
+        while at < to && out.len() < end {
+            at += unzstd::block(&blob[at..], &mut held, &mut out).0;
+        }
+        let decoded = out[start..].iter().map(|byte| byte.unwrap());
+        assert!(decoded.eq(tar[start..end].iter().copied()), "{what}: span {n}");
+    }
 }
 
 /// A frame's header with a window of 1 MiB and no content size, and these blocks.

@@ -13,6 +13,7 @@ pub(crate) mod servers;
 pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;
+pub(crate) mod unzstd;
 
 use std::ffi::OsStr;
 use std::fs;
