@@ -9,6 +9,7 @@
 //!
 //! Invariant: it never promises a chunk. What it queues may be dropped at any time.
 
+mod archives;
 pub mod bandwidth;
 mod chunks;
 mod elf;
@@ -24,12 +25,15 @@ mod profile;
 mod programs;
 mod python;
 mod reason;
+mod scripts;
 mod sequential;
 mod surroundings;
+mod waiting;
 mod wishes;
 
 use std::sync::Arc;
 
+use self::archives::Archives;
 pub use self::chunks::ChunkRange;
 pub use self::flights::{PlannedFlight, merge};
 pub use self::hint::LinkEstimate;
@@ -92,6 +96,7 @@ impl Planner {
             hints: vec![
                 Box::<Surroundings>::default(),
                 Box::<Programs>::default(),
+                Box::<Archives>::default(),
                 Box::<Sequential>::default(),
                 Box::<Neighbours>::default(),
             ],

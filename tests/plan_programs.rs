@@ -1,6 +1,6 @@
 //! Read-ahead that knows programs: when a program's first bytes come, its interpreter and libraries are asked for before
-//! any reader gets to them; when a Python module comes, so are the modules that it imports. On layers made of this
-//! machine's own files.
+//! any reader gets to them; when a Python module comes, so are the modules that it imports, and when a script or a Java archive
+//! comes, so are the files and classes that it names. On layers made of this machine's own files.
 
 #![cfg(feature = "command")]
 
@@ -94,13 +94,16 @@ impl World {
 
     /// Whether the file's first and last bytes have come.
     fn has(&self, path: &str) -> bool {
+        self.has_byte(path, 0) && self.has_byte(path, self.file(path).range.len - 1)
+    }
+
+    /// Whether the file's byte at this offset has come.
+    fn has_byte(&self, path: &str, offset: u64) -> bool {
         let file = self.file(path);
-        let here = self.here.borrow();
-        let chunk = |at| ChunkKey {
+        self.here.borrow().contains(&ChunkKey {
             layer: file.layer,
-            index: u32::try_from(at / CHUNK_BYTES).unwrap(),
-        };
-        here.contains(&chunk(file.range.start.0)) && here.contains(&chunk(file.range.end().0 - 1))
+            index: u32::try_from((file.range.start.0 + offset) / CHUNK_BYTES).unwrap(),
+        })
     }
 }
 
@@ -230,4 +233,130 @@ fn a_python_modules_imports_come_with_it() {
     assert!(!world.has(&module("this")), "shutil does not import this");
     world.touch(&module("antigravity"));
     assert!(world.has(&module("webbrowser")), "antigravity imports webbrowser");
+}
+
+/// What a script names comes with it; what it names in vain comes when a reader turns to something that tells where such files lie.
+#[test]
+fn what_scripts_name_comes_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let files = [
+        (
+            "lib/ruby/json.rb",
+            "require 'json/common'\ndef late\n  require 'json/late'\nend\n",
+        ),
+        ("lib/ruby/json/common.rb", "require 'strscan'\nrequire 'json/ext'\n"),
+        ("lib/ruby/json/late.rb", ""),
+        ("arch/strscan.so", ""),
+        ("arch/json/ext.so", ""),
+        ("perl/A.pm", "package A;\nuse parent qw(B::C);\n"),
+        ("perl/B/C.pm", "1;\n"),
+        ("perl/D.pm", "1;\n"),
+        (
+            "php/Y/A.php",
+            "<?php\nnamespace X\\Y;\nclass A extends B {}\nrequire __DIR__ . '/../c.php';\n",
+        ),
+        ("php/Y/B.php", "<?php\n"),
+        ("php/c.php", "<?php\n"),
+        ("php/Y/D.php", "<?php\n"),
+    ];
+    let layer = dir.path().join("layer.tar");
+    let mut tar = tar::Builder::new(File::create(&layer).unwrap());
+    for (name, text) in files {
+        let file = dir.path().join(name);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, format!("{text:<100}")).unwrap();
+        add(&mut tar, &file);
+    }
+    tar.finish().unwrap();
+    drop(tar);
+
+    let mut world = World::new(&layer);
+    let came = |world: &World| {
+        files
+            .map(|(name, _)| name)
+            .into_iter()
+            .filter(|name| world.has(&path(name)))
+            .collect::<Vec<_>>()
+    };
+    world.touch(&path("lib/ruby/json.rb"));
+    assert_eq!(came(&world), ["lib/ruby/json.rb", "lib/ruby/json/common.rb"]);
+    world.touch(&path("arch/strscan.so"));
+    assert!(world.has(&path("arch/json/ext.so")), "the directory is known now");
+    world.touch(&path("perl/A.pm"));
+    assert!(world.has(&path("perl/B/C.pm")) && !world.has(&path("perl/D.pm")));
+    world.touch(&path("php/Y/A.php"));
+    assert!(world.has(&path("php/Y/B.php")) && world.has(&path("php/c.php")));
+    assert!(!world.has(&path("php/Y/D.php")) && !world.has(&path("lib/ruby/json/late.rb")));
+}
+
+/// With a Java archive's first bytes come its end, its directory, the class that runs and those that this one uses, out of the middle of it,
+/// and those of the archives that it needs, also of one that lies in it.
+#[test]
+fn a_java_archives_classes_come_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    // Entries with 2 MiB between them, and where each lies.
+    let script = "
+import io, struct, sys, zipfile
+def klass(*uses):
+    pool = b''.join(struct.pack('>BH', 1, len(name)) + name.encode() + struct.pack('>BH', 7, 2 * n + 1) for n, name in enumerate(uses))
+    return struct.pack('>IIH', 0xcafebabe, 61, 2 * len(uses) + 1) + pool + bytes(50)
+def jar(file, path, *entries):
+    with zipfile.ZipFile(file, 'w') as made:
+        for n, (name, content) in enumerate(entries):
+            made.writestr(zipfile.ZipInfo(f'padding{n}'), b'x' * (2 << 20))
+            info = zipfile.ZipInfo(name)
+            made.writestr(info, content, zipfile.ZIP_STORED if name.endswith('.jar') else zipfile.ZIP_DEFLATED)
+            print(path + name, made.getinfo(name).header_offset)
+        made.writestr(zipfile.ZipInfo('padding'), b'x' * (2 << 20))
+inner = io.BytesIO()
+jar(inner, 'lib/inner.jar:', ('r/In.class', klass('java/lang/Object')))
+jar(sys.argv[1] + '/a.jar', 'a.jar:', ('META-INF/MANIFEST.MF', b'Main-Class: p.Main\\r\\nClass-Path: b.jar\\r\\n'), ('lib/inner.jar', inner.getvalue()),
+    ('p/Main.class', klass('p/Used', 'q/Other', 'r/In')), ('p/Not.class', klass()), ('p/Used.class', klass()))
+jar(sys.argv[1] + '/b.jar', 'b.jar:', ('META-INF/MANIFEST.MF', b''), ('q/Other.class', klass()), ('q/Not.class', klass()))
+";
+    let output = Command::new("python3").args(["-c", script]).arg(dir.path()).output();
+    let Some(output) = output.ok().filter(|output| output.status.success()) else {
+        eprintln!("SKIP: a_java_archives_classes_come_with_it: no python3");
+        return;
+    };
+    let layer = dir.path().join("layer.tar");
+    let mut tar = tar::Builder::new(File::create(&layer).unwrap());
+    for name in ["a.jar", "b.jar"] {
+        add(&mut tar, &dir.path().join(name));
+    }
+    tar.finish().unwrap();
+    drop(tar);
+
+    let mut world = World::new(&layer);
+    world.touch(&dir.path().join("a.jar").display().to_string());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut inner = 0;
+    let mut came = Vec::new();
+    for line in text.lines().rev() {
+        let (place, offset) = line.split_once(' ').unwrap();
+        let offset: u64 = offset.parse().unwrap();
+        if place == "a.jar:lib/inner.jar" {
+            inner = offset + 30 + 13;
+        }
+        let (archive, name) = place.split_once(':').unwrap();
+        let (archive, offset) = if archive == "lib/inner.jar" {
+            ("a.jar", inner + offset)
+        } else {
+            (archive, offset)
+        };
+        if world.has_byte(&dir.path().join(archive).display().to_string(), offset) {
+            came.push(name);
+        }
+    }
+    came.sort_unstable();
+    let expected = [
+        "META-INF/MANIFEST.MF",
+        "META-INF/MANIFEST.MF",
+        "p/Main.class",
+        "p/Used.class",
+        "q/Other.class",
+        "r/In.class",
+    ];
+    assert_eq!(came, expected, "{text}");
 }

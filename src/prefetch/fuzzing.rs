@@ -2,10 +2,12 @@
 
 use std::collections::HashSet;
 
+use super::archives::fuzzing as archives;
 use super::elf::loading::Relocated;
 use super::elf::needs;
 use super::node;
 use super::python::Modules;
+use super::scripts::{Language, Scripts};
 use crate::units::{len_u64, len_usize};
 
 /// What a program or a script names, and the parts of it (offset and length in bytes) that are fetched. Of the
@@ -60,4 +62,26 @@ pub fn python(path: &[u8], file: &[u8], exists: &dyn Fn(&[u8]) -> bool) -> Vec<V
 pub fn node(path: &[u8], file: &[u8], exists: &dyn Fn(&[u8]) -> bool) -> HashSet<Vec<u8>> {
     let found = node::loads(path, file, &|path| exists(path).then(|| path.to_vec()));
     found.into_iter().collect()
+}
+
+/// The same for a script of Ruby, Perl or PHP, or settings of PHP, by the ending of its path, and then for what a reader turns to next,
+/// which lies beside it.
+#[must_use]
+pub fn script(path: &[u8], file: &[u8], exists: &dyn Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+    let mut scripts = Scripts::default();
+    let exists = |path: &[u8]| exists(path).then(|| path.to_vec());
+    let Some(language) = Language::of(path, file) else {
+        return Vec::new();
+    };
+    let mut found = scripts.loads(language, path, file, &exists);
+    found.extend(scripts.loads(language, path, file, &exists));
+    found.extend(scripts.saw(b"/lib/strict.pm", &exists));
+    found
+}
+
+/// How many entries a Java archive has, the bytes of the longest that was unpacked, and how many names of other files and of classes are
+/// in it, the file itself taken for a manifest and a class, too.
+#[must_use]
+pub fn archive(file: &[u8]) -> (usize, usize, usize) {
+    archives::read(file)
 }

@@ -32,6 +32,8 @@ pub struct PlanOptions {
     pub program_part_bytes: u64,
     /// Modules are followed so many imports from one that a reader touched.
     pub import_hops: u8,
+    /// Classes of an archive are followed so many uses from one that a reader touched.
+    pub class_hops: u8,
     /// What the kernel reads on both sides of a fault in a mapped file: half its read-ahead.
     pub fault_around_bytes: u64,
     /// A reader that has read so many bytes in one go is sequential; what is read ahead of it is as long as that...
@@ -60,6 +62,7 @@ impl Default for PlanOptions {
             small_neighbour_bytes: 64 << 10,
             program_part_bytes: 512 << 10,
             import_hops: 20,
+            class_hops: 2,
             fault_around_bytes: 16 << 10,
             first_read_ahead_bytes: 256 << 10,
             largest_read_ahead_bytes: 16 << 20,
@@ -114,6 +117,8 @@ pub struct Budgets {
     pub initialiser: Budget,
     /// For [`Reason::Import`].
     pub import: Budget,
+    /// For [`Reason::Archive`].
+    pub archive: Budget,
     /// For [`Reason::Neighbour`].
     pub neighbour: Budget,
 }
@@ -129,6 +134,7 @@ impl Budgets {
             Reason::Loader => self.loader,
             Reason::Initialiser => self.initialiser,
             Reason::Import => self.import,
+            Reason::Archive => self.archive,
             Reason::Neighbour => self.neighbour,
             Reason::Demand | Reason::Between | Reason::Bundled | Reason::Fill => Budget::UNLIMITED,
         }
@@ -149,6 +155,7 @@ impl Default for Budgets {
             loader: budget(64, 200, 25),
             initialiser: budget(64, 200, 25),
             import: budget(64, 200, 25),
+            archive: budget(8, 200, 10),
             neighbour: budget(1, 200, 10),
         }
     }

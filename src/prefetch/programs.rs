@@ -6,9 +6,9 @@
 //! soon as they are in memory, and the files that they name are queued at once.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::ControlFlow;
 use std::rc::Rc;
 
-use super::chunks::ChunkRange;
 use super::elf::loading::{Code, Loading, Part, Relocated};
 use super::elf::{Needs, needs};
 use super::hint::{Hint, Layers, Touch};
@@ -16,14 +16,14 @@ use super::node;
 use super::options::PlanOptions;
 use super::python::{self, Modules, When};
 use super::reason::{Planned, Reason};
+use super::scripts::{Language, Scripts};
+use super::waiting::{Pending, Waiting, bytes_of, planned};
 use super::wishes::Wishes;
 use super::{Look, Peek};
 use crate::cache::chunk::ChunkKey;
 use crate::image::{DirectoryId, FileId, FileMap, StoredFile};
-use crate::units::{CHUNK_BYTES, TarRange, len_u64, len_usize};
+use crate::units::CHUNK_BYTES;
 
-/// The most files, and parts of their code, that wait for bytes to be parsed; then all are forgotten.
-const MOST_PENDING: usize = 1 << 13;
 /// The most files that are parsed in all. A system has a few thousand programs; further ones are served without this prefetch.
 const MOST_KNOWN: usize = 1 << 16;
 /// The most directories with libraries that are remembered.
@@ -32,8 +32,29 @@ const MOST_LIBRARY_DIRS: usize = 16;
 const LOADER_CACHE: &[u8] = b"/etc/ld.so.cache";
 /// So many compiled modules whose sources were read as well mean that all of them are stale.
 const MANY_STALE: u32 = 3;
+/// The most settings files of one directory that are looked into.
+const MOST_BESIDE: usize = 64;
 /// The longest module that is parsed, in bytes.
 const LONGEST_MODULE: u64 = 1 << 20;
+
+/// What a library opens by name as soon as it runs (dlopen(3), open(2)), which no table of it says: by the end of its path, with paths
+/// relative to its directory. Java's launcher picks a virtual machine, which has the runtime's own classes and libraries beside it.
+const OPENED_BY: [(&[u8], &[&[u8]]); 2] = [
+    (b"/libjli.so", &[b"jvm.cfg", b"server/libjvm.so"]),
+    (
+        b"/server/libjvm.so",
+        &[
+            b"../libjimage.so",
+            b"../libjava.so",
+            b"../modules",
+            b"classes.jsa",
+            b"../libnio.so",
+            b"../libnet.so",
+            b"../libzip.so",
+            b"../libjsvml.so",
+        ],
+    ),
+];
 
 /// What is read of a file next.
 #[derive(Debug)]
@@ -48,17 +69,6 @@ enum Step {
     Code(Rc<Loading>, Code),
 }
 
-/// A file that waits for bytes to be parsed.
-#[derive(Debug)]
-struct Pending {
-    file: StoredFile,
-    step: Step,
-    /// The chunks that have to be in memory before it can be parsed further, the first of them last.
-    lacking: Vec<ChunkRange>,
-    /// How many loads lead to it from a file that a reader touched.
-    hops: u8,
-}
-
 /// What is to be fetched.
 #[derive(Debug, Default)]
 struct Wants {
@@ -71,17 +81,13 @@ struct Wants {
 /// Parses touched files for what they load, as their bytes come.
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    /// Files by a chunk that they wait for.
-    waiting: HashMap<ChunkKey, Vec<Pending>>,
-    /// How many those are.
-    waiting_len: usize,
-    /// Files whose chunks may be here: they are looked at next.
-    fresh: Vec<Pending>,
+    waiting: Waiting<Step>,
     /// Files that were parsed or wait for it, with their `hops` at that time.
     known: HashMap<FileId, u8>,
     /// Directories in which libraries were found, the latest first.
     library_dirs: VecDeque<DirectoryId>,
     modules: Modules,
+    scripts: Scripts,
     /// How many sources of compiled modules were read after those.
     stale_modules: u32,
     wishes: Wishes,
@@ -91,8 +97,16 @@ impl Hint for Programs {
     /// A file that is touched for the first time is parsed as soon as its first bytes are here.
     fn touched(&mut self, touch: Touch, layers: &Layers, _: Look<'_>, _: &mut Vec<Planned>) {
         if let Some(file) = touch.file.filter(|_| touch.is_first) {
-            if let Some(files) = layers.files.as_deref().filter(|_| self.stale_modules < MANY_STALE) {
-                self.note_source(files, file);
+            if let Some(files) = layers.files.as_deref() {
+                let path = files.path(file.file).unwrap_or_default();
+                if self.stale_modules < MANY_STALE {
+                    self.note_source(files, file, &path);
+                }
+                let named = self.scripts.saw(&path, &|path| files.resolve(file.directory, path));
+                for module in named {
+                    let beginning = self.want(module, &layers.options, 1);
+                    self.wishes.push_all_front(planned(module, &beginning, Reason::Import));
+                }
             }
             self.look_into(file, 0);
         }
@@ -100,12 +114,11 @@ impl Hint for Programs {
 
     fn look_inside(&mut self, came: Option<ChunkKey>, layers: &Layers, peek: Peek<'_>, now: &mut Vec<Planned>) {
         let Some(files) = &layers.files else { return };
-        if let Some(waiting) = came.and_then(|key| self.waiting.remove(&key)) {
-            self.waiting_len -= waiting.len();
-            self.fresh.extend(waiting);
+        if let Some(key) = came {
+            self.waiting.came(key);
         }
         let mut wants = Wants::default();
-        while let Some(pending) = self.fresh.pop() {
+        while let Some(pending) = self.waiting.ready(peek) {
             self.go_on(&**files, pending, &layers.options, peek, &mut wants);
         }
         now.append(&mut wants.now);
@@ -123,8 +136,8 @@ impl Hint for Programs {
 impl Programs {
     /// Notes whether a file is the source of a compiled module that was read before: the interpreter takes that for stale, as when
     /// an image's times were changed after it was compiled. If many are, so will the others be: their sources are wanted as well.
-    fn note_source(&mut self, files: &dyn FileMap, file: StoredFile) {
-        let compiled = files.path(file.file).and_then(|path| self.modules.compiled_of(&path));
+    fn note_source(&mut self, files: &dyn FileMap, file: StoredFile, path: &[u8]) {
+        let compiled = self.modules.compiled_of(path);
         let compiled = compiled.and_then(|path| files.resolve(file.directory, &path));
         if !compiled.is_some_and(|compiled| self.known.contains_key(&compiled.file)) {
             return;
@@ -143,51 +156,19 @@ impl Programs {
             return;
         }
         self.known.insert(file.file, hops);
-        self.wait(file, Step::Names, &[(0, file.range.len.min(64))], hops);
+        self.waiting
+            .wait(file, Step::Names, &[(0, file.range.len.min(64))], hops);
     }
 
-    /// Goes on with a file at `step` when these parts of it are in memory.
-    fn wait(&mut self, file: StoredFile, step: Step, parts: &[Part], hops: u8) {
-        let range = |&(at, len): &Part| TarRange::new(file.range.start.plus(at), len);
-        let lacking = parts.iter().rev();
-        let lacking = lacking.map(|part| ChunkRange::of(file.layer, range(part))).collect();
-        self.fresh.push(Pending {
-            file,
-            step,
-            lacking,
-            hops,
-        });
-    }
-
-    /// Parses a file if its bytes have come, or leaves it until the next of them comes.
+    /// Parses a file whose bytes have come.
     fn go_on(
         &mut self,
         files: &dyn FileMap,
-        mut pending: Pending,
+        pending: Pending<Step>,
         options: &PlanOptions,
         peek: Peek<'_>,
         wants: &mut Wants,
     ) {
-        while let Some(part) = pending.lacking.last_mut() {
-            if part.is_empty() {
-                pending.lacking.pop();
-                continue;
-            }
-            let key = ChunkKey {
-                layer: part.layer,
-                index: part.first,
-            };
-            if !peek(key, &mut |_| ()) {
-                if self.waiting_len >= MOST_PENDING {
-                    self.waiting.clear();
-                    self.waiting_len = 0;
-                }
-                self.waiting.entry(key).or_default().push(pending);
-                self.waiting_len += 1;
-                return;
-            }
-            part.first += 1;
-        }
         let (file, hops) = (pending.file, pending.hops);
         match pending.step {
             Step::Names => self.read(files, file, hops, options, peek, wants),
@@ -206,7 +187,8 @@ impl Programs {
                     for code in loading.initialisers(relocated, &array) {
                         wants.soon.extend(planned(file, &[code.part()], Reason::Initialiser));
                         let part = code.part();
-                        self.wait(file, Step::Code(loading.clone(), code), &[part], hops);
+                        self.waiting
+                            .wait(file, Step::Code(loading.clone(), code), &[part], hops);
                     }
                 }
             }
@@ -223,9 +205,11 @@ impl Programs {
     /// Goes on with the next piece of a file's relocations, or with its initialisers when there is none.
     fn relocate(&mut self, file: StoredFile, loading: Rc<Loading>, relocated: Relocated, hops: u8) {
         if let Some(part) = loading.needs(&relocated) {
-            self.wait(file, Step::Relocations(loading, relocated), &[part], hops);
+            self.waiting
+                .wait(file, Step::Relocations(loading, relocated), &[part], hops);
         } else if let Some(array) = loading.array_in_file() {
-            self.wait(file, Step::Initialisers(loading, relocated), &[array], hops);
+            self.waiting
+                .wait(file, Step::Initialisers(loading, relocated), &[array], hops);
         }
     }
 
@@ -242,18 +226,22 @@ impl Programs {
         let bytes = |at, len| bytes_of(file, at, len, peek);
         let Some(head) = bytes(0, len.min(64)) else { return };
         let path = files.path(file.file).unwrap_or_default();
-        if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path)) {
+        let language = Language::of(&path, &head);
+        if len <= LONGEST_MODULE && (python::is_compiled(&head) || node::is_script(&path) || language.is_some()) {
             match bytes(0, len) {
                 Some(bytes) => self.import(files, file, &path, &bytes, hops, options, wants),
-                None => self.wait(file, Step::Names, &[(0, len)], hops),
+                None => self.waiting.wait(file, Step::Names, &[(0, len)], hops),
             }
-            return;
+            if !head.starts_with(b"#!") {
+                return;
+            }
         }
         let needs = needs(len, &bytes);
         self.follow(files, file, &needs, options, hops, wants);
+        self.open(files, file, &path, options, hops, wants);
         if !needs.lacking.is_empty() {
             wants.now.extend(planned(file, &needs.lacking, Reason::Loader));
-            self.wait(file, Step::Names, &needs.lacking, hops);
+            self.waiting.wait(file, Step::Names, &needs.lacking, hops);
         } else if let Some(loading) = needs.loading
             && len > options.small_file_bytes
         {
@@ -261,7 +249,7 @@ impl Programs {
         }
     }
 
-    /// Adds what a module of Python or Node.js loads.
+    /// Adds what a module of Python or Node.js, or a script of another language, loads.
     #[expect(clippy::too_many_arguments, reason = "a file, and what it is looked into with")]
     fn import(
         &mut self,
@@ -279,6 +267,11 @@ impl Programs {
         let exists = |path: &[u8]| files.resolve(file.directory, path);
         let modules = if node::is_script(path) {
             node::loads(path, bytes, &exists)
+        } else if let Some(language) = Language::of(path, bytes) {
+            if language == Language::PhpSettings {
+                self.look_beside(files, file, hops);
+            }
+            self.scripts.loads(language, path, bytes, &exists)
         } else {
             // What only functions import is seldom read at all, and then long after.
             let imports = self.modules.imports(path, bytes, &exists).into_iter();
@@ -297,6 +290,22 @@ impl Programs {
             let wants = if is_extension { &mut wants.now } else { &mut wants.soon };
             wants.extend(planned(module, &beginning, Reason::Import));
         }
+    }
+
+    /// Looks into the settings beside one as well: all of a directory are read in a row, and most of them come in one chunk.
+    fn look_beside(&mut self, files: &dyn FileMap, file: StoredFile, hops: u8) {
+        let mut visits = 0;
+        files.neighbours(file.file, &mut |beside| {
+            visits += 1;
+            if files.path(beside.file).is_some_and(|path| path.ends_with(b".ini")) {
+                self.look_into(beside, hops);
+            }
+            if visits < MOST_BESIDE {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        });
     }
 
     fn follow(
@@ -345,6 +354,25 @@ impl Programs {
                 let beginning = self.want(library, options, hops);
                 wants.now.extend(planned(library, &beginning, Reason::Loader));
                 self.found_in(library.directory);
+            }
+        }
+    }
+
+    /// Adds what a library opens by name.
+    fn open(
+        &mut self,
+        files: &dyn FileMap,
+        file: StoredFile,
+        path: &[u8],
+        options: &PlanOptions,
+        hops: u8,
+        wants: &mut Wants,
+    ) {
+        let opened = OPENED_BY.iter().find(|(ending, _)| path.ends_with(ending));
+        for name in opened.map_or(&[][..], |(_, names)| names) {
+            if let Some(file) = files.resolve(file.directory, name) {
+                let beginning = self.want(file, options, hops);
+                wants.now.extend(planned(file, &beginning, Reason::Loader));
             }
         }
     }
@@ -399,37 +427,4 @@ fn around(file: StoredFile, (at, len): Part, options: &PlanOptions) -> Vec<Part>
     }
     let half = options.program_part_bytes / 2;
     vec![(at, half), (at + len - half, half)]
-}
-
-/// Parts of a file, cut at its end, as ranges of chunks; those that touch are one.
-fn planned(file: StoredFile, parts: &[Part], reason: Reason) -> Vec<Planned> {
-    let mut all: Vec<Planned> = Vec::new();
-    for &(at, len) in parts {
-        let len = len.min(file.range.len.saturating_sub(at));
-        let range = TarRange::new(file.range.start.plus(at), len);
-        let chunks = ChunkRange::of(file.layer, range);
-        match all.last_mut() {
-            Some(last) if (last.chunks.first..=last.chunks.end).contains(&chunks.first) => {
-                last.chunks.end = last.chunks.end.max(chunks.end);
-            }
-            _ if chunks.is_empty() => {}
-            _ => all.push(reason.of(chunks)),
-        }
-    }
-    all
-}
-
-/// The `len` bytes of a file at offset `at`; none unless all chunks that hold them are in memory.
-fn bytes_of(file: StoredFile, at: u64, len: u64, peek: Peek<'_>) -> Option<Vec<u8>> {
-    let range = TarRange::new(file.range.start.plus(at), len);
-    let mut bytes = Vec::with_capacity(len_usize(len));
-    for key in ChunkRange::of(file.layer, range).keys() {
-        let from = range.start.0.saturating_sub(key.start().0);
-        let to = range.end().0 - key.start().0;
-        peek(key, &mut |chunk| {
-            let to = to.min(len_u64(chunk.len()));
-            bytes.extend_from_slice(chunk.get(len_usize(from)..len_usize(to)).unwrap_or_default());
-        });
-    }
-    (len_u64(bytes.len()) == len).then_some(bytes)
 }

@@ -20,6 +20,8 @@ pub enum Reason {
     Ahead,
     /// A module imports it.
     Import,
+    /// It is the directory of an archive, or a class that another one uses.
+    Archive,
     /// A file of its directory was read.
     Neighbour,
     /// It lies between two ranges that one request brings.
@@ -32,7 +34,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in order.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Demand,
         Self::Profile,
         Self::Loader,
@@ -40,6 +42,7 @@ impl Reason {
         Self::Rest,
         Self::Ahead,
         Self::Import,
+        Self::Archive,
         Self::Neighbour,
         Self::Between,
         Self::Bundled,
@@ -57,6 +60,7 @@ impl Reason {
             Self::Loader => "loader",
             Self::Initialiser => "initialiser",
             Self::Import => "import",
+            Self::Archive => "archive",
             Self::Neighbour => "neighbour",
             Self::Between => "between",
             Self::Bundled => "bundled",

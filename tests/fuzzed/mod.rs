@@ -552,6 +552,17 @@ fn programs_seeds() -> Vec<Vec<u8>> {
             b"const a = require('./a'), b = require(\"@s/b/c\"); import x from '..'; import('d')",
         ),
         choose(3, b"{\"name\": \"x\", \"main\" : \"lib/x\"}"),
+        choose(8, b"require 'a/b'\nclass C\n  require_relative 'd'\n  def e\n    require 'f'\n  end\nend\n"),
+        choose(9, b"package A::B;\nuse strict; use parent qw(C D);\nsub e {\n  require F;\n}\nXSLoader::load();\n=pod\n\n=cut\n"),
+        choose(10, b"<?php\nnamespace A\\B;\nuse C\\{D, E as F};\nrequire __DIR__ . '/..' . '/g.php';\nclass H extends I implements J {\n"),
+        choose(11, b"extension=dom.so\nextension_dir = \"/usr/lib/php\"\n"),
+        choose(
+            12,
+            b"PK\x03\x04\x14\0\0\0\0\0\0\0\0\0\0\0\0\0\x07\0\0\0\x07\0\0\0\x07\0\0\0A.class\xca\xfe\xba\xbe\0\0\0PK\x01\x02\x14\0\x14\0\0\0\0\0\
+            \0\0\0\0\0\0\0\0\x07\0\0\0\x07\0\0\0\x07\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0A.classPK\x05\x06\0\0\0\0\x01\0\x01\0\x35\0\0\0\x2c\0\0\0\0\0",
+        ),
+        choose(12, b"\xca\xfe\xba\xbe\0\0\0\x3d\0\x03\x07\0\x02\x01\0\x03a/B"),
+        choose(12, b"Manifest-Version: 1.0\nMain-Class: a.B\nClass-Path: c.jar d/\n e.jar\n"),
     ]
 }
 
@@ -565,6 +576,9 @@ fn programs(data: &[u8]) {
     let all = |_: &[u8]| true;
     let none = |_: &[u8]| false;
     let some = |path: &[u8]| path.len().is_multiple_of(3);
+    if how & 8 != 0 {
+        return scripts_and_archives(how, file);
+    }
     match how & 3 {
         0 => {
             let here = |at: u64| how & 4 == 0 || at < 64;
@@ -611,6 +625,30 @@ fn programs(data: &[u8]) {
             assert!(prefetch::node(path, file, &none).is_empty());
         }
     }
+}
+
+fn scripts_and_archives(how: u8, file: &[u8]) {
+    if how & 4 != 0 {
+        let (entries, longest, names) = prefetch::archive(file);
+        assert!(
+            entries <= file.len() / 46 && longest <= 256 << 10,
+            "{entries} entries, {longest} bytes"
+        );
+        assert!(names <= file.len().max(longest), "{names} names");
+        return;
+    }
+    let path: &[u8] = match how & 3 {
+        0 => b"/usr/lib/ruby/3.1.0/json/a.rb",
+        1 => b"/usr/share/perl5/A/B.pm",
+        2 => b"/app/vendor/composer/autoload_static.php",
+        _ => b"/etc/php/8.2/mods-available/dom.ini",
+    };
+    let ways: [&ChoosesPath<'_>; 3] = [&|_| true, &|_| false, &|path| path.len().is_multiple_of(3)];
+    for exists in ways {
+        let found = prefetch::script(path, file, exists);
+        assert!(found.len() <= 2 * 256 + 2048, "{} files", found.len());
+    }
+    assert!(prefetch::script(path, file, &|_| false).is_empty());
 }
 
 // ------------------------------------------------------------------------------------------------------ whom an index is believed
