@@ -69,6 +69,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("+ diff ID", checked),
         ("+ headers", some(true, false)),
         ("+ payload", some(false, true)),
+        (
+            "+ pieces",
+            Contents {
+                content_pieces: true,
+                ..checked
+            },
+        ),
         ("all", Contents::FULL),
     ] {
         let mut times: Vec<Duration> = (0..RUNS)
@@ -83,11 +90,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let part = |part| index.cold().range(part).map_or(0, |range| range.end - range.start);
         let micros = times[RUNS / 2].as_micros().max(1);
         println!(
-            "{name:<10}{:>6} MB/s   hot {}, headers {}, payload digests {} bytes; {} entries",
+            "{name:<10}{:>6} MB/s   hot {}, headers {}, payload digests {}, content pieces {} bytes; {} entries",
             u128::try_from(tar.len())? / micros,
             index.hot_len(),
             part(ColdPart::Headers),
             part(ColdPart::PayloadDigests),
+            part(ColdPart::ContentPieces),
             index.summary().entries,
         );
     }

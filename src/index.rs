@@ -11,6 +11,7 @@
 pub mod build;
 mod cold;
 mod compare;
+mod content_pieces;
 mod digests;
 pub mod entry;
 mod error;
@@ -40,6 +41,7 @@ pub use cold::{ColdDirectory, ColdPart, ColdPiece};
 #[cfg(feature = "command")]
 pub(crate) use compare::says_the_same;
 pub use compare::{Difference, EntryCheck, first_difference};
+pub use content_pieces::ContentPieces;
 pub use digests::{ChunkDigests, ChunkHasher};
 pub use entry::{Entry, InImage, Kind, Segment, Timestamp, Xattr};
 pub use error::{ArchiveFault, HeaderFault, IndexError, IndexFault};

@@ -20,7 +20,7 @@ MAGIC = bytes.fromhex("89 74 62 69 0d 0a 1a 0a")
 BLOCK = 512
 CHUNK = 32768
 SUMMARY, ENTRIES, LAYER, CHUNKS, SPANS, DIRECTORY, IN_IMAGE, BLOCKS = 1, 2, 3, 4, 5, 6, 8, 9
-WINDOWS, PAYLOADS, HEADERS, BLOCK_WINDOWS = 16, 17, 18, 19
+WINDOWS, PAYLOADS, HEADERS, BLOCK_WINDOWS, CONTENT_PIECES = 16, 17, 18, 19, 20
 FILE, DIR, SYMLINK, HARDLINK, CHAR, BLOCKDEV, FIFO = range(7)
 KINDS = ["file", "directory", "symlink", "hardlink", "char", "block", "fifo"]
 PLACED, SPARSE, ATTRIBUTES = 8, 16, 32
@@ -496,6 +496,20 @@ def check(index, blob, tar):
             if content:
                 need(digests.take(32) == hashlib.sha256(content).digest(), "a payload digest")
         digests.end("payload digests")
+    if CONTENT_PIECES in cold:
+        need(all(len(piece) == 65520 for piece in cold[CONTENT_PIECES][:-1]), "pieces of content pieces")
+        records = Bytes(b"".join(cold[CONTENT_PIECES]))
+        for entry in entries:
+            content = b"".join(tar[at : at + length] for _, at, length in entry["segments"])
+            begin = 0
+            while len(content) > 1 << 20 and begin < len(content):
+                length = struct.unpack("<I", records.take(4))[0]
+                end = begin + length
+                need(0 < length <= 1 << 18 and end <= len(content), "the length of a content piece")
+                need(length >= 1 << 14 or end == len(content), "a content piece is too short")
+                need(records.take(20) == short(content[begin:end]), "the digest of a content piece")
+                begin = end
+        records.end("content pieces")
     if HEADERS in cold:
         pieces = index.decoded(HEADERS, cold[HEADERS])
         need(all(len(piece) == 1 << 20 for piece in pieces[:-1]), "pieces of header bytes")

@@ -50,6 +50,7 @@ struct Report<'a> {
     diff_id: Option<&'a Digest>,
     chunk_digests: u64,
     payload_digests: bool,
+    content_pieces: bool,
     header_bytes_kept: bool,
     content_sha256: String,
     hot_sha256: String,
@@ -110,6 +111,7 @@ fn index(source: &str, args: &IndexArgs, session: Session) -> anyhow::Result<()>
         diff_id: identity.diff_id.as_ref(),
         chunk_digests: index.chunk_digests().map_or(0, crate::index::ChunkDigests::len),
         payload_digests: index.cold().has(ColdPart::PayloadDigests),
+        content_pieces: index.cold().has(ColdPart::ContentPieces),
         header_bytes_kept: index.cold().has(ColdPart::Headers),
         content_sha256: hexadecimal(index.content_digest()),
         hot_sha256: hexadecimal(&index.hot_digest()),
@@ -260,6 +262,7 @@ fn holds(report: &Report<'_>) -> String {
     let mut holds = format!("digests of {} chunks", show_count(report.chunk_digests));
     for (has, what) in [
         (report.payload_digests, ", of every file"),
+        (report.content_pieces, ", of pieces of long files"),
         (report.header_bytes_kept, ", and all that the exact tar takes"),
     ] {
         if has {
@@ -341,5 +344,6 @@ fn contents_of(index: &Index<Vec<u8>>) -> Contents {
         diff_id: index.identity().diff_id.is_some(),
         payload_digests: index.cold().has(ColdPart::PayloadDigests),
         headers: index.cold().has(ColdPart::Headers),
+        content_pieces: index.cold().has(ColdPart::ContentPieces),
     }
 }

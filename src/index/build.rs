@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use sha2::{Digest as _, Sha256};
 
 use super::cold::{ColdPart, Packed, Packer};
+use super::content_pieces::{ContentPieces, PieceCutter};
 use super::digests::ChunkHasher;
 use super::entry::Entry;
 use super::error::IndexError;
@@ -39,6 +40,8 @@ pub struct Contents {
     pub payload_digests: bool,
     /// All that is no file's stored bytes, so that the exact tar can be rebuilt.
     pub headers: bool,
+    /// The digests of content-defined pieces of long files, by which those are found that changed a little.
+    pub content_pieces: bool,
 }
 
 impl Contents {
@@ -48,11 +51,13 @@ impl Contents {
         diff_id: true,
         payload_digests: true,
         headers: true,
+        content_pieces: true,
     };
     /// What checking every byte takes, and no more.
     pub const CHECKED: Self = Self {
         payload_digests: false,
         headers: false,
+        content_pieces: false,
         ..Self::FULL
     };
     /// The entries alone.
@@ -61,6 +66,7 @@ impl Contents {
         diff_id: false,
         payload_digests: false,
         headers: false,
+        content_pieces: false,
     };
 }
 
@@ -82,6 +88,7 @@ struct Split {
     payloads: VecDeque<TarRange>,
     headers: Option<Packer>,
     digests: Option<(Sha256, Packer)>,
+    pieces: Option<PieceCutter>,
 }
 
 impl Split {
@@ -100,6 +107,13 @@ impl Split {
                 if let Some((digest, _)) = &mut self.digests {
                     digest.update(head);
                 }
+                if let Some(pieces) = self
+                    .pieces
+                    .as_mut()
+                    .filter(|_| payload.is_some_and(ContentPieces::is_cut))
+                {
+                    pieces.feed(head);
+                }
             } else if let Some(headers) = &mut self.headers {
                 headers.feed(head);
                 if headers.stored_len() > MAX_HEADERS {
@@ -112,6 +126,9 @@ impl Split {
                 self.payloads.pop_front();
                 if let Some((digest, packer)) = &mut self.digests {
                     packer.feed(&digest.finalize_reset());
+                }
+                if let Some(pieces) = &mut self.pieces {
+                    pieces.end();
                 }
             }
         }
@@ -149,16 +166,18 @@ impl Recorder {
                 Packer::new(ColdPart::PayloadDigests, format::DIGESTS_PIECE),
             )
         });
+        let pieces = contents.content_pieces.then(PieceCutter::new);
         Self {
             parser: Parser::new(),
             builder: IndexBuilder::new(),
             at: 0,
             chunks: contents.chunk_digests.then(ChunkHasher::new),
             tar: contents.diff_id.then(|| Algorithm::Sha256.hasher().into()),
-            split: (headers.is_some() || digests.is_some()).then(|| Split {
+            split: (headers.is_some() || digests.is_some() || pieces.is_some()).then(|| Split {
                 payloads: VecDeque::new(),
                 headers,
                 digests,
+                pieces,
             }),
         }
     }
@@ -224,6 +243,9 @@ impl Recorder {
             }
             if let Some(headers) = split.headers {
                 self.builder.cold(headers.finish());
+            }
+            if let Some(pieces) = split.pieces.and_then(PieceCutter::finish) {
+                self.builder.cold(pieces);
             }
         }
         Ok(Recorded {

@@ -25,13 +25,22 @@ pub enum ColdPart {
     /// The extents of decoder windows that matter at blocks of zstd frames: the piece of each span of the span table, empty where it
     /// needs none.
     BlockWindows,
+    /// Length and short digest of every content-defined piece of the stored bytes of every file that has more than 1 MiB, in the
+    /// order of the entries.
+    ContentPieces,
 }
 
 /// How many parts there are.
-pub(super) const PARTS: usize = 4;
+pub(super) const PARTS: usize = 5;
 
 impl ColdPart {
-    pub(super) const ALL: [Self; PARTS] = [Self::Windows, Self::PayloadDigests, Self::Headers, Self::BlockWindows];
+    pub(super) const ALL: [Self; PARTS] = [
+        Self::Windows,
+        Self::PayloadDigests,
+        Self::Headers,
+        Self::BlockWindows,
+        Self::ContentPieces,
+    ];
 
     /// The part that has the decoder windows of a layer that is compressed so.
     #[must_use]
@@ -48,6 +57,7 @@ impl ColdPart {
             Self::PayloadDigests => format::PAYLOAD_DIGESTS,
             Self::Headers => format::HEADERS,
             Self::BlockWindows => format::BLOCK_WINDOWS,
+            Self::ContentPieces => format::CONTENT_PIECES,
         }
     }
 
@@ -58,13 +68,14 @@ impl ColdPart {
             Self::PayloadDigests => 1,
             Self::Headers => 2,
             Self::BlockWindows => 3,
+            Self::ContentPieces => 4,
         }
     }
 
     fn encoding(self) -> u16 {
         match self {
             Self::Windows | Self::Headers | Self::BlockWindows => format::ZSTD_PIECES,
-            Self::PayloadDigests => format::RAW,
+            Self::PayloadDigests | Self::ContentPieces => format::RAW,
         }
     }
 }

@@ -46,6 +46,7 @@ pub(super) const WINDOWS: u32 = 16;
 pub(super) const PAYLOAD_DIGESTS: u32 = 17;
 pub(super) const HEADERS: u32 = 18;
 pub(super) const BLOCK_WINDOWS: u32 = 19;
+pub(super) const CONTENT_PIECES: u32 = 20;
 
 /// A reader that does not know a section with this flag must not use the file.
 pub(super) const REQUIRED: u16 = 1;
@@ -65,6 +66,10 @@ pub(super) const DIGEST: usize = 20;
 pub(super) const PIECE: usize = 1 << 20;
 /// A piece of payload digests is this long, all but the last.
 pub(super) const DIGESTS_PIECE: usize = 64 << 10;
+/// A content piece's record in bytes: its length in 4, and its short digest.
+pub(super) const PIECE_RECORD: usize = 4 + DIGEST;
+/// A piece of the content pieces is this long, all but the last: 2,730 records.
+pub(super) const RECORDS_PIECE: usize = 2730 * PIECE_RECORD;
 /// Decoded span tables are not longer than this.
 pub(super) const MAX_SPANS: u64 = 256 << 20;
 /// The longest text in the layer section.
@@ -86,6 +91,7 @@ pub(super) fn section_name(kind: u32) -> &'static str {
         WINDOWS => "decoder windows",
         PAYLOAD_DIGESTS => "payload digests",
         HEADERS => "header bytes",
+        CONTENT_PIECES => "content pieces",
         _ => "section",
     }
 }

@@ -87,7 +87,7 @@ impl<B: AsRef<[u8]>> Index<B> {
                     | format::PIECE_DIGESTS,
                     false,
                 )
-                | (format::PAYLOAD_DIGESTS, true) => record.encoding == format::RAW,
+                | (format::PAYLOAD_DIGESTS | format::CONTENT_PIECES, true) => record.encoding == format::RAW,
                 (format::ENTRIES | format::SPANS | format::IN_IMAGE | format::BLOCKS, false) => {
                     record.encoding == format::ZSTD
                 }

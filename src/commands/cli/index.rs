@@ -33,8 +33,8 @@ pub struct IndexArgs {
     /// Write the index to this file.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: Option<PathBuf>,
-    /// Read everything, and put all into the index that it can hold: digests of chunks and of files, and the header bytes, with
-    /// which the exact tar can be rebuilt.
+    /// Read everything, and put all into the index that it can hold: digests of chunks, of files and of pieces of long files, and the
+    /// header bytes, with which the exact tar can be rebuilt.
     #[arg(long)]
     pub full: bool,
     /// Read headers only: no digests.
