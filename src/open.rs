@@ -55,7 +55,7 @@ use named::{bytes_of_named, check_pin, hot_of_named, named_index, named_trust, o
 use prepared::FoundLayer;
 use published::Outcome;
 
-pub use dedup::{bytes_to_fetch, payloads_of};
+pub use dedup::{KnownPayloads, bytes_to_fetch};
 pub use discover::IndexChoice;
 pub use error::{OpenError, PackedImage};
 pub use index_cache::{Beside, Cache, default_cache_dir};

@@ -122,6 +122,15 @@ pub struct DiskCache {
     clock: AtomicU32,
 }
 
+/// Why what is kept of a layer cannot be read now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotKept {
+    /// Nothing is kept, or nothing that fits the layer's map.
+    Nothing,
+    /// Another process has the layer's files open, or this one is about to close them: later it may be read.
+    InUse,
+}
+
 /// The name of a layer's files in the cache directory: a SHA-256 of what tells it from every other layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LayerKey([u8; 32]);
@@ -302,17 +311,24 @@ impl DiskCache {
         Ok(cache)
     }
 
-    /// The cache of a layer of which something is kept; none if nothing is, or another process has it open. Makes nothing.
-    pub(crate) fn kept(self: &Arc<Self>, key: LayerKey) -> Option<Arc<LayerCache>> {
+    /// The cache of a layer of which something is kept. Makes nothing, and waits for nobody.
+    ///
+    /// # Errors
+    /// [`NotKept`].
+    pub(crate) fn kept(self: &Arc<Self>, key: LayerKey) -> Result<Arc<LayerCache>, NotKept> {
         let key = key.0;
         let mut open = lock(&self.open);
         if let Some(cache) = open.get(&key).and_then(Weak::upgrade) {
-            return (!cache.is_poisoned()).then_some(cache);
+            return if cache.is_poisoned() {
+                Err(NotKept::Nothing)
+            } else {
+                Ok(cache)
+            };
         }
         let cache = Arc::new(LayerCache::open_kept(self, key)?);
         open.insert(key, Arc::downgrade(&cache));
         self.remember(&cache);
-        Some(cache)
+        Ok(cache)
     }
 
     /// A layer was closed. Called by whoever held it last, who may be this very cache: then it is found out later.

@@ -12,8 +12,8 @@ use super::output::{println, write_out};
 use crate::diff::{Aspect, Difference, LayerFacts, LayerKnowledge, Side, Totals, compare};
 use crate::index::listing::text::Escaped;
 use crate::index::listing::{Line, json};
-use crate::index::{ColdPart, Entry, Index, Payloads};
-use crate::open;
+use crate::index::{Entry, Index};
+use crate::open::{self, KnownPayloads};
 use crate::quantity::{show_count, show_size};
 use crate::source::Source;
 use crate::tree::{NodeId, Tree, TreeBuilder};
@@ -33,7 +33,7 @@ struct Fetched {
     /// What it is known by.
     identities: Vec<String>,
     index: Index<Vec<u8>>,
-    payloads: Payloads,
+    payloads: KnownPayloads,
 }
 
 impl Opened {
@@ -46,9 +46,9 @@ impl Opened {
             let tree = prepared.tree()?;
             let (mut layers, mut fetched) = (Vec::new(), Vec::new());
             for layer in prepared.layers {
-                let payloads = open::payloads_of(&layer)?;
+                let payloads = KnownPayloads::of_layer(&layer)?;
                 let mut known = LayerKnowledge::of(&layer.index)?;
-                known.learn(&payloads);
+                known.learn(&payloads.payloads);
                 for digest in layer.layer.digest.iter().chain(&layer.layer.diff_id) {
                     known.identify(digest.to_string());
                 }
@@ -70,14 +70,9 @@ impl Opened {
         let mut builder = TreeBuilder::new();
         index.replay(&mut builder)?;
         let known = LayerKnowledge::of(&index)?;
-        let has_digests = index.is_whole() && index.cold().has(ColdPart::PayloadDigests);
         let fetched = Fetched {
             identities: known.facts().identities.to_vec(),
-            payloads: if has_digests {
-                Payloads::with_digests(&index)?
-            } else {
-                Payloads::of(&index)?
-            },
+            payloads: KnownPayloads::of(&index)?,
             index,
         };
         Ok(Self {
@@ -126,7 +121,7 @@ struct Network {
 /// What a machine that has the layers of `a` fetches of those of `b`.
 fn network(a: Vec<Fetched>, b: &[Fetched]) -> Network {
     let is_here: HashSet<String> = a.iter().flat_map(|layer| layer.identities.iter().cloned()).collect();
-    let mut donors: Vec<Payloads> = a.into_iter().map(|layer| layer.payloads).collect();
+    let mut donors: Vec<KnownPayloads> = a.into_iter().map(|layer| layer.payloads).collect();
     let mut sum = Network { bytes: 0, of_bytes: 0 };
     for layer in b {
         sum.of_bytes += layer.index.identity().blob_len;

@@ -215,7 +215,7 @@ impl Contents {
             lent.lent.store(true, Ordering::Release);
             return Some(lent);
         }
-        let kept = store?.kept(key)?;
+        let kept = store?.kept(key).ok()?;
         let count = chunk::chunk_count(kept.size())?;
         let lent = Arc::new(LayerContent {
             memory: self.memory.layer(count),

@@ -8,31 +8,43 @@
 //! Whose index is believed decides whose layer *gets* bytes: one that has to be compared with the layer's headers in the end gets none, since
 //! the layer would never be here as a whole. Whose index names a *donor's* bytes does not matter: the fetcher compares them with what the
 //! index of the layer that gets them says (`fetch/dedup`). What a donor's index is, and where the rest of it is, is noted in the cache when
-//! the layer is served (`donor` in `names`).
+//! the layer is served (`donor` in `names`), if the cache has it: one that was named is no hint later. A layer that is served without digests of
+//! its chunks is no donor meanwhile, since what is kept of it may become something else.
+//!
+//! Long files that are nowhere as a whole are looked for by their content-defined pieces, if that may spare more than fetching the pieces'
+//! digests costs.
+//!
+//! A donor that another process has open, or this one is about to close, is looked for again later, with pauses.
 //!
 //! Bounds: [`MOST_DONORS`] layers, those used last, of up to [`MOST_PAYLOADS`] files together; [`MOST_DIGESTED`] bytes that are read to be
-//! digested. All of it happens on a thread of its own that nobody waits for.
+//! digested; [`LOOKED_FOR`]. All of it happens on a thread of its own that nobody waits for.
 
-use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
-use std::path::{Component, Path, PathBuf};
+mod donor_record;
+mod in_common;
+mod payloads;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::index_cache::read_hot;
-use super::{Cache, MAX_INDEX_BYTES, OpenError, PreparedLayer};
+use self::donor_record::{note, recall};
+use self::in_common::{Found, short};
+use self::payloads::{cold_piece, content_pieces};
+use super::Cache;
 use crate::cache::chunk::pieces;
-use crate::cache::disk::{DiskCache, LayerCache, LayerKey};
-use crate::fetch::{Deduplicator, IndexTrust, MOST_DONORS, PROVEN_WHOLE, SharedExtent, SharedPayloads, ShortDigest};
-use crate::http::HttpOptions;
-use crate::index::{ColdPart, Index, Payloads};
-use crate::source::{self, Blob};
+use crate::cache::disk::{DiskCache, LayerCache, LayerKey, NotKept};
+use crate::fetch::{Deduplicator, IndexTrust, MOST_DONORS, PROVEN_WHOLE};
+use crate::index::{ColdPart, ContentPieces, Index, Payloads};
+use crate::source::Blob;
 use crate::units::{LayerId, TarRange, len_u64, len_usize};
+
+pub use self::in_common::bytes_to_fetch;
+pub use self::payloads::KnownPayloads;
 
 /// Files of all donors together at most.
 const MOST_PAYLOADS: usize = 4 << 20;
@@ -40,12 +52,13 @@ const MOST_PAYLOADS: usize = 4 << 20;
 const MOST_DIGESTED: u64 = 1 << 30;
 /// Digests are fetched when so many times their length may be spared.
 const WORTH: u64 = 4;
-/// So long is waited for other processes to close layers, all together.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// How often it is looked whether they have.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// So much in common is worth a table, in bytes.
 const LEAST: u64 = 64 << 10;
+/// Donors that were in use elsewhere are looked for again after so long; each time the pause is twice as long, up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How long they are looked for.
+const LOOKED_FOR: Duration = Duration::from_secs(600);
 
 /// A layer that is served, and its index.
 #[derive(Debug)]
@@ -67,145 +80,12 @@ impl IndexedLayer {
         self.trust.is_some_and(|trust| !trust.is_to_be_compared()) && !self.index.is_of_contents()
     }
 
-    /// A piece of its payload digests; with `fetch` also from a registry.
-    fn digests(&self, number: usize, fetch: bool) -> Option<Vec<u8>> {
-        let file = self
-            .file
-            .as_ref()
-            .and_then(|file| file.try_clone().ok())
-            .map(File::from);
-        digests(&self.index, file, self.rest.as_ref().filter(|_| fetch), number)
+    /// A piece of its index's cold part; with `fetch` also from a registry.
+    fn cold_piece(&self, part: ColdPart, number: usize, fetch: bool) -> Option<Vec<u8>> {
+        let own = self.file.as_ref().and_then(|file| file.try_clone().ok());
+        let rest = self.rest.as_ref().filter(|_| fetch);
+        cold_piece(&self.index, own.map(File::from), rest, part, number)
     }
-}
-
-/// A piece of an index's payload digests: of a hot part that has a `file` from there, or else from where its `rest` is. What comes is
-/// checked, and put where the next one finds it.
-fn digests(index: &Index<Vec<u8>>, file: Option<File>, rest: Option<&Blob>, number: usize) -> Option<Vec<u8>> {
-    if index.is_whole() {
-        return index.cold_piece(ColdPart::PayloadDigests, number).ok()?;
-    }
-    let piece = index.cold().piece(ColdPart::PayloadDigests, number)?;
-    let len = len_usize(piece.range.end - piece.range.start);
-    if let Some(file) = &file {
-        let mut stored = vec![0; len];
-        if file.read_exact_at(&mut stored, piece.range.start).is_ok()
-            && let Ok(digests) = piece.open(&stored)
-        {
-            return Some(digests);
-        }
-    }
-    let stored = source::read_range(rest?, piece.range.clone(), &HttpOptions::default());
-    let stored = stored
-        .inspect_err(|error| log::info!("{error}; going on without what it says of equal files"))
-        .ok()?;
-    let digests = piece.open(&stored).ok()?;
-    if let Some(Err(error)) = file.map(|file| file.write_all_at(&stored, piece.range.start)) {
-        log::debug!("payload digests are not kept: {error}");
-    }
-    Some(digests)
-}
-
-/// Where the payloads of a prepared layer lie, with their digests as far as its index has them, which are fetched where they are not here.
-///
-/// # Errors
-/// [`OpenError::Index`] when the index is damaged.
-pub fn payloads_of(layer: &PreparedLayer) -> Result<Payloads, OpenError> {
-    let bad = |cause| OpenError::Index {
-        name: format!("index for {}", layer.layer.blob.name),
-        cause,
-    };
-    let mut payloads = Payloads::of(&layer.index).map_err(bad)?;
-    let hot = layer.kept.as_ref().filter(|_| layer.rest.is_some());
-    for number in 0..payloads.pieces().count() {
-        let file = hot.and_then(|path| File::options().read(true).write(true).open(path).ok());
-        if let Some(piece) = digests(&layer.index, file, layer.rest.as_ref(), number) {
-            payloads.put_piece(number, piece).map_err(bad)?;
-        }
-    }
-    Ok(payloads)
-}
-
-/// How many bytes of a layer's blob are fetched in the end if all its files are read, on a machine that has all of `others`.
-#[must_use]
-pub fn bytes_to_fetch(index: &Index<Vec<u8>>, own: &Payloads, others: &[Payloads]) -> u64 {
-    let mut found = Found::default();
-    for (donor, other) in others.iter().enumerate() {
-        for (number, range) in other.ranges().iter().enumerate() {
-            if let Some(digest) = other.digest(number) {
-                found.note(donor, *range, digest, true);
-            }
-        }
-    }
-    let (used, mut shared) = found.shared_with(own);
-    shared.donors = vec![LayerKey::of_content("", 0); used.len()];
-    shared.bytes_to_fetch(index.spans(), index.tar_len(), index.chunk_digests().is_some())
-}
-
-/// What the cache notes of a layer that was served: where its index is.
-#[derive(Serialize, Deserialize)]
-struct DonorRecord {
-    /// The file in the cache directory: `index/…` or `hot/…`.
-    index: PathBuf,
-    /// Where the rest of the index is, without secrets.
-    rest: Option<Blob>,
-}
-
-fn record_name(key: LayerKey) -> String {
-    format!("donor\n{}", key.hex())
-}
-
-/// Notes where the index of a layer is, if the cache keeps it.
-fn note(cache: &Cache, layer: &IndexedLayer) {
-    let (Some(key), Some(file)) = (layer.key, &layer.file) else {
-        return;
-    };
-    let Ok(path) = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())) else {
-        return;
-    };
-    let Ok(index) = path.strip_prefix(cache.dir()) else {
-        return;
-    };
-    if index_path(cache, index).is_some() {
-        let record = DonorRecord {
-            index: index.to_owned(),
-            rest: layer.rest.as_ref().map(Blob::without_secrets),
-        };
-        cache.remember(&record_name(key), &record);
-    }
-}
-
-/// The file of an index in the cache directory, if `index` names one there.
-fn index_path(cache: &Cache, index: &Path) -> Option<PathBuf> {
-    let mut parts = index.components();
-    let (Some(Component::Normal(dir)), Some(Component::Normal(_)), None) = (parts.next(), parts.next(), parts.next())
-    else {
-        return None;
-    };
-    let path = cache.dir().join(index);
-    ((dir == "index" || dir == "hot") && path.is_file()).then_some(path)
-}
-
-/// A layer that the cache has, with the index that was noted for it. Nothing is believed of that.
-fn recall(cache: &Cache, key: LayerKey) -> Option<IndexedLayer> {
-    let record: DonorRecord = cache.recall(&record_name(key))?;
-    let path = index_path(cache, &record.index)?;
-    let (index, file) = if record.index.starts_with("hot") {
-        let mut file = File::options().read(true).write(true).open(&path).ok()?;
-        (read_hot(&mut file)?, Some(Arc::new(file.into())))
-    } else {
-        let whole = fs::metadata(&path).ok().filter(|meta| meta.len() <= MAX_INDEX_BYTES);
-        (
-            Index::open(fs::read(&path).ok().filter(|_| whole.is_some())?).ok()?,
-            None,
-        )
-    };
-    Some(IndexedLayer {
-        key: Some(key),
-        index,
-        file,
-        rest: record.rest,
-        trust: None,
-    })
 }
 
 /// A device whose layers may get bytes of others.
@@ -273,30 +153,78 @@ fn run(getters: &Getters, fetcher: &Deduplicator, layers: Vec<IndexedLayer>, dis
     });
     let mut known: Vec<Candidate> = layers
         .into_iter()
-        .filter_map(|layer| Candidate::new(layer, disk, true))
+        .filter_map(|layer| Candidate::served(layer, disk))
         .collect();
     let own: HashSet<LayerKey> = known.iter().map(|candidate| candidate.key).collect();
     let new = known.len();
-    if !getting.is_empty() {
-        add_kept(&mut known, disk, cache, &own);
-    }
-    for (id, key) in getting {
-        share(fetcher, id, key, &mut known);
+    let in_use = if getting.is_empty() {
+        Vec::new()
+    } else {
+        add_kept(&mut known, disk, cache, &own)
+    };
+    for (id, key) in &getting {
+        share(fetcher, *id, *key, &mut known);
     }
     // Of others only what is new concerns them.
     known.truncate(new);
     for other in others {
         for (id, key) in other.layers.into_iter().filter(|(_, key)| !own.contains(key)) {
-            if let Some(layer) = recall(cache, key).and_then(|layer| Candidate::new(layer, disk, true)) {
+            if let Some(layer) = recall(cache, key).and_then(|layer| Candidate::served(layer, disk)) {
                 known.push(layer);
                 share(&other.fetcher, id, key, &mut known);
                 known.truncate(new);
             }
         }
     }
+    if !in_use.is_empty() {
+        let own = known.into_iter().map(Candidate::close).collect();
+        share_when_free(fetcher, &getting, own, in_use, disk, cache);
+    }
 }
 
-/// A layer of which something may be had, or that may get something.
+/// Tells a fetcher what the layers that it is `getting` bytes for have in common with donors that were `in_use` elsewhere when its device
+/// came, as they become free: until none is left, the device is gone or [`LOOKED_FOR`] is over. `own` are the device's layers.
+///
+/// Invariant: nothing is held open between two looks, so that neither the device's layers nor the donors are kept from others.
+fn share_when_free(
+    fetcher: &Deduplicator,
+    getting: &[(LayerId, LayerKey)],
+    mut own: Vec<IndexedLayer>,
+    mut in_use: Vec<LayerKey>,
+    disk: &Arc<DiskCache>,
+    cache: &Cache,
+) {
+    let began = Instant::now();
+    let mut pause = FIRST_PAUSE;
+    while !in_use.is_empty() && began.elapsed() < LOOKED_FOR {
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        if fetcher.is_over() {
+            return;
+        }
+        let mut free = Vec::new();
+        in_use.retain(|key| match disk.kept(*key) {
+            Ok(kept) => {
+                free.extend(recall(cache, *key).and_then(|layer| Candidate::new(layer, kept, false)));
+                false
+            }
+            Err(why) => why == NotKept::InUse,
+        });
+        if free.is_empty() {
+            continue;
+        }
+        for (id, key) in getting {
+            let at = own.iter().position(|layer| layer.key == Some(*key));
+            if let Some(layer) = at.and_then(|at| Candidate::served(own.swap_remove(at), disk)) {
+                free.push(layer);
+                share(fetcher, *id, *key, &mut free);
+                own.extend(free.pop().map(Candidate::close));
+            }
+        }
+    }
+}
+
+/// A layer of which something may be had, or that may get something; open in the cache for as long as the value lives.
 struct Candidate {
     key: LayerKey,
     layer: IndexedLayer,
@@ -307,18 +235,28 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// None where the cache keeps nothing of it, or its index is damaged.
-    fn new(layer: IndexedLayer, disk: &Arc<DiskCache>, is_served: bool) -> Option<Self> {
+    /// None where `cache`, which is what is kept of it, is another layer's, or its index is damaged.
+    fn new(layer: IndexedLayer, cache: Arc<LayerCache>, is_served: bool) -> Option<Self> {
         let key = layer.key?;
-        let cache = disk.kept(key).filter(|cache| cache.size() == layer.index.tar_len())?;
         let payloads = Payloads::of(&layer.index).ok()?;
-        Some(Self {
+        (cache.size() == layer.index.tar_len()).then_some(Self {
             key,
             layer,
             payloads,
             cache,
             is_served,
         })
+    }
+
+    /// One that a device of this process has; none where the cache keeps nothing of it.
+    fn served(layer: IndexedLayer, disk: &Arc<DiskCache>) -> Option<Self> {
+        let kept = disk.kept(layer.key?).ok()?;
+        Self::new(layer, kept, true)
+    }
+
+    /// Lets go of what is kept of it.
+    fn close(self) -> IndexedLayer {
+        self.layer
     }
 
     /// Whether all of a payload is here.
@@ -343,12 +281,35 @@ impl Candidate {
                 .filter(|range| is_wanted(range.len));
             let gain = wanted.fold(0, |sum: u64, range| sum.saturating_add(range.len));
             if gain > 0
-                && let Some(piece) = self.layer.digests(number, gain >= WORTH * digests)
+                && let Some(piece) = self
+                    .layer
+                    .cold_piece(ColdPart::PayloadDigests, number, gain >= WORTH * digests)
                 && let Err(error) = self.payloads.put_piece(number, piece)
             {
                 log::info!("{error}");
             }
         }
+    }
+
+    /// Whether it has long payloads and an index with their content-defined pieces.
+    fn has_content_pieces(&self) -> bool {
+        let mut ranges = self.payloads.ranges().iter();
+        self.layer.index.cold().has(ColdPart::ContentPieces) && ranges.any(|range| ContentPieces::is_cut(*range))
+    }
+
+    /// The content-defined pieces of its long payloads, if its index has them: fetched if they are not here and take no more than
+    /// `affordable` bytes, of which what they took is taken away.
+    fn content_pieces(&self, affordable: &mut u64) -> Option<ContentPieces> {
+        let layer = &self.layer;
+        let read = |fetch| {
+            let piece = |number| layer.cold_piece(ColdPart::ContentPieces, number, fetch);
+            content_pieces(&layer.index, &self.payloads, &piece)
+        };
+        read(false).or_else(|| {
+            let cost = layer.index.cold().decoded_len(ColdPart::ContentPieces);
+            *affordable = affordable.checked_sub(cost)?;
+            read(true)
+        })
     }
 
     /// The SHA-256 of a payload that is here. Waits for the disk.
@@ -362,28 +323,37 @@ impl Candidate {
     }
 }
 
-/// Adds what the cache keeps of layers that are not in `own`, those used last first.
-fn add_kept(known: &mut Vec<Candidate>, disk: &Arc<DiskCache>, cache: &Cache, own: &HashSet<LayerKey>) {
+/// Adds what the cache keeps of layers that are not in `own`, those used last first; gives those that cannot be looked at now because
+/// another process has them open, or this one is about to close them.
+fn add_kept(
+    known: &mut Vec<Candidate>,
+    disk: &Arc<DiskCache>,
+    cache: &Cache,
+    own: &HashSet<LayerKey>,
+) -> Vec<LayerKey> {
     let listed = disk.list().unwrap_or_default();
-    let mut patience = PATIENCE;
+    let mut in_use = Vec::new();
     let mut payloads: usize = known.iter().map(|candidate| candidate.payloads.len()).sum();
     for kept in listed.into_iter().filter(|kept| kept.held > 0 || kept.in_use) {
-        if known.len() >= MOST_DONORS || payloads > MOST_PAYLOADS {
-            return;
+        if known.len() + in_use.len() >= MOST_DONORS || payloads > MOST_PAYLOADS {
+            break;
         }
         let Some(key) = kept.layer_key().filter(|key| !own.contains(key)) else {
             continue;
         };
-        // A service that was replaced, or a command, may be about to close it.
-        while disk.kept(key).is_none() && kept.in_use && patience > Duration::ZERO {
-            std::thread::sleep(LOOK_AGAIN);
-            patience = patience.saturating_sub(LOOK_AGAIN);
-        }
-        if let Some(candidate) = recall(cache, key).and_then(|layer| Candidate::new(layer, disk, kept.in_use)) {
-            payloads += candidate.payloads.len();
-            known.push(candidate);
+        match disk.kept(key) {
+            Ok(cached) => {
+                let layer = recall(cache, key);
+                if let Some(candidate) = layer.and_then(|layer| Candidate::new(layer, cached, kept.in_use)) {
+                    payloads += candidate.payloads.len();
+                    known.push(candidate);
+                }
+            }
+            Err(NotKept::InUse) => in_use.push(key),
+            Err(NotKept::Nothing) => {}
         }
     }
+    in_use
 }
 
 /// Tells a fetcher what its layer `id`, which `key` names, has in common with all others that are known.
@@ -403,6 +373,26 @@ fn share(fetcher: &Deduplicator, id: LayerId, key: LayerKey, known: &mut [Candid
         .chain(behind)
         .filter(|other| other.key != key)
         .collect();
+    let mut found = Found::default();
+    find_payloads(own, &mut others, &mut found);
+    let pieces = find_pieces(own, &others, &mut found);
+    let (used, mut shared) = found.shared_with(&own.payloads, &pieces);
+    shared.donors = used.iter().filter_map(|donor| Some(others.get(*donor)?.key)).collect();
+    let bytes: u64 = shared.extents.iter().map(|extent| extent.range.len).sum();
+    if bytes < LEAST {
+        return;
+    }
+    if let Some(bytes) = fetcher.share(id, &shared) {
+        log::info!(
+            "layer {}: {bytes} bytes of its files are in other layers of the cache, too ({})",
+            id.0,
+            shared.donors.len()
+        );
+    }
+}
+
+/// Notes which of the payloads that are as long as one of `own` other layers have.
+fn find_payloads(own: &mut Candidate, others: &mut [&mut Candidate], found: &mut Found) {
     let lens: HashSet<u64> = others
         .iter()
         .flat_map(|other| {
@@ -415,11 +405,7 @@ fn share(fetcher: &Deduplicator, id: LayerId, key: LayerKey, known: &mut [Candid
     let wanted: HashSet<u64> = digested
         .filter_map(|number| Some(own.payloads.ranges().get(number)?.len))
         .collect();
-    if wanted.is_empty() {
-        return;
-    }
     let mut left = MOST_DIGESTED;
-    let mut found = Found::default();
     for (donor, other) in others.iter_mut().enumerate() {
         other.bring_digests(&|len| wanted.contains(&len));
         let has_digests = other.layer.index.cold().has(ColdPart::PayloadDigests);
@@ -434,77 +420,45 @@ fn share(fetcher: &Deduplicator, id: LayerId, key: LayerKey, known: &mut [Candid
                 affordable.then(|| other.digest_held(*range)).flatten()
             });
             if let Some(digest) = digest {
-                found.note(donor, *range, digest, held);
+                found.note(donor, *range, short(&digest), held);
             }
         }
     }
-    let (used, mut shared) = found.shared_with(&own.payloads);
-    shared.donors = used.iter().filter_map(|donor| Some(others.get(*donor)?.key)).collect();
-    let bytes: u64 = shared.extents.iter().map(|extent| extent.range.len).sum();
-    if bytes < LEAST {
-        return;
+}
+
+/// Notes what other layers have of the long payloads of `own` that none was `found` to have as a whole; gives all pieces of `own`, none where
+/// nothing is gained by them.
+fn find_pieces(own: &Candidate, others: &[&mut Candidate], found: &mut Found) -> ContentPieces {
+    let none = ContentPieces::default();
+    if !own.has_content_pieces() || !others.iter().any(|other| other.has_content_pieces()) {
+        return none;
     }
-    if let Some(bytes) = fetcher.share(id, &shared) {
-        log::info!(
-            "layer {}: {bytes} bytes of its files are those of {} other layers in the cache",
-            id.0,
-            shared.donors.len()
-        );
+    let (_, whole) = found.shared_with(&own.payloads, &none);
+    let long = || whole.others.iter().filter(|range| ContentPieces::is_cut(**range));
+    let mut affordable = long().fold(0, |sum: u64, range| sum.saturating_add(range.len)) / WORTH;
+    if affordable == 0 {
+        return none;
     }
-}
-
-/// Payloads that donors have, by what they are.
-#[derive(Default)]
-struct Found(HashMap<(u64, ShortDigest), Place>);
-
-struct Place {
-    donor: usize,
-    range: TarRange,
-    /// Whether all of it is here.
-    held: bool,
-}
-
-fn short(digest: &[u8; 32]) -> ShortDigest {
-    let mut short = [0; 20];
-    short.copy_from_slice(&digest[..20]);
-    short
-}
-
-impl Found {
-    /// A donor has a payload. One that is here is better than one that may come.
-    fn note(&mut self, donor: usize, range: TarRange, digest: [u8; 32], held: bool) {
-        let place = Place { donor, range, held };
-        match self.0.entry((range.len, short(&digest))) {
-            std::collections::hash_map::Entry::Vacant(free) => drop(free.insert(place)),
-            std::collections::hash_map::Entry::Occupied(mut taken) => {
-                if held && !taken.get().held {
-                    taken.insert(place);
-                }
+    let Some(cut) = own.content_pieces(&mut affordable) else {
+        return none;
+    };
+    let wanted: HashSet<_> = long()
+        .flat_map(|range| cut.of(*range))
+        .map(|(range, digest)| (range.len, *digest))
+        .collect();
+    for (donor, other) in others
+        .iter()
+        .enumerate()
+        .filter(|(_, other)| other.has_content_pieces())
+    {
+        let theirs = other.content_pieces(&mut affordable).unwrap_or_default();
+        for (range, digest) in theirs.all() {
+            let is_wanted = wanted.contains(&(range.len, *digest));
+            let held = is_wanted && other.has(*range);
+            if held || (is_wanted && other.is_served) {
+                found.note(donor, *range, *digest, held);
             }
         }
     }
-
-    /// What of `own` donors have, and which donors these are: extents count them in that order.
-    fn shared_with(&self, own: &Payloads) -> (Vec<usize>, SharedPayloads) {
-        let (mut used, mut shared) = (Vec::new(), SharedPayloads::default());
-        for (number, range) in own.ranges().iter().enumerate() {
-            let digest = own.digest(number).map(|digest| short(&digest));
-            let place = digest.and_then(|digest| Some((digest, self.0.get(&(range.len, digest))?)));
-            let Some((digest, place)) = place else {
-                shared.others.push(*range);
-                continue;
-            };
-            let donor = used.iter().position(|donor| *donor == place.donor).unwrap_or_else(|| {
-                used.push(place.donor);
-                used.len() - 1
-            });
-            shared.extents.push(SharedExtent {
-                range: *range,
-                digest,
-                donor,
-                from: place.range.start,
-            });
-        }
-        (used, shared)
-    }
+    cut
 }

@@ -18,7 +18,7 @@ use super::files::{data_name, extent_of_group, groups_of, map_name, read_map, wr
 use super::layer_files::Files;
 use super::map::{self, ChunkMap, GROUP_CHUNKS, Identity, Label};
 use super::reservation::Reservation;
-use super::{DiskCache, DiskCacheError, RunWriter, lock};
+use super::{DiskCache, DiskCacheError, NotKept, RunWriter, lock};
 use crate::cache::chunk::{chunk_count, chunk_len};
 use crate::checksum;
 use crate::units::{CHUNK_BYTES, TarOffset, len_u64, len_usize};
@@ -73,19 +73,23 @@ impl LayerCache {
         Ok(cache)
     }
 
-    /// One that is kept and that no one has open, locked; none if there is no such, or nothing fits it.
-    pub(super) fn open_kept(store: &Arc<DiskCache>, key: [u8; 32]) -> Option<Self> {
+    /// One that is kept and that no one has open, locked.
+    ///
+    /// # Errors
+    /// [`NotKept`].
+    pub(super) fn open_kept(store: &Arc<DiskCache>, key: [u8; 32]) -> Result<Self, NotKept> {
         let dir = store.dir();
-        let data = dir.open_file(&data_name(&key), true).ok()?;
+        let data = dir.open_file(&data_name(&key), true).map_err(|_| NotKept::Nothing)?;
+        // One that has just lost its name may have got a successor, which is somebody's.
         if !data.lock() || !data.is_called(&dir, &data_name(&key)) {
-            return None;
+            return Err(NotKept::InUse);
         }
-        let mut read = read_map(&dir, &data, &key)?;
+        let mut read = read_map(&dir, &data, &key).ok_or(NotKept::Nothing)?;
         let files = Files::found(data, &mut read);
         let cache = Self::assemble(Some(Arc::clone(store)), key, read.identity.size, files);
         cache.sealed.store(read.sealed, Ordering::Relaxed);
         *lock(&cache.label) = read.label;
-        Some(cache)
+        Ok(cache)
     }
 
     /// A cache that goes with the process.

@@ -159,7 +159,7 @@ impl DiskCache {
         let _turn = dir
             .turn()
             .map_err(DiskCacheError::new(dir.path(), "lock the cache directory"))?;
-        let Some(own) = LayerCache::open_kept(self, key) else {
+        let Ok(own) = LayerCache::open_kept(self, key) else {
             verified.dropped = false;
             return Ok(verified);
         };
@@ -229,8 +229,9 @@ fn look_at(dir: &SafeDir, key: &[u8; 32]) -> Option<KeptLayer> {
     let stat = dir.stat(&data_name(key)).ok()?;
     let map_stat = dir.stat(&map_name(key)).ok();
     let data = dir.open_file(&data_name(key), false).ok();
-    let read = data.as_ref().and_then(|data| read_map(dir, data, key));
+    // In this order: who closes it writes the map first, so one that is not in use any more has its last map.
     let in_use = data.as_ref().is_some_and(CacheFile::is_locked);
+    let read = data.as_ref().and_then(|data| read_map(dir, data, key));
     let groups = read.as_ref().map(|read| {
         let count = chunk_count(read.identity.size).unwrap_or(0);
         groups_of(&read.map, read.identity.size, count)

@@ -375,7 +375,7 @@ impl DiskCache {
         if whole {
             return remove_unused(dir, &data_name(&key));
         }
-        let Some(layer) = LayerCache::open_kept(self, key) else {
+        let Ok(layer) = LayerCache::open_kept(self, key) else {
             // Another process has it, or it does not fit its map.
             return remove_if_unfit(dir, &key);
         };

@@ -77,6 +77,21 @@ fn chunks_survive_a_restart() {
 }
 
 #[test]
+fn what_another_process_has_open_may_be_had_once_it_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let [store, others] = [(), ()].map(|()| DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap());
+    assert_eq!(store.kept(layer()).err(), Some(NotKept::Nothing));
+    let theirs = others.layer(layer(), SIZE).unwrap();
+    theirs.put(TarOffset(0), &content());
+    assert_eq!(store.kept(layer()).err(), Some(NotKept::InUse));
+    drop(theirs);
+    let kept = store.kept(layer()).unwrap();
+    assert_eq!(held(&kept).len(), 11);
+    check(&kept);
+    assert_eq!(others.kept(layer()).err(), Some(NotKept::InUse));
+}
+
+#[test]
 fn without_a_commit_nothing_is_believed() {
     let dir = tempfile::tempdir().unwrap();
     let store = DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
