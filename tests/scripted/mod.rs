@@ -332,6 +332,14 @@ fn answer(status: u16, headers: &[(&'static str, &str)], body: &[u8]) -> Answer 
     }
 }
 
+/// A blob, which is not copied.
+fn whole(headers: &[(&'static str, &str)], blob: &Arc<[u8]>) -> Answer {
+    Answer {
+        body: Arc::clone(blob),
+        ..answer(200, headers, b"")
+    }
+}
+
 fn error(status: u16, code: &str) -> Answer {
     let body = format!(r#"{{"errors":[{{"code":"{code}","message":"no: {code}"}}]}}"#);
     answer(status, &[("Content-Type", "application/json")], body.as_bytes())
@@ -455,7 +463,7 @@ fn from_storage(asked: &Asked, shared: &Shared) -> Answer {
         return error(403, "EXPIRED");
     }
     match held.blobs.get(asked.path.trim_start_matches('/')) {
-        Some(bytes) => answer(200, &[], bytes),
+        Some(bytes) => whole(&[], bytes),
         None => error(404, "GONE"),
     }
 }
@@ -543,7 +551,7 @@ fn get_blob(shared: &Shared, held: &mut Held, digest: &str) -> Answer {
         .cloned()
         .unwrap_or_else(|| digest.to_owned());
     let Some(life) = held.rules.signed else {
-        return answer(200, &[("LazyPull-Digest", &lazy)], &bytes);
+        return whole(&[("LazyPull-Digest", &lazy)], &bytes);
     };
     let signature = shared.counter.fetch_add(1, Ordering::Relaxed).to_string();
     held.signatures.insert(signature.clone(), Instant::now() + life);
