@@ -330,7 +330,9 @@ mod tests {
         ) {
             let layer = SPANS.with(layer);
             let mut wanted = WantedSpans::new();
-            chunks.iter().for_each(|chunk| layer.want(*chunk, is_all, &mut wanted));
+            for chunk in &chunks {
+                layer.want(*chunk, is_all, &mut wanted);
+            }
             let requests = layer.requests_for(LayerId(0), &wanted, least_saving, BRIDGE);
             let mut asked = 0;
             for (request, parked) in &requests {
