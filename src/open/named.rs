@@ -11,8 +11,9 @@ use crate::index::{Index, IndexFault, hot_len};
 use crate::source::{self, Blob, Source};
 use crate::units::{len_u64, len_usize};
 
-/// So many bytes of an index on a server are asked for at once: the hot part of most layers.
-const FIRST_BYTES: u64 = 512 << 10;
+/// So many bytes of an index on a server are asked for at once: all of most of them, because histories that come along cost less than those
+/// that are waited for later, and the hot part of longer ones.
+const FIRST_BYTES: u64 = 1536 << 10;
 
 /// The bytes of the index file `name`, which was given where one of the words of [`IndexChoice`] could have been.
 ///
