@@ -582,6 +582,30 @@ fn windows_come_from_an_index_file_or_over_http() {
     assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
 }
 
+/// A flight has a connection for its spans while it asks for their windows, which lie on the same host.
+#[test]
+fn one_connection_is_enough_for_spans_and_their_windows() {
+    let made = make(Way::Gzip);
+    let (cold, places) = cold_part(&made.spans);
+    let origin = made.served();
+    origin.serve_blob("/index", cold.as_slice());
+    let index = at_origin(&origin, "/index", cold.len());
+    let layer = LayerSource {
+        coding: Some(Coded {
+            table: made.spans.table.clone(),
+            windows: Windows::Remote(Box::new(index), places),
+        }),
+        ..made.over_http(&origin)
+    };
+    let options = FetchOptions {
+        connections: 1,
+        ..quick()
+    };
+    let fetcher = start(layer, options);
+    hammer(&fetcher, &made.tar, 15);
+    assert_eq!(fetcher.stats().read_errors, 0);
+}
+
 /// No digest vouches for what an index says of a decoder inside of a zstd frame: chunks tell, and then it is done without.
 #[test]
 fn what_an_index_says_wrong_of_blocks_costs_time_and_no_bytes() {

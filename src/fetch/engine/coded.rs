@@ -7,9 +7,12 @@
 //! what both bring. All here counts bytes of tar space, except where it says blob.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
+
+use bytes::Bytes;
 
 use super::coded_layer::{BRIDGE, CodedLayer, SpanRequest, WantedSpans};
 use super::flight::{Flight, FlightGuard, Received};
@@ -28,6 +31,55 @@ use crate::units::{CHUNK_BYTES, LayerId, TarOffset, len_u64};
 const WORTH_PART: u64 = 8;
 /// ...and has so many bytes.
 const WORTH_BYTES: u64 = 16 << 10;
+
+/// An answer of which some may have come before there was a decoder for it.
+struct Arriving {
+    body: Body,
+    /// What has come and was not decoded yet.
+    ahead: VecDeque<Bytes>,
+}
+
+impl From<Body> for Arriving {
+    fn from(body: Body) -> Self {
+        Self {
+            body,
+            ahead: VecDeque::new(),
+        }
+    }
+}
+
+impl Arriving {
+    /// The next bytes; none when all that was asked for has come.
+    async fn next(&mut self) -> Result<Option<Bytes>, Trouble> {
+        match self.ahead.pop_front() {
+            Some(piece) => Ok(Some(piece)),
+            None => self.body.next().await,
+        }
+    }
+
+    /// Waits for `other`, and reads the answer meanwhile.
+    async fn read_until<T>(&mut self, mut other: impl Future<Output = T> + Unpin) -> Result<T, Trouble> {
+        loop {
+            let mut done = None;
+            let mut coming = pin!(self.body.next());
+            // A read that has begun is not broken off: what it has done until then would be lost.
+            let piece = loop {
+                tokio::select! {
+                    biased;
+                    output = &mut other, if done.is_none() => done = Some(output),
+                    piece = &mut coming => break piece?,
+                }
+            };
+            let is_over = piece.is_none();
+            self.ahead.extend(piece);
+            match done {
+                Some(output) => return Ok(output),
+                None if is_over => return Ok(other.await),
+                None => {}
+            }
+        }
+    }
+}
 
 /// A request for spans on its way.
 pub(super) struct CodedFlight {
@@ -76,7 +128,7 @@ impl CodedFlight {
         engine: &Rc<Engine>,
         state: &LayerState,
         demand: bool,
-    ) -> Result<(Option<DecodePipeline>, Body), Trouble> {
+    ) -> Result<(Option<DecodePipeline>, Arriving), Trouble> {
         let (coded, request) = (&*self.coded, &*self.request);
         let kept = self.pipeline.take();
         if let Some(pipeline) = kept {
@@ -91,7 +143,7 @@ impl CodedFlight {
                 Err(holds_less())
             };
             return match asked {
-                Ok(body) => Ok((Some(pipeline), body)),
+                Ok(body) => Ok((Some(pipeline), body.into())),
                 Err(trouble) => {
                     self.pipeline.replace(Some(pipeline));
                     Err(trouble)
@@ -108,20 +160,32 @@ impl CodedFlight {
             Coding::Zstd => number..coded.table.span_at(TarOffset(request.spans_end.saturating_sub(1))) + 1,
             _ => number..number + 1,
         };
-        let (windows, body) = tokio::join!(
-            engine.windows(&coded.windows, &coded.table, spans, demand),
-            state.origin.get(&engine.client, start, len, demand),
-        );
-        let body = body?;
-        if body.is_whole() {
-            return Ok((None, body));
+        let mut windows = pin!(engine.windows(&coded.windows, &coded.table, spans, demand));
+        let mut asked = pin!(state.origin.get(&engine.client, start, len, demand));
+        let mut early = None;
+        let body = loop {
+            tokio::select! {
+                biased;
+                found = &mut windows, if early.is_none() => early = Some(found),
+                body = &mut asked => break body?,
+            }
+        };
+        let mut arriving = Arriving::from(body);
+        if arriving.body.is_whole() {
+            return Ok((None, arriving));
         }
+        // Invariant: who waits for a connection has none that is not read from. If all connections had answers whose flights wait
+        // for windows, and those for a connection, nothing would ever come.
+        let windows = match early {
+            Some(found) => found,
+            None => arriving.read_until(windows).await?,
+        };
         let decoder = Decoder::start_with(&coded.table, number, windows?)
             .map_err(|error| Trouble::Wrong(error.to_string()))?
             .until(state.checked_end(TarOffset(request.spans_end)));
         let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.spans_end);
         let pipeline = DecodePipeline::new(Some(decoder), start, chunker, state.verifier.clone());
-        Ok((Some(pipeline), body))
+        Ok((Some(pipeline), arriving))
     }
 }
 
@@ -157,13 +221,13 @@ impl Flight for CodedFlight {
         guard: &FlightGuard<Self>,
     ) -> Result<Received, Trouble> {
         loop {
-            let (pipeline, mut body) = self.begin(engine, state, guard.demand).await?;
+            let (pipeline, mut arriving) = self.begin(engine, state, guard.demand).await?;
             let mut pipeline = match pipeline {
-                Some(pipeline) if !body.is_whole() => pipeline,
-                _ => return Ok(Received::WholeBlob(body)),
+                Some(pipeline) if !arriving.body.is_whole() => pipeline,
+                _ => return Ok(Received::WholeBlob(arriving.body)),
             };
-            engine.note_head(&body);
-            let mut next = body.next().await;
+            engine.note_head(&arriving.body);
+            let mut next = arriving.next().await;
             loop {
                 let piece = match next {
                     Ok(Some(piece)) => piece,
@@ -177,7 +241,7 @@ impl Flight for CodedFlight {
                 engine.note_arrival(state, len);
                 guard.arrived(len);
                 let feeding = engine.feed(pipeline, piece, async |out| self.deliver(engine, state, out));
-                let (fed, following) = tokio::join!(feeding, body.next());
+                let (fed, following) = tokio::join!(feeding, arriving.next());
                 pipeline = fed.map_err(Trouble::Wrong)?;
                 if self.wrong.get().is_some() {
                     return Err(Trouble::Wrong("it is not what the index says".to_owned()));
