@@ -221,7 +221,7 @@ impl Flight for CodedFlight {
         guard: &FlightGuard<Self>,
     ) -> Result<Received, Trouble> {
         loop {
-            let (pipeline, mut arriving) = self.begin(engine, state, guard.demand).await?;
+            let (pipeline, mut arriving) = Box::pin(self.begin(engine, state, guard.demand)).await?;
             let mut pipeline = match pipeline {
                 Some(pipeline) if !arriving.body.is_whole() => pipeline,
                 _ => return Ok(Received::WholeBlob(arriving.body)),
