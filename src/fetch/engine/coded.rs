@@ -7,7 +7,7 @@
 //! what both bring. All here counts bytes of tar space, except where it says blob.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -318,7 +318,7 @@ impl Engine {
             keys.collect::<Vec<_>>()
         };
         // What lies between two others is not worth a span of its own.
-        let mut wanted: HashMap<ChunkKey, Reason> = planned
+        let mut wanted: BTreeMap<ChunkKey, Reason> = planned
             .iter()
             .flat_map(with_reason)
             .filter(|(key, reason)| *reason != Reason::Between && is_free(*key))

@@ -180,9 +180,11 @@ impl InFlight {
         self.chunks.borrow_mut().remove(&key)
     }
 
-    /// Takes all chunks out.
+    /// Takes all chunks out, in order.
     pub(super) fn take_all(&self) -> impl Iterator<Item = (ChunkKey, Pending)> {
-        self.chunks.take().into_iter()
+        let mut all: Vec<_> = self.chunks.take().into_iter().collect();
+        all.sort_unstable_by_key(|(key, _)| *key);
+        all.into_iter()
     }
 
     /// Takes out the readers of `chunks` that would have waited longer than `deadline` after another `pause`.
@@ -211,7 +213,7 @@ impl InFlight {
     }
 
     /// Takes out the readers whose patience has ended, by the time since which they wait (as in [`oldest`](Self::oldest)), each with
-    /// what went wrong last with its chunk.
+    /// what went wrong last with its chunk; in the order of the chunks, so that a read that waits for several is always told of the same one.
     pub(super) fn take_ended(
         &self,
         alive: impl Fn(LayerId) -> Option<Instant>,
@@ -226,6 +228,7 @@ impl InFlight {
             pending.waiters = stay;
             ended.extend(go.into_iter().map(|waiter| (*key, waiter, pending.trouble.clone())));
         }
+        ended.sort_by_key(|(key, ..)| *key);
         ended
     }
 

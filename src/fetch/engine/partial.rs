@@ -84,7 +84,7 @@ impl Partials {
         }
     }
 
-    /// All that is there, and where it lies in tar space.
+    /// All that is there, and where it lies in tar space, in order.
     pub(super) fn into_parts(self) -> Vec<(u64, Vec<u8>)> {
         let mut parts = Vec::new();
         for (index, partial) in self.chunks {
@@ -96,6 +96,7 @@ impl Partials {
                 parts.push((start + range.start, bytes.unwrap_or_default().to_vec()));
             }
         }
+        parts.sort_unstable_by_key(|(at, _)| *at);
         parts
     }
 
