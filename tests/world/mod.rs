@@ -573,11 +573,13 @@ impl<'a> Phase<'a> {
 
     /// Whether any of what is asked may be of a layer that is read from end to end.
     fn may_stream(&self, asked: &[LayerRange]) -> bool {
-        let of = |asked: &LayerRange| self.plan.layers[usize::try_from(asked.layer.0).unwrap()].0;
+        let of = |asked: &LayerRange| self.plan.layers[usize::try_from(asked.layer.0).unwrap()];
         let whole = self.origin.happened.borrow().contains(&Fault::Whole);
-        // Wrong bytes may as well follow from what an index says of blocks of zstd frames.
-        let distrusted = |layer: &Layer| self.plan.lies && layer.has_blocks();
-        whole || asked.iter().any(|asked| !of(asked).can_seek() || distrusted(of(asked)))
+        // Wrong bytes may as well follow from what an index says of blocks of zstd frames, and where no digest would tell they are not entered.
+        let streams = |(layer, checked): (&Layer, bool)| {
+            !layer.can_seek() || (layer.has_blocks() && (self.plan.lies || !checked))
+        };
+        whole || asked.iter().any(|asked| streams(of(asked)))
     }
 
     fn right(&self, asked: LayerRange) -> &'a [u8] {
