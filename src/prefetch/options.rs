@@ -67,7 +67,7 @@ impl Default for PlanOptions {
             first_read_ahead_bytes: 256 << 10,
             largest_read_ahead_bytes: 16 << 20,
             budgets: Budgets::default(),
-            gap_chunks: 8,
+            gap_chunks: 4,
         }
     }
 }
