@@ -3,7 +3,8 @@
 mod lab;
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -334,6 +335,28 @@ fn only_the_hot_part_of_a_served_index_is_fetched() {
     origin.serve_file("/words.tarblk", &lab.path("words.tarblk")).unwrap();
     origin.set_ranges(true);
     assert!(lab.bad(&remote, 1).contains("not a tarblk index"));
+}
+
+/// A server that makes its answers as it goes says neither how long they are nor gives parts of them.
+#[test]
+fn an_index_of_untold_length_comes_whole() {
+    let lab = Lab::new();
+    lab.good(&["index", "layer.tar", "-o", "layer.tarblk"]);
+    lab.good(&["image", "layer.tar", "-o", "layer.ext4"]);
+    let index = fs::read(lab.path("layer.tarblk")).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/layer.tarblk", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().take(10) {
+            let mut stream = stream.unwrap();
+            let mut request = [0; 4096];
+            let _head = stream.read(&mut request).unwrap();
+            let answer = [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", index.as_slice()].concat();
+            stream.write_all(&answer).unwrap();
+        }
+    });
+    lab.good(&["image", "layer.tar", "--index", &url, "-o", "other.ext4", "--no-cache"]);
+    assert!(fs::read(lab.path("other.ext4")).unwrap() == fs::read(lab.path("layer.ext4")).unwrap());
 }
 
 #[test]

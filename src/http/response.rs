@@ -215,6 +215,8 @@ pub(crate) enum Found {
     RangesOfUnknown,
     /// The server does not serve ranges, and says so with an error: ask again without one.
     NoRanges,
+    /// All of the blob comes, and neither its length nor ranges of it: who does not take it now learns nothing.
+    Unmeasured,
     /// No blob; what the answer is instead.
     Not(Verdict),
 }
@@ -260,7 +262,7 @@ pub(crate) fn judge_first(status: StatusCode, headers: &HeaderMap, asked: Option
         StatusCode::OK => match (content_length(headers), encoding(headers)) {
             (Some(len), _) => Found::Blob { len, ranges: false },
             (None, Some(_)) => Found::Not(unmeasured(headers)),
-            (None, None) => wrong("it answers no ranges and tells no length; download the layer first"),
+            (None, None) => Found::Unmeasured,
         },
         StatusCode::BAD_REQUEST | StatusCode::NOT_IMPLEMENTED if ranged => Found::NoRanges,
         status if follows(status) => Found::Not(Verdict::Redirect),
@@ -518,6 +520,7 @@ mod tests {
             first(200, &[("content-range", "bytes 0-0/9"), ("content-length", "9")]),
             whole(9)
         );
+        assert_eq!(first(200, &[]), Found::Unmeasured);
         assert_eq!(first(416, &[("content-range", "bytes */0")]), ranges(0));
         assert_eq!(first(416, &[("content-range", "bytes */9")]), Found::NoRanges);
         assert_eq!(first(400, &[]), Found::NoRanges);
@@ -531,7 +534,6 @@ mod tests {
             (206, &[][..]),
             (206, &[("content-range", "bytes 0-8/9")]),
             (416, &[]),
-            (200, &[]),
             (200, &[("content-encoding", "gzip")]),
             (204, &[]),
         ] {

@@ -51,6 +51,19 @@ impl Requests {
         })
     }
 
+    /// Tries something on a thread of its own runtime until it succeeds or its failures are to be believed.
+    fn until_believed<T>(&self, mut attempt: impl AsyncFnMut() -> Result<T, SourceError>) -> Result<T, SourceError> {
+        runtime::runtime()?.block_on(async {
+            let mut backoff = self.backoff();
+            loop {
+                match attempt().await {
+                    Ok(found) => return Ok(found),
+                    Err(failure) => wait_after(&mut backoff, failure).await?,
+                }
+            }
+        })
+    }
+
     /// How failures in a row are counted.
     pub(crate) fn backoff(&self) -> Backoff {
         Backoff::new(self.options.retry)
@@ -231,15 +244,7 @@ fn advice(status: StatusCode) -> &'static str {
 /// [`SourceError`]: unreachable, refused, or an answer that makes no sense.
 pub fn probe(url: &Url, options: &HttpOptions) -> Result<Blob, SourceError> {
     let requests = Requests::new(url, options)?;
-    runtime::runtime()?.block_on(async {
-        let mut backoff = requests.backoff();
-        loop {
-            match probe_once(&requests, url).await {
-                Ok(blob) => return Ok(blob),
-                Err(failure) => wait_after(&mut backoff, failure).await?,
-            }
-        }
-    })
+    requests.until_believed(async || probe_once(&requests, url).await)
 }
 
 /// What the clock of a URL's server says; none if it does not answer or does not say.
@@ -272,15 +277,7 @@ pub fn has_ranges(blob: &Blob, options: &HttpOptions) -> Result<bool, SourceErro
 /// [`SourceError`]; also when it is longer than `most` bytes.
 pub fn get_whole(url: &Url, most: u64, options: &HttpOptions) -> Result<Vec<u8>, SourceError> {
     let requests = Requests::new(url, options)?;
-    runtime::runtime()?.block_on(async {
-        let mut backoff = requests.backoff();
-        loop {
-            match get_whole_once(&requests, url, most).await {
-                Ok(bytes) => return Ok(bytes),
-                Err(failure) => wait_after(&mut backoff, failure).await?,
-            }
-        }
-    })
+    requests.until_believed(async || get_whole_once(&requests, url, most).await)
 }
 
 async fn get_whole_once(requests: &Requests, named: &Url, most: u64) -> Result<Vec<u8>, SourceError> {
@@ -322,41 +319,43 @@ pub fn probe_with_beginning(
     options: &HttpOptions,
 ) -> Result<(Blob, Vec<u8>), SourceError> {
     let requests = Requests::new(url, options)?;
-    runtime::runtime()?.block_on(async {
-        let mut backoff = requests.backoff();
-        loop {
-            match beginning_once(&requests, url, len, most).await {
-                Ok(found) => return Ok(found),
-                Err(failure) => wait_after(&mut backoff, failure).await?,
-            }
-        }
-    })
+    requests.until_believed(async || beginning_once(&requests, url, len, most).await)
 }
 
 async fn beginning_once(requests: &Requests, named: &Url, len: u64, most: u64) -> Result<(Blob, Vec<u8>), SourceError> {
-    let (blob, response) = ask_first(requests, named, len).await?;
-    let is_part = response.status() == StatusCode::PARTIAL_CONTENT || content_length(response.headers()) == Some(len);
-    let want = if is_part { blob.len.min(len) } else { blob.len };
-    if want > most {
+    let (at, total, response) = ask_first(requests, named, len).await?;
+    let is_part = at.ranges && total != content_length(response.headers());
+    let want = total.map(|total| if is_part { total.min(len) } else { total });
+    if let Some(want) = want.filter(|want| *want > most) {
         return Err(SourceError::Unusable {
-            source_name: blob.name,
+            source_name: shown_url(named),
             why: format!("the file is {want} bytes long, and no more than {most} can be used"),
         });
     }
     let (shown, _) = split_credentials(named);
-    let bytes = http::receive(&shown, response, want, requests.options.timeouts.stall).await?;
-    if u64::try_from(bytes.len()) != Ok(want) {
-        return Err(http::Error::wrong(&shown, format!("{} bytes instead of {want}", bytes.len())).into());
+    let bytes = http::receive(&shown, response, want.unwrap_or(most), requests.options.timeouts.stall).await?;
+    let got = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    if let Some(want) = want.filter(|want| *want != got) {
+        return Err(http::Error::wrong(&shown, format!("{got} bytes instead of {want}")).into());
     }
-    Ok((blob, bytes))
+    Ok((Blob::of_url(at, total.unwrap_or(got)), bytes))
 }
 
 async fn probe_once(requests: &Requests, named: &Url) -> Result<Blob, SourceError> {
-    ask_first(requests, named, 1).await.map(|(blob, _)| blob)
+    let (at, total, _) = ask_first(requests, named, 1).await?;
+    let (url, _) = split_credentials(named);
+    let unmeasured = "it answers no ranges and tells no length; download the layer first";
+    let total = total.ok_or_else(|| http::Error::wrong(&url, unmeasured))?;
+    Ok(Blob::of_url(at, total))
 }
 
-/// Asks for a blob's first `len` bytes, or for all of it where there are no ranges. What it is, and the answer with its body.
-async fn ask_first(requests: &Requests, named: &Url, len: u64) -> Result<(Blob, Response), SourceError> {
+/// Asks for a blob's first `len` bytes, or for all of it where there are no ranges. Where it is, its length if that is told, and the answer
+/// with its body.
+async fn ask_first(
+    requests: &Requests,
+    named: &Url,
+    len: u64,
+) -> Result<(UrlBlob, Option<u64>, Response), SourceError> {
     let (url, authorization) = split_credentials(named);
     let first = ByteRange { start: 0, len };
     let (mut ranged, mut proven) = (true, false);
@@ -365,8 +364,9 @@ async fn ask_first(requests: &Requests, named: &Url, len: u64) -> Result<(Blob, 
         let chain = Redirects::from(url.clone());
         let (response, chain) = requests.get(chain, &url, authorization.as_ref(), range).await?;
         let (status, headers) = (response.status(), response.headers());
-        let (len, seekable) = match judge_first(status, headers, ranged.then_some(len)) {
-            Found::Blob { len, ranges } => (len, ranges || proven),
+        let (total, seekable) = match judge_first(status, headers, ranged.then_some(len)) {
+            Found::Blob { len, ranges } => (Some(len), ranges || proven),
+            Found::Unmeasured => (None, false),
             Found::RangesOfUnknown => {
                 (ranged, proven) = (false, true);
                 continue;
@@ -386,6 +386,6 @@ async fn ask_first(requests: &Requests, named: &Url, len: u64) -> Result<(Blob, 
             encoding: encoding(headers).map(str::to_owned),
             ..UrlBlob::new(named)
         };
-        return Ok((Blob::of_url(at, len), response));
+        return Ok((at, total, response));
     }
 }

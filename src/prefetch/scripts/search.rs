@@ -6,7 +6,7 @@
 //! reader then turns to ends with that name, and what is in front of it is a directory of the search path, in which the other
 //! names that were looked for in vain are as likely.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use super::LONGEST_NAME;
 
@@ -23,7 +23,7 @@ pub(super) struct SearchPath {
     /// Without a slash at the end, in the order in which they were found.
     roots: Vec<Vec<u8>>,
     /// Paths below a directory of the search path that were looked for in vain.
-    missing: HashSet<Vec<u8>>,
+    missing: BTreeSet<Vec<u8>>,
 }
 
 impl SearchPath {
