@@ -582,7 +582,7 @@ fn windows_come_from_an_index_file_or_over_http() {
     assert!(matches!(error, FetchError::Poisoned { .. }), "{error}");
 }
 
-/// A flight has a connection for its spans while it asks for their windows, which lie on the same host.
+/// A flight has a connection for its spans while it looks for their windows in a file and then asks for them, on the same host.
 #[test]
 fn one_connection_is_enough_for_spans_and_their_windows() {
     let made = make(Way::Gzip);
@@ -590,15 +590,22 @@ fn one_connection_is_enough_for_spans_and_their_windows() {
     let origin = made.served();
     origin.serve_blob("/index", cold.as_slice());
     let index = at_origin(&origin, "/index", cold.len());
+    let dir = tempfile::tempdir().unwrap();
+    let empty = File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(dir.path().join("index"));
     let layer = LayerSource {
         coding: Some(Coded {
             table: made.spans.table.clone(),
-            windows: Windows::Remote(Box::new(index), places),
+            windows: Windows::Kept(Arc::new(empty.unwrap().into()), Box::new(index), places),
         }),
         ..made.over_http(&origin)
     };
     let options = FetchOptions {
         connections: 1,
+        deadline: Duration::from_secs(20),
         ..quick()
     };
     let fetcher = start(layer, options);
