@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::noise::noise;
 use common::packed::gzip;
+use common::wait::wait_until;
 use lab::{Lab, devices};
 use rustix::fs::{FallocateFlags, fallocate};
 use tarblk::internals::bench::origin::Origin;
@@ -343,9 +344,9 @@ fn whatever_becomes_of_the_cache_reads_are_right() {
                 panic!("nothing is kept any more: {done:?}\n{log}");
             }
         }
-        while tally.reads.load(Ordering::Relaxed) < before + READS_BETWEEN {
-            std::thread::sleep(std::time::Duration::from_micros(200));
-        }
+        wait_until("more reads", || {
+            tally.reads.load(Ordering::Relaxed) >= before + READS_BETWEEN
+        });
     }
     tally.stop.store(true, Ordering::Relaxed);
     for reader in readers {

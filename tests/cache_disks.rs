@@ -176,6 +176,39 @@ fn a_disk_that_takes_little_or_nothing_costs_the_cache_alone() {
     );
 }
 
+#[test]
+fn a_large_disk_with_little_room_keeps_what_it_has_room_for() {
+    if !root("a filesystem of its own") {
+        return;
+    }
+    if let Some(why) = common::no_loop_mounts() {
+        return common::skip("a_large_disk_with_little_room_keeps_what_it_has_room_for", why);
+    }
+    let (lab, origin) = lab_with(1, 9 << 20);
+    let url = origin.url("/1.tar");
+    // Of 64 GiB, 2 are left: less than a twentieth, and more than anyone needs. Then half of one is.
+    for (left, is_kept) in [("2G", true), ("512M", false)] {
+        origin.settle();
+        let before = origin.counters().bytes;
+        let output = lab.apart(&format!(
+            "truncate -s 64G disk; mkfs.ext4 -q -m 0 -O ^has_journal -T largefile4 disk; mkdir -p large; mount -o loop disk large
+            left() {{ echo $(($(stat -f -c '%a * %S' large))); }}
+            fallocate -l $(($(left) - $(numfmt --from=iec {left}))) large/others || {{ echo others >&2; exit 1; }}
+            $TARBLK image {url} -o out --cache large/cache; cmp out 1.ext4; rm out
+            $TARBLK image {url} -o out --cache large/cache; cmp out 1.ext4; rm out
+            umount large; rm disk"
+        ));
+        assert!(output.status.success(), "{left}: {}", text(&output.stderr));
+        origin.settle();
+        let sent = origin.counters().bytes - before;
+        assert_eq!(
+            sent < 10 << 20,
+            is_kept,
+            "{left}: {sent} bytes were sent for 9 MiB, read twice"
+        );
+    }
+}
+
 /// The user who has nothing.
 const NOBODY: u32 = 65534;
 

@@ -15,24 +15,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use common::TARBLK;
 use common::noise::noise;
 use common::rawtar::RawTar;
 use common::servers;
 use common::session::{Session, leftovers};
-
-/// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < PATIENCE, "{what} does not come true");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
+use common::wait::wait_until;
 
 /// The stand-in, which runs `tarblk service`.
 struct Manager {

@@ -4,6 +4,8 @@
 mod fetched;
 #[path = "common/noise.rs"]
 mod noise;
+#[path = "common/wait.rs"]
+mod wait;
 
 use std::fs::File;
 use std::io::Write;
@@ -13,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use fetched::{at_origin, hammer, in_file, joined, kept_files, quick, range, read, sha256, u, wait_until};
+use fetched::{at_origin, hammer, in_file, joined, kept_files, quick, range, read, sha256, u};
 use noise::noise;
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
@@ -27,6 +29,7 @@ use tarblk::internals::prefetch::ChunkRange;
 use tarblk::internals::source::{Blob, LayerSpec};
 use tarblk::internals::units::CHUNK_BYTES;
 use tarblk::internals::units::LayerId;
+use wait::wait_until;
 
 const SIZE: usize = 5_000_321;
 const SPACING: u64 = 200_000;
@@ -396,9 +399,9 @@ fn bytes_that_are_wrong_for_a_while_are_waited_for() {
             let fetcher = fetcher.clone();
             std::thread::spawn(move || read(&fetcher, 0, SIZE))
         };
-        while fetcher.stats().chunks_wrong < 4 && !reading.is_finished() {
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        wait_until("four wrong chunks", || {
+            fetcher.stats().chunks_wrong >= 4 || reading.is_finished()
+        });
         assert!(!reading.is_finished(), "{way:?}: {:?}", reading.join().unwrap().err());
         origin.serve_blob("/blob", made.blob.to_vec());
         let bytes = reading

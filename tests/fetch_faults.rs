@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::noise::noise;
+use common::wait::wait_until;
 use fetched::{at_origin, hammer, in_state, joined, range, u};
+
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};
@@ -281,9 +283,7 @@ fn what_may_pass_is_waited_for() {
                     std::thread::spawn(move || fetcher.read_blocking(vec![range(4096, 4096)]))
                 };
                 // Six tries and more: `quick` waits 50 ms and twice as long each time.
-                while fetcher.stats().errors < 8 && !reading.is_finished() {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
+                wait_until("eight errors", || fetcher.stats().errors >= 8 || reading.is_finished());
                 assert!(!reading.is_finished(), "{name}: {:?}", reading.join());
                 let known = fetcher.stats().waiting;
                 let address = origin.url("/layer.tar");
@@ -665,20 +665,15 @@ fn what_is_waited_for_stands_in_the_statistics() {
     };
     let address = origin.url("/layer.tar");
     // Other tests of this process may wait for something, too.
-    let wait = loop {
-        if let Some(wait) = fetcher.stats().waiting.into_iter().find(|wait| wait.place == address) {
-            break wait;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let waits = || fetcher.stats().waiting.into_iter().find(|wait| wait.place == address);
+    wait_until("that it waits", || waits().is_some());
+    let wait = waits().unwrap();
     assert!(wait.why.contains("503 Service Unavailable"), "{wait:?}");
     assert!((3_000_000..=3_600_000).contains(&wait.left_ms), "{wait:?}");
     fetcher.shutdown();
     assert!(matches!(waiting.join().unwrap(), Err(FetchError::Stopped)));
     // The thread answers before it ends.
-    while fetcher.stats().waiting.iter().any(|wait| wait.place == address) {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("that nothing waits", || waits().is_none());
 }
 
 /// What is at a URL has no digest: an encoding that has come or gone since it was found makes other bytes of it.
@@ -740,9 +735,7 @@ fn a_shortage_of_descriptors_is_a_wait() {
     let mut taken = Vec::new();
     origin.drop_connections();
     // What the ends of connections give back is taken as well.
-    while sockets() > listening {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("that all connections have ended", || sockets() <= listening);
     while let Ok(file) = std::fs::File::open("/dev/null") {
         taken.push(file);
     }
@@ -750,9 +743,7 @@ fn a_shortage_of_descriptors_is_a_wait() {
         let fetcher = fetcher.clone();
         std::thread::spawn(move || fetcher.read_blocking(vec![range(1_000_000, 4096)]))
     };
-    while fetcher.stats().errors < 3 && !reading.is_finished() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("three errors", || fetcher.stats().errors >= 3 || reading.is_finished());
     assert!(!reading.is_finished(), "{:?}", reading.join().unwrap().err());
     drop(taken);
     let bytes = joined(&reading.join().unwrap().unwrap());

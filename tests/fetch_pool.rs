@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::noise::noise;
-use fetched::{Outcome, at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
+use common::wait::wait_until;
+use fetched::{Outcome, at_origin, hammer, joined, leave, quick, range, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::noise::noise;
-use fetched::{at_origin, hammer, joined, leave, quick, range, read, u, wait_until};
+use common::wait::wait_until;
+use fetched::{at_origin, hammer, joined, leave, quick, range, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::digest::{Algorithm, Digest};

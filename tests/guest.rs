@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::corpus::{self, Archive};
 use common::images::{compare as compare_image, none, oci};
@@ -23,6 +23,7 @@ use common::rawtar::RawTar;
 use common::servers;
 use common::session::{Session, device, is_mounted, leftovers};
 use common::unpacked::{self, Unpacked, umoci_unpack};
+use common::wait::wait_until;
 use common::{gnu_tar_extract, have, scratch, skip, succeed, tree};
 use tarblk::internals::bench::origin::{Fault, Link, Origin, at_random};
 use tarblk::internals::device::ublk;
@@ -585,14 +586,6 @@ impl Drop for Nginx {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-    }
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} did not come");
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

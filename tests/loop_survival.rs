@@ -25,6 +25,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
+use support::wait::wait_until;
 use support::{far_away_blocks, harness, make_ext4, patchwork, read_all};
 use tarblk::internals::device::fuse_loop::{FuseLoop, HeldLoop, preflight};
 use tarblk::internals::device::volume::Volume;
@@ -341,14 +342,6 @@ impl Drop for Lab {
         self.server = None;
         self.held = None;
         let _ = rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH);
-    }
-}
-
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < deadline, "{what} did not happen");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -10,13 +10,13 @@ mod scripted;
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use common::anonymous::registry_options;
 use common::noise::noise;
 use common::packed::gzip;
 use common::rawtar::RawTar;
 use common::session::Session;
+use common::wait::wait_until;
 use scripted::{Asked, TestRegistry};
 use serde_json::Value;
 use tarblk::internals::bench::origin::Origin;
@@ -175,11 +175,11 @@ fn stats_tell_from_the_first_byte() {
         let mounted = dir.to_str().unwrap().to_owned();
         std::fs::read(dir.join("layer4/text")).unwrap();
         let stats = || -> Value { serde_json::from_str(&session.succeed(&["stats", "--json", &mounted])).unwrap() };
-        let mut report = stats();
-        while report["counters"]["fetch"]["bytes_held"] != report["counters"]["fetch"]["bytes_layers"] {
-            std::thread::sleep(Duration::from_millis(50));
+        let mut report = Value::Null;
+        wait_until("that all is there", || {
             report = stats();
-        }
+            report["counters"]["fetch"]["bytes_held"] == report["counters"]["fetch"]["bytes_layers"]
+        });
         let log = registry.take_log();
         // One byte is asked for to find out whom to ask.
         let real = || log.iter().filter(|asked| asked.sent != 1);

@@ -19,6 +19,7 @@ use common::packed::gzip;
 use common::rawtar::RawTar;
 use common::servers;
 use common::session::Session;
+use common::wait::wait_until;
 use containers::Workshop;
 use scripted::TestRegistry;
 use serde_json::{Value, json};
@@ -174,9 +175,9 @@ fn what_a_start_reads_the_next_one_has_before_it_asks() {
     let stats = |lab: &Lab| -> Value {
         serde_json::from_str(&lab.session.succeed(&["stats", "--json", dir.to_str().unwrap()])).unwrap()
     };
-    while stats(&lab)["counters"]["fetch"]["bytes_fetched"].as_u64().unwrap() < profile.bytes() {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_until("that what the profile names is there", || {
+        stats(&lab)["counters"]["fetch"]["bytes_fetched"].as_u64().unwrap() >= profile.bytes()
+    });
     let ahead = lab.asked();
     assert!(ahead.is_subset(&first), "{ahead:?} {first:?}");
     // No smaller than half of what a link may hold that is not known yet.

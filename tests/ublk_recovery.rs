@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use libublk::UblkFlags;
 use libublk::ctrl::UblkCtrlBuilder;
 use support::harness::{self, Case};
+use support::wait::wait_until;
 use support::{make_ext4, patchwork, read_all};
 use tarblk::internals::device::ublk::{self, UblkDevice};
 use tarblk::internals::device::volume::{BlobReader, Volume};
@@ -416,9 +417,7 @@ impl Readers {
 
     /// Waits until a read of the device was answered after `seen` ones; when.
     fn answered_after(&self, seen: u64) -> Instant {
-        while self.direct() <= seen {
-            thread::sleep(Duration::from_micros(200));
-        }
+        wait_until("another read of the device", || self.direct() > seen);
         Instant::now()
     }
 

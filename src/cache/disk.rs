@@ -88,7 +88,8 @@ impl DiskCacheError {
 /// How much of a disk the cache may take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CacheLimit {
-    /// Bytes on disk at most, kept at every moment. If none, a tenth of the filesystem, of which the last twentieth is left to others.
+    /// Bytes on disk at most, kept at every moment. If none, a tenth of the filesystem, of which the last twentieth is left to others, or the
+    /// last GiB where that is less.
     pub bytes: Option<u64>,
     /// Directories whose files are counted, too: what else is in the same cache.
     pub beside: Vec<PathBuf>,

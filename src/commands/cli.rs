@@ -183,7 +183,7 @@ pub struct LayerArgs {
     #[arg(long)]
     pub no_cache: bool,
     /// Disk space for all that is kept, never exceeded: what was unused longest goes first, of attached layers, too [default: a
-    /// tenth of the disk, and never its last twentieth].
+    /// tenth of the disk, and never its last twentieth, or its last GiB where that is less].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub cache_size: Option<u64>,
     /// The registry.

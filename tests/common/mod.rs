@@ -14,6 +14,7 @@ pub(crate) mod session;
 pub(crate) mod tree;
 pub(crate) mod unpacked;
 pub(crate) mod unzstd;
+pub(crate) mod wait;
 
 use std::ffi::OsStr;
 use std::fs;

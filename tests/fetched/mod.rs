@@ -109,17 +109,6 @@ pub(crate) fn leave(fetcher: &Fetcher, asked: LayerRange) -> Receiver<Outcome> {
     told
 }
 
-/// Waits for what comes true by itself.
-pub(crate) fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    for _ in 0..6000 {
-        if is_so() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{what} has not come true in a minute");
-}
-
 /// Reads as the device does: looks first, and takes bytes from wherever they are.
 pub(crate) fn read(fetcher: &Fetcher, start: usize, len: usize) -> Result<Vec<u8>, FetchError> {
     Ok(match fetcher.locate(range(start, len)) {

@@ -7,6 +7,8 @@ pub(crate) mod blame_cases;
 pub(crate) mod device_cases;
 pub(crate) mod harness;
 pub(crate) mod sandbox_cases;
+#[path = "../common/wait.rs"]
+pub(crate) mod wait;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -317,6 +317,20 @@ fn a_layer_that_cannot_fit_is_not_begun_and_one_that_grows_too_long_leaves_nothi
 
 /// A cache that can take nothing says so; one that is asked for more than it may ever hold is well.
 #[test]
+fn others_are_left_a_twentieth_and_never_more_than_a_gib() {
+    for (all, left) in [
+        (0, 0),
+        (19, 0),
+        (8 << 30, (8 << 30) / 20),
+        (20 << 30, 1 << 30),
+        (1 << 42, 1 << 30),
+        (u64::MAX, 1 << 30),
+    ] {
+        assert_eq!(super::room::kept_free(all), left, "of {all}");
+    }
+}
+
+#[test]
 fn a_cache_without_room_for_a_chunk_is_in_trouble() {
     let trouble = |limit: u64, asked: u64| {
         let dir = tempfile::tempdir().unwrap();

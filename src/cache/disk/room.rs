@@ -41,8 +41,11 @@ const TIGHT_TIME: Duration = Duration::from_secs(600);
 /// A disk that failed is tried again in so long, and twice as long each time.
 const FIRST_REST: Duration = Duration::from_secs(1);
 const LONGEST_REST: Duration = Duration::from_secs(60);
-/// The part of the filesystem that is left to others: one in so many.
+/// The part of the filesystem that is left to others: one in so many, but no more than [`MOST_KEPT_FREE`].
 const KEPT_FREE: u64 = 20;
+/// Bytes that others are left on a large disk: a twentieth of that would be more than whole images take, and a cache that keeps nothing
+/// beside them makes every start a first one.
+const MOST_KEPT_FREE: u64 = 1 << 30;
 /// A temporary map this old belongs to no one.
 const LEFTOVER_AGE: u64 = 3600;
 
@@ -82,6 +85,12 @@ struct Rest {
     why: String,
     until: Instant,
     pause: Duration,
+}
+
+/// How much of a filesystem of `all` bytes is left to others, in bytes, where no one named the cache's size.
+pub(super) const fn kept_free(all: u64) -> u64 {
+    let part = all / KEPT_FREE;
+    if part < MOST_KEPT_FREE { part } else { MOST_KEPT_FREE }
 }
 
 /// What a directory holds.
@@ -237,7 +246,7 @@ impl DiskCache {
         let (all, available) = dir.space()?;
         // Who names a size has decided how much of the disk this may take.
         let kept_free = if self.limits().bytes.is_none() {
-            all / KEPT_FREE
+            kept_free(all)
         } else {
             0
         };
