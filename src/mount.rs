@@ -441,7 +441,7 @@ pub fn detach_used(states: &StateDir, state: &State) -> Result<Option<String>, M
             cause,
         })?;
     }
-    for user in users::of(&state.device) {
+    for user in state.users() {
         let users::User::Mount(dir) = user else { continue };
         match rustix::mount::unmount(&dir, UnmountFlags::DETACH) {
             // It went with another one.

@@ -4,10 +4,12 @@
 mod lab;
 #[path = "common/noise.rs"]
 mod noise;
+#[path = "common/wait.rs"]
+mod wait;
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -17,6 +19,7 @@ use lab::{Lab, devices, have, mounts_below, root, skip, text};
 use noise::noise;
 use rustix::process::{Pid, Signal, kill_process};
 use tarblk::internals::bench::origin::{Fault, Link, Origin};
+use wait::wait_until;
 
 /// A header block with the given fields, its checksum right.
 fn header(name: &str, size: &[u8], kind: u8, link: &str) -> Vec<u8> {
@@ -1330,6 +1333,58 @@ fn programs_and_devices_of_a_layer_have_no_power() {
         lab.good(&["umount", "mnt"]);
         assert_eq!((user.as_str(), opens), expected, "{options:?}");
     }
+}
+
+/// The kernel gives the number of a loop device out again as soon as what served it has died.
+#[test]
+fn a_dead_device_is_cleaned_up_while_another_has_its_name() {
+    let Some(_alone) = devices("a_dead_device_is_cleaned_up_while_another_has_its_name") else {
+        return;
+    };
+    if !Path::new("/sys/block/loop0/diskseq").exists() {
+        return skip(
+            "a_dead_device_is_cleaned_up_while_another_has_its_name",
+            "disks have no numbers of their own",
+        );
+    }
+    let (lab, neighbour) = (Lab::new(), Lab::new());
+    let attach = |lab: &Lab| {
+        lab.good(&["attach", "layer.tar", "--backend", "loop", "-q"])
+            .trim()
+            .to_owned()
+    };
+    let dead = attach(&lab);
+    lab.kill_all();
+    let name = dead.trim_start_matches("/dev/");
+    let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+    wait_until("the end of the device", || !backing.exists());
+    let others: Vec<String> = (0..8).map(|_| attach(&neighbour)).collect();
+    assert!(others.contains(&dead), "the lowest free numbers: {others:?}");
+    let used = File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(&dead)
+        .unwrap();
+    // It is cleaned up whatever is done with its namesake, to which nothing is done, be it asked for by force.
+    lab.good(&["detach", name]);
+    assert_eq!(lab.json(&["ps", "--json"]), serde_json::json!([]));
+    lab.assert_nothing_served();
+    drop(used);
+    let dead = attach(&lab);
+    lab.kill_all();
+    fs::create_dir(neighbour.path("mnt")).unwrap();
+    neighbour.good(&["mount", "layer.tar", "mnt", "--backend", "loop"]);
+    assert_eq!(
+        neighbour.json(&["ps", "--json"]).as_array().unwrap()[8]["device"],
+        dead.as_str()
+    );
+    lab.good(&["detach", "--force", dead.trim_start_matches("/dev/")]);
+    assert_eq!(fs::read(neighbour.path("mnt/etc/hello")).unwrap(), b"hello, world\n");
+    neighbour.good(&["umount", "mnt"]);
+    let dead = &others[0];
+    neighbour.good(&["stats", dead]);
+    assert!(!fs::read(dead).unwrap().is_empty());
+    neighbour.good(&["detach", "--all"]);
 }
 
 #[test]

@@ -353,16 +353,23 @@ fn signals_are_the_containers_and_a_kill_leaves_nothing() {
     let living = Running::start(&workshop, &[&image, script]);
     killed.0.kill().unwrap();
     killed.0.wait().unwrap();
-    assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 2);
-    assert_eq!(run(&workshop, &[&image, "echo $FROM"]).1, "image\n");
-    assert_eq!(fs::read_dir(workshop.path("run")).unwrap().count(), 1);
+    let there_are = || fs::read_dir(workshop.path("run")).unwrap().count();
+    assert_eq!(there_are(), 2);
+    let next = workshop.tarblk(&["run", &image, "echo $FROM"]).output().unwrap();
+    assert_eq!(next.stdout, b"image\n");
+    assert_eq!(there_are(), 1, "{}", String::from_utf8_lossy(&next.stderr));
     living.signal(Signal::TERM);
     assert_eq!(living.end().status.code(), Some(5));
     // Or to detach, which takes the device too.
     let mut killed = Running::start(&workshop, &[&image, deaf]);
     killed.0.kill().unwrap();
     killed.0.wait().unwrap();
-    workshop.good(&["detach", "--all"]);
+    let detached = workshop.tarblk(&["detach", "--all"]).output().unwrap();
+    assert!(
+        detached.status.success() && there_are() == 0,
+        "{}",
+        String::from_utf8_lossy(&detached.stderr)
+    );
     assert_none_left(&workshop);
 }
 

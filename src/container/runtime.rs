@@ -7,15 +7,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::spec::Wanted;
 use super::{ContainerError, failed};
+use crate::device::wait_until;
 
 /// Whoever asks so often for an end gets one, whatever the container does with the signal.
 const ENOUGH: u32 = 3;
+
+/// How long a runtime is asked again to end a container that it could not end.
+const DELETE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What shells add to the number of the signal that ended a program.
 const SIGNALLED: i32 = 128;
@@ -92,9 +97,23 @@ impl Runtime {
 
     /// Ends a container, if there is one, and lets the runtime forget it.
     pub(super) fn delete(&self, dir: &Path, id: &str) -> Result<(), ContainerError> {
-        if !dir.join("runtime").join(id).exists() {
-            return Ok(());
-        }
+        let known = dir.join("runtime").join(id);
+        let mut outcome = Ok(());
+        // A runtime that runs on after its command was killed takes the container away itself once that ends, and one of the two
+        // finds that files went from under it.
+        wait_until(DELETE_LIMIT, || {
+            outcome = if known.exists() {
+                self.try_delete(dir, id)
+            } else {
+                Ok(())
+            };
+            outcome.is_ok()
+        });
+        outcome
+    }
+
+    /// Has the runtime end a container that it knows, and forget it.
+    fn try_delete(&self, dir: &Path, id: &str) -> Result<(), ContainerError> {
         let mut command = self.command(dir);
         command.args(["delete", "--force", id]).stdin(Stdio::null());
         let output = command.output().map_err(failed("run", &self.0))?;

@@ -169,7 +169,7 @@ pub fn sweep(states: &StateDir) -> Result<Vec<(State, Vec<User>)>, StateError> {
                 state.name
             ),
             Err(ControlError::InUse { .. }) => {
-                let users = users::of(&state.device);
+                let users = state.users();
                 staying.push((state, users));
             }
             Err(error) => log::warn!("cannot clean up {}: {error}", state.name),

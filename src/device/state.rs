@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::users::{self, User};
 use super::{Backend, fuse_loop, ublk};
 use crate::checksum;
 use crate::fetch::LayerTrust;
@@ -95,6 +96,10 @@ pub struct State {
     /// microseconds. 0 where an older version wrote it.
     #[serde(default)]
     pub instance: u64,
+    /// The kernel's own number of the disk, which it gives out once (`diskseq`, Linux 5.15 and newer): of a server that died the kernel may
+    /// have taken the device down and given its name to another's. None where the kernel has no such numbers.
+    #[serde(default)]
+    pub disk: Option<u64>,
     /// The log of what serves it, if it has one.
     pub log: Option<PathBuf>,
 }
@@ -506,14 +511,35 @@ impl State {
         self.process.is_alive()
     }
 
-    /// Whether the kernel still has the device.
+    /// Whether the kernel still has the device: this one, and not another that has its name by now.
     #[must_use]
     pub fn device_exists(&self) -> bool {
-        match self.backend {
+        let is_there = match self.backend {
             Backend::Ublk => ublk::exists(self.number),
             Backend::Loop => fuse_loop::is_ours(self.number),
+        };
+        let is_another = || match (self.disk, disk_number(&self.name)) {
+            (Some(then), Some(now)) => then != now,
+            _ => false,
+        };
+        is_there && !is_another()
+    }
+
+    /// Who uses the device; nobody where what is used has only its name.
+    #[must_use]
+    pub fn users(&self) -> Vec<User> {
+        if self.device_exists() {
+            users::of(&self.device)
+        } else {
+            Vec::new()
         }
     }
+}
+
+/// The number of the disk that is called `name` now, as [`State::disk`].
+pub(super) fn disk_number(name: &str) -> Option<u64> {
+    let text = fs::read_to_string(Path::new("/sys/block").join(name).join("diskseq")).ok()?;
+    text.trim_end().parse().ok()
 }
 
 #[cfg(test)]
@@ -566,6 +592,7 @@ mod tests {
             server: Server::Service,
             since: 1_700_000_000,
             instance: 1_700_000_000_000_001,
+            disk: Some(12),
             log: Some(PathBuf::from("/run/tarblk/service.log")),
         }
     }

@@ -208,18 +208,21 @@ mod tests {
     #[test]
     fn stores_are_found_and_added() {
         let (dir, config) =
-            config("[storage]\ndriver='overlay'\n[storage.options]\nadditionalimagestores=['DIR/a/', '/b']\n");
+            config("[storage]\ndriver='overlay'\n[storage.options]\nadditionalimagestores=['DIR/a/', '/nowhere/b']\n");
         fs::create_dir(dir.path().join("a")).unwrap();
-        assert!(config.names(&dir.path().join("a")) && config.names(Path::new("/b")));
+        assert!(config.names(&dir.path().join("a")) && config.names(Path::new("/nowhere/b")));
         assert!(!config.names(Path::new("/c")));
         assert_eq!(config.graph_root, Path::new(GRAPH_ROOT));
         let fragment = config.fragment(Path::new("/c"));
         let added: Document = toml::from_str(&fragment).unwrap();
         assert_eq!(
             added.storage.options.additionalimagestores,
-            [dir.path().join("a/"), "/b".into(), "/c".into()]
+            [dir.path().join("a/"), "/nowhere/b".into(), "/c".into()]
         );
-        assert_eq!(config.fragment(Path::new("/b")).matches("/b").count(), 1);
+        assert_eq!(
+            config.fragment(Path::new("/nowhere/b")).matches("/nowhere/b").count(),
+            1
+        );
         // Without a file it is a whole one.
         let none = StorageConfig::read(dir.path().join("none")).unwrap();
         assert!(!none.has_driver && none.stores.is_empty());

@@ -156,6 +156,16 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    /// A test that failed leaves no device either.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.run(&["detach", "--all", "--force"]);
+            self.kill_all();
+        }
+    }
+}
+
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

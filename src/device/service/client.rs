@@ -502,7 +502,7 @@ pub(crate) fn end_reads(state: &State) -> Result<(), ControlError> {
 
 /// Fails when something uses the device.
 pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
-    let users = users::of(&state.device);
+    let users = state.users();
     if users.is_empty() {
         return Ok(());
     }
@@ -518,7 +518,7 @@ pub(super) fn refuse_if_used(state: &State) -> Result<(), ControlError> {
 fn refuse_if_used_for_long(state: &State) -> Result<(), ControlError> {
     let seen_here = |user: &User| matches!(user, User::Mount(_) | User::Holder(_));
     wait_until(COPIES_LIMIT, || {
-        let users = users::of(&state.device);
+        let users = state.users();
         users.is_empty() || users.iter().any(seen_here)
     });
     refuse_if_used(state)

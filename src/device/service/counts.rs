@@ -184,6 +184,7 @@ mod tests {
             server: Server::Service,
             since: 100,
             instance: 7,
+            disk: None,
             log: None,
         };
         let first = CarriedCounts::none();

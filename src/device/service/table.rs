@@ -27,7 +27,7 @@ use super::start::DeviceStart;
 use super::{Attached, Builder, LISTENER_NAME, LOG_NAME, ServeSpec, Served, ServiceError, failed, nothing};
 use crate::device::fuse_loop::HeldLoop;
 use crate::device::metrics::{self, DeviceMetrics};
-use crate::device::state::{Process, Server, State, StateDir};
+use crate::device::state::{Process, Server, State, StateDir, disk_number};
 use crate::device::trace::Trace;
 use crate::device::volume::Volume;
 use crate::device::{Backend, Device, DeviceError, DeviceOptions, HeldDevice, users, wait_until};
@@ -318,6 +318,7 @@ impl<B: Builder> Table<B> {
             server: Server::Service,
             since: now.as_secs(),
             instance: u64::try_from(now.as_micros()).unwrap_or(0),
+            disk: disk_number(&name),
             log: Some(self.states.path().join(LOG_NAME)),
             name,
         }
