@@ -192,6 +192,8 @@ impl UblkDevice {
     /// [`DeviceError::Ublk`] when the driver does not let go in time.
     pub fn stop(self) -> Result<(), DeviceError> {
         let id = self.id;
+        // The number is given out again at once, maybe to another thread of this process.
+        let node = node(id);
         for queue in &self.queues {
             queue.stop();
         }
@@ -219,7 +221,7 @@ impl UblkDevice {
             }
         }
         let _ = self.control.join();
-        if wait_until(Duration::from_secs(5), || !exists(id)) {
+        if wait_until(Duration::from_secs(5), || !exists(id) || is_another(id, node)) {
             Ok(())
         } else {
             Err(DeviceError::Ublk(format!(
@@ -317,6 +319,18 @@ fn of_dead(
 pub fn exists(id: u32) -> bool {
     Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
         || Path::new(&format!("/sys/block/ublkb{id}")).exists()
+}
+
+/// What tells the device that has a number now apart from others that had it, or will: the inode of its directory in sysfs. None if there is
+/// no such device.
+fn node(id: u32) -> Option<u64> {
+    let dir = fs::metadata(format!("/sys/class/ublk-char/ublkc{id}")).ok()?;
+    Some(dir.ino())
+}
+
+/// Whether device `id` is one that came after the one that was `before`.
+fn is_another(id: u32, before: Option<u64>) -> bool {
+    before.is_some() && node(id).is_some_and(|now| Some(now) != before)
 }
 
 fn path_of(id: u32) -> PathBuf {
