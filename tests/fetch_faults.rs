@@ -12,7 +12,6 @@ use std::time::Duration;
 use common::noise::noise;
 use common::wait::wait_until;
 use fetched::{at_origin, hammer, in_state, joined, range, u};
-
 use tarblk::internals::bench::origin::{Fault, Origin, Request, at_random};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{FetchError, FetchOptions, Fetcher, LayerSource, Located};

@@ -19,8 +19,8 @@ use crate::device::wait_until;
 /// Whoever asks so often for an end gets one, whatever the container does with the signal.
 const ENOUGH: u32 = 3;
 
-/// How long a runtime is asked again to end a container that it could not end.
-const DELETE_LIMIT: Duration = Duration::from_secs(10);
+/// How long another process of the runtime may take to remove a container that has ended.
+const OTHERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// What shells add to the number of the signal that ended a program.
 const SIGNALLED: i32 = 128;
@@ -98,18 +98,18 @@ impl Runtime {
     /// Ends a container, if there is one, and lets the runtime forget it.
     pub(super) fn delete(&self, dir: &Path, id: &str) -> Result<(), ContainerError> {
         let known = dir.join("runtime").join(id);
-        let mut outcome = Ok(());
+        if !known.exists() {
+            return Ok(());
+        }
         // A runtime that runs on after its command was killed takes the container away itself once that ends, and one of the two
         // finds that files went from under it.
-        wait_until(DELETE_LIMIT, || {
-            outcome = if known.exists() {
-                self.try_delete(dir, id)
-            } else {
+        self.try_delete(dir, id).or_else(|_| {
+            if wait_until(OTHERS_LIMIT, || !known.exists()) {
                 Ok(())
-            };
-            outcome.is_ok()
-        });
-        outcome
+            } else {
+                self.try_delete(dir, id)
+            }
+        })
     }
 
     /// Has the runtime end a container that it knows, and forget it.

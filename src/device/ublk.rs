@@ -221,13 +221,7 @@ impl UblkDevice {
             }
         }
         let _ = self.control.join();
-        if wait_until(Duration::from_secs(5), || !exists(id) || is_another(id, node)) {
-            Ok(())
-        } else {
-            Err(DeviceError::Ublk(format!(
-                "device {id} was stopped but is still listed"
-            )))
-        }
+        wait_until_gone(id, node)
     }
 
     /// Stops serving without stopping the device, for the process that is to go on with it ([`UblkDevice::resume`]): its number.
@@ -267,11 +261,13 @@ fn stuck(what: &str, limit: Duration) -> DeviceError {
 /// # Errors
 /// [`DeviceError::Ublk`] when another process serves a device of this number, or the driver refuses or does not come back.
 pub fn delete_dead(id: u32, server: u32) -> Result<(), DeviceError> {
+    let node = node(id);
     of_dead(id, server, "delete", move || {
         // A device that stopped halfway is deleted all the same.
         let stopped = control::stop(id);
         control::delete(id).or(stopped)
-    })
+    })?;
+    wait_until_gone(id, node)
 }
 
 /// Stops a device that its server, process `server`, left behind: reads that wait for an answer fail. It may be mounted.
@@ -328,9 +324,16 @@ fn node(id: u32) -> Option<u64> {
     Some(dir.ino())
 }
 
-/// Whether device `id` is one that came after the one that was `before`.
-fn is_another(id: u32, before: Option<u64>) -> bool {
-    before.is_some() && node(id).is_some_and(|now| Some(now) != before)
+/// Waits until the driver has forgotten device `id`, which was deleted and had this `node`; another device may have its number by then.
+fn wait_until_gone(id: u32, node_before: Option<u64>) -> Result<(), DeviceError> {
+    let is_another = || node_before.is_some() && node(id).is_some_and(|now| Some(now) != node_before);
+    if wait_until(Duration::from_secs(5), || !exists(id) || is_another()) {
+        Ok(())
+    } else {
+        Err(DeviceError::Ublk(format!(
+            "device {id} was stopped but is still listed"
+        )))
+    }
 }
 
 fn path_of(id: u32) -> PathBuf {

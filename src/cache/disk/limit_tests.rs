@@ -315,7 +315,6 @@ fn a_layer_that_cannot_fit_is_not_begun_and_one_that_grows_too_long_leaves_nothi
     assert!(on_disk(dir.path()) < 1 << 20);
 }
 
-/// A cache that can take nothing says so; one that is asked for more than it may ever hold is well.
 #[test]
 fn others_are_left_a_twentieth_and_never_more_than_a_gib() {
     for (all, left) in [
@@ -330,6 +329,7 @@ fn others_are_left_a_twentieth_and_never_more_than_a_gib() {
     }
 }
 
+/// A cache that can take nothing says so; one that is asked for more than it may ever hold is well.
 #[test]
 fn a_cache_without_room_for_a_chunk_is_in_trouble() {
     let trouble = |limit: u64, asked: u64| {

@@ -87,12 +87,6 @@ struct Rest {
     pause: Duration,
 }
 
-/// How much of a filesystem of `all` bytes is left to others, in bytes, where no one named the cache's size.
-pub(super) const fn kept_free(all: u64) -> u64 {
-    let part = all / KEPT_FREE;
-    if part < MOST_KEPT_FREE { part } else { MOST_KEPT_FREE }
-}
-
 /// What a directory holds.
 #[derive(Debug, Default)]
 struct Usage {
@@ -119,6 +113,11 @@ enum Holder {
     Kept([u8; 32]),
     /// A data file that no map fits: it goes as a whole.
     Junk(String),
+}
+
+/// How much of a filesystem of `all` bytes is left to others, in bytes, where no one named the cache's size.
+pub(super) fn kept_free(all: u64) -> u64 {
+    (all / KEPT_FREE).min(MOST_KEPT_FREE)
 }
 
 impl Room {

@@ -93,9 +93,13 @@ pub(super) fn stop(id: u32) -> io::Result<()> {
     send(sys::UBLK_U_CMD_STOP_DEV, id, 0, 0, 0)
 }
 
-/// Deletes a stopped device.
+/// Deletes a stopped device. From Linux 6.7 on it is not waited for: the driver waits until the device's number is free, and one that
+/// another device was given at once is not free before that goes, too. Until its last user has gone the device is still listed.
 pub(super) fn delete(id: u32) -> io::Result<()> {
-    send(sys::UBLK_U_CMD_DEL_DEV, id, 0, 0, 0)
+    match send(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, 0, 0) {
+        Err(error) if error.raw_os_error() != Some(libc::ENODEV) => send(sys::UBLK_U_CMD_DEL_DEV, id, 0, 0, 0),
+        other => other,
+    }
 }
 
 /// Makes a device ready for another server. Fails with `EBUSY` as long as the one before holds something of it.
