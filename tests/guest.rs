@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use common::corpus::{self, Archive};
@@ -51,6 +51,9 @@ fn on_ublk(name: &str, seconds: u32, test: impl FnOnce(&Path)) {
         return test(Path::new(&dir));
     }
     if rustix::process::geteuid().is_root() && ublk::preflight().is_ok() {
+        // They look for devices that are left, of whomever.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         return test(scratch("on-ublk-").path());
     }
     let program = std::env::current_exe().unwrap();
@@ -100,9 +103,13 @@ fn in_guest_of(kernel: &str, name: &str, seconds: u32, program: &Path, arguments
         .arg("--")
         .arg(program)
         .args(arguments)
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    // By lines, since another guest may be writing.
+    let output = BufReader::new(child.stdout.take().unwrap());
+    let reader = std::thread::spawn(move || output.lines().for_each(|line| println!("{}", line.unwrap())));
     let mut skipped = Vec::new();
     for line in BufReader::new(child.stderr.take().unwrap()).lines() {
         let line = line.unwrap();
@@ -111,6 +118,7 @@ fn in_guest_of(kernel: &str, name: &str, seconds: u32, program: &Path, arguments
             skipped.push((test.to_owned(), why.to_owned()));
         }
     }
+    reader.join().unwrap();
     let status = child.wait().unwrap();
     assert!(status.success(), "{name} failed in the guest: {status}");
     for (test, why) in skipped {
@@ -120,19 +128,20 @@ fn in_guest_of(kernel: &str, name: &str, seconds: u32, program: &Path, arguments
 
 // -------------------------------------------------------------------------------------------------- the device's cases
 
-/// `device_ublk` runs natively with the other tests where it can; here it is the program of its own that it is.
+/// `device_ublk` runs natively with the other tests where it can; here it is the program of its own that it is. By its name among
+/// the first that begin: it takes longest, and another guest works beside it.
 #[test]
 #[ignore = "a virtual machine: tools/test guest"]
-fn the_cases_of_a_device_pass_on_ublk() {
-    const NAME: &str = "the_cases_of_a_device_pass_on_ublk";
+fn cases_of_a_device_pass_on_ublk() {
+    const NAME: &str = "cases_of_a_device_pass_on_ublk";
     if rustix::process::geteuid().is_root() && ublk::preflight().is_ok() {
         return eprintln!("{NAME}: this kernel has ublk, so device_ublk has run them");
     }
     let program = built_test("device_ublk");
-    in_guest(NAME, 400, &program, &[]);
+    in_guest(NAME, 800, &program, &[]);
 }
 
-/// As `the_cases_of_a_device_pass_on_ublk`: servers that are killed and followed by others.
+/// As `cases_of_a_device_pass_on_ublk`: servers that are killed and followed by others.
 #[test]
 #[ignore = "a virtual machine: tools/test guest"]
 fn devices_are_taken_over_from_killed_servers() {
@@ -141,7 +150,7 @@ fn devices_are_taken_over_from_killed_servers() {
         return eprintln!("{NAME}: this kernel has ublk, so ublk_recovery has run them");
     }
     let program = built_test("ublk_recovery");
-    in_guest(NAME, 300, &program, &[]);
+    in_guest(NAME, 500, &program, &[]);
 }
 
 /// The loop back end under the kernel that Debian 12 comes with, as `device_loop` natively.
@@ -243,7 +252,7 @@ fn assert_no_devices() {
 #[test]
 #[ignore = "a virtual machine: tools/test guest"]
 fn tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them() {
-    on_ublk("tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them", 250, |dir| {
+    on_ublk("tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them", 400, |dir| {
         let work = tempfile::tempdir_in(dir).unwrap();
         compare_all(dir, &corpus::by_hand(work.path()));
     });
@@ -254,7 +263,7 @@ fn tars_made_by_hand_are_on_ublk_as_gnu_tar_extracts_them() {
 fn tars_of_every_program_are_on_ublk_as_gnu_tar_extracts_them() {
     on_ublk(
         "tars_of_every_program_are_on_ublk_as_gnu_tar_extracts_them",
-        400,
+        500,
         |dir| {
             let work = tempfile::tempdir_in(dir).unwrap();
             let archives = corpus::planted(work.path());
@@ -285,7 +294,7 @@ fn a_debian_root_filesystem_is_on_ublk_as_gnu_tar_extracts_it() {
     let Some(archive) = debian() else {
         return skip(NAME, NO_LAYER);
     };
-    on_ublk(NAME, 300, |dir| compare_all(dir, &[archive]));
+    on_ublk(NAME, 400, |dir| compare_all(dir, &[archive]));
 }
 
 // -------------------------------------------------------------------------------------------------------------- images
@@ -310,7 +319,7 @@ fn images_are_on_ublk_as_others_unpack_them() {
     if let Some(why) = unpacked::no_unpacking() {
         return skip(NAME, why);
     }
-    on_ublk(NAME, 400, |dir| {
+    on_ublk(NAME, 500, |dir| {
         let work = tempfile::tempdir_in(dir).unwrap();
         let mut session = Session::below(dir, "ublk");
         let mut complaints = Vec::new();
@@ -515,7 +524,7 @@ fn a_layer_over_http_is_read_by_many_at_once() {
     let Some(Archive { path: tar, .. }) = debian() else {
         return skip(NAME, NO_LAYER);
     };
-    on_ublk(NAME, 300, |dir| {
+    on_ublk(NAME, 500, |dir| {
         let parts = sample(&tar);
         assert!(parts.len() > 100, "only {} files", parts.len());
         let origin = Origin::start().unwrap();
@@ -625,7 +634,7 @@ impl Drop for Reader {
 #[test]
 #[ignore = "a virtual machine: tools/test guest"]
 fn a_killed_daemon_leaves_no_lost_device() {
-    on_ublk("a_killed_daemon_leaves_no_lost_device", 150, |dir| {
+    on_ublk("a_killed_daemon_leaves_no_lost_device", 250, |dir| {
         let work = tempfile::tempdir_in(dir).unwrap();
         let tar = work.path().join("layer.tar");
         let content = noise(4 << 20, 3);
