@@ -341,7 +341,12 @@ impl Lab<'_> {
 /// Has the files of a disk cache in the page cache, or not.
 fn set_page_cache(cache: &Path, is_warm: bool) -> Outcome<()> {
     for entry in fs::read_dir(cache.join("layers"))? {
-        let mut file = File::open(entry?.path())?;
+        let mut file = match File::open(entry?.path()) {
+            Ok(file) => file,
+            // The lock of a service that has just ended.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error.into()),
+        };
         if is_warm {
             std::io::copy(&mut file, &mut std::io::sink())?;
         } else {

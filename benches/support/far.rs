@@ -256,17 +256,17 @@ fn pace(coming: &Receiver<(Instant, Vec<u8>)>, land: &Sender<(Instant, Vec<u8>)>
         }
         let mut rest = &bytes[..];
         while !rest.is_empty() {
-            // In pieces as long as the window lets them be: each costs a wake-up here.
-            let mut len = rest.len().min(window).min(Link::PIECE);
+            // In pieces as long as the window lets them be, since each costs a wake-up here; none shorter than a segment, but the last.
+            let shortest = rest.len().min(SEGMENT);
             while let Some((at, gone)) = flying.front().copied()
-                && (at <= now || aloft + len > window)
+                && (at <= now || aloft + shortest > window)
             {
                 now = now.max(at);
                 window += gone;
                 aloft -= gone;
                 flying.pop_front();
-                len = rest.len().min(window).min(Link::PIECE);
             }
+            let len = rest.len().min(window - aloft).min(Link::PIECE);
             let (piece, behind) = rest.split_at(len);
             rest = behind;
             let passed = link.passes(now, len);
