@@ -27,8 +27,7 @@ use tarblk::internals::index::{ColdDirectory, ColdPart, EndOfArchive, Index, Ind
 use tarblk::internals::layer::{Begins, Coding, Indexer, Spans};
 use tarblk::internals::prefetch::ChunkRange;
 use tarblk::internals::source::{Blob, LayerSpec};
-use tarblk::internals::units::CHUNK_BYTES;
-use tarblk::internals::units::LayerId;
+use tarblk::internals::units::{CHUNK_BYTES, LayerId, TarOffset};
 use wait::wait_until;
 
 const SIZE: usize = 5_000_321;
@@ -412,6 +411,72 @@ fn bytes_that_are_wrong_for_a_while_are_waited_for() {
         let stats = fetcher.stats();
         assert_eq!((stats.read_errors, stats.layers_poisoned), (0, 0), "{way:?}: {stats:?}");
     }
+}
+
+/// A part of a chunk that came wrong at first lies here until the rest of the chunk has come: that is as old as it is, and no proof that
+/// the server is wrong still.
+#[test]
+fn an_old_part_of_a_chunk_is_no_new_proof() {
+    const WRONG_FOR: Duration = Duration::from_secs(6);
+    const FRAME: usize = 333_333;
+    let tar = noise(1_000_000, 3);
+    // Without checksums of frames, so that nothing but the chunk's digest tells.
+    let frames = tar.chunks(FRAME);
+    let blob: Vec<u8> = frames
+        .flat_map(|frame| through(&["zstd", "-q", "-c", "--no-check"], frame))
+        .collect();
+    let spans = indexed(Coding::Zstd, &blob);
+    let second = spans.table.span(spans.table.span_at(TarOffset(u(FRAME))));
+    assert_eq!(second.tar.start, TarOffset(u(FRAME)));
+    let border = second.blob.start;
+    let made = Made {
+        tar: Arc::new(tar),
+        blob: Arc::new(blob),
+        spans,
+    };
+    let origin = made.served();
+    let began = std::time::Instant::now();
+    let asked = [AtomicU32::new(0), AtomicU32::new(0)];
+    origin.set_faults(move |request| {
+        let range = request
+            .header("range")
+            .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+        let Some((Ok(first), Ok(last))) = range.map(|(first, last)| (first.parse::<u64>(), last.parse::<u64>())) else {
+            return Vec::new();
+        };
+        let number = |which: usize, at: u64| {
+            (first..=last)
+                .contains(&at)
+                .then(|| asked[which].fetch_add(1, Ordering::SeqCst))
+        };
+        let mut faults = Vec::new();
+        // The end of the first frame, once.
+        if number(0, border - 100) == Some(0) {
+            faults.push(Fault::Damage(border - 100));
+        }
+        // The beginning of the second is no frame at first, and then there is none for a while.
+        match number(1, border) {
+            Some(0..6) => faults.push(Fault::Damage(border)),
+            Some(_) if began.elapsed() < WRONG_FOR + Duration::from_millis(500) => {
+                faults.push(Fault::Status(503, None));
+            }
+            _ => {}
+        }
+        faults
+    });
+    let options = FetchOptions {
+        wrong_for: WRONG_FOR,
+        prefetch: false,
+        ..roomy()
+    };
+    let fetcher = start(made.over_http(&origin), options);
+    let chunk = usize::try_from(CHUNK_BYTES).unwrap();
+    let across = FRAME / chunk * chunk;
+    assert!(read(&fetcher, across - chunk, chunk).unwrap() == made.tar[across - chunk..across]);
+    let bytes = read(&fetcher, across, chunk).unwrap_or_else(|error| panic!("{error}: {:?}", fetcher.stats()));
+    assert!(bytes == made.tar[across..across + chunk]);
+    let stats = fetcher.stats();
+    assert!(began.elapsed() > WRONG_FOR && stats.chunks_wrong == 7, "{stats:?}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use super::coded_layer::{BRIDGE, CodedLayer, SpanRequest, WantedSpans};
 use super::flight::{Flight, FlightGuard, Received};
@@ -91,6 +92,8 @@ pub(super) struct CodedFlight {
     pipeline: RefCell<Option<DecodePipeline>>,
     /// How often what was decoded from a block of a zstd frame was wrong.
     block_failures: Cell<u32>,
+    /// Since when all has come that is decoded and was not delivered.
+    since: Cell<Instant>,
 }
 
 impl CodedFlight {
@@ -109,6 +112,7 @@ impl CodedFlight {
                 }
                 self.request
                     .advance(u64::from(index) * CHUNK_BYTES + len_u64(bytes.len()));
+                self.since.set(Instant::now());
                 add(&engine.counters.bytes_decoded, len_u64(bytes.len()));
                 Engine::digest_matched(state, index);
                 engine.deliver(ChunkKey { layer, index }, bytes, true);
@@ -116,6 +120,7 @@ impl CodedFlight {
             ChunkOut::Wrong { index } => self.wrong.set(Some(index)),
             ChunkOut::Part { at, bytes } => {
                 self.request.advance(at + len_u64(bytes.len()));
+                self.since.set(Instant::now());
                 add(&engine.counters.bytes_decoded, len_u64(bytes.len()));
                 engine.deliver_part(&self.coded, layer, at, &bytes);
             }
@@ -184,6 +189,7 @@ impl CodedFlight {
             .map_err(|error| Trouble::Wrong(error.to_string()))?
             .until(state.checked_end(TarOffset(request.spans_end)));
         let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.spans_end);
+        self.since.set(Instant::now());
         let pipeline = DecodePipeline::new(Some(decoder), start, chunker, state.verifier.clone());
         Ok((Some(pipeline), arriving))
     }
@@ -284,7 +290,7 @@ impl Flight for CodedFlight {
             None => ChunkKey::holding(layer, at),
         };
         self.coded.windows.forget(span);
-        engine.digest_mismatched(state, key, why)
+        engine.digest_mismatched(state, key, self.since.get(), why)
     }
 
     fn ended(&self, engine: &Rc<Engine>) {
@@ -379,6 +385,7 @@ impl Engine {
                 wrong: Cell::new(None),
                 pipeline: RefCell::new(pipeline),
                 block_failures: Cell::new(0),
+                since: Cell::new(Instant::now()),
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
             self.spawn(owner.scope(self.clone().fly(guard)));
@@ -398,7 +405,7 @@ impl Engine {
             .borrow_mut()
             .add(key.index, len, at - key.start().0, bytes, &needed);
         if let Some(whole) = whole {
-            self.verify_and_deliver(vec![(key, whole)]);
+            self.verify_and_deliver(vec![(key, whole.bytes)], whole.since);
         }
     }
 

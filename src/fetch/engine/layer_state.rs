@@ -162,11 +162,8 @@ pub(super) struct Mismatch {
 }
 
 impl Mismatch {
-    pub(super) fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            answers: 0,
-        }
+    pub(super) fn new(since: Instant) -> Self {
+        Self { since, answers: 0 }
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use smallvec::SmallVec;
+use tokio::time::Instant;
 
 use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 
@@ -34,6 +35,16 @@ struct Partial {
     bytes: Vec<u8>,
     /// What is not there yet, counted from the chunk's start.
     lacking: Ranges,
+    /// When its first piece came.
+    since: Instant,
+}
+
+/// A chunk that came in pieces.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Assembled {
+    pub(super) bytes: Vec<u8>,
+    /// When its first piece came.
+    pub(super) since: Instant,
 }
 
 /// The unfinished chunks of one layer.
@@ -54,7 +65,7 @@ impl Partials {
         from: u64,
         bytes: &[u8],
         needed: &dyn Fn(u32) -> bool,
-    ) -> Option<Vec<u8>> {
+    ) -> Option<Assembled> {
         if !self.chunks.contains_key(&index) {
             self.make_room(needed);
             self.order.push_back(index);
@@ -62,6 +73,7 @@ impl Partials {
         let partial = self.chunks.entry(index).or_insert_with(|| Partial {
             bytes: vec![0; len_usize(len)],
             lacking: std::iter::once(0..len).collect(),
+            since: Instant::now(),
         });
         let to = from.saturating_add(len_u64(bytes.len()));
         partial
@@ -73,7 +85,8 @@ impl Partials {
             return None;
         }
         self.order.retain(|other| *other != index);
-        self.chunks.remove(&index).map(|whole| whole.bytes)
+        let Partial { bytes, since, .. } = self.chunks.remove(&index)?;
+        Some(Assembled { bytes, since })
     }
 
     /// What is not there of chunk `index` of `len` bytes, counted from its start.
@@ -130,7 +143,7 @@ mod tests {
             let whole = partials.add(7, 100, len_u64(piece.start), &content[piece.clone()], &|_| false);
             assert_eq!(whole.is_some(), n == 3);
             if let Some(whole) = whole {
-                assert_eq!(whole, content);
+                assert_eq!(whole.bytes, content);
             }
         }
         assert_eq!(lacking(&partials, 7, 100), [(0, 100)]);

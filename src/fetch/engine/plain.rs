@@ -4,6 +4,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::flight::{Flight, FlightGuard, Received};
 use super::origin::Trouble;
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
@@ -50,7 +52,7 @@ impl Flight for PlainFlight {
             layer: self.chunks.layer,
             index: self.next.get(),
         };
-        engine.digest_mismatched(state, key, why)
+        engine.digest_mismatched(state, key, Instant::now(), why)
     }
 
     async fn attempt(
@@ -93,7 +95,7 @@ impl Flight for PlainFlight {
                 }
             }
             if !arrived.is_empty() {
-                engine.verify_and_deliver(arrived);
+                engine.verify_and_deliver(arrived, Instant::now());
                 engine.pump();
             }
         }

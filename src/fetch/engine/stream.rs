@@ -87,7 +87,7 @@ impl Engine {
                     // From the beginning, once more.
                     pipeline = None;
                     let index = wrong.take().unwrap_or(0);
-                    self.digest_mismatched(state, ChunkKey { layer, index }, why)?
+                    self.digest_mismatched(state, ChunkKey { layer, index }, Instant::now(), why)?
                 }
                 Trouble::Net(failure) => backoff.pause(failure, state, range)?,
                 Trouble::File(error) => Self::pause_for_file(error, state, range)?,

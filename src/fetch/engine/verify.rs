@@ -42,8 +42,8 @@ impl Engine {
         }
     }
 
-    /// Chunks have come as they are, in this order; each is brought once it was checked.
-    pub(super) fn verify_and_deliver(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>) {
+    /// Chunks have come as they are, in this order, all of their bytes from `since` on; each is brought once it was checked.
+    pub(super) fn verify_and_deliver(self: &Rc<Self>, mut chunks: Vec<(ChunkKey, Vec<u8>)>, since: Instant) {
         let Some(state) = chunks.first().and_then(|(key, _)| self.layer(key.layer)) else {
             return;
         };
@@ -61,7 +61,7 @@ impl Engine {
         for (key, bytes) in std::mem::replace(&mut chunks, others) {
             self.count_verified(state);
             let right = check.matches(key.index, &bytes);
-            self.deliver_if_verified(state, key, right, bytes);
+            self.deliver_if_verified(state, key, right, bytes, since);
         }
         if chunks.is_empty() {
             return;
@@ -84,20 +84,27 @@ impl Engine {
                 let (right, bytes) = take.recv().await.unwrap_or_default();
                 state.verifying.borrow_mut().remove(&key.index);
                 engine.count_verified(&state);
-                engine.deliver_if_verified(&state, key, right, bytes);
+                engine.deliver_if_verified(&state, key, right, bytes, since);
             }
         });
     }
 
     /// A chunk was checked: it is brought if it was right.
-    fn deliver_if_verified(self: &Rc<Self>, state: &Rc<LayerState>, key: ChunkKey, right: bool, bytes: Vec<u8>) {
+    fn deliver_if_verified(
+        self: &Rc<Self>,
+        state: &Rc<LayerState>,
+        key: ChunkKey,
+        right: bool,
+        bytes: Vec<u8>,
+        since: Instant,
+    ) {
         if right {
             Self::digest_matched(state, key.index);
             self.deliver(key, bytes, true);
             return;
         }
         let why = "it is not what the index says";
-        match self.digest_mismatched(state, key, why) {
+        match self.digest_mismatched(state, key, since, why) {
             // Poisoned: its readers were told.
             Err(_) => {}
             Ok(Duration::ZERO) => self.fetch_again(key),
@@ -139,13 +146,15 @@ impl Engine {
         }
     }
 
-    /// Something about a chunk was wrong. How long to wait before it is fetched again: at first not at all. When it was wrong for
-    /// long and in several answers, the layer is poisoned, which is the error. A local file is poisoned the second time: nothing is
+    /// Something about a chunk was wrong, all of which came from `came` on. How long to wait before it is fetched again: at first not at
+    /// all. When it was wrong for long and in several answers, the layer is poisoned, which is the error; what was wrong came at
+    /// `came`, for all that is known, however long it lay here until the rest of its chunk was there. A local file is poisoned the second time: nothing is
     /// between it and its reader that may pass.
     pub(super) fn digest_mismatched(
         self: &Rc<Self>,
         state: &LayerState,
         key: ChunkKey,
+        came: Instant,
         why: &str,
     ) -> Result<Duration, FetchError> {
         add(&self.counters.chunks_wrong, 1);
@@ -154,19 +163,18 @@ impl Engine {
         }
         let name = state.origin.name();
         let mut mismatched = state.mismatched.borrow_mut();
-        let Mismatch { since, answers } = mismatched.entry(key.index).or_insert_with(Mismatch::new);
+        let Mismatch { since, answers } = mismatched.entry(key.index).or_insert_with(|| Mismatch::new(came));
         *answers += 1;
-        let (since, answers) = (*since, *answers);
+        let (over, answers) = (came.saturating_duration_since(*since), *answers);
         drop(mismatched);
         let proven = match &state.origin {
             Origin::File { .. } => answers > 1,
             Origin::Http(layer) => {
                 layer.distrust();
-                answers >= PROOF_TRIES && since.elapsed() >= self.options.wrong_for
+                answers >= PROOF_TRIES && over >= self.options.wrong_for
             }
         };
         if proven {
-            let over = since.elapsed();
             return Err(self.poison(
                 key.layer,
                 &format!(
