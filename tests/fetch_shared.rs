@@ -4,6 +4,8 @@
 mod common;
 mod fetched;
 
+use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,13 +14,14 @@ use common::noise::noise;
 use common::wait::wait_until;
 use fetched::{at_origin, hammer, joined, leave, quick, range, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
-use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
+use tarblk::internals::cache::disk::{CacheLimit, DiskCache, LayerKey};
 use tarblk::internals::digest::{Algorithm, Digest};
 use tarblk::internals::fetch::{FetchError, FetchPool, Fetcher, LayerSource, OpenOptions, PoolOptions, Verifier, Wait};
 use tarblk::internals::index::ChunkHasher;
 use tarblk::internals::source::LayerSpec;
 
 const SIZE: usize = 3_000_321;
+const CHUNK: usize = 32 << 10;
 
 fn pool(memory_bytes: u64, store: Option<&Path>) -> FetchPool {
     let quick = quick();
@@ -108,6 +111,76 @@ fn a_shared_layer_is_fetched_once_for_three_devices() {
     let fourth = open(&pool, layer(&origin, "/base", &base, &base), true);
     hammer(&fourth, &base, 10);
     assert_eq!((sent(&origin, "/base"), fourth.stats().requests), (fetched, 0));
+}
+
+/// A device of `layer`, which is `data`, that reads all of it chunk by chunk: how many it need not compare with digests, since the process has.
+fn known(pool: &FetchPool, layer: LayerSource, data: &[u8]) -> usize {
+    let fetcher = open(pool, layer, false);
+    let mut known = 0;
+    for (at, right) in (0..).step_by(CHUNK).zip(data.chunks(CHUNK)) {
+        let mut target = vec![0; right.len()];
+        if fetcher.read_at_once(range(at, right.len()), &mut target) {
+            known += 1;
+        } else {
+            target = read(&fetcher, at, right.len()).unwrap();
+        }
+        assert!(target == right, "chunk at {at}");
+    }
+    drop(fetcher);
+    wait_until("that the device is gone", || pool.stats().devices == 0);
+    known
+}
+
+#[test]
+fn what_one_device_verified_the_next_one_of_the_process_need_not() {
+    let data = noise(SIZE, 4);
+    let origin = Origin::start().unwrap();
+    origin.serve_blob("/layer", data.as_slice());
+    let layer = || layer(&origin, "/layer", &data, &data);
+    let store = tempfile::tempdir().unwrap();
+    let pool_of = || pool(1 << 20, Some(store.path()));
+    let all = SIZE.div_ceil(CHUNK);
+    {
+        let pool = pool_of();
+        assert_eq!(known(&pool, layer(), &data), 0, "it comes from the network");
+        // Once its file is old enough.
+        let is_known = || known(&pool, layer(), &data) == all;
+        wait_until("that all is known", is_known);
+        let came = sent(&origin, "/layer");
+        assert!(is_known());
+        // A change ends that, and is found out.
+        let name = format!(
+            "{}.data",
+            LayerKey::of_layer(&layer().layer, false, u(SIZE)).unwrap().hex()
+        );
+        let path = store.path().join(name);
+        let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 1_000_000).unwrap();
+        file.write_all_at(&[byte[0] ^ 8], 1_000_000).unwrap();
+        assert_eq!(known(&pool, layer(), &data), 0);
+        assert!(sent(&origin, "/layer") > came);
+        wait_until("that all is known again", is_known);
+        // The times are as they were, but for the one that nobody can set.
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.write_all_at(&[byte[0] ^ 8], 1_000_000).unwrap();
+        file.set_modified(modified).unwrap();
+        assert_eq!(known(&pool, layer(), &data), 0);
+        wait_until("that all is known at last", is_known);
+        // Other digests are another matter, even if only one chunk is said to be different.
+        let mut other = data.clone();
+        other[SIZE - 1] ^= 1;
+        let lie = self::layer(&origin, "/layer", &data, &other);
+        assert_eq!(known(&pool, lie, &data[..SIZE - CHUNK]), 0);
+        wait_until("that all is known after all", is_known);
+    }
+    let came = sent(&origin, "/layer");
+    assert_eq!(
+        known(&pool_of(), layer(), &data),
+        0,
+        "another process verifies for itself"
+    );
+    assert_eq!(sent(&origin, "/layer"), came);
 }
 
 #[test]

@@ -33,7 +33,7 @@ use std::time::SystemTime;
 use sha2::{Digest, Sha256};
 
 use self::dir::SafeDir;
-pub(crate) use self::dir::check_dir;
+pub(crate) use self::dir::{FileState, check_dir};
 pub use self::layer::LayerCache;
 pub use self::layer_writer::LayerWriter;
 pub use self::list::{KeptLayer, Removed, Verified};

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::blob::{LayerSource, VerifierDigests, WholeDigests};
+use super::verified::VerifiedChunks;
 use crate::cache::chunk;
 use crate::cache::disk::{Bits, DiskCache, DiskCacheError, LayerCache, LayerKey};
 use crate::cache::memory::{MemoryCache, MemoryLayer};
@@ -37,6 +38,21 @@ pub(crate) struct LayerContent {
     users: AtomicUsize,
     /// Held for what is only right as long as there is one user.
     alone: Mutex<()>,
+    /// Where it is remembered what was verified, and by what name; none if that would be no use.
+    remembered: Option<(LayerKey, Arc<VerifiedChunks>)>,
+}
+
+impl Drop for LayerContent {
+    fn drop(&mut self) {
+        let rules = self.rules.as_ref().and_then(|rules| rules.digests.as_ref());
+        if let Some(VerifierDigests::Chunks(digests)) = rules
+            && let Some((key, verified)) = self.remembered.take()
+            && let (Some(cache), Some(checked)) = (self.cache.get(), self.checked.take())
+            && self.is_constant()
+        {
+            verified.remember(key, digests, cache, checked);
+        }
+    }
 }
 
 impl LayerContent {
@@ -129,6 +145,8 @@ impl ContentUse {
 pub(crate) struct Contents {
     memory: Arc<MemoryCache>,
     by_key: Mutex<HashMap<LayerKey, Vec<Weak<LayerContent>>>>,
+    /// Of those that were in use.
+    verified: Arc<VerifiedChunks>,
 }
 
 impl Contents {
@@ -137,6 +155,7 @@ impl Contents {
         Self {
             memory,
             by_key: Mutex::default(),
+            verified: Arc::default(),
         }
     }
 
@@ -160,7 +179,7 @@ impl Contents {
             LayerKey::of_layer(&source.layer, source.coding.is_some(), size).filter(|_| store.is_some() || !is_file);
         let Some(key) = key else {
             let cache = store.map(|store| store.unnamed(size));
-            return self.make(source, store.is_some(), None, cache);
+            return self.make(source, store.is_some(), None, cache, None);
         };
         let rules = ByteRules::of(source);
         let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
@@ -197,7 +216,8 @@ impl Contents {
                 cache_of(source, key, store)
             }
         });
-        let made = self.make(source, store.is_some(), rules, cache);
+        let named = Some(key).filter(|_| store.is_some() && !name_taken);
+        let made = self.make(source, store.is_some(), rules, cache, named);
         all.push(Arc::downgrade(&made.0));
         made
     }
@@ -227,6 +247,7 @@ impl Contents {
             revoked: AtomicBool::new(false),
             users: AtomicUsize::new(0),
             alone: Mutex::default(),
+            remembered: None,
         });
         all.push(Arc::downgrade(&lent));
         Some(lent)
@@ -238,6 +259,7 @@ impl Contents {
         stored: bool,
         rules: Option<ByteRules>,
         cache: Option<Result<Arc<LayerCache>, DiskCacheError>>,
+        named: Option<LayerKey>,
     ) -> ContentUse {
         let cache = match cache {
             Some(Ok(cache)) => OnceLock::from(cache),
@@ -248,16 +270,22 @@ impl Contents {
             None => OnceLock::new(),
         };
         let count = chunk::chunk_count(source.size()).unwrap_or(u32::MAX);
+        let known = match rules.as_ref().map(|rules| &rules.digests).zip(named.zip(cache.get())) {
+            Some((Some(VerifierDigests::Chunks(digests)), (key, cache))) => self.verified.recall(key, digests, cache),
+            _ => None,
+        };
+        let checked = || known.unwrap_or_else(|| Bits::new(count));
         ContentUse(Arc::new(LayerContent {
             memory: self.memory.layer(count),
             cache,
-            checked: source.verifier.is_some().then(|| Bits::new(count)),
+            checked: source.verifier.is_some().then(checked),
             stored,
             rules,
             lent: AtomicBool::new(false),
             revoked: AtomicBool::new(false),
             users: AtomicUsize::new(1),
             alone: Mutex::default(),
+            remembered: named.map(|key| (key, Arc::clone(&self.verified))),
         }))
     }
 }

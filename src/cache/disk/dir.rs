@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags};
 
@@ -58,6 +59,42 @@ pub(crate) struct CacheFile {
     id: u64,
     writable: bool,
     observer: Option<Arc<dyn Observer>>,
+}
+
+/// What is different about a file whenever somebody has written to it: where it is, how long, and its times in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileState {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified: i128,
+    changed: i128,
+}
+
+impl FileState {
+    /// The coarsest clock that a filesystem has, twice.
+    const TICK: Duration = Duration::from_secs(2);
+
+    fn of(meta: &fs::Metadata) -> Self {
+        let time = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            len: meta.len(),
+            modified: time(meta.mtime(), meta.mtime_nsec()),
+            changed: time(meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+
+    /// Whether whoever writes to it from now on changes its times.
+    pub(crate) fn is_settled(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let age = now.ok().and_then(|now| {
+            let now = i128::try_from(now.as_nanos()).ok()?;
+            u128::try_from(now - self.changed).ok()
+        });
+        age.is_some_and(|age| age >= Self::TICK.as_nanos())
+    }
 }
 
 /// Refuses what another user could have put there or could change.
@@ -435,6 +472,11 @@ impl CacheFile {
             let _unlocked = rustix::fs::flock(&self.file, FlockOperation::Unlock);
         }
         taken.is_err()
+    }
+
+    /// What is different whenever somebody has written to it.
+    pub(crate) fn state(&self) -> io::Result<FileState> {
+        Ok(FileState::of(&self.file.metadata()?))
     }
 
     /// Disk space that it takes, in bytes.

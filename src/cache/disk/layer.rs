@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use rustix::io::{ReadWriteFlags, preadv2};
 
-use super::dir::{CacheFile, SafeDir};
+use super::dir::{CacheFile, FileState, SafeDir};
 use super::files::{data_name, extent_of_group, groups_of, map_name, read_map, write_new};
 use super::layer_files::Files;
 use super::map::{self, ChunkMap, GROUP_CHUNKS, Identity, Label};
@@ -225,6 +225,13 @@ impl LayerCache {
         let whole = whole.count();
         chunks.truncate(whole);
         Ok(chunks)
+    }
+
+    /// What is different whenever somebody has written to the data file; none if it has no name, or is not all that chunks are read from.
+    pub(crate) fn file_state(&self) -> Option<FileState> {
+        let files = self.files();
+        let alone = files.named && files.others.is_none() && !self.is_poisoned();
+        alone.then(|| files.data.state().ok()).flatten()
     }
 
     /// Whether `bytes`, read from the file, are what was written as chunk `index`; of a layer's own file, what was

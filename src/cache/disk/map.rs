@@ -90,6 +90,11 @@ impl Bits {
         }
     }
 
+    /// How many there are, set or not.
+    pub(crate) const fn count(&self) -> u32 {
+        self.count
+    }
+
     pub(crate) fn count_set(&self) -> u64 {
         self.set.load(Ordering::Relaxed)
     }
