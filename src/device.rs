@@ -5,13 +5,14 @@
 //! FUSE file under a loop device. Threads that answer the kernel never block and never compute anything bigger than a
 //! block. A back end that was not asked for is never taken silently.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -273,17 +274,37 @@ impl Device {
 /// Loads the drivers of the back ends that `choice` allows, as far as they are not there. Takes privileges that the service drops: the
 /// command does it before it asks for a device.
 pub fn load_drivers(choice: BackendChoice) {
-    let of_ublk = ublk::DRIVERS.iter().filter(|_| choice != BackendChoice::Loop);
-    let of_loop = fuse_loop::DRIVERS.iter().filter(|_| choice != BackendChoice::Ublk);
-    for (node, module) in of_ublk.chain(of_loop) {
-        if !Path::new(node).exists() {
-            load_module(module, node);
-        }
+    for (node, module) in missing_drivers(choice) {
+        load_module(module, node);
     }
 }
 
-/// Loads a kernel module and waits a moment for `node`, the device that it brings.
-fn load_module(module: &str, node: &str) {
+/// Begins what [`load_drivers`] does, which then waits for it: a command that has other things to do first need not wait for
+/// a driver that is not there.
+pub fn begin_to_load_drivers(choice: BackendChoice) {
+    if missing_drivers(choice).next().is_some() {
+        // Without a thread it is done when it is needed.
+        let _unless_it_cannot_start = thread::Builder::new()
+            .name("drivers".to_owned())
+            .spawn(move || load_drivers(choice));
+    }
+}
+
+/// Device nodes that are not there, of back ends that `choice` allows, and the modules that bring them.
+fn missing_drivers(choice: BackendChoice) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let of_ublk = ublk::DRIVERS.iter().filter(move |_| choice != BackendChoice::Loop);
+    let of_loop = fuse_loop::DRIVERS.iter().filter(move |_| choice != BackendChoice::Ublk);
+    let drivers = of_ublk.chain(of_loop).copied();
+    drivers.filter(|(node, _)| !Path::new(node).exists())
+}
+
+/// Loads a kernel module and waits a moment for `node`, the device that it brings; not if it was tried a moment ago.
+fn load_module(module: &'static str, node: &str) {
+    static TRIED: Mutex<BTreeMap<&str, Instant>> = Mutex::new(BTreeMap::new());
+    let mut tried = TRIED.lock().unwrap_or_else(PoisonError::into_inner);
+    if tried.get(module).is_some_and(|at| at.elapsed() < MODULE_PAUSE) {
+        return;
+    }
     let quiet = Stdio::null;
     let loaded = Command::new("modprobe")
         .arg(module)
@@ -297,7 +318,11 @@ fn load_module(module: &str, node: &str) {
         Duration::ZERO
     };
     wait_until(patience, || Path::new(node).exists());
+    tried.insert(module, Instant::now());
 }
+
+/// A module that did not bring its node is tried again after this: somebody may have installed it.
+const MODULE_PAUSE: Duration = Duration::from_secs(10);
 
 /// How long a device node may take to appear after its driver was loaded.
 const NODE_LIMIT: Duration = Duration::from_secs(1);

@@ -10,7 +10,8 @@
 //!
 //! Parts: `blob` (what a layer is), `content` (what is held of it), `pool` (the fetch thread), `engine` (a device on it: one flight a chunk), `transport` (ranges
 //! over connections), `stats`, `options`, `cost` (what happened before there was a fetcher), `trust` (on whose word), `unproven`
-//! (indexes that are compared with headers in the end), `dedup` (bytes that other layers have, too).
+//! (indexes that are compared with headers in the end), `verified` (what need not be compared with digests again), `dedup` (bytes that other layers
+//! have, too).
 
 mod blob;
 mod content;
@@ -30,6 +31,7 @@ mod stats;
 mod transport;
 pub mod trust;
 mod unproven;
+mod verified;
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};

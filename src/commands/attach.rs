@@ -20,7 +20,7 @@ use crate::device::service::{
 };
 use crate::device::state::StateDir;
 use crate::device::trace::Trace;
-use crate::device::{BackendChoice, DeviceOptions};
+use crate::device::{DeviceOptions, begin_to_load_drivers};
 use crate::digest::Digest;
 use crate::fetch::LayerTrust;
 use crate::interrupt::Interrupt;
@@ -448,17 +448,18 @@ impl Drop for LentIndexes {
 
 /// Finds the layer and its index, and writes down what the daemon must know.
 fn specify(layer: &LayerArgs, device: &DeviceArgs, fetch_all: bool, session: Session) -> anyhow::Result<AttachRequest> {
-    make_ready()?;
+    make_ready(device.backend)?;
     let prepared = layer::prepare(layer, session)?;
     let source = from_anywhere(&layer.source, &prepared.name);
     request(&prepared, source, layer, device, fetch_all)
 }
 
-/// Makes sure that devices can be attached, and removes what dead daemons left.
-pub(super) fn make_ready() -> anyhow::Result<()> {
+/// Makes sure that devices can be attached, begins to load drivers, and removes what dead daemons left.
+pub(super) fn make_ready(backend: BackendArg) -> anyhow::Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(ServiceError::NotRoot.into());
     }
+    begin_to_load_drivers(backend.into());
     let states = states();
     states.create()?;
     if let Err(error) = inventory::sweep(&states) {
@@ -489,11 +490,7 @@ pub(super) fn request(
         .queues
         .unwrap_or_else(|| u16::try_from(cpus.min(MOST_QUEUES)).unwrap_or(1));
     let options = DeviceOptions {
-        backend: match device.backend {
-            BackendArg::Auto => BackendChoice::Auto,
-            BackendArg::Ublk => BackendChoice::Ublk,
-            BackendArg::Loop => BackendChoice::Loop,
-        },
+        backend: device.backend.into(),
         queues,
         label: source.clone(),
         ..DeviceOptions::default()

@@ -24,6 +24,7 @@ pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
 pub(super) use run::{NetworkArg, RunArgs};
 pub(super) use start::{ProfileAction, ProfileArgs, ProfileCopyArgs, ProfileRmArgs, ProfileShowArgs, TraceArgs};
 
+use crate::device::BackendChoice;
 use crate::digest::Digest;
 use crate::fetch::USUAL_CONNECTIONS;
 use crate::http::Secret;
@@ -340,6 +341,16 @@ pub enum BackendArg {
     Ublk,
     /// A FUSE file under a read-only loop device.
     Loop,
+}
+
+impl From<BackendArg> for BackendChoice {
+    fn from(chosen: BackendArg) -> Self {
+        match chosen {
+            BackendArg::Auto => Self::Auto,
+            BackendArg::Ublk => Self::Ublk,
+            BackendArg::Loop => Self::Loop,
+        }
+    }
 }
 
 /// Arguments of `tarblk ls`.

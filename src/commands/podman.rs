@@ -65,7 +65,7 @@ fn name(args: &AddArgs) -> anyhow::Result<String> {
 
 /// Adds an image, which podman is to call `names`; returns its ID.
 fn add(store: &Path, args: &AddArgs, names: &[String], session: Session) -> anyhow::Result<String> {
-    make_ready()?;
+    make_ready(args.device.backend)?;
     let options = words(args)?;
     // What is wrong with the store is told before the network is asked anything.
     drop(Store::open(store, &states())?);

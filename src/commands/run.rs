@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 
 use super::attach::{make_ready, mount_writable, states, upgrade_other};
-use super::cli::{DeviceArgs, NetworkArg, RunArgs};
+use super::cli::{BackendArg, DeviceArgs, NetworkArg, RunArgs};
 use super::container_image::ContainerImage;
 use super::{Session, UsageError};
 use crate::container::{
@@ -27,7 +27,7 @@ pub(super) const FAILED: u8 = 125;
 
 /// `tarblk run`. Never returns without an error but when the container ended well.
 pub(super) fn run(args: &RunArgs, session: Session) -> anyhow::Result<()> {
-    make_ready()?;
+    make_ready(args.device.backend)?;
     let wanted = wanted(args)?;
     let runtime = Runtime::find(args.runtime.as_deref())?;
     let containers = Containers::open(&dir(), &states())?;
@@ -62,7 +62,7 @@ impl ContainerRun {
     /// # Errors
     /// When there is no runtime, or containers cannot be made here.
     pub(super) fn of_shell(line: &str) -> anyhow::Result<Self> {
-        make_ready()?;
+        make_ready(BackendArg::default())?;
         let runtime = Runtime::find(None)?;
         let containers = Containers::open(&dir(), &states())?;
         containers.remove_left(&runtime)?;
