@@ -7,10 +7,11 @@
 //!
 //! It never reads a file of the image by a path that could lead out of it, and never asks a network.
 //!
-//! Parts: `spec` (the runtime's config.json), `user` (names of the image's users, and its programs), `runtime` (the runtime's process and
+//! Parts: `spec` (the runtime's config.json), `seccomp` (calls that are refused), `user` (names of the image's users, and its programs), `runtime` (the runtime's process and
 //! signals).
 
 mod runtime;
+mod seccomp;
 mod spec;
 mod user;
 
@@ -23,7 +24,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::fs::FlockOperation;
 
 pub use runtime::{Runtime, Signals};
-pub use spec::{ImageSettings, Network, Volume, Wanted};
+pub use spec::{ImageSettings, Network, SystemCalls, Volume, Wanted};
 
 use crate::device::state::{StateDir, write_whole};
 use crate::device::{take_turn, users, wait_until};

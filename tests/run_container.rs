@@ -291,6 +291,87 @@ fn a_container_is_what_its_image_says() {
     assert_none_left(&workshop);
 }
 
+/// What a program of the container makes of calls, each by its number: names and the errors that they end with.
+const CALLS: &str = r"
+import ctypes, os, struct
+libc = ctypes.CDLL(None, use_errno=True)
+page = ctypes.create_string_buffer(4096)
+def call(name, number, *arguments):
+    ctypes.set_errno(0)
+    result = libc.syscall(number, *(ctypes.c_long(a) for a in arguments))
+    print(name, 0 if result >= 0 else ctypes.get_errno())
+    return result
+at = ctypes.addressof(page)
+call('keyctl', 250, 0, -3, 1)
+call('io_uring_setup', 425, 1, at)
+call('bpf', 321, 0, at, 0)
+call('userfaultfd', 323, 1)
+call('unshare', 272, 0x10000000)
+child = call('clone', 56, 0x10000011, 0, 0, 0, 0)
+if child == 0: os._exit(0)
+call('clone3', 435, 0, 0)
+call('personality', 135, 0x400000)
+call('ADDR_NO_RANDOMIZE', 135, 0x40000)
+call('AF_ALG', 41, 38, 5, 0)
+call('AF_VSOCK', 41, 40, 1, 0)
+call('AF_UNIX', 41, 1, 1, 0)
+call('TIOCSTI', 16, 0, 0x5412, at)
+import threading, subprocess
+thread = threading.Thread(target=lambda: print('thread'))
+thread.start(); thread.join()
+print(subprocess.run(['/bin/sh', '-c', 'echo child'], capture_output=True, text=True).stdout.strip())
+";
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn what_runs_the_machine_is_refused() {
+    const NAME: &str = "what_runs_the_machine_is_refused";
+    let Some(workshop) = Workshop::new(NAME, &["runc", "/usr/bin/python3"]) else {
+        return;
+    };
+    let image = workshop.image("one", &json!({}));
+    fs::create_dir(workshop.path("calls")).unwrap();
+    fs::write(workshop.path("calls/calls.py"), CALLS).unwrap();
+    let calls = |more: &[&str]| {
+        // The machine's own python3, with what it loads.
+        let own = format!("{}:/calls:ro", workshop.at("calls"));
+        let mut arguments = more.to_vec();
+        for volume in [own.as_str(), "/usr:/usr:ro", "/lib:/lib:ro", "/lib64:/lib64:ro"] {
+            arguments.extend(["--volume", volume]);
+        }
+        arguments.extend([image.as_str(), "/usr/bin/python3", "/calls/calls.py"]);
+        let (status, out, err) = run(&workshop, &arguments);
+        assert_eq!(status, Some(0), "{err}");
+        out.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (eperm, enosys, eafnosupport) = (1, 38, 97);
+    let expected = [
+        ("keyctl", eperm),
+        ("io_uring_setup", eperm),
+        ("bpf", eperm),
+        ("userfaultfd", eperm),
+        ("unshare", eperm),
+        ("clone", eperm),
+        ("clone3", enosys),
+        ("personality", eperm),
+        ("ADDR_NO_RANDOMIZE", 0),
+        ("AF_ALG", eafnosupport),
+        ("AF_VSOCK", eafnosupport),
+        ("AF_UNIX", 0),
+        ("TIOCSTI", eperm),
+    ];
+    let mut lines: Vec<String> = expected.iter().map(|(name, error)| format!("{name} {error}")).collect();
+    lines.extend(["thread".to_owned(), "child".to_owned()]);
+    assert_eq!(calls(&[]), lines);
+    // Without the filter the kernel answers for itself.
+    let open = calls(&["--seccomp", "none"]);
+    for passed in ["clone3 22", "personality 0", "keyctl 0"] {
+        assert!(open.iter().any(|line| line == passed), "{open:?}");
+    }
+    assert!(!open.contains(&"io_uring_setup 1".to_owned()), "{open:?}");
+    assert_none_left(&workshop);
+}
+
 /// A container that has said that it is ready.
 struct Running(std::process::Child);
 

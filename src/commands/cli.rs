@@ -21,7 +21,7 @@ pub(super) use engines::{ContentCommand, ContentPushArgs, EngineArg, SetupArgs, 
 pub(super) use index::{CopyArgs, IndexAction, IndexArgs, PushArgs, VerifyArgs};
 pub(super) use machine::{Generate, InstallArgs, SystemdArgs, UnitKind};
 pub(super) use podman::{AddArgs, PodmanAction, PodmanArgs, RmArgs};
-pub(super) use run::{NetworkArg, RunArgs};
+pub(super) use run::{NetworkArg, RunArgs, SeccompArg};
 pub(super) use start::{ProfileAction, ProfileArgs, ProfileCopyArgs, ProfileRmArgs, ProfileShowArgs, TraceArgs};
 
 use crate::device::BackendChoice;

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 
 use super::attach::{make_ready, mount_writable, states, upgrade_other};
-use super::cli::{BackendArg, DeviceArgs, NetworkArg, RunArgs};
+use super::cli::{BackendArg, DeviceArgs, NetworkArg, RunArgs, SeccompArg};
 use super::container_image::ContainerImage;
 use super::{Session, UsageError};
 use crate::container::{
-    Bundle, ContainerError, Containers, DEFAULT_DIR, ImageSettings, Network, Runtime, Signals, Wanted,
+    Bundle, ContainerError, Containers, DEFAULT_DIR, ImageSettings, Network, Runtime, Signals, SystemCalls, Wanted,
 };
 use crate::device::state::State;
 use crate::interrupt::Interrupted;
@@ -178,5 +178,9 @@ fn wanted(args: &RunArgs) -> anyhow::Result<Wanted> {
         tty: args.tty,
         interactive: args.interactive,
         read_only: args.read_only,
+        calls: match args.seccomp {
+            SeccompArg::Default => SystemCalls::Filtered,
+            SeccompArg::None => SystemCalls::All,
+        },
     })
 }

@@ -1,6 +1,6 @@
 //! What the runtime is told (OCI runtime specification, config.json). In: what the image says of itself, and what a person wants. Out: one
 //! JSON document, with podman's defaults where nothing is said: eleven capabilities, its masked and read-only paths, no devices but the
-//! usual ones. There is no seccomp filter.
+//! usual ones, and a filter of system calls (`seccomp`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use super::ContainerError;
+use super::seccomp;
 use super::user::{Root, User};
 
 /// Where programs are, where the image does not say it.
@@ -196,6 +197,18 @@ pub struct Wanted {
     pub interactive: bool,
     /// Whether it can write nothing.
     pub read_only: bool,
+    /// Which system calls are its to make.
+    pub calls: SystemCalls,
+}
+
+/// Which system calls the programs of a container may make.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SystemCalls {
+    /// All but those that run the machine.
+    #[default]
+    Filtered,
+    /// All that their capabilities allow.
+    All,
 }
 
 /// The whole document, for the image that is mounted on `root`.
@@ -228,7 +241,7 @@ pub(super) fn spec(image: &ImageSettings, wanted: &Wanted, root: &Path, id: &str
         namespaces.push("cgroup");
     }
     let namespaces: Vec<Value> = namespaces.into_iter().map(|kind| json!({"type": kind})).collect();
-    Ok(json!({
+    let mut document = json!({
         "ociVersion": "1.0.2",
         "process": {
             "terminal": wanted.tty,
@@ -248,7 +261,11 @@ pub(super) fn spec(image: &ImageSettings, wanted: &Wanted, root: &Path, id: &str
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
         },
-    }))
+    });
+    if wanted.calls == SystemCalls::Filtered {
+        document["linux"]["seccomp"] = seccomp::filter();
+    }
+    Ok(document)
 }
 
 /// The program and its arguments.

@@ -52,6 +52,9 @@ pub struct RunArgs {
     /// Its network.
     #[arg(long, help_heading = "Container options", value_enum, default_value_t = NetworkArg::None)]
     pub network: NetworkArg,
+    /// Which system calls it may not make.
+    #[arg(long, help_heading = "Container options", value_enum, default_value_t = SeccompArg::Default)]
+    pub seccomp: SeccompArg,
     /// Give it this terminal.
     #[arg(short, long, help_heading = "Container options")]
     pub tty: bool,
@@ -73,6 +76,16 @@ pub struct RunArgs {
     /// Fetch everything else as well while no read waits.
     #[arg(long, help_heading = "Device options", conflicts_with = "no_cache")]
     pub fetch_all: bool,
+}
+
+/// What system calls of a container are refused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum SeccompArg {
+    /// What runs the machine, and what kernels were broken into by.
+    #[default]
+    Default,
+    /// Nothing.
+    None,
 }
 
 /// The network of a container.
