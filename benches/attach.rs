@@ -3,7 +3,7 @@
 //! Two registries hold the image and its published indexes: the tests' own, with the referrers API, and Debian's
 //! `docker-registry`, which has none. Both are 20 ms away, TCP's slow start included (`support/far.rs`). Each is mounted by the
 //! command with nothing cached, and then again with what the first mount kept, in turn; also without the way, which is what the
-//! work itself costs. `--timeline` shows when each request of the last runs was sent and answered.
+//! work itself costs. The machine's service runs already, but for the first time of all. `--timeline` shows when each request of the last runs was sent and answered.
 //!
 //! `--image LAYOUT:TAG` (below `TARBLK_TEST_IMAGES`; `debian-python:distribution`, which has four layers), `--rtt MS`, `--runs N`,
 //! `--only WORDS` (some of the rows), `--door token` (the tests' registry hands out tokens first).
@@ -169,8 +169,11 @@ impl Row<'_> {
         } else {
             self.place.near
         };
-        let cache = tempfile::tempdir_in(dir)?;
-        let mounting = || mount(dir, at, image, &self.place.authfile, cache.path());
+        // The same directory each time: a service that is to write to another one is started anew.
+        let cache = dir.join("cache");
+        fs::create_dir_all(&cache)?;
+        empty(&cache)?;
+        let mounting = || mount(dir, at, image, &self.place.authfile, &cache);
         if self.second {
             mounting()?;
             // Not kept alive: the way's window would be.
@@ -218,6 +221,19 @@ impl Row<'_> {
             );
         }
     }
+}
+
+/// Removes the files in `dir` and below.
+fn empty(dir: &Path) -> Result<(), Failure> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            empty(&path)?;
+        } else {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
 }
 
 fn tarblk() -> Command {
