@@ -311,6 +311,7 @@ child = call('clone', 56, 0x10000011, 0, 0, 0, 0)
 if child == 0: os._exit(0)
 call('clone3', 435, 0, 0)
 call('personality', 135, 0x400000)
+call('personality?', 135, 0xffffffff)
 call('ADDR_NO_RANDOMIZE', 135, 0x40000)
 call('AF_ALG', 41, 38, 5, 0)
 call('AF_VSOCK', 41, 40, 1, 0)
@@ -354,6 +355,7 @@ fn what_runs_the_machine_is_refused() {
         ("clone", eperm),
         ("clone3", enosys),
         ("personality", eperm),
+        ("personality?", 0),
         ("ADDR_NO_RANDOMIZE", 0),
         ("AF_ALG", eafnosupport),
         ("AF_VSOCK", eafnosupport),

@@ -82,7 +82,7 @@ const REFUSED: &[&str] = &[
     "io_uring_setup",
 ];
 
-/// `CLONE_NEW*`: namespaces of time, mounts, control groups, names, IPC, users, processes and networks.
+/// `CLONE_NEW*` of clone: namespaces of mounts, control groups, names, IPC, users, processes and networks.
 const NEW_NAMESPACES: [u64; 7] = [
     0x0002_0000,
     0x0200_0000,
@@ -102,21 +102,30 @@ const OF_TERMINALS: [u64; 2] = [0x5412, 0x541c];
 
 /// Makes all that can be read executable (`READ_IMPLIES_EXEC`).
 const READ_IMPLIES_EXEC: u64 = 0x0040_0000;
+/// Set where all bits are: that asks what holds, and sets nothing.
+const ONLY_ASKS: u64 = 0x8000_0000;
+
+/// Where the flags of clone are among its arguments.
+const FLAGS_OF_CLONE: u32 = if cfg!(target_arch = "s390x") { 1 } else { 0 };
 
 /// The filter.
 pub(super) fn filter() -> Value {
     let refused = |name: &str, errno: i32, args: Value| json!({"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": errno, "args": args});
-    let has_bits =
-        |index: u32, bits: u64| json!([{"index": index, "value": bits, "valueTwo": bits, "op": "SCMP_CMP_MASKED_EQ"}]);
-    // Of an argument that the kernel reads 32 bits of.
-    let is = |index: u32, value: u64| json!([{"index": index, "value": 0xffff_ffff_u64, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}]);
+    // Of the bits of `mask` in an argument, these are set and no others.
+    let has = |index: u32, mask: u64, bits: u64| json!([{"index": index, "value": mask, "valueTwo": bits, "op": "SCMP_CMP_MASKED_EQ"}]);
+    // The kernel reads 32 bits of it.
+    let is = |index: u32, value: u64| has(index, 0xffff_ffff, value);
     let mut calls = vec![
         json!({"names": REFUSED, "action": "SCMP_ACT_ERRNO", "errnoRet": EPERM}),
         // Its flags lie in memory, where no filter sees them; C libraries take clone then.
         json!({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS}),
-        refused("personality", EPERM, has_bits(0, READ_IMPLIES_EXEC)),
+        refused(
+            "personality",
+            EPERM,
+            has(0, ONLY_ASKS | READ_IMPLIES_EXEC, READ_IMPLIES_EXEC),
+        ),
     ];
-    calls.extend(NEW_NAMESPACES.map(|flag| refused("clone", EPERM, has_bits(0, flag))));
+    calls.extend(NEW_NAMESPACES.map(|flag| refused("clone", EPERM, has(FLAGS_OF_CLONE, flag, flag))));
     calls.extend([AF_ALG, AF_VSOCK].map(|family| refused("socket", EAFNOSUPPORT, is(0, family))));
     calls.extend(OF_TERMINALS.map(|request| refused("ioctl", EPERM, is(1, request))));
     json!({
