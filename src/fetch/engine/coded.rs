@@ -155,6 +155,8 @@ impl CodedFlight {
                 }
             };
         }
+        // From here on nothing counts that came before; what is found wrong may also be a window.
+        self.since.set(Instant::now());
         let delivered = request.delivered.get();
         let number = coded.table.span_at(TarOffset(delivered));
         let span = coded.table.span(number);
@@ -189,7 +191,6 @@ impl CodedFlight {
             .map_err(|error| Trouble::Wrong(error.to_string()))?
             .until(state.checked_end(TarOffset(request.spans_end)));
         let chunker = Chunker::new(state.size, span.tar.start.0, delivered, request.spans_end);
-        self.since.set(Instant::now());
         let pipeline = DecodePipeline::new(Some(decoder), start, chunker, state.verifier.clone());
         Ok((Some(pipeline), arriving))
     }
