@@ -128,8 +128,7 @@ fn in_guest_of(kernel: &str, name: &str, seconds: u32, program: &Path, arguments
 
 // -------------------------------------------------------------------------------------------------- the device's cases
 
-/// `device_ublk` runs natively with the other tests where it can; here it is the program of its own that it is. By its name among
-/// the first that begin: it takes longest, and another guest works beside it.
+/// `device_ublk` runs natively with the other tests where it can; here it is the program of its own that it is.
 #[test]
 #[ignore = "a virtual machine: tools/test guest"]
 fn cases_of_a_device_pass_on_ublk() {
