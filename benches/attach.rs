@@ -3,7 +3,8 @@
 //! Two registries hold the image and its published indexes: the tests' own, with the referrers API, and Debian's
 //! `docker-registry`, which has none. Both are 20 ms away, TCP's slow start included (`support/far.rs`). Each is mounted by the
 //! command with nothing cached, and then again with what the first mount kept, in turn; also without the way, which is what the
-//! work itself costs. The machine's service runs already, but for the first time of all. `--timeline` shows when each request of the last runs was sent and answered.
+//! work itself costs. The machine's service runs already, but for the first time of all. `--timeline` shows when each request of the last
+//! runs was sent and answered.
 //!
 //! `--image LAYOUT:TAG` (below `TARBLK_TEST_IMAGES`; `debian-python:distribution`, which has four layers), `--rtt MS`, `--runs N`,
 //! `--only WORDS` (some of the rows), `--door token` (the tests' registry hands out tokens first).

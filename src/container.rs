@@ -7,8 +7,8 @@
 //!
 //! It never reads a file of the image by a path that could lead out of it, and never asks a network.
 //!
-//! Parts: `spec` (the runtime's config.json), `seccomp` (calls that are refused), `user` (names of the image's users, and its programs), `runtime` (the runtime's process and
-//! signals).
+//! Parts: `spec` (the runtime's config.json), `seccomp` (calls that are refused), `user` (names of the image's users, and its programs),
+//! `runtime` (the runtime's process and signals).
 
 mod runtime;
 mod seccomp;

@@ -291,9 +291,10 @@ fn a_container_is_what_its_image_says() {
     assert_none_left(&workshop);
 }
 
+#[cfg(target_arch = "x86_64")]
 /// What a program of the container makes of calls, each by its number: names and the errors that they end with.
 const CALLS: &str = r"
-import ctypes, os, struct
+import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 page = ctypes.create_string_buffer(4096)
 def call(name, number, *arguments):

@@ -6,10 +6,6 @@
 
 use serde_json::{Value, json};
 
-const EPERM: i32 = 1;
-const ENOSYS: i32 = 38;
-const EAFNOSUPPORT: i32 = 97;
-
 /// Refused whatever is asked. Names that a runtime does not know it passes over.
 const REFUSED: &[&str] = &[
     // Mounts and namespaces.
@@ -82,23 +78,22 @@ const REFUSED: &[&str] = &[
     "io_uring_setup",
 ];
 
-/// `CLONE_NEW*` of clone: namespaces of mounts, control groups, names, IPC, users, processes and networks.
-const NEW_NAMESPACES: [u64; 7] = [
-    0x0002_0000,
-    0x0200_0000,
-    0x0400_0000,
-    0x0800_0000,
-    0x1000_0000,
-    0x2000_0000,
-    0x4000_0000,
+/// Flags of clone for namespaces of mounts, control groups, names, IPC, users, processes and networks.
+const NEW_NAMESPACES: [i32; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
 ];
 
 /// Families of sockets that are the whole machine's: of the kernel's ciphers, and of what runs it if that is a virtual machine.
-const AF_ALG: u64 = 38;
-const AF_VSOCK: u64 = 40;
+const OF_THE_MACHINE: [i32; 2] = [libc::AF_ALG, libc::AF_VSOCK];
 
-/// Types into a terminal as if a person did (`TIOCSTI`), and pastes into the console (`TIOCLINUX`).
-const OF_TERMINALS: [u64; 2] = [0x5412, 0x541c];
+/// Types into a terminal as if a person did, and pastes into the console.
+const OF_TERMINALS: [libc::Ioctl; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
 
 /// Makes all that can be read executable (`READ_IMPLIES_EXEC`).
 const READ_IMPLIES_EXEC: u64 = 0x0040_0000;
@@ -112,22 +107,24 @@ const FLAGS_OF_CLONE: u32 = if cfg!(target_arch = "s390x") { 1 } else { 0 };
 pub(super) fn filter() -> Value {
     let refused = |name: &str, errno: i32, args: Value| json!({"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": errno, "args": args});
     // Of the bits of `mask` in an argument, these are set and no others.
-    let has = |index: u32, mask: u64, bits: u64| json!([{"index": index, "value": mask, "valueTwo": bits, "op": "SCMP_CMP_MASKED_EQ"}]);
+    let has = |index: u32, mask: Value, bits: Value| json!([{"index": index, "value": mask, "valueTwo": bits, "op": "SCMP_CMP_MASKED_EQ"}]);
     // The kernel reads 32 bits of it.
-    let is = |index: u32, value: u64| has(index, 0xffff_ffff, value);
+    let is = |index: u32, value: Value| has(index, json!(u32::MAX), value);
     let mut calls = vec![
-        json!({"names": REFUSED, "action": "SCMP_ACT_ERRNO", "errnoRet": EPERM}),
+        json!({"names": REFUSED, "action": "SCMP_ACT_ERRNO", "errnoRet": libc::EPERM}),
         // Its flags lie in memory, where no filter sees them; C libraries take clone then.
-        json!({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS}),
+        json!({"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": libc::ENOSYS}),
         refused(
             "personality",
-            EPERM,
-            has(0, ONLY_ASKS | READ_IMPLIES_EXEC, READ_IMPLIES_EXEC),
+            libc::EPERM,
+            has(0, json!(ONLY_ASKS | READ_IMPLIES_EXEC), json!(READ_IMPLIES_EXEC)),
         ),
     ];
-    calls.extend(NEW_NAMESPACES.map(|flag| refused("clone", EPERM, has(FLAGS_OF_CLONE, flag, flag))));
-    calls.extend([AF_ALG, AF_VSOCK].map(|family| refused("socket", EAFNOSUPPORT, is(0, family))));
-    calls.extend(OF_TERMINALS.map(|request| refused("ioctl", EPERM, is(1, request))));
+    calls.extend(
+        NEW_NAMESPACES.map(|flag| refused("clone", libc::EPERM, has(FLAGS_OF_CLONE, flag.into(), flag.into()))),
+    );
+    calls.extend(OF_THE_MACHINE.map(|family| refused("socket", libc::EAFNOSUPPORT, is(0, family.into()))));
+    calls.extend(OF_TERMINALS.map(|request| refused("ioctl", libc::EPERM, is(1, json!(request)))));
     json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "architectures": architectures(),

@@ -148,8 +148,8 @@ impl Engine {
 
     /// Something about a chunk was wrong, all of which came from `came` on. How long to wait before it is fetched again: at first not at
     /// all. When it was wrong for long and in several answers, the layer is poisoned, which is the error; what was wrong came at
-    /// `came`, for all that is known, however long it lay here until the rest of its chunk was there. A local file is poisoned the second time: nothing is
-    /// between it and its reader that may pass.
+    /// `came`, for all that is known, however long it lay here until the rest of its chunk was there. A local file is poisoned the second
+    /// time: nothing is between it and its reader that may pass.
     pub(super) fn digest_mismatched(
         self: &Rc<Self>,
         state: &LayerState,
