@@ -182,17 +182,101 @@ fn older_kernels_lose_nothing_with_a_server() {
 
 /// Where cargo has put another test program of this package.
 fn built_test(name: &str) -> PathBuf {
+    built(&["--test", name], name)
+}
+
+/// Where cargo has put the test program `target`, which `what` chooses.
+fn built(what: &[&str], target: &str) -> PathBuf {
     let mut cargo = Command::new(env!("CARGO"));
-    cargo.args(["test", "--locked", "--no-run", "--message-format=json", "--test", name]);
-    let messages = succeed(cargo.current_dir(env!("CARGO_MANIFEST_DIR")));
+    cargo.args(["test", "--locked", "--no-run", "--message-format=json"]);
+    let messages = succeed(cargo.args(what).current_dir(env!("CARGO_MANIFEST_DIR")));
     let found = String::from_utf8(messages).unwrap().lines().find_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        let is_it = message["target"]["name"] == name && message["profile"]["test"] == true;
+        let is_it = message["target"]["name"] == target && message["profile"]["test"] == true;
         is_it
             .then(|| message["executable"].as_str().map(PathBuf::from))
             .flatten()
     });
-    found.unwrap_or_else(|| panic!("cargo built no test program {name}"))
+    found.unwrap_or_else(|| panic!("cargo built no test program {target}"))
+}
+
+// ---------------------------------------------------------------------------------------------------------- fs-verity
+
+/// Set where there is one: a directory on a filesystem that protects files. The filesystem lies in the file beside it that ends in `.img`.
+const VERITY_DIR: &str = "TARBLK_TEST_VERITY_DIR";
+
+/// Makes such a filesystem, and runs there the library's tests that ask for it, and this program's. In one line.
+const ON_VERITY: &str = concat!(
+    "set -eu; units=$1 own=$2 name=$3; export TARBLK_TEST_VERITY_DIR=/run/verity; ",
+    "truncate -s 512M /run/verity.img; mkfs.ext4 -q -O verity /run/verity.img; ",
+    "mkdir /run/verity; mount -o loop /run/verity.img /run/verity; ",
+    r#""$units" --test-threads=2 protect_tests:: what_the_kernel_keeps; "#,
+    r#""$own" --exact "$name" --ignored --nocapture; umount /run/verity"#,
+);
+
+/// Debian's kernel has fs-verity, whether or not the one that runs this has.
+#[test]
+#[ignore = "a virtual machine: tools/test guest"]
+fn whole_layers_are_kept_by_the_kernel_as_they_are() {
+    const NAME: &str = "whole_layers_are_kept_by_the_kernel_as_they_are";
+    if let Some(dir) = std::env::var_os(VERITY_DIR) {
+        return compared_once(Path::new(&dir));
+    }
+    let (units, own) = (built(&["--lib"], "tarblk"), std::env::current_exe().unwrap());
+    let arguments = [
+        OsStr::new("-c"),
+        OsStr::new(ON_VERITY),
+        OsStr::new("sh"),
+        units.as_os_str(),
+        own.as_os_str(),
+        OsStr::new(NAME),
+    ];
+    in_guest(NAME, 300, Path::new("/bin/sh"), &arguments);
+}
+
+/// A layer with digests that is fetched as a whole: from then on no process compares it again, not even one that has just begun.
+fn compared_once(dir: &Path) {
+    let mut session = Session::below(dir, "ublk");
+    let file = noise(900_000, 3);
+    let layer = session.dir().join("layer.tar");
+    let mut tar = tar::Builder::new(File::create(&layer).unwrap());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(900_000);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, "file", &*file).unwrap();
+    tar.finish().unwrap();
+    let index = session.dir().join("index");
+    session.succeed(&[
+        OsStr::new("index"),
+        layer.as_os_str(),
+        OsStr::new("-o"),
+        index.as_os_str(),
+    ]);
+    let origin = Origin::start().unwrap();
+    origin.serve_file("/layer.tar", &layer).unwrap();
+    let kept = |session: &Session| -> Vec<serde_json::Value> {
+        let said = session.succeed(&["cache", "ls", "--json"]);
+        serde_json::from_str(&said).unwrap()
+    };
+    for round in 0..2 {
+        let options = ["--index".into(), index.clone().into(), "--fetch-all".into()];
+        let mounted = session.mount_with(origin.url("/layer.tar"), &options);
+        assert!(fs::read(mounted.join("file")).unwrap() == file, "round {round}");
+        wait_until("the kernel to keep the layer as it is", || {
+            kept(&session).iter().any(|layer| layer["protected"] == true)
+        });
+        assert!(fs::read(mounted.join("file")).unwrap() == file, "round {round}");
+        let counted = stats(&session, &mounted);
+        assert_eq!(counted["device"]["errors"], 0, "{counted}");
+        let fetched = counted["fetch"]["bytes_fetched"].as_u64().unwrap();
+        assert_eq!(fetched > 0, round == 0, "round {round}: {counted}");
+        // The service goes with its last device: the next one is another process.
+        session.umount();
+        assert_eq!(leftovers(session.dir()), Vec::<String>::new());
+    }
+    // Nothing can be written to it, and yet it can be given up.
+    session.succeed(&["cache", "rm", "--all"]);
+    assert!(kept(&session).is_empty());
 }
 
 // ------------------------------------------------------------------------------------------------------------ identity

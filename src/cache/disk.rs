@@ -6,7 +6,8 @@
 //! process reads what the map said when it came, and keeps its own chunks in a file without a name.
 //!
 //! Parts: `dir` (the directory, and who may have written to it), `files` (what is called how in it), `map` (which chunks there are),
-//! `layer_files` (the files of one layer) and `layer` (the chunks in them), `room` and `reservation` (the limit, what is given up for it, and disks that take nothing), `list` (what is there, for people), `run`, `writer` and
+//! `layer_files` (the files of one layer) and `layer` (the chunks in them), `layer_protect` and `verity` (whole layers that the kernel keeps
+//! as they are), `room` and `reservation` (the limit, what is given up for it, and disks that take nothing), `list` (what is there, for people), `run`, `writer` and
 //! `layer_writer` (ways to write).
 
 mod dir;
@@ -15,18 +16,20 @@ mod files;
 pub mod fuzzing;
 mod layer;
 mod layer_files;
+mod layer_protect;
 mod layer_writer;
 mod list;
 mod map;
 mod reservation;
 mod room;
 mod run;
+pub(crate) mod verity;
 mod writer;
 
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::SystemTime;
 
@@ -35,6 +38,7 @@ use sha2::{Digest, Sha256};
 use self::dir::SafeDir;
 pub(crate) use self::dir::{FileState, check_dir};
 pub use self::layer::LayerCache;
+pub(crate) use self::layer_protect::Protected;
 pub use self::layer_writer::LayerWriter;
 pub use self::list::{KeptLayer, Removed, Verified};
 pub(crate) use self::map::Bits;
@@ -119,6 +123,8 @@ pub struct DiskCache {
     /// Held while a map is written, so that only one is on disk twice.
     committing: Mutex<()>,
     room: Room,
+    /// Whether it is known that files cannot be protected here.
+    unprotectable: AtomicBool,
     /// For tests: seconds since 1970 instead of the system's, unless zero.
     clock: AtomicU32,
 }
@@ -238,6 +244,7 @@ impl DiskCache {
             all: Mutex::default(),
             committing: Mutex::default(),
             room: Room::default(),
+            unprotectable: AtomicBool::new(false),
             clock: AtomicU32::new(0),
         })
     }
@@ -373,5 +380,7 @@ impl DiskCache {
 mod crash_tests;
 #[cfg(test)]
 mod limit_tests;
+#[cfg(test)]
+mod protect_tests;
 #[cfg(test)]
 mod tests;

@@ -464,6 +464,7 @@ fn state(layer: &KeptLayer) -> String {
         (layer.pinned, "pinned"),
         (layer.in_use, "in use"),
         (layer.usable && layer.held == layer.bytes, "whole"),
+        (layer.protected, "protected"),
     ];
     let words: Vec<_> = words
         .iter()

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::blob::{LayerSource, VerifierDigests, WholeDigests};
-use super::verified::VerifiedChunks;
+use super::verified::{self, VerifiedChunks};
 use crate::cache::chunk;
 use crate::cache::disk::{Bits, DiskCache, DiskCacheError, LayerCache, LayerKey};
 use crate::cache::memory::{MemoryCache, MemoryLayer};
@@ -271,7 +271,9 @@ impl Contents {
         };
         let count = chunk::chunk_count(source.size()).unwrap_or(u32::MAX);
         let known = match rules.as_ref().map(|rules| &rules.digests).zip(named.zip(cache.get())) {
-            Some((Some(VerifierDigests::Chunks(digests)), (key, cache))) => self.verified.recall(key, digests, cache),
+            Some((Some(VerifierDigests::Chunks(digests)), (key, cache))) => {
+                verified::kept(digests, cache, count).or_else(|| self.verified.recall(key, digests, cache))
+            }
             _ => None,
         };
         let checked = || known.unwrap_or_else(|| Bits::new(count));

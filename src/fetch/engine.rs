@@ -12,7 +12,7 @@
 //! `flight` with `plain` and `coded` (requests, retried until they have brought their chunks), `stream` (layers that are read from
 //! end to end), `deliver` (chunks to their readers), `deadline` (when readers give up), `origin` and `window` (where bytes come from), `pipeline` and `partial` (how
 //! they become chunks), `disk` (local files and the disk cache), `donors` (what other layers have, too), `fill` (the whole layer, while no one reads), `verify`,
-//! `verify_piece` and `verify_cached` (digests).
+//! `verify_piece` and `verify_cached` (digests), `protect` (whole layers that the kernel keeps as they are).
 
 mod budget;
 mod coded;
@@ -32,6 +32,7 @@ mod peers;
 mod pipeline;
 mod plain;
 mod pool_state;
+mod protect;
 mod request;
 mod stream;
 mod verify;

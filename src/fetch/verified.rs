@@ -3,7 +3,8 @@
 //!
 //! Invariant: it speaks only of a data file that nobody has written to since: same inode, same length, same times. Whoever writes to it in
 //! whatever way changes those; what spoils the bytes below the filesystem does not, and is found out by the checksum that every read is
-//! compared with. Nothing of it is ever on disk: what another process verified is not believed.
+//! compared with. Nothing of it is ever on disk: what another process verified is not believed, but for a whole layer that the kernel has
+//! kept as it was since ([`LayerCache::protect`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
@@ -89,7 +90,19 @@ impl VerifiedChunks {
     }
 }
 
-fn fingerprint(digests: &ChunkDigests) -> [u8; 32] {
+/// The chunks of a layer that were compared with `digests` by whatever process, as they lie in `cache`, and that the kernel has kept since.
+/// `count` chunks, all of the layer's, or none.
+pub(super) fn kept(digests: &ChunkDigests, cache: &LayerCache, count: u32) -> Option<Bits> {
+    let compared = cache.protection()?;
+    (compared == fingerprint(digests)).then(|| {
+        let all = Bits::new(count);
+        all.set_all();
+        all
+    })
+}
+
+/// What tells these digests from others.
+pub(super) fn fingerprint(digests: &ChunkDigests) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(digests.tar_len().to_le_bytes());
     for chunk in 0..digests.len() {

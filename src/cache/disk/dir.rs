@@ -12,12 +12,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags};
 
-use super::DiskCacheError;
+use super::{DiskCacheError, verity};
 use crate::owned;
 
 /// Told of every change before it is made, and may refuse it. For tests.
@@ -57,8 +57,21 @@ pub(crate) struct CacheFile {
     file: File,
     /// Its inode's number.
     id: u64,
-    writable: bool,
+    /// Whether it was opened to be changed: written, given up, removed.
+    ours: bool,
+    writer: RwLock<Writer>,
     observer: Option<Arc<dyn Observer>>,
+}
+
+/// What a file is written by.
+#[derive(Clone, Debug)]
+enum Writer {
+    /// By the descriptor that it is read by.
+    Itself,
+    /// By one of its own: the other one is for reading alone, and is what is locked.
+    Apart(Arc<File>),
+    /// It is not written.
+    None,
 }
 
 /// What is different about a file whenever somebody has written to it: where it is, how long, and its times in nanoseconds.
@@ -198,23 +211,45 @@ impl SafeDir {
             .map_or(Ok(()), |observer| observer.before(change))
     }
 
-    fn wrap(&self, fd: OwnedFd, writable: bool) -> io::Result<CacheFile> {
+    fn wrap(&self, fd: OwnedFd, writer: Writer) -> io::Result<CacheFile> {
         let file = File::from(fd);
         let id = file.metadata()?.ino();
         Ok(CacheFile {
             file,
             id,
-            writable,
+            ours: !matches!(writer, Writer::None),
+            writer: RwLock::new(writer),
             observer: self.observer.clone(),
         })
     }
 
-    /// Opens a file that is there. Never waits, as opening a pipe would.
+    /// Opens a file that is there to be read. Never waits, as opening a pipe would.
     ///
     /// # Errors
     /// What the kernel says; [`io::ErrorKind::PermissionDenied`] when it is not a regular file of this user's own.
-    pub(crate) fn open_file(&self, name: &str, writable: bool) -> io::Result<CacheFile> {
-        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    pub(crate) fn open_file(&self, name: &str) -> io::Result<CacheFile> {
+        self.wrap(self.open_as(name, OFlags::RDONLY)?, Writer::None)
+    }
+
+    /// Opens a file that is there to be changed. One that the kernel keeps from being written ([`verity`]) can be given up and removed.
+    ///
+    /// # Errors
+    /// The same; [`io::ErrorKind::NotFound`] also when another one takes its place meanwhile.
+    pub(crate) fn open_own(&self, name: &str) -> io::Result<CacheFile> {
+        let read = self.open_as(name, OFlags::RDONLY)?;
+        let writer = match self.open_as(name, OFlags::RDWR) {
+            Ok(fd) if is_same(&fd, &read)? => Writer::Apart(Arc::new(fd.into())),
+            Ok(_) => return Err(io::ErrorKind::NotFound.into()),
+            Err(error) if is_protected(&error, &read) => Writer::None,
+            Err(error) => return Err(error),
+        };
+        Ok(CacheFile {
+            ours: true,
+            ..self.wrap(read, writer)?
+        })
+    }
+
+    fn open_as(&self, name: &str, access: OFlags) -> io::Result<OwnedFd> {
         let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map_err(|error| match error {
             rustix::io::Errno::LOOP => refused("a symbolic link"),
@@ -230,7 +265,7 @@ impl SafeDir {
         if stat.st_mode & 0o022 != 0 {
             return Err(refused("a file that others may write to"));
         }
-        self.wrap(fd, writable)
+        Ok(fd)
     }
 
     /// Makes a file, for its owner alone.
@@ -241,9 +276,28 @@ impl SafeDir {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         self.tell(&Change::Create { file: 0, name })?;
         let fd = rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)?;
-        let file = self.wrap(fd, true)?;
+        let file = self.wrap(fd, Writer::Itself)?;
         self.tell(&Change::Create { file: file.id, name })?;
         Ok(file)
+    }
+
+    /// The same for a file that can be [protected](CacheFile::protect) later.
+    ///
+    /// # Errors
+    /// The same; also when another one takes its place meanwhile.
+    pub(crate) fn create_own(&self, name: &str) -> io::Result<CacheFile> {
+        let CacheFile { file, id, observer, .. } = self.create_file(name)?;
+        let read = self.open_as(name, OFlags::RDONLY)?;
+        if !is_same(&file, &read)? {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        Ok(CacheFile {
+            file: read.into(),
+            id,
+            ours: true,
+            writer: RwLock::new(Writer::Apart(Arc::new(file))),
+            observer,
+        })
     }
 
     /// Makes a file without a name, which goes with its last descriptor.
@@ -253,7 +307,7 @@ impl SafeDir {
     pub(crate) fn create_nameless(&self) -> io::Result<CacheFile> {
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, ".", flags, Mode::RUSR | Mode::WUSR)?;
-        self.wrap(fd, true)
+        self.wrap(fd, Writer::Itself)
     }
 
     /// Puts a file in the place of another.
@@ -351,6 +405,16 @@ impl SafeDir {
     }
 }
 
+fn is_same(a: impl AsFd, b: impl AsFd) -> io::Result<bool> {
+    let (a, b) = (rustix::fs::fstat(a)?, rustix::fs::fstat(b)?);
+    Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
+}
+
+/// Whether `error` came of opening a file for writing that the kernel keeps from being written, and that is open as `read`.
+fn is_protected(error: &io::Error, read: &OwnedFd) -> bool {
+    error.raw_os_error() == Some(libc::EPERM) && verity::measure(read).is_ok_and(|digest| digest.is_some())
+}
+
 fn refused(what: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::PermissionDenied,
@@ -369,7 +433,8 @@ impl CacheFile {
         Self {
             file,
             id: 0,
-            writable: false,
+            ours: false,
+            writer: RwLock::new(Writer::None),
             observer: None,
         }
     }
@@ -380,7 +445,8 @@ impl CacheFile {
         Ok(Self {
             file,
             id,
-            writable: true,
+            ours: true,
+            writer: RwLock::new(Writer::Itself),
             observer: None,
         })
     }
@@ -401,9 +467,90 @@ impl CacheFile {
         self.id
     }
 
-    /// Whether it was opened to be written.
-    pub(crate) const fn is_writable(&self) -> bool {
-        self.writable
+    /// Whether it was opened to be changed: it can be given up and removed, if not written.
+    pub(crate) const fn is_ours(&self) -> bool {
+        self.ours
+    }
+
+    /// Whether it can be written.
+    pub(crate) fn is_writable(&self) -> bool {
+        !matches!(self.writer(), Writer::None)
+    }
+
+    /// The same file as one that is another process's.
+    pub(super) fn only_read(self) -> Self {
+        Self {
+            ours: false,
+            writer: RwLock::new(Writer::None),
+            ..self
+        }
+    }
+
+    fn writer(&self) -> Writer {
+        self.writer.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What it is written by.
+    fn to_write(&self) -> io::Result<Written<'_>> {
+        match self.writer() {
+            Writer::Itself => Ok(Written::Itself(&self.file)),
+            Writer::Apart(file) => Ok(Written::Apart(file)),
+            Writer::None => Err(rustix::io::Errno::PERM.into()),
+        }
+    }
+
+    /// Gives up writing to it, so that it can be [protected](Self::protect).
+    ///
+    /// # Errors
+    /// What the kernel says: that it or the filesystem does not protect files ([`verity::is_unsupported`]).
+    pub(super) fn end_writing(&self) -> io::Result<()> {
+        verity::measure(&self.file)?;
+        let mut writer = self.writer.write().unwrap_or_else(PoisonError::into_inner);
+        if let Writer::Apart(_) = *writer {
+            *writer = Writer::None;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel keep it as it is, and compare what is read from now on with one digest, which is returned. Reads all of it, unless it
+    /// is protected already. When that fails it can be written as before.
+    ///
+    /// # Errors
+    /// What the kernel says; that somebody has it open for writing.
+    pub(super) fn protect(&self) -> io::Result<[u8; 32]> {
+        if let Some(digest) = verity::measure(&self.file)? {
+            return Ok(digest);
+        }
+        let protected = self.protect_patiently().and_then(|()| verity::measure(&self.file));
+        match protected {
+            Ok(Some(digest)) => Ok(digest),
+            other => {
+                let again = fs::OpenOptions::new().read(true).write(true).open(self.path());
+                if let Ok(again) = again {
+                    *self.writer.write().unwrap_or_else(PoisonError::into_inner) = Writer::Apart(Arc::new(again));
+                }
+                Err(other.err().unwrap_or_else(|| io::ErrorKind::Unsupported.into()))
+            }
+        }
+    }
+
+    /// Whoever looks whether a file is in use may have it open for writing for a moment.
+    fn protect_patiently(&self) -> io::Result<()> {
+        const TRIES: u32 = 10;
+        for _ in 1..TRIES {
+            match verity::protect(&self.file) {
+                Err(error) if error.raw_os_error() == Some(libc::ETXTBSY) => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                other => return other,
+            }
+        }
+        verity::protect(&self.file)
+    }
+
+    /// By it the very same file can be opened once more, whatever it is called.
+    fn path(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
     }
 
     /// The same open file once more.
@@ -411,7 +558,8 @@ impl CacheFile {
         Ok(Self {
             file: self.file.try_clone()?,
             id: self.id,
-            writable: self.writable,
+            ours: self.ours,
+            writer: RwLock::new(self.writer()),
             observer: self.observer.clone(),
         })
     }
@@ -422,11 +570,12 @@ impl CacheFile {
         let file = fs::OpenOptions::new()
             .write(true)
             .custom_flags(libc::O_DIRECT)
-            .open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+            .open(self.path())?;
         Ok(Self {
             file,
             id: self.id,
-            writable: true,
+            ours: true,
+            writer: RwLock::new(Writer::Itself),
             observer: self.observer.clone(),
         })
     }
@@ -438,19 +587,19 @@ impl CacheFile {
             at,
             bytes,
         })?;
-        self.file.write_all_at(bytes, at)
+        self.to_write()?.write_all_at(bytes, at)
     }
 
     pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
         self.tell(&Change::SetLen { file: self.id, len })?;
-        self.file.set_len(len)
+        self.to_write()?.set_len(len)
     }
 
     /// Gives the disk space of `len` bytes from `at` on back; they read as zeros from then on.
     pub(crate) fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         self.tell(&Change::Punch { file: self.id, at, len })?;
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, mode, at, len)?)
+        Ok(rustix::fs::fallocate(&*self.to_write()?, mode, at, len)?)
     }
 
     /// Makes its bytes durable.
@@ -489,6 +638,22 @@ impl CacheFile {
         let own = rustix::fs::fstat(&self.file);
         let named = dir.stat(name);
         matches!((own, named), (Ok(own), Ok(named)) if (own.st_dev, own.st_ino) == (named.st_dev, named.st_ino))
+    }
+}
+
+/// What a file is written by, held.
+enum Written<'a> {
+    Itself(&'a File),
+    Apart(Arc<File>),
+}
+
+impl std::ops::Deref for Written<'_> {
+    type Target = File;
+    fn deref(&self) -> &File {
+        match self {
+            Self::Itself(file) => file,
+            Self::Apart(file) => file,
+        }
     }
 }
 
@@ -550,18 +715,18 @@ mod tests {
         fs::write(at("open"), "").unwrap();
         fs::set_permissions(at("open"), fs::Permissions::from_mode(0o666)).unwrap();
         for name in ["link", "dangling", "fifo", "dir", "open"] {
-            for writable in [false, true] {
-                assert!(cache.open_file(name, writable).is_err(), "{name} was opened");
+            let opened = [cache.open_file(name), cache.open_own(name)];
+            assert!(opened.iter().all(Result::is_err), "{name} was opened");
+            for made in [cache.create_file(name), cache.create_own(name)] {
+                assert_eq!(made.unwrap_err().kind(), io::ErrorKind::AlreadyExists, "{name}");
             }
-            let made = cache.create_file(name).map(|_| ());
-            assert_eq!(made.unwrap_err().kind(), io::ErrorKind::AlreadyExists, "{name}");
         }
         assert_eq!(fs::read(&victim).unwrap(), b"precious");
         assert!(!dir.path().join("nowhere").exists());
         if rustix::process::geteuid().is_root() {
             fs::write(at("theirs"), "").unwrap();
             std::os::unix::fs::chown(at("theirs"), Some(65534), None).unwrap();
-            assert!(cache.open_file("theirs", false).is_err());
+            assert!(cache.open_file("theirs").is_err());
         }
         let made = cache.create_file("mine").unwrap();
         assert_eq!(fs::metadata(at("mine")).unwrap().mode() & 0o777, 0o600);

@@ -95,7 +95,7 @@ pub(super) fn read_map(dir: &SafeDir, data: &CacheFile, key: &[u8; 32]) -> Optio
 pub(super) fn read_map_alone(dir: &SafeDir, key: &[u8; 32], most: u32) -> Option<map::Decoded> {
     // A map is as long as the layer makes it; whatever else is there is not read.
     let mut bytes = Vec::new();
-    let file = dir.open_file(&map_name(key), false).ok()?;
+    let file = dir.open_file(&map_name(key)).ok()?;
     file.file().take(map::longest(most) + 1).read_to_end(&mut bytes).ok()?;
     map::decode(&bytes, chunk_count).filter(|read| read.identity.key == *key)
 }

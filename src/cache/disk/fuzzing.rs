@@ -1,6 +1,6 @@
 //! Map files, for fuzzing and tests.
 
-use super::map::{self, ChunkMap, Identity, Label};
+use super::map::{self, About, ChunkMap, Identity, Label, Protection};
 use crate::cache::chunk::chunk_count;
 use crate::units::CHUNK_BYTES;
 
@@ -27,7 +27,20 @@ pub fn map(count: u32, held: &[u32], sealed: bool, name: &str, digest: &str) -> 
     for index in held {
         map.put(*index, index.wrapping_mul(77));
     }
-    map::encode(&identity, sealed, &Label::new(name, digest), &map)
+    let about = About {
+        sealed,
+        // A protected one has a digest of its own, made of the layer's here.
+        protection: digest
+            .bytes()
+            .next()
+            .filter(|first| *first % 2 == 1)
+            .map(|byte| Protection {
+                file: [byte; 32],
+                digests: [!byte; 32],
+            }),
+        label: Label::new(name, digest),
+    };
+    map::encode(&identity, &about, &map)
 }
 
 /// Reads a map file, if it is one.
@@ -38,6 +51,6 @@ pub fn read(bytes: &[u8]) -> Option<Read> {
     Some(Read {
         size: decoded.identity.size,
         held: (0..count).filter(|index| decoded.map.bits.has(*index)).collect(),
-        again: map::encode(&decoded.identity, decoded.sealed, &decoded.label, &decoded.map),
+        again: map::encode(&decoded.identity, &decoded.about, &decoded.map),
     })
 }

@@ -9,14 +9,14 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::dir::{CacheFile, FileState, SafeDir};
 use super::files::{data_name, extent_of_group, groups_of, map_name, read_map, write_new};
-use super::layer_files::Files;
-use super::map::{self, ChunkMap, GROUP_CHUNKS, Identity, Label};
+use super::layer_files::{Files, is_of_use};
+use super::map::{self, About, ChunkMap, GROUP_CHUNKS, Identity, Label};
 use super::reservation::Reservation;
 use super::{DiskCache, DiskCacheError, NotKept, RunWriter, lock};
 use crate::cache::chunk::{chunk_count, chunk_len};
@@ -66,8 +66,8 @@ impl LayerCache {
         let (files, read) = Files::open(&dir, key, size, patient)?;
         let cache = Self::assemble(Some(Arc::clone(store)), key, size, files);
         if let Some(read) = read {
-            cache.sealed.store(read.sealed, Ordering::Relaxed);
-            *lock(&cache.label) = read.label;
+            cache.sealed.store(read.about.sealed, Ordering::Relaxed);
+            *lock(&cache.label) = read.about.label;
             cache.mark_used(&dir);
         }
         Ok(cache)
@@ -79,16 +79,17 @@ impl LayerCache {
     /// [`NotKept`].
     pub(super) fn open_kept(store: &Arc<DiskCache>, key: [u8; 32]) -> Result<Self, NotKept> {
         let dir = store.dir();
-        let data = dir.open_file(&data_name(&key), true).map_err(|_| NotKept::Nothing)?;
+        let data = dir.open_own(&data_name(&key)).map_err(|_| NotKept::Nothing)?;
         // One that has just lost its name may have got a successor, which is somebody's.
         if !data.lock() || !data.is_called(&dir, &data_name(&key)) {
             return Err(NotKept::InUse);
         }
-        let mut read = read_map(&dir, &data, &key).ok_or(NotKept::Nothing)?;
+        let read = read_map(&dir, &data, &key).filter(|read| is_of_use(&data, read));
+        let mut read = read.ok_or(NotKept::Nothing)?;
         let files = Files::found(data, &mut read);
         let cache = Self::assemble(Some(Arc::clone(store)), key, read.identity.size, files);
-        cache.sealed.store(read.sealed, Ordering::Relaxed);
-        *lock(&cache.label) = read.label;
+        cache.sealed.store(read.about.sealed, Ordering::Relaxed);
+        *lock(&cache.label) = read.about.label;
         Ok(cache)
     }
 
@@ -124,7 +125,7 @@ impl LayerCache {
     pub(crate) fn borrowed(file: File, size: u64) -> Self {
         let count = chunk_count(size).unwrap_or(u32::MAX);
         let map = ChunkMap::new(count);
-        (0..count).for_each(|index| map.bits.set(index));
+        map.bits.set_all();
         let files = Files {
             identity: Identity {
                 size,
@@ -134,6 +135,7 @@ impl LayerCache {
             data: CacheFile::borrowed(file),
             map,
             named: false,
+            protection: OnceLock::new(),
             others: None,
         };
         let mut cache = Self::assemble(None, [0; 32], size, files);
@@ -160,7 +162,21 @@ impl LayerCache {
         }
     }
 
-    fn files(&self) -> Arc<Files> {
+    pub(super) const fn store(&self) -> Option<&Arc<DiskCache>> {
+        self.store.as_ref()
+    }
+
+    /// Held while the bytes of the data file change.
+    pub(super) const fn layout(&self) -> &Mutex<()> {
+        &self.layout
+    }
+
+    /// The map on disk is to be written anew.
+    pub(super) fn changed(&self) {
+        self.dirty.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn files(&self) -> Arc<Files> {
         Arc::clone(&self.files.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -235,9 +251,10 @@ impl LayerCache {
     }
 
     /// Whether `bytes`, read from the file, are what was written as chunk `index`; of a layer's own file, what was
-    /// [`verified`](Self::verified) in it.
+    /// [`verified`](Self::verified) in it; what the kernel has compared is.
     pub(crate) fn matches(&self, index: u32, bytes: &[u8]) -> bool {
-        self.files().holder(index).1.matches(index, bytes)
+        let files = self.files();
+        files.is_compared(index) || files.holder(index).1.matches(index, bytes)
     }
 
     /// `bytes` were read as chunk `index` and are right, whatever the map's checksum says: from now on it is theirs.
@@ -276,23 +293,8 @@ impl LayerCache {
             if read != Ok(len_usize(whole_end - start)) {
                 return false;
             }
-            let mut index = first;
-            let (mut sum, mut left) = (0, chunk_len(self.size, first));
-            for piece in [&*before, &*target, &*after] {
-                let mut rest = piece;
-                while !rest.is_empty() {
-                    let (now, later) = rest.split_at(len_usize(left).min(rest.len()));
-                    sum = checksum::crc32c_append(sum, now);
-                    left -= len_u64(now.len());
-                    rest = later;
-                    if left == 0 {
-                        if map.sums.get(index) != sum {
-                            return false;
-                        }
-                        index += 1;
-                        (sum, left) = (0, chunk_len(self.size, index));
-                    }
-                }
+            if !files.is_compared(first) && !self.match_sums(map, first, [before, target, after]) {
+                return false;
             }
             if let Some(store) = &self.store {
                 let now = store.now();
@@ -304,6 +306,29 @@ impl LayerCache {
             // Given up or lost while it was read, it may have been anything; but it was right.
             true
         })
+    }
+
+    /// Whether the chunks from `first` on, which are `pieces` put together, have the checksums that `map` says.
+    fn match_sums(&self, map: &ChunkMap, first: u32, pieces: [&mut [u8]; 3]) -> bool {
+        let mut index = first;
+        let (mut sum, mut left) = (0, chunk_len(self.size, first));
+        for piece in pieces {
+            let mut rest = &*piece;
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(len_usize(left).min(rest.len()));
+                sum = checksum::crc32c_append(sum, now);
+                left -= len_u64(now.len());
+                rest = later;
+                if left == 0 {
+                    if map.sums.get(index) != sum {
+                        return false;
+                    }
+                    index += 1;
+                    (sum, left) = (0, chunk_len(self.size, index));
+                }
+            }
+        }
+        true
     }
 
     /// Chunk `index` was used now: others are given up before it.
@@ -344,7 +369,7 @@ impl LayerCache {
         };
         let _layout = lock(&self.layout);
         let files = self.files();
-        if self.is_poisoned() {
+        if self.is_poisoned() || !files.data.is_writable() {
             return false;
         }
         let at = u64::from(first) * CHUNK_BYTES;
@@ -536,7 +561,7 @@ impl LayerCache {
         let Some(store) = &self.store else { return Ok(()) };
         let _one_at_a_time = lock(&store.committing);
         let files = self.files();
-        if self.is_poisoned() || !files.named || !files.data.is_writable() {
+        if self.is_poisoned() || !files.named || !files.data.is_ours() {
             return Ok(());
         }
         let dirty = self.dirty.swap(0, Ordering::Relaxed);
@@ -559,7 +584,22 @@ impl LayerCache {
     fn commit_in(&self, store: &Arc<DiskCache>, files: &Files) -> Result<(), DiskCacheError> {
         let dir = store.dir_in_place()?;
         if !files.data.is_called(&dir, &data_name(&self.key)) {
-            return self.begin_anew(&dir);
+            self.begin_anew(&dir)?;
+            log::warn!(
+                "{}: the cache was emptied or deleted while it was used; what is fetched from now on is kept again",
+                dir.path().display()
+            );
+            return Ok(());
+        }
+        if !files.data.is_writable() && !files.map.bits.is_full() {
+            // What was spoiled in a protected file cannot be written anew.
+            let name = data_name(&self.key);
+            let path = dir.path().join(&name);
+            self.remove_names(&dir)
+                .map_err(DiskCacheError::new(&path, "remove what is damaged in"))?;
+            self.begin_anew(&dir)?;
+            log::warn!("{}: it was spoiled, and is kept anew", path.display());
+            return Ok(());
         }
         // The bits are taken before the data is made durable: those set meanwhile wait for the next time.
         let bytes = self.map_bytes(files);
@@ -574,7 +614,12 @@ impl LayerCache {
 
     fn map_bytes(&self, files: &Files) -> Vec<u8> {
         self.touched.store(false, Ordering::Relaxed);
-        map::encode(&files.identity, self.is_sealed(), &lock(&self.label), &files.map)
+        let about = About {
+            sealed: self.is_sealed(),
+            protection: files.protection.get().copied(),
+            label: lock(&self.label).clone(),
+        };
+        map::encode(&files.identity, &about, &files.map)
     }
 
     /// How long its map is now, in bytes, at most.
@@ -587,28 +632,41 @@ impl LayerCache {
         write_new(dir, &map_name(&self.key), bytes)
     }
 
-    /// The data file has lost its name: somebody emptied or deleted the directory. What is in the file goes with it; from now on
-    /// chunks are kept in a new one.
+    /// The data file has lost its name. What is in the file goes with it; from now on chunks are kept in a new one.
     fn begin_anew(&self, dir: &SafeDir) -> Result<(), DiskCacheError> {
         let _layout = lock(&self.layout);
+        self.exchange_files(dir)
+    }
+
+    /// The same for who holds the layout.
+    fn exchange_files(&self, dir: &SafeDir) -> Result<(), DiskCacheError> {
         let (files, read) = Files::open(dir, self.key, self.size, false)?;
         self.sealed
-            .store(read.is_some_and(|read| read.sealed), Ordering::Relaxed);
+            .store(read.is_some_and(|read| read.about.sealed), Ordering::Relaxed);
         *self.files.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(files);
-        log::warn!(
-            "{}: the cache was emptied or deleted while it was used; what is fetched from now on is kept again",
-            dir.path().display()
-        );
         Ok(())
+    }
+
+    /// Takes the data file's name and its map away, durably.
+    fn remove_names(&self, dir: &SafeDir) -> io::Result<()> {
+        dir.remove(&map_name(&self.key))?;
+        dir.remove(&data_name(&self.key))?;
+        dir.sync()
     }
 
     /// Groups of chunks that are here, but for a layer's own file: the group, when it was last used, and bytes in it.
     pub(super) fn groups(&self) -> Vec<(u32, u32, u64)> {
         let files = self.files();
-        if self.borrowed || !files.data.is_writable() {
+        if self.borrowed || !files.data.is_ours() {
             return Vec::new();
         }
-        groups_of(&files.map, self.size, self.count)
+        let mut groups = groups_of(&files.map, self.size, self.count);
+        if !files.data.is_writable() {
+            // All of it goes, or nothing.
+            let latest = groups.iter().map(|group| group.1).max().unwrap_or(0);
+            groups.iter_mut().for_each(|group| group.1 = latest);
+        }
+        groups
     }
 
     /// Disk space that its own file takes, in bytes, and whether the file is found in `dir`.
@@ -619,7 +677,7 @@ impl LayerCache {
     }
 
     /// Gives groups of chunks up, and their disk space back; says how much that was. In this order: they are not here any more; the
-    /// map on disk does not speak of them, durably; their space goes. Waits for the disk.
+    /// map on disk does not speak of them, durably; their space goes. All of a protected layer goes. Waits for the disk.
     ///
     /// # Errors
     /// When the disk refuses one of these.
@@ -628,6 +686,14 @@ impl LayerCache {
         let _layout = lock(&self.layout);
         let files = self.files();
         self.sealed.store(false, Ordering::Relaxed);
+        if !files.data.is_writable() {
+            let bytes = files.data.disk_bytes();
+            if files.named && files.data.is_called(dir, &data_name(&self.key)) {
+                self.remove_names(dir)?;
+            }
+            self.exchange_files(dir).map_err(io::Error::other)?;
+            return Ok(bytes);
+        }
         for group in groups {
             let first = group.saturating_mul(GROUP_CHUNKS);
             (first..first.saturating_add(GROUP_CHUNKS)).for_each(|index| files.map.bits.clear(index));
@@ -672,11 +738,7 @@ impl LayerCache {
     fn leave_nothing_empty(&self, dir: &SafeDir) {
         let files = self.files();
         let name = data_name(&self.key);
-        if files.named
-            && files.data.is_writable()
-            && files.map.bits.count_set() == 0
-            && files.data.is_called(dir, &name)
-        {
+        if files.named && files.data.is_ours() && files.map.bits.count_set() == 0 && files.data.is_called(dir, &name) {
             let removed = dir.remove(&map_name(&self.key)).and_then(|()| dir.remove(&name));
             if let Err(error) = removed {
                 log::debug!("{name}: {error}");
@@ -686,7 +748,7 @@ impl LayerCache {
 
     /// Sets the map's time, which is when the layer was last used.
     fn mark_used(&self, dir: &SafeDir) {
-        if let Ok(map) = dir.open_file(&map_name(&self.key), false) {
+        if let Ok(map) = dir.open_file(&map_name(&self.key)) {
             // Only what is shown suffers when the time cannot be set.
             let _unmarked = map.file().set_modified(std::time::SystemTime::now());
         }

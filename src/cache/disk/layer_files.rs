@@ -4,12 +4,12 @@
 //! Invariant: a file that was ever in use is never emptied: another process may still read what the map said when it came.
 
 use std::io;
+use std::sync::OnceLock;
 
-use super::DiskCacheError;
 use super::dir::{CacheFile, SafeDir};
 use super::files::{data_name, end_data, map_name, read_map};
-use super::map::{self, ChunkMap, Identity};
-use super::nonce;
+use super::map::{self, ChunkMap, Identity, Protection};
+use super::{DiskCacheError, nonce, verity};
 use crate::cache::chunk::chunk_count;
 
 /// The files that hold a layer's chunks.
@@ -20,6 +20,8 @@ pub(super) struct Files {
     pub(super) map: ChunkMap,
     /// Whether the data file has a name in the directory, and its map one.
     pub(super) named: bool,
+    /// Set when the kernel keeps the data file as it was when all of it was compared with digests.
+    pub(super) protection: OnceLock<Protection>,
     /// What another process's map said when this one came.
     pub(super) others: Option<(CacheFile, ChunkMap)>,
 }
@@ -31,6 +33,11 @@ impl Files {
             Some((file, map)) if !self.map.bits.has(index) && map.bits.has(index) => (file, map),
             _ => (&self.data, &self.map),
         }
+    }
+
+    /// Whether the kernel has compared all that is read of chunk `index` with what was right.
+    pub(super) fn is_compared(&self, index: u32) -> bool {
+        self.protection.get().is_some() && self.map.bits.has(index)
     }
 
     /// The files of a layer in the cache directory: those that are there, if they fit each other, or new ones.
@@ -48,15 +55,18 @@ impl Files {
         let path = dir.path().join(&data_name);
         let fail = |doing| DiskCacheError::new(&path, doing);
         for _ in 0..ATTEMPTS {
-            let data = match dir.open_file(&data_name, true) {
+            let data = match dir.open_own(&data_name) {
                 Ok(data) => data,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => match dir.create_file(&data_name) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => match dir.create_own(&data_name) {
                     Ok(data) => data,
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                    // Another process has made it first, or removed it at once.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => {
+                        continue;
+                    }
                     Err(error) => return Err(fail("make")(error)),
                 },
                 Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                    let data = dir.open_file(&data_name, false).map_err(fail("open"))?;
+                    let data = dir.open_file(&data_name).map_err(fail("open"))?;
                     let Some(mut read) = read_map(dir, &data, &key).filter(|read| read.identity.size == size) else {
                         return Err(fail("begin anew")(error));
                     };
@@ -78,6 +88,7 @@ impl Files {
             };
             if !locked {
                 let others = read_map(dir, &data, &key).filter(|read| read.identity.size == size);
+                let data = data.only_read();
                 let nameless = Self::nameless(dir, key, size, others.map(|read| (data, read.map)))?;
                 return Ok((nameless, None));
             }
@@ -85,7 +96,8 @@ impl Files {
             if !data.is_called(dir, &data_name) {
                 continue;
             }
-            if let Some(mut read) = read_map(dir, &data, &key).filter(|read| read.identity.size == size) {
+            let fits = |read: &map::Decoded| read.identity.size == size && is_of_use(&data, read);
+            if let Some(mut read) = read_map(dir, &data, &key).filter(fits) {
                 return Ok((Self::found(data, &mut read), Some(read)));
             }
             // No map that fits: begin anew. Another process may still read what the map said when it came, so a file
@@ -107,11 +119,16 @@ impl Files {
     }
 
     pub(super) fn found(data: CacheFile, read: &mut map::Decoded) -> Self {
+        // A protection that the file does not have, or no longer: it was copied, or a crash took it.
+        let claimed = read.about.protection.take();
+        let is_real = |claimed: &Protection| matches!(verity::measure(&data), Ok(Some(file)) if file == claimed.file);
+        let protection = claimed.filter(is_real).map_or_else(OnceLock::new, OnceLock::from);
         Self {
             identity: read.identity,
             data,
             map: std::mem::replace(&mut read.map, ChunkMap::new(0)),
             named: true,
+            protection,
             others: None,
         }
     }
@@ -150,7 +167,13 @@ impl Files {
             data,
             map: ChunkMap::new(chunk_count(size).unwrap_or(u32::MAX)),
             named: false,
+            protection: OnceLock::new(),
             others,
         })
     }
+}
+
+/// Whether a data file that its map fits can be used: one that cannot be written has to have everything.
+pub(super) fn is_of_use(data: &CacheFile, read: &map::Decoded) -> bool {
+    data.is_writable() || read.map.bits.is_full()
 }

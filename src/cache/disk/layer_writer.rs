@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 
 use super::dir::{CacheFile, SafeDir};
 use super::files::{data_name, end_data, map_name, part_name, write_new};
-use super::map::{self, ChunkMap, Identity, Label};
+use super::map::{self, About, ChunkMap, Identity, Label};
 use super::{DiskCache, DiskCacheError, LayerKey, nonce};
 use crate::cache::chunk::chunk_count;
 use crate::checksum;
@@ -164,15 +164,16 @@ impl LayerWriter {
         };
         let key = LayerKey::of_content(identity, size).0;
         let name_of_data = data_name(&key);
-        let taken = self
-            .dir
-            .open_file(&name_of_data, false)
-            .is_ok_and(|other| !other.lock());
+        let taken = self.dir.open_file(&name_of_data).is_ok_and(|other| !other.lock());
         if taken {
             return Ok(());
         }
         let nonce = nonce();
-        let label = Label::new(name, identity);
+        let about = About {
+            sealed: true,
+            protection: None,
+            label: Label::new(name, identity),
+        };
         let identity = Identity { size, key, nonce };
         let ended = end_data(&self.file, &identity).and_then(|()| self.file.sync());
         ended.map_err(|error| self.failed("finish", error))?;
@@ -193,7 +194,7 @@ impl LayerWriter {
             })
         });
         placed.map_err(|error| self.failed("put in its place", error))?;
-        let map = map::encode(&identity, true, &label, &chunks);
+        let map = map::encode(&identity, &about, &chunks);
         write_new(&self.dir, &map_name(&key), &map).map_err(|error| self.failed("write the map of", error))
     }
 

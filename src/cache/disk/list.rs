@@ -40,6 +40,8 @@ pub struct KeptLayer {
     pub used: u64,
     /// Whether all of it is here and was checked against its digest.
     pub complete: bool,
+    /// Whether the kernel keeps all of it as it was when it was compared with its digests (fs-verity).
+    pub protected: bool,
     /// Whether it is never given up.
     pub pinned: bool,
     /// Whether a process has it open.
@@ -123,7 +125,7 @@ impl DiskCache {
             ..Verified::default()
         };
         let Some(key) = key(layer) else { return Ok(verified) };
-        let data = match dir.open_file(&name, false) {
+        let data = match dir.open_file(&name) {
             Ok(data) => data,
             // Given up meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(verified),
@@ -218,7 +220,7 @@ impl DiskCache {
     #[must_use]
     pub fn holds_whole(&self, key: LayerKey, size: u64) -> bool {
         let dir = self.dir();
-        let found = dir.open_file(&data_name(&key.0), false).ok();
+        let found = dir.open_file(&data_name(&key.0)).ok();
         let read = found.and_then(|data| read_map(&dir, &data, &key.0));
         read.is_some_and(|read| read.identity.size == size && read.map.bits.is_full())
     }
@@ -228,7 +230,7 @@ impl DiskCache {
 fn look_at(dir: &SafeDir, key: &[u8; 32]) -> Option<KeptLayer> {
     let stat = dir.stat(&data_name(key)).ok()?;
     let map_stat = dir.stat(&map_name(key)).ok();
-    let data = dir.open_file(&data_name(key), false).ok();
+    let data = dir.open_file(&data_name(key)).ok();
     // In this order: who closes it writes the map first, so one that is not in use any more has its last map.
     let in_use = data.as_ref().is_some_and(CacheFile::is_locked);
     let read = data.as_ref().and_then(|data| read_map(dir, data, key));
@@ -240,7 +242,7 @@ fn look_at(dir: &SafeDir, key: &[u8; 32]) -> Option<KeptLayer> {
     let seconds = |stat: &rustix::fs::Stat| u64::try_from(stat.st_mtime).unwrap_or(0);
     let opened = map_stat.as_ref().map_or_else(|| seconds(&stat), seconds);
     let read_last = groups.iter().map(|group| u64::from(group.1)).max().unwrap_or(0);
-    let label = read.as_ref().map(|read| read.label.clone()).unwrap_or_default();
+    let label = read.as_ref().map(|read| read.about.label.clone()).unwrap_or_default();
     Some(KeptLayer {
         key: hexadecimal(key),
         name: label.name,
@@ -249,7 +251,10 @@ fn look_at(dir: &SafeDir, key: &[u8; 32]) -> Option<KeptLayer> {
         held: groups.iter().map(|group| group.2).sum(),
         disk: blocks(&stat) + map_stat.as_ref().map_or(0, blocks),
         used: opened.max(read_last),
-        complete: read.as_ref().is_some_and(|read| read.sealed && read.map.bits.is_full()),
+        complete: read
+            .as_ref()
+            .is_some_and(|read| read.about.sealed && read.map.bits.is_full()),
+        protected: read.as_ref().is_some_and(|read| read.about.protection.is_some()),
         pinned: dir.stat(&pin_name(key)).is_ok(),
         in_use,
         usable: read.is_some(),

@@ -11,9 +11,10 @@
 //! | 8 | bytes in the layer |
 //! | 32 | the layer's key |
 //! | 16 | the data file's nonce |
-//! | 4 | flags; bit 0: the whole layer is there and was checked against its digest; the others are zero |
+//! | 4 | flags; bit 0: the whole layer is there and was checked against its digest; bit 1: the data file is protected; the others are zero |
 //! | 2 + n | the layer's name, UTF-8, behind its length in bytes; may be empty |
 //! | 2 + n | the layer's digest, likewise |
+//! | 32, 32 | of a protected data file: its fs-verity digest; the SHA-256 of the chunk digests that all of it was compared with |
 //! | count / 8, rounded up | one bit a chunk, the lowest first; bits past the last are zero |
 //! | 4 for each bit that is set | CRC-32C of that chunk |
 //! | 4 for each group of 32 chunks that holds one | when the group was last read or written, in seconds since 1970 UTC |
@@ -31,6 +32,8 @@ const VERSION: u32 = 3;
 const HEAD: usize = 8 + 4 + 4 + 8 + 32 + 16;
 /// All that is whole and was checked.
 const SEALED: u32 = 1;
+/// The data file is protected, and how.
+const PROTECTED: u32 = 2;
 /// No name and no digest is longer, in bytes.
 const LONGEST_LABEL: usize = 1024;
 
@@ -78,6 +81,10 @@ impl Bits {
                 self.set.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+
+    pub(crate) fn set_all(&self) {
+        (0..self.count).for_each(|index| self.set(index));
     }
 
     pub(crate) fn clear(&self, index: u32) {
@@ -245,12 +252,29 @@ impl Label {
     }
 }
 
+/// What was compared with digests in a data file that the kernel keeps as it was then: all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Protection {
+    /// The fs-verity digest of the data file: what the kernel compares it with.
+    pub(crate) file: [u8; 32],
+    /// SHA-256 of the layer's chunk digests, as the caller makes it.
+    pub(crate) digests: [u8; 32],
+}
+
+/// What a map says of the layer beside its chunks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct About {
+    /// Whether all of it was checked.
+    pub(crate) sealed: bool,
+    pub(crate) protection: Option<Protection>,
+    pub(crate) label: Label,
+}
+
 /// A map file as it was read.
 #[derive(Debug)]
 pub(crate) struct Decoded {
     pub(crate) identity: Identity,
-    pub(crate) sealed: bool,
-    pub(crate) label: Label,
+    pub(crate) about: About,
     pub(crate) map: ChunkMap,
 }
 
@@ -258,11 +282,11 @@ pub(crate) struct Decoded {
 pub(crate) fn longest(count: u32) -> u64 {
     let labels = 2 * (2 + LONGEST_LABEL);
     let count = u64::from(count);
-    len_u64(HEAD + 4 + labels + 4) + count.div_ceil(8) + 4 * count + 4 * count.div_ceil(u64::from(GROUP_CHUNKS))
+    len_u64(HEAD + 4 + labels + 64 + 4) + count.div_ceil(8) + 4 * count + 4 * count.div_ceil(u64::from(GROUP_CHUNKS))
 }
 
 /// The map file's bytes.
-pub(crate) fn encode(identity: &Identity, sealed: bool, label: &Label, map: &ChunkMap) -> Vec<u8> {
+pub(crate) fn encode(identity: &Identity, about: &About, map: &ChunkMap) -> Vec<u8> {
     // Looked at once: what is set while this runs is not in it.
     let bits = map.bits.to_bytes();
     let set = || set_in(&bits);
@@ -273,13 +297,19 @@ pub(crate) fn encode(identity: &Identity, sealed: bool, label: &Label, map: &Chu
     out.extend_from_slice(&identity.size.to_le_bytes());
     out.extend_from_slice(&identity.key);
     out.extend_from_slice(&identity.nonce);
-    out.extend_from_slice(&(if sealed { SEALED } else { 0 }).to_le_bytes());
-    for text in [&label.name, &label.digest] {
+    let flags = [(about.sealed, SEALED), (about.protection.is_some(), PROTECTED)];
+    let flags = flags.map(|(is_set, flag)| u32::from(is_set) * flag).iter().sum::<u32>();
+    out.extend_from_slice(&flags.to_le_bytes());
+    for text in [&about.label.name, &about.label.digest] {
         let len = u16::try_from(text.len())
             .ok()
             .filter(|len| usize::from(*len) <= LONGEST_LABEL);
         out.extend_from_slice(&len.unwrap_or(0).to_le_bytes());
         out.extend_from_slice(if len.is_some() { text.as_bytes() } else { &[] });
+    }
+    if let Some(protection) = &about.protection {
+        out.extend_from_slice(&protection.file);
+        out.extend_from_slice(&protection.digests);
     }
     out.extend_from_slice(&bits);
     for index in set() {
@@ -356,12 +386,23 @@ pub(crate) fn decode(bytes: &[u8], count: impl Fn(u64) -> Option<u32>) -> Option
         nonce: reader.array()?,
     };
     let flags = reader.u32()?;
-    if flags & !SEALED != 0 {
+    if flags & !(SEALED | PROTECTED) != 0 {
         return None;
     }
     let label = Label {
         name: reader.text()?,
         digest: reader.text()?,
+    };
+    let mut protection = || {
+        Some(Protection {
+            file: reader.array()?,
+            digests: reader.array()?,
+        })
+    };
+    let protection = if flags & PROTECTED != 0 {
+        Some(protection()?)
+    } else {
+        None
     };
     let count = count(identity.size)?;
     // Before memory is taken for so many chunks: the file has a bit for each.
@@ -378,8 +419,11 @@ pub(crate) fn decode(bytes: &[u8], count: impl Fn(u64) -> Option<u32>) -> Option
     }
     reader.0.is_empty().then_some(Decoded {
         identity,
-        sealed: flags & SEALED != 0,
-        label,
+        about: About {
+            sealed: flags & SEALED != 0,
+            protection,
+            label,
+        },
         map,
     })
 }
@@ -407,18 +451,36 @@ mod tests {
         Label::new("https://host/layer.tar", "sha256:00")
     }
 
+    fn about() -> About {
+        About {
+            label: label(),
+            ..About::default()
+        }
+    }
+
     fn read(bytes: &[u8], count: u32) -> Option<Decoded> {
         decode(bytes, |_| Some(count))
     }
 
     #[test]
     fn what_is_written_is_read() {
-        assert!(read(&encode(&IDENTITY, true, &label(), &some()), 100).unwrap().sealed);
-        let bytes = encode(&IDENTITY, false, &label(), &some());
-        assert!(len_u64(bytes.len()) <= longest(100));
+        let protection = Some(Protection {
+            file: [3; 32],
+            digests: [4; 32],
+        });
+        for (sealed, protection) in [(true, None), (true, protection), (false, protection)] {
+            let about = About {
+                sealed,
+                protection,
+                label: label(),
+            };
+            let bytes = encode(&IDENTITY, &about, &some());
+            assert!(len_u64(bytes.len()) <= longest(100));
+            assert_eq!(read(&bytes, 100).unwrap().about, about);
+        }
+        let bytes = encode(&IDENTITY, &about(), &some());
         let back = read(&bytes, 100).unwrap();
-        assert!(!back.sealed);
-        assert_eq!((back.identity, &back.label), (IDENTITY, &label()));
+        assert_eq!((back.identity, &back.about), (IDENTITY, &about()));
         let set: Vec<u32> = (0..200).filter(|index| back.map.bits.has(*index)).collect();
         assert_eq!(set, [0, 5, 63, 64, 99]);
         assert_eq!(back.map.bits.count_set(), 5);
@@ -432,7 +494,7 @@ mod tests {
 
     #[test]
     fn nothing_else_is_believed() {
-        let good = encode(&IDENTITY, false, &label(), &some());
+        let good = encode(&IDENTITY, &about(), &some());
         for at in 0..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 1;
@@ -454,7 +516,9 @@ mod tests {
             (8, 2),
             (8, 4),
             (12, 1),
+            // A protection that is not there: something else is read as one.
             (HEAD, 2),
+            (HEAD, 4),
             (HEAD + 4, 255),
             (HEAD + 5, 255),
             (HEAD + 6, 0xff),
@@ -467,7 +531,7 @@ mod tests {
     fn bits_past_the_last_chunk_are_refused() {
         let wide = ChunkMap::new(104);
         wide.put(102, 1);
-        let bytes = encode(&IDENTITY, false, &label(), &wide);
+        let bytes = encode(&IDENTITY, &about(), &wide);
         assert!(read(&bytes, 104).is_some());
         assert!(read(&bytes, 100).is_none());
     }
@@ -476,8 +540,12 @@ mod tests {
     fn long_labels_are_cut_between_characters() {
         let label = Label::new(&"\u{e4}".repeat(3000), "");
         assert_eq!(label.name.len(), LONGEST_LABEL);
-        let bytes = encode(&IDENTITY, false, &label, &some());
-        assert_eq!(read(&bytes, 100).unwrap().label, label);
+        let about = About {
+            label: label.clone(),
+            ..About::default()
+        };
+        let bytes = encode(&IDENTITY, &about, &some());
+        assert_eq!(read(&bytes, 100).unwrap().about.label, label);
     }
 
     #[test]

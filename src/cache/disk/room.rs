@@ -311,7 +311,7 @@ impl DiskCache {
                 continue;
             }
             // What another process has open is that one's to give up.
-            if dir.open_file(name, false).is_ok_and(|data| data.is_locked()) {
+            if dir.open_file(name).is_ok_and(|data| data.is_locked()) {
                 continue;
             }
             let holder = holders.len();
@@ -323,10 +323,11 @@ impl DiskCache {
             {
                 let groups = groups_of(&read.map, read.identity.size, count);
                 let latest = groups.iter().map(|group| group.1).max().unwrap_or(0);
+                let goes_whole = no_holes || read.about.protection.is_some();
                 candidates.extend(groups.into_iter().map(|(group, used, bytes)| Candidate {
                     costly: false,
                     // Where a file can go only as a whole, its latest use counts.
-                    used: if no_holes { latest } else { used },
+                    used: if goes_whole { latest } else { used },
                     layer: holder,
                     group,
                     bytes,
@@ -558,7 +559,7 @@ fn note_in_ledger(dir: &SafeDir, search: &mut Search, bytes: u64) -> io::Result<
 
 /// What a process that lives may write; the ledger of one that does not is removed.
 fn live_ledger(dir: &SafeDir, name: &str) -> u64 {
-    let Ok(file) = dir.open_file(name, false) else { return 0 };
+    let Ok(file) = dir.open_file(name) else { return 0 };
     if file.lock() {
         // Its process is gone. What cannot be removed is looked at again.
         let _again = dir.remove(name);
@@ -569,7 +570,7 @@ fn live_ledger(dir: &SafeDir, name: &str) -> u64 {
 
 /// Removes a file, and its map if it is a data file, unless a process has it locked. Says what that gave.
 pub(super) fn remove_unused(dir: &SafeDir, name: &str) -> io::Result<u64> {
-    let file = match dir.open_file(name, false) {
+    let file = match dir.open_file(name) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             // A link or whatever else was planted: it loses its name, and what it leads to stays.
@@ -594,7 +595,7 @@ pub(super) fn remove_unused(dir: &SafeDir, name: &str) -> io::Result<u64> {
 /// Removes the files of a layer that do not fit each other.
 fn remove_if_unfit(dir: &SafeDir, key: &[u8; 32]) -> io::Result<u64> {
     let name = data_name(key);
-    match dir.open_file(&name, false) {
+    match dir.open_file(&name) {
         Ok(data) if read_map(dir, &data, key).is_some() => Ok(0),
         _ => remove_unused(dir, &name),
     }

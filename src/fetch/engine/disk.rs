@@ -161,7 +161,7 @@ impl Engine {
     }
 
     /// A chunk was read back: it is delivered, or fetched again.
-    fn read_back_ended(self: &Rc<Self>, state: &LayerState, key: ChunkKey, outcome: Result<Vec<u8>, String>) {
+    fn read_back_ended(self: &Rc<Self>, state: &Rc<LayerState>, key: ChunkKey, outcome: Result<Vec<u8>, String>) {
         self.count_verified(state);
         match outcome {
             Ok(bytes) => {
@@ -176,7 +176,7 @@ impl Engine {
     }
 
     /// A chunk in the cache is no use.
-    pub(super) fn drop_cached(&self, state: &LayerState, key: ChunkKey, why: &str) {
+    pub(super) fn drop_cached(&self, state: &Rc<LayerState>, key: ChunkKey, why: &str) {
         let Some(cache) = self.cache(key.layer) else { return };
         if cache.has(key.index) {
             add(&self.counters.chunks_wrong, 1);
@@ -193,6 +193,8 @@ impl Engine {
                 key.index
             );
             cache.lost(key.index);
+            // In a protected file it cannot be written anew: that is for the next commit.
+            Self::commit_later(state, cache);
         }
     }
 
@@ -207,6 +209,13 @@ impl Engine {
     pub(super) fn mark_verified(&self, key: ChunkKey) {
         if let Some(checked) = self.fetched(key.layer).and_then(|layer| layer.content.checked.as_ref()) {
             checked.set(key.index);
+        }
+    }
+
+    /// All of a layer lies in the cache and was verified by this process.
+    pub(super) fn mark_all_verified(&self, layer: LayerId) {
+        if let Some(checked) = self.fetched(layer).and_then(|layer| layer.content.checked.as_ref()) {
+            checked.set_all();
         }
     }
 

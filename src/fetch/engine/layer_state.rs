@@ -50,6 +50,8 @@ pub(super) struct LayerState {
     pub(super) whole_verified: Cell<bool>,
     /// Whether what the disk cache holds is being digested.
     pub(super) verifying_whole: Cell<bool>,
+    /// Whether it is being protected, or is about to be.
+    pub(super) protecting: Cell<bool>,
     pub(super) warned: Cell<bool>,
     /// Whether it was said that its cache is damaged.
     pub(super) told_damage: Cell<bool>,
@@ -99,6 +101,7 @@ impl LayerState {
             streamed_at: Cell::new(Instant::now()),
             whole_verified: Cell::new(false),
             verifying_whole: Cell::new(false),
+            protecting: Cell::new(false),
             warned: Cell::new(false),
             told_damage: Cell::new(false),
             verifying: RefCell::default(),

@@ -300,6 +300,7 @@ impl Engine {
         if state.whole_verified.get() && !cache.is_sealed() {
             cache.seal();
         }
+        self.protect_if_complete(state, layer);
         // A stream under way will say the digest itself.
         let comes_by_stream = state.streaming.get() && !state.whole_verified.get();
         let is_digested = !cache.is_sealed() && state.whole.tar.is_some() && state.is_whole_tar();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::cache::disk::{CacheLimit, DiskCache};
+use crate::cache::disk::{CacheLimit, DiskCache, Protected, verity};
 use crate::cache::memory::MemoryCache;
 use crate::fetch::content::{ContentUse, Contents};
 use crate::fetch::{LayerSource, Verifier};
@@ -51,7 +51,10 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::at(tempfile::tempdir().unwrap())
+    }
+
+    fn at(dir: tempfile::TempDir) -> Self {
         let disk = DiskCache::open(dir.path(), CacheLimit::bytes(u64::MAX)).unwrap();
         let contents = Contents::new(Arc::new(MemoryCache::new(1 << 20)));
         Self { dir, disk, contents }
@@ -225,4 +228,29 @@ fn it_takes_no_more_memory_than_it_may() {
     // One alone that is too big.
     all.remember(key(30), &digests, cache, Bits::new(u32::MAX));
     assert_eq!(all.0.lock().unwrap().bytes, 7 * (EACH + (1 << 20)) - (EACH + (1 << 20)));
+}
+
+/// Where the kernel keeps files as they are ([`verity::test_dir`]).
+#[test]
+fn what_the_kernel_keeps_another_process_need_not_verify() {
+    let Some((dir, _)) = verity::test_dir() else { return };
+    let layer = bytes(0);
+    let world = World::at(dir);
+    world.first_device(&layer);
+    let content = world.attach(&layer);
+    let cache = content.cache.get().unwrap();
+    let all = fingerprint(&digests(&layer));
+    assert_eq!(
+        cache.protect(all, &mut |_, _| Some(true)).unwrap(),
+        Protected::Yes,
+        "the filesystem protects nothing"
+    );
+    drop(content);
+    let other = || Contents::new(Arc::new(MemoryCache::new(1 << 20)));
+    let again = other().of(&source(&layer), Some(&world.disk));
+    assert_eq!(verified(&again), [0, 1, 2, 3]);
+    drop(again);
+    // Held to other digests, it is what another index says of it that counts.
+    let lie = other().of(&source(&bytes(1)), Some(&world.disk));
+    assert_eq!(verified(&lie), NONE);
 }
