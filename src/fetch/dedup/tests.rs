@@ -36,7 +36,7 @@ fn short(bytes: &[u8]) -> ShortDigest {
 
 /// A donor in a cache directory of its own.
 struct World {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     disk: Arc<DiskCache>,
     contents: Contents,
     key: LayerKey,
@@ -56,7 +56,7 @@ impl World {
         }
         cache.commit().unwrap();
         Self {
-            _dir: dir,
+            dir,
             disk,
             contents: Contents::new(Arc::new(MemoryCache::new(1 << 20))),
             key,
@@ -187,7 +187,8 @@ fn damage_and_loss_of_a_donor_are_told() {
     assert!(table.holds(payload(1)) && table.holds(payload(4)) && !table.holds(payload(6)));
     assert!(table.read(&first(1), None).is_ok());
     let cache = lent.cache.get().unwrap();
-    let file = cache.file_of(2).unwrap();
+    let path = world.dir.path().join(format!("{}.data", world.key.hex()));
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", 2 * CHUNK_BYTES + 9).unwrap();
     let mut target = vec![0; 40_000];
     assert!(!table.read_at_once(payload(1), &mut target));
