@@ -233,6 +233,7 @@ fn local_blobs_read_as_the_plain_file() {
 
 #[test]
 fn a_failing_server_costs_time_and_no_bytes() {
+    let mut retries = 0;
     for way in WAYS {
         let made = make(way);
         let origin = made.served();
@@ -264,8 +265,10 @@ fn a_failing_server_costs_time_and_no_bytes() {
             "{way:?}: {stats:?}"
         );
         if way != Way::OneFrame {
-            assert!(stats.errors > 0 && stats.retries > 0, "{way:?}: {stats:?}");
+            assert!(stats.errors > 0, "{way:?}: {stats:?}");
         }
+        // Where all that failed was ahead of need, nothing is asked for again.
+        retries += stats.retries;
         fetcher.shutdown();
         drop(fetcher);
         // What was kept meanwhile is right as well, and is not fetched again.
@@ -280,6 +283,7 @@ fn a_failing_server_costs_time_and_no_bytes() {
             "{way:?}: nothing was kept"
         );
     }
+    assert!(retries > 0, "no reader ever waited for what failed");
 }
 
 /// As [`quick`], with room for all that comes along.
