@@ -1,4 +1,4 @@
-//! How long the headers of a layer behind HTTP take: `cargo bench --bench walk -- [LAYER.tar] [--mbit RATE]`.
+//! How long the headers of a layer behind HTTP take: `cargo bench --bench walk -- [LAYER.tar] [--mbit RATE] [--runs N]`.
 //!
 //! An origin on loopback with 20 ms of round trip and 1000 Mbit/s, or another rate, serves the layer, and a made one of 1,250
 //! files and 400 MB. Compared are one plain GET of everything by curl and the walk, in turn, the walk's first question for the
@@ -18,14 +18,13 @@ use tarblk::internals::index::{EntrySink, IndexBuilder, walk::Walked};
 use tarblk::internals::source::{self, Source};
 use tarblk::internals::walk::walk as walk_blob;
 
-const RUNS: usize = 7;
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (mut layer, mut mbit) = (None, 1000);
+    let (mut layer, mut mbit, mut runs) = (None, 1000, 7);
     let mut arguments = support::arguments().into_iter();
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--mbit" => mbit = arguments.next().ok_or("--mbit needs a number")?.parse()?,
+            "--runs" => runs = arguments.next().ok_or("--runs needs a number")?.parse()?,
             _ => layer = Some(argument),
         }
     }
@@ -33,14 +32,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let big = dir.path().join("big.tar");
     make_big_files(&big)?;
     for path in layer.iter().map(Path::new).chain([big.as_path()]) {
-        compare(path, mbit)?;
+        compare(path, mbit, runs)?;
     }
     Ok(())
 }
 
-fn compare(path: &Path, mbit: u64) -> Result<(), Box<dyn std::error::Error>> {
+fn compare(path: &Path, mbit: u64, runs: usize) -> Result<(), Box<dyn std::error::Error>> {
     println!(
-        "{}, {} bytes, 20 ms, {mbit} Mbit/s; {RUNS} runs each in turn",
+        "{}, {} bytes, 20 ms, {mbit} Mbit/s; {runs} runs each in turn",
         path.display(),
         path.metadata()?.len()
     );
@@ -51,7 +50,7 @@ fn compare(path: &Path, mbit: u64) -> Result<(), Box<dyn std::error::Error>> {
         rate: Some(mbit * 1_000_000 / 8),
     });
     let (mut streamed, mut walked) = (Vec::new(), Vec::new());
-    for run in 0..RUNS {
+    for run in 0..runs {
         let start = Instant::now();
         stream(&origin.url("/layer.tar"))?;
         streamed.push(start.elapsed());

@@ -6,14 +6,17 @@
 //! header blocks it meets; within a segment it reads on through small payloads and asks anew behind big ones, whichever takes
 //! less time at the round trip and rate measured so far.
 //!
+//! A segment that begins in a big payload has its first header far away. It is looked for only for a while; then the segment is
+//! left (`queue`) until whoever meets that payload's own header, in a segment before, tells where it ends.
+//!
 //! What explorers find are guesses: a tar may lie inside the tar. There is one true parser; it starts at byte 0, is fed the
 //! blocks that explorers brought wherever it wants exactly those, and fetches for itself whatever is missing. A wrong guess
 //! costs bytes, never truth.
 
+mod queue;
 mod wire;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -27,7 +30,8 @@ use crate::index::walk::{Progress, Walked};
 use crate::index::{EndOfArchive, Entry, EntrySink, IndexError, Parser, TAR_BLOCK, looks_like_header};
 use crate::source::{Blob, Requests, SourceError, wait_after};
 use crate::units::TarOffset;
-use wire::{FIRST, Link, Reader, Wire};
+use queue::{Left, Queue, Work};
+use wire::{Link, Reader, Wire};
 
 /// At most this many connections, and one for each so many bytes: parallel chains are only worth it on a long way.
 const MAX_EXPLORERS: u64 = 32;
@@ -36,11 +40,15 @@ const BYTES_PER_EXPLORER: u64 = 4 << 20;
 const MAX_SEGMENT: u64 = 32 << 20;
 /// … but there are no more of them than this, however long the server says that the layer is.
 const MOST_SEGMENTS: u64 = 1 << 15;
-/// How many header bytes an explorer may have waiting to be taken.
-const WAITING: usize = 1 << 20;
-/// How far an explorer looks for a header before it gives up, at most and as a part of its segment.
+/// How many header bytes may wait to be taken, of all segments together, …
+const WAITING: usize = 64 << 20;
+/// … and of each beside that, so that the one whose turn it is always goes on.
+const WAITING_EACH: usize = RunBuilder::TOGETHER;
+/// How far an explorer looks for a header, at most and as a part of its segment, …
 const MAX_SCAN: u64 = 4 << 20;
 const SCAN_PART: u64 = 4;
+/// … and how much of that before it lets others tell where one is.
+const SCAN_STEP: u64 = 512 << 10;
 
 /// Walks a layer on a web server.
 pub(super) fn walk<'a>(
@@ -158,19 +166,17 @@ async fn walk_stream(wire: &Wire<'_>, main: &mut MainParser<'_>, keep_all: bool)
 /// Follows the chain in all segments at once.
 async fn walk_ranges(wire: &Wire<'_>, main: &mut MainParser<'_>) -> Result<EndOfArchive, WalkError> {
     let (segments, mut runs): (Vec<_>, Vec<_>) = segments(wire.blob.len).into_iter().unzip();
-    let segments = RefCell::new(segments.into_iter());
-    let payloads = Payloads::default();
+    let queue = Queue::new(segments);
     let exploring = join_all((0..explorers(wire.blob.len)).map(|_| async {
-        wire.link.readers.set(wire.link.readers.get() + 1);
-        loop {
-            // Bound to a name, so that the borrow ends before the exploring begins.
-            let segment = segments.borrow_mut().next();
-            let Some(segment) = segment else { break };
-            segment.explore(wire, &payloads).await;
+        while let Some(work) = queue.next(&wire.link).await {
+            wire.link.readers.set(wire.link.readers.get() + 1);
+            if let Some(left) = work.explore(wire, &queue).await {
+                queue.leave(left);
+            }
+            wire.link.readers.set(wire.link.readers.get() - 1);
         }
-        wire.link.readers.set(wire.link.readers.get() - 1);
     }));
-    let verifying = verify(wire, main, &mut runs);
+    let verifying = verify(wire, main, &mut runs, &queue);
     match select(pin!(verifying), pin!(exploring)).await {
         Either::Left((outcome, _)) => outcome,
         Either::Right((_, verifying)) => verifying.await,
@@ -182,10 +188,12 @@ async fn verify(
     wire: &Wire<'_>,
     main: &mut MainParser<'_>,
     runs: &mut [SegmentRuns],
+    queue: &Queue,
 ) -> Result<EndOfArchive, WalkError> {
     let mut reader = Reader::new(wire);
     for segment in runs {
-        while main.wants().is_some_and(|wanted| wanted < segment.end) {
+        while let Some(wanted) = main.wants().filter(|wanted| *wanted < segment.end) {
+            queue.wanted(wanted);
             let Some(run) = segment.received.recv().await else {
                 break;
             };
@@ -220,6 +228,7 @@ struct Segment {
     end: u64,
     runs: mpsc::UnboundedSender<HeaderRun>,
     room: Arc<Semaphore>,
+    common_room: Arc<Semaphore>,
 }
 
 /// The other end: what an explorer found in the segment that ends at `end`.
@@ -240,18 +249,20 @@ fn segments(len: u64) -> Vec<(Segment, SegmentRuns)> {
         .div_ceil(explorers(len))
         .next_multiple_of(TAR_BLOCK)
         .min(MAX_SEGMENT.max((len / MOST_SEGMENTS).next_multiple_of(TAR_BLOCK)));
+    let common_room = Arc::new(Semaphore::new(WAITING));
     let mut start = 0;
     let mut segments = Vec::new();
     while start < len {
         let end = start.saturating_add(size).min(len);
         let (sender, received) = mpsc::unbounded_channel();
-        let room = Arc::new(Semaphore::new(WAITING));
+        let room = Arc::new(Semaphore::new(WAITING_EACH));
         segments.push((
             Segment {
                 start,
                 end,
                 runs: sender,
                 room,
+                common_room: Arc::clone(&common_room),
             },
             SegmentRuns { end, received },
         ));
@@ -260,85 +271,98 @@ fn segments(len: u64) -> Vec<(Segment, SegmentRuns)> {
     segments
 }
 
-/// What explorers know together: big payloads, in which no explorer needs to look for a header.
-#[derive(Default)]
-struct Payloads {
-    /// From start to end.
-    payloads: RefCell<BTreeMap<u64, u64>>,
+impl Work {
+    /// Finds the chain in this segment and follows it to the end, again and again if it breaks off. Returns what is left when others may
+    /// tell where it goes on. Errors end it quietly: if the bytes matter, the main parser meets the same error.
+    async fn explore(self, wire: &Wire<'_>, queue: &Queue) -> Option<Left> {
+        let Self {
+            segment,
+            mut at,
+            mut is_header,
+            is_last_try,
+            mut scan_budget,
+        } = self;
+        let mut reader = Reader::new(wire);
+        while at < segment.end && !segment.abandoned() {
+            if !is_header {
+                let mut step = scan_budget.min(SCAN_STEP);
+                scan_budget -= step;
+                match segment.scan(&mut reader, queue, at, &mut step).await {
+                    Ok(Scanned::Header(header)) => at = header,
+                    Ok(Scanned::Nothing(reached)) if reached < segment.end && !is_last_try => {
+                        let at = reached;
+                        return Some(Left {
+                            segment,
+                            at,
+                            scan_budget,
+                        });
+                    }
+                    _ => return None,
+                }
+            }
+            is_header = false;
+            match segment.follow(&mut reader, queue, at).await {
+                Ok(reached) => at = reached,
+                Err(error) => {
+                    log::debug!("explorer at byte {at}: {error}");
+                    return None;
+                }
+            }
+        }
+        None
+    }
 }
 
-impl Payloads {
-    fn payload(&self, start: u64, end: u64) {
-        if end - start >= FIRST {
-            self.payloads.borrow_mut().insert(start, end);
-        }
-    }
-
-    /// Where the payload ends that `at` lies in, or `at` itself.
-    fn past_payload(&self, at: u64) -> u64 {
-        match self.payloads.borrow().range(..=at).next_back() {
-            Some((_, end)) if *end > at => *end,
-            _ => at,
-        }
-    }
+/// What was found by looking for a header.
+enum Scanned {
+    /// The first one is here.
+    Header(u64),
+    /// There is none before here.
+    Nothing(u64),
 }
 
 impl Segment {
-    /// Finds the chain in this segment and follows it to the end, again and again if it breaks off. Errors end it quietly:
-    /// if the bytes matter, the main parser meets the same error.
-    async fn explore(&self, wire: &Wire<'_>, payloads: &Payloads) {
-        let mut reader = Reader::new(wire);
-        let mut scan_left = ((self.end - self.start) / SCAN_PART).min(MAX_SCAN);
-        let mut at = self.start;
-        while at < self.end && !self.abandoned() {
-            if at != 0 {
-                let found = self.scan(&mut reader, payloads, at, &mut scan_left).await;
-                match found {
-                    Ok(Some(header)) => at = header,
-                    _ => return,
-                }
-            }
-            match self.follow(&mut reader, payloads, at).await {
-                Ok(reached) => at = reached,
-                Err(error) => return log::debug!("explorer at byte {at}: {error}"),
-            }
-        }
-    }
-
     fn abandoned(&self) -> bool {
         self.runs.is_closed()
     }
 
-    /// The first block from `at` on that looks like a header.
+    /// Looks for the first block from `at` on that looks like a header, in at most `left` bytes.
     async fn scan(
         &self,
         reader: &mut Reader<'_, '_>,
-        payloads: &Payloads,
+        queue: &Queue,
         mut at: u64,
         left: &mut u64,
-    ) -> Result<Option<u64>, SourceError> {
+    ) -> Result<Scanned, SourceError> {
         while at < self.end && !self.abandoned() {
-            let past = payloads.past_payload(at).next_multiple_of(TAR_BLOCK);
+            let past = queue.past_payload(at).next_multiple_of(TAR_BLOCK);
             if past > at {
                 at = past;
                 continue;
+            }
+            if *left == 0 {
+                break;
             }
             let bytes = reader.read_block(at).await?;
             *left = left.saturating_sub(len_u64(&bytes));
             let blocks = bytes.chunks_exact(BLOCK);
             match blocks.clone().position(looks_like_header) {
-                Some(number) => return Ok(Some(at + TAR_BLOCK * u64::try_from(number).unwrap_or(0))),
+                Some(number) => {
+                    let before = TAR_BLOCK * u64::try_from(number).unwrap_or(0);
+                    return Ok(Scanned::Header(at + before));
+                }
                 None => at += TAR_BLOCK * u64::try_from(blocks.len()).unwrap_or(0),
             }
-            if *left == 0 || len_u64(&bytes) < TAR_BLOCK {
-                return Ok(None);
+            if len_u64(&bytes) < TAR_BLOCK {
+                // The layer's end.
+                return Ok(Scanned::Nothing(self.end));
             }
         }
-        Ok(None)
+        Ok(Scanned::Nothing(at))
     }
 
     /// Follows the chain from the header at `at`; returns where it leads when the segment is left or it breaks off.
-    async fn follow(&self, reader: &mut Reader<'_, '_>, payloads: &Payloads, at: u64) -> Result<u64, SourceError> {
+    async fn follow(&self, reader: &mut Reader<'_, '_>, queue: &Queue, at: u64) -> Result<u64, SourceError> {
         let mut parser = Parser::starting_at(TarOffset(at));
         let mut found = RunBuilder {
             segment: self,
@@ -348,7 +372,7 @@ impl Segment {
         let mut payload_from = at;
         while let Some(TarOffset(wanted)) = parser.wants() {
             if wanted > payload_from {
-                payloads.payload(payload_from, wanted);
+                queue.payload(payload_from, wanted);
             }
             if wanted >= reader.wire.blob.len || self.abandoned() {
                 break;
@@ -416,7 +440,11 @@ impl RunBuilder<'_> {
         let at = self.at;
         self.at += len_u64(&bytes);
         let weight = u32::try_from(bytes.len().max(Self::LEAST)).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.segment.room).acquire_many_owned(weight).await;
+        let common = Arc::clone(&self.segment.common_room).try_acquire_many_owned(weight);
+        let room = match common {
+            Ok(room) => Ok(room),
+            Err(_) => Arc::clone(&self.segment.room).acquire_many_owned(weight).await,
+        };
         if let Ok(room) = room {
             // A closed channel means that it is not needed.
             let _ = self.segment.runs.send(HeaderRun { at, bytes, _room: room });
@@ -435,6 +463,8 @@ impl EntrySink for Nothing {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -449,5 +479,48 @@ mod tests {
             }
             assert!(end == len && all.len() <= 1 << 16, "{len}: {} segments", all.len());
         }
+    }
+
+    /// An explorer goes on while the parser is elsewhere, as long as there is room for all; then only the one whose turn it is does.
+    #[tokio::test]
+    async fn headers_wait_in_bounded_room() {
+        let (all, mut runs): (Vec<_>, Vec<_>) = segments(12 << 20).into_iter().unzip();
+        let [first, second, _] = &all[..] else {
+            panic!("{} segments", all.len())
+        };
+        let send = |segment: &Segment, count: usize| {
+            let mut found = RunBuilder {
+                segment,
+                at: segment.start,
+                bytes: Vec::new(),
+            };
+            let mut sent = 0;
+            for n in 0..count {
+                // Not together, as headers with payloads between them.
+                let at = segment.start + 4 * TAR_BLOCK * u64::try_from(n).unwrap();
+                let added = async {
+                    found.add(at, &[1; BLOCK]).await;
+                    found.send().await;
+                };
+                if added.now_or_never().is_none() {
+                    break;
+                }
+                sent += 1;
+            }
+            sent
+        };
+        let room = WAITING / RunBuilder::LEAST;
+        let own = WAITING_EACH / RunBuilder::LEAST;
+        assert_eq!(
+            send(first, 20_000),
+            20_000,
+            "a segment of small files waits for the parser"
+        );
+        assert_eq!(send(first, 1 << 20), room - 20_000 + own);
+        assert_eq!(send(second, 1 << 20), own);
+        let taken = runs[1].received.recv().await.unwrap();
+        assert_eq!((taken.at, taken.bytes.len()), (second.start, BLOCK));
+        drop(taken);
+        assert_eq!(send(second, 10), 1);
     }
 }

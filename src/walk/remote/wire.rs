@@ -65,7 +65,9 @@ impl Wire<'_> {
 
     /// The next piece of an answer, counted and shown to the tap.
     pub(super) async fn piece(&self, body: &mut Body) -> Result<Option<(u64, Bytes)>, SourceError> {
+        let waiting = self.link.wait_for_bytes();
         let piece = body.next().await?;
+        drop(waiting);
         if let Some((at, bytes)) = &piece {
             self.got.set(self.got.get() + len_u64(bytes));
             self.link.delivered(bytes);
@@ -83,8 +85,25 @@ pub(super) struct Link {
     round_trip: Cell<f64>,
     capacity: Cell<f64>,
     pub(super) readers: Cell<u32>,
+    /// When the measurement began that is under way, the bytes that came since, and for how long somebody waited for bytes.
     since: Cell<Instant>,
     bytes: Cell<u64>,
+    waited: Cell<Duration>,
+    /// How many readers wait for bytes of answers that have begun, and since when any does.
+    waiting: Cell<(u32, Instant)>,
+}
+
+/// A reader waits for bytes.
+struct Waiting<'a>(&'a Link);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let (readers, since) = self.0.waiting.get();
+        self.0.waiting.set((readers - 1, since));
+        if readers == 1 {
+            self.0.count_waiting(since);
+        }
+    }
 }
 
 impl Default for Link {
@@ -96,6 +115,8 @@ impl Default for Link {
             readers: Cell::new(0),
             since: Cell::new(Instant::now()),
             bytes: Cell::new(0),
+            waited: Cell::new(Duration::ZERO),
+            waiting: Cell::new((0, Instant::now())),
         }
     }
 }
@@ -103,10 +124,15 @@ impl Default for Link {
 impl Link {
     /// Bytes are counted over this time for one measurement.
     const SPAN: Duration = Duration::from_millis(50);
-    /// What a measurement keeps of its worth until the next one: links change, and not every span is full.
+    /// What a measurement keeps of its worth until the next one, if that tells how much the link holds: links change.
     const FADE: f64 = 0.97;
     /// What a request costs at least, in seconds: on the shortest way it still is work for both sides.
     const LEAST: f64 = 0.001;
+
+    /// How long an answer takes to begin.
+    pub(super) fn round_trip(&self) -> Duration {
+        Duration::from_secs_f64(self.round_trip.get().clamp(Self::LEAST, 60.0))
+    }
 
     /// An answer began after this time. The shortest counts, because longer ones waited behind other answers.
     fn answered(&self, after: Duration) {
@@ -114,13 +140,33 @@ impl Link {
             .set((self.round_trip.get() * 1.01).min(after.as_secs_f64()));
     }
 
+    fn wait_for_bytes(&self) -> Waiting<'_> {
+        let (readers, since) = self.waiting.get();
+        let since = if readers == 0 { Instant::now() } else { since };
+        self.waiting.set((readers + 1, since));
+        Waiting(self)
+    }
+
+    fn count_waiting(&self, since: Instant) {
+        let since = since.max(self.since.get());
+        self.waited.set(self.waited.get() + since.elapsed());
+    }
+
     fn delivered(&self, bytes: &[u8]) {
         self.bytes.set(self.bytes.get() + len_u64(bytes));
         let took = self.since.get().elapsed();
         if took >= Self::SPAN {
+            let (readers, since) = self.waiting.get();
+            if readers > 0 {
+                self.count_waiting(since);
+            }
             let bytes = u32::try_from(self.bytes.replace(0)).unwrap_or(u32::MAX);
             let measured = f64::from(bytes) / took.as_secs_f64();
-            self.capacity.set((self.capacity.get() * Self::FADE).max(measured));
+            // If bytes came as fast as they were wanted, little came because little was asked for. Less would be asked for then, and
+            // so on, until every header costs a round trip.
+            let was_full = self.waited.replace(Duration::ZERO) >= took / 2;
+            let fade = if was_full { Self::FADE } else { 1.0 };
+            self.capacity.set((self.capacity.get() * fade).max(measured));
             self.since.set(Instant::now());
         }
     }
@@ -250,5 +296,39 @@ impl<'w, 'a> Reader<'w, 'a> {
             self.run_start = at;
             self.window = self.mean_run.clamp(SHORTEST, longest);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// So many bytes come, one piece at a time, for six measurements.
+    fn deliver(link: &Link, bytes: usize, is_waited_for: bool) {
+        let end = Instant::now() + 6 * Link::SPAN + Link::SPAN / 2;
+        let bytes = vec![0; bytes];
+        while Instant::now() < end {
+            let waiting = is_waited_for.then(|| link.wait_for_bytes());
+            std::thread::sleep(Duration::from_millis(5));
+            drop(waiting);
+            link.delivered(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_link_is_not_slow_because_little_is_asked_for() {
+        let link = Link::default();
+        let before = link.capacity.get();
+        deliver(&link, 1, false);
+        assert!(link.capacity.get() >= before, "{} < {before}", link.capacity.get());
+        // But where bytes are waited for, so few are all that there are.
+        deliver(&link, 1, true);
+        assert!(
+            link.capacity.get() < before * 0.95,
+            "{} of {before}",
+            link.capacity.get()
+        );
+        deliver(&link, 1 << 20, true);
+        assert!(link.capacity.get() > before, "{} of {before}", link.capacity.get());
     }
 }
