@@ -664,7 +664,9 @@ impl LayerCache {
         if !files.data.is_writable() {
             // All of it goes, or nothing.
             let latest = groups.iter().map(|group| group.1).max().unwrap_or(0);
-            groups.iter_mut().for_each(|group| group.1 = latest);
+            for group in &mut groups {
+                group.1 = latest;
+            }
         }
         groups
     }

@@ -162,7 +162,7 @@ fn the_kernel_keeps_a_whole_layer_as_it_is() {
     assert_eq!((wrong, cache.protection()), (Protected::Wrong(5), None));
     assert_eq!(protect(&cache, 0), Protected::Yes);
     assert_eq!((cache.protection(), right(&cache, 0)), (Some(DIGESTS), CHUNKS));
-    assert!(cache.read_checked(100, &mut [0; 50_000]), "it is in the page cache");
+    assert!(cache.read_checked(100, &mut vec![0; 50_000]), "it is in the page cache");
     assert!(!cache.may_be_protected() && !cache.takes_more());
 
     let write = fs::OpenOptions::new().write(true).open(data(dir.path(), 0));
