@@ -9,6 +9,7 @@
 
 mod blob;
 mod error;
+mod lanes;
 mod layer_spec;
 mod meant;
 pub mod registry;

@@ -9,8 +9,8 @@ use super::StartError;
 
 /// For the device, the log, sockets, rings and what libraries open for a moment.
 const SPARE: u64 = 24;
-/// A layer's own file, its file and map in the cache, and its index.
-const OF_A_LAYER: u64 = 4;
+/// A layer's own file, its file in the cache, to be read and to be written, the map of that, and its index.
+const OF_A_LAYER: u64 = 5;
 
 /// Raises the limit as far as it may be, which takes no privilege, and returns it. Called at a daemon's start, and by each
 /// fetcher's.

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt as _;
 
 use super::blob::{Blob, Place};
 use super::error::{SourceError, wait_after};
+use super::lanes;
 use super::request::Requests;
 use crate::http::{Backoff, Body, HttpOptions, runtime};
 
@@ -172,7 +173,7 @@ fn stream_file<E: From<SourceError>>(file: &File, blob: &Blob, from: u64, sink: 
     Ok(reads)
 }
 
-/// One long request, asked again from where it broke off; from the beginning of a server that answers no ranges.
+/// Pieces, by as many connections as bring more; one long answer of a server that has no ranges, passed over again when it broke off.
 async fn stream_http<E: From<SourceError>>(
     blob: &Blob,
     from: u64,
@@ -180,21 +181,19 @@ async fn stream_http<E: From<SourceError>>(
     sink: BlobSink<'_, E>,
 ) -> Result<u64, E> {
     let requests = Requests::of(blob, options)?;
+    if blob.answers_ranges() {
+        return lanes::stream(&requests, blob, from, sink).await;
+    }
     let mut backoff = requests.backoff();
     let (mut reached, mut asked) = (from, 0);
     while reached < blob.len {
         asked += 1;
-        let answer = if blob.answers_ranges() {
-            requests.range(blob, reached, blob.len - reached).await
-        } else {
-            requests.whole(blob).await
-        };
-        let failed = match answer {
+        let failed = match requests.whole(blob).await {
             Ok(mut body) => loop {
                 match body.next().await {
                     Ok(None) => break None,
                     Ok(Some((at, bytes))) => {
-                        // A server without ranges began anew: what came before is passed over.
+                        // What came before is passed over.
                         let known = usize::try_from(reached.saturating_sub(at)).unwrap_or(usize::MAX);
                         if let Some(fresh) = bytes.get(known..).filter(|fresh| !fresh.is_empty()) {
                             sink(fresh)?;

@@ -638,11 +638,14 @@ impl LayerCache {
         self.exchange_files(dir)
     }
 
-    /// The same for who holds the layout.
+    /// The same for who holds the layout. What another process has put in its place meanwhile is not used: whoever reads this takes
+    /// chunks for verified that were verified once.
     fn exchange_files(&self, dir: &SafeDir) -> Result<(), DiskCacheError> {
-        let (files, read) = Files::open(dir, self.key, self.size, false)?;
-        self.sealed
-            .store(read.is_some_and(|read| read.about.sealed), Ordering::Relaxed);
+        let (mut files, read) = Files::open(dir, self.key, self.size, false)?;
+        if read.is_some() || files.others.is_some() {
+            files = Files::nameless(dir, self.key, self.size, None)?;
+        }
+        self.sealed.store(false, Ordering::Relaxed);
         *self.files.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(files);
         Ok(())
     }

@@ -380,3 +380,47 @@ fn what_could_not_be_read_back_is_not_believed_after_a_restart() {
     assert!(!cache.has(3) && !cache.is_sealed());
     assert_eq!(held(&cache).len(), 10);
 }
+
+/// A device takes a chunk for verified that it has verified once. What comes into the directory behind its back is not that.
+#[test]
+fn what_others_put_in_the_place_of_lost_files_is_not_read() {
+    let all = content();
+    let chunk = |index: u64| {
+        let start = len_usize(index * CHUNK_BYTES);
+        (
+            TarOffset(index * CHUNK_BYTES),
+            &all[start..start + len_usize(CHUNK_BYTES)],
+        )
+    };
+    for is_open in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || DiskCache::open(dir.path(), CacheLimit::bytes(1 << 40)).unwrap();
+        let cache = open().layer(layer(), SIZE).unwrap();
+        let (at, bytes) = chunk(1);
+        cache.put(at, bytes);
+        cache.commit().unwrap();
+        for file in fs::read_dir(dir.path()).unwrap() {
+            fs::remove_file(file.unwrap().path()).unwrap();
+        }
+        // Another process keeps what it takes for the layer.
+        let theirs = open().layer(layer(), SIZE).unwrap();
+        theirs.put(TarOffset(0), &vec![1; len_usize(3 * CHUNK_BYTES)]);
+        theirs.commit().unwrap();
+        let theirs = is_open.then_some(theirs);
+        let (at, bytes) = chunk(4);
+        cache.put(at, bytes);
+        cache.commit().unwrap();
+        assert_eq!(held(&cache), NONE, "open: {is_open}");
+        cache.put(at, bytes);
+        assert_eq!(held(&cache), [4], "open: {is_open}");
+        check(&cache);
+        drop(cache);
+        drop(theirs);
+        let later = open().layer(layer(), SIZE).unwrap();
+        assert_eq!(
+            held(&later),
+            [0, 1, 2],
+            "what another one keeps is gone; open: {is_open}"
+        );
+    }
+}
