@@ -44,9 +44,9 @@ fn asked(request: &Request) -> Option<(u64, u64)> {
 /// Notes what is asked for; every answer has these faults.
 fn note(origin: &Origin, faults: fn() -> Vec<Fault>) -> Arc<Mutex<Vec<(u64, u64)>>> {
     let noted = Arc::new(Mutex::new(Vec::new()));
-    let notes = Arc::clone(&noted);
+    let book = Arc::clone(&noted);
     origin.set_faults(move |request| {
-        notes.lock().unwrap().extend(asked(request));
+        book.lock().unwrap().extend(asked(request));
         faults()
     });
     noted

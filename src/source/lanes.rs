@@ -148,7 +148,7 @@ impl Piece {
                         match body.next().await {
                             Ok(None) => break None,
                             Ok(Some((at, bytes))) => {
-                                let fresh = self.fresh(at, bytes);
+                                let fresh = self.fresh(at, &bytes);
                                 backoff.came(fresh.len());
                                 self.bring(fresh, arrivals);
                             }
@@ -173,7 +173,7 @@ impl Piece {
     }
 
     /// What of `bytes`, which are the blob's from `at` on, is of this piece and has not come.
-    fn fresh(&self, at: u64, bytes: Bytes) -> Bytes {
+    fn fresh(&self, at: u64, bytes: &Bytes) -> Bytes {
         let cut = |place: u64| {
             usize::try_from(place.saturating_sub(at))
                 .unwrap_or(usize::MAX)

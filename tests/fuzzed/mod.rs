@@ -286,6 +286,7 @@ fn hosts_seeds() -> Vec<Vec<u8>> {
         "server = \"registry.example:5000\"\nca = \"x\"\n[header]\nx-token = \"hunter2hunter2\"\n",
         "[host.\"https://user:hunter2hunter2@mirror.example?sig=hunter2hunter2\"]\n",
         "[host]\n[host.\"ftp://x\"]\n",
+        "server = \"registry.example\"\n[host.\"https://mirror.example\"]\nca = [\"Basic hunter2hunter2\"]\n",
     ])
 }
 
