@@ -22,14 +22,14 @@ use std::path::{Path, PathBuf};
 use registry::{BlobPlace, ImageLayer, ImageName};
 use url::Url;
 
-pub use blob::{Blob, LocalFile, Place, UrlBlob};
+pub use blob::{Blob, BlobSink, LocalFile, Place, UrlBlob};
 pub use error::SourceError;
 pub(crate) use error::wait_after;
 pub use layer_spec::LayerSpec;
 pub use meant::image_meant;
 pub(crate) use request::Requests;
 pub use request::{get_whole, has_ranges, probe, probe_with_beginning, server_clock};
-pub use stream::{BlobSink, first_bytes, read_range, stream, stream_from};
+pub use stream::{first_bytes, read_range, stream, stream_from};
 
 use crate::http::{HttpOptions, shown_url, without_secrets};
 

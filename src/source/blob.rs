@@ -20,6 +20,9 @@ use super::registry::BlobAccess;
 use crate::digest::Digest;
 use crate::http::{Reach, Secret, Validator, shown_url, split_credentials, stable_name};
 
+/// Takes a blob's next bytes; an error ends the stream.
+pub type BlobSink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
+
 /// A blob that was found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

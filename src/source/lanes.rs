@@ -19,10 +19,9 @@ use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::Notify;
 
-use super::blob::Blob;
+use super::blob::{Blob, BlobSink};
 use super::error::{SourceError, wait_after};
 use super::request::Requests;
-use super::stream::BlobSink;
 
 /// A piece is so long where there is one lane, whose bytes do not wait, and where there are several.
 const LONG_PIECE: u64 = 16 << 20;

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-use super::blob::{Blob, Place};
+use super::blob::{Blob, BlobSink, Place};
 use super::error::{SourceError, wait_after};
 use super::lanes;
 use super::request::Requests;
@@ -13,9 +13,6 @@ use crate::http::{Backoff, Body, HttpOptions, runtime};
 
 /// How much of a file is read at once, in bytes.
 const STRIDE: usize = 256 << 10;
-
-/// Takes a blob's next bytes; an error ends the stream.
-pub type BlobSink<'a, E> = &'a mut dyn FnMut(&[u8]) -> Result<(), E>;
 
 /// Hands all of the blob's bytes to `sink`, in order, and returns how many reads or requests that took. Must not be called from
 /// within an asynchronous runtime.
