@@ -11,7 +11,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use noise::noise;
-use support::{Runs, time_ratios};
+use support::{Runs, download, time_ratios};
 use tarblk::internals::bench::origin::{Fault, Link, Origin};
 use tarblk::internals::http::HttpOptions;
 use tarblk::internals::source::{self, Source, SourceError};
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (mut plain, mut ours) = (Vec::new(), Vec::new());
         for run in 0..runs {
             let start = Instant::now();
-            curl(&origin.url("/blob"))?;
+            download(&origin.url("/blob"))?;
             plain.push(start.elapsed());
             let start = Instant::now();
             let (requests, bytes) = read(&origin.url("/blob"))?;
@@ -66,18 +66,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Everything, thrown away, by a client that does nothing else.
-fn curl(url: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let mut body = std::process::Command::new("curl")
-        .args(["-sS", "--fail", "-o", "/dev/null", url])
-        .spawn()?;
-    if !body.wait()?.success() {
-        return Err("curl failed".into());
-    }
-    Ok(())
-}
-
-/// The same by what reads layers; requests and bytes.
+/// Everything by what reads layers; requests and bytes.
 fn read(url: &str) -> Result<(u64, u64), SourceError> {
     let options = HttpOptions::default();
     let blob = source::open(&Source::parse(url)?, &options)?;

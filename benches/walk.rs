@@ -11,7 +11,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use support::{Runs, time_ratios};
+use support::{Runs, download, time_ratios};
 use tarblk::internals::bench::origin::{Link, Origin};
 use tarblk::internals::http::HttpOptions;
 use tarblk::internals::index::{EntrySink, IndexBuilder, walk::Walked};
@@ -52,7 +52,7 @@ fn compare(path: &Path, mbit: u64, runs: usize) -> Result<(), Box<dyn std::error
     let (mut streamed, mut walked) = (Vec::new(), Vec::new());
     for run in 0..runs {
         let start = Instant::now();
-        stream(&origin.url("/layer.tar"))?;
+        download(&origin.url("/layer.tar"))?;
         streamed.push(start.elapsed());
         let start = Instant::now();
         let (walk, index_len) = walk(&origin.url("/layer.tar"))?;
@@ -68,17 +68,6 @@ fn compare(path: &Path, mbit: u64, runs: usize) -> Result<(), Box<dyn std::error
     println!("  stream (curl)   {}", Runs::ms(&streamed));
     println!("  walk            {}", Runs::ms(&walked));
     println!("  walk / stream   {}", time_ratios(&walked, &streamed));
-    Ok(())
-}
-
-/// Everything, thrown away, by a client that does nothing else.
-fn stream(url: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let mut body = std::process::Command::new("curl")
-        .args(["-sS", "--fail", "-o", "/dev/null", url])
-        .spawn()?;
-    if !body.wait()?.success() {
-        return Err("curl failed".into());
-    }
     Ok(())
 }
 

@@ -217,6 +217,8 @@ const ON_VERITY: &str = concat!(
     "set -eu; units=$1 own=$2 name=$3; export TARBLK_TEST_VERITY_DIR=/run/verity; ",
     "truncate -s 512M /run/verity.img; mkfs.ext4 -q -O verity /run/verity.img; ",
     "mkdir /run/verity; mount -o loop /run/verity.img /run/verity; ",
+    // A name that no test has any more would pass.
+    r#"[ "$("$units" --list protect_tests:: what_the_kernel_keeps | grep -c ': test$')" -ge 8 ]; "#,
     r#""$units" --test-threads=2 protect_tests:: what_the_kernel_keeps; "#,
     r#""$own" --exact "$name" --ignored --nocapture; umount /run/verity"#,
 );

@@ -13,6 +13,17 @@ pub(crate) fn arguments() -> Vec<String> {
         .collect()
 }
 
+/// Everything at `url`, thrown away, by a client that does nothing else.
+pub(crate) fn download(url: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let mut body = std::process::Command::new("curl")
+        .args(["-sS", "--fail", "-o", "/dev/null", url])
+        .spawn()?;
+    if !body.wait()?.success() {
+        return Err("curl failed".into());
+    }
+    Ok(())
+}
+
 /// Several runs of one measurement, in one unit.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {

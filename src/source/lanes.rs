@@ -53,6 +53,9 @@ pub(super) async fn stream<E: From<SourceError>>(
         if reached < blob.len && lanes.has_room(&pieces) {
             let end = reached.saturating_add(lanes.piece_len()).min(blob.len);
             let piece = Rc::new(Piece::new(reached, end, pieces.is_empty()));
+            if let Some(before) = pieces.back() {
+                before.is_last.set(false);
+            }
             pieces.push_back(Rc::clone(&piece));
             fetching.push(piece.fetch(requests, blob, &arrivals));
             continue;
@@ -95,6 +98,8 @@ struct Piece {
     waiting: Cell<u64>,
     /// Whether it is taken as it comes.
     is_first: Cell<bool>,
+    /// Whether no piece behind it was asked for.
+    is_last: Cell<bool>,
     turn: Notify,
 }
 
@@ -106,6 +111,7 @@ impl Piece {
             came: RefCell::default(),
             waiting: Cell::new(0),
             is_first: Cell::new(is_first),
+            is_last: Cell::new(true),
             turn: Notify::new(),
         }
     }
@@ -138,11 +144,7 @@ impl Piece {
             asked += 1;
             let failure = match requests.range(blob, self.at.get(), self.left()).await {
                 Ok(mut body) => {
-                    let has_no_ranges = body.at() < self.at.get() || body.end() > self.end.get();
-                    if has_no_ranges && self.is_first.get() {
-                        // All of it comes in this answer, and would in every other.
-                        self.end.set(blob.len);
-                    }
+                    self.answered(body.at(), body.end());
                     loop {
                         match body.next().await {
                             Ok(None) => break None,
@@ -169,6 +171,15 @@ impl Piece {
             }
         }
         Ok(asked)
+    }
+
+    /// An answer has the bytes from `at` to `end`. Where that is more than was asked for, the server has no ranges: all comes in this
+    /// answer, and would in every other. What another piece is to bring is left to that one.
+    fn answered(&self, at: u64, end: u64) {
+        let has_no_ranges = at < self.at.get() || end > self.end.get();
+        if has_no_ranges && self.is_first.get() && self.is_last.get() {
+            self.end.set(end.max(self.end.get()));
+        }
     }
 
     /// What of `bytes`, which are the blob's from `at` on, is of this piece and has not come.
@@ -272,4 +283,31 @@ impl Lanes {
 
 fn len_u64(bytes: &Bytes) -> u64 {
     u64::try_from(bytes.len()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_with_everything_is_taken_where_no_other_piece_is_asked_for() {
+        let ends = |is_first: bool, is_last: bool, answer: (u64, u64)| {
+            let piece = Piece::new(100, 200, is_first);
+            piece.is_last.set(is_last);
+            piece.answered(answer.0, answer.1);
+            piece.end.get()
+        };
+        assert_eq!(ends(true, true, (0, 1000)), 1000);
+        assert_eq!(ends(true, true, (100, 1000)), 1000);
+        // Else its bytes would come twice: here, and by the piece behind it.
+        assert_eq!(ends(true, false, (0, 1000)), 200);
+        assert_eq!(ends(false, true, (0, 1000)), 200);
+        // What was asked for, and less.
+        assert_eq!(ends(true, true, (100, 200)), 200);
+        assert_eq!(ends(true, true, (100, 150)), 200);
+        let piece = Piece::new(100, 200, true);
+        let all = Bytes::from_static(&[7; 1000]);
+        assert_eq!(piece.fresh(0, &all).len(), 100);
+        assert_eq!(piece.fresh(150, &all).len(), 50);
+    }
 }
