@@ -113,6 +113,8 @@ pub struct Containers {
 pub struct Bundle {
     dir: PathBuf,
     id: String,
+    /// What runs it; none if its command was killed before that was noted.
+    runtime: Option<Runtime>,
     states: StateDir,
     /// Locked as long as it is open.
     _lock: File,
@@ -147,11 +149,11 @@ impl Containers {
         turn.ok_or_else(|| ContainerError::Locked(self.dir.clone()))
     }
 
-    /// A directory for another container.
+    /// A directory for another container, which `runtime` is to run.
     ///
     /// # Errors
     /// [`ContainerError`].
-    pub fn create(&self) -> Result<Bundle, ContainerError> {
+    pub fn create(&self, runtime: Runtime) -> Result<Bundle, ContainerError> {
         let _turn = self.turn()?;
         let id = new_id();
         let dir = self.dir.join(&id);
@@ -163,9 +165,12 @@ impl Containers {
                 .map_err(failed("make", &path))?;
         }
         let lock = lock(&dir)?.ok_or_else(|| ContainerError::Locked(dir.clone()))?;
+        // Invariant: it is noted before anything is run.
+        runtime.note(&dir)?;
         Ok(Bundle {
             dir,
             id,
+            runtime: Some(runtime),
             states: self.states.clone(),
             _lock: lock,
         })
@@ -175,7 +180,7 @@ impl Containers {
     ///
     /// # Errors
     /// [`ContainerError`] when the directory cannot be looked through.
-    pub fn remove_left(&self, runtime: &Runtime) -> Result<(), ContainerError> {
+    pub fn remove_left(&self) -> Result<(), ContainerError> {
         let _turn = self.turn()?;
         for entry in fs::read_dir(&self.dir).map_err(failed("read", &self.dir))?.flatten() {
             let Some(id) = entry.file_name().to_str().filter(|id| is_id(id)).map(str::to_owned) else {
@@ -183,13 +188,17 @@ impl Containers {
             };
             let dir = entry.path();
             let Some(lock) = lock(&dir)? else { continue };
-            let left = Bundle {
-                dir,
-                id,
-                states: self.states.clone(),
-                _lock: lock,
-            };
-            if let Err(error) = left.remove(runtime) {
+            let removed = Runtime::of_container(&dir).and_then(|runtime| {
+                let left = Bundle {
+                    dir,
+                    id,
+                    runtime,
+                    states: self.states.clone(),
+                    _lock: lock,
+                };
+                left.remove()
+            });
+            if let Err(error) = removed {
                 log::warn!("{error}");
             }
         }
@@ -257,13 +266,8 @@ impl Bundle {
     ///
     /// # Errors
     /// [`ContainerError::Io`] when the runtime cannot be started.
-    pub fn run(
-        &self,
-        runtime: &Runtime,
-        wanted: &Wanted,
-        signals: &Signals,
-        stop: rustix::process::Signal,
-    ) -> Result<u8, ContainerError> {
+    pub fn run(&self, wanted: &Wanted, signals: &Signals, stop: rustix::process::Signal) -> Result<u8, ContainerError> {
+        let runtime = self.runtime.as_ref().ok_or(ContainerError::NoRuntime)?;
         runtime.run(&self.dir, &self.id, wanted, signals, stop)
     }
 
@@ -271,8 +275,10 @@ impl Bundle {
     ///
     /// # Errors
     /// What stays, and why.
-    pub fn remove(self, runtime: &Runtime) -> Result<(), ContainerError> {
-        runtime.delete(&self.dir, &self.id)?;
+    pub fn remove(self) -> Result<(), ContainerError> {
+        if let Some(runtime) = &self.runtime {
+            runtime.delete(&self.dir, &self.id)?;
+        }
         // The image, and if a command was killed while it mounted, what is under it.
         let mounts = users::mounts().map_err(failed("look below", &self.dir))?;
         let below = mounts.iter().rev().filter(|line| line.point.starts_with(&self.dir));

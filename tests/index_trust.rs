@@ -156,10 +156,7 @@ struct Lab {
 
 /// Believes what is signed by these keys.
 fn keys(keys: &[&SigningKey]) -> TrustPolicy {
-    TrustPolicy {
-        registry: false,
-        keys: keys.iter().map(|key| key.public()).collect(),
-    }
+    TrustPolicy::of_keys(keys.iter().map(|key| key.public()).collect())
 }
 
 impl Lab {
@@ -879,6 +876,19 @@ fn keys_and_words_of_the_command_line() {
     std::fs::write(config.join("tarblk.toml"), "trust = \"registry\"\n").unwrap();
     mode(&config.join("tarblk.toml"), 0o644);
     assert!(!reads(&[]) && reads(&["--trust", "verified"]));
+    // Or this repository alone.
+    let repository = name.strip_prefix("docker://").unwrap().strip_suffix(":latest").unwrap();
+    for (pattern, believed) in [(repository, true), ("127.0.0.1:*/other/*", false)] {
+        let own = format!("[[repository]]\npattern = {pattern:?}\ntrust = \"registry\"\n");
+        std::fs::write(config.join("tarblk.toml"), own).unwrap();
+        assert_eq!(reads(&[]), !believed, "{pattern}");
+    }
+    std::fs::write(
+        config.join("tarblk.toml"),
+        format!("trust = \"registry\"\n[[repository]]\npattern = {repository:?}\ntrust = \"verified\"\n"),
+    )
+    .unwrap();
+    assert!(reads(&[]) && !reads(&["--trust", "registry"]));
     std::fs::remove_file(config.join("tarblk.toml")).unwrap();
     let installed = config.join("keys.d/team.pub");
     std::fs::copy(public, &installed).unwrap();
@@ -904,10 +914,61 @@ fn keys_and_words_of_the_command_line() {
     assert!(!good && said.contains("is no tag"), "{said}");
 }
 
+/// A key pair as cosign keeps it: the private half under a password, which is in the environment, or asked for where there is a terminal.
+#[test]
+fn keys_of_cosign_sign_with_their_password() {
+    let lab = Lab::new(&[&Layer::new(13)]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        mode(&path, 0o600);
+        path
+    };
+    let (private, public) = COSIGN_KEYS;
+    let (private, public) = (file("cosign.key", private), file("cosign.pub", public));
+    let name = lab.registry.name(&format!("{REPOSITORY}:latest"));
+    let run = |arguments: &[&str], password: Option<&str>| {
+        // Without a terminal, whoever runs the test.
+        let mut command = std::process::Command::new("setsid");
+        command.args(["--wait", common::TARBLK]).args(arguments);
+        command.args(["--hosts-dir", "/nonexistent", "--platform", "linux/amd64"]);
+        command.env("TARBLK_CACHE", dir.path().join("cache"));
+        command
+            .env_remove("COSIGN_PASSWORD")
+            .envs(password.map(|password| ("COSIGN_PASSWORD", password)));
+        let output = command.stdin(std::process::Stdio::null()).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let push = ["index", "push", &name, "--sign", private.to_str().unwrap()];
+    let (good, said) = run(&push, None);
+    assert!(
+        !good && said.contains("cosign.key takes a password: set COSIGN_PASSWORD"),
+        "{said}"
+    );
+    let (good, said) = run(&push, Some("Geheim"));
+    assert!(
+        !good && said.contains("cosign.key takes a password: this one is not it"),
+        "{said}"
+    );
+    assert!(!said.contains("Geheim"), "{said}");
+    let (good, said) = run(&push, Some("geheim"));
+    assert!(good, "{said}");
+    drop(std::fs::remove_dir_all(dir.path().join("cache")));
+    let (good, said) = run(&["ls", &name, "--trust-key", public.to_str().unwrap()], None);
+    assert!(good && !said.contains("nothing vouches"), "{said}");
+}
+
 fn mode(path: &Path, mode: u32) {
     use std::os::unix::fs::PermissionsExt as _;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
+
+/// A key pair of cosign 3.1.1; the password is "geheim".
+const COSIGN_KEYS: (&str, &str) = (
+    "-----BEGIN ENCRYPTED SIGSTORE PRIVATE KEY-----\neyJrZGYiOnsibmFtZSI6InNjcnlwdCIsInBhcmFtcyI6eyJOIjo2NTUzNiwiciI6\nOCwicCI6MX0sInNhbHQiOiIzUlAyN3AvOWY1S0t0RnVwMXVGemwzZWJ1QWZtTHJT\nOS9Mckd1eDF2ZDlJPSJ9LCJjaXBoZXIiOnsibmFtZSI6Im5hY2wvc2VjcmV0Ym94\nIiwibm9uY2UiOiJuSnR0WVdQSDdSZGVHR1hvMGNiSEtBOVZxY2RxUzlWcCJ9LCJj\naXBoZXJ0ZXh0IjoiRzlyR2g0WEZLU0pBNGRHTzI4MWlpaEErMTFZMktaZDFEbHFz\nbW1qR0F3K2I4TFhHZzBQRWhQTzN3S05VNEpScGJUYUFRcmlCajhtQldmaUFCNUtu\nWXc9PSJ9\n-----END ENCRYPTED SIGSTORE PRIVATE KEY-----\n",
+    "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA/VaDN7LJqxkeUaudvIuk8UZKH0Kr7pFeACHqeVm1uig=\n-----END PUBLIC KEY-----\n",
+);
 
 /// A key pair of OpenSSL 3.
 const fn openssl_keys() -> (&'static str, &'static str) {

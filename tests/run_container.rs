@@ -189,9 +189,72 @@ fn no_overlay_where_others_could_write_or_look() {
     workshop.assert_gone();
 }
 
+/// What runs containers: each test of them is made with both.
+#[derive(Clone, Copy)]
+enum Runtime {
+    Runc,
+    Crun,
+}
+
+impl Runtime {
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+
+    /// A workshop for the test `name`, if it and `programs` are here.
+    fn workshop(self, name: &str, programs: &[&str]) -> Option<Workshop> {
+        let name = format!("{name}_by_{}", self.program());
+        Workshop::new(&name, &[&[self.program()], programs].concat())
+    }
+
+    /// `tarblk run`.
+    fn run(self, workshop: &Workshop, arguments: &[&str]) -> Command {
+        workshop.tarblk(&[&["-q", "run", "--runtime", self.program()], arguments].concat())
+    }
+}
+
+/// Where control groups of both versions are mounted, crun refuses every container as soon as the second one has a controller. There the
+/// test `name` is run once more by itself, in a mount namespace that has the first version alone, and is not to be run here.
+fn has_plain_groups(name: &str) -> bool {
+    const SECOND: &str = "/sys/fs/cgroup/unified";
+    if !is_mounted(Path::new(SECOND)) {
+        return true;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", "umount \"$0\"; exec \"$@\"", SECOND]);
+    command.arg(std::env::current_exe().unwrap());
+    let status = command.args(["--exact", name, "--nocapture"]).status().unwrap();
+    assert!(status.success(), "{name}: {status}");
+    false
+}
+
+/// Has a test run once with each [`Runtime`].
+macro_rules! with_both {
+    ($test:ident) => {
+        mod $test {
+            use super::Runtime;
+
+            #[test]
+            fn by_runc() {
+                super::$test(Runtime::Runc);
+            }
+
+            #[test]
+            fn by_crun() {
+                if super::has_plain_groups(concat!(stringify!($test), "::by_crun")) {
+                    super::$test(Runtime::Crun);
+                }
+            }
+        }
+    };
+}
+
 /// A container with a directory for what it is made of; what it ended with and what it said.
-fn run(workshop: &Workshop, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let output = workshop.tarblk(&[&["-q", "run"], arguments].concat()).output().unwrap();
+fn run(runtime: Runtime, workshop: &Workshop, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = runtime.run(workshop, arguments).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
@@ -205,14 +268,14 @@ fn assert_none_left(workshop: &Workshop) {
 const SETTINGS: &str = r#"{"Env": ["PATH=/bin", "FROM=image"], "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $FROM $HOME; pwd; id"],
     "User": "web", "WorkingDir": "/dir", "StopSignal": "SIGUSR1", "Hostname": "box"}"#;
 
-#[test]
-fn a_container_is_what_its_image_says() {
-    let Some(workshop) = Workshop::new("a_container_is_what_its_image_says", &["runc"]) else {
+with_both!(a_container_is_what_its_image_says);
+fn a_container_is_what_its_image_says(runtime: Runtime) {
+    let Some(workshop) = runtime.workshop("a_container_is_what_its_image_says", &[]) else {
         return;
     };
     let image = workshop.image("one", &serde_json::from_str(SETTINGS).unwrap());
     let good = |arguments: &[&str]| {
-        let (status, out, err) = run(&workshop, arguments);
+        let (status, out, err) = run(runtime, &workshop, arguments);
         assert_eq!(status, Some(0), "{arguments:?}: {err}");
         out
     };
@@ -239,7 +302,7 @@ fn a_container_is_what_its_image_says() {
     // It has a network, processes and powers of its own, and sees the machine only where it is told to.
     let probe =
         "grep CapEff /proc/self/status; echo $$; ls /sys/class/net; ls /gone; cat /proc/kcore; mount -t tmpfs x /dir";
-    let (_, out, err) = run(&workshop, &["--user", "root", &image, probe]);
+    let (_, out, err) = run(runtime, &workshop, &["--user", "root", &image, probe]);
     assert_eq!(out, "CapEff:\t00000000800405fb\n1\nlo\n");
     assert!(err.contains("/gone: No such file") && err.contains("mount"), "{err}");
     fs::create_dir(workshop.path("shared")).unwrap();
@@ -247,6 +310,7 @@ fn a_container_is_what_its_image_says() {
     good(&["--user", "0", "--volume", &volume, &image, "echo word >/shared/file"]);
     assert_eq!(fs::read(workshop.path("shared/file")).unwrap(), b"word\n");
     let (status, _, err) = run(
+        runtime,
         &workshop,
         &[
             "--user",
@@ -272,17 +336,21 @@ fn a_container_is_what_its_image_says() {
         good(&["--user", "0", "--overlay", &kept, &image, write]),
         "image\nimage\n"
     );
-    let (status, _, err) = run(&workshop, &["--user", "0", "--read-only", &image, "echo >/new"]);
+    let (status, _, err) = run(
+        runtime,
+        &workshop,
+        &["--user", "0", "--read-only", &image, "echo >/new"],
+    );
     assert!(status == Some(1) && err.contains("Read-only"), "{err}");
     // Statuses, and standard input.
-    assert_eq!(run(&workshop, &[&image, "exit 7"]).0, Some(7));
+    assert_eq!(run(runtime, &workshop, &[&image, "exit 7"]).0, Some(7));
     assert_eq!(
-        run(&workshop, &[&image, "kill -9 $$; sleep 1"]).0,
+        run(runtime, &workshop, &[&image, "kill -9 $$; sleep 1"]).0,
         Some(0),
         "the first process is not killed by its own"
     );
     let reading = |interactive: &[&str]| {
-        let mut command = workshop.tarblk(&[&["-q", "run"], interactive, &[&image, "cat"]].concat());
+        let mut command = runtime.run(&workshop, &[interactive, &[&image, "cat"]].concat());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"typed").unwrap();
         child.wait_with_output().unwrap().stdout
@@ -325,10 +393,10 @@ print(subprocess.run(['/bin/sh', '-c', 'echo child'], capture_output=True, text=
 ";
 
 #[cfg(target_arch = "x86_64")]
-#[test]
-fn what_runs_the_machine_is_refused() {
-    const NAME: &str = "what_runs_the_machine_is_refused";
-    let Some(workshop) = Workshop::new(NAME, &["runc", "/usr/bin/python3"]) else {
+with_both!(what_runs_the_machine_is_refused);
+#[cfg(target_arch = "x86_64")]
+fn what_runs_the_machine_is_refused(runtime: Runtime) {
+    let Some(workshop) = runtime.workshop("what_runs_the_machine_is_refused", &["/usr/bin/python3"]) else {
         return;
     };
     let image = workshop.image("one", &json!({}));
@@ -342,7 +410,7 @@ fn what_runs_the_machine_is_refused() {
             arguments.extend(["--volume", volume]);
         }
         arguments.extend([image.as_str(), "/usr/bin/python3", "/calls/calls.py"]);
-        let (status, out, err) = run(&workshop, &arguments);
+        let (status, out, err) = run(runtime, &workshop, &arguments);
         assert_eq!(status, Some(0), "{err}");
         out.lines().map(str::to_owned).collect::<Vec<_>>()
     };
@@ -379,8 +447,8 @@ fn what_runs_the_machine_is_refused() {
 struct Running(std::process::Child);
 
 impl Running {
-    fn start(workshop: &Workshop, arguments: &[&str]) -> Self {
-        let mut command = workshop.tarblk(&[&["-q", "run"], arguments].concat());
+    fn start(runtime: Runtime, workshop: &Workshop, arguments: &[&str]) -> Self {
+        let mut command = runtime.run(workshop, arguments);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut ready = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
@@ -398,10 +466,10 @@ impl Running {
     }
 }
 
-#[test]
-fn signals_are_the_containers_and_a_kill_leaves_nothing() {
+with_both!(signals_are_the_containers_and_a_kill_leaves_nothing);
+fn signals_are_the_containers_and_a_kill_leaves_nothing(runtime: Runtime) {
     use rustix::process::Signal;
-    let Some(workshop) = Workshop::new("signals_are_the_containers_and_a_kill_leaves_nothing", &["runc"]) else {
+    let Some(workshop) = runtime.workshop("signals_are_the_containers_and_a_kill_leaves_nothing", &[]) else {
         return;
     };
     let image = workshop.image("one", &serde_json::from_str(SETTINGS).unwrap());
@@ -414,7 +482,7 @@ fn signals_are_the_containers_and_a_kill_leaves_nothing() {
         (Signal::INT, "INT\n"),
         (Signal::HUP, "HUP\n"),
     ] {
-        let running = Running::start(&workshop, &[&image, script]);
+        let running = Running::start(runtime, &workshop, &[&image, script]);
         running.signal(sent);
         let ended = running.end();
         assert_eq!(
@@ -424,7 +492,7 @@ fn signals_are_the_containers_and_a_kill_leaves_nothing() {
     }
     // One that does not listen is killed at the third time.
     let deaf = "trap '' INT TERM USR1; echo ready; while :; do sleep 0.05; done";
-    let running = Running::start(&workshop, &[&image, deaf]);
+    let running = Running::start(runtime, &workshop, &[&image, deaf]);
     for _ in 0..3 {
         running.signal(Signal::INT);
         std::thread::sleep(Duration::from_millis(50));
@@ -433,8 +501,8 @@ fn signals_are_the_containers_and_a_kill_leaves_nothing() {
     assert_none_left(&workshop);
 
     // A command that is killed leaves its container to the next one; another's is left alone.
-    let mut killed = Running::start(&workshop, &[&image, deaf]);
-    let living = Running::start(&workshop, &[&image, script]);
+    let mut killed = Running::start(runtime, &workshop, &[&image, deaf]);
+    let living = Running::start(runtime, &workshop, &[&image, script]);
     killed.0.kill().unwrap();
     killed.0.wait().unwrap();
     let there_are = || fs::read_dir(workshop.path("run")).unwrap().count();
@@ -445,7 +513,7 @@ fn signals_are_the_containers_and_a_kill_leaves_nothing() {
     living.signal(Signal::TERM);
     assert_eq!(living.end().status.code(), Some(5));
     // Or to detach, which takes the device too.
-    let mut killed = Running::start(&workshop, &[&image, deaf]);
+    let mut killed = Running::start(runtime, &workshop, &[&image, deaf]);
     killed.0.kill().unwrap();
     killed.0.wait().unwrap();
     let detached = workshop.tarblk(&["detach", "--all"]).output().unwrap();
@@ -493,7 +561,8 @@ fn what_cannot_run_says_why_in_one_line() {
         ),
         (&["--tty", &plain], "not a terminal"),
         (&["layer.tar"], "takes images"),
-        (&["--runtime", "/nowhere/runc", &plain], "/nowhere/runc"),
+        (&["--runtime", "/nowhere/runc", &plain], "cannot find /nowhere/runc"),
+        (&["--runtime", "no-such-runtime", &plain], "cannot find no-such-runtime"),
         (
             &[&format!("oci:{}:absent", workshop.at("app"))],
             "there is no absent in it",

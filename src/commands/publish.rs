@@ -3,6 +3,7 @@
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 
+use std::env::{self, VarError};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,13 +17,17 @@ use super::run::ContainerRun;
 use crate::device::service;
 use crate::digest::Digest;
 use crate::fetch::KeyId;
+use crate::http::Secret;
 use crate::open::IndexChoice;
 use crate::open::publish::{self, Publication, PublishWatch, Published, PushOptions};
-use crate::open::trust::SigningKey;
+use crate::open::trust::{SigningKey, TrustError};
 use crate::profile::{Profile, StartRun};
 use crate::quantity::show_size;
 use crate::source::registry::{ImageName, Reference, Version};
 use crate::source::{Source, image_meant};
+
+/// Where cosign looks for a key's password.
+const PASSWORD_VARIABLE: &str = "COSIGN_PASSWORD";
 
 /// One bar for all layers.
 impl PublishWatch for Bar {
@@ -42,6 +47,17 @@ pub(super) fn reference(text: &str) -> anyhow::Result<Reference> {
     }
 }
 
+/// The key in a file. Where it takes a password, that is cosign's variable or typed.
+fn signing_key(path: &Path) -> Result<SigningKey, TrustError> {
+    SigningKey::of_file(path, || match env::var(PASSWORD_VARIABLE) {
+        Ok(password) => Ok(Secret::new(password)),
+        Err(VarError::NotUnicode(_)) => Err(format!("that in {PASSWORD_VARIABLE} is not UTF-8")),
+        Err(VarError::NotPresent) => rpassword::prompt_password(format!("password of {}: ", path.display()))
+            .map(Secret::new)
+            .map_err(|error| format!("set {PASSWORD_VARIABLE}, or call from a terminal ({error})")),
+    })
+}
+
 /// `tarblk index push`.
 pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
     let image = reference(&args.image)?;
@@ -50,7 +66,7 @@ pub(super) fn push(args: &PushArgs, session: Session) -> anyhow::Result<()> {
         spacing: args.spacing,
         anew: args.anew,
         size: args.registry.size(),
-        sign: args.sign.as_deref().map(SigningKey::of_file).transpose()?.map(Arc::new),
+        sign: args.sign.as_deref().map(signing_key).transpose()?.map(Arc::new),
         into: args.into.as_deref().map(|tag| check_tag(&image, tag)).transpose()?,
         trust: args.registry.trust()?,
     };

@@ -67,6 +67,7 @@ impl RegistryArgs {
         let mut policy = TrustPolicy::of_machine(&config_dir())?;
         if let Some(word) = self.trust {
             policy.registry = word == TrustArg::Registry;
+            policy.repositories.clear();
         }
         for path in &self.trust_key {
             policy.keys.extend(PublicKey::of_file(path)?);

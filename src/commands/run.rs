@@ -31,7 +31,7 @@ pub(super) fn run(args: &RunArgs, session: Session) -> anyhow::Result<()> {
     let wanted = wanted(args)?;
     let runtime = Runtime::find(args.runtime.as_deref())?;
     let containers = Containers::open(&dir(), &states())?;
-    containers.remove_left(&runtime)?;
+    containers.remove_left()?;
     let found = ContainerImage::find(&args.layer, "run", session)?;
     let container = ContainerRun {
         runtime,
@@ -65,7 +65,7 @@ impl ContainerRun {
         make_ready(BackendArg::default())?;
         let runtime = Runtime::find(None)?;
         let containers = Containers::open(&dir(), &states())?;
-        containers.remove_left(&runtime)?;
+        containers.remove_left()?;
         Ok(Self {
             runtime,
             containers,
@@ -96,7 +96,7 @@ impl ContainerRun {
         upgrade_other();
         // From here on there is something to take away.
         let signals = Signals::catch().context("cannot catch signals")?;
-        let bundle = self.containers.create()?;
+        let bundle = self.containers.create(self.runtime)?;
         let mut run = || -> anyhow::Result<u8> {
             let root = bundle.root();
             let upper = self.overlay.clone().unwrap_or_else(|| bundle.overlay());
@@ -111,19 +111,19 @@ impl ContainerRun {
                 return Err(Interrupted.into());
             }
             bundle.prepare(&settings, &self.wanted)?;
-            let status = bundle.run(&self.runtime, &self.wanted, &signals, settings.stop_signal())?;
+            let status = bundle.run(&self.wanted, &signals, settings.stop_signal())?;
             ended(&prepared, &attached.state);
             Ok(status)
         };
         let outcome = run();
-        remove(bundle, &self.runtime);
+        remove(bundle);
         outcome
     }
 }
 
 /// Removes a container; how it ended says more than what is left of it, which the next command tries again.
-fn remove(bundle: Bundle, runtime: &Runtime) {
-    if let Err(error) = bundle.remove(runtime) {
+fn remove(bundle: Bundle) {
+    if let Err(error) = bundle.remove() {
         log::warn!("{error}");
     }
 }
@@ -134,12 +134,10 @@ pub(super) fn remove_left() {
         let Some(containers) = Containers::existing(&dir(), &states())? else {
             return Ok(());
         };
-        containers.remove_left(&Runtime::find(None)?)
+        containers.remove_left()
     };
-    match left() {
-        // Without a runtime there was no container.
-        Ok(()) | Err(ContainerError::NoRuntime) => {}
-        Err(error) => log::warn!("{error}"),
+    if let Err(error) = left() {
+        log::warn!("{error}");
     }
 }
 

@@ -1,9 +1,10 @@
 //! The OCI runtime as a process. In: a bundle. Out: the container's exit status; meanwhile signals of this process are the container's.
 
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -25,29 +26,48 @@ const OTHERS_LIMIT: Duration = Duration::from_secs(1);
 /// What shells add to the number of the signal that ended a program.
 const SIGNALLED: i32 = 128;
 
-/// A program that runs containers.
+/// What leads from a container's directory to the program that runs it.
+const LINK: &str = "runtime-program";
+
+/// A program that runs containers, by its full path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Runtime(PathBuf);
 
 impl Runtime {
-    /// The one at `path`, or runc or crun, the first that is on the PATH.
+    /// The one that is named, by its path or as a program on the PATH; if none is, runc or crun, the first that is there.
     ///
     /// # Errors
-    /// [`ContainerError::NoRuntime`].
-    pub fn find(path: Option<&Path>) -> Result<Self, ContainerError> {
-        if let Some(path) = path {
-            return Ok(Self(path.to_owned()));
+    /// [`ContainerError::NoRuntime`]; [`ContainerError::Io`] when the one that is named is not there.
+    pub fn find(named: Option<&Path>) -> Result<Self, ContainerError> {
+        let Some(named) = named else {
+            let found = ["runc", "crun"].iter().find_map(|name| on_path(Path::new(name)));
+            return found.map(Self).ok_or(ContainerError::NoRuntime);
+        };
+        let path = if named.file_name() == Some(named.as_os_str()) {
+            on_path(named)
+        } else {
+            path::absolute(named).ok()
+        };
+        let found = path.filter(|path| path.is_file());
+        found
+            .map(Self)
+            .ok_or_else(|| failed("find", named)(io::ErrorKind::NotFound.into()))
+    }
+
+    /// The one that a container's directory names; none if it was never given one, so that nothing was run.
+    pub(super) fn of_container(dir: &Path) -> Result<Option<Self>, ContainerError> {
+        let link = dir.join(LINK);
+        match fs::read_link(&link) {
+            Ok(path) => Ok(Some(Self(path))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &link)(error)),
         }
-        let dirs: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
-            // Where administrators' programs are, which is not on everybody's PATH.
-            .chain(["/usr/sbin", "/usr/bin", "/sbin"].map(PathBuf::from))
-            .collect();
-        let programs = ["runc", "crun"];
-        let found = programs.iter().find_map(|program| {
-            let mut places = dirs.iter().map(|dir| dir.join(program));
-            places.find(|path| path.is_file())
-        });
-        found.map(Self).ok_or(ContainerError::NoRuntime)
+    }
+
+    /// Notes in a container's directory that this one runs it: only it knows how to end what it has begun.
+    pub(super) fn note(&self, dir: &Path) -> Result<(), ContainerError> {
+        let link = dir.join(LINK);
+        std::os::unix::fs::symlink(&self.0, &link).map_err(failed("make", &link))
     }
 
     /// A command of it, with its files below a container's directory.
@@ -124,6 +144,16 @@ impl Runtime {
         let said = said.lines().last().unwrap_or("it does not say why").to_owned();
         Err(failed("end the container by", &self.0)(io::Error::other(said)))
     }
+}
+
+/// Where a program is that is called by its name.
+fn on_path(name: &Path) -> Option<PathBuf> {
+    let dirs = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&dirs)
+        // Where administrators' programs are, which is not on everybody's PATH.
+        .chain(["/usr/sbin", "/usr/bin", "/sbin"].map(PathBuf::from))
+        .filter_map(|dir| path::absolute(dir.join(name)).ok())
+        .find(|path| path.is_file())
 }
 
 /// The signals of this process, which are a container's once there is one; before that it is only counted how often an end is

@@ -196,22 +196,24 @@ fn find_with(
     if all.iter().all(is_settled) {
         return Ok(all);
     }
+    let repository = registry.name();
+    let believes_any = trust.believes_any(&repository);
     published(registry, image, profile, &mut |listed| {
         for (place, layer) in all.iter_mut().zip(layers) {
             let Some(listed) = listed.iter().find(|listed| listed.layer == layer.descriptor.digest) else {
                 continue;
             };
-            let believed = trust.of_listed(listed);
+            let believed = trust.of_listed(&repository, listed);
             if place.is_none() || (believed.is_some() && !is_settled(place)) {
                 *place = Some(found(listed.clone(), FoundBy::Image, believed));
             }
         }
         // What is not believed is looked for only to be told of.
-        let enough = |place: &Option<FoundIndex>| is_settled(place) || (place.is_some() && !trust.believes_any());
+        let enough = |place: &Option<FoundIndex>| is_settled(place) || (place.is_some() && !believes_any);
         all.iter().all(enough)
     })?;
     // A question for each layer that is left, all at the same time.
-    let is_left = |known: &Option<FoundIndex>| known.is_none() || (trust.believes_any() && !is_settled(known));
+    let is_left = |known: &Option<FoundIndex>| known.is_none() || (believes_any && !is_settled(known));
     let answers: Vec<_> = thread::scope(|scope| {
         let ask = |(layer, known): (&ImageLayer, &Option<FoundIndex>)| {
             let digest = layer.descriptor.digest.clone();
@@ -225,7 +227,7 @@ fn find_with(
     });
     for (place, answer) in all.iter_mut().zip(answers) {
         if let Some((listed, by)) = answer.transpose()?.flatten() {
-            let believed = trust.of_listed(&listed);
+            let believed = trust.of_listed(&repository, &listed);
             if place.is_none() || believed.is_some() {
                 *place = Some(found(listed, by, believed));
             }
@@ -318,7 +320,7 @@ pub(super) fn find_of_layer(
 ) -> Result<Option<FoundIndex>, SourceError> {
     let found = of_layer(registry, layer)?;
     Ok(found.and_then(|(listed, by)| {
-        let believed = trust.of_listed(&listed)?;
+        let believed = trust.of_listed(&registry.name(), &listed)?;
         Some(FoundIndex {
             access: registry.blob(&listed.digest, listed.size),
             listed,

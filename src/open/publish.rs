@@ -252,11 +252,7 @@ fn signed(mut listed: Listed, how: &PushOptions) -> Result<(Listed, bool), OpenE
     let Some(key) = &how.sign else {
         return Ok((listed, false));
     };
-    let own = TrustPolicy {
-        registry: false,
-        keys: vec![key.public()],
-    };
-    if own.of_listed(&listed).is_some() {
+    if TrustPolicy::of_keys(vec![key.public()]).signer(&listed).is_some() {
         return Ok((listed, false));
     }
     let signature = key.sign(&listed)?;
@@ -386,7 +382,7 @@ fn tagged(
     else {
         return Ok(None);
     };
-    if how.vouches() && how.policy().of_listed(&listed).is_none() {
+    if how.vouches() && how.policy().of_listed(&registry.name(), &listed).is_none() {
         log::info!(
             "layer {}: nothing vouches for the index that is there; making a new one",
             listed.layer

@@ -21,7 +21,7 @@ use crate::fetch::IndexTrust;
 use crate::index::Index;
 use crate::profile::Profile;
 use crate::source::Blob;
-use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, PullPolicy, Reference, Registry};
+use crate::source::registry::{BlobPlace, Image, ImageLayer, ImageName, PullPolicy, Registry};
 
 /// So many connections bring an image's indexes, and are opened before it is known what they are for: TCP starts slowly, and each
 /// connection for itself.
@@ -66,11 +66,6 @@ fn required(options: &OpenOptions) -> bool {
     options.index == IndexChoice::Require || options.index_digest.is_some()
 }
 
-/// The name of a repository in the cache.
-fn repository(reference: &Reference) -> String {
-    format!("{}/{}", reference.host, reference.repository)
-}
-
 /// Opens the connections that indexes will need, while the manifest is on its way; none for an image that was here before.
 pub(super) fn warm_up(name: &ImageName, options: &OpenOptions) -> Result<(), OpenError> {
     let ImageName::Registry(reference) = name else {
@@ -113,7 +108,7 @@ pub(super) fn find(
         IndexChoice::Auto | IndexChoice::Require => {}
     }
     let registry = Registry::new(reference, &options.registry)?;
-    let place = repository(reference);
+    let place = reference.repository_name();
     let kept = |layer: &ImageLayer| options.cache.as_ref()?.hot(&place, &layer.descriptor.digest);
     let lead_to = |hot: KeptHot, trust| {
         let rest = Blob::of_registry(registry.blob(&hot.digest, hot.index.file_len()));
@@ -125,7 +120,7 @@ pub(super) fn find(
         let named = named.iter().find(|listed| listed.layer == layer.descriptor.digest);
         match named {
             Some(named) => hot.is(named).then_some(IndexTrust::Manifest),
-            None => options.trust.of_listed(&hot.listed(&layer.descriptor.digest)),
+            None => options.trust.of_listed(&place, &hot.listed(&layer.descriptor.digest)),
         }
     };
     let mut leads = Vec::new();
@@ -326,7 +321,7 @@ fn keep(
     let (ImageName::Registry(reference), Some(cache)) = (name, &options.cache) else {
         return Ok(None);
     };
-    let place = repository(reference);
+    let place = reference.repository_name();
     match cache.keep_hot(&place, index, &found.listed) {
         Ok(path) => Ok(Some(path)),
         Err(OpenError::Cache { path, cause }) if is_of_the_disk(&cause) => {

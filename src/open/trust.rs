@@ -6,11 +6,12 @@
 //! takes a signature by a trusted key, a digest in the image's manifest, a digest that was asked for, or that somebody said in so
 //! many words that the registry is to be believed.
 //!
-//! Parts: `key` (public and private keys in PEM), `machine` (keys and words of the machine's configuration directory), `owned` (files
+//! Parts: `key` (public and private keys in PEM), `cosign` (private keys under a password), `machine` (keys and words of the machine's configuration directory), `owned` (files
 //! that nobody else may write to).
 //!
 //! Invariant: nothing is asked of any server here; a signature is right or wrong by the key and the bytes alone.
 
+mod cosign;
 mod key;
 mod machine;
 mod owned;
@@ -19,7 +20,8 @@ use std::io;
 use std::path::PathBuf;
 
 use super::artifact::Listed;
-use crate::fetch::IndexTrust;
+use crate::fetch::{IndexTrust, KeyId};
+use crate::source::registry::RepositoryPattern;
 
 pub use key::{PublicKey, SigningKey};
 pub use machine::CONFIG_DIR;
@@ -29,8 +31,19 @@ pub use machine::CONFIG_DIR;
 pub struct TrustPolicy {
     /// All of them: whoever may write to the repository is believed (`--trust registry`).
     pub registry: bool,
+    /// The same for some repositories; the first whose pattern fits counts.
+    pub repositories: Vec<RepositoryTrust>,
     /// Those that one of these keys has signed.
     pub keys: Vec<PublicKey>,
+}
+
+/// Whether indexes are believed that lie beside images in some repositories.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryTrust {
+    /// Which repositories.
+    pub pattern: RepositoryPattern,
+    /// Whether whoever may write there is believed.
+    pub registry: bool,
 }
 
 impl TrustPolicy {
@@ -39,25 +52,49 @@ impl TrustPolicy {
     pub fn of_registry() -> Self {
         Self {
             registry: true,
-            keys: Vec::new(),
+            ..Self::default()
         }
     }
 
-    /// On whose word an index is believed that was found beside an image; `None` if it is not.
+    /// Believes what one of these keys has signed.
     #[must_use]
-    pub fn of_listed(&self, listed: &Listed) -> Option<IndexTrust> {
-        let signed = listed.signatures.iter().find_map(|signature| {
-            let key = self.keys.iter().find(|key| key.id() == signature.key)?;
-            key.has_signed(&listed.statement()?, &signature.bytes)
-                .then_some(IndexTrust::Key { key: signature.key })
-        });
-        signed.or_else(|| self.registry.then_some(IndexTrust::Registry))
+    pub fn of_keys(keys: Vec<PublicKey>) -> Self {
+        Self {
+            keys,
+            ..Self::default()
+        }
     }
 
-    /// Whether any index could be believed that lies beside an image.
+    /// On whose word an index is believed that was found beside an image in `repository` ([`Reference::repository_name`]); `None` if
+    /// it is not.
+    ///
+    /// [`Reference::repository_name`]: crate::source::registry::Reference::repository_name
     #[must_use]
-    pub fn believes_any(&self) -> bool {
-        self.registry || !self.keys.is_empty()
+    pub fn of_listed(&self, repository: &str, listed: &Listed) -> Option<IndexTrust> {
+        self.signer(listed)
+            .map(|key| IndexTrust::Key { key })
+            .or_else(|| self.believes_registry(repository).then_some(IndexTrust::Registry))
+    }
+
+    /// The key that has signed an index, of those that are believed.
+    pub(super) fn signer(&self, listed: &Listed) -> Option<KeyId> {
+        listed.signatures.iter().find_map(|signature| {
+            let key = self.keys.iter().find(|key| key.id() == signature.key)?;
+            key.has_signed(&listed.statement()?, &signature.bytes)
+                .then_some(signature.key)
+        })
+    }
+
+    /// Whether any index could be believed that lies beside an image in `repository`.
+    #[must_use]
+    pub fn believes_any(&self, repository: &str) -> bool {
+        !self.keys.is_empty() || self.believes_registry(repository)
+    }
+
+    /// Whether whoever may write to `repository` is believed.
+    fn believes_registry(&self, repository: &str) -> bool {
+        let own = self.repositories.iter().find(|own| own.pattern.fits(repository));
+        own.map_or(self.registry, |own| own.registry)
     }
 }
 
@@ -92,6 +129,14 @@ pub enum TrustError {
         /// What is wrong with it, and what would be right.
         why: &'static str,
     },
+    /// A private key takes a password, and it is not there or another one.
+    #[error("{path} takes a password: {why}")]
+    Password {
+        /// The file.
+        path: PathBuf,
+        /// What was wrong with it, or why there is none.
+        why: String,
+    },
     /// The machine's configuration makes no sense.
     #[error("{path}: {why}")]
     Config {
@@ -109,6 +154,8 @@ pub enum TrustError {
 mod tests {
     use super::*;
     use crate::digest::{Algorithm, Digest};
+
+    const REPOSITORY: &str = "registry.example.org/team/app";
 
     fn listed(name: &str) -> Listed {
         let digest = |what: &str| Digest::of(Algorithm::Sha256, format!("{name} {what}").as_bytes());
@@ -131,43 +178,71 @@ mod tests {
     fn what_is_signed_is_believed_by_the_key_alone() {
         for key in [key::tests::ed25519(), key::tests::p256()] {
             let other = key::tests::ed25519();
-            let policy = |keys: &[&SigningKey]| TrustPolicy {
-                registry: false,
-                keys: keys.iter().map(|key| key.public()).collect(),
-            };
+            let policy = |keys: &[&SigningKey]| TrustPolicy::of_keys(keys.iter().map(|key| key.public()).collect());
             let good = signed(&listed("a"), &[&key]);
             let believed = Some(IndexTrust::Key { key: key.public().id() });
-            assert_eq!(policy(&[&key]).of_listed(&good), believed);
-            assert_eq!(policy(&[&other, &key]).of_listed(&good), believed);
+            assert_eq!(policy(&[&key]).of_listed(REPOSITORY, &good), believed);
+            assert_eq!(policy(&[&other, &key]).of_listed(REPOSITORY, &good), believed);
             // No key, another key, no signature, another one's signature.
-            assert_eq!(TrustPolicy::default().of_listed(&good), None);
-            assert_eq!(policy(&[&other]).of_listed(&good), None);
-            assert_eq!(policy(&[&key]).of_listed(&listed("a")), None);
-            assert_eq!(policy(&[&key]).of_listed(&signed(&listed("a"), &[&other])), None);
+            assert_eq!(TrustPolicy::default().of_listed(REPOSITORY, &good), None);
+            assert_eq!(policy(&[&other]).of_listed(REPOSITORY, &good), None);
+            assert_eq!(policy(&[&key]).of_listed(REPOSITORY, &listed("a")), None);
+            assert_eq!(
+                policy(&[&key]).of_listed(REPOSITORY, &signed(&listed("a"), &[&other])),
+                None
+            );
             // Of several one is enough.
             let both = signed(&listed("a"), &[&other, &key]);
-            assert_eq!(policy(&[&key]).of_listed(&both), believed);
+            assert_eq!(policy(&[&key]).of_listed(REPOSITORY, &both), believed);
             // A signature says it under another key's name.
             let mut named = signed(&listed("a"), &[&other]);
             named.signatures[0].key = key.public().id();
-            assert_eq!(policy(&[&key]).of_listed(&named), None);
+            assert_eq!(policy(&[&key]).of_listed(REPOSITORY, &named), None);
             // The registry's word is asked for last.
             let registry = TrustPolicy {
                 registry: true,
                 ..policy(&[&key])
             };
-            assert_eq!(registry.of_listed(&good), believed);
-            assert_eq!(registry.of_listed(&listed("a")), Some(IndexTrust::Registry));
+            assert_eq!(registry.of_listed(REPOSITORY, &good), believed);
+            assert_eq!(registry.of_listed(REPOSITORY, &listed("a")), Some(IndexTrust::Registry));
         }
+    }
+
+    #[test]
+    fn a_registry_is_believed_by_repository() {
+        let own = |pattern: &str, registry| RepositoryTrust {
+            pattern: RepositoryPattern::new(pattern),
+            registry,
+        };
+        let mut policy = TrustPolicy {
+            repositories: vec![
+                own("registry.example.org/team/mirror/*", false),
+                own("registry.example.org/team/*", true),
+            ],
+            ..TrustPolicy::default()
+        };
+        let believed = |policy: &TrustPolicy, repository: &str| {
+            let found = policy.of_listed(repository, &listed("a"));
+            assert_eq!(policy.believes_any(repository), found.is_some(), "{repository}");
+            found == Some(IndexTrust::Registry)
+        };
+        for (repository, expected) in [
+            (REPOSITORY, true),
+            ("registry.example.org/team/mirror/app", false),
+            ("registry.example.org/other/app", false),
+            ("docker.io/library/debian", false),
+        ] {
+            assert_eq!(believed(&policy, repository), expected, "{repository}");
+        }
+        policy.registry = true;
+        assert!(believed(&policy, "docker.io/library/debian"));
+        assert!(!believed(&policy, "registry.example.org/team/mirror/app"));
     }
 
     #[test]
     fn a_signature_is_of_one_layer_and_one_index() {
         let key = key::tests::ed25519();
-        let policy = TrustPolicy {
-            registry: false,
-            keys: vec![key.public()],
-        };
+        let policy = TrustPolicy::of_keys(vec![key.public()]);
         let good = signed(&listed("a"), &[&key]);
         let other = listed("b");
         let replayed: [&dyn Fn(&mut Listed); 7] = [
@@ -182,7 +257,7 @@ mod tests {
         for replay in replayed {
             let mut wrong = good.clone();
             replay(&mut wrong);
-            assert_eq!(policy.of_listed(&wrong), None, "{wrong:?}");
+            assert_eq!(policy.of_listed(REPOSITORY, &wrong), None, "{wrong:?}");
         }
     }
 }

@@ -23,6 +23,7 @@ mod lenient;
 mod login;
 mod manifest;
 mod oci_layout;
+mod pattern;
 mod platform;
 mod redirect;
 mod reference;
@@ -41,6 +42,7 @@ pub use hosts::DEFAULT_HOSTS_DIR;
 pub use kept::KeptLogins;
 pub use login::{Login, LoginParts};
 pub use manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, ImageConfig, Manifest, OCI_INDEX, OCI_MANIFEST};
+pub use pattern::RepositoryPattern;
 pub use platform::Platform;
 pub use reference::{ImageName, LayoutName, Reference, Version};
 

@@ -1,5 +1,6 @@
 //! Keys. In: PEM, as `openssl genpkey` and cosign write it: `PUBLIC KEY` (`SubjectPublicKeyInfo`, RFC 5280) and `PRIVATE KEY` (PKCS#8,
-//! RFC 5958), of Ed25519 or of ECDSA over P-256 with SHA-256. Out: whether something was signed, or a signature.
+//! RFC 5958), of Ed25519 or of ECDSA over P-256 with SHA-256; private ones also under a password
+//! ([`cosign`](super::cosign)). Out: whether something was signed, or a signature.
 //!
 //! Of the DER in a public key there are two forms only, each a prefix of its own and then the key, so nothing is parsed: what is not
 //! one of them to the byte is refused.
@@ -18,8 +19,10 @@ use sha2::{Digest as _, Sha256};
 use super::super::artifact::Listed;
 use super::super::signature::Signature;
 use super::TrustError;
+use super::cosign::{CosignFault, EncryptedKey};
 use super::owned::read_owned;
 use crate::fetch::KeyId;
+use crate::http::Secret;
 
 /// `SubjectPublicKeyInfo` of Ed25519 (RFC 8410) up to the 32 bytes of the key.
 const ED25519_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
@@ -41,7 +44,11 @@ const NO_PUBLIC_KEY: &str =
     "it holds no public key (PEM, `-----BEGIN PUBLIC KEY-----`) of Ed25519 or ECDSA P-256, whole and nothing else";
 /// What is wrong with a file that should hold a private key.
 const NO_PRIVATE_KEY: &str = "it holds no private key (PEM, `-----BEGIN PRIVATE KEY-----`, PKCS#8 without a password) of Ed25519 or ECDSA \
-     P-256; `openssl genpkey -algorithm ed25519` makes one, `openssl pkcs8 -topk8 -nocrypt` writes another form as this one";
+     P-256, nor one of cosign's; `openssl genpkey -algorithm ed25519` and `cosign generate-key-pair` make one, `openssl pkcs8 -topk8 \
+     -nocrypt` writes another form as this one";
+/// What is wrong with a file that begins as cosign's do.
+const NO_COSIGN_KEY: &str = "it holds a key of cosign's that is damaged, or of a form that is not known here";
+const COSTS_TOO_MUCH: &str = "it holds a key of cosign's that takes more memory or time than any that cosign makes";
 
 /// How a key signs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,23 +170,46 @@ impl std::fmt::Debug for SigningKey {
 }
 
 impl SigningKey {
-    /// The key in a file.
+    /// The key in a file. `password` is asked for one if the key takes it, and says why there is none.
     ///
     /// # Errors
-    /// [`TrustError`]: the file cannot be read, another user could have written it, or it holds no key of a kind that can be used.
-    pub fn of_file(path: &Path) -> Result<Self, TrustError> {
-        let key = Self::parse(&read_owned(path)?);
-        key.ok_or_else(|| TrustError::Key {
+    /// [`TrustError`]: the file cannot be read, another user could have written it, or it holds no key of a kind that can be used;
+    /// there is no password, or another one is right.
+    pub fn of_file(path: &Path, password: impl FnOnce() -> Result<Secret, String>) -> Result<Self, TrustError> {
+        let text = read_owned(path)?;
+        let unusable = |why| TrustError::Key {
             path: path.to_owned(),
-            why: NO_PRIVATE_KEY,
-        })
+            why,
+        };
+        let refused = |why| TrustError::Password {
+            path: path.to_owned(),
+            why,
+        };
+        let fault = |fault| match fault {
+            CosignFault::Form => unusable(NO_COSIGN_KEY),
+            CosignFault::Cost => unusable(COSTS_TOO_MUCH),
+            CosignFault::Password => refused("this one is not it".to_owned()),
+        };
+        let key = match EncryptedKey::find(&text) {
+            Some(encrypted) => {
+                let encrypted = encrypted.map_err(fault)?;
+                let password = password().map_err(refused)?;
+                Self::of_der(&encrypted.open(password.reveal().as_bytes()).map_err(fault)?)
+            }
+            None => Self::parse(&text),
+        };
+        key.ok_or_else(|| unusable(NO_PRIVATE_KEY))
     }
 
-    /// The first key in PEM.
+    /// The first key in PEM that takes no password.
     #[must_use]
     pub fn parse(text: &[u8]) -> Option<Self> {
         let der = PrivatePkcs8KeyDer::from_pem_slice(text).ok()?;
-        let der = der.secret_pkcs8_der();
+        Self::of_der(der.secret_pkcs8_der())
+    }
+
+    /// A key by its PKCS#8.
+    fn of_der(der: &[u8]) -> Option<Self> {
         // OpenSSL writes Ed25519 keys without the public half, which ring would compare.
         if let Ok(pair) = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der) {
             let public = PublicKey::of_raw(Kind::Ed25519, pair.public_key().as_ref());
@@ -306,6 +336,37 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn keys_of_cosign_take_their_password() {
+        use super::super::cosign::tests::{KEYS, PASSWORD};
+        let dir = tempfile::tempdir().unwrap();
+        let file = |text: &str| {
+            let path = dir.path().join("cosign.key");
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let secret = |text: &str| Ok(Secret::new(text.to_owned()));
+        for (private, public) in KEYS {
+            let password = std::str::from_utf8(PASSWORD).unwrap();
+            let key = SigningKey::of_file(&file(private), || secret(password)).unwrap();
+            assert_eq!(PublicKey::parse(public.as_bytes()).unwrap(), [key.public()]);
+            let said = |private: &str, password| SigningKey::of_file(&file(private), || password).unwrap_err();
+            let wrong = said(private, secret("other"));
+            assert!(matches!(wrong, TrustError::Password { .. }), "{wrong}");
+            let none = said(private, Err("there is nobody to ask".to_owned()));
+            assert!(
+                none.to_string()
+                    .ends_with("cosign.key takes a password: there is nobody to ask"),
+                "{none}"
+            );
+            let damaged = said(&private.replace("eyJ", "eyA"), secret(password));
+            assert!(matches!(damaged, TrustError::Key { .. }), "{damaged}");
+        }
+        // Nobody is asked where none is needed.
+        let [(ed25519, ..), _] = OPENSSL;
+        assert!(SigningKey::of_file(&file(ed25519), || unreachable!()).is_ok());
+    }
+
+    #[test]
     fn private_keys_that_are_cut_or_encrypted_are_none() {
         let [(ed25519, ..), (p256, ..)] = OPENSSL;
         for text in [ed25519, p256] {
@@ -313,8 +374,7 @@ pub(super) mod tests {
                 assert!(SigningKey::parse(&text.as_bytes()[..len]).is_none(), "{len} bytes");
             }
         }
-        let encrypted = pem("ENCRYPTED SIGSTORE PRIVATE KEY", b"{}");
-        assert!(SigningKey::parse(encrypted.as_bytes()).is_none());
+        assert!(SigningKey::parse(super::super::cosign::tests::KEYS[0].0.as_bytes()).is_none());
         assert!(!format!("{:?}", super::tests::ed25519()).contains("pair"));
     }
 }

@@ -6,6 +6,10 @@
 //! trust = "registry"
 //! # Keys besides those in keys.d.
 //! trust-keys = ["/usr/share/keys/team.pub"]
+//! # Another word for some repositories; the first pattern that fits counts.
+//! [[repository]]
+//! pattern = "registry.example.org/team/*"
+//! trust = "verified"
 //! ```
 //!
 //! Invariant: nothing is read of a file or directory that another user than root and this process's own could have written.
@@ -18,7 +22,8 @@ use serde::Deserialize;
 
 use super::key::PublicKey;
 use super::owned::{check_owner, read_owned};
-use super::{TrustError, TrustPolicy};
+use super::{RepositoryTrust, TrustError, TrustPolicy};
+use crate::source::registry::RepositoryPattern;
 
 /// Where the machine's configuration is.
 pub const CONFIG_DIR: &str = "/etc/tarblk";
@@ -37,6 +42,16 @@ struct Config {
     trust: Trust,
     #[serde(default)]
     trust_keys: Vec<PathBuf>,
+    #[serde(default)]
+    repository: Vec<RepositoryConfig>,
+}
+
+/// Another word for some repositories.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RepositoryConfig {
+    pattern: RepositoryPattern,
+    trust: Trust,
 }
 
 /// The words of `trust`, which are those of `--trust`.
@@ -68,8 +83,13 @@ impl TrustPolicy {
                 Err(error) => log::warn!("{error}"),
             }
         }
+        let repositories = config.repository.into_iter().map(|own| RepositoryTrust {
+            pattern: own.pattern,
+            registry: own.trust == Trust::Registry,
+        });
         Ok(Self {
             registry: config.trust == Trust::Registry,
+            repositories: repositories.collect(),
             keys,
         })
     }
@@ -169,6 +189,16 @@ mod tests {
     }
 
     #[test]
+    fn the_file_that_is_installed_shows_every_key() {
+        let file = include_str!("../../../packaging/config/tarblk.toml");
+        assert!(matches!(parse(file.as_bytes()).unwrap().trust, Trust::Verified));
+        let shown = file.lines().filter_map(|line| line.strip_prefix("# "));
+        let settings = shown.filter(|line| line.starts_with("[[") || line.contains(" = "));
+        let config = parse(settings.collect::<Vec<_>>().join("\n").as_bytes()).unwrap();
+        assert_eq!((config.trust_keys.len(), config.repository.len()), (1, 1));
+    }
+
+    #[test]
     fn the_registry_is_believed_by_one_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(CONFIG_NAME);
@@ -186,7 +216,17 @@ mod tests {
         mode(&file, 0o644);
         let named = format!("trust-keys = [{:?}, \"/nonexistent\"]", file.display().to_string());
         assert_eq!(policy(&named).unwrap().keys, [key]);
-        for wrong in ["trust = \"all\"", "trust = true", "trsut = \"registry\"", "trust"] {
+        let own = policy("[[repository]]\npattern = \"docker.io/*\"\ntrust = \"registry\"").unwrap();
+        assert!(own.believes_any("docker.io/library/debian") && !own.believes_any("quay.io/library/debian"));
+        for wrong in [
+            "trust = \"all\"",
+            "trust = true",
+            "trsut = \"registry\"",
+            "trust",
+            "[[repository]]\npattern = \"*\"",
+            "[[repository]]\ntrust = \"registry\"",
+            "[[repository]]\npattern = \"*\"\ntrust = \"registry\"\nlazy = \"never\"",
+        ] {
             let said = policy(wrong).unwrap_err();
             assert!(matches!(said, TrustError::Config { .. }), "{wrong}: {said}");
             assert_eq!(said.to_string().lines().count(), 1, "{said}");

@@ -133,7 +133,7 @@ impl Registry {
         http::date(asked.ok()?.headers())
     }
 
-    /// For messages: registry and repository.
+    /// Registry and repository, as [`Reference::repository_name`] has them.
     #[must_use]
     pub fn name(&self) -> String {
         self.session.name()

@@ -81,6 +81,12 @@ impl fmt::Display for ImageName {
 }
 
 impl Reference {
+    /// Registry and repository without tag or digest: `docker.io/library/debian`.
+    #[must_use]
+    pub fn repository_name(&self) -> String {
+        format!("{}/{}", self.host, self.repository)
+    }
+
     /// Understands what follows `docker://`. A first part with a dot, a colon or an upper-case letter, or `localhost`, is a
     /// host; without one it is Docker Hub, whose official images lie in `library/`.
     ///
