@@ -37,6 +37,9 @@ use tarblk::internals::digest::{Algorithm, Digest};
 
 type Failure = Box<dyn std::error::Error>;
 
+/// So many containers are run after the second one.
+const LATER: usize = 5;
+
 /// What the container runs.
 const COMMAND: [&str; 3] = ["python3", "-c", "import numpy"];
 
@@ -96,6 +99,8 @@ struct Times {
     attach: Vec<Duration>,
     whole: Vec<Duration>,
     second: Vec<Duration>,
+    /// Containers of the image after that, when nothing of the first is written or learned any more.
+    later: Vec<Duration>,
 }
 
 fn main() -> Result<(), Failure> {
@@ -160,6 +165,7 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
         println!("{:26} of which attach    {}", "", Runs::ms(&times.attach));
         println!("{:26} pull and run       {}", "", Runs::ms(&times.whole));
         println!("{:26} a second container {}", "", Runs::ms(&times.second));
+        println!("{:26} later ones        {}", "", Runs::ms(&times.later));
     }
     let [(_, overlayfs), (_, unindexed), (_, indexed), (_, mounted)] = &all;
     println!(
@@ -177,6 +183,10 @@ fn pulls(options: &Options, images: &Path) -> Result<(), Failure> {
     println!(
         "second container / overlayfs: {}",
         time_ratios(&unindexed.second, &overlayfs.second)
+    );
+    println!(
+        "later ones / overlayfs: {}",
+        time_ratios(&unindexed.later, &overlayfs.later)
     );
     Ok(())
 }
@@ -220,6 +230,11 @@ fn run(way: Way, times: &mut Times, registry: &str, options: &Options) -> Result
     let began = Instant::now();
     containerd.run(snapshotter, &image, "second", &COMMAND);
     times.second.push(began.elapsed());
+    for number in 0..LATER {
+        let began = Instant::now();
+        containerd.run(snapshotter, &image, &format!("later-{number}"), &COMMAND);
+        times.later.push(began.elapsed());
+    }
     let names = containerd.succeed(&["images", "ls", "--quiet"]);
     containerd.succeed(&[&["images", "rm", "--sync"], &names.lines().collect::<Vec<_>>()[..]].concat());
     drop(containerd);
