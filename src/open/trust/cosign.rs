@@ -10,7 +10,7 @@
 //!  "ciphertext": "the key, 16 bytes longer"}
 //! ```
 //!
-//! scrypt (RFC 7914) makes 32 bytes of password and salt, with which secretbox (XSalsa20 and Poly1305) opens the rest. cosign writes
+//! scrypt (RFC 7914) makes 32 bytes of password and salt, with which secretbox (`XSalsa20` and `Poly1305`) opens the rest. cosign writes
 //! this also where there is no password: then it is the empty one.
 //!
 //! Invariant: a file that asks for more than [`MOST_MEMORY`] or [`MOST_WORK`] is refused before any of it is spent.
@@ -171,10 +171,11 @@ pub(super) mod tests {
         let (salt, nonce, key) = ([1; 32], [2; NONCE_LEN], b"the key");
         let mut secret = [0; 32];
         let log_n = u8::try_from(n.trailing_zeros()).unwrap();
-        if let Ok(parameters) = scrypt::Params::new(log_n, r, p) {
-            if n < 1 << 17 && p <= MOST_WORK {
-                scrypt::scrypt(PASSWORD, &salt, &parameters, &mut secret).unwrap();
-            }
+        if let Ok(parameters) = scrypt::Params::new(log_n, r, p)
+            && n < 1 << 17
+            && p <= MOST_WORK
+        {
+            scrypt::scrypt(PASSWORD, &salt, &parameters, &mut secret).unwrap();
         }
         let cipher = XSalsa20Poly1305::new(&secret.into());
         let ciphertext = cipher.encrypt(&Nonce::from(nonce), &key[..]).unwrap();
