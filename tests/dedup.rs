@@ -22,7 +22,7 @@ use tarblk::internals::open::{
     Cache, Fetching, IndexChoice, OpenOptions, Opened, Shared, TrustPolicy, Unwatched, prepare,
 };
 use tarblk::internals::source::registry::Reference;
-use tarblk::internals::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 const KINDS: [&str; 3] = ["tar", "tar+gzip", "tar+zstd"];
 
@@ -278,6 +278,40 @@ fn an_image_that_shares_nine_tenths_fetches_little_whatever_the_compression() {
         // Kept once.
         let kept = second.stats().bytes_held;
         assert!(kept * 100 < u(new.tar.len()) * 15, "{kind}: {kept}");
+    }
+}
+
+/// Long files begin and end within chunks in which headers lie, too, which no other layer has; where a layer is compressed, each of these
+/// costs the way from a place to decode from.
+#[test]
+fn the_ends_of_long_files_that_are_the_same_are_not_fetched() {
+    let mut files: Vec<Vec<u8>> = (0..12)
+        .map(|number| noise(2_000_000 + number * 1001, u(number)))
+        .collect();
+    let old = layer(&files);
+    files.insert(0, noise(5000, 99));
+    let new = layer(&files);
+    for (form, kind, pack) in FORMS {
+        let registry = TestRegistry::start();
+        put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
+        let (blob, len) = put_packed(&registry, "new", &[(&new, &pack(&new.tar))], kind, None).remove(0);
+        let predicted = predicted(&registry, "old:latest", "new:latest");
+        let machine = Machine::new();
+        let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+        read_all(&first.fetcher, 0, &old);
+        let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+        wait_until_known(&second.fetcher, 0, new.files[1]);
+        registry.take_log();
+        // All that is fetched is for one file, and the way to it.
+        read_all(&second.fetcher, 0, &new);
+        let fetched = sent(&registry, &blob);
+        assert!(fetched * 100 < len * 12, "{form}: {fetched} of {len}");
+        assert!(
+            fetched.abs_diff(predicted) * 20 <= predicted.max(CHUNK_BYTES),
+            "{form}: {fetched}, {predicted} predicted"
+        );
+        let stats = second.stats();
+        assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
     }
 }
 

@@ -29,7 +29,7 @@ use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_usize};
 pub const PROVEN_WHOLE: u64 = 1 << 20;
 /// The most donors of one table.
 pub const MOST_DONORS: usize = 64;
-/// The most extents of one table, of 48 bytes each: the longest ones stay.
+/// The most extents of one table, of 56 bytes each: the longest ones stay.
 const MOST_EXTENTS: usize = 1 << 18;
 /// The most tables of one layer: one when it is opened, and one for each time that more donors came.
 const MOST_TABLES: usize = 8;
@@ -107,6 +107,7 @@ const PROVEN: u8 = 1;
 /// It is something else: the donor's index lies, or the layer's own.
 const REFUTED: u8 = 2;
 
+/// A range of the layer that is served from one donor.
 #[derive(Debug)]
 struct Extent {
     start: u64,
@@ -114,6 +115,9 @@ struct Extent {
     /// Where it begins in the donor.
     from: u64,
     digest: ShortDigest,
+    /// What was digested begins so many bytes before it, and ends so many behind it: another extent serves these.
+    before: u32,
+    behind: u32,
     donor: u16,
     /// Of one that is proven chunk by chunk it never becomes [`PROVEN`].
     state: AtomicU8,
@@ -125,9 +129,17 @@ impl Extent {
         TarRange::new(TarOffset(self.start), self.len)
     }
 
-    /// Where a range inside of it lies in the donor.
+    /// What its digest is of.
+    fn digested(&self) -> TarRange {
+        let (before, behind) = (u64::from(self.before), u64::from(self.behind));
+        TarRange::new(TarOffset(self.start - before), before + self.len + behind)
+    }
+
+    /// Where a range of the layer lies in the donor, which is inside of what was digested.
     fn in_donor(&self, range: TarRange) -> TarRange {
-        TarRange::new(TarOffset(self.from + (range.start.0 - self.start)), range.len)
+        // Invariant: what was digested lies in the donor from `from - before` on.
+        let begins = self.from - u64::from(self.before);
+        TarRange::new(TarOffset(begins + range.start.since(self.digested().start)), range.len)
     }
 }
 
@@ -207,50 +219,79 @@ struct Layout {
 impl Layout {
     /// Of what a layer of `size` bytes has in common with donors that `are_there`. With `by_chunk` each of the layer's chunks has a digest.
     fn new(size: u64, shared: &SharedPayloads, by_chunk: bool, are_there: impl Fn(usize) -> bool) -> Self {
-        let mut uncovered = shared.others.clone();
         let mut wanted: Vec<&SharedExtent> = shared.extents.iter().collect();
         if wanted.len() > MOST_EXTENTS {
             wanted.sort_by_key(|extent| std::cmp::Reverse(extent.range.len));
-            uncovered.extend(wanted.drain(MOST_EXTENTS..).map(|extent| extent.range));
+            wanted.truncate(MOST_EXTENTS);
         }
-        wanted.sort_by_key(|extent| extent.range.start);
+        // What each may serve. What is proven by chunk goes before: a piece that reaches into it serves what it leaves.
+        let mut wanted: Vec<(TarRange, bool, &SharedExtent)> = wanted
+            .into_iter()
+            .filter_map(|extent| {
+                let SharedExtent { range, donor, from, .. } = *extent;
+                let whole = range.len <= PROVEN_WHOLE;
+                let used = if whole { range } else { whole_chunks(range, size) };
+                let there = donor < MOST_DONORS && are_there(donor);
+                let fits = range.start.0.checked_add(range.len).is_some_and(|end| end <= size)
+                    && from.0.checked_add(range.len).is_some();
+                (there && fits && !used.is_empty() && (whole || by_chunk)).then_some((used, !whole, extent))
+            })
+            .collect();
+        wanted.sort_by_key(|(used, by_chunk, _)| (used.start, !by_chunk));
+        let by_chunk: Vec<TarOffset> = wanted
+            .iter()
+            .filter(|(_, by_chunk, _)| *by_chunk)
+            .map(|(used, ..)| used.start)
+            .collect();
         let mut extents: Vec<Extent> = Vec::with_capacity(wanted.len());
-        let mut end = 0;
-        for extent in wanted {
-            let SharedExtent {
-                range,
-                digest,
-                donor,
-                from,
-            } = *extent;
-            let whole = range.len <= PROVEN_WHOLE;
-            let used = if whole { range } else { whole_chunks(range, size) };
-            let there = donor < MOST_DONORS && are_there(donor);
-            let fits = range.start.0 >= end
-                && range.start.0.checked_add(range.len).is_some_and(|end| end <= size)
-                && from.0.checked_add(range.len).is_some();
-            if !there || !fits || used.is_empty() || !(whole || by_chunk) {
-                uncovered.push(range);
+        let mut served = TarOffset(0);
+        for (used, is_by_chunk, extent) in wanted {
+            let next = by_chunk.get(by_chunk.partition_point(|start| *start <= used.start));
+            let start = used.start.max(served);
+            let end = next.map_or(used.end(), |next| used.end().min(*next));
+            if start >= end || (is_by_chunk && (start, end) != (used.start, used.end())) {
                 continue;
             }
-            end = range.end().0;
-            if !whole {
-                uncovered.push(TarRange::new(range.start, used.start.since(range.start)));
-                uncovered.push(TarRange::new(used.end(), range.end().since(used.end())));
-            }
+            served = end;
+            let cut = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
             extents.push(Extent {
-                start: used.start.0,
-                len: used.len,
-                from: from.0 + used.start.since(range.start),
-                digest,
-                donor: u16::try_from(donor).unwrap_or(u16::MAX),
+                start: start.0,
+                len: end.since(start),
+                from: extent.from.0 + start.since(extent.range.start),
+                digest: extent.digest,
+                // Invariant: both are zero or less than `PROVEN_WHOLE`.
+                before: if is_by_chunk { 0 } else { cut(start.since(used.start)) },
+                behind: if is_by_chunk { 0 } else { cut(used.end().since(end)) },
+                donor: u16::try_from(extent.donor).unwrap_or(u16::MAX),
                 state: AtomicU8::new(UNPROVEN),
-                by_chunk: !whole,
+                by_chunk: is_by_chunk,
             });
         }
-        uncovered.retain(|range| !range.is_empty());
+        let payloads = shared
+            .others
+            .iter()
+            .chain(shared.extents.iter().map(|extent| &extent.range));
+        let uncovered = payloads.flat_map(|range| left_of(*range, &extents)).collect();
         Self { extents, uncovered }
     }
+}
+
+/// What of `range` none of `extents` serves, which are in order and do not overlap.
+fn left_of(range: TarRange, extents: &[Extent]) -> Vec<TarRange> {
+    let mut left = Vec::new();
+    let mut at = range.start;
+    let first = extents.partition_point(|extent| extent.range().end() <= range.start);
+    let inside = extents.iter().skip(first).map(Extent::range);
+    for served in inside.take_while(|served| served.start < range.end()) {
+        if at < served.start {
+            left.push(TarRange::new(at, served.start.since(at)));
+        }
+        at = served.end();
+    }
+    if at < range.end() {
+        left.push(TarRange::new(at, range.end().since(at)));
+    }
+    left
 }
 
 impl DedupTable {
@@ -305,9 +346,9 @@ impl DedupTable {
             let start = at.0 / CHUNK_BYTES * CHUNK_BYTES;
             TarRange::new(TarOffset(start), CHUNK_BYTES.min(extent.range().end().0 - start))
         } else {
-            extent.range()
+            extent.digested()
         };
-        let len = unit.end().min(end).since(at);
+        let len = unit.end().min(extent.range().end()).min(end).since(at);
         Some(Part {
             extent: number,
             range: TarRange::new(at, len),

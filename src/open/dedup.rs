@@ -41,7 +41,7 @@ use crate::cache::disk::{DiskCache, LayerCache, LayerKey, NotKept};
 use crate::fetch::{Deduplicator, IndexTrust, MOST_DONORS, PROVEN_WHOLE};
 use crate::index::{ColdPart, ContentPieces, Index, Payloads};
 use crate::source::Blob;
-use crate::units::{LayerId, TarRange, len_u64, len_usize};
+use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
 
 pub use self::in_common::bytes_to_fetch;
 pub use self::payloads::KnownPayloads;
@@ -426,22 +426,31 @@ fn find_payloads(own: &mut Candidate, others: &mut [&mut Candidate], found: &mut
     }
 }
 
-/// Notes what other layers have of the long payloads of `own` that none was `found` to have as a whole; gives all pieces of `own`, none where
-/// nothing is gained by them.
+/// Notes what other layers have of the long payloads of `own` that none was `found` to have as a whole; gives all pieces of `own`, which prove
+/// the ends of those that one has, too. None where nothing is gained by them.
 fn find_pieces(own: &Candidate, others: &[&mut Candidate], found: &mut Found) -> ContentPieces {
     let none = ContentPieces::default();
-    if !own.has_content_pieces() || !others.iter().any(|other| other.has_content_pieces()) {
+    if !own.has_content_pieces() {
         return none;
     }
+    let are_sought = others.iter().any(|other| other.has_content_pieces());
     let (_, whole) = found.shared_with(&own.payloads, &none);
-    let long = || whole.others.iter().filter(|range| ContentPieces::is_cut(**range));
-    let mut affordable = long().fold(0, |sum: u64, range| sum.saturating_add(range.len)) / WORTH;
+    let long = || {
+        let others = whole.others.iter().filter(|_| are_sought);
+        others.filter(|range| ContentPieces::is_cut(**range))
+    };
+    let ends = whole.extents.iter().filter(|extent| extent.range.len > PROVEN_WHOLE);
+    let ends = len_u64(ends.count()) * 2 * CHUNK_BYTES;
+    let mut affordable = long().fold(ends, |sum: u64, range| sum.saturating_add(range.len)) / WORTH;
     if affordable == 0 {
         return none;
     }
     let Some(cut) = own.content_pieces(&mut affordable) else {
         return none;
     };
+    if long().next().is_none() {
+        return cut;
+    }
     let wanted: HashSet<_> = long()
         .flat_map(|range| cut.of(*range))
         .map(|(range, digest)| (range.len, *digest))

@@ -131,7 +131,65 @@ fn a_payload_is_read_from_its_donor_once_it_was_proven() {
     );
     // Without digests of chunks there is nothing to prove it by.
     assert!(!DedupTable::new(size, vec![world.lend()], &shared, false).holds(inside));
-    assert_eq!(std::mem::size_of::<Extent>(), 48, "what is said of the bound");
+    assert_eq!(std::mem::size_of::<Extent>(), 56, "what is said of the bound");
+}
+
+#[test]
+fn the_ends_of_a_long_payload_are_proven_by_pieces() {
+    let long = PROVEN_WHOLE + 3 * CHUNK_BYTES;
+    let donor = noise(2 * PROVEN_WHOLE, 1);
+    let mut layer = noise(30_000 + long + 5000, 2);
+    let (big, from) = (range(30_000, long), 1001);
+    let there = of(&donor, range(from, long)).to_vec();
+    layer[30_000..30_000 + len_usize(long)].copy_from_slice(&there);
+    let verifier = verifier(&layer);
+    let world = World::new(&donor, &[]);
+    let extent = |at: u64, len: u64, lies: bool| {
+        let part = range(30_000 + at, len);
+        let digest = if lies { [1; 20] } else { short(of(&layer, part)) };
+        SharedExtent {
+            range: part,
+            digest,
+            donor: 0,
+            from: TarOffset(from + at),
+        }
+    };
+    let table = |extents| {
+        let shared = SharedPayloads {
+            donors: vec![world.key],
+            extents,
+            others: Vec::new(),
+        };
+        DedupTable::new(len_u64(layer.len()), vec![world.lend()], &shared, true)
+    };
+    // The first one ends before the chunk does in which it begins, the second one in the next; the last one begins before the last chunk.
+    let pieces = |lies| {
+        [
+            extent(0, 2000, false),
+            extent(2000, 50_000, lies),
+            extent(long - 100_000, 100_000, false),
+        ]
+    };
+    let whole = extent(0, long, true);
+    let all = table([&pieces(false)[..], &[whole]].concat());
+    for wanted in [
+        big,
+        range(30_000, 100),
+        range(32_500, 1000),
+        range(30_000 + long - 10, 10),
+        range(31_000, 300_000),
+    ] {
+        assert!(read(&all, wanted, &verifier).unwrap() == of(&layer, wanted), "{wanted}");
+    }
+    let size = len_u64(layer.len());
+    assert!(chunks(big).all(|index| all.holds_chunk(index, size)));
+    // Without them the ends are in no extent, and one that is something else is found out.
+    let alone = table(vec![whole]);
+    assert!(read(&alone, big, &verifier).is_none() && read(&alone, range(65_536, 70_000), &verifier).is_some());
+    let lying = table([&pieces(true)[..], &[whole]].concat());
+    let part = lying.parts(range(32_500, 100)).next().unwrap();
+    assert!(matches!(lying.read(&part, Some(&verifier)), Err(DonorFault::Other)));
+    assert!(!lying.holds(range(32_500, 100)) && lying.holds(range(30_000, 100)));
 }
 
 #[test]
@@ -246,22 +304,25 @@ fn a_donor_that_becomes_a_layer_by_other_rules_is_left() {
 /// What a plain reading of the rules says of every byte of a layer: where a donor has it, if one has.
 fn model(size: u64, shared: &SharedPayloads) -> Vec<Option<u64>> {
     let mut at = vec![None; len_usize(size)];
-    let mut wanted = shared.extents.clone();
-    wanted.sort_by_key(|extent| extent.range.start);
-    let mut end = 0;
-    for extent in wanted.iter().filter(|extent| extent.range.end().0 <= size) {
-        if extent.range.start.0 < end
-            || (extent.range.len > PROVEN_WHOLE && whole_chunks(extent.range, size).is_empty())
-        {
-            continue;
+    let mut serve = |range: TarRange, extent: &SharedExtent| {
+        for place in range.start.0..range.end().0 {
+            let there = extent.from.0 + (place - extent.range.start.0);
+            at[len_usize(place)].get_or_insert(there);
         }
-        end = extent.range.end().0;
-        for (n, place) in (extent.range.start.0..end).enumerate() {
-            let chunk = place / CHUNK_BYTES;
-            let chunk = chunk * CHUNK_BYTES..((chunk + 1) * CHUNK_BYTES).min(size);
-            let alone = chunk.start >= extent.range.start.0 && chunk.end <= end;
-            if extent.range.len <= PROVEN_WHOLE || alone {
-                at[len_usize(place)] = Some(extent.from.0 + len_u64(n));
+    };
+    // Long ones by the chunks inside of them; then whatever is proven as a whole, up to what is served already.
+    let mut wanted = shared.extents.clone();
+    wanted.retain(|extent| extent.range.end().0 <= size);
+    wanted.sort_by_key(|extent| (extent.range.len <= PROVEN_WHOLE, extent.range.start));
+    for extent in &wanted {
+        if extent.range.len <= PROVEN_WHOLE {
+            serve(extent.range, extent);
+        } else {
+            for index in chunks(extent.range) {
+                let chunk = TarRange::new(TarOffset(u64::from(index) * CHUNK_BYTES), chunk_len(size, index));
+                if chunk.start >= extent.range.start && chunk.end() <= extent.range.end() {
+                    serve(chunk, extent);
+                }
             }
         }
     }
@@ -275,7 +336,7 @@ proptest! {
     #[test]
     fn a_table_says_what_a_plain_model_says(
         places in proptest::collection::vec((1_u64..90_000, 0_u64..40_000, 0_u64..300_000), 1..12),
-        long in proptest::option::of(0_u64..200_000),
+        long in proptest::option::of((0_u64..200_000, proptest::collection::vec(16_000_u64..90_000, 0..3), 0_u64..200_000)),
         absent in proptest::collection::vec(0_u32..60, 0..6),
         reads in proptest::collection::vec((0_u64..1_800_000, 1_u64..200_000), 20),
     ) {
@@ -293,8 +354,18 @@ proptest! {
         for (len, gap, from) in places {
             add(&mut layer, len, from, gap);
         }
-        if let Some(from) = long {
+        if let Some((from, first, last)) = long {
             add(&mut layer, PROVEN_WHOLE + 100_000, from, 7);
+            // Pieces at its ends, some of which end short of its first whole chunk.
+            let whole = extents[extents.len() - 1].range;
+            let mut at = 0;
+            for (len, skip) in first.into_iter().map(|len| (len, 0)).chain([(last, whole.len - last)]) {
+                at = at.max(skip);
+                let piece = range(whole.start.0 + at, len);
+                let digest = short(of(&layer, piece));
+                extents.push(SharedExtent { range: piece, digest, donor: 1, from: TarOffset(from + at) });
+                at += len;
+            }
         }
         others.push(range(len_u64(layer.len()), 777));
         layer.extend(noise(777, 5));

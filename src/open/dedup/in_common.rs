@@ -8,9 +8,9 @@ use std::collections::hash_map::Entry;
 
 use super::payloads::KnownPayloads;
 use crate::cache::disk::LayerKey;
-use crate::fetch::{SharedExtent, SharedPayloads, ShortDigest};
+use crate::fetch::{PROVEN_WHOLE, SharedExtent, SharedPayloads, ShortDigest};
 use crate::index::{ContentPieces, Index, Payloads};
-use crate::units::TarRange;
+use crate::units::{CHUNK_BYTES, TarRange};
 
 /// How many bytes of a layer's blob are fetched in the end if all its files are read, on a machine that has all of `others`.
 #[must_use]
@@ -36,6 +36,27 @@ pub(super) fn short(digest: &[u8; 32]) -> ShortDigest {
     let mut short = [0; 20];
     short.copy_from_slice(&digest[..20]);
     short
+}
+
+/// The pieces at both ends of a payload that a donor has as a whole and that is proven by the layer's chunks, in which other bytes lie, too,
+/// where it begins and where it ends.
+fn ends(whole: &SharedExtent, pieces: &ContentPieces) -> impl Iterator<Item = SharedExtent> {
+    let (range, from) = (whole.range, whole.from);
+    let inner = TarRange::new(range.start.plus(CHUNK_BYTES), range.len.saturating_sub(2 * CHUNK_BYTES));
+    let parts = if range.len > PROVEN_WHOLE {
+        pieces.of(range)
+    } else {
+        &[]
+    };
+    let outer = parts
+        .iter()
+        .filter(move |(part, _)| part.start < inner.start || part.end() > inner.end());
+    outer.map(move |(part, digest)| SharedExtent {
+        range: *part,
+        digest: *digest,
+        donor: whole.donor,
+        from: from.plus(part.start.since(range.start)),
+    })
 }
 
 /// Payloads and pieces of them that donors have, by length and digest.
@@ -86,6 +107,7 @@ impl Found {
             let digest = own.digest(number).map(|digest| short(&digest));
             if let Some(whole) = digest.and_then(|digest| extent(*range, digest)) {
                 shared.extents.push(whole);
+                shared.extents.extend(ends(&whole, pieces));
                 continue;
             }
             let parts = pieces.of(*range);
