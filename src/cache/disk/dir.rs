@@ -4,7 +4,7 @@
 //! else may write to it; it is opened once and everything in it is opened relative to that, without following links, new files only
 //! where there was none. A file that is no regular file, or another user's, is refused.
 //!
-//! Every change goes through here and can be seen by an [`Observer`]: tests record what is written and cut the record at every place.
+//! Every change goes through here and `file`, and can be seen by an [`Observer`]: tests record what is written and cut the record at every place.
 
 mod file;
 

@@ -1,7 +1,7 @@
 //! The chunks of one layer that are on disk. In: chunks to be kept. Out: the same chunks, and whether they still are what was written.
 //!
 //! Any thread may ask what is here; writing, committing and giving up wait for the disk. Invariants: a bit is set only after its
-//! chunk was written and its checksum noted; a bit is gone from the map on disk, durably, before its chunk's space is given back.
+//! chunk was written and its checksum noted; a bit is gone from the map on disk, durably, before its chunk's space is given back (`commit`).
 
 mod commit;
 
