@@ -315,6 +315,42 @@ fn the_ends_of_long_files_that_are_the_same_are_not_fetched() {
     }
 }
 
+/// What lies behind the last byte of a span that is nowhere else is not fetched, though it would come along.
+#[test]
+fn the_end_of_a_span_that_is_here_is_not_fetched() {
+    let files = |seed: u64| -> Vec<Vec<u8>> {
+        let pair = |number: usize| {
+            [
+                noise(5000, (seed << 20) + u(number)),
+                noise(1_990_000 + number * 41_003, u(number)),
+            ]
+        };
+        (0..6).flat_map(pair).collect()
+    };
+    let (old, new) = (layer(&files(1)), layer(&files(2)));
+    // Of six spans of 2 MiB each has one of the files that changed, all of them together a quarter of a percent of the layer.
+    let zstd = |tar: &[u8]| through(&["zstd", "-3", "-c"], tar);
+    let registry = TestRegistry::start();
+    put_packed(&registry, "old", &[(&old, &zstd(&old.tar))], "tar+zstd", None);
+    let (blob, len) = put_packed(&registry, "new", &[(&new, &zstd(&new.tar))], "tar+zstd", None).remove(0);
+    let predicted = predicted(&registry, "old:latest", "new:latest");
+    let machine = Machine::new();
+    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
+    read_all(&first.fetcher, 0, &old);
+    let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
+    wait_until_known(&second.fetcher, 0, new.files[1]);
+    registry.take_log();
+    read_all(&second.fetcher, 0, &new);
+    let fetched = sent(&registry, &blob);
+    assert!(fetched * 100 < len * 70, "{fetched} of {len}");
+    assert!(
+        fetched.abs_diff(predicted) * 20 <= predicted,
+        "{fetched}, {predicted} predicted"
+    );
+    let stats = second.stats();
+    assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
+}
+
 /// Two images on one machine that have all files but one in common, the second one shifted; what they are and their blobs.
 fn two_images(registry: &TestRegistry) -> ([Layer; 2], [(Digest, u64); 2]) {
     let mut files = contents(1);

@@ -9,7 +9,7 @@
 //! A table is made once, by a thread that no reader waits for, and never changes but for what was proven. Looking something up takes
 //! no lock but that of the memory cache, and allocates nothing for reads of up to a few chunks.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -33,6 +33,8 @@ pub const MOST_DONORS: usize = 64;
 const MOST_EXTENTS: usize = 1 << 18;
 /// The most tables of one layer: one when it is opened, and one for each time that more donors came.
 const MOST_TABLES: usize = 8;
+/// The end of a span is left out if it has so many bytes of the blob, however little the link holds.
+pub(super) const LEAST_CUT: u64 = 16 << 10;
 /// The layer number in keys of chunks whose layer is no device's.
 const ANY: LayerId = LayerId(0);
 
@@ -89,14 +91,24 @@ impl SharedPayloads {
         let Some(table) = table else {
             return runs.iter().map(|run| tar(run).len).sum();
         };
-        let spans = runs.iter().flat_map(|run| {
-            let range = tar(run);
+        // Of each span what lies before the last byte that is wanted of it.
+        let mut ends: BTreeMap<usize, u64> = BTreeMap::new();
+        for range in runs.iter().map(tar) {
             let last = TarOffset(range.end().0.saturating_sub(1));
-            table.span_at(range.start)..=table.span_at(last)
+            for number in table.span_at(range.start)..=table.span_at(last) {
+                let end = range.end().min(table.span(number).tar.end()).0;
+                ends.entry(number)
+                    .and_modify(|known| *known = end.max(*known))
+                    .or_insert(end);
+            }
+        }
+        let blob = ends.into_iter().map(|(number, end)| {
+            let span = table.span(number);
+            let likely = table.likely_blob_end(end, (span.tar.start.0, span.blob.start), &span);
+            let is_cut = end < span.tar.end().0 && likely.saturating_add(LEAST_CUT) <= span.blob.end;
+            if is_cut { likely } else { span.blob.end }.saturating_sub(span.blob.start)
         });
-        let spans: BTreeSet<usize> = spans.collect();
-        let blob = spans.into_iter().map(|number| table.span(number).blob);
-        blob.map(|blob| blob.end.saturating_sub(blob.start)).sum()
+        blob.sum()
     }
 }
 

@@ -11,6 +11,12 @@ use crate::units::{TarOffset, TarRange, len_u64};
 
 /// How long the spans of an uncompressed layer are said to be, in bytes. Any other length would do: they are computed.
 const PLAIN_SPAN: u64 = 32 << 10;
+/// A place inside of a span is looked for in the blob as if all of the span were equally compressible; so much of the span behind
+/// it (one part of) and so many bytes more are taken along. With real layers it lies further behind once in a hundred times.
+const MARGIN_PART: u64 = 8;
+const MARGIN_BYTES: u64 = 4 << 10;
+/// A zstd decoder gives a block when it has all of it: up to so many bytes of the tar at once.
+const ZSTD_BLOCK: u64 = 128 << 10;
 /// The shortest that a point can be written, in bytes.
 const SHORTEST_POINT: usize = 3;
 
@@ -279,6 +285,23 @@ impl SpanTable {
             bits: point.bits,
             window: point.window,
         }
+    }
+
+    /// Up to which byte of the blob a decoder most likely has to read to give the tar up to `to`, which lies in `span`, when at byte
+    /// `known.0` of the tar it is at byte `known.1` of the blob.
+    #[must_use]
+    pub fn likely_blob_end(&self, to: u64, known: (u64, u64), span: &Span) -> u64 {
+        let (tar_at, blob_at) = known;
+        let to = match self.coding {
+            Coding::Zstd => to.saturating_add(ZSTD_BLOCK),
+            Coding::Plain | Coding::Gzip => to,
+        };
+        let tar_left = u128::from(span.tar.end().0.saturating_sub(tar_at).max(1));
+        let blob_left = span.blob.end.saturating_sub(blob_at);
+        let likely = u128::from(to.saturating_sub(tar_at)) * u128::from(blob_left) / tar_left;
+        let likely = u64::try_from(likely).unwrap_or(u64::MAX);
+        let margin = blob_left / MARGIN_PART + MARGIN_BYTES;
+        blob_at.saturating_add(likely).saturating_add(margin).min(span.blob.end)
     }
 
     /// Checks that it can belong to a blob of `blob_len` bytes.

@@ -45,7 +45,8 @@ impl ChunkRange {
     }
 
     /// Its chunks in order.
-    pub fn keys(self) -> impl Iterator<Item = ChunkKey> {
+    #[must_use]
+    pub fn keys(self) -> impl DoubleEndedIterator<Item = ChunkKey> {
         (self.first..self.end).map(move |index| ChunkKey {
             layer: self.layer,
             index,

@@ -2,8 +2,8 @@
 //! request each way, and every chunk that comes out of them.
 //!
 //! A span can only be decoded from its beginning, so spans are what flies: whatever lies in one before the last chunk that is wanted
-//! of it has been paid for, and comes along. What lies behind that is left out where a profile says what is wanted:
-//! the decoder is parked there. A chunk that lies across the border of two flights is put together of
+//! of it has been paid for, and comes along. What lies behind that is left out where a profile says what is wanted, or where nothing of it
+//! is lacking: the decoder is parked there. A chunk that lies across the border of two flights is put together of
 //! what both bring. All here counts bytes of tar space, except where it says blob.
 
 use std::cell::{Cell, RefCell};
@@ -15,23 +15,22 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use super::coded_layer::{BRIDGE, CodedLayer, SpanRequest, WantedSpans};
+use super::coded_layer::{BRIDGE, CodedLayer, SpanRequest, WantedSpan, WantedSpans};
 use super::flight::{Flight, FlightGuard, Received};
 use super::origin::{Body, Trouble};
 use super::pipeline::{ChunkOut, Chunker, DecodePipeline};
 use super::{Engine, LayerState, MARKED_WHOLE, MARKER_DISTANCE};
 use crate::cache::chunk::{ChunkKey, chunk_len};
 use crate::fetch::FetchError;
+use crate::fetch::dedup::LEAST_CUT;
 use crate::fetch::stats::add;
 use crate::layer::{Coding, Decoder};
 use crate::prefetch::{ChunkRange, Planned, PlannedFlight, Presence, Reason};
-use crate::units::{CHUNK_BYTES, LayerId, TarOffset, len_u64};
+use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange, len_u64};
 
-/// Where it is known what is wanted, the rest of a span is left out if it takes longer to come than this part of a round trip, which is what
-/// asking for it later costs if it is wanted after all...
+/// Where it is known what else is wanted, the rest of a span is left out if it takes longer to come than this part of a round trip, which is what
+/// asking for it later costs if it is wanted after all, and has [`LEAST_CUT`] bytes.
 const WORTH_PART: u64 = 8;
-/// ...and has so many bytes.
-const WORTH_BYTES: u64 = 16 << 10;
 
 /// An answer of which some may have come before there was a decoder for it.
 struct Arriving {
@@ -359,7 +358,12 @@ impl Engine {
             }
             return;
         }
-        let least_saving = (self.budget.link().held() / WORTH_PART).max(WORTH_BYTES);
+        if may_cut {
+            for (span, wanted) in &mut spans {
+                self.leave_what_is_here(layer, coded.table.span(*span).tar, wanted);
+            }
+        }
+        let least_saving = (self.budget.link().held() / WORTH_PART).max(LEAST_CUT);
         let bridge = self.budget.worth_of_request().max(BRIDGE);
         let requests = coded.requests_for(layer, &spans, least_saving, bridge);
         let all = requests.iter().map(|(request, _)| request);
@@ -390,6 +394,23 @@ impl Engine {
             };
             let guard = FlightGuard::new(self, state, flight, bytes, demand);
             self.spawn(owner.scope(self.clone().fly(guard)));
+        }
+    }
+
+    /// Where nothing is lacking at the end of a span, it is not wanted: because donors have it, or it was kept when what is before it was not.
+    fn leave_what_is_here(&self, layer: LayerId, span: TarRange, wanted: &mut WantedSpan) {
+        if wanted.is_all {
+            return;
+        }
+        let behind = TarRange::new(TarOffset(wanted.tar.end), span.end().0.saturating_sub(wanted.tar.end));
+        let is_absent = |key: &ChunkKey| self.look(*key) == Presence::Absent;
+        let end = match ChunkRange::of(layer, behind).keys().rev().find(is_absent) {
+            Some(last) => TarRange::new(last.start(), CHUNK_BYTES).end().min(span.end()).0,
+            None => wanted.tar.end,
+        };
+        if end < span.end().0 {
+            wanted.tar.end = wanted.tar.end.max(end);
+            wanted.is_all = true;
         }
     }
 

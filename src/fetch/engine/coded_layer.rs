@@ -16,27 +16,21 @@ use super::window::WindowShelf;
 use crate::cache::chunk::chunk_len;
 use crate::cache::memory::MemoryLayer;
 use crate::fetch::{Coded, StartError};
-use crate::layer::{Begins, Coding, Span, SpanTable};
+use crate::layer::{Begins, Coding, SpanTable};
 use crate::prefetch::ChunkRange;
 use crate::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 /// Spans this far apart, in bytes of the blob, are one request; further, where the link carries more while it is asked once more.
 pub(super) const BRIDGE: u64 = 16 << 10;
-/// A place inside of a span is looked for in the blob as if all of the span were equally compressible, so much of the span behind
-/// it (one part of) and so many bytes more are asked for. With real layers one request of a hundred then has to ask again.
-const MARGIN_PART: u64 = 8;
-const MARGIN_BYTES: u64 = 4 << 10;
-/// A zstd decoder gives a block when it has all of it: up to so many bytes of the tar at once.
-const ZSTD_BLOCK: u64 = 128 << 10;
 
 /// What is wanted of a span.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct WantedSpan {
     /// From where to where, in bytes of the tar.
-    tar: Range<u64>,
+    pub(super) tar: Range<u64>,
     /// Whether it is known that what follows in the span is not wanted. Else it is likely enough to come along: it is near, and the
     /// next request would have to wait for this one.
-    is_all: bool,
+    pub(super) is_all: bool,
 }
 
 /// The spans that have something of what is wanted, by their number.
@@ -193,7 +187,7 @@ impl CodedLayer {
                 _ => (last.tar.start.0, last.blob.start),
             };
             let to = last_wanted.tar.end.next_multiple_of(CHUNK_BYTES);
-            let enough = self.blob_enough_for(to, known, &last);
+            let enough = self.table.likely_blob_end(to, known, &last);
             if last_wanted.is_all && to < request.spans_end && enough.saturating_add(least_saving) <= last.blob.end {
                 request.to.set(to);
                 request.asked_to.set(to);
@@ -215,26 +209,12 @@ impl CodedLayer {
             request.blob.end
         } else {
             let span = self.table.span(request.last_span);
-            self.blob_enough_for(to, known, &span).max(asked.saturating_add(1))
+            self.table
+                .likely_blob_end(to, known, &span)
+                .max(asked.saturating_add(1))
         };
         request.asked.set(enough.min(request.blob.end));
         request.asked.get() > asked
-    }
-
-    /// Up to which byte of the blob a decoder most likely has to read to give the tar up to `to`, which lies in `span`, when at byte
-    /// `known.0` of the tar it is at byte `known.1` of the blob.
-    fn blob_enough_for(&self, to: u64, known: (u64, u64), span: &Span) -> u64 {
-        let (tar_at, blob_at) = known;
-        let to = match self.table.coding() {
-            Coding::Zstd => to.saturating_add(ZSTD_BLOCK),
-            _ => to,
-        };
-        let tar_left = u128::from(span.tar.end().0.saturating_sub(tar_at).max(1));
-        let blob_left = span.blob.end.saturating_sub(blob_at);
-        let likely = u128::from(to.saturating_sub(tar_at)) * u128::from(blob_left) / tar_left;
-        let likely = u64::try_from(likely).unwrap_or(u64::MAX);
-        let margin = blob_left / MARGIN_PART + MARGIN_BYTES;
-        blob_at.saturating_add(likely).saturating_add(margin).min(span.blob.end)
     }
 }
 
