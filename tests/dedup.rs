@@ -281,6 +281,45 @@ fn an_image_that_shares_nine_tenths_fetches_little_whatever_the_compression() {
     }
 }
 
+/// What a machine that has a layer fetches of another one's blob, all of whose files are read.
+struct Beside {
+    /// Bytes of the blob that were sent, and what was predicted.
+    fetched: u64,
+    predicted: u64,
+    /// Bytes of the blob.
+    len: u64,
+    /// How long after the attach it was known what the two have in common.
+    known: Duration,
+}
+
+/// Reads `old`, which the registry has, and then `new`, of which `shared` is a file that `old` has, too.
+fn read_beside(
+    registry: &TestRegistry,
+    (old, new): (&Layer, &Layer),
+    shared: TarRange,
+    (kind, pack): (&str, fn(&[u8]) -> Vec<u8>),
+) -> Beside {
+    let (blob, len) = put_packed(registry, "new", &[(new, &pack(&new.tar))], kind, None).remove(0);
+    let predicted = predicted(registry, "old:latest", "new:latest");
+    let machine = Machine::new();
+    let first = machine.attach(registry, "old:latest", TrustPolicy::default());
+    read_all(&first.fetcher, 0, old);
+    let began = Instant::now();
+    let second = machine.attach(registry, "new:latest", TrustPolicy::default());
+    wait_until_known(&second.fetcher, 0, shared);
+    let known = began.elapsed();
+    registry.take_log();
+    read_all(&second.fetcher, 0, new);
+    let stats = second.stats();
+    assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
+    Beside {
+        fetched: sent(registry, &blob),
+        predicted,
+        len,
+        known,
+    }
+}
+
 /// Long files begin and end within chunks in which headers lie, too, which no other layer has; where a layer is compressed, each of these
 /// costs the way from a place to decode from.
 #[test]
@@ -294,24 +333,18 @@ fn the_ends_of_long_files_that_are_the_same_are_not_fetched() {
     for (form, kind, pack) in FORMS {
         let registry = TestRegistry::start();
         put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
-        let (blob, len) = put_packed(&registry, "new", &[(&new, &pack(&new.tar))], kind, None).remove(0);
-        let predicted = predicted(&registry, "old:latest", "new:latest");
-        let machine = Machine::new();
-        let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
-        read_all(&first.fetcher, 0, &old);
-        let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
-        wait_until_known(&second.fetcher, 0, new.files[1]);
-        registry.take_log();
         // All that is fetched is for one file, and the way to it.
-        read_all(&second.fetcher, 0, &new);
-        let fetched = sent(&registry, &blob);
+        let Beside {
+            fetched,
+            predicted,
+            len,
+            ..
+        } = read_beside(&registry, (&old, &new), new.files[1], (kind, pack));
         assert!(fetched * 100 < len * 12, "{form}: {fetched} of {len}");
         assert!(
             fetched.abs_diff(predicted) * 20 <= predicted.max(CHUNK_BYTES),
             "{form}: {fetched}, {predicted} predicted"
         );
-        let stats = second.stats();
-        assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
     }
 }
 
@@ -329,26 +362,20 @@ fn the_end_of_a_span_that_is_here_is_not_fetched() {
     };
     let (old, new) = (layer(&files(1)), layer(&files(2)));
     // Of six spans of 2 MiB each has one of the files that changed, all of them together a quarter of a percent of the layer.
-    let zstd = |tar: &[u8]| through(&["zstd", "-3", "-c"], tar);
+    let [.., (_, kind, pack), _] = FORMS;
     let registry = TestRegistry::start();
-    put_packed(&registry, "old", &[(&old, &zstd(&old.tar))], "tar+zstd", None);
-    let (blob, len) = put_packed(&registry, "new", &[(&new, &zstd(&new.tar))], "tar+zstd", None).remove(0);
-    let predicted = predicted(&registry, "old:latest", "new:latest");
-    let machine = Machine::new();
-    let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
-    read_all(&first.fetcher, 0, &old);
-    let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
-    wait_until_known(&second.fetcher, 0, new.files[1]);
-    registry.take_log();
-    read_all(&second.fetcher, 0, &new);
-    let fetched = sent(&registry, &blob);
+    put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
+    let Beside {
+        fetched,
+        predicted,
+        len,
+        ..
+    } = read_beside(&registry, (&old, &new), new.files[1], (kind, pack));
     assert!(fetched * 100 < len * 70, "{fetched} of {len}");
     assert!(
         fetched.abs_diff(predicted) * 20 <= predicted,
         "{fetched}, {predicted} predicted"
     );
-    let stats = second.stats();
-    assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
 }
 
 /// Two images on one machine that have all files but one in common, the second one shifted; what they are and their blobs.
@@ -717,28 +744,20 @@ fn a_real_layer_that_was_changed() {
         let registry = TestRegistry::start();
         put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
         for (change, (new, bytes)) in &layers {
-            let blob = pack(&new.tar);
-            let (blob, len) = put_packed(&registry, "new", &[(new, &blob)], kind, None).remove(0);
-            let predicted = predicted(&registry, "old:latest", "new:latest");
-            let machine = Machine::new();
-            let first = machine.attach(&registry, "old:latest", TrustPolicy::default());
-            read_all(&first.fetcher, 0, &old);
-            let began = Instant::now();
-            let second = machine.attach(&registry, "new:latest", TrustPolicy::default());
-            wait_until_known(&second.fetcher, 0, new.files[0]);
-            let known = began.elapsed();
-            registry.take_log();
-            read_all(&second.fetcher, 0, new);
-            let stats = second.stats();
-            assert_eq!((stats.read_errors, stats.chunks_wrong, stats.cache_damaged), (0, 0, 0));
-            let measured = sent(&registry, &blob);
+            let beside = read_beside(&registry, (&old, new), new.files[0], (kind, pack));
+            let Beside {
+                fetched,
+                predicted,
+                len,
+                known,
+            } = beside;
             let percent = |part: u64, of: u64| format!("{}.{:02} %", part * 100 / of, part * 10_000 / of % 100);
             println!(
-                "{form}, {change:?}: {} of the payload changed; {measured} of {len} bytes fetched, {}; {predicted} predicted, {} of that off; \
+                "{form}, {change:?}: {} of the payload changed; {fetched} of {len} bytes fetched, {}; {predicted} predicted, {} of that off; \
                  known after {known:.1?}",
                 percent(*bytes, payload),
-                percent(measured, len),
-                percent(measured.abs_diff(predicted), predicted),
+                percent(fetched, len),
+                percent(fetched.abs_diff(predicted), predicted),
             );
         }
     }

@@ -226,8 +226,15 @@ fn has_plain_groups(name: &str) -> bool {
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-ec", "umount \"$0\"; exec \"$@\"", SECOND]);
     command.arg(std::env::current_exe().unwrap());
-    let status = command.args(["--exact", name, "--nocapture"]).status().unwrap();
-    assert!(status.success(), "{name}: {status}");
+    let output = command.args(["--exact", name, "--nocapture"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    print!("{said}{errors}");
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{name}: {}",
+        output.status
+    );
     false
 }
 

@@ -59,7 +59,7 @@ pub struct SharedExtent {
 pub struct SharedPayloads {
     /// Under which names the cache keeps the donors; at most [`MOST_DONORS`].
     pub donors: Vec<LayerKey>,
-    /// In any order; what overlaps is left out.
+    /// In any order; they may overlap, and each byte is served by one of them.
     pub extents: Vec<SharedExtent>,
     /// The layer's other payloads.
     pub others: Vec<TarRange>,
@@ -104,9 +104,8 @@ impl SharedPayloads {
         }
         let blob = ends.into_iter().map(|(number, end)| {
             let span = table.span(number);
-            let likely = table.likely_blob_end(end, (span.tar.start.0, span.blob.start), &span);
-            let is_cut = end < span.tar.end().0 && likely.saturating_add(LEAST_CUT) <= span.blob.end;
-            if is_cut { likely } else { span.blob.end }.saturating_sub(span.blob.start)
+            let cut = table.likely_cut(end, (span.tar.start.0, span.blob.start), &span, LEAST_CUT);
+            cut.unwrap_or(span.blob.end).saturating_sub(span.blob.start)
         });
         blob.sum()
     }

@@ -304,6 +304,13 @@ impl SpanTable {
         blob_at.saturating_add(likely).saturating_add(margin).min(span.blob.end)
     }
 
+    /// The same, if the tar behind `to` need not come and leaving it out saves at least `least` bytes of the blob.
+    #[must_use]
+    pub fn likely_cut(&self, to: u64, known: (u64, u64), span: &Span, least: u64) -> Option<u64> {
+        let enough = self.likely_blob_end(to, known, span);
+        (to < span.tar.end().0 && enough.saturating_add(least) <= span.blob.end).then_some(enough)
+    }
+
     /// Checks that it can belong to a blob of `blob_len` bytes.
     ///
     /// # Errors

@@ -6,8 +6,8 @@
 //! takes a signature by a trusted key, a digest in the image's manifest, a digest that was asked for, or that somebody said in so
 //! many words that the registry is to be believed.
 //!
-//! Parts: `key` (public and private keys in PEM), `cosign` (private keys under a password), `machine` (keys and words of the machine's configuration directory), `owned` (files
-//! that nobody else may write to).
+//! Parts: `key` (public and private keys in PEM), `cosign` (private keys under a password), `machine` (keys and words of the machine's
+//! configuration directory), `owned` (files that nobody else may write to).
 //!
 //! Invariant: nothing is asked of any server here; a signature is right or wrong by the key and the bytes alone.
 

@@ -117,7 +117,8 @@ pub struct PushArgs {
     #[arg(long)]
     pub anew: bool,
     /// Sign the indexes with the private key in this file: Ed25519 or ECDSA P-256, PKCS#8 in PEM without a password, as `openssl
-    /// genpkey -algorithm ed25519` makes it, or as `cosign generate-key-pair` does, whose password is `COSIGN_PASSWORD` or asked for. Who has the public half in /etc/tarblk/keys.d or names it with --trust-key believes them.
+    /// genpkey -algorithm ed25519` makes it, or as `cosign generate-key-pair` does, whose password is `COSIGN_PASSWORD` or asked for.
+    /// Who has the public half in /etc/tarblk/keys.d or names it with --trust-key believes them.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub sign: Option<PathBuf>,
     /// Write another manifest of the image, under this tag of its repository: the same layers and configuration, and an annotation

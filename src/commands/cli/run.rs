@@ -13,8 +13,9 @@ use crate::container::Volume;
 #[command(
     after_help = "The container is run by runc (or crun) with what the image's configuration says: entry point, command, environment, user, directory,
 stop signal. It has a root, processes, users' names, a network and devices of its own, podman's default capabilities, and a seccomp
-filter as engines have (--seccomp none: none). What it writes goes when it ends, unless --overlay says where to keep it. Signals are passed on; SIGTERM is the image's stop
-signal; at the third that asks for an end the container is killed. A container whose command was killed is ended by the next one.
+filter as engines have (--seccomp none: none). What it writes goes when it ends, unless --overlay says where to keep it. Signals
+are passed on; SIGTERM is the image's stop signal; at the third that asks for an end the container is killed. A container whose
+command was killed is ended by the next one.
 
 The exit status is the container's; 125 if tarblk fails, 126 if its program cannot be executed, 127 if it is not there.
 

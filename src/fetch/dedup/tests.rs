@@ -193,6 +193,48 @@ fn the_ends_of_a_long_payload_are_proven_by_pieces() {
 }
 
 #[test]
+fn of_extents_that_overlap_each_byte_is_served_by_one() {
+    let donor = noise(4 * CHUNK_BYTES, 1);
+    let mut layer = noise(40_000, 2);
+    layer[1000..31_000].copy_from_slice(of(&donor, range(5000, 30_000)));
+    let verifier = verifier(&layer);
+    let world = World::new(&donor, &[]);
+    let extent = |start: u64, len: u64, lies: bool| SharedExtent {
+        range: range(start, len),
+        digest: if lies {
+            [1; 20]
+        } else {
+            short(of(&layer, range(start, len)))
+        },
+        donor: 0,
+        from: TarOffset(start + 4000),
+    };
+    let table = |extents| {
+        let shared = SharedPayloads {
+            donors: vec![world.key],
+            extents,
+            others: Vec::new(),
+        };
+        DedupTable::new(len_u64(layer.len()), vec![world.lend()], &shared, true)
+    };
+    // The second one is served from where the first one ends, the third one lies in it, and the fourth one is the first once more.
+    let (first, inside) = (extent(1000, 20_000, false), extent(3000, 100, true));
+    let good = table(vec![extent(11_000, 20_000, false), inside, first, first]);
+    assert_eq!(good.bytes(), 30_000);
+    for wanted in [range(1000, 30_000), range(20_990, 20), range(3000, 100)] {
+        assert!(
+            read(&good, wanted, &verifier).unwrap() == of(&layer, wanted),
+            "{wanted}"
+        );
+    }
+    // One that is something else takes nothing from the other.
+    let bad = table(vec![extent(11_000, 20_000, true), first]);
+    let part = bad.parts(range(25_000, 10)).next().unwrap();
+    assert!(matches!(bad.read(&part, Some(&verifier)), Err(DonorFault::Other)));
+    assert!(!bad.holds(range(25_000, 10)) && bad.holds(range(1000, 20_000)));
+}
+
+#[test]
 fn what_is_something_else_is_not_read_and_not_looked_for_again() {
     let donor = noise(3 * PROVEN_WHOLE, 1);
     let world = World::new(&donor, &[]);

@@ -187,8 +187,9 @@ impl CodedLayer {
                 _ => (last.tar.start.0, last.blob.start),
             };
             let to = last_wanted.tar.end.next_multiple_of(CHUNK_BYTES);
-            let enough = self.table.likely_blob_end(to, known, &last);
-            if last_wanted.is_all && to < request.spans_end && enough.saturating_add(least_saving) <= last.blob.end {
+            if last_wanted.is_all
+                && let Some(enough) = self.table.likely_cut(to, known, &last, least_saving)
+            {
                 request.to.set(to);
                 request.asked_to.set(to);
                 request.asked.set(enough);

@@ -1,7 +1,7 @@
 //! Private keys under a password, as `cosign generate-key-pair` and `import-key-pair` write them. In: PEM and the password. Out: the key
 //! in PKCS#8 (DER).
 //!
-//! The PEM's label is `ENCRYPTED SIGSTORE PRIVATE KEY`, before cosign 2 `ENCRYPTED COSIGN PRIVATE KEY`; in it is JSON, whose binary values
+//! The PEM's label is `ENCRYPTED SIGSTORE PRIVATE KEY`, that of older versions `ENCRYPTED COSIGN PRIVATE KEY`; in it is JSON, whose binary values
 //! are base64 (the format is that of package `encrypted` of go-securesystemslib):
 //!
 //! ```json
