@@ -297,7 +297,7 @@ fn read_beside(
     registry: &TestRegistry,
     (old, new): (&Layer, &Layer),
     shared: TarRange,
-    (kind, pack): (&str, fn(&[u8]) -> Vec<u8>),
+    (_, kind, pack): Form,
 ) -> Beside {
     let (blob, len) = put_packed(registry, "new", &[(new, &pack(&new.tar))], kind, None).remove(0);
     let predicted = predicted(registry, "old:latest", "new:latest");
@@ -330,7 +330,8 @@ fn the_ends_of_long_files_that_are_the_same_are_not_fetched() {
     let old = layer(&files);
     files.insert(0, noise(5000, 99));
     let new = layer(&files);
-    for (form, kind, pack) in FORMS {
+    for form in FORMS {
+        let (name, kind, pack) = form;
         let registry = TestRegistry::start();
         put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
         // All that is fetched is for one file, and the way to it.
@@ -339,11 +340,11 @@ fn the_ends_of_long_files_that_are_the_same_are_not_fetched() {
             predicted,
             len,
             ..
-        } = read_beside(&registry, (&old, &new), new.files[1], (kind, pack));
-        assert!(fetched * 100 < len * 12, "{form}: {fetched} of {len}");
+        } = read_beside(&registry, (&old, &new), new.files[1], form);
+        assert!(fetched * 100 < len * 12, "{name}: {fetched} of {len}");
         assert!(
             fetched.abs_diff(predicted) * 20 <= predicted.max(CHUNK_BYTES),
-            "{form}: {fetched}, {predicted} predicted"
+            "{name}: {fetched}, {predicted} predicted"
         );
     }
 }
@@ -362,7 +363,8 @@ fn the_end_of_a_span_that_is_here_is_not_fetched() {
     };
     let (old, new) = (layer(&files(1)), layer(&files(2)));
     // Of six spans of 2 MiB each has one of the files that changed, all of them together a quarter of a percent of the layer.
-    let [.., (_, kind, pack), _] = FORMS;
+    let [.., form, _] = FORMS;
+    let (_, kind, pack) = form;
     let registry = TestRegistry::start();
     put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
     let Beside {
@@ -370,7 +372,7 @@ fn the_end_of_a_span_that_is_here_is_not_fetched() {
         predicted,
         len,
         ..
-    } = read_beside(&registry, (&old, &new), new.files[1], (kind, pack));
+    } = read_beside(&registry, (&old, &new), new.files[1], form);
     assert!(fetched * 100 < len * 70, "{fetched} of {len}");
     assert!(
         fetched.abs_diff(predicted) * 20 <= predicted,
@@ -740,11 +742,12 @@ fn a_real_layer_that_was_changed() {
         Change::LongFiles,
     ];
     let layers = changes.map(|change| (change, changed(&old, change)));
-    for (form, kind, pack) in FORMS {
+    for form in FORMS {
+        let (name, kind, pack) = form;
         let registry = TestRegistry::start();
         put_packed(&registry, "old", &[(&old, &pack(&old.tar))], kind, None);
         for (change, (new, bytes)) in &layers {
-            let beside = read_beside(&registry, (&old, new), new.files[0], (kind, pack));
+            let beside = read_beside(&registry, (&old, new), new.files[0], form);
             let Beside {
                 fetched,
                 predicted,
@@ -753,7 +756,7 @@ fn a_real_layer_that_was_changed() {
             } = beside;
             let percent = |part: u64, of: u64| format!("{}.{:02} %", part * 100 / of, part * 10_000 / of % 100);
             println!(
-                "{form}, {change:?}: {} of the payload changed; {fetched} of {len} bytes fetched, {}; {predicted} predicted, {} of that off; \
+                "{name}, {change:?}: {} of the payload changed; {fetched} of {len} bytes fetched, {}; {predicted} predicted, {} of that off; \
                  known after {known:.1?}",
                 percent(*bytes, payload),
                 percent(fetched, len),
