@@ -57,6 +57,7 @@ fn put_image(registry: &TestRegistry, name: &str, tars: &[Vec<u8>], kind: &str) 
 }
 
 /// Where there is a referrers API, the question for its fallback is not waited for, and its answer comes at any time.
+/// A registry whose fallback tag is waited for, so that its answer is in the costs and in the log.
 fn without_referrers_api() -> TestRegistry {
     let registry = TestRegistry::start();
     registry.rules(|rules| rules.referrers_api = false);
@@ -134,7 +135,7 @@ fn what_preparing_costs_is_what_the_server_sent() {
 #[test]
 fn plain_layers_are_read_by_their_headers() {
     let _alone = alone();
-    let registry = TestRegistry::start();
+    let registry = without_referrers_api();
     put_image(&registry, "plain", &[tar(3)], PLAIN);
     let name = registry.name("plain:latest");
     let prepared = prepare(&name, &options(None, IndexChoice::Auto), &mut Unwatched).unwrap();
@@ -224,7 +225,7 @@ fn mount_says_in_one_line_what_it_took() {
         return common::skip("mount_says_in_one_line_what_it_took", why);
     }
     let _alone = alone();
-    let registry = TestRegistry::start();
+    let registry = without_referrers_api();
     put_image(&registry, "app", &[tar(6)], GZIP);
     publish(&registry, "app");
     let name = registry.name("app:latest");
