@@ -54,14 +54,14 @@ pub use stats::{BytesByOrigin, FetchStats, HintStats, HintTotal, Percentiles, Po
 pub use trust::{BytesTrust, IndexTrust, KeyId, LayerTrust};
 pub use unproven::UnprovenIndex;
 
-use crate::cache::chunk::{FirstUse, pieces};
+use crate::cache::chunk::pieces;
 use crate::cache::{Slice, Slices};
 use crate::http::{self, tls};
 use crate::prefetch::ChunkRange;
 use crate::units::{LayerId, TarRange, len_u64};
 use dedup::AtDonors;
 use engine::Command;
-use shared::{FetchedLayer, Shared, SharedLayer, Touch};
+use shared::{FetchedLayer, FirstUses, Shared, SharedLayer};
 use stats::add;
 
 /// Where a range of a layer is right now. Borrowed from the fetcher that said so.
@@ -185,6 +185,11 @@ impl Fetcher {
             return false;
         }
         let counter = if layer.read_at_once(asked, target) {
+            let mut first_uses = FirstUses::default();
+            for key in ChunkRange::of(asked.layer, asked.range).keys() {
+                first_uses.add(layer.content.early.read(key.index));
+            }
+            shared.note_first_uses(asked, first_uses);
             &shared.counters.bytes_disk
         } else if layer.dedup.read_at_once(asked.range, target) {
             &shared.counters.bytes_deduplicated
@@ -199,24 +204,17 @@ impl Fetcher {
     fn locate_in_memory(&self, layer: &FetchedLayer, asked: LayerRange) -> Option<Slices> {
         let shared = &*self.shared;
         let mut slices = Slices::new();
-        let (mut paid, mut first_use, mut wake) = (0, false, false);
+        let mut first_uses = FirstUses::default();
         for (key, from, len) in pieces(asked.layer, asked.range) {
             let Some(chunk) = layer.content.memory.get(key.index) else {
                 slices.clear();
                 break;
             };
-            let first = chunk.touch();
-            first_use |= first != FirstUse::No;
-            wake |= matches!(first, FirstUse::Yes { marker: true, .. });
-            if matches!(first, FirstUse::Yes { prefetched: true, .. }) {
-                paid += len_u64(chunk.bytes().len());
-            }
+            chunk.touch();
+            first_uses.add(layer.content.early.read(key.index));
             slices.push(Slice::new(chunk, from, len));
         }
-        if first_use {
-            add(&shared.counters.prefetched_used, paid);
-            shared.note_touch(Touch { asked, paid }, wake);
-        }
+        shared.note_first_uses(asked, first_uses);
         if slices.is_empty() && !asked.range.is_empty() {
             return None;
         }

@@ -14,10 +14,12 @@ use fetched::{Outcome, at_origin, hammer, joined, leave, quick, range, read, u};
 use tarblk::internals::bench::origin::{Fault, Origin};
 use tarblk::internals::cache::disk::{CacheLimit, DiskCache};
 use tarblk::internals::fetch::{
-    FetchError, FetchPool, Fetcher, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback, Verifier,
+    FetchError, FetchPool, Fetcher, HintStats, LayerRange, LayerSource, OpenOptions, PoolOptions, ReadCallback,
+    Verifier,
 };
 use tarblk::internals::image::{DirectoryId, FileId, FileMap, StoredFile};
-use tarblk::internals::units::{LayerId, TarOffset, TarRange};
+use tarblk::internals::prefetch::ChunkRange;
+use tarblk::internals::units::{CHUNK_BYTES, LayerId, TarOffset, TarRange};
 
 const SIZE: usize = 3_000_321;
 
@@ -383,4 +385,53 @@ fn a_callback_that_panics_costs_no_other_device_anything() {
         fetcher.read(vec![range(0, 10)], Box::new(Panics));
         wait_until("that it has come", || fetcher.stats().in_flight == 0);
     });
+}
+
+/// What is fetched ahead leaves memory for the disk before it is read, and is found there: no byte is asked for again, and the guess is
+/// counted as one that came true, whoever finds it.
+#[test]
+fn what_came_early_may_wait_on_the_disk() {
+    let _alone = alone();
+    let origin = Origin::start().unwrap();
+    for by_fetch_thread in [false, true] {
+        let (layer, data) = served(&origin, "/layer", 40);
+        let store = tempfile::tempdir().unwrap();
+        let pool = FetchPool::start(PoolOptions {
+            // Eight chunks.
+            memory_bytes: 1,
+            store: Some(DiskCache::open(store.path(), CacheLimit::bytes(1 << 40)).unwrap()),
+            ..options()
+        })
+        .unwrap();
+        let fetcher = open(&pool, vec![layer]);
+        let chunks = u32::try_from(u(SIZE).div_ceil(CHUNK_BYTES)).unwrap();
+        fetcher.follow_profile(vec![ChunkRange {
+            layer: LayerId(0),
+            first: 0,
+            end: chunks,
+        }]);
+        wait_until("that all of it is on disk", || fetcher.stats().bytes_stored == u(SIZE));
+        assert!(pool.stats().bytes_memory <= 8 * CHUNK_BYTES);
+        let requests = fetcher.stats().requests;
+        let step = usize::try_from(CHUNK_BYTES).unwrap();
+        for (at, right) in (0..).step_by(step).zip(data.chunks(step)) {
+            let mut target = vec![0; right.len()];
+            if by_fetch_thread || !fetcher.read_at_once(range(at, right.len()), &mut target) {
+                target = read(&fetcher, at, right.len()).unwrap();
+            }
+            assert!(target == right, "chunk at {at}");
+        }
+        let counted = || {
+            let hints = fetcher.stats().hints;
+            let sum = |of: fn(&HintStats) -> u64| hints.iter().map(of).sum::<u64>();
+            (sum(|hint| hint.fetched), sum(|hint| hint.read))
+        };
+        // The planner hears of them with whatever the fetch thread is told next.
+        fetcher.follow_profile(Vec::new());
+        let all = u64::from(chunks) * CHUNK_BYTES;
+        wait_until("that the planner knows", || counted() == (all, all));
+        let stats = fetcher.stats();
+        assert_eq!(stats.requests, requests, "something was asked for again");
+        assert_eq!((stats.prefetched_used, stats.read_errors), (all, 0));
+    }
 }

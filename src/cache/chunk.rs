@@ -4,7 +4,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use smallvec::SmallVec;
 
@@ -45,21 +45,11 @@ pub(crate) fn chunk_len(size: u64, index: u32) -> u64 {
     size.saturating_sub(u64::from(index) * CHUNK_BYTES).min(CHUNK_BYTES)
 }
 
-/// Read since the memory cache's hand last passed.
-const RECENT: u8 = 1;
-/// Read at least once by a reader that needed it.
-const USED: u8 = 2;
-/// Prefetched: fetched before a reader asked for it.
-const PREFETCHED: u8 = 4;
-/// The planner wants to hear at once when this one is first read.
-const MARKER: u8 = 8;
-/// Bundled: it came with what was asked for, and cost nothing of its own.
-const BUNDLED: u8 = 16;
-
-/// Immutable bytes in memory with the marks that the memory cache and the planner keep on them.
+/// Immutable bytes in memory.
 pub(crate) struct Chunk {
     bytes: Vec<u8>,
-    marks: AtomicU8,
+    /// Read since the memory cache's hand last passed.
+    recent: AtomicBool,
 }
 
 impl fmt::Debug for Chunk {
@@ -70,39 +60,11 @@ impl fmt::Debug for Chunk {
     }
 }
 
-/// What a first look at a chunk meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FirstUse {
-    /// It had been read before, or demanded from the start.
-    No,
-    /// It came before a reader needed it.
-    Yes {
-        /// It was prefetched, which now pays; else it came along with what was asked for.
-        prefetched: bool,
-        /// The planner asked to be told at once.
-        marker: bool,
-    },
-}
-
 impl Chunk {
-    pub(crate) fn demanded(bytes: Vec<u8>) -> Self {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
         Self {
             bytes,
-            marks: AtomicU8::new(USED),
-        }
-    }
-
-    pub(crate) fn prefetched(bytes: Vec<u8>, marker: bool) -> Self {
-        Self {
-            bytes,
-            marks: AtomicU8::new(if marker { PREFETCHED | MARKER } else { PREFETCHED }),
-        }
-    }
-
-    pub(crate) fn bundled(bytes: Vec<u8>, marker: bool) -> Self {
-        Self {
-            bytes,
-            marks: AtomicU8::new(if marker { BUNDLED | MARKER } else { BUNDLED }),
+            recent: AtomicBool::new(false),
         }
     }
 
@@ -111,29 +73,16 @@ impl Chunk {
     }
 
     /// Notes a use.
-    pub(crate) fn touch(&self) -> FirstUse {
-        let before = self.marks.load(Ordering::Relaxed);
-        if before & (RECENT | USED) == RECENT | USED {
-            return FirstUse::No;
-        }
-        let before = self.marks.fetch_or(RECENT | USED, Ordering::Relaxed);
-        if before & USED != 0 {
-            return FirstUse::No;
-        }
-        FirstUse::Yes {
-            prefetched: before & PREFETCHED != 0,
-            marker: before & MARKER != 0,
+    pub(crate) fn touch(&self) {
+        // Looked at first: a line that many threads read is written by none of them again.
+        if !self.recent.load(Ordering::Relaxed) {
+            self.recent.store(true, Ordering::Relaxed);
         }
     }
 
     /// Takes back the mark of recent use and says whether it was there.
     pub(crate) fn cool(&self) -> bool {
-        self.marks.fetch_and(!RECENT, Ordering::Relaxed) & RECENT != 0
-    }
-
-    /// Whether it was prefetched and not read yet.
-    pub(crate) fn is_unread_prefetch(&self) -> bool {
-        self.marks.load(Ordering::Relaxed) & (PREFETCHED | USED) == PREFETCHED
+        self.recent.swap(false, Ordering::Relaxed)
     }
 }
 
@@ -175,7 +124,7 @@ impl From<Vec<u8>> for Slice {
     /// Bytes that come from somewhere else: for whoever stands in for a fetcher.
     fn from(bytes: Vec<u8>) -> Self {
         let len = len_u64(bytes.len());
-        Self::new(Arc::new(Chunk::demanded(bytes)), 0, len)
+        Self::new(Arc::new(Chunk::new(bytes)), 0, len)
     }
 }
 
@@ -230,28 +179,17 @@ mod tests {
     }
 
     #[test]
-    fn a_first_use_is_told_once() {
-        let chunk = Chunk::prefetched(vec![0; 8], true);
-        assert!(chunk.is_unread_prefetch());
-        let first = FirstUse::Yes {
-            prefetched: true,
-            marker: true,
-        };
-        assert_eq!(chunk.touch(), first);
-        assert_eq!(chunk.touch(), FirstUse::No);
-        assert!(!chunk.is_unread_prefetch());
+    fn a_use_is_recent_once() {
+        let chunk = Chunk::new(vec![0; 8]);
+        assert!(!chunk.cool());
+        chunk.touch();
         assert!(chunk.cool());
         assert!(!chunk.cool());
-        assert_eq!(chunk.touch(), FirstUse::No);
-        let chunk = Chunk::bundled(vec![0; 8], false);
-        assert!(!chunk.is_unread_prefetch());
-        assert!(matches!(chunk.touch(), FirstUse::Yes { prefetched: false, .. }));
-        assert_eq!(chunk.touch(), FirstUse::No);
     }
 
     #[test]
     fn a_slice_never_leaves_its_chunk() {
-        let chunk = Arc::new(Chunk::demanded(vec![1, 2, 3]));
+        let chunk = Arc::new(Chunk::new(vec![1, 2, 3]));
         assert_eq!(&*Slice::new(chunk.clone(), 1, 100), [2, 3]);
         assert!(Slice::new(chunk, 9, 1).is_empty());
     }

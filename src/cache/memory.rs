@@ -1,9 +1,10 @@
 //! The memory cache. In: chunks of any layer, as they arrive. Out: the same to anybody who asks, from any
 //! thread, under a lock held for a hash lookup.
 //!
-//! One for all devices of a process, with one bound. Bounded by CLOCK: a hand goes round and takes what was not read since it
-//! last passed. A chunk on loan in a [`Slice`](super::Slice) outlives its eviction. Each layer has a handle, [`MemoryLayer`],
-//! and its chunks leave with it.
+//! One for all devices of a process, with one bound, and a smaller one for chunks that the disk cache has as well: those leave
+//! first, because the kernel keeps in its page cache what is read of them, and memory that it can take back is better than ours. Bounded
+//! by CLOCK: a hand goes round and takes what was not read since it last passed. A chunk on loan in a [`Slice`](super::Slice) outlives its
+//! eviction. Each layer has a handle, [`MemoryLayer`], and its chunks leave with it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,10 @@ use crate::units::{CHUNK_BYTES, len_u64, len_usize};
 /// Chunks that lie side by side share a shard, so that a read over several of them takes its lock once or twice.
 const NEIGHBOURHOOD_BITS: u32 = 3;
 const MOST_SHARDS: usize = 16;
+/// What chunks that the disk has as well may take, where the whole is this or more...
+const STORED_BYTES: u64 = 8 << 20;
+/// ...and not so many times as much.
+const STORED_SHARE: u64 = 64;
 
 /// A layer's number in the memory cache. Every [`MemoryLayer`] has another one, whatever its device calls the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +53,22 @@ pub(crate) struct MemoryLayer {
 struct Shard {
     /// Slot numbers by the hash of their key.
     by_key: HashTable<usize>,
-    slots: Vec<(MemoryKey, Arc<Chunk>)>,
+    slots: Vec<Slot>,
+    /// The most slots.
     capacity: usize,
+    /// How many slots hold a chunk that the disk has as well...
+    stored: usize,
+    /// ...and how many may.
+    stored_capacity: usize,
     hand: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    key: MemoryKey,
+    chunk: Arc<Chunk>,
+    /// Whether the disk has it as well, or had it.
+    stored: bool,
 }
 
 /// Spreads a key over 64 bits. Keys come from the layout of a layer; colliding them harms its own readers most.
@@ -63,12 +81,15 @@ impl MemoryCache {
     /// A cache of at most `bytes` bytes, and of at least 8 chunks.
     pub(crate) fn new(bytes: u64) -> Self {
         let chunks = len_usize(bytes / CHUNK_BYTES).max(8);
+        let stored = len_usize((bytes / STORED_SHARE).max(STORED_BYTES) / CHUNK_BYTES).min(chunks);
         let count = (chunks / 64).clamp(1, MOST_SHARDS);
         let shard = || {
             Mutex::new(Shard {
                 by_key: HashTable::new(),
                 slots: Vec::new(),
                 capacity: chunks.div_ceil(count),
+                stored: 0,
+                stored_capacity: stored.div_ceil(count),
                 hand: 0,
             })
         };
@@ -91,7 +112,7 @@ impl MemoryCache {
     pub(crate) fn bytes_held(&self) -> u64 {
         let of_shard = |shard: &Mutex<Shard>| {
             let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-            let bytes = shard.slots.iter().map(|(_, chunk)| len_u64(chunk.bytes().len()));
+            let bytes = shard.slots.iter().map(|slot| len_u64(slot.chunk.bytes().len()));
             bytes.sum::<u64>()
         };
         self.shards.iter().map(of_shard).sum()
@@ -132,11 +153,18 @@ impl MemoryLayer {
         shard.slot(key).is_some()
     }
 
-    /// Keeps `chunk` and hands back what had to leave for it, which may be another layer's. What leaves is dropped by the caller,
-    /// outside the lock.
-    pub(crate) fn insert(&self, index: u32, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
+    /// Keeps `chunk`, which the disk has as well if it is `stored`. Another one may have to leave for it.
+    pub(crate) fn insert(&self, index: u32, chunk: Arc<Chunk>, stored: bool) {
         let key = self.key(index);
-        self.memory.shard(key).insert(key, chunk)
+        // Dropped behind the lock.
+        let _gone = self.memory.shard(key).insert(key, chunk, stored);
+    }
+
+    /// The disk has chunk `index` as well from now on. If it is here, it or another such one may have to leave.
+    pub(crate) fn stored(&self, index: u32) {
+        let key = self.key(index);
+        // Dropped behind the lock.
+        let _gone = self.memory.shard(key).set_stored(key);
     }
 
     /// Lets go of chunk `index`.
@@ -154,7 +182,7 @@ impl MemoryLayer {
         if len_u64(slots) < u64::from(self.count) {
             for shard in &self.memory.shards {
                 let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-                let own = |(key, _): &(MemoryKey, _)| (key.layer == self.id).then_some(*key);
+                let own = |slot: &Slot| (slot.key.layer == self.id).then_some(slot.key);
                 let keys: Vec<MemoryKey> = shard.slots.iter().filter_map(own).collect();
                 gone.extend(keys.into_iter().filter_map(|key| shard.remove(key)));
             }
@@ -175,62 +203,78 @@ impl Drop for MemoryLayer {
 
 impl Shard {
     fn slot(&self, key: MemoryKey) -> Option<usize> {
-        self.by_key.find(hash(key), |&slot| self.slots[slot].0 == key).copied()
+        self.by_key
+            .find(hash(key), |&slot| self.slots[slot].key == key)
+            .copied()
     }
 
     fn get(&self, key: MemoryKey) -> Option<Arc<Chunk>> {
-        self.slot(key).map(|slot| self.slots[slot].1.clone())
+        self.slot(key).map(|slot| self.slots[slot].chunk.clone())
     }
 
-    fn insert(&mut self, key: MemoryKey, chunk: Arc<Chunk>) -> Option<Arc<Chunk>> {
-        if let Some(slot) = self.slot(key) {
-            return Some(std::mem::replace(&mut self.slots[slot].1, chunk));
-        }
-        if self.slots.len() < self.capacity {
-            let slots = &self.slots;
-            self.by_key
-                .insert_unique(hash(key), slots.len(), |&slot| hash(slots[slot].0));
-            self.slots.push((key, chunk));
-            return None;
-        }
-        let slot = self.victim();
-        let old_key = self.slots[slot].0;
-        if let Ok(entry) = self.by_key.find_entry(hash(old_key), |&at| at == slot) {
-            entry.remove();
-        }
+    /// Keeps a chunk and hands back what leaves: the one with the same key, or one that there is no room for.
+    fn insert(&mut self, key: MemoryKey, chunk: Arc<Chunk>, stored: bool) -> Option<Arc<Chunk>> {
+        let same = self.remove(key);
+        let full = self.slots.len() >= self.capacity || (stored && self.stored >= self.stored_capacity);
+        let gone = if full { self.evict() } else { None };
         let slots = &self.slots;
-        self.by_key.insert_unique(hash(key), slot, |&slot| hash(slots[slot].0));
-        Some(std::mem::replace(&mut self.slots[slot], (key, chunk)).1)
+        self.by_key
+            .insert_unique(hash(key), slots.len(), |&slot| hash(slots[slot].key));
+        self.slots.push(Slot { key, chunk, stored });
+        self.stored += usize::from(stored);
+        same.or(gone)
+    }
+
+    /// Notes that the disk has a chunk as well, and hands back what leaves.
+    fn set_stored(&mut self, key: MemoryKey) -> Option<Arc<Chunk>> {
+        let slot = self.slot(key)?;
+        if !std::mem::replace(&mut self.slots[slot].stored, true) {
+            self.stored += 1;
+        }
+        if self.stored > self.stored_capacity {
+            self.evict()
+        } else {
+            None
+        }
     }
 
     fn remove(&mut self, key: MemoryKey) -> Option<Arc<Chunk>> {
-        let slot = match self.by_key.find_entry(hash(key), |&slot| self.slots[slot].0 == key) {
+        let number = match self.by_key.find_entry(hash(key), |&slot| self.slots[slot].key == key) {
             Ok(entry) => entry.remove().0,
             Err(_) => return None,
         };
-        let (_, chunk) = self.slots.swap_remove(slot);
+        let gone = self.slots.swap_remove(number);
+        self.stored -= usize::from(gone.stored);
         // What was last has its number now.
-        if let Some((moved, _)) = self.slots.get(slot)
-            && let Some(number) = self.by_key.find_mut(hash(*moved), |&number| number == self.slots.len())
+        if let Some(moved) = self.slots.get(number)
+            && let Some(its) = self.by_key.find_mut(hash(moved.key), |&its| its == self.slots.len())
         {
-            *number = slot;
+            *its = number;
         }
         if self.hand >= self.slots.len() {
             self.hand = 0;
         }
-        Some(chunk)
+        Some(gone.chunk)
     }
 
-    /// The next slot whose chunk went unread for a whole round; after two rounds whatever is under the hand.
-    fn victim(&mut self) -> usize {
+    /// Takes out the next chunk that went unread for a whole round, or after two rounds whatever is under the hand: among those
+    /// that the disk has as well, if there are any.
+    fn evict(&mut self) -> Option<Arc<Chunk>> {
+        let only_stored = self.stored > 0;
+        let mut last = None;
         for _ in 0..2 * self.slots.len() {
-            let slot = self.hand;
+            let number = self.hand;
             self.hand = (self.hand + 1) % self.slots.len();
-            if !self.slots[slot].1.cool() {
-                return slot;
+            let slot = &self.slots[number];
+            if only_stored && !slot.stored {
+                continue;
+            }
+            last = Some(slot.key);
+            if !slot.chunk.cool() {
+                break;
             }
         }
-        self.hand
+        self.remove(last?)
     }
 }
 
@@ -243,14 +287,14 @@ mod tests {
     }
 
     fn chunk(n: u8) -> Arc<Chunk> {
-        Arc::new(Chunk::demanded(vec![n; 4]))
+        Arc::new(Chunk::new(vec![n; 4]))
     }
 
     #[test]
     fn holds_no_more_than_its_bound() {
         let layer = memory(16).layer(100);
         for n in 0..100u8 {
-            layer.insert(n.into(), chunk(n));
+            layer.insert(n.into(), chunk(n), false);
         }
         let held = (0..100).filter(|&n| layer.holds(n)).count();
         assert_eq!(held, 16);
@@ -261,13 +305,13 @@ mod tests {
     fn what_is_read_stays_and_a_scan_passes_by() {
         let layer = memory(16).layer(200);
         for n in 0..4u8 {
-            layer.insert(n.into(), chunk(n));
+            layer.insert(n.into(), chunk(n), false);
         }
         for n in 4..200u8 {
             for hot in 0..4 {
                 layer.get(hot).expect("a chunk in use was evicted").touch();
             }
-            layer.insert(n.into(), chunk(n));
+            layer.insert(n.into(), chunk(n), false);
         }
     }
 
@@ -278,7 +322,7 @@ mod tests {
         for (first, layer) in &layers {
             for index in 0..500u32 {
                 let byte = u8::try_from((u32::from(*first) + index) % 251).unwrap();
-                layer.insert(index, chunk(byte));
+                layer.insert(index, chunk(byte), false);
             }
         }
         for (first, layer) in &layers {
@@ -293,9 +337,64 @@ mod tests {
     #[test]
     fn replacing_keeps_one_copy() {
         let layer = memory(16).layer(2);
-        assert!(layer.insert(1, chunk(1)).is_none());
-        assert_eq!(layer.insert(1, chunk(2)).unwrap().bytes()[0], 1);
-        assert_eq!(layer.get(1).unwrap().bytes()[0], 2);
+        for stored in [false, true, false] {
+            layer.insert(1, chunk(1), stored);
+            layer.insert(1, chunk(2), !stored);
+            assert_eq!(layer.get(1).unwrap().bytes()[0], 2);
+            assert_eq!(layer.memory.bytes_held(), 4);
+        }
+    }
+
+    #[test]
+    fn what_the_disk_has_leaves_first() {
+        let layer = memory(16).layer(100);
+        for n in 0..16u8 {
+            layer.insert(n.into(), chunk(n), n % 2 == 0);
+            layer.get(n.into()).unwrap().touch();
+        }
+        // However recently it was read.
+        for n in 16..24u8 {
+            layer.insert(n.into(), chunk(n), false);
+        }
+        for n in 0..24 {
+            assert_eq!(layer.holds(n), n % 2 == 1 || n >= 16, "{n}");
+        }
+        // Then any.
+        layer.insert(99, chunk(99), false);
+        assert_eq!((0..24).filter(|&n| layer.holds(n)).count(), 15);
+    }
+
+    #[test]
+    fn what_the_disk_has_takes_no_more_than_its_own_bound() {
+        let bound = u32::try_from(STORED_BYTES / CHUNK_BYTES).unwrap();
+        let layer = memory(8 * u64::from(bound)).layer(8 * bound);
+        let held = |layer: &MemoryLayer| (0..8 * bound).filter(|&n| layer.holds(n)).count();
+        for n in 0..4 * bound {
+            layer.insert(n, chunk(0), false);
+        }
+        assert_eq!(held(&layer), len_usize(u64::from(4 * bound)));
+        // Half of them are written; some of that was read just now.
+        for n in 0..2 * bound {
+            if n % 8 == 0 {
+                layer.get(n).unwrap().touch();
+            }
+            layer.stored(n);
+        }
+        assert!((2 * bound..4 * bound).all(|n| layer.holds(n)), "it is nowhere else");
+        assert_eq!(held(&layer), len_usize(u64::from(3 * bound)));
+        // What is read back from the disk is bounded as well, and what is forgotten makes room.
+        for n in 4 * bound..6 * bound {
+            layer.insert(n, chunk(0), true);
+        }
+        assert_eq!(held(&layer), len_usize(u64::from(3 * bound)));
+        layer.clear();
+        for n in 0..bound {
+            layer.insert(n, chunk(0), true);
+        }
+        // The shards do not share evenly.
+        assert!(held(&layer) > len_usize(u64::from(bound / 2)), "{}", held(&layer));
+        // What is not here is no matter.
+        layer.stored(7 * bound);
     }
 
     /// Layers come and go while chunks do, and what is found is always what a plain map has, or nothing.
@@ -324,7 +423,10 @@ mod tests {
                     }
                     1..50 => {
                         let byte = u8::try_from(random(256)).unwrap();
-                        layer.insert(index, chunk(byte));
+                        layer.insert(index, chunk(byte), byte % 5 == 0);
+                        if byte % 7 == 0 {
+                            layer.stored(index);
+                        }
                         model.insert((layer.id.0, index), byte);
                         assert_eq!(layer.get(index).unwrap().bytes()[0], byte);
                     }

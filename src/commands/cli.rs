@@ -295,8 +295,8 @@ fn hidden(text: &str) -> Result<Secret, std::convert::Infallible> {
 /// How a device fetches.
 #[derive(Clone, Debug, Args)]
 pub struct FetchArgs {
-    /// Memory for bytes that may be read again, of all devices together; the first device's counts [default: a sixteenth of the
-    /// machine's, at least 64 MiB and at most 512 MiB].
+    /// Memory for bytes that may be read again, of all devices together; the first device's counts. What is on disk as well takes a
+    /// sixty-fourth of it at most, or 8 MiB [default: a sixteenth of the machine's, at least 64 MiB and at most 512 MiB].
     #[arg(long, help_heading = "Device options", value_name = "SIZE", value_parser = parse_size)]
     pub memory: Option<u64>,
     /// Fail a read with an I/O error when its bytes could not be brought for this long [default: wait forever].

@@ -13,6 +13,7 @@ use super::blob::{LayerSource, VerifierDigests, WholeDigests};
 use super::verified::{self, VerifiedChunks};
 use crate::cache::chunk;
 use crate::cache::disk::{Bits, DiskCache, DiskCacheError, LayerCache, LayerKey};
+use crate::cache::early::EarlyChunks;
 use crate::cache::memory::{MemoryCache, MemoryLayer};
 use crate::layer::SpanTable;
 use crate::source::Place;
@@ -22,6 +23,8 @@ use crate::source::Place;
 pub(crate) struct LayerContent {
     /// Its chunks in memory.
     pub(super) memory: MemoryLayer,
+    /// Its chunks, in memory or not, that came before any reader asked for them and are unread.
+    pub(super) early: EarlyChunks,
     /// Set at the start, or once the layer has to be streamed.
     pub(super) cache: OnceLock<Arc<LayerCache>>,
     /// The chunks in the cache that this process has verified at some time: from then on their checksums tell whether they are still
@@ -239,6 +242,7 @@ impl Contents {
         let count = chunk::chunk_count(kept.size())?;
         let lent = Arc::new(LayerContent {
             memory: self.memory.layer(count),
+            early: EarlyChunks::new(count),
             cache: OnceLock::from(kept),
             checked: None,
             stored: true,
@@ -279,6 +283,7 @@ impl Contents {
         let checked = || known.unwrap_or_else(|| Bits::new(count));
         ContentUse(Arc::new(LayerContent {
             memory: self.memory.layer(count),
+            early: EarlyChunks::new(count),
             cache,
             checked: source.verifier.is_some().then(checked),
             stored,

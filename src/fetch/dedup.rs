@@ -450,7 +450,7 @@ impl DedupTable {
                 let Some(chunk) = donor.memory.get(key.index) else {
                     return Some(AtDonors::Here);
                 };
-                let _not_its_own_reader = chunk.touch();
+                chunk.touch();
                 slices.push(Slice::new(chunk, from, len));
             }
         }

@@ -67,11 +67,12 @@ use super::shared::{FetchedLayer, Shared, SharedLayer};
 use super::stats::{Counters, add, take};
 use super::transport::Client;
 use super::{FetchError, LayerRange, LayerSource, StartError};
-use crate::cache::chunk::{Chunk, ChunkKey, FirstUse, Slice, pieces};
+use crate::cache::chunk::{Chunk, ChunkKey, Slice, chunk_len, pieces};
 use crate::cache::disk::DiskCache;
+use crate::cache::early::FirstUse;
 use crate::image::FileMap;
 use crate::prefetch::{ChunkRange, PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge};
-use crate::units::{CHUNK_BYTES, LayerId, len_u64};
+use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
 
 /// A flight is at most this long; longer stretches fly side by side.
 const LONGEST_FLIGHT: u32 = 128;
@@ -341,6 +342,12 @@ impl Engine {
         self.fetched(key.layer)?.content.memory.get(key.index)
     }
 
+    /// A chunk is read, wherever it lies: says what that means.
+    fn first_use(&self, key: ChunkKey) -> FirstUse {
+        self.fetched(key.layer)
+            .map_or(FirstUse::No, |layer| layer.content.early.read(key.index))
+    }
+
     /// Whether a chunk is in memory.
     fn holds(&self, key: ChunkKey) -> bool {
         self.fetched(key.layer)
@@ -430,12 +437,13 @@ impl Engine {
         for (key, from, len) in pieces(asked.layer, asked.range) {
             let state = self.layer(key.layer);
             let waiting_to_be_written = || state.and_then(|state| state.writer.queued(key.index));
+            match self.first_use(key) {
+                FirstUse::Yes { prefetched: true, .. } => paid += CHUNK_BYTES,
+                FirstUse::Yes { .. } => found_first = true,
+                FirstUse::No => {}
+            }
             if let Some(chunk) = self.in_memory(key).or_else(waiting_to_be_written) {
-                match chunk.touch() {
-                    FirstUse::Yes { prefetched: true, .. } => paid += len_u64(chunk.bytes().len()),
-                    FirstUse::Yes { .. } => found_first = true,
-                    FirstUse::No => {}
-                }
+                chunk.touch();
                 add(&counters.bytes_memory, len);
                 request.push(Slice::new(chunk, from, len));
                 continue;
@@ -494,13 +502,29 @@ impl Engine {
         }
     }
 
-    /// Shows a chunk that is in memory.
+    /// Shows a chunk that is in memory, or in the disk cache and the kernel's.
     fn peek(&self, key: ChunkKey, show: &mut dyn FnMut(&[u8])) -> bool {
-        let chunk = self.in_memory(key);
-        if let Some(chunk) = &chunk {
+        if let Some(chunk) = self.in_memory(key) {
             show(chunk.bytes());
+            return true;
         }
-        chunk.is_some()
+        let Some(layer) = self.fetched(key.layer) else {
+            return false;
+        };
+        let mut bytes = vec![0; len_usize(chunk_len(layer.size, key.index))];
+        let range = TarRange::new(key.start(), len_u64(bytes.len()));
+        let found = layer.is_on_disk(key.index, key.index + 1)
+            && layer.read_at_once(
+                LayerRange {
+                    layer: key.layer,
+                    range,
+                },
+                &mut bytes,
+            );
+        if found {
+            show(&bytes);
+        }
+        found
     }
 
     /// Sends demand flights for what is absent of `stretches`.

@@ -12,11 +12,13 @@ use tokio::sync::Notify;
 
 use super::content::ContentUse;
 use super::dedup::DedupTables;
-use super::stats::Counters;
+use super::stats::{Counters, add};
 use super::{FetchError, LayerRange};
 use crate::cache::disk::Bits;
+use crate::cache::early::FirstUse;
 use crate::http::WaitOwner;
 use crate::prefetch::{ChunkRange, HintCounts};
+use crate::units::CHUNK_BYTES;
 
 /// A layer as every thread sees it.
 #[derive(Debug)]
@@ -96,7 +98,28 @@ pub(crate) struct Shared {
     pub(super) nudge: Notify,
 }
 
-/// A range was found in memory, and `paid` bytes of it had been prefetched and not been read before.
+/// What a read found that no reader had asked for before.
+#[derive(Default)]
+pub(super) struct FirstUses {
+    /// Bytes of chunks that had been prefetched, as if no chunk were short.
+    paid: u64,
+    /// Whether there was any.
+    any: bool,
+    /// Whether the planner wants to hear of it at once.
+    wake: bool,
+}
+
+impl FirstUses {
+    pub(super) fn add(&mut self, first: FirstUse) {
+        if let FirstUse::Yes { prefetched, marker } = first {
+            self.any = true;
+            self.wake |= marker;
+            self.paid += if prefetched { CHUNK_BYTES } else { 0 };
+        }
+    }
+}
+
+/// A range was found in memory or on disk, some of it for the first time, and `paid` bytes of that had been prefetched.
 pub(crate) struct Touch {
     pub(super) asked: LayerRange,
     pub(super) paid: u64,
@@ -115,9 +138,14 @@ impl Shared {
         }
     }
 
-    /// Notes a first use. No reader waits for the planner: when it does not keep up, it misses some.
-    pub(super) fn note_touch(&self, touch: Touch, wake: bool) {
+    /// Notes what was read for the first time, if anything. No reader waits for the planner: when it does not keep up, it misses some.
+    pub(super) fn note_first_uses(&self, asked: LayerRange, FirstUses { paid, any, wake }: FirstUses) {
         const MOST: usize = 4096;
+        if !any {
+            return;
+        }
+        add(&self.counters.prefetched_used, paid);
+        let touch = Touch { asked, paid };
         {
             let mut touches = self.touches.lock().unwrap_or_else(PoisonError::into_inner);
             if touches.len() < MOST {

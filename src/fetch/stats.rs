@@ -339,8 +339,6 @@ counters! {
     bytes_prefetched,
     /// Of those, the bytes of chunks that were read later.
     prefetched_used,
-    /// Of those, the bytes of chunks that left memory unread.
-    prefetched_unused,
     /// Bytes that were fetched for the disk cache alone, because everything is to be there.
     bytes_filled,
     /// Bytes written to the disk cache.

@@ -2,7 +2,7 @@
 //!
 //! Long runs go past the page cache: whoever reads a device has its bytes in the device's own page cache already, and a second
 //! copy costs the memory of it and more processor time than everything else about the disk cache. What is shorter, what the file system
-//! does not take, and what comes faster than the disk takes it goes through the page cache.
+//! does not take, what comes faster than the disk takes it, and what is still to be read goes through the page cache.
 
 use std::io;
 

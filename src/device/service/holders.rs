@@ -9,9 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -217,15 +216,10 @@ impl Holders {
     fn start(&self, number: usize) -> io::Result<()> {
         // A dead one's, which would refuse the call until the new one has put its own there.
         let _ = std::fs::remove_file(keeper::socket(&self.states, number));
-        let mut child = Command::new(&self.launcher.program)
-            .arg0("tarblk")
-            .args(&self.launcher.arguments)
-            .arg(Role::Keeper.word())
-            .arg(self.states.path())
-            .arg(number.to_string())
-            .args(&self.launcher.writable)
-            .env_remove("TARBLK_CREDS")
-            .env_remove("NOTIFY_SOCKET")
+        let mut command = self
+            .launcher
+            .command(Role::Keeper, &self.states, &number.to_string(), None);
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(open_log(&self.states)?)

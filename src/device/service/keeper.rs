@@ -14,9 +14,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -138,21 +137,8 @@ pub(super) fn start_service(
     start: Start,
     environment: Option<Vec<(OsString, OsString)>>,
 ) -> io::Result<Child> {
-    let mut command = Command::new(&launcher.program);
-    if let Some(environment) = environment {
-        command.env_clear().envs(environment);
-    }
+    let mut command = launcher.command(Role::Service, states, start.word(), environment);
     command
-        .arg0("tarblk")
-        .args(&launcher.arguments)
-        .arg(Role::Service.word())
-        .arg(states.path())
-        .arg(start.word())
-        .args(&launcher.writable)
-        // What it needs of that it is told by message; a process's environment is there to be read all its life.
-        .env_remove("TARBLK_CREDS")
-        // Who starts it speaks with the service manager, if there is one.
-        .env_remove("NOTIFY_SOCKET")
         .stdin(lock.try_clone()?)
         .stdout(Stdio::piped())
         .stderr(open_log(states)?);

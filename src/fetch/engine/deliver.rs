@@ -15,7 +15,7 @@ use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::http::WaitOwner;
 use crate::prefetch::{ChunkRange, Reason};
-use crate::units::{CHUNK_BYTES, len_u64};
+use crate::units::CHUNK_BYTES;
 
 impl Engine {
     /// A request, whose waits are those of `request`, brings a chunk for this reason.
@@ -39,27 +39,26 @@ impl Engine {
             return;
         };
         let known = self.in_flight.take(key);
-        if known.is_none() && layer.content.memory.holds(key.index) {
+        let is_stored = layer.content.cache.get().is_some_and(|cache| cache.has(key.index));
+        if known.is_none() && (is_stored || layer.content.memory.holds(key.index)) {
             return;
         }
         let purpose = known.as_ref().map_or(Purpose::Bundled, |pending| pending.purpose);
         let pending = known.unwrap_or_default();
         if purpose == Purpose::Fill && pending.waiters.is_empty() {
-            let chunk = Arc::new(Chunk::bundled(bytes, false));
+            let chunk = Arc::new(Chunk::new(bytes));
             self.end_bringing(key, Some(&chunk));
             let _unless_the_cache_is_full = self.queue_write(key, chunk, false);
             return;
         }
-        let chunk = Arc::new(match purpose {
-            Purpose::Demand => Chunk::demanded(bytes),
-            Purpose::Prefetch => Chunk::prefetched(bytes, pending.marker),
-            Purpose::Bundled | Purpose::Fill => Chunk::bundled(bytes, pending.marker),
-        });
-        if let Some(old) = layer.content.memory.insert(key.index, chunk.clone())
-            && old.is_unread_prefetch()
-        {
-            add(&self.counters.prefetched_unused, len_u64(old.bytes().len()));
+        let chunk = Arc::new(Chunk::new(bytes));
+        if purpose == Purpose::Demand {
+            let _its_reader_was_told = layer.content.early.read(key.index);
+        } else {
+            let prefetched = purpose == Purpose::Prefetch;
+            layer.content.early.came(key.index, prefetched, pending.marker);
         }
+        layer.content.memory.insert(key.index, chunk.clone(), is_stored);
         tell(pending.waiters, &chunk);
         self.end_bringing(key, Some(&chunk));
         let mut now = Vec::new();
@@ -81,12 +80,12 @@ impl Engine {
             .take(key)
             .map(|pending| pending.waiters)
             .unwrap_or_default();
-        let chunk = Arc::new(Chunk::demanded(bytes));
+        let chunk = Arc::new(Chunk::new(bytes));
         let stored = self.queue_write(key, chunk.clone(), true);
         if (!waiters.is_empty() || !stored)
             && let Some(layer) = self.fetched(key.layer)
         {
-            drop(layer.content.memory.insert(key.index, chunk.clone()));
+            layer.content.memory.insert(key.index, chunk.clone(), false);
         }
         tell(waiters, &chunk);
         self.end_bringing(key, Some(&chunk));

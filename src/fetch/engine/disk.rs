@@ -51,7 +51,7 @@ impl Engine {
                     })
                     .await
                 {
-                    Ok(bytes) => request.fill(slot, Slice::new(Arc::new(Chunk::demanded(bytes)), 0, len)),
+                    Ok(bytes) => request.fill(slot, Slice::new(Arc::new(Chunk::new(bytes)), 0, len)),
                     Err(error) => request.end(Err(error)),
                 }
             });
@@ -219,6 +219,19 @@ impl Engine {
         }
     }
 
+    /// Whether a chunk came before any reader asked for it, and is unread.
+    fn is_unread(&self, key: ChunkKey) -> bool {
+        self.fetched(key.layer)
+            .is_some_and(|layer| layer.content.early.is_unread(key.index))
+    }
+
+    /// A chunk lies in the disk cache now: memory need not keep it.
+    fn note_stored(&self, key: ChunkKey) {
+        if let Some(layer) = self.fetched(key.layer) {
+            layer.content.memory.stored(key.index);
+        }
+    }
+
     pub(super) fn cache(&self, layer: LayerId) -> Option<&Arc<LayerCache>> {
         self.fetched(layer)?.content.cache.get()
     }
@@ -259,16 +272,16 @@ impl Engine {
             let first = *first;
             let bytes = batch.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
             let indexes = first..first.saturating_add(u32::try_from(batch.len()).unwrap_or(0));
-            let direct = self.budget.unwritten() <= DIRECT_BACKLOG;
+            // What is still to be read leaves memory for the page cache.
+            let is_read = |(index, _): &(u32, Arc<Chunk>)| !self.is_unread(ChunkKey { index: *index, ..key });
+            let direct = self.budget.unwritten() <= DIRECT_BACKLOG && batch.iter().all(is_read);
             let written;
             (writer, written) = write_run(cache.clone(), writer, first, batch, direct).await;
             self.budget.end_write(bytes);
             if written {
                 for index in indexes.clone() {
-                    self.mark_verified(ChunkKey {
-                        layer: key.layer,
-                        index,
-                    });
+                    self.mark_verified(ChunkKey { index, ..key });
+                    self.note_stored(ChunkKey { index, ..key });
                 }
                 add(&self.counters.bytes_stored, bytes);
                 Self::commit_later(state, cache);

@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use super::{Engine, Waiter};
 use crate::cache::Slice;
-use crate::cache::chunk::{Chunk, ChunkKey, FirstUse};
+use crate::cache::chunk::{Chunk, ChunkKey};
+use crate::cache::early::FirstUse;
 use crate::fetch::FetchError;
 use crate::fetch::stats::add;
 use crate::fetch::transport::HostKey;
@@ -219,7 +220,8 @@ impl Engine {
 
     /// A chunk is used here that another engine may have prefetched.
     fn used_first(&self, key: ChunkKey, chunk: &Chunk) {
-        if matches!(chunk.touch(), FirstUse::Yes { prefetched: true, .. }) {
+        chunk.touch();
+        if matches!(self.first_use(key), FirstUse::Yes { prefetched: true, .. }) {
             let bytes = len_u64(chunk.bytes().len());
             add(&self.counters.prefetched_used, bytes);
             self.read_by_us(key.layer, TarRange::new(key.start(), bytes));

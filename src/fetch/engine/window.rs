@@ -107,7 +107,7 @@ impl WindowShelf {
         if let Ok(index) = u32::try_from(n)
             && len_u64(window.len()) <= CHUNK_BYTES
         {
-            drop(self.kept.insert(index, Arc::new(Chunk::demanded(window.to_vec()))));
+            self.kept.insert(index, Arc::new(Chunk::new(window.to_vec())), false);
         }
     }
 }
