@@ -6,8 +6,6 @@
 mod common;
 mod scripted;
 
-use std::time::Duration;
-
 use common::anonymous::registry_options;
 use common::noise::noise;
 use common::packed::gzip;

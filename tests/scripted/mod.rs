@@ -403,12 +403,10 @@ fn converse<S: Read + Write>(stream: S, shared: &Shared, storage: bool) -> io::R
         if !head_only {
             asked.sent = u64::try_from(answer.body.len()).unwrap();
         }
-        let mut held = lock(&shared.held);
-        let is_awaited = !held.rules.referrers_api || !asked.path.contains("/manifests/sha256-");
-        if is_awaited {
-            held.log.push(asked);
+        let is_fallback = asked.path.contains("/manifests/sha256-");
+        if !is_fallback || !lock(&shared.held).rules.referrers_api {
+            lock(&shared.held).log.push(asked);
         }
-        drop(held);
         let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
         if !head_only || lock(&shared.held).rules.head_lengths {
             let _infallible = write!(head, "Content-Length: {}\r\n", answer.body.len());
