@@ -259,7 +259,11 @@ impl Start {
 
 /// What the C library is told of memory, unless the environment says something else. It keeps what was given back for each thread and for
 /// good once it was large: a service of ten threads, through which a layer comes in pieces of 1 MiB, had 10 MB of that.
-const ALLOCATOR: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "2"), ("MALLOC_MMAP_THRESHOLD_", "1048576")];
+const ALLOCATOR: [(&str, &str); 3] = [
+    ("MALLOC_ARENA_MAX", "2"),
+    ("MALLOC_MMAP_THRESHOLD_", "1048576"),
+    ("MALLOC_TRIM_THRESHOLD_", "2097152"),
+];
 
 /// How to start the service and its keepers: the program and arguments that end in [`main`].
 #[derive(Clone, Debug)]

@@ -18,7 +18,7 @@ pub struct PlanOptions {
     pub widest_touch_percent: u64,
     /// ...but no more than this...
     pub widest_touch_bytes: u64,
-    /// ...and down to this.
+    /// ...and down to this, or to what the link holds if that is less: so much costs no more than it may save.
     pub narrowest_touch_bytes: u64,
     /// At the first touch of a file so many bytes of its directory are queued...
     pub neighbour_bytes: u64,

@@ -82,7 +82,8 @@ impl BigFile {
             return;
         }
         let widest = (held / 100 * options.widest_touch_percent).next_power_of_two();
-        let widest = widest.clamp(options.narrowest_touch_bytes, options.widest_touch_bytes);
+        let narrowest = narrowest(held, options);
+        let widest = widest.clamp(narrowest, options.widest_touch_bytes);
         // What the chunks between two that are read take on the link, against half a round trip.
         let (gain, cost) = (u64::from(read) * held, u64::from(all) * CHUNK_BYTES);
         if gain >= 2 * cost {
@@ -90,8 +91,14 @@ impl BigFile {
         } else if gain < cost {
             self.width /= 2;
         }
-        self.width = self.width.clamp(options.narrowest_touch_bytes, widest);
+        self.width = self.width.clamp(narrowest, widest);
     }
+}
+
+/// The narrowest window on a link that holds `held` bytes, in bytes: a chunk next door.
+fn narrowest(held: u64, options: &PlanOptions) -> u64 {
+    held.next_power_of_two()
+        .clamp(CHUNK_BYTES, options.narrowest_touch_bytes.max(CHUNK_BYTES))
 }
 
 impl Hint for Surroundings {
@@ -112,7 +119,7 @@ impl Hint for Surroundings {
         let demand = layers
             .options
             .demand_bytes
-            .min(held.max(layers.options.narrowest_touch_bytes));
+            .min(held.max(narrowest(held, &layers.options)));
         if with.bytes() <= demand.max(wanted.bytes()) {
             now.push(Reason::Rest.of(with));
             return;
@@ -176,7 +183,7 @@ impl Surroundings {
         let place = self.files.iter().position(|big| big.file == file);
         let mut big = place.and_then(|place| self.files.remove(place)).unwrap_or(BigFile {
             file,
-            width: first.clamp(options.narrowest_touch_bytes, options.first_touch_bytes),
+            width: first.clamp(narrowest(held, options), options.first_touch_bytes),
             windows: VecDeque::new(),
         });
         big.fit(held, options);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::request::Request;
+use super::write_queue::WriteRun;
 use super::{Engine, LayerState};
 use crate::cache::chunk::{Chunk, ChunkKey, Slice};
 use crate::cache::disk::{LayerCache, RunWriter};
@@ -267,32 +268,53 @@ impl Engine {
             if self.budget.unwritten() < SMALL_BACKLOG && !self.stopping.get() {
                 sleep(WRITE_DELAY).await;
             }
-            let batch = state.writer.next_run();
-            let Some((first, _)) = batch.first() else { break };
-            let first = *first;
-            let bytes = batch.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
-            let indexes = first..first.saturating_add(u32::try_from(batch.len()).unwrap_or(0));
+            let runs = state.writer.next_runs();
+            if runs.is_empty() {
+                break;
+            }
             // What is still to be read leaves memory for the page cache.
             let is_read = |(index, _): &(u32, Arc<Chunk>)| !self.is_unread(ChunkKey { index: *index, ..key });
-            let direct = self.budget.unwritten() <= DIRECT_BACKLOG && batch.iter().all(is_read);
-            let written;
-            (writer, written) = write_run(cache.clone(), writer, first, batch, direct).await;
-            self.budget.end_write(bytes);
-            if written {
-                for index in indexes.clone() {
-                    self.mark_verified(ChunkKey { index, ..key });
-                    self.note_stored(ChunkKey { index, ..key });
-                }
-                add(&self.counters.bytes_stored, bytes);
-                Self::commit_later(state, cache);
+            let keeps_up = self.budget.unwritten() <= DIRECT_BACKLOG;
+            let runs = runs.into_iter().map(|run| (keeps_up && run.iter().all(is_read), run));
+            let runs: Arc<[_]> = runs.collect();
+            let outcomes;
+            (writer, outcomes) = write_runs(cache.clone(), writer, runs.clone()).await;
+            let is_written = outcomes.into_iter().chain(std::iter::repeat(false));
+            for ((_, run), is_written) in runs.iter().zip(is_written) {
+                self.run_ended(state, cache, key.layer, run, is_written);
             }
-            indexes.for_each(|index| drop(state.writer.queued.borrow_mut().remove(&index)));
             self.verify_if_complete(state, key.layer);
             state.writer.drained.notify_waiters();
         }
         state.writer.running.set(false);
         state.writer.drained.notify_waiters();
         self.pump();
+    }
+
+    /// A run of a layer was written, or could not be.
+    fn run_ended(
+        &self,
+        state: &Rc<LayerState>,
+        cache: &Arc<LayerCache>,
+        layer: LayerId,
+        run: &WriteRun,
+        is_written: bool,
+    ) {
+        let bytes = run.iter().map(|(_, chunk)| len_u64(chunk.bytes().len())).sum::<u64>();
+        self.budget.end_write(bytes);
+        if is_written {
+            for (index, _) in run {
+                let key = ChunkKey { layer, index: *index };
+                self.mark_verified(key);
+                self.note_stored(key);
+            }
+            add(&self.counters.bytes_stored, bytes);
+            Self::commit_later(state, cache);
+        }
+        let mut queued = state.writer.queued.borrow_mut();
+        for (index, _) in run {
+            queued.remove(index);
+        }
     }
 
     fn commit_later(state: &Rc<LayerState>, cache: &Arc<LayerCache>) {
@@ -421,18 +443,21 @@ async fn commit(cache: Arc<LayerCache>) {
     }
 }
 
-/// Writes a run of chunks on a thread that may wait for the disk; the writer comes back, and whether they are in the file now.
-async fn write_run(
+/// Writes runs of chunks, past the page cache or not, on a thread that may wait for the disk; the writer comes back, and of each run whether
+/// it is in the file now.
+async fn write_runs(
     cache: Arc<LayerCache>,
     mut writer: RunWriter,
-    first: u32,
-    batch: Vec<(u32, Arc<Chunk>)>,
-    direct: bool,
-) -> (RunWriter, bool) {
+    runs: Arc<[(bool, WriteRun)]>,
+) -> (RunWriter, Vec<bool>) {
     let job = runtime::blocking(move || {
-        let chunks: Vec<&[u8]> = batch.iter().map(|(_, chunk)| chunk.bytes()).collect();
-        let written = cache.write(&mut writer, first, &chunks, direct);
-        (writer, written)
+        let write = |(direct, run): &(bool, WriteRun)| {
+            let chunks: Vec<&[u8]> = run.iter().map(|(_, chunk)| chunk.bytes()).collect();
+            run.first()
+                .is_some_and(|(first, _)| cache.write(&mut writer, *first, &chunks, *direct))
+        };
+        let outcomes = runs.iter().map(write).collect();
+        (writer, outcomes)
     });
     job.await.unwrap_or_default()
 }
