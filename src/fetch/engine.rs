@@ -72,7 +72,7 @@ use crate::cache::disk::DiskCache;
 use crate::cache::early::FirstUse;
 use crate::image::FileMap;
 use crate::prefetch::{ChunkRange, PlanOptions, Planned, PlannedFlight, Planner, Presence, Reason, merge};
-use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_u64, len_usize};
+use crate::units::{CHUNK_BYTES, LayerId, TarRange, len_usize};
 
 /// A flight is at most this long; longer stretches fly side by side.
 const LONGEST_FLIGHT: u32 = 128;
@@ -508,19 +508,16 @@ impl Engine {
             show(chunk.bytes());
             return true;
         }
-        let Some(layer) = self.fetched(key.layer) else {
+        let layer = self.fetched(key.layer);
+        let Some(layer) = layer.filter(|layer| layer.is_on_disk(key.index, key.index.saturating_add(1))) else {
             return false;
         };
-        let mut bytes = vec![0; len_usize(chunk_len(layer.size, key.index))];
-        let range = TarRange::new(key.start(), len_u64(bytes.len()));
-        let found = layer.is_on_disk(key.index, key.index + 1)
-            && layer.read_at_once(
-                LayerRange {
-                    layer: key.layer,
-                    range,
-                },
-                &mut bytes,
-            );
+        let asked = LayerRange {
+            layer: key.layer,
+            range: TarRange::new(key.start(), chunk_len(layer.size, key.index)),
+        };
+        let mut bytes = vec![0; len_usize(asked.range.len)];
+        let found = layer.read_at_once(asked, &mut bytes);
         if found {
             show(&bytes);
         }
