@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -51,7 +51,7 @@ impl Manager {
         Some(Self::at(socket.as_encoded_bytes()))
     }
 
-    fn at(socket: &[u8]) -> io::Result<Self> {
+    pub(super) fn at(socket: &[u8]) -> io::Result<Self> {
         match socket {
             // A name in the abstract namespace.
             [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
@@ -146,6 +146,24 @@ pub fn given() -> Vec<(String, OwnedFd)> {
         .filter(|(number, _)| is_open(*number))
         .filter_map(take)
         .collect()
+}
+
+/// Whether two descriptors are of one open file, which a manager keeps once, under its first name.
+///
+/// # Errors
+/// When the kernel does not say.
+pub(super) fn are_one_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+    /// `KCMP_FILE`.
+    const FILES: libc::c_int = 0;
+    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: kcmp(2) compares what two numbers stand for, and takes no pointers.
+    #[allow(unsafe_code)]
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, FILES, one.as_raw_fd(), other.as_raw_fd()) };
+    match order {
+        0 => Ok(true),
+        1..=3 => Ok(false),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 #[cfg(test)]
