@@ -181,8 +181,8 @@ fn a_loop_device_outlives_all_processes_at_once() {
         }
         servers::kill(&all);
         reader.goes_on();
-        let is_as_it_should = || (manager.command() == before) != with_command;
-        wait_until("the command, a new one if it was killed", is_as_it_should);
+        let is_right = || (manager.command() == before) != with_command;
+        wait_until("the command, a new one if it was killed", is_right);
     }
     wait_until("a hundred reads", || reads() > Some(100));
     let listed = session.succeed(&["ps", "--json"]);

@@ -252,7 +252,9 @@ fn the_limit_holds_while_many_write() {
         let watcher = scope.spawn(|| {
             let mut most = 0;
             while !done.load(Ordering::Relaxed) {
-                most = most.max(on_disk(dir.path()));
+                // The files are not looked at in one moment: room that one gives another meanwhile is counted twice, but hardly
+                // twice in a row.
+                most = most.max(on_disk(dir.path()).min(on_disk(dir.path())));
             }
             most
         });

@@ -164,7 +164,12 @@ impl Stored {
                 remove(manager, stored);
             }
         }
-        let kept = kept.unwrap_or_else(|_| vec![None; holding.len()]);
+        let kept = kept.unwrap_or_else(|error| {
+            log::warn!(
+                "what is stored of {name} is stored anew, because the kernel does not tell files apart: {error}"
+            );
+            vec![None; holding.len()]
+        });
         let last = old
             .iter()
             .filter_map(|stored| numbered(stored))
